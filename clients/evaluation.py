@@ -1,0 +1,89 @@
+"""The model's loss and prediction for each example, from which every other figure is a mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from clients.batches import Indices, load_batch
+from fedlora.data.examples import Examples
+from fedlora.errors import ConfigError
+from fedlora.models import AdaptedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Results for each example, in the order in which they were asked for.
+
+    Attributes:
+        indices: the examples.
+        losses: cross entropy, float32.
+        predictions: the most likely label.
+        labels: the true label.
+        domains: the domain's number, -1 where there is none.
+    """
+
+    indices: Indices
+    losses: np.ndarray[Any, np.dtype[np.float32]]
+    predictions: np.ndarray[Any, np.dtype[np.int64]]
+    labels: np.ndarray[Any, np.dtype[np.int64]]
+    domains: np.ndarray[Any, np.dtype[np.int64]]
+
+    @property
+    def num_examples(self) -> int:
+        return len(self.indices)
+
+    @property
+    def accuracy(self) -> float:
+        return float((self.predictions == self.labels).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return float(self.losses.mean(dtype=np.float64))
+
+    def accuracy_by_domain(self) -> dict[int, float]:
+        """Domain number -> accuracy, for the domains that occur; empty where the data has none."""
+        right = self.predictions == self.labels
+        return {int(d): float(right[self.domains == d].mean()) for d in np.unique(self.domains) if d >= 0}
+
+
+def evaluate(
+    model: AdaptedModel | nn.Module,
+    examples: Examples,
+    indices: Indices,
+    pad_token_id: int,
+    batch_size: int = 64,
+) -> Evaluation:
+    """Run the model over the examples, short ones together so that little is padded.
+
+    Raises:
+        ConfigError: there is no example.
+    """
+    if len(indices) == 0:
+        raise ConfigError("there is no example to evaluate on")
+    module = model.module if isinstance(model, AdaptedModel) else model
+    device = next(module.parameters()).device
+    losses = np.empty(len(indices), dtype=np.float32)
+    predictions = np.empty(len(indices), dtype=np.int64)
+    by_length = np.argsort(examples.lengths[indices], kind="stable")
+    module.eval()
+    with torch.inference_mode():
+        for start in range(0, len(indices), batch_size):
+            chosen = by_length[start : start + batch_size]
+            batch = load_batch(examples, indices[chosen], pad_token_id, device)
+            logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            losses[chosen] = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
+            predictions[chosen] = logits.argmax(dim=-1).cpu().numpy()
+    return Evaluation(
+        indices=indices,
+        losses=losses,
+        predictions=predictions,
+        labels=examples.labels[indices].astype(np.int64),
+        domains=examples.domains[indices].astype(np.int64),
+    )

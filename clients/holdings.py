@@ -1,0 +1,82 @@
+"""What a client's machine keeps between messages: shared parts by digest, and personal tensors.
+
+One directory for a run (``<state-dir>/<run-key>``), safetensors files written atomically:
+
+* ``parts/<digest>.safetensors``: base patches and frozen factors. The name is the content's hash, so
+  processes on one machine share them, writing twice is harmless, and a damaged file is noticed;
+* ``personal/<partition>/<name>-<round>.safetensors``: a client's own tensors (a local head), by the
+  round that made them, so that a round that is run again starts from the same ones.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedlora.factors import Tensors
+from fedlora.files import write_atomic
+from fedlora.updates import digest
+
+KEEP_ROUNDS = 2
+"""Versions of a personal tensor set that are kept."""
+
+
+class Holdings:
+    """A client machine's store for one run; parts are also kept in memory once read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._parts: dict[str, Tensors] = {}
+
+    def keep(self, name: str, tensors: Tensors) -> None:
+        """Store a part under its digest.
+
+        Raises:
+            ValueError: the content does not have that digest.
+        """
+        if name in self._parts:
+            return
+        if digest(tensors) != name:
+            raise ValueError(f"part {name[:12]} does not have the content that its name promises")
+        path = self._part(name)
+        if not path.exists():
+            write_atomic(path, save({k: t.contiguous() for k, t in tensors.items()}))
+        self._parts[name] = tensors
+
+    def get(self, name: str) -> Tensors | None:
+        """The part of that digest, or None if it is not here or damaged."""
+        if name not in self._parts:
+            tensors = _read(self._part(name))
+            if tensors is None or digest(tensors) != name:
+                return None
+            self._parts[name] = tensors
+        return self._parts[name]
+
+    def keep_personal(self, partition_id: int, name: str, server_round: int, tensors: Tensors) -> None:
+        """Store a client's own tensors as they are after a round; the oldest versions go."""
+        folder = self._personal(partition_id)
+        write_atomic(folder / f"{name}-{server_round:06d}.safetensors", save(tensors))
+        for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-KEEP_ROUNDS]:
+            old.unlink(missing_ok=True)
+
+    def personal(self, partition_id: int, name: str, before_round: int) -> Tensors | None:
+        """A client's own tensors as the last round before ``before_round`` left them."""
+        for path in sorted(self._personal(partition_id).glob(f"{name}-*.safetensors"), reverse=True):
+            if int(path.stem.rpartition("-")[2]) < before_round:
+                return _read(path)
+        return None
+
+    def _part(self, name: str) -> Path:
+        return self.directory / "parts" / f"{name}.safetensors"
+
+    def _personal(self, partition_id: int) -> Path:
+        return self.directory / "personal" / str(partition_id)
+
+
+def _read(path: Path) -> Tensors | None:
+    try:
+        return dict(load(path.read_bytes()))
+    except (FileNotFoundError, SafetensorError):
+        return None

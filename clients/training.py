@@ -1,0 +1,147 @@
+"""Local training, as plainly as it can be written: the reference for every faster or private variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from clients.batches import Indices, load_batch, num_steps, shuffled_batches
+from fedlora.config import TrainConfig
+from fedlora.data.examples import Examples
+from fedlora.errors import ConfigError
+from fedlora.factors import AdapterSet, Tensors
+from fedlora.models import AdaptedModel, Trainable
+from fedlora.seeding import derive, stream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalResult:
+    """What a client has after its local steps.
+
+    Attributes:
+        adapters: both factors of every adapted layer.
+        head: the head tensors if the head was trained, else empty.
+        num_examples: how many examples the client holds.
+        steps: optimiser steps taken.
+        loss: mean training loss over the examples seen; None where it stays private.
+    """
+
+    adapters: AdapterSet
+    head: Tensors
+    num_examples: int
+    steps: int
+    loss: float | None
+
+
+def train_local(
+    model: AdaptedModel,
+    examples: Examples,
+    indices: Indices,
+    pad_token_id: int,
+    config: TrainConfig,
+    *,
+    local_steps: int,
+    seed: int,
+) -> LocalResult:
+    """Train what ``model.load`` asked to train, from the values it loaded.
+
+    The base stays in evaluation mode and the optimiser is new. Batches and dropout come from streams
+    of ``seed``: the same seed gives the same bits on the same hardware with the same threads.
+
+    Args:
+        model: loaded with the client's starting values.
+        examples: the data set.
+        indices: the client's examples in it.
+        pad_token_id: fills up shorter sequences of a batch.
+        config: optimiser, rates, batch size, clipping, proximal term.
+        local_steps: steps, unless ``config.local_epochs`` is set.
+        seed: this client's and round's own seed.
+
+    Raises:
+        ConfigError: no example, or nothing to train.
+    """
+    steps = num_steps(config, len(indices), local_steps)
+    total, seen = torch.zeros((), device=model.device), 0
+    with model.training() as trained, dropout_stream(seed, model.device):
+        optimizer = make_optimizer(trained, config)
+        proximal = Proximal(trained.all, config.proximal_mu)
+        for drawn in shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches")):
+            optimizer.zero_grad()
+            loss = batch_loss(model, load_batch(examples, drawn, pad_token_id, model.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            proximal.add_gradient()
+            if config.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
+            optimizer.step()
+            total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
+    return local_result(model, trained, len(indices), steps, float(total) / seen)
+
+
+def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+    """The cross entropy of a batch."""
+    logits = model.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return cross_entropy(logits, batch["labels"], reduction=reduction)
+
+
+def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
+    """A new optimiser, the head with its own step size.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    groups = [
+        {"params": list(trained.factors.values()), "lr": config.learning_rate},
+        {"params": list(trained.head.values()), "lr": config.head_learning_rate or config.learning_rate},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ConfigError('nothing is trained: the strategy trains no factor and model.head = "freeze"')
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+
+
+class Proximal:
+    """FedProx (Li et al., MLSys 2020): the gradient of ``mu/2 ||w - w_start||^2`` over what is trained."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mu: float) -> None:
+        self.mu = mu
+        self.parameters = parameters if mu > 0 else []
+        self.start = [p.detach().clone() for p in self.parameters]
+
+    def add_gradient(self) -> None:
+        """``grad += mu (w - w_start)``."""
+        with torch.no_grad():
+            for parameter, start in zip(self.parameters, self.start, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - start, alpha=self.mu)
+
+
+@contextmanager
+def dropout_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from its own stream of ``seed``; the global state is put back afterwards.
+
+    (Except the state of an mps device, which torch cannot fork.)
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "dropout"))
+        yield
+
+
+def local_result(
+    model: AdaptedModel, trained: Trainable, num_examples: int, steps: int, loss: float | None
+) -> LocalResult:
+    """What the model holds now."""
+    adapters, head = model.read()
+    return LocalResult(
+        adapters=adapters,
+        head=head if trained.head else {},
+        num_examples=num_examples,
+        steps=steps,
+        loss=loss,
+    )

@@ -1,0 +1,1 @@
+"""Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app."""

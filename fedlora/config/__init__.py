@@ -1,0 +1,40 @@
+"""The whole configuration of a run: frozen dataclasses that check themselves; TOML is their spelling.
+
+A field ``local_steps`` of `TrainConfig` is the key ``train.local-steps``. Flower's run-config takes
+only booleans, integers, floats and strings, so lists are comma strings and structures JSON strings.
+``[tool.flwr.app.config]`` in ``pyproject.toml`` holds the same keys with the same defaults.
+"""
+
+from fedlora.config.checks import Scalar, int_list, name_list
+from fedlora.config.flat import FlatConfig, flatten, from_flat, to_flat
+from fedlora.config.run import ClientGroup, RunConfig
+from fedlora.config.sections import (
+    DataConfig,
+    EngineConfig,
+    LoraConfig,
+    ModelConfig,
+    PrivacyConfig,
+    StrategyConfig,
+    StudyConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ClientGroup",
+    "DataConfig",
+    "EngineConfig",
+    "FlatConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "Scalar",
+    "StrategyConfig",
+    "StudyConfig",
+    "TrainConfig",
+    "flatten",
+    "from_flat",
+    "int_list",
+    "name_list",
+    "to_flat",
+]

@@ -1,0 +1,274 @@
+"""The sections of a run's configuration, one dataclass for each TOML table."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.config.checks import int_list, kebab, name_list, one_of, parse_json, require, snake
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which pretrained model, and what sits on top of it."""
+
+    name: str = "minilm"
+    """``minilm`` (built in), ``tiny`` (random, for tests), a local directory, or a Hugging Face id."""
+    pooling: str = "mean"
+    """``mean`` of the token states, or ``model``: the model's own classification head."""
+    head: str = "train"
+    """The classification head: ``train`` (averaged), ``freeze``, or ``local`` (trained, never sent)."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "model.name", self.name, "must name a model or a directory")
+        one_of("model.pooling", self.pooling, ("mean", "model"))
+        one_of("model.head", self.head, ("train", "freeze", "local"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """The adapter, in PEFT's terms."""
+
+    rank: int = 8
+    """Rank r of every client, >= 1."""
+    ranks: str = ""
+    """Ranks by partition, ``4,8,16``, repeated over the partitions; empty means ``lora.rank``."""
+    alpha: float = 16.0
+    """Scaling is alpha / r (alpha / sqrt(r) with rsLoRA), > 0."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input during training, in [0, 1)."""
+    target_modules: str = ""
+    """Comma list of module name endings; empty means PEFT's choice for the architecture."""
+    use_rslora: bool = False
+    """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 1, "lora.rank", self.rank, "must be >= 1")
+        require(all(r >= 1 for r in self.rank_list), "lora.ranks", self.ranks, "ranks must be >= 1")
+        require(self.alpha > 0, "lora.alpha", self.alpha, "must be > 0")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "must be in [0, 1)")
+
+    @property
+    def rank_list(self) -> tuple[int, ...]:
+        """The ranks, partition by partition, repeated."""
+        return int_list("lora.ranks", self.ranks) or (self.rank,)
+
+    def scaling(self, rank: int, alpha: float | None = None) -> float:
+        """Alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return (self.alpha if alpha is None else alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+PARTITIONERS = (
+    "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Which examples, and who holds which."""
+
+    name: str = "sentiment"
+    """``sentiment``, ``newsgroups``, ``synthetic``, a jsonl/csv/parquet file, a directory, or a hub id."""
+    subset: str = ""
+    """The configuration of a hub dataset, for instance ``sst2`` of ``glue``."""
+    test: str = ""
+    """A file with the test examples; empty means the dataset's test split, or ``data.test-fraction``."""
+    text_column: str = "text"
+    """Column with the text; two columns for sentence pairs, ``premise,hypothesis``."""
+    label_column: str = "label"
+    """Column with the label, whole numbers or names."""
+    group_column: str = ""
+    """Column of what must not be split between train and test (an author, a document)."""
+    domain_column: str = ""
+    """Column by which accuracy is also reported."""
+    test_fraction: float = 0.2
+    """Share held out where the data brings no test split, in (0, 1)."""
+    partitioner: str = "natural"
+    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential."""
+    partition_by: str = "domain"
+    """natural: the column whose values are the clients. dirichlet, pathological, shard use the label."""
+    num_partitions: int = 0
+    """Number of clients, >= 1; 0 means one for each natural value."""
+    dirichlet_alpha: float = 0.5
+    """Concentration of the Dirichlet label skew, > 0; small is skewed."""
+    classes_per_partition: int = 2
+    """Labels that each client holds under ``pathological``, >= 1."""
+    min_partition_size: int = 1
+    """The fewest examples a client may have, >= 1."""
+    max_length: int = 64
+    """Longest sequence in tokens; the rest is cut, >= 8."""
+    evaluate_examples: int = 600
+    """Test examples evaluated each round, stratified by domain; 0 means all."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "data.name", self.name, "must name a dataset or a file")
+        require(0 < self.test_fraction < 1, "data.test-fraction", self.test_fraction, "must be in (0, 1)")
+        one_of("data.partitioner", self.partitioner, PARTITIONERS)
+        require(self.num_partitions >= 0, "data.num-partitions", self.num_partitions, "must be >= 0")
+        require(
+            self.partitioner == "natural" or self.num_partitions >= 1,
+            "data.num-partitions", self.num_partitions, f"{self.partitioner} needs >= 1",
+        )  # fmt: skip
+        require(self.dirichlet_alpha > 0, "data.dirichlet-alpha", self.dirichlet_alpha, "must be > 0")
+        require(
+            self.classes_per_partition >= 1,
+            "data.classes-per-partition", self.classes_per_partition, "must be >= 1",
+        )  # fmt: skip
+        require(
+            self.min_partition_size >= 1,
+            "data.min-partition-size", self.min_partition_size, "must be >= 1",
+        )  # fmt: skip
+        require(self.max_length >= 8, "data.max-length", self.max_length, "must be >= 8")
+        require(
+            self.evaluate_examples >= 0,
+            "data.evaluate-examples", self.evaluate_examples, "must be >= 0",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """One client's work in one round. The optimiser is created anew every round."""
+
+    optimizer: str = "adamw"
+    """``adamw`` or ``sgd``."""
+    learning_rate: float = 2e-3
+    """Step size of the adapter, > 0."""
+    head_learning_rate: float = 0.0
+    """Step size of the head; 0 means ``train.learning-rate``."""
+    momentum: float = 0.0
+    """SGD momentum, in [0, 1)."""
+    weight_decay: float = 0.0
+    """Decoupled for AdamW, L2 for SGD, >= 0."""
+    local_steps: int = 10
+    """Optimiser steps a round; ignored where ``train.local-epochs`` is set, >= 1."""
+    local_epochs: int = 0
+    """Passes over the client's data a round; 0 means ``train.local-steps`` decides."""
+    batch_size: int = 8
+    """Examples a step; under DP the expected number, >= 1."""
+    max_grad_norm: float = 0.0
+    """Clip the batch gradient to this norm (not DP); 0 means never."""
+    proximal_mu: float = 0.0
+    """FedProx: adds mu/2 ||w - w_start||^2 over the trained tensors; 0 means off."""
+
+    def __post_init__(self) -> None:
+        one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        require(self.learning_rate > 0, "train.learning-rate", self.learning_rate, "must be > 0")
+        require(0 <= self.momentum < 1, "train.momentum", self.momentum, "must be in [0, 1)")
+        require(self.local_steps >= 1, "train.local-steps", self.local_steps, "must be >= 1")
+        require(self.batch_size >= 1, "train.batch-size", self.batch_size, "must be >= 1")
+        for name in ("head_learning_rate", "weight_decay", "local_epochs", "max_grad_norm", "proximal_mu"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{kebab(name)}", value, "must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrategyConfig:
+    """The aggregation rule."""
+
+    name: str = "fedavg"
+    """One of ``fedlora strategies``."""
+    init_a: str = "kaiming"
+    """How the first A is drawn: ``kaiming`` or ``orthonormal``."""
+    options: str = ""
+    """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
+
+    def __post_init__(self) -> None:
+        _ = self.option_dict
+
+    @property
+    def option_dict(self) -> dict[str, Any]:
+        """The decoded options together with ``init_a``."""
+        options = parse_json("strategy.options", self.options, dict)
+        return {"init_a": self.init_a, **{snake(key): value for key, value in options.items()}}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacyConfig:
+    """Differential privacy of each client's own training (Opacus DP-SGD)."""
+
+    mode: str = "none"
+    """``none``, or ``example``: one example more or less at a client is hidden from its server."""
+    target_epsilon: float = 8.0
+    """Budget of a client over the whole run, > 0; the noise is calibrated to it."""
+    target_delta: float = 1e-5
+    """Delta of that budget, in (0, 1)."""
+    noise_multiplier: float = 0.0
+    """Noise standard deviation / max-grad-norm; 0 means: calibrate to ``privacy.target-epsilon``."""
+    max_grad_norm: float = 1.0
+    """Each example's gradient is clipped to this norm, > 0."""
+    max_participations: int = 0
+    """Rounds in which one client may train at most; 0 means all of them. The server enforces it."""
+    accountant: str = "prv"
+    """``prv`` or ``rdp`` (an upper bound)."""
+    release_metrics: bool = False
+    """Also send the training loss and the example count, which are not private."""
+
+    def __post_init__(self) -> None:
+        one_of("privacy.mode", self.mode, ("none", "example"))
+        one_of("privacy.accountant", self.accountant, ("prv", "rdp"))
+        require(
+            self.target_epsilon > 0, "privacy.target-epsilon", self.target_epsilon,
+            'must be > 0 (use privacy.mode = "none" to train without privacy)',
+        )  # fmt: skip
+        require(0 < self.target_delta < 1, "privacy.target-delta", self.target_delta, "must be in (0, 1)")
+        require(self.noise_multiplier >= 0, "privacy.noise-multiplier", self.noise_multiplier, "must be >= 0")
+        require(self.max_grad_norm > 0, "privacy.max-grad-norm", self.max_grad_norm, "must be > 0")
+        require(
+            self.max_participations >= 0,
+            "privacy.max-participations", self.max_participations, "must be >= 0",
+        )  # fmt: skip
+
+    @property
+    def private(self) -> bool:
+        return self.mode != "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How ``fedlora run`` drives the clients; ``flwr run`` has its own settings."""
+
+    address: str = ""
+    """A Ray cluster's address, for instance ``auto``; empty starts Ray on this machine."""
+    num_actors: int = 0
+    """Client processes; 0 means as many as the CPUs and GPUs hold."""
+    num_cpus: float = 1.0
+    """CPUs that Ray reserves for each client process, > 0."""
+    num_gpus: float = 0.0
+    """GPUs (or a share of one) for each client process."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``mps``."""
+    max_retries: int = 3
+    """How often a message is tried again after its client process died."""
+
+    def __post_init__(self) -> None:
+        one_of("engine.device", self.device, ("auto", "cpu", "cuda", "mps"))
+        require(self.num_cpus > 0, "engine.num-cpus", self.num_cpus, "must be > 0")
+        for name in ("num_actors", "num_gpus", "max_retries"):
+            value = getattr(self, name)
+            require(value >= 0, f"engine.{kebab(name)}", value, "must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyConfig:
+    """What ``fedlora compare`` varies; a single run ignores it."""
+
+    title: str = ""
+    """Heading of the report."""
+    strategies: str = ""
+    """Comma list of strategies to compare."""
+    seeds: str = ""
+    """Comma list of seeds; empty means the run's own ``seed``."""
+    references: str = ""
+    """Comma list out of ``local-only`` and ``centralised``, at the same budget."""
+    overrides: str = ""
+    """JSON object: strategy name -> keys that differ for it."""
+    variants: str = ""
+    """JSON object: further named runs -> keys that differ from this file."""
+
+    def __post_init__(self) -> None:
+        for name in name_list(self.references):
+            one_of("study.references", name, ("local-only", "centralised"))
+        int_list("study.seeds", self.seeds)
+        for key in ("overrides", "variants"):
+            parse_json(f"study.{key}", getattr(self, key), dict)

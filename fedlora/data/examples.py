@@ -1,0 +1,97 @@
+"""Tokenised examples behind a memory map, batches of them, and the fixed subset for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from fedlora.seeding import stream
+
+
+@dataclass(frozen=True, slots=True)
+class Examples:
+    """Tokenised examples; the arrays are read-only views of a memory-mapped file.
+
+    Attributes:
+        tokens: all token ids one after another, int32.
+        offsets: example i is ``tokens[offsets[i]:offsets[i + 1]]``, int64, shape (examples + 1,).
+        labels: int64, shape (examples,).
+        domains: index into the domain names, -1 where there are none, int32, shape (examples,).
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    domains: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def input_ids(self, index: int) -> np.ndarray:
+        """Token ids of one example, int32, not padded."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example, int64, shape (examples,)."""
+        return np.diff(self.offsets)
+
+
+def open_examples(path: Path) -> Examples:
+    """The examples of an Arrow IPC file; nothing is read before it is used."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    rows, ids = batch.num_rows, batch.column("input_ids")
+    return Examples(
+        tokens=_view(ids.values, np.int32, len(ids.values)),
+        offsets=_view(ids, np.int64, rows + 1),
+        labels=_view(batch.column("label"), np.int64, rows),
+        domains=_view(batch.column("domain"), np.int32, rows),
+    )
+
+
+def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
+    """The numbers in an array's second buffer (values, or a list's offsets); to_numpy imports pandas."""
+    return np.frombuffer(array.buffers()[1], dtype=kind, count=count)
+
+
+def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
+    """One batch: input_ids and attention_mask of shape (batch, longest), labels of shape (batch,), int64.
+
+    The longest is the longest of this batch; no indices give shape (0, 1).
+    """
+    rows = [examples.input_ids(int(index)) for index in indices]
+    shape = (len(rows), max((len(row) for row in rows), default=1))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row)] = row
+        attention_mask[number, : len(row)] = 1
+    labels = examples.labels[np.asarray(indices, dtype=np.int64)]
+    return {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(attention_mask),
+        "labels": torch.from_numpy(labels),
+    }
+
+
+def evaluation_subset(examples: Examples, size: int) -> np.ndarray:
+    """Indices of a fixed subset with the domains in proportion, sorted int64; size 0 means all.
+
+    The same examples and size give the same subset in every run.
+    """
+    if size == 0 or size >= len(examples):
+        return np.arange(len(examples))
+    order = stream(0, "evaluation-subset").permutation(len(examples))
+    domains = examples.domains[order]
+    # Rank of each example inside its domain, as a share of the domain: the smallest shares are taken.
+    share = np.empty(len(order))
+    for domain in np.unique(domains):
+        members = np.flatnonzero(domains == domain)
+        share[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return np.sort(order[np.argsort(share, kind="stable")[:size]])

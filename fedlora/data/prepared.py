@@ -1,0 +1,221 @@
+"""Prepared data: tokenised once for a model, partitioned once for a seed, opened by memory map.
+
+``<cache>/prepared/<key>/`` holds train.arrow, test.arrow and meta.json, shared by all partitionings;
+``<key>/<partition key>/`` holds partitions.npz and is the path that `prepare` returns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedlora.assets import ASSETS, asset_identity, cache_dir, create_directory
+from fedlora.config import DataConfig, RunConfig
+from fedlora.data.columns import NATURAL, Columns, codes_of, in_order
+from fedlora.data.examples import Examples, open_examples
+from fedlora.data.tokenizers import Tokenizer, load_tokenizer
+from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMAT = 1
+"""Counted up whenever the same configuration would be prepared differently."""
+BATCH = 1000
+
+_PARTITION_KEYS = (
+    "partitioner", "partition_by", "num_partitions", "dirichlet_alpha", "classes_per_partition",
+    "min_partition_size",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Everything about the data that training and evaluation need.
+
+    Attributes:
+        train: the training examples of all clients.
+        test: the test examples.
+        label_names: name of each label.
+        domain_names: name of each domain; empty where there are none.
+        pad_token_id: what `collate` fills up with.
+        flat: the indices of all partitions one after another, int64.
+        offsets: partition i is ``flat[offsets[i]:offsets[i + 1]]``, int64.
+    """
+
+    train: Examples
+    test: Examples
+    label_names: tuple[str, ...]
+    domain_names: tuple[str, ...]
+    pad_token_id: int
+    flat: np.ndarray
+    offsets: np.ndarray
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.label_names)
+
+    @property
+    def num_partitions(self) -> int:
+        return len(self.offsets) - 1
+
+    def indices(self, partition_id: int) -> np.ndarray:
+        """The training examples of one client, sorted.
+
+        Raises:
+            ConfigError: no such partition.
+        """
+        if not 0 <= partition_id < self.num_partitions:
+            raise ConfigError(
+                f"partition {partition_id}: there are partitions 0 to {self.num_partitions - 1}"
+            )
+        return self.flat[self.offsets[partition_id] : self.offsets[partition_id + 1]]
+
+
+def open_prepared(path: Path | str) -> Prepared:
+    """What `prepare` wrote; imports neither datasets nor transformers.
+
+    Raises:
+        ConfigError: nothing prepared lies there.
+    """
+    home = Path(path)
+    if not (home / "partitions.npz").is_file():
+        raise ConfigError(f"prepared data {str(home)!r}: not there, or not a prepared directory")
+    meta = json.loads((home.parent / "meta.json").read_text())
+    with np.load(home / "partitions.npz", allow_pickle=False) as arrays:
+        flat, offsets = arrays["indices"], arrays["offsets"]
+    return Prepared(
+        train=open_examples(home.parent / "train.arrow"),
+        test=open_examples(home.parent / "test.arrow"),
+        label_names=tuple(meta["label_names"]),
+        domain_names=tuple(meta["domain_names"]),
+        pad_token_id=meta["pad_token_id"],
+        flat=flat,
+        offsets=offsets,
+    )
+
+
+def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
+    """The prepared directory of a configuration, written on first use and then found again.
+
+    The tokenizer is that of ``model.name`` unless given. The seed decides the partitioning only.
+
+    Raises:
+        ConfigError: data, tokenizer or partitioning cannot be had as asked.
+        AssetError: something could not be fetched.
+    """
+    tokenizer = tokenizer or load_tokenizer(config.model.name)
+    home = cache_dir() / "prepared" / _token_key(config.data, tokenizer)
+    create_directory(home, lambda draft: _write_examples(config.data, tokenizer, draft))
+    path = home / _partition_key(config)
+    create_directory(path, lambda draft: _write_partitions(config, home, draft))
+    return path
+
+
+def _token_key(config: DataConfig, tokenizer: Tokenizer) -> str:
+    shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in _PARTITION_KEYS}
+    shared.pop("evaluate_examples")
+    natural = Columns.of(config).natural
+    files = [_file_stamps(name) for name in (config.name, config.test)]
+    asset = asset_identity(config.name) if config.name in ASSETS else ""
+    return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity)
+
+
+def _partition_key(config: RunConfig) -> str:
+    return _hash(FORMAT, config.seed, {key: getattr(config.data, key) for key in _PARTITION_KEYS})
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def _file_stamps(name: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each local file that a name stands for."""
+    path = Path(name).expanduser()
+    if not name or not path.exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+def _write_examples(config: DataConfig, tokenizer: Tokenizer, draft: Path) -> None:
+    from fedlora.data.sources import load_examples
+
+    raw = load_examples(config)
+    names = {}
+    for column in ("domain", "group", NATURAL):
+        if column in raw.train.column_names:
+            names[column] = in_order({*raw.train[column][:], *raw.test[column][:]})
+    for part, table in (("train", raw.train), ("test", raw.test)):
+        line = f"tokenising {len(table):,} {part} examples of {config.name}"
+        batch = _tokenised(table, tokenizer, config.max_length, names, line)
+        with pa.ipc.new_file(str(draft / f"{part}.arrow"), batch.schema) as file:
+            file.write_batch(batch)
+    meta = {
+        "format": FORMAT,
+        "source": config.name,
+        "label_names": raw.label_names,
+        "domain_names": names.get("domain", []),
+        "pad_token_id": tokenizer.pad_token_id,
+        "num_train": len(raw.train),
+        "num_test": len(raw.test),
+        "max_length": config.max_length,
+        "tokenizer": tokenizer.identity,
+    }
+    (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def _tokenised(
+    table: Dataset, tokenizer: Tokenizer, max_length: int, names: dict[str, list[str]], line: str
+) -> Any:
+    """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural."""
+    rows: list[np.ndarray] = []
+    for batch in _tracked(table.iter(BATCH), -(-len(table) // BATCH), line):
+        ids = tokenizer.encode(batch["text"], batch.get("text_pair"), max_length)
+        rows += [np.asarray(row, dtype=np.int32) for row in ids]
+    lengths = np.array([len(row) for row in rows])
+    if not lengths.all():
+        text = table["text"][int(np.argmin(lengths))]
+        raise ConfigError(f"data: the text {text!r} has no token for this model's tokenizer")
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    columns = {
+        "input_ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(rows)),
+        "label": np.asarray(table["label"][:]),
+        "domain": np.full(len(rows), -1, dtype=np.int32),
+        **{column: codes_of(table[column][:], values) for column, values in names.items()},
+    }
+    return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+
+
+def _tracked(batches: Iterable[Any], total: int, line: str) -> Iterable[Any]:
+    """The batches, with a progress bar on a terminal, else after one plain line; both on stderr."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        print(line, file=sys.stderr, flush=True)
+        return batches
+    return track(batches, line, total, console=console)
+
+
+def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
+    from datasets import Dataset
+
+    from fedlora.data.partition import partition
+
+    with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
+        table = file.read_all()
+    parts = partition(Dataset(table.drop_columns("input_ids")), config.data, config.seed)
+    offsets = np.cumsum([0, *map(len, parts)])
+    np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=offsets)

@@ -1,0 +1,178 @@
+"""Where examples come from: the built-in datasets, a file, a directory, or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
+
+from fedlora.assets import cache_dir
+from fedlora.config import DataConfig
+from fedlora.data.columns import BUILT_IN, TEXTS, Columns, encode_labels, standard
+from fedlora.data.newsgroups import newsgroups_tables
+from fedlora.data.sentiment import sentiment_table
+from fedlora.data.split import held_out, linked_rows, normalised
+from fedlora.data.synthetic import synthetic_table
+from fedlora.errors import AssetError, ConfigError
+
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class RawData:
+    """Examples as text, before tokenising.
+
+    Attributes:
+        train: columns text (and text_pair), label (int64), domain and group where there are any, and
+            natural: the column of ``data.partition-by`` where that is another one.
+        test: the same columns.
+        label_names: name of each label.
+    """
+
+    train: Dataset
+    test: Dataset
+    label_names: tuple[str, ...]
+
+
+def load_examples(config: DataConfig) -> RawData:
+    """Train and test examples. The split never depends on a seed, so every run has the same test set.
+
+    Test examples come from ``data.test``, else from the dataset's own labelled test or validation
+    split, else ``data.test-fraction`` is held out: by domain, and never apart from another row with
+    the same group or the same words.
+
+    Raises:
+        ConfigError: a missing file or column, an empty value, labels that do not fit.
+        AssetError: a dataset that could not be fetched.
+    """
+    columns = Columns.of(config)
+    source, own_test = _open(config)
+    parts = [standard(source, columns, repr(config.name))]
+    test = _read_file(Path(config.test), "data.test") if config.test else own_test
+    if test is not None:
+        parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
+    tables, names = encode_labels(parts, source, columns, repr(config.name))
+    train, test_table = tables if len(tables) == 2 else _split(tables[0], config.test_fraction)
+    return RawData(Dataset(train), Dataset(test_table), names)
+
+
+def _open(config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """All or the train examples, and the dataset's own test examples if it has any."""
+    path = Path(config.name).expanduser()
+    if config.subset and (config.name in BUILT_IN or path.exists()):
+        raise ConfigError(f"data.subset = {config.subset!r}: only a hub dataset has subsets")
+    match config.name:
+        case "sentiment":
+            return sentiment_table(), None
+        case "newsgroups":
+            return newsgroups_tables()
+        case "synthetic":
+            return synthetic_table(), None
+    if path.is_dir():
+        return _own_splits(_read_directory(path), config)
+    if path.is_file() or path.suffix in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
+        return _read_file(path, "data.name"), None
+    return _own_splits(_from_hub(config), config)
+
+
+def _read_file(path: Path, key: str) -> Dataset:
+    path = path.expanduser()
+    if not path.is_file():
+        raise ConfigError(
+            f"{key} = {str(path)!r}: no such file (accepted are {', '.join(BUILT_IN)}, a "
+            f"{'/'.join(FILE_KINDS)} file, a directory, a hub id)"
+        )
+    if path.suffix not in FILE_KINDS:
+        raise ConfigError(f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}")
+    kind = FILE_KINDS[path.suffix]
+    # Without this pandas reads texts such as "None" and "NA" as missing.
+    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
+    return _loaded(
+        f"{key} = {str(path)!r}",
+        lambda: load_dataset(
+            kind, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
+        ),
+    )
+
+
+def _read_directory(path: Path) -> Any:
+    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
+    return _loaded(
+        f"data.name = {str(path)!r}",
+        lambda: (
+            load_from_disk(str(path))
+            if saved
+            else load_dataset(str(path), cache_dir=str(cache_dir() / "datasets"))
+        ),
+    )
+
+
+def _from_hub(config: DataConfig) -> Any:
+    subset = f" with data.subset = {config.subset!r}" if config.subset else ""
+    where = f"data.name = {config.name!r}{subset}"
+    try:
+        return _loaded(where, lambda: load_dataset(config.name, config.subset or None))
+    except ConnectionError as error:
+        raise AssetError(
+            f"{where}: not built in ({', '.join(BUILT_IN)}), no file or directory, and the hub cannot be "
+            f"reached ({_first_line(error)})"
+        ) from None
+
+
+def _loaded(where: str, load: Callable[[], Any]) -> Any:
+    """What ``load`` returns, its failures told in one line; progress bars only on a terminal."""
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return load()
+    except ConnectionError:
+        raise
+    except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
+        raise ConfigError(f"{where}: cannot be read ({_first_line(error.__cause__ or error)})") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _own_splits(loaded: Any, config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """The train split and the first labelled one of test and validation."""
+    splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
+    if "train" not in splits:
+        raise ConfigError(f"data.name = {config.name!r}: has no train split, it has {', '.join(splits)}")
+    for name in ("test", "validation"):
+        if name in splits and _labelled(splits[name], config.label_column):
+            return splits["train"], splits[name]
+    return splits["train"], None
+
+
+def _labelled(table: Dataset, column: str) -> bool:
+    """Whether the labels are there; hidden ones are -1 or empty by custom."""
+    if column not in table.column_names:
+        return False
+    labels = table.with_format("arrow").select_columns(column)[:][column]
+    hidden = pc.equal(labels.cast(pa.string()), "-1")
+    return not pc.all(pc.fill_null(hidden, True)).as_py()
+
+
+def _split(table: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
+    texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
+    words = ["\n".join(map(normalised, row)) for row in zip(*texts, strict=True)]
+    groups = [table["group"].to_pylist()] if "group" in table.column_names else []
+    strata = table["domain"].to_pylist() if "domain" in table.column_names else [""] * len(table)
+    test = held_out(linked_rows(words, *groups), strata, fraction)
+    if test.all() or not test.any():
+        raise ConfigError(
+            f"data.test-fraction = {fraction}: {len(table)} examples cannot be split by group and duplicates"
+        )
+    return table.take(np.flatnonzero(~test)), table.take(np.flatnonzero(test))

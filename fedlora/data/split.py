@@ -1,0 +1,78 @@
+"""A held-out share in which nothing reappears that was trained on; it never depends on a run's seed."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from fedlora.seeding import stream
+
+_WORD = re.compile(r"\w+")
+
+
+def normalised(text: str) -> str:
+    """The words of a text in lower case with single blanks: what makes two texts duplicates.
+
+    >>> normalised("Good,  GOOD film!") == normalised("good good film")
+    True
+    """
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(_WORD.findall(folded)) or folded.strip()
+
+
+def linked_rows(*keys: Sequence[Hashable]) -> np.ndarray:
+    """For every row the number of its unit, shape (rows,): rows that share any key are one unit.
+
+    Sharing is transitive: two authors who wrote the same sentence become one unit.
+
+    >>> linked_rows(["ann", "ann", "bob", "cy"], ["hi", "yes", "yes", "no"]).tolist()
+    [0, 0, 0, 1]
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rows = np.arange(len(keys[0]))
+    first = []
+    for key in keys:
+        seen: dict[Hashable, int] = {}
+        first.append(np.array([seen.setdefault(value, row) for row, value in enumerate(key)], dtype=np.int64))
+    ends = (np.tile(rows, len(keys)), np.concatenate(first))
+    graph = coo_array((np.ones(len(ends[0]), dtype=np.int8), ends), shape=(len(rows), len(rows)))
+    units: np.ndarray = connected_components(graph, directed=False)[1]
+    return units
+
+
+def held_out(units: np.ndarray, strata: Sequence[Hashable], fraction: float) -> np.ndarray:
+    """Which rows are test rows, booleans of shape (rows,): whole units, the fraction of each stratum.
+
+    A unit belongs to the stratum of its first row. Units come in a fixed shuffled order; one that
+    would overshoot its stratum's share is passed over, except for the smallest of those at the end
+    if that brings the stratum nearer to its share.
+    """
+    _, first, inverse, sizes = np.unique(units, return_index=True, return_inverse=True, return_counts=True)
+    by_stratum: dict[Hashable, list[int]] = {}
+    for unit, row in enumerate(first):
+        by_stratum.setdefault(strata[int(row)], []).append(unit)
+    chosen = np.zeros(len(first), dtype=bool)
+    for stratum, members in by_stratum.items():
+        order = stream(0, "test-split", str(stratum)).permutation(members)
+        chosen[_fill(order, sizes, fraction)] = True
+    test: np.ndarray = chosen[inverse]
+    return test
+
+
+def _fill(order: np.ndarray, sizes: np.ndarray, fraction: float) -> list[int]:
+    room = fraction * int(sizes[order].sum())
+    chosen: list[int] = []
+    passed: list[int] = []
+    for unit in order.tolist():
+        fits = sizes[unit] <= room
+        (chosen if fits else passed).append(unit)
+        room -= int(sizes[unit]) if fits else 0
+    smallest = min(passed, key=lambda unit: int(sizes[unit]), default=None)
+    if smallest is not None and sizes[smallest] < 2 * room:
+        chosen.append(smallest)
+    return chosen

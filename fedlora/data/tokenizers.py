@@ -1,0 +1,147 @@
+"""From a model's name to its tokenizer: a directory of files, or the built-in one of ``tiny``."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedlora.assets import asset_path, file_sha256
+from fedlora.data.tiny_tokenizer import TinyTokenizer
+from fedlora.errors import AssetError, ConfigError
+
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
+    "config.json",
+)  # fmt: skip
+"""What a tokenizer is read from; the model's config.json says of which kind it is."""
+
+
+class Tokenizer(Protocol):
+    """What preparing needs of a tokenizer."""
+
+    @property
+    def identity(self) -> str:
+        """Differs where two tokenizers could give different ids."""
+
+    @property
+    def pad_token_id(self) -> int:
+        """Fills up a batch."""
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+    ) -> Sequence[Sequence[int]]:
+        """Token ids of each text (with its pair), specials added, cut to ``max_length``, not padded."""
+
+
+class PretrainedTokenizer:
+    """A tokenizer of transformers in a directory; transformers is imported when first needed."""
+
+    def __init__(self, directory: Path, name: str) -> None:
+        self.directory = directory
+        self.name = name
+
+    @cached_property
+    def identity(self) -> str:
+        """A hash over the tokenizer's files.
+
+        Raises:
+            ConfigError: the directory holds no tokenizer.
+        """
+        files = sorted({file for pattern in TOKENIZER_FILES for file in self.directory.glob(pattern)})
+        if not any(file.name != "config.json" for file in files):
+            raise ConfigError(
+                f"model.name = {self.name!r}: holds no tokenizer (tokenizer.json, vocab.txt, ...)"
+            )
+        digest = hashlib.sha256()
+        for file in files:
+            digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def pad_token_id(self) -> int:
+        """The padding token, else (with a warning) the end-of-sequence token.
+
+        Raises:
+            ConfigError: the tokenizer has neither.
+        """
+        pad, eos = self._loaded.pad_token_id, self._loaded.eos_token_id
+        if pad is None and eos is None:
+            raise ConfigError(f"model.name = {self.name!r}: its tokenizer has no padding or end token")
+        if pad is None:
+            warnings.warn(
+                f"model.name = {self.name!r}: no padding token, batches are padded with the end token",
+                stacklevel=2,
+            )
+        return int(eos if pad is None else pad)
+
+    def encode(
+        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+    ) -> Sequence[Sequence[int]]:
+        """Token ids of each text (with its pair), specials added, cut to ``max_length``, not padded.
+
+        Raises:
+            ConfigError: the model takes only shorter sequences.
+        """
+        longest = self._loaded.model_max_length
+        if max_length > longest:
+            raise ConfigError(f"data.max-length = {max_length}: {self.name!r} takes at most {longest} tokens")
+        encoded = self._loaded(
+            list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    @cached_property
+    def _loaded(self) -> Any:
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.directory)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(
+                f"model.name = {self.name!r}: its tokenizer cannot be read ({_first_line(error)})"
+            ) from None
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of ``model.name``: ``tiny``, a built-in model, a directory, or a hub id.
+
+    Raises:
+        ConfigError: no such directory, or no tokenizer in it.
+        AssetError: it could not be fetched.
+    """
+    if name == "tiny":
+        return TinyTokenizer()
+    if name == "minilm":
+        return PretrainedTokenizer(asset_path(name), name)
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return PretrainedTokenizer(directory, name)
+    if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
+        raise ConfigError(f"model.name = {name!r}: no such directory")
+    return PretrainedTokenizer(_from_hub(name), name)
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        raise ConfigError(f"{_absent(name)}, and no hub id ({_first_line(error)})") from None
+    except OSError as error:
+        raise AssetError(f"{_absent(name)}, and the hub gives none ({_first_line(error)})") from None
+
+
+def _absent(name: str) -> str:
+    return f"model.name = {name!r}: not built in (minilm, tiny), no directory"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

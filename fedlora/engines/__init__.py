@@ -1,0 +1,1 @@
+"""How messages reach clients: fedlora's own engine is a Flower Grid on Ray actors."""

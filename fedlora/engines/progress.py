@@ -1,0 +1,64 @@
+"""Progress for people: a bar on a terminal, one plain line a round elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+class RoundProgress:
+    """Shows the rounds of one run as they finish.
+
+    Args:
+        title: what is running.
+        num_server_rounds: how many rounds it has.
+    """
+
+    def __init__(self, title: str, num_server_rounds: int) -> None:
+        self._title, self._total = title, num_server_rounds
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description:24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=num_server_rounds, status="starting")
+
+    def __enter__(self) -> RoundProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def begin(self, finished: int) -> None:
+        """Clients are about to be asked; ``finished`` rounds were done before."""
+        self._bar.update(self._task, completed=finished, status="training")
+        if not self._console.is_terminal:
+            self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)
+
+    def update(self, record: dict[str, Any]) -> None:
+        """A round is done; ``record`` is its line in ``rounds.jsonl``."""
+        shown = [f"{key} {record[key]:.3f}" for key in ("accuracy", "epsilon") if record.get(key) is not None]
+        self._bar.update(self._task, completed=record["round"], status=", ".join(shown))
+        if not self._console.is_terminal:
+            lost = f", {len(record['refused'])} refused" if record["refused"] else ""
+            done = f"{self._title}: round {record['round']}/{self._total} {', '.join(shown)}{lost}"
+            self._console.print(f"{done}, {record['seconds']:.1f} s", highlight=False)

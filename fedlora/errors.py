@@ -1,0 +1,31 @@
+"""The errors a user can meet; each message is one line that names the thing, its value and the way out."""
+
+from __future__ import annotations
+
+
+class FedLoraError(Exception):
+    """Base of every error that fedlora raises on purpose."""
+
+
+class ConfigError(FedLoraError, ValueError):
+    """A request that cannot be carried out as written (exit code 2)."""
+
+
+class FactorShapeError(FedLoraError, ValueError):
+    """LoRA factors whose shapes, ranks or modules do not fit together."""
+
+
+class UpdateRefused(FedLoraError, ValueError):
+    """A client's reply that must not be aggregated; the round goes on without it."""
+
+
+class RunFailed(FedLoraError, RuntimeError):
+    """A run that had to stop; what it wrote before is kept (exit code 1)."""
+
+
+class AssetError(FedLoraError, RuntimeError):
+    """A model or dataset that could not be fetched or does not have its pinned hash."""
+
+
+class BudgetExceeded(FedLoraError):
+    """A client that may not train again without breaking its privacy budget."""

@@ -1,0 +1,205 @@
+"""LoRA factors as a type, and products of them that are never multiplied out.
+
+Notation used by every rule (one adapted linear layer, weight ``W`` of shape (out, in)):
+
+    A (r, in), B (out, r), s = scaling,  delta = s * B @ A
+
+A sum of such products, for instance the target ``T = sum_k p_k s_k B_k A_k``, is kept *stacked*
+as one `Product`: ``left (out, R) @ right (R, in)`` with ``R = sum_k r_k``. Norms, inner products
+and the SVD of a `Product` cost O((out + in) R^2) and never need the (out, in) matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import FactorShapeError
+
+Tensors = dict[str, Tensor]
+"""Named tensors: a trained head, a rule's own memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFactors:
+    """One layer's adapter: ``delta = scaling * B @ A``.
+
+    Attributes:
+        A: (r, in), the factor that meets the input.
+        B: (out, r), the factor that meets the output.
+        scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+
+    Raises:
+        FactorShapeError: A and B do not share a rank, or are not matrices.
+
+    >>> f = LoraFactors(A=torch.ones(2, 3), B=torch.ones(4, 2), scaling=0.5)
+    >>> f.rank, f.in_features, f.out_features, f.delta()[0, 0].item()
+    (2, 3, 4, 1.0)
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
+            raise FactorShapeError(
+                f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not (r, in) and (out, r)"
+            )
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    def delta(self) -> Tensor:
+        """The dense (out, in) change of the weight; for export and tests only."""
+        return self.scaling * (self.B @ self.A)
+
+
+AdapterSet = dict[str, LoraFactors]
+"""Module name (as in ``model.named_modules()``) -> its factors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A matrix held as ``left (out, R) @ right (R, in)``."""
+
+    left: Tensor
+    right: Tensor
+
+    def __post_init__(self) -> None:
+        if self.left.shape[1] != self.right.shape[0]:
+            raise FactorShapeError(
+                f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not chain"
+            )
+
+    @property
+    def rank_bound(self) -> int:
+        """R: the product's rank is at most this, and at most min(out, in)."""
+        return self.left.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def dense(self) -> Tensor:
+        """The (out, in) matrix; for applying to a base weight and for tests."""
+        return self.left @ self.right
+
+
+def stack(terms: Iterable[tuple[float, LoraFactors]]) -> Product:
+    """``sum_k w_k s_k B_k A_k`` as one product: weight and scaling go into the right factor only.
+
+    >>> f = LoraFactors(torch.ones(1, 2), torch.ones(3, 1), 2.0)
+    >>> stack([(0.25, f), (0.75, f)]).dense()[0, 0].item()
+    2.0
+    """
+    pairs = list(terms)
+    return Product(
+        torch.cat([f.B for _, f in pairs], dim=1),
+        torch.cat([(w * f.scaling) * f.A for w, f in pairs], dim=0),
+    )
+
+
+def add(*products: Product) -> Product:
+    """The sum of products of one shape, still stacked."""
+    return Product(
+        torch.cat([p.left for p in products], dim=1), torch.cat([p.right for p in products], dim=0)
+    )
+
+
+def scale(factor: float, product: Product) -> Product:
+    """``factor * product``; the factor goes into the right side."""
+    return Product(product.left, factor * product.right)
+
+
+def inner(p: Product, q: Product) -> float:
+    """Frobenius inner product ``<P, Q> = sum[(L_P^T L_Q) * (R_P R_Q^T)]``, in float64.
+
+    >>> one = Product(torch.ones(3, 1), torch.ones(1, 2))
+    >>> inner(one, one)
+    6.0
+    """
+    left = p.left.double().T @ q.left.double()
+    right = p.right.double() @ q.right.double().T
+    return float((left * right).sum())
+
+
+def norm(p: Product) -> float:
+    """Frobenius norm by Gram matrices, in float64 (relative error about 1e-8 under cancellation)."""
+    return math.sqrt(max(inner(p, p), 0.0))
+
+
+def svd(p: Product) -> tuple[Tensor, Tensor, Tensor]:
+    """The exact thin SVD ``U (out, q), S (q,), Vh (q, in)`` of a product, q = min(R, out, in).
+
+    QR of both sides, then an SVD of the R x R core (`algorithms.md` calls it the QR core); where R
+    is not smaller than the layer itself the dense matrix is the smaller one and is used instead.
+    Signs are fixed so that equal inputs give equal bits: in each row of Vh the entry of
+    largest magnitude is positive.
+    """
+    out_features, in_features = p.left.shape[0], p.right.shape[1]
+    if p.rank_bound >= min(out_features, in_features):
+        U, S, Vh = torch.linalg.svd(p.dense(), full_matrices=False)
+    else:
+        Q_left, R_left = torch.linalg.qr(p.left)
+        Q_right, R_right = torch.linalg.qr(p.right.T)
+        core_U, S, core_Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+        U, Vh = Q_left @ core_U, core_Vh @ Q_right.T
+    peak = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0).to(Vh.dtype)
+    return U * sign.T, S, Vh * sign
+
+
+def truncate(p: Product, rank: int, scaling: float) -> LoraFactors:
+    """The best rank-``rank`` approximation (Eckart-Young) as an adapter of that scaling.
+
+    A has orthonormal rows, B carries the singular values: ``A = V_r^T, B = U_r S_r / scaling``.
+    Missing directions (R < rank) are zero rows and columns, so the adapter always has ``rank``.
+    """
+    U, S, Vh = svd(p)
+    q = min(rank, S.numel())
+    A = Vh.new_zeros(rank, Vh.shape[1])
+    B = U.new_zeros(U.shape[0], rank)
+    A[:q] = Vh[:q]
+    B[:, :q] = U[:, :q] * (S[:q] / scaling)
+    return LoraFactors(A, B, scaling)
+
+
+def resize(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
+    """The leading ``rank`` rows of A and columns of B (zero-padded if there are fewer).
+
+    B absorbs the change of scaling, so that with ``rank`` at least the old one the product stays.
+    """
+    q = min(rank, factors.rank)
+    A = factors.A.new_zeros(rank, factors.in_features)
+    B = factors.B.new_zeros(factors.out_features, rank)
+    A[:q] = factors.A[:q]
+    B[:, :q] = factors.B[:, :q] * (factors.scaling / scaling)
+    return LoraFactors(A, B, scaling)
+
+
+def as_product(factors: LoraFactors) -> Product:
+    """The adapter's delta as a product (scaling in the right side)."""
+    return stack([(1.0, factors)])
+
+
+def check_same_modules(expected: Mapping[str, object], given: Mapping[str, object], who: str) -> None:
+    """Refuse adapters over other modules than expected, naming the first difference."""
+    missing = sorted(set(expected) - set(given))
+    foreign = sorted(set(given) - set(expected))
+    if missing or foreign:
+        what, name = ("lacks", missing[0]) if missing else ("has the unknown", foreign[0])
+        raise FactorShapeError(f"{who} {what} module {name} ({len(expected)} modules are expected)")

@@ -1,0 +1,58 @@
+"""Starting values of an adapter, drawn from named streams so that everybody can draw them again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import ConfigError
+from fedlora.factors import AdapterSet, LoraFactors
+from fedlora.seeding import torch_stream
+from fedlora.updates import ModuleSpec
+
+INIT_A = ("kaiming", "orthonormal")
+
+
+def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """A starting A of shape (rank, in), float32.
+
+    ``kaiming``: uniform on (-1/sqrt(in), 1/sqrt(in)), which is PEFT's and loralib's Kaiming-uniform
+    with a = sqrt(5). ``orthonormal``: orthonormal rows, from the QR of a Gaussian matrix; its rows
+    are about sqrt(3) longer than Kaiming's.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
+    if kind == "kaiming":
+        bound = 1.0 / math.sqrt(in_features)
+        return (torch.rand(rank, in_features, generator=generator) * 2 - 1) * bound
+    if kind == "orthonormal":
+        gaussian = torch.randn(in_features, rank, generator=generator, dtype=torch.float64)
+        Q, R = torch.linalg.qr(gaussian)
+        rows: Tensor = (Q * R.diagonal().sign()).T
+        return rows.float().contiguous()
+    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(INIT_A)}")
+
+
+def fresh_adapters(
+    modules: Mapping[str, ModuleSpec],
+    rank: int,
+    scaling: float,
+    seed: int,
+    init_a: str = "kaiming",
+) -> AdapterSet:
+    """An adapter with B = 0 and a drawn A; each module has its own stream of ``seed``.
+
+    The same arguments give the same bits on every machine for ``kaiming`` (no linear algebra).
+    """
+    return {
+        name: LoraFactors(
+            A=initial_a(init_a, rank, spec.in_features, torch_stream(seed, "init-a", name)),
+            B=torch.zeros(spec.out_features, rank),
+            scaling=scaling,
+        )
+        for name, spec in modules.items()
+    }

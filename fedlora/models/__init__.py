@@ -1,0 +1,23 @@
+"""The frozen base model, the LoRA adapter inside it, and the adapter as PEFT files.
+
+Importing this package imports transformers and PEFT (seconds); do it where a model is needed.
+"""
+
+from fedlora.models.adapted import AdaptedModel, Trainable
+from fedlora.models.build import TINY_VOCAB_SIZE, build_model, pick_device
+from fedlora.models.export import AdapterCard, load_adapter, save_adapter
+from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
+
+__all__ = [
+    "TINY_VOCAB_SIZE",
+    "AdaptedModel",
+    "AdapterCard",
+    "Trainable",
+    "build_model",
+    "head_tensors",
+    "linear_layers",
+    "load_adapter",
+    "pick_device",
+    "resolve_targets",
+    "save_adapter",
+]

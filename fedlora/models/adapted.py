@@ -1,0 +1,222 @@
+"""One resident base model that serves clients of different ranks, one after the other."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft.functional import inject_adapter_in_model, set_adapter
+from torch import Tensor, nn
+
+from fedlora.errors import ConfigError, FactorShapeError
+from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
+from fedlora.models.layers import head_tensors, is_transposed, linear_layers
+from fedlora.models.moving import MovingBase
+from fedlora.updates import ModuleSpec, Patch, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """The parameters that a client trains; ``query.A`` and ``query.B`` are the factors of ``query``."""
+
+    factors: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return [*self.factors.values(), *self.head.values()]
+
+
+class AdaptedModel:
+    """A frozen base with LoRA from PEFT, one PEFT adapter for each rank that was asked for.
+
+    `load` makes one client's (or the global) adapter the only active one; `read` takes it out.
+
+    Attributes:
+        module: the model; call it with ``input_ids`` and ``attention_mask``, it returns ``.logits``.
+        modules: the adapted layers, in the order of the model.
+        initial_head: the head before any training.
+        fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
+    """
+
+    def __init__(self, module: nn.Module, modules: Collection[str]) -> None:
+        """Adapt the named layers of a model from `build_model`, in place."""
+        self.module = module.requires_grad_(False).eval()
+        self.modules: dict[str, ModuleSpec] = {n: s for n, s in linear_layers(module).items() if n in modules}
+        layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}
+        self.initial_head: Tensors = {n: _copy(p) for n, p in head_tensors(module).items()}
+        self.fan_in_fan_out = any(map(is_transposed, layers.values()))
+        self._base = MovingBase(layers)
+        self._head = head_tensors(module)
+        self._adapters: dict[int, str] = {}
+        self._active = ""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    def template(self, rank: int, scaling: float, *, share_head: bool = True) -> Template:
+        """What a rule must know before round 1.
+
+        Args:
+            rank: the global adapter's rank.
+            scaling: the global adapter's scaling.
+            share_head: whether the head is trained and averaged.
+
+        Raises:
+            ConfigError: the rank is larger than a layer allows.
+        """
+        self.check_rank(rank)
+        head = dict(self.initial_head) if share_head else {}
+        return Template(modules=self.modules, rank=rank, scaling=scaling, head=head)
+
+    def check_rank(self, rank: int) -> None:
+        """Refuse a rank that is larger than an adapted layer allows."""
+        for name, spec in self.modules.items():
+            most = min(spec.out_features, spec.in_features)
+            if rank > most:
+                raise ConfigError(f"lora.rank = {rank}: {name} allows at most {most}")
+
+    def load(
+        self,
+        adapters: AdapterSet,
+        head: Mapping[str, Tensor],
+        *,
+        trains: frozenset[str] = frozenset(),
+        modules: frozenset[str] | None = None,
+        dropout: float = 0.0,
+        train_head: bool = False,
+    ) -> None:
+        """Make these values the model's own; nothing of the last client remains.
+
+        Args:
+            adapters: factors of one rank for every adapted layer.
+            head: head tensors; those not given take their initial values.
+            trains: the factors that will be trained, a subset of {"A", "B"}.
+            modules: the layers whose factors will be trained; None means all.
+            dropout: on the adapter's input, while training.
+            train_head: whether the head will be trained.
+
+        Raises:
+            FactorShapeError: other layers, other shapes, or more than one rank.
+            ConfigError: the rank is larger than a layer allows.
+        """
+        self._check(adapters, head)
+        self._activate(next(iter(adapters.values())).rank)
+        for name, factors in adapters.items():
+            layer = self._lora(name)
+            layer.scaling[self._active] = factors.scaling
+            layer.lora_dropout[self._active].p = dropout
+            trained = modules is None or name in modules
+            for letter, parameter in self._factors(name).items():
+                _assign(parameter, getattr(factors, letter), trained and letter in trains)
+        for name, parameter in self._head.items():
+            _assign(parameter, head.get(name, self.initial_head[name]), train_head)
+        self.module.eval()
+
+    def read(self) -> tuple[AdapterSet, Tensors]:
+        """The active adapter and the whole head, as detached float32 copies on the CPU."""
+        adapters = {
+            name: LoraFactors(
+                **{letter: _copy(p) for letter, p in self._factors(name).items()},
+                scaling=self._lora(name).scaling[self._active],
+            )
+            for name in self.modules
+        }
+        return adapters, {name: _copy(p) for name, p in self._head.items()}
+
+    def trainable(self) -> Trainable:
+        """The parameters that the last `load` asked to train."""
+        factors = {
+            f"{name}.{letter}": parameter
+            for name in self.modules
+            for letter, parameter in self._factors(name).items()
+            if parameter.requires_grad
+        }
+        return Trainable(factors, {n: p for n, p in self._head.items() if p.requires_grad})
+
+    @contextmanager
+    def training(self) -> Iterator[Trainable]:
+        """The trained parameters, while LoRA dropout is on and the base stays in evaluation mode."""
+        for module in self.module.modules():
+            module.training = any(p.requires_grad for p in module.parameters(recurse=False))
+        for name in self.modules:
+            dropout = self._lora(name).lora_dropout[self._active]
+            dropout.train(dropout.p > 0)
+        try:
+            yield self.trainable()
+        finally:
+            self.module.eval()
+            self.module.zero_grad(set_to_none=True)
+
+    @property
+    def base_version(self) -> int:
+        """How many patches are in the base weights."""
+        return self._base.version
+
+    def move_base(self, patches: Sequence[Patch], since: int = 0) -> None:
+        """See `MovingBase.move`: patches ``since + 1, since + 2, ...``, each applied once."""
+        self._base.move(patches, since)
+
+    def reset_base(self) -> None:
+        """Back to the pristine base, version 0."""
+        self._base.reset()
+
+    def _lora(self, name: str) -> Any:
+        """PEFT's layer in place of the adapted one; there is none before the first `load`."""
+        return self.module.get_submodule(name)
+
+    def _factors(self, name: str) -> dict[str, nn.Parameter]:
+        layer = self._lora(name)
+        return {"A": layer.lora_A[self._active].weight, "B": layer.lora_B[self._active].weight}
+
+    def _activate(self, rank: int) -> None:
+        """One PEFT adapter per rank; its values, scaling and dropout are set by `load`."""
+        if rank not in self._adapters:
+            self.check_rank(rank)
+            self._adapters[rank] = f"rank{rank}"
+            config = PeftLoraConfig(
+                r=rank,
+                lora_dropout=0.5,
+                target_modules=list(self.modules),
+                fan_in_fan_out=self.fan_in_fan_out,
+                init_lora_weights=False,
+            )
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+                inject_adapter_in_model(config, self.module, self._adapters[rank])
+        if self._adapters[rank] != self._active:
+            self._active = self._adapters[rank]
+            set_adapter(self.module, self._active)
+
+    def _check(self, adapters: AdapterSet, head: Mapping[str, Tensor]) -> None:
+        check_same_modules(self.modules, adapters, "the adapter")
+        ranks = sorted({factors.rank for factors in adapters.values()})
+        if len(ranks) > 1:
+            raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
+        for name, factors in adapters.items():
+            spec, shape = self.modules[name], (factors.out_features, factors.in_features)
+            if shape != (spec.out_features, spec.in_features):
+                raise FactorShapeError(
+                    f"{name}: the factors are for a layer {shape}, the layer is "
+                    f"{(spec.out_features, spec.in_features)}"
+                )
+        for name, tensor in head.items():
+            if name not in self._head or self._head[name].shape != tensor.shape:
+                known = ", ".join(f"{n} {tuple(p.shape)}" for n, p in self._head.items())
+                raise FactorShapeError(f"the head has no {name} {tuple(tensor.shape)}, it is {known}")
+
+
+def _copy(parameter: nn.Parameter) -> Tensor:
+    return parameter.detach().to("cpu", torch.float32, copy=True)
+
+
+def _assign(parameter: nn.Parameter, value: Tensor, trained: bool) -> None:
+    with torch.no_grad():
+        parameter.copy_(value)
+    parameter.requires_grad_(trained)

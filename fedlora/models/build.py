@@ -1,0 +1,166 @@
+"""Building the frozen base: a pretrained encoder with a classification head on top."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from fedlora.assets import asset_path
+from fedlora.config import ModelConfig
+from fedlora.errors import ConfigError
+from fedlora.models.layers import head_tensors
+from fedlora.seeding import derive, torch_stream
+
+TINY_VOCAB_SIZE = 1000
+HEAD_STD = 0.02
+"""Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
+
+
+class MeanPooledClassifier(nn.Module):
+    """A transformer, the mean of its token states over the attention mask, and a linear layer.
+
+    It can be the base of a PEFT model: ``config`` is the transformer's own.
+    """
+
+    base_model_prefix = "backbone"
+
+    def __init__(self, backbone: Any, num_labels: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config: Any = backbone.config
+        self.config.num_labels = num_labels
+        self.classifier = nn.Linear(self.config.hidden_size, num_labels)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> SequenceClassifierOutput:
+        """The logits (batch, num_labels), and the mean cross entropy if there are labels."""
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(states.dtype)
+        pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+def build_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    """The frozen float32 base in evaluation mode, on the CPU.
+
+    The head, and anything else that the checkpoint lacks, is drawn from streams of ``seed``; the
+    global random state stays as it was. A head that the checkpoint brings is kept.
+
+    Raises:
+        ConfigError: the model cannot be found, or has no place for a mean or for a head.
+        AssetError: a built-in model could not be fetched.
+    """
+    with _quiet(), _drawn_from(seed, "missing-weights"):
+        if config.pooling == "mean":
+            model = _mean_pooled(config.name, num_labels, seed)
+        else:
+            model = _with_own_head(config.name, num_labels)
+    return model.requires_grad_(False).eval()
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``engine.device``; ``auto`` takes cuda, then mps, then cpu.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name, False):
+        there = ", ".join(device for device, here in available.items() if here)
+        raise ConfigError(f"engine.device = {name!r}: not available here, accepted are auto, {there}")
+    return torch.device(name)
+
+
+def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:
+    backbone = _tiny_backbone() if name == "tiny" else _pretrained(AutoModel, name)
+    if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "hidden_size"):
+        raise ConfigError(
+            f"model.name = {name!r}: {backbone.config.model_type} has no single sequence of token states, "
+            'use model.pooling = "model"'
+        )
+    model = MeanPooledClassifier(backbone, num_labels)
+    fresh = torch.randn(model.classifier.weight.shape, generator=torch_stream(seed, "head"))
+    model.classifier.weight.data.copy_(HEAD_STD * fresh)
+    model.classifier.bias.data.zero_()
+    return model
+
+
+def _with_own_head(name: str, num_labels: int) -> nn.Module:
+    if name == "tiny":
+        model = AutoModelForSequenceClassification.from_config(_tiny_config(num_labels))
+        model.bert.load_state_dict(_tiny_backbone().state_dict(), strict=False)
+    else:
+        model = _pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels)
+    if model.config.pad_token_id is None:  # decoders need one to find the last token of a padded batch
+        model.config.pad_token_id = model.config.eos_token_id
+    head: nn.Module = model
+    if not head_tensors(head):
+        raise ConfigError(f"model.name = {name!r}: {type(model).__name__} has no classification head")
+    return head
+
+
+def _pretrained(kind: Any, name: str, **arguments: Any) -> Any:
+    """The pretrained weights in float32 from a built-in asset, a directory or the hub."""
+    source = asset_path(name) if name == "minilm" else name
+    try:
+        config = AutoConfig.from_pretrained(source, **arguments)
+        return kind.from_pretrained(source, config=config, dtype=torch.float32)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"model.name = {name!r}: accepted are minilm, tiny, a directory with a transformers model and a "
+            f"Hugging Face id ({reason})"
+        ) from None
+
+
+def _tiny_config(num_labels: int = 2) -> BertConfig:
+    return BertConfig(
+        vocab_size=TINY_VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        num_labels=num_labels,
+    )
+
+
+def _tiny_backbone() -> Any:
+    """The same random weights for every seed of a run."""
+    with _drawn_from(0, "tiny"):
+        return BertModel(_tiny_config())
+
+
+@contextmanager
+def _drawn_from(seed: int, purpose: str) -> Iterator[None]:
+    """Libraries that draw from the global CPU state draw from a named stream; the state is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, purpose))
+        yield
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No loading report and no loading bar: a new head is what we ask for."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()

@@ -1,0 +1,153 @@
+"""The trained adapter as files that PEFT reads, with what is needed to rebuild the base beside it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+
+from fedlora.config import ModelConfig
+from fedlora.errors import ConfigError
+from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_product, svd
+from fedlora.files import new_directory
+from fedlora.models.build import build_model
+from fedlora.threads import one_thread
+from fedlora.updates import State
+
+CARD_FILE = "fedlora.json"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterCard:
+    """What rebuilds the base that an adapter belongs to; kept as ``fedlora.json``.
+
+    Attributes:
+        model: which base.
+        label_names: the classes, in the order of the logits.
+        max_length: longest sequence in tokens.
+        seed: the seed of `build_model`, for weights that neither checkpoint nor adapter bring.
+    """
+
+    model: ModelConfig
+    label_names: tuple[str, ...]
+    max_length: int
+    seed: int
+
+    def write(self, directory: Path) -> None:
+        """Write ``fedlora.json``."""
+        (directory / CARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> AdapterCard:
+        """The card of a directory from `save_adapter`.
+
+        Raises:
+            ConfigError: no such file, or not what `save_adapter` writes.
+        """
+        path = directory / CARD_FILE
+        try:
+            fields = json.loads(path.read_text())
+            return cls(
+                model=ModelConfig(**fields["model"]),
+                label_names=tuple(fields["label_names"]),
+                max_length=fields["max_length"],
+                seed=fields["seed"],
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None
+
+
+def save_adapter(
+    directory: Path, state: State, head: Tensors, card: AdapterCard, *, fan_in_fan_out: bool = False
+) -> None:
+    """Write the global model of a state as a PEFT adapter over the pristine base.
+
+    ``PeftModel.from_pretrained(build_model(...), directory)`` then computes what the federated model
+    computes. Base patches are folded into the adapter (see `global_adapters`). An adapter that was
+    there before is replaced at once, never half.
+
+    Args:
+        directory: created or replaced.
+        state: the state to export.
+        head: the head tensors that ``state.head`` does not have, for instance those of a frozen head.
+        card: written beside the adapter.
+        fan_in_fan_out: as the `AdaptedModel` has it; PEFT warns and corrects it where it is wrong.
+    """
+    adapters, head = global_adapters(state), {**head, **state.head}
+    with new_directory(directory) as fresh:
+        peft_config(adapters, head, fan_in_fan_out).save_pretrained(fresh)
+        save_file(peft_tensors(adapters, head), fresh / "adapter_model.safetensors", {"format": "pt"})
+        card.write(fresh)
+
+
+def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, AdapterCard]:
+    """The exported model in evaluation mode (a PeftModel), and its card.
+
+    Raises:
+        ConfigError: the directory does not hold an adapter that fedlora wrote.
+    """
+    card = AdapterCard.read(directory)
+    base = build_model(card.model, len(card.label_names), card.seed)
+    try:
+        model: nn.Module = PeftModel.from_pretrained(base, directory, torch_device="cpu")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{directory}: not a PEFT adapter of {card.model.name} ({reason})") from None
+    return model.to(device).eval(), card
+
+
+def global_adapters(state: State) -> AdapterSet:
+    """Adapters that make the global model from the pristine base, ranks differing by layer if need be.
+
+    Where the base never moved this is the state's own adapter, bit for bit. A layer with patches gets
+    the SVD of patches + adapter, at most min(out, in) directions, with scaling 1.
+    """
+    merged: AdapterSet = {}
+    for name, factors in state.adapters.items():
+        products = [patch.products[name] for patch in state.base if name in patch.products]
+        if not products:
+            merged[name] = factors
+            continue
+        merged[name] = _recompressed(add(*products, as_product(factors)))
+    return merged
+
+
+def peft_config(adapters: AdapterSet, head: Tensors, fan_in_fan_out: bool = False) -> PeftLoraConfig:
+    """PEFT's configuration of an adapter; alpha is scaling * rank, so that rsLoRA needs no flag."""
+    ranks = {name: factors.rank for name, factors in adapters.items()}
+    alphas = {name: factors.scaling * factors.rank for name, factors in adapters.items()}
+    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    return PeftLoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: r for name, r in ranks.items() if r != rank},
+        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
+        target_modules=list(adapters),
+        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
+        fan_in_fan_out=fan_in_fan_out,
+        inference_mode=True,
+    )
+
+
+def peft_tensors(adapters: AdapterSet, head: Tensors) -> Tensors:
+    """The tensors under the names of PEFT's checkpoint format."""
+    tensors = {PEFT_PREFIX + name: tensor for name, tensor in head.items()}
+    for name, factors in adapters.items():
+        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.A
+        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.B
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def _recompressed(product: Product) -> LoraFactors:
+    """The product as B = U S, A = V^T, without directions below float32 resolution (at least one stays)."""
+    with one_thread():
+        U, S, Vh = svd(product)
+    kept = max(1, int((S[0] * torch.finfo(S.dtype).eps < S).sum()))
+    return LoraFactors(A=Vh[:kept], B=U[:, :kept] * S[:kept], scaling=1.0)

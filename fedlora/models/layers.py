@@ -1,0 +1,99 @@
+"""Which layers of a model take an adapter, and which tensors are its classification head."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.config import name_list
+from fedlora.errors import ConfigError
+from fedlora.updates import ModuleSpec
+
+LinearLayer: TypeAlias = nn.Linear | Conv1D
+"""A layer that can take an adapter."""
+
+
+def head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The classification head: every parameter outside the model's own base, in the order of the model.
+
+    By transformers' convention the pretrained part is the child that ``base_model_prefix`` names and
+    everything beside it (``classifier``, ``score``, ``pre_classifier``, ...) belongs to the task.
+    """
+    base = f"{model.base_model_prefix}."
+    return {name: p for name, p in model.named_parameters() if not name.startswith(base)}
+
+
+def head_modules(model: nn.Module) -> tuple[str, ...]:
+    """The children that hold the head, as PEFT's ``modules_to_save`` wants them."""
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in head_tensors(model)))
+
+
+def linear_layers(model: nn.Module) -> dict[str, ModuleSpec]:
+    """Every layer of the base that can take an adapter (nn.Linear, Conv1D), in the order of the model."""
+    base = f"{model.base_model_prefix}."
+    return {
+        name: layer_spec(module)
+        for name, module in model.named_modules()
+        if name.startswith(base) and isinstance(module, LinearLayer)
+    }
+
+
+def is_transposed(layer: LinearLayer) -> bool:
+    """Whether the weight is stored (in, out), as in transformers' Conv1D."""
+    return isinstance(layer, Conv1D)
+
+
+def oriented(layer: LinearLayer, matrix: Tensor) -> Tensor:
+    """An (out, in) matrix in the orientation of the layer's weight."""
+    return matrix.T if is_transposed(layer) else matrix
+
+
+def layer_spec(layer: LinearLayer) -> ModuleSpec:
+    """The layer's size in nn.Linear orientation."""
+    out_features, in_features = oriented(layer, layer.weight).shape
+    return ModuleSpec(out_features=out_features, in_features=in_features)
+
+
+def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
+    """The names of the layers that ``lora.target-modules`` means, in the order of the model.
+
+    Args:
+        model: a base without adapters, from `build_model`.
+        target_modules: comma list of names or their endings (``query`` means every ``*.query``);
+            empty means PEFT's choice for the architecture.
+
+    Raises:
+        ConfigError: an ending that matches no linear layer, or an architecture that PEFT does not know.
+    """
+    endings = name_list(target_modules) or _default_endings(model)
+    layers, config = linear_layers(model), _config(model)
+    chosen: set[str] = set()
+    for ending in endings:
+        matches = [name for name in layers if name == ending or name.endswith(f".{ending}")]
+        if not matches:
+            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            raise ConfigError(
+                f"lora.target-modules = {target_modules!r}: no linear layer is called {ending!r}, "
+                f"{config.model_type} has {known}"
+            )
+        chosen.update(matches)
+    return tuple(name for name in layers if name in chosen)
+
+
+def _default_endings(model: nn.Module) -> tuple[str, ...]:
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
+
+    model_type = _config(model).model_type
+    endings = known.get(model_type)
+    if not isinstance(endings, list):
+        raise ConfigError(
+            f"lora.target-modules = '': PEFT has no default for {model_type}, "
+            "name the layers, for instance query,value"
+        )
+    return tuple(endings)
+
+
+def _config(model: nn.Module) -> Any:
+    return model.config

@@ -1,0 +1,84 @@
+"""The base weights as they move: ``W_v = W_{v-1} + P_v`` in float32, the same bits for everybody."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import FactorShapeError, RunFailed
+from fedlora.factors import Product
+from fedlora.models.layers import LinearLayer, layer_spec, oriented
+from fedlora.threads import one_thread
+from fedlora.updates import Patch
+
+
+class MovingBase:
+    """The weights of the adapted layers, and which patches are in them.
+
+    No weight is ever written in place: the pristine tensors may be shared between processes.
+    A weight in another type than float32 is kept as a float32 master beside it.
+    """
+
+    def __init__(self, layers: Mapping[str, LinearLayer]) -> None:
+        self._layers = dict(layers)
+        self._pristine: dict[str, Tensor] = {name: layer.weight.data for name, layer in layers.items()}
+        self._exact: dict[str, Tensor] = {}
+        self._applied: list[str] = []
+
+    @property
+    def version(self) -> int:
+        """How many patches are in the weights."""
+        return len(self._applied)
+
+    def move(self, patches: Sequence[Patch], since: int = 0) -> None:
+        """Apply ``P_{since+1}, P_{since+2}, ...`` in order; those already in the weights are skipped.
+
+        The bits do not depend on how many patches come in one call, nor on the number of threads.
+
+        Raises:
+            RunFailed: patches before ``since`` are missing here, or an applied patch was another one.
+            FactorShapeError: a patch for an unknown layer or of another shape.
+        """
+        if since > self.version:
+            raise RunFailed(f"base version {since} is needed to go on, this base has version {self.version}")
+        for number, patch in enumerate(patches, start=since + 1):
+            digest = patch.digest()
+            if number > self.version:
+                self._check(patch)
+                with one_thread(), torch.no_grad():
+                    for name in sorted(patch.products):
+                        self._add(name, patch.products[name])
+                self._applied.append(digest)
+            elif self._applied[number - 1] != digest:
+                raise RunFailed(
+                    f"base patch {number} is {digest[:12]}, but {self._applied[number - 1][:12]} is already "
+                    "in the weights: reset the base first"
+                )
+
+    def reset(self) -> None:
+        """Back to the pristine weights, version 0."""
+        for name, weight in self._pristine.items():
+            self._layers[name].weight.data = weight
+        self._exact.clear()
+        self._applied.clear()
+
+    def _add(self, name: str, product: Product) -> None:
+        layer = self._layers[name]
+        before = self._exact.get(name, self._pristine[name].float())
+        change = oriented(layer, product.dense().float().cpu())
+        after = before + change.to(before.device)
+        self._exact[name] = after
+        layer.weight.data = after.to(layer.weight.dtype)
+
+    def _check(self, patch: Patch) -> None:
+        for name, product in patch.products.items():
+            if name not in self._layers:
+                raise FactorShapeError(f"a base patch names {name}, which is not an adapted layer")
+            spec = layer_spec(self._layers[name])
+            shape = (product.left.shape[0], product.right.shape[1])
+            if shape != (spec.out_features, spec.in_features):
+                raise FactorShapeError(
+                    f"a base patch for {name} is {shape}, expected {(spec.out_features, spec.in_features)}"
+                )

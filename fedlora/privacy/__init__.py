@@ -1,0 +1,1 @@
+"""Accounting of differential privacy: noise for a budget, and what was spent."""

@@ -1,0 +1,32 @@
+"""A privacy loss never travels alone: epsilon with everything that it depends on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrivacySpent:
+    """What one client's training has cost so far.
+
+    Attributes:
+        epsilon: the loss, for the given delta.
+        delta: target delta.
+        granularity: what is hidden, ``example`` or ``client``.
+        neighboring_relation: how two data sets differ, ``add_or_remove_one``.
+        sampling_method: how batches are drawn, ``poisson``.
+        accountant: ``prv`` or ``rdp``.
+        noise_multiplier: noise standard deviation / clipping norm.
+        sample_rate: probability with which an example is in a batch.
+        steps: optimiser steps, over all rounds.
+    """
+
+    epsilon: float
+    delta: float
+    granularity: str
+    neighboring_relation: str
+    sampling_method: str
+    accountant: str
+    noise_multiplier: float
+    sample_rate: float
+    steps: int

@@ -1,0 +1,288 @@
+"""The run directory: what a run was asked, what happened round by round, and how to go on after a crash.
+
+    config.toml       the resolved configuration
+    provenance.json   versions, commit, hardware
+    rounds.jsonl      one JSON object a round
+    result.json       the last round and the evaluation on the whole test set
+    checkpoint/       everything needed to resume with the same bits
+    adapter/          the global adapter in PEFT's format
+    clients/          what simulated clients hold between rounds
+
+Files are replaced atomically; ``rounds.jsonl`` is appended and flushed before the checkpoint, so that a
+resumed run drops at most the line of a round that was not checkpointed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import tomllib
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from safetensors.torch import load, save
+
+from fedlora.config import FlatConfig, RunConfig, flatten, from_flat, to_flat
+from fedlora.errors import ConfigError
+from fedlora.factors import LoraFactors, Tensors
+from fedlora.files import write_atomic
+from fedlora.updates import Patch, State
+
+FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "engine.", "study.")
+"""Keys that a resumed run may set anew: they do not change the rounds that were done."""
+PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run between two rounds.
+
+    Attributes:
+        state: the rule's state.
+        participations: partition id -> rounds it was asked to train in.
+        holdings: partition id -> digests that it has acknowledged.
+        run_key: names the run towards its clients.
+    """
+
+    state: State
+    participations: dict[int, int]
+    holdings: dict[int, set[str]]
+    run_key: str
+
+
+class RunDirectory:
+    """One run's files.
+
+    Args:
+        path: the directory; made if it does not exist.
+        resume: go on with what is there.
+
+    Raises:
+        ConfigError: the directory holds something and ``resume`` is off.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"--out {path}: is a file, name a directory")
+        if path.is_dir() and any(path.iterdir()) and not resume:
+            raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def open(self, config: RunConfig) -> None:
+        """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.
+
+        Raises:
+            ConfigError: a key differs that changes what the finished rounds mean.
+        """
+        written = self.path / "config.toml"
+        flat = to_flat(config)
+        if written.exists():
+            before = read_config(written)
+            for key, value in to_flat(before).items():
+                if flat[key] != value and not key.startswith(FREE_TO_CHANGE):
+                    raise ConfigError(
+                        f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
+                    )
+        write_atomic(written, tomli_w.dumps(unflatten(flat)))
+        write_atomic(self.path / "provenance.json", json.dumps(provenance(config), indent=2) + "\n")
+
+    # --- rounds ------------------------------------------------------------------------------------
+
+    def append_round(self, record: dict[str, Any]) -> None:
+        """Add one line to ``rounds.jsonl``, flushed to disk."""
+        with (self.path / "rounds.jsonl").open("a") as stream:
+            stream.write(json.dumps(record) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The records so far; a half-written last line is left out."""
+        return read_rounds(self.path)
+
+    def keep_rounds(self, last: int) -> None:
+        """Drop the lines after round ``last``, those of rounds that were not checkpointed."""
+        kept = [json.dumps(r) + "\n" for r in self.rounds() if r["round"] <= last]
+        write_atomic(self.path / "rounds.jsonl", "".join(kept))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Replace ``result.json``."""
+        write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    # --- checkpoint ------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write the state, then point ``latest.json`` at it, then drop the state before it."""
+        folder, state = self.path / "checkpoint", checkpoint.state
+        for index, patch in enumerate(state.base):
+            path = folder / f"patch-{index + 1:05d}.safetensors"
+            if not path.exists():
+                write_atomic(path, save(_contiguous(patch.tensors())))
+        name = f"state-{state.round:05d}.safetensors"
+        write_atomic(folder / name, save(_contiguous(_state_tensors(state))))
+        about = {
+            "state": name,
+            "round": state.round,
+            "seed": state.seed,
+            "patches": len(state.base),
+            "scaling": {module: f.scaling for module, f in state.adapters.items()},
+            "participations": checkpoint.participations,
+            "holdings": {p: sorted(held) for p, held in checkpoint.holdings.items()},
+            "run-key": checkpoint.run_key,
+        }
+        write_atomic(folder / "latest.json", json.dumps(about) + "\n")
+        for old in folder.glob("state-*.safetensors"):
+            if old.name != name:
+                old.unlink(missing_ok=True)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint, or None if no round was finished."""
+        folder = self.path / "checkpoint"
+        if not (folder / "latest.json").exists():
+            return None
+        about = json.loads((folder / "latest.json").read_text())
+        tensors = load((folder / about["state"]).read_bytes())
+        patches = [
+            Patch.from_tensors(load((folder / f"patch-{v:05d}.safetensors").read_bytes()))
+            for v in range(1, about["patches"] + 1)
+        ]
+        adapters = {
+            module: LoraFactors(tensors[f"adapter.{module}.A"], tensors[f"adapter.{module}.B"], scaling)
+            for module, scaling in about["scaling"].items()
+        }
+        state = State(
+            round=about["round"],
+            adapters=adapters,
+            head=_under("head.", tensors),
+            base=tuple(patches),
+            memory=_under("memory.", tensors),
+            seed=about["seed"],
+        )
+        return Checkpoint(
+            state,
+            {int(p): n for p, n in about["participations"].items()},
+            {int(p): set(held) for p, held in about["holdings"].items()},
+            about["run-key"],
+        )
+
+
+def _state_tensors(state: State) -> Tensors:
+    tensors = {f"adapter.{m}.{side}": getattr(f, side) for m, f in state.adapters.items() for side in "AB"}
+    tensors |= {f"head.{name}": t for name, t in state.head.items()}
+    return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    """Copies that safetensors can write: contiguous, and none sharing memory."""
+    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+# --- reading and writing configurations ------------------------------------------------------------
+
+
+def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
+    """The configuration in a TOML file, with ``--set`` overrides on top.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a key or value that is not accepted.
+    """
+    try:
+        table = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ConfigError(f"{path}: not a TOML file ({error})") from None
+    return from_flat({**flatten(table), **(overrides or {})})
+
+
+def parse_overrides(assignments: list[str]) -> FlatConfig:
+    """``key=value`` strings as a flat configuration; a value is TOML, or else a plain string.
+
+    Raises:
+        ConfigError: an assignment without ``=``.
+
+    >>> parse_overrides(["lora.rank=4", "strategy.name=flora"])
+    {'lora.rank': 4, 'strategy.name': 'flora'}
+    """
+    flat: FlatConfig = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment}: must be key=value, for instance lora.rank=4")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        flat.update(flatten({key.strip(): value}))
+    return flat
+
+
+def unflatten(flat: FlatConfig) -> dict[str, Any]:
+    """Dotted keys to nested tables."""
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[name] = value
+    return nested
+
+
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """The records in a run directory's ``rounds.jsonl``."""
+    records = []
+    file = path / "rounds.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+# --- provenance -----------------------------------------------------------------------------------------
+
+
+def provenance(config: RunConfig) -> dict[str, Any]:
+    """Versions, commit, hardware and seed of a run."""
+    return {
+        "seed": config.seed,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with ``+changes`` if it has any."""
+    here = Path(__file__).parent
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *command], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")

@@ -1,0 +1,189 @@
+"""The answer of a study in sentences: what is best, what is not worth its cost, what privacy costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from fedlora.study.summary import (
+    CONTROL,
+    SAME_EPSILON,
+    WORTHWHILE,
+    Row,
+    beats,
+    difference,
+    resolution,
+    told_apart,
+)
+from fedlora.study.wording import SPACE, interval, listed, percent, points, signed, significant
+
+THRESHOLD = f"{100 * WORTHWHILE:g} points"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Sentences for the first screen.
+
+    Attributes:
+        headline: the best strategy without privacy and its accuracy.
+        verdict: whether it beats the control.
+        rivals: the strategies that this study cannot tell from the best; empty if there are none.
+        failing: one sentence for each run that does not beat the control or the majority.
+        scale: what the references reach; empty without references.
+        private: one sentence for each private run.
+        caveats: what the numbers cannot carry.
+    """
+
+    headline: Markup
+    verdict: Markup
+    rivals: Markup
+    failing: tuple[Markup, ...]
+    scale: Markup
+    private: tuple[Markup, ...]
+    caveats: tuple[Markup, ...]
+
+
+def find(rows: Sequence[Row]) -> Findings:
+    """The findings of a study."""
+    plain = [r for r in rows if r.kind == "strategy" and not r.private]
+    control = next((r for r in plain if r.strategy == CONTROL), None)
+    candidates = [r for r in plain if r is not control]
+    best = max(candidates, key=lambda r: r.accuracy.value, default=None)
+    return Findings(
+        headline=_headline(best),
+        verdict=_verdict(best, control),
+        rivals=_rivals(best, candidates),
+        failing=tuple(s for r in rows if (s := _shortfall(r, control if r in candidates else None))),
+        scale=_scale(rows),
+        private=tuple(_private(r, rows) for r in rows if r.private),
+        caveats=tuple(_caveats(rows, candidates, best or rows[0])),
+    )
+
+
+def _name(row: Row) -> Markup:
+    return Markup("<strong>{}</strong>").format(row.name)
+
+
+def _headline(best: Row | None) -> Markup:
+    if best is None:
+        return Markup("No LoRA strategy was run without differential privacy.")
+    over = f", mean of {len(best.seeds)} seeds" if len(best.seeds) > 1 else ""
+    return Markup(
+        "{} is the most accurate strategy without differential privacy: "
+        "{} of {} test examples{} (95% interval {})."
+    ).format(_name(best), percent(best.accuracy.value), f"{best.examples:,}", over, interval(best.accuracy))
+
+
+def _verdict(best: Row | None, control: Row | None) -> Markup:
+    if best is None:
+        return Markup("")
+    if control is None:
+        text = "{} was not run, so this study cannot tell what the adapters add to a trained head."
+        return Markup(text).format(CONTROL)
+    gain = _gain(best, control)
+    if beats(best, control):
+        text = "It beats {} ({}), which trains the head alone, by at least {}: {}."
+    else:
+        text = "It does not beat {} ({}), which trains the head alone, by {}: {}."
+    return Markup(text).format(CONTROL, percent(control.accuracy.value), THRESHOLD, gain)
+
+
+def _rivals(best: Row | None, candidates: Sequence[Row]) -> Markup:
+    if best is None:
+        return Markup("")
+    close = [row for row in candidates if row is not best and not told_apart(best, row)]
+    names = listed([f"{row.name} ({percent(row.accuracy.value)})" for row in close])
+    if not close:
+        return Markup("")
+    return Markup("This study does not tell {} apart from {}.").format(best.name, names)
+
+
+def _gain(row: Row, control: Row) -> str:
+    """The difference in words, with its interval over paired seeds where there is one."""
+    found = difference(row, control)
+    text = f"{signed(found.value)}{SPACE}points"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} (95% interval {signed(found.low)} to {signed(found.high)}, paired over the seeds)"
+
+
+def _shortfall(row: Row, control: Row | None) -> Markup | None:
+    """What a run fails to beat; None if it beats the majority, and the control where there is one."""
+    majority = float(row.results[0].result["majority_accuracy"])
+    reasons = []
+    if row.accuracy.value <= majority:
+        reasons.append(f"does not get past the majority baseline of {percent(majority)}")
+    if control is not None and not beats(row, control):
+        value = percent(control.accuracy.value)
+        reasons.append(f"does not beat {CONTROL} ({value}) by {THRESHOLD}: {_gain(row, control)}")
+    if not reasons:
+        return None
+    return Markup("{} ({}) {}.").format(_name(row), percent(row.accuracy.value), " and ".join(reasons))
+
+
+def _scale(rows: Sequence[Row]) -> Markup:
+    words = {
+        "local-only": "a client on its own reaches {} on average",
+        "centralised": "one client with everybody\N{RIGHT SINGLE QUOTATION MARK}s data reaches {}",
+    }
+    parts = [words[r.name].format(percent(r.accuracy.value)) for r in rows if r.kind == "reference"]
+    return Markup("For scale: {}.").format(listed(parts)) if parts else Markup("")
+
+
+# --- privacy -----------------------------------------------------------------------------------------
+
+
+def _private(row: Row, rows: Sequence[Row]) -> Markup:
+    spent = "an unknown epsilon" if row.epsilon is None else f"epsilon {row.epsilon:.2f}"
+    text = Markup("{}: {} ({}) at {}, delta {}.").format(
+        _name(row), percent(row.accuracy.value), interval(row.accuracy), spent,
+        significant(row.config.privacy.target_delta),
+    )  # fmt: skip
+    if row.strategy == CONTROL:
+        return text
+    control = next((r for r in rows if r.strategy == CONTROL and _same_privacy(r, row)), None)
+    if control is None:
+        missing = " No private {} has the same epsilon, so the adapters cannot be judged."
+        return text + Markup(missing).format(CONTROL)
+    found = difference(row, control).value
+    side = "above" if found > 0 else "below"
+    return text + Markup(" Private {} at the same epsilon: {}; this run is {} {} it.").format(
+        CONTROL, percent(control.accuracy.value), points(found), side
+    )
+
+
+def _same_privacy(row: Row, other: Row) -> bool:
+    if row.epsilon is None or other.epsilon is None:
+        return False
+    same_delta = row.config.privacy.target_delta == other.config.privacy.target_delta
+    return same_delta and math.isclose(row.epsilon, other.epsilon, rel_tol=SAME_EPSILON)
+
+
+# --- caveats -----------------------------------------------------------------------------------------
+
+
+def _caveats(rows: Sequence[Row], candidates: Sequence[Row], best: Row) -> list[Markup]:
+    seeds = len(best.seeds)
+    caveats: list[str] = []
+    if seeds == 1:
+        least = math.ceil(1000 * resolution(best)) / 10
+        caveats.append(
+            f"One seed: differences under {least:.1f} points mean nothing. That much comes from the size "
+            "of the test set alone; how far another seed would move a run is not known."
+        )
+    else:
+        caveats.append(
+            f"{seeds} seeds: accuracies are means with 95% Student t intervals over the seeds, which share "
+            "the test set."
+        )
+    if len(candidates) > 1:
+        caveats.append(
+            f"The best of {len(candidates)} strategies was picked on the test set it is reported on, "
+            "which flatters it a little."
+        )
+    if any(r.kind == "variant" for r in rows):
+        caveats.append("Variants may change more than the strategy; their own keys are listed below.")
+    return [Markup(text) for text in caveats]

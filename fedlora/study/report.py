@@ -1,0 +1,135 @@
+"""The report of a study: one HTML file that needs nothing else, neither network nor fonts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from fedlora.errors import ConfigError
+from fedlora.files import write_atomic
+from fedlora.study import wording
+from fedlora.study.charts import draw_charts
+from fedlora.study.findings import find
+from fedlora.study.results import CellResult
+from fedlora.study.setting import differences, learning_rates, provenances, setting, shared_config
+from fedlora.study.styles import styles_of, swatch
+from fedlora.study.summary import Row, summarise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """A cell of the sortable table: what is read, and the number it is sorted by (None sorts last)."""
+
+    text: str
+    order: float | None
+    small: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A line of the sortable table; run and kind sort as text, the strategy is named if the run does not."""
+
+    run: str
+    strategy: str
+    values: tuple[Value, ...]
+    kind: str
+    private: bool
+
+
+def write_report(path: Path, title: str, results: Sequence[CellResult]) -> None:
+    """Write the report of these runs to ``path``, atomically; the same runs give the same bytes.
+
+    Raises:
+        ConfigError: there is no run to report on.
+    """
+    if not results:
+        raise ConfigError(f"{path}: there is no finished run to report on")
+    write_atomic(path, render(title, results))
+
+
+def render(title: str, results: Sequence[CellResult]) -> str:
+    """The report as HTML."""
+    rows = summarise(results)
+    shared = shared_config(rows)
+    styles = styles_of(rows)
+    domains = list(dict.fromkeys(d for row in rows for d in row.accuracy_by_domain))
+    environment = Environment(
+        loader=PackageLoader("fedlora.study", "page"),
+        autoescape=select_autoescape(),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {name: getattr(wording, name) for name in ("percent", "duration", "significant")}
+    return environment.get_template("report.html").render(
+        title=title,
+        findings=find(rows),
+        columns=_columns(domains),
+        table=[_line(row, domains) for row in rows],
+        legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
+        charts=draw_charts(rows),
+        details=[_detail(row, shared) for row in rows],
+        setting=setting(rows, shared),
+        learning_rates=learning_rates(rows),
+        provenances=provenances(results),
+    )
+
+
+# --- the table of all runs ---------------------------------------------------------------------------
+
+
+def _columns(domains: Sequence[str]) -> list[str]:
+    return ["Accuracy", "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
+
+
+def _line(row: Row, domains: Sequence[str]) -> Line:
+    """One row; the values are in the order of `_columns`."""
+    accuracy = row.accuracy
+    shown = wording.DASH if row.epsilon is None else f"{row.epsilon:.2f}"
+    values = (
+        Value(text=wording.percent(accuracy.value), order=accuracy.value, small=wording.interval(accuracy)),
+        Value(text=wording.megabytes(row.bytes_up), order=row.bytes_up),
+        Value(text=wording.megabytes(row.bytes_down), order=row.bytes_down),
+        Value(text=wording.significant(row.gap), order=row.gap),
+        Value(text=shown, order=row.epsilon, small=_delta(row)),
+        Value(text=wording.duration(row.seconds), order=row.seconds),
+        *(_share(row.accuracy_by_domain.get(domain)) for domain in domains),
+    )
+    strategy = "" if row.strategy == row.name else row.strategy
+    return Line(run=row.name, strategy=strategy, values=values, kind=row.kind, private=row.private)
+
+
+def _share(share: float | None) -> Value:
+    return Value(text=wording.percent(share), order=share)
+
+
+def _delta(row: Row) -> str:
+    return f"delta {wording.significant(row.config.privacy.target_delta)}" if row.private else ""
+
+
+# --- one run -----------------------------------------------------------------------------------------
+
+
+def _detail(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
+    """What the page tells about one row beyond the table."""
+    return {
+        "row": row,
+        "runs": [(result, differences(result.config, shared)) for result in row.results],
+        "refused": [
+            (result.label, record["round"], client, reason)
+            for result in row.results
+            for record in result.rounds
+            for client, reason in (record.get("refused") or {}).items()
+        ],
+        "epsilons": [
+            (result.label, client, f"{epsilon:.2f}")
+            for result in row.results
+            for client, epsilon in sorted(
+                (result.result.get("epsilon_by_client") or {}).items(), key=lambda entry: int(entry[0])
+            )
+        ],
+    }

@@ -1,0 +1,98 @@
+"""Finished runs of a study, read back from their run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig, to_flat
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.runs import read_config, read_rounds
+from fedlora.study.cells import Cell, Kind
+
+IRRELEVANT = ("output-dir", "engine.", "study.")
+"""Keys that do not change what a run measures."""
+NEEDED = ("accuracy", "examples", "majority_accuracy", "bytes_up", "bytes_down", "seconds")
+"""What the report cannot do without in ``result.json``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """One finished run.
+
+    Attributes:
+        label, kind, seed, group: those of its `Cell`.
+        config: the configuration it ran with.
+        rounds: the records of ``rounds.jsonl``.
+        result: ``result.json``: the final model on the whole test set, and totals over the rounds.
+        provenance: ``provenance.json``.
+    """
+
+    label: str
+    kind: Kind
+    seed: int
+    group: str
+    config: RunConfig
+    rounds: list[dict[str, Any]]
+    result: dict[str, Any]
+    provenance: dict[str, Any]
+
+
+def load_results(cells: Iterable[Cell], root: Path) -> list[CellResult]:
+    """The results of all cells, each from ``root / cell.label``.
+
+    Raises:
+        RunFailed: a cell is not finished, or what it left cannot be read.
+        ConfigError: a cell was run with other settings than the study now asks for.
+    """
+    return [load_result(cell, root / cell.label) for cell in cells]
+
+
+def load_result(cell: Cell, path: Path) -> CellResult:
+    """The result of one cell from its run directory.
+
+    Raises:
+        RunFailed: not finished, or what it left cannot be read.
+        ConfigError: it was run with other settings than ``cell.config``.
+    """
+    result = _read_json(path / "result.json")
+    for key in NEEDED:
+        if result.get(key) is None:
+            raise RunFailed(f"{path / 'result.json'}: {key} is missing, remove the directory and run again")
+    config = read_config(path / "config.toml")
+    _check_same(cell.config, config, path)
+    rounds = read_rounds(path)
+    if len(rounds) != config.num_server_rounds:
+        raise RunFailed(f"{path / 'rounds.jsonl'}: {len(rounds)} rounds, expected {config.num_server_rounds}")
+    return CellResult(
+        label=cell.label,
+        kind=cell.kind,
+        seed=cell.seed,
+        group=cell.group,
+        config=config,
+        rounds=rounds,
+        result=result,
+        provenance=_read_json(path / "provenance.json"),
+    )
+
+
+def _check_same(asked: RunConfig, ran: RunConfig, path: Path) -> None:
+    before = to_flat(ran)
+    for key, value in to_flat(asked).items():
+        if before[key] != value and not key.startswith(IRRELEVANT):
+            raise ConfigError(f"{key} = {value!r}: the run in {path} has {before[key]!r}; use another --out")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunFailed(f"{path}: there is no such file, the run is not finished") from None
+    except ValueError as error:
+        raise RunFailed(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise RunFailed(f"{path}: must hold one JSON object")
+    return value

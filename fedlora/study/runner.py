@@ -1,0 +1,64 @@
+"""``fedlora compare``: every cell of a study on one engine, then the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from clients.resident import resident
+from fedlora.config import RunConfig, to_flat
+from fedlora.engines.ray_pool import RayPool
+from fedlora.engines.simulate import quiet, simulate_on
+from fedlora.errors import ConfigError
+from fedlora.runs import RunDirectory, read_config
+from fedlora.server_app import check
+from fedlora.study.cells import Cell, expand
+from fedlora.study.report import write_report
+from fedlora.study.results import load_results
+
+console = Console(stderr=True, soft_wrap=True)
+
+
+def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
+    """Run what is not finished yet, one cell after the other on one engine; the report's path.
+
+    Raises:
+        ConfigError: a cell that cannot work, or a directory that is in use.
+        RunFailed: a cell failed; the finished ones stay and are not run again with ``resume``.
+    """
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+    quiet()
+    check(config)
+    began = time.monotonic()
+    pool = RayPool(config.engine)
+    try:
+        cells = expand(config, resident(config).data.num_partitions)
+        for cell in cells:
+            check(cell.config)
+        results = [
+            run_cell(pool, cell, path / cell.label, f"[{number}/{len(cells)}] {cell.label}")
+            for number, cell in enumerate(cells, start=1)
+        ]
+    finally:
+        pool.close()
+    report = path / "report.html"
+    write_report(report, config.study.title or path.name, load_results(cells, path))
+    peak = max(result["peak_memory_bytes"] for result in results) / 2**30
+    console.print(
+        f"{len(cells)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB", highlight=False
+    )
+    return report
+
+
+def run_cell(pool: RayPool, cell: Cell, path: Path, title: str) -> dict[str, Any]:
+    """The result record of one cell; one that is finished under the same configuration is only read."""
+    finished = path / "result.json"
+    if finished.exists() and to_flat(read_config(path / "config.toml")) == to_flat(cell.config):
+        result: dict[str, Any] = json.loads(finished.read_text())
+        return result
+    return simulate_on(pool, cell.config, RunDirectory(path, resume=True), title)

@@ -1,0 +1,59 @@
+"""The only codec between Flower's records and fedlora's values; it also counts the bytes.
+
+A training message holds, under Flower's usual names,
+
+* ``arrays``: the factors and head tensors that travel, under PEFT's state-dict keys, so that any
+  PEFT ClientApp can load them and answer in the same form;
+* ``parts``: base patches that the client is not known to hold, named by their digest;
+* ``config``: the round, which factors to train and to send back, and the digests of everything the
+  client must hold (`Needs`). A client that lacks one answers ``missing`` and is served in the same round.
+
+A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` with its ``status``.
+Nothing here unpickles: arrays are NumPy's own format with pickling refused.
+"""
+
+from fedlora.wire.orders import (
+    Needs,
+    TrainOrder,
+    complete_adapters,
+    decode_order,
+    frozen_part,
+    frozen_tensors,
+    moving_tensors,
+    order_config,
+    parts_record,
+)
+from fedlora.wire.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
+from fedlora.wire.records import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
+from fedlora.wire.replies import DECLINED, MISSING, OK, Reply, decode_reply, encode_reply
+
+__all__ = [
+    "ARRAYS",
+    "CONFIG",
+    "DECLINED",
+    "METRICS",
+    "MISSING",
+    "OK",
+    "PARTS",
+    "PREFIX",
+    "Needs",
+    "PeftTensors",
+    "Reply",
+    "TrainOrder",
+    "complete_adapters",
+    "decode_order",
+    "decode_reply",
+    "encode_reply",
+    "from_peft",
+    "from_record",
+    "frozen_part",
+    "frozen_tensors",
+    "key_of",
+    "moving_tensors",
+    "nbytes",
+    "order_config",
+    "parts_record",
+    "payload_bytes",
+    "to_peft",
+    "to_record",
+]

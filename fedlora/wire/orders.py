@@ -1,0 +1,154 @@
+"""The order to train: what travels to a client, and what the client must hold besides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, RecordDict
+
+from fedlora.errors import UpdateRefused
+from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.initial import fresh_adapters
+from fedlora.updates import Broadcast, ModuleSpec, Patch
+from fedlora.wire.peft_keys import from_peft, to_peft
+from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, to_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a client must hold to carry out an order, by digest.
+
+    Attributes:
+        base: the base patches P_1 .. P_v in order.
+        frozen: the factors of `frozen_tensors`; empty if there are none.
+    """
+
+    base: tuple[str, ...] = ()
+    frozen: str = ""
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return (*self.base, self.frozen) if self.frozen else self.base
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainOrder:
+    """A decoded training message.
+
+    Attributes:
+        server_round: from 1.
+        arrays: what travelled, in PEFT's spelling.
+        parts: digest -> named tensors of a base patch that travelled.
+        needs: everything the client must hold.
+        config: the plain settings (rank, scaling, trains, ...).
+    """
+
+    server_round: int
+    arrays: Tensors
+    parts: dict[str, Tensors]
+    needs: Needs
+    config: dict[str, Any]
+
+    @property
+    def trains(self) -> frozenset[str]:
+        return names(self.config["trains"])
+
+    @property
+    def ships(self) -> frozenset[str]:
+        return names(self.config["ships"])
+
+
+def names(text: str) -> frozenset[str]:
+    """A comma string as a set."""
+    return frozenset(filter(None, text.split(",")))
+
+
+def frozen_tensors(broadcast: Broadcast) -> Tensors:
+    """The factors that no client sends back: not trained, or personal. A client may hold them already."""
+    if broadcast.fresh_seed is not None:
+        return {}
+    return to_peft(broadcast.adapters, {}, {"A", "B"} - (broadcast.trains & broadcast.ships))
+
+
+def moving_tensors(broadcast: Broadcast) -> Tensors:
+    """The factors that are trained and sent back, and the head: they travel every round."""
+    factors = set() if broadcast.fresh_seed is not None else broadcast.trains & broadcast.ships
+    return to_peft(broadcast.adapters, broadcast.head, factors)
+
+
+def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:
+    """The plain settings of an order, as a ConfigRecord can carry them."""
+    first = next(iter(broadcast.adapters.values()))
+    config: dict[str, Any] = {
+        "rank": first.rank,
+        "scaling": first.scaling,
+        "trains": ",".join(sorted(broadcast.trains)),
+        "ships": ",".join(sorted(broadcast.ships)),
+        "modules": json.dumps(sorted(broadcast.modules)),
+        "needs-base": list(needs.base),
+        "needs-frozen": needs.frozen,
+    }
+    if broadcast.fresh_seed is not None:
+        shapes = {name: [f.out_features, f.in_features] for name, f in broadcast.adapters.items()}
+        config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})
+    return config
+
+
+def parts_record(patches: Mapping[str, Patch]) -> ArrayRecord:
+    """Base patches by digest, as one record."""
+    return to_record(
+        {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}
+    )
+
+
+def decode_order(content: RecordDict) -> TrainOrder:
+    """The order in a training message.
+
+    Raises:
+        UpdateRefused: a record is missing or an array cannot be decoded.
+    """
+    for name in (ARRAYS, CONFIG):
+        if name not in content:
+            raise UpdateRefused(f"the message has no record {name!r}")
+    config: dict[str, Any] = dict(content.config_records[CONFIG])
+    parts: dict[str, Tensors] = {}
+    if PARTS in content.array_records:
+        for key, tensor in from_record(content.array_records[PARTS]).items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+    base = config.get("needs-base", [])
+    return TrainOrder(
+        server_round=int(config["server-round"]),
+        arrays=from_record(content.array_records[ARRAYS]),
+        parts=parts,
+        needs=Needs(base=tuple(base), frozen=str(config.get("needs-frozen", ""))),
+        config=config,
+    )
+
+
+def frozen_part(order: TrainOrder) -> Tensors:
+    """What `frozen_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    kept = tuple(f".lora_{factor}.weight" for factor in "AB" if factor not in order.trains & order.ships)
+    return {key: t for key, t in order.arrays.items() if kept and key.endswith(kept)}
+
+
+def complete_adapters(order: TrainOrder, frozen: Tensors) -> tuple[AdapterSet, Tensors]:
+    """The starting adapter and head of an order, from what travelled, what is held, and fresh draws.
+
+    Raises:
+        UpdateRefused: a module has only one of its factors.
+    """
+    parts = from_peft({**frozen, **order.arrays})
+    scaling = float(order.config["scaling"])
+    if "fresh" in order.config:
+        fresh = json.loads(order.config["fresh"])
+        specs = {n: ModuleSpec(out_features=o, in_features=i) for n, (o, i) in fresh["shapes"].items()}
+        rank = int(order.config["rank"])
+        return fresh_adapters(specs, rank, scaling, fresh["seed"], fresh["init-a"]), parts.head
+    if set(parts.A) != set(parts.B):
+        odd = sorted(set(parts.A) ^ set(parts.B))[0]
+        raise UpdateRefused(f"round {order.server_round}: module {odd} has only one of its factors")
+    return {n: LoraFactors(parts.A[n], parts.B[n], scaling) for n in parts.A}, parts.head

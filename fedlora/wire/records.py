@@ -1,0 +1,57 @@
+"""Named tensors as Flower's ArrayRecords, and the bytes that they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, RecordDict
+from torch import Tensor
+
+from fedlora.errors import UpdateRefused
+from fedlora.factors import Tensors
+
+ARRAYS, PARTS, CONFIG, METRICS = "arrays", "parts", "config", "metrics"
+"""Names of the records in a message."""
+DTYPES = {"float32", "float16", "float64"}
+
+
+def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
+    """An ArrayRecord of the tensors, names kept."""
+    return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
+
+
+def from_record(record: ArrayRecord) -> Tensors:
+    """The tensors of an ArrayRecord.
+
+    Raises:
+        UpdateRefused: an array that is not a plain NumPy array of floats, or lies about its shape.
+    """
+    tensors: Tensors = {}
+    for name, array in record.items():
+        try:
+            decoded = array.numpy()
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise UpdateRefused(f"array {name} cannot be decoded: {reason}") from None
+        if str(decoded.dtype) not in DTYPES or decoded.shape != tuple(array.shape):
+            raise UpdateRefused(
+                f"array {name} is {decoded.dtype} {decoded.shape}, announced as {tuple(array.shape)}; "
+                f"accepted are {', '.join(sorted(DTYPES))}"
+            )
+        tensors[name] = torch.from_numpy(np.array(decoded, dtype=np.float32, order="C"))
+    return tensors
+
+
+def nbytes(record: ArrayRecord | None) -> int:
+    """Payload bytes: the tensors' own, without names and headers."""
+    if record is None:
+        return 0
+    return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in record.values())
+
+
+def payload_bytes(content: RecordDict) -> int:
+    """Payload bytes of all arrays in a message."""
+    return sum(nbytes(record) for record in content.array_records.values())

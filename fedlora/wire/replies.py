@@ -1,0 +1,86 @@
+"""A client's reply, fedlora's own or that of anybody's PEFT ClientApp."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
+
+from fedlora.errors import UpdateRefused
+from fedlora.factors import Tensors
+from fedlora.wire.records import ARRAYS, CONFIG, METRICS, from_record, to_record
+
+OK, MISSING, DECLINED = "ok", "missing", "declined"
+"""What a reply's status can be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A decoded reply to a training message.
+
+    Attributes:
+        status: ``ok``, ``missing`` or ``declined``.
+        arrays: what was shipped, in PEFT's spelling.
+        metrics: numbers that the client released.
+        missing: digests that it lacks, with status ``missing``.
+        holds: digests that it now holds, which need not be sent again.
+        reason: why it declined.
+        privacy: what it has spent, or None; the fields of `PrivacySpent`.
+    """
+
+    status: str
+    arrays: Tensors = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
+    holds: tuple[str, ...] = ()
+    reason: str = ""
+    privacy: dict[str, Any] | None = None
+
+
+def encode_reply(reply: Reply) -> RecordDict:
+    """The records of a reply."""
+    config: dict[str, Any] = {
+        "status": reply.status,
+        "missing": list(reply.missing),
+        "holds": list(reply.holds),
+        "reason": reply.reason,
+        "privacy": json.dumps(reply.privacy),
+    }
+    return RecordDict(
+        {
+            ARRAYS: to_record(reply.arrays),
+            METRICS: MetricRecord(dict(reply.metrics)),
+            CONFIG: ConfigRecord({key: value for key, value in config.items() if value != []}),
+        }
+    )
+
+
+def decode_reply(content: RecordDict) -> Reply:
+    """A reply, whether from fedlora's ClientApp or from anybody's PEFT ClientApp (``arrays`` only).
+
+    Raises:
+        UpdateRefused: there is no record ``arrays``, or something in it cannot be decoded.
+    """
+    if ARRAYS not in content.array_records:
+        raise UpdateRefused(f"the reply has no record {ARRAYS!r}")
+    config = content.config_records.get(CONFIG, ConfigRecord())
+    metrics = content.metric_records.get(METRICS, MetricRecord())
+    try:
+        privacy = json.loads(str(config.get("privacy", "null")))
+    except json.JSONDecodeError:
+        raise UpdateRefused("the reply's privacy report is not JSON") from None
+    return Reply(
+        status=str(config.get("status", OK)),
+        arrays=from_record(content.array_records[ARRAYS]),
+        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))},
+        missing=_strings(config.get("missing", [])),
+        holds=_strings(config.get("holds", [])),
+        reason=str(config.get("reason", "")),
+        privacy=privacy if isinstance(privacy, dict) else None,
+    )
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    return tuple(str(item) for item in value) if isinstance(value, list) else ()

@@ -1,0 +1,171 @@
+"""What is sent to whom: orders are encoded once per distinct payload, and nobody is sent what he holds.
+
+The courier remembers, for each partition, the digests of base patches and frozen factors that it has
+acknowledged. It leaves those out, counts the bytes of what does travel, and serves a client that
+answers ``missing`` (it sat out, lost its reply, or lost its disk) in the same round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+
+from fedlora import wire
+from fedlora.errors import UpdateRefused
+from fedlora.factors import Tensors
+from fedlora.updates import Broadcast, Patch, digest
+
+Holdings = dict[int, set[str]]
+"""Partition id -> digests that it has acknowledged."""
+
+
+@dataclass(slots=True)
+class Parcel:
+    """One client's order on its way, and what came of it.
+
+    Attributes:
+        partition_id: whose it is.
+        node_id: where it goes.
+        broadcast: what it says.
+        needs: what the client must hold for it.
+        reply: the decoded reply, once there is one.
+        failure: why there is none.
+        bytes_down, bytes_up: payload bytes that travelled, repetitions included.
+        sent: the messages that carried it.
+    """
+
+    partition_id: int
+    node_id: int
+    broadcast: Broadcast
+    needs: wire.Needs
+    reply: wire.Reply | None = None
+    failure: str = "no reply before the deadline"
+    bytes_down: int = 0
+    bytes_up: int = 0
+    sent: list[Message] = field(default_factory=list)
+
+    def message_ids(self) -> set[str]:
+        """Ids that the Grid gave the messages; a lost node's error names only these."""
+        return {message.metadata.message_id for message in self.sent}
+
+
+class Courier:
+    """Encodes orders and reads replies; ``holdings`` survives a restart through the checkpoint."""
+
+    def __init__(self, init_a: str) -> None:
+        self.init_a = init_a
+        self.holdings: Holdings = {}
+        self.parcels: list[Parcel] = []
+        self._by_node: dict[int, Parcel] = {}
+        self._patches: dict[str, Patch] = {}
+        self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
+        self._parts: dict[tuple[str, ...], ArrayRecord] = {}
+
+    def open(self, base: tuple[Patch, ...]) -> None:
+        """Begin a round of orders over this base; the last round's payloads are forgotten."""
+        self._records, self._parts, self.parcels, self._by_node = {}, {}, [], {}
+        self._patches = {patch.digest(): patch for patch in base}
+
+    def add(self, partition_id: int, node_id: int, broadcast: Broadcast) -> None:
+        """Another client's order, with everything it must hold for it."""
+        frozen = wire.frozen_tensors(broadcast)
+        needs = wire.Needs(base=tuple(self._patches), frozen=digest(frozen) if frozen else "")
+        parcel = Parcel(partition_id, node_id, broadcast, needs)
+        self.parcels.append(parcel)
+        self._by_node[node_id] = parcel
+
+    def messages(self, message_type: str, config: Mapping[str, Any]) -> list[Message]:
+        """The messages of all orders; ``config`` holds at least ``server-round``."""
+        return [self._message(parcel, message_type, config) for parcel in self.parcels]
+
+    def repeat(
+        self, replies: Iterable[Message], message_type: str, config: Mapping[str, Any]
+    ) -> list[Message]:
+        """Fuller messages for the clients that answered that they lack a part."""
+        again = []
+        for reply in replies:
+            parcel = self._parcel_of(reply)
+            if parcel is None or not says_missing(reply):
+                continue
+            parcel.bytes_up += wire.payload_bytes(reply.content)
+            lacks = wire.decode_reply(reply.content).missing
+            self.holdings.setdefault(parcel.partition_id, set()).difference_update(lacks)
+            again.append(self._message(parcel, message_type, config))
+        return again
+
+    def settle(self, replies: Iterable[Message]) -> None:
+        """Put each reply into its parcel and note what its client holds now."""
+        for message in replies:
+            parcel = self._parcel_of(message)
+            if parcel is None:
+                continue
+            reply = _read(parcel, message)
+            if reply is not None and reply.status == wire.OK:
+                self.holdings[parcel.partition_id] = set(reply.holds) & set(parcel.needs.digests)
+
+    def _parcel_of(self, reply: Message) -> Parcel | None:
+        node = reply.metadata.src_node_id
+        if node in self._by_node:
+            return self._by_node[node]
+        asked = reply.metadata.reply_to_message_id
+        return next((p for p in self.parcels if asked and asked in p.message_ids()), None)
+
+    def _message(self, parcel: Parcel, message_type: str, config: Mapping[str, Any]) -> Message:
+        content = self._content(parcel, config)
+        parcel.bytes_down += wire.payload_bytes(content)
+        message = Message(content, parcel.node_id, message_type, group_id=str(config["server-round"]))
+        parcel.sent.append(message)
+        return message
+
+    def _content(self, parcel: Parcel, config: Mapping[str, Any]) -> RecordDict:
+        held = self.holdings.get(parcel.partition_id, set())
+        travels = wire.moving_tensors(parcel.broadcast)
+        if parcel.needs.frozen and parcel.needs.frozen not in held:
+            travels |= wire.frozen_tensors(parcel.broadcast)
+        settings = {**config, **wire.order_config(parcel.broadcast, parcel.needs, self.init_a)}
+        content = RecordDict(
+            {
+                wire.ARRAYS: self._record(travels),
+                wire.CONFIG: ConfigRecord({k: v for k, v in settings.items() if v != []}),
+            }
+        )
+        lacks = tuple(name for name in parcel.needs.base if name not in held)
+        if lacks:
+            content[wire.PARTS] = self._part(lacks)
+        return content
+
+    def _record(self, tensors: Tensors) -> ArrayRecord:
+        """One record for tensors that are the same objects, so that an engine can ship it once."""
+        key = tuple(id(t) for t in tensors.values())
+        if key not in self._records:
+            self._records[key] = (tensors, wire.to_record(tensors))
+        return self._records[key][1]
+
+    def _part(self, names: tuple[str, ...]) -> ArrayRecord:
+        if names not in self._parts:
+            self._parts[names] = wire.parts_record({name: self._patches[name] for name in names})
+        return self._parts[names]
+
+
+def says_missing(reply: Message) -> bool:
+    """Whether a client answered that it lacks something."""
+    if reply.has_error():
+        return False
+    config = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
+    return config.get("status") == wire.MISSING
+
+
+def _read(parcel: Parcel, message: Message) -> wire.Reply | None:
+    """Put the decoded reply, or the reason why it cannot be used, into its parcel."""
+    if message.has_error():
+        parcel.failure = (message.error.reason or f"error {message.error.code}").strip().splitlines()[-1]
+        return None
+    parcel.bytes_up += wire.payload_bytes(message.content)
+    try:
+        parcel.reply = wire.decode_reply(message.content)
+    except UpdateRefused as error:
+        parcel.failure = str(error)
+    return parcel.reply

@@ -1,0 +1,73 @@
+"""FedSVD: as FFA-LoRA, but the server refactors B A by an SVD so that A becomes orthonormal.
+
+"FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", NeurIPS 2025
+(arXiv 2505.12805), Algorithm 1.
+
+    B = sum_k p_k (s_k / s) B_k;   every ``period`` rounds:  U S V^T = SVD(B A),  A' = V_r^T,  B' = U_r S_r
+
+Exact: all clients share one frozen A, and the refactorisation keeps the product. The paper takes the
+SVD of the (out, in) matrix; here it is the QR core of the factors, the same result at O((o + i) r^2).
+
+What it is not: A' = W^T orth(A) for an r x r rotation W, so A never leaves the row space of its random
+start. Under SGD (clipped or not) the trajectory of B A equals FFA-LoRA's from an orthonormal A;
+with Adam-like optimisers, or before the first refactorisation of a Kaiming start, it differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from fedlora.errors import ConfigError
+from fedlora.factors import LoraFactors, as_product, truncate
+from strategies.rule import Facts, Merged, Rule, Weighted, mean_b
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedSVDRule(Rule):
+    """A frozen within a round, B averaged, B A refactored.
+
+    Attributes:
+        period: refactor every so many rounds, >= 1; the paper found 1, 2, 5 and 10 alike.
+    """
+
+    period: int = 1
+
+    facts: ClassVar[Facts] = Facts(
+        name="fedsvd",
+        title="FedSVD",
+        paper="NeurIPS 2025, arXiv 2505.12805",
+        trains=frozenset({"B"}),
+        ships=frozenset({"B"}),
+        exact=True,
+        client_dp=True,
+        secure_sum=True,
+        up="r*o",
+        down="r(o+i)",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.period < 1:
+            raise ConfigError(f"strategy.options period = {self.period}: must be >= 1")
+
+    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
+        averaged = LoraFactors(start.A, mean_b(clients, start.scaling), start.scaling)
+        if server_round % self.period:
+            return Merged(averaged)
+        return Merged(refactored(averaged))
+
+
+def refactored(factors: LoraFactors) -> LoraFactors:
+    """The same product, with orthonormal rows of A in its old row space and orthogonal columns of B.
+
+    Rows of zeros under B keep the SVD among the factors, so that A keeps all r directions where B A has
+    fewer (softmax gradients, fewer outputs than r). Only r > in leaves rows of zeros.
+    """
+    missing = max(0, factors.rank + 1 - factors.out_features)
+    padded = replace(factors, B=torch.nn.functional.pad(factors.B, (0, 0, 0, missing)))
+    found = truncate(as_product(padded), factors.rank, factors.scaling)
+    return replace(found, B=found.B[: factors.out_features])

@@ -1,0 +1,294 @@
+"""The one Flower `Strategy` around all rules: it knows messages and rounds, and no LoRA algebra.
+
+``FLoRA(fraction_train=0.5).start(grid, initial_arrays=ArrayRecord(get_peft_model_state_dict(model)))``
+works in anybody's ServerApp. Rules that move the base (see `Facts.moves_base`) need clients that apply
+patches: fedlora's ClientApp, or the mod in ``clients.mod`` in an app of one's own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Iterable
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedlora import wire
+from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
+from fedlora.threads import one_thread
+from fedlora.updates import ClientSpec, ClientUpdate, State
+from strategies.courier import Courier, says_missing
+from strategies.intake import NUM_EXAMPLES, accept
+from strategies.report import RoundReport
+from strategies.roster import Roster
+from strategies.rule import Rule
+from strategies.sampling import sample_partitions
+from strategies.starting import template_of
+
+CONNECT_TIMEOUT = 600.0
+"""Seconds to wait for ``min_available_nodes``."""
+TRAIN_LOSS = "train-loss"
+
+
+class FactorStrategy(Strategy):
+    """Federated LoRA by a `Rule`, as a Flower strategy.
+
+    Args:
+        rule: how adapters are aggregated.
+        fraction_train: share of the connected clients sampled each round, in (0, 1].
+        min_train_nodes: a round with fewer valid updates raises `RunFailed`.
+        min_available_nodes: the run waits for so many clients.
+        scaling: alpha / r of the adapters in ``initial_arrays``.
+        seed: root of the sampling and of drawn adapters.
+        weighted_by_key: the metric that weighs clients; None weighs them equally.
+        client_spec: what is settled for each partition; by default everybody has the global rank.
+        partitions: the partitions that may take part; None means all that are connected.
+        max_participations: rounds in which one client may train; 0 means any number.
+        clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        *,
+        fraction_train: float = 1.0,
+        min_train_nodes: int = 1,
+        min_available_nodes: int = 1,
+        scaling: float = 1.0,
+        seed: int = 0,
+        weighted_by_key: str | None = NUM_EXAMPLES,
+        client_spec: Callable[[int], ClientSpec] | None = None,
+        partitions: Collection[int] | None = None,
+        max_participations: int = 0,
+        clients_evaluate: Callable[[int], bool] = lambda server_round: False,
+    ) -> None:
+        if not 0 < fraction_train <= 1:
+            raise ConfigError(f"fraction_train = {fraction_train}: must be in (0, 1]")
+        self.rule = rule
+        self.fraction_train = fraction_train
+        self.min_train_nodes = min_train_nodes
+        self.min_available_nodes = min_available_nodes
+        self.scaling = scaling
+        self.seed = seed
+        self.weighted_by_key = weighted_by_key
+        self.client_spec = client_spec or self._default_spec
+        self.partitions = partitions
+        self.max_participations = max_participations
+        self.clients_evaluate = clients_evaluate
+        self.state: State | None = None
+        self.participations: dict[int, int] = {}
+        self.roster = Roster()
+        self.courier = Courier(rule.init_a)
+        self.on_round: Callable[[RoundReport], None] | None = None
+        self.report = RoundReport(server_round=0)
+
+    # --- Flower's loop ----------------------------------------------------------------------------
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds after ``self.state.round`` up to ``num_rounds``; arguments as in Flower.
+
+        Returns:
+            Flower's Result; its ``arrays`` are the global adapter under PEFT's keys. For rules that
+            move the base, the patches are in ``self.state.base``.
+
+        Raises:
+            RunFailed: too few clients connected, or too few valid updates in a round.
+        """
+        if self.state is None:
+            self.state = self.rule.init(
+                template_of(initial_arrays, self.scaling, self.rule.init_a), self.seed
+            )
+        self.summary()
+        result = Result()
+        for server_round in range(self.state.round + 1, num_rounds + 1):
+            self.report = RoundReport(server_round=server_round)
+            self._train_round(server_round, grid, timeout, train_config or ConfigRecord(), result)
+            if self.clients_evaluate(server_round):
+                self._evaluate_round(server_round, grid, timeout, evaluate_config or ConfigRecord(), result)
+            if evaluate_fn is not None:
+                metrics = evaluate_fn(server_round, self.arrays())
+                if metrics is not None:
+                    result.evaluate_metrics_serverapp[server_round] = metrics
+            if self.on_round is not None:
+                self.on_round(self.report)
+        result.arrays = self.arrays()
+        return result
+
+    def _train_round(
+        self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
+    ) -> None:
+        messages = self.configure_train(server_round, self.arrays(), config, grid)
+        replies = self._send(grid, messages, MessageType.TRAIN, server_round, config, timeout)
+        _, metrics = self.aggregate_train(server_round, replies)
+        if metrics is not None:
+            result.train_metrics_clientapp[server_round] = metrics
+
+    def _evaluate_round(
+        self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
+    ) -> None:
+        messages = self.configure_evaluate(server_round, self.arrays(), config, grid)
+        replies = self._send(grid, messages, MessageType.EVALUATE, server_round, config, timeout)
+        metrics = self.aggregate_evaluate(server_round, replies)
+        if metrics is not None:
+            result.evaluate_metrics_clientapp[server_round] = metrics
+
+    def _send(
+        self, grid: Grid, messages: Iterable[Message], message_type: str, server_round: int,
+        config: ConfigRecord, timeout: float,
+    ) -> list[Message]:  # fmt: skip
+        """Send the orders; clients that lack a part are served once more within the deadline."""
+        deadline = time.monotonic() + timeout
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        again = self.courier.repeat(replies, message_type, _config(config, server_round))
+        if again:
+            left = max(1.0, deadline - time.monotonic())
+            replies = [r for r in replies if not says_missing(r)]
+            replies += grid.send_and_receive(again, timeout=left)
+        return replies
+
+    # --- Flower's hooks -----------------------------------------------------------------------------
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The orders of one round; ``arrays`` is ignored, ``self.state`` is what counts."""
+        present = self.roster.refresh(grid, self.min_available_nodes, CONNECT_TIMEOUT)
+        allowed = [p for p in present if self._may_train(p)]
+        if len(allowed) < self.min_train_nodes:
+            raise RunFailed(
+                f"round {server_round}: {len(allowed)} clients may train, "
+                f"min-train-nodes = {self.min_train_nodes}"
+            )
+        chosen = sample_partitions(
+            allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round
+        )
+        for partition_id in chosen:
+            self.participations[partition_id] = self.participations.get(partition_id, 0) + 1
+        return self._orders(chosen, present, MessageType.TRAIN, server_round, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the valid updates; the others are counted in ``self.report.refused``.
+
+        Raises:
+            RunFailed: fewer valid updates than ``min_train_nodes``.
+        """
+        updates = self._accepted(replies)
+        if len(updates) < self.min_train_nodes:
+            reasons = "; ".join(f"partition {p}: {r}" for p, r in self.report.refused.items())
+            raise RunFailed(
+                f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
+                f"{self.min_train_nodes} ({reasons or 'no replies'})"
+            )
+        assert self.state is not None
+        with one_thread():
+            self.state, self.report.diagnostics = self.rule.aggregate(self.state, updates)
+        self.report.participants = [update.partition_id for update in updates]
+        self.report.train_loss = self._train_loss(updates)
+        metrics = MetricRecord({"gap": self.report.diagnostics.gap, "num-updates": len(updates)})
+        return self.arrays(), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Orders to evaluate the new global model, for the clients of this round's training."""
+        present = {parcel.partition_id: parcel.node_id for parcel in self.courier.parcels}
+        return self._orders(sorted(present), present, MessageType.EVALUATE, server_round, config)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Each client's own metrics go into the report; returned are their means over examples."""
+        self.courier.settle(replies)
+        self._count_bytes()
+        answers = {p.partition_id: p.reply for p in self.courier.parcels if p.reply is not None}
+        self.report.client_metrics = {
+            partition: reply.metrics for partition, reply in answers.items() if NUM_EXAMPLES in reply.metrics
+        }
+        measured = list(self.report.client_metrics.values())
+        total = sum(m[NUM_EXAMPLES] for m in measured)
+        if total == 0:
+            return None
+        keys = [k for k in measured[0] if k != NUM_EXAMPLES]
+        return MetricRecord({k: sum(m[NUM_EXAMPLES] * m[k] for m in measured) / total for k in keys})
+
+    def summary(self) -> None:
+        """Log the settings, as Flower's strategies do."""
+        facts = self.rule.facts
+        log(INFO, "\t├──> %s (%s)", facts.title, facts.paper)
+        log(INFO, "\t├──> %s", self.rule)
+        log(INFO, "\t└──> fraction_train %s, min_train_nodes %s", self.fraction_train, self.min_train_nodes)
+
+    # --- pieces ---------------------------------------------------------------------------------------
+
+    def arrays(self) -> ArrayRecord:
+        """The global adapter and head under PEFT's keys."""
+        assert self.state is not None
+        return wire.to_record(wire.to_peft(self.state.adapters, self.state.head))
+
+    def _default_spec(self, partition_id: int) -> ClientSpec:
+        assert self.state is not None
+        first = next(iter(self.state.adapters.values()))
+        return ClientSpec(partition_id=partition_id, rank=first.rank, scaling=self.scaling)
+
+    def _may_train(self, partition_id: int) -> bool:
+        if self.partitions is not None and partition_id not in self.partitions:
+            return False
+        most = self.max_participations
+        return most == 0 or self.participations.get(partition_id, 0) < most
+
+    def _orders(
+        self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
+        config: ConfigRecord,
+    ) -> list[Message]:  # fmt: skip
+        assert self.state is not None
+        self.courier.open(self.state.base)
+        for partition_id in chosen:
+            broadcast = self.rule.broadcast(self.state, self.client_spec(partition_id))
+            self.courier.add(partition_id, present[partition_id], broadcast)
+        return self.courier.messages(message_type, _config(config, server_round))
+
+    def _accepted(self, replies: Iterable[Message]) -> list[ClientUpdate]:
+        self.courier.settle(replies)
+        self._count_bytes()
+        updates = []
+        for parcel in self.courier.parcels:
+            try:
+                updates.append(accept(parcel, weighted_by_key=self.weighted_by_key))
+            except (UpdateRefused, FactorShapeError) as error:
+                self.report.refused[parcel.partition_id] = str(error)
+                log(WARNING, "\tpartition %s refused: %s", parcel.partition_id, error)
+                continue
+            if parcel.reply is not None and parcel.reply.privacy is not None:
+                self.report.privacy[parcel.partition_id] = parcel.reply.privacy
+        return updates
+
+    def _count_bytes(self) -> None:
+        self.report.bytes_up += sum(parcel.bytes_up for parcel in self.courier.parcels)
+        self.report.bytes_down += sum(parcel.bytes_down for parcel in self.courier.parcels)
+
+    def _train_loss(self, updates: list[ClientUpdate]) -> float | None:
+        weight_of = {update.partition_id: update.weight for update in updates}
+        losses = [
+            (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
+            for p in self.courier.parcels
+            if p.partition_id in weight_of and p.reply is not None and TRAIN_LOSS in p.reply.metrics
+        ]
+        total = sum(weight for weight, _ in losses)
+        return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
+
+
+def _config(config: ConfigRecord, server_round: int) -> dict[str, Any]:
+    return {**config, "server-round": server_round}

@@ -1,0 +1,106 @@
+"""From a reply to an update that may be aggregated, or the one-line reason why not."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fedlora import wire
+from fedlora.errors import UpdateRefused
+from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.updates import Broadcast, ClientUpdate
+from strategies.courier import Parcel
+
+NUM_EXAMPLES = "num-examples"
+
+
+def accept(parcel: Parcel, *, weighted_by_key: str | None) -> ClientUpdate:
+    """The update in a parcel's reply; factors that were not shipped are as they were broadcast.
+
+    Args:
+        parcel: the order and its reply.
+        weighted_by_key: metric that weighs the clients; None weighs them equally.
+
+    Raises:
+        UpdateRefused: no usable reply, another shape, rank or module, a NaN, a frozen factor that
+            came back changed, a base that was not acknowledged, or no weight.
+    """
+    reply = parcel.reply
+    if reply is None:
+        raise UpdateRefused(parcel.failure)
+    if reply.status != wire.OK:
+        raise UpdateRefused(reply.reason or f"answered {reply.status!r} (lacks {len(reply.missing)} parts)")
+    unacknowledged = set(parcel.needs.base) - set(reply.holds)
+    if unacknowledged:
+        raise UpdateRefused(
+            f"does not acknowledge {len(unacknowledged)} base patches; "
+            "a rule that moves the base needs fedlora's ClientApp or its base mod"
+        )
+    shipped = wire.from_peft(reply.arrays)
+    adapters = {
+        name: LoraFactors(
+            A=_factor("A", name, start.A, shipped.A, parcel.broadcast),
+            B=_factor("B", name, start.B, shipped.B, parcel.broadcast),
+            scaling=start.scaling,
+        )
+        for name, start in parcel.broadcast.adapters.items()
+    }
+    _refuse_foreign(parcel.broadcast.adapters, {*shipped.A, *shipped.B})
+    return ClientUpdate(
+        partition_id=parcel.partition_id,
+        adapters=adapters,
+        head=_head(parcel.broadcast.head, shipped.head),
+        weight=_weight(reply.metrics, weighted_by_key),
+    )
+
+
+def _factor(factor: str, module: str, start: Tensor, shipped: Tensors, broadcast: Broadcast) -> Tensor:
+    expected = factor in broadcast.ships and module in broadcast.modules
+    if module not in shipped:
+        if expected:
+            raise UpdateRefused(f"{module}: lora_{factor} is missing")
+        return start
+    tensor = shipped[module]
+    _check(f"{module}: lora_{factor}", tensor, start)
+    if not expected:
+        if not torch.equal(tensor, start):
+            raise UpdateRefused(f"{module}: lora_{factor} came back changed, but it is not trained here")
+        return start
+    return tensor
+
+
+def _head(start: Tensors, shipped: Tensors) -> Tensors:
+    unknown = sorted(set(shipped) - set(start))
+    if unknown:
+        raise UpdateRefused(
+            f"unknown tensor {unknown[0]}; expected are {', '.join(sorted(start)) or 'no others'}"
+        )
+    for name, expected in start.items():
+        if name not in shipped:
+            raise UpdateRefused(f"{name} is missing")
+        _check(name, shipped[name], expected)
+    return shipped
+
+
+def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise UpdateRefused(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if not torch.isfinite(tensor).all():
+        raise UpdateRefused(f"{name} holds a NaN or an infinity")
+
+
+def _refuse_foreign(adapters: AdapterSet, given: set[str]) -> None:
+    foreign = sorted(given - set(adapters))
+    if foreign:
+        raise UpdateRefused(f"unknown module {foreign[0]} ({len(adapters)} modules are adapted)")
+
+
+def _weight(metrics: dict[str, float], key: str | None) -> float:
+    if key is None:
+        return 1.0
+    weight = metrics.get(key)
+    if weight is None or not math.isfinite(weight) or weight < 0:
+        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, finite and >= 0")
+    return weight

@@ -1,0 +1,34 @@
+"""What happened in one round, without the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from strategies.diagnostics import Diagnostics
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundReport:
+    """One round of a strategy, for logs and for ``rounds.jsonl``.
+
+    Attributes:
+        server_round: from 1.
+        participants: partitions whose updates were aggregated.
+        refused: partition id -> one-line reason.
+        bytes_up, bytes_down: payload bytes over all sampled clients.
+        train_loss: weighted mean of the losses that clients released, or None.
+        privacy: partition id -> what that client has spent.
+        diagnostics: of the aggregation.
+        client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
+    """
+
+    server_round: int
+    participants: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_loss: float | None = None
+    privacy: dict[int, dict[str, Any]] = field(default_factory=dict)
+    diagnostics: Diagnostics | None = None
+    client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)

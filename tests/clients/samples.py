@@ -1,0 +1,59 @@
+"""A small data set whose label can be learned, and a model set up for training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedlora.data.examples import Examples
+from fedlora.models import AdaptedModel
+from tests.models.samples import adapted, random_adapters
+
+PAD = 0
+BOTH = frozenset("AB")
+
+
+def examples(number: int = 24, seed: int = 0) -> Examples:
+    """Sequences of 3 to 11 tokens; label 1 where the tokens come from the upper half of the vocabulary."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, number)
+    rows = [rng.integers(1, 500, rng.integers(3, 12)) + 500 * label - label for label in labels]
+    return Examples(
+        tokens=np.concatenate(rows).astype(np.int32),
+        offsets=np.cumsum([0, *map(len, rows)]),
+        labels=labels,
+        domains=rng.integers(0, 3, number).astype(np.int32),
+    )
+
+
+def everyone(data: Examples) -> np.ndarray[Any, np.dtype[np.int64]]:
+    return np.arange(len(data))
+
+
+def loaded(
+    rank: int = 4,
+    *,
+    trains: frozenset[str] = BOTH,
+    modules: frozenset[str] | None = None,
+    dropout: float = 0.0,
+    train_head: bool = True,
+    pooling: str = "mean",
+) -> AdaptedModel:
+    """The tiny model with a random adapter, ready to train."""
+    model = adapted(pooling=pooling)
+    reload(model, rank, trains=trains, modules=modules, dropout=dropout, train_head=train_head)
+    return model
+
+
+def reload(
+    model: AdaptedModel,
+    rank: int = 4,
+    *,
+    trains: frozenset[str] = BOTH,
+    modules: frozenset[str] | None = None,
+    dropout: float = 0.0,
+    train_head: bool = True,
+) -> None:
+    adapters = random_adapters(model.modules, rank)
+    model.load(adapters, {}, trains=trains, modules=modules, dropout=dropout, train_head=train_head)

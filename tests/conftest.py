@@ -1,0 +1,45 @@
+"""Shared by all tests: no hub, one thread, a small run on random weights, a cache of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from fedlora.config import RunConfig, from_flat
+
+torch.set_num_threads(1)
+
+
+def tiny_config(**overrides: Any) -> RunConfig:
+    """Three rounds on a random two-layer model and generated sentences; keys as in TOML."""
+    keys: dict[str, Any] = {
+        "num-server-rounds": 3,
+        "seed": 1,
+        "model.name": "tiny",
+        "data.name": "synthetic",
+        "data.evaluate-examples": 60,
+        "train.local-steps": 3,
+        "lora.rank": 4,
+    }
+    return from_flat({**keys, **overrides})
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache directory of this test session alone."""
+    path = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("FEDLORA_CACHE")
+    os.environ["FEDLORA_CACHE"] = str(path)
+    yield path
+    if before is None:
+        del os.environ["FEDLORA_CACHE"]
+    else:
+        os.environ["FEDLORA_CACHE"] = before

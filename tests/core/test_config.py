@@ -1,0 +1,250 @@
+"""The configuration: it reads back what it writes, and refuses in one line with key, value and way out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+from types import ModuleType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedlora.config import (
+    ClientGroup,
+    RunConfig,
+    flatten,
+    from_flat,
+    int_list,
+    name_list,
+    run,
+    sections,
+    to_flat,
+)
+from fedlora.errors import ConfigError
+
+DEFAULTS = to_flat(RunConfig())
+
+changes = st.fixed_dictionaries(
+    {},
+    optional={
+        "num-server-rounds": st.integers(1, 10**6),
+        "fraction-train": st.floats(0.001, 1.0),
+        "seed": st.integers(0, 2**62),
+        "partitions": st.sampled_from(["", "0-3,7", "12"]),
+        "client-groups": st.sampled_from(["", '[{"partitions": "0-3", "rank": 4, "local-steps": 5}]']),
+        "model.name": st.text(min_size=1),
+        "lora.rank": st.integers(1, 512),
+        "lora.alpha": st.floats(1e-6, 1e6),
+        "lora.use-rslora": st.booleans(),
+        "data.partitioner": st.sampled_from(["natural"]),
+        "data.test-fraction": st.floats(0.01, 0.99),
+        "train.learning-rate": st.floats(1e-9, 10.0),
+        "train.optimizer": st.sampled_from(["sgd", "adamw"]),
+        "strategy.options": st.sampled_from(["", "{}", '{"lam": 0.1}']),
+        "privacy.target-delta": st.floats(1e-12, 0.5),
+        "engine.num-gpus": st.floats(0.0, 8.0),
+    },
+)
+
+
+@given(changed=changes)
+def test_what_is_written_reads_back_the_same(changed: dict[str, Any]) -> None:
+    config = from_flat(changed)
+    flat = to_flat(config)
+    assert from_flat(flat) == config
+    assert flat == {**DEFAULTS, **changed}
+    assert list(flat) == list(DEFAULTS)
+
+
+def test_no_key_means_the_defaults() -> None:
+    assert from_flat({}) == RunConfig()
+
+
+def test_every_key_is_a_flower_scalar() -> None:
+    """Flower's run-config takes booleans, integers, floats and strings only."""
+    assert {type(value) for value in DEFAULTS.values()} <= {bool, int, float, str}
+    assert all(key == key.lower() and "_" not in key for key in DEFAULTS)
+
+
+def test_a_whole_number_is_a_number_and_stays_one() -> None:
+    config = from_flat({"lora.alpha": 16})
+    assert type(config.lora.alpha) is float
+    assert config == RunConfig()
+
+
+def test_nested_tables_become_dotted_keys() -> None:
+    nested = {"seed": 1, "lora": {"rank": 4, "deep": {"x": True}}, "name": "a"}
+    assert flatten(nested) == {"seed": 1, "lora.rank": 4, "lora.deep.x": True, "name": "a"}
+
+
+# --- refusals -----------------------------------------------------------------------------------------
+
+ABOVE_ZERO = ("lora.alpha", "train.learning-rate", "privacy.target-epsilon", "privacy.max-grad-norm",
+              "engine.num-cpus", "round-timeout", "data.dirichlet-alpha")  # fmt: skip
+FROM_ONE = ("num-server-rounds", "min-train-nodes", "min-available-nodes", "evaluate-every", "lora.rank",
+            "train.local-steps", "train.batch-size", "data.classes-per-partition",
+            "data.min-partition-size")  # fmt: skip
+FROM_ZERO = ("seed", "train.head-learning-rate", "train.weight-decay", "train.local-epochs",
+             "train.max-grad-norm", "train.proximal-mu", "data.num-partitions", "data.evaluate-examples",
+             "privacy.noise-multiplier", "privacy.max-participations", "engine.num-actors",
+             "engine.num-gpus", "engine.max-retries")  # fmt: skip
+CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.optimizer", "privacy.mode",
+           "privacy.accountant", "engine.device")  # fmt: skip
+
+BAD: list[tuple[str, Any, str]] = [
+    *((key, 0.0 if isinstance(DEFAULTS[key], float) else 0, "must be > 0") for key in ABOVE_ZERO),
+    *((key, 0, "must be >= 1") for key in FROM_ONE),
+    *((key, -1, "must be >= 0") for key in FROM_ZERO),
+    *((key, "nonsense", "accepted are") for key in CHOICES),
+    ("fraction-train", 0.0, "must be in (0, 1]"),
+    ("fraction-train", 1.5, "must be in (0, 1]"),
+    ("lora.dropout", 1.0, "must be in [0, 1)"),
+    ("lora.dropout", -0.1, "must be in [0, 1)"),
+    ("train.momentum", 1.0, "must be in [0, 1)"),
+    ("data.test-fraction", 0.0, "must be in (0, 1)"),
+    ("data.test-fraction", 1.0, "must be in (0, 1)"),
+    ("privacy.target-delta", 1.0, "must be in (0, 1)"),
+    ("privacy.target-delta", 0.0, "must be in (0, 1)"),
+    ("data.max-length", 7, "must be >= 8"),
+    ("data.partitioner", "dirichlet", "needs >= 1"),
+    ("model.name", "", "must name"),
+    ("data.name", "", "must name"),
+    ("lora.ranks", "4,0", "ranks must be >= 1"),
+    ("lora.ranks", "4,x", "whole number or a range"),
+    ("lora.ranks", "4,-8", "whole number or a range"),
+    ("partitions", "0..3", "whole number or a range"),
+    ("partitions", "1.5", "whole number or a range"),
+    ("study.seeds", "1,two", "whole number or a range"),
+    ("study.references", "local-only,central", "accepted are local-only, centralised"),
+    ("strategy.options", "{lam: 1}", "not JSON"),
+    ("strategy.options", "[1]", "must be a JSON object"),
+    ("study.overrides", "3", "must be a JSON object"),
+    ("study.variants", '{"a": ', "not JSON"),
+    ("client-groups", "{}", "must be a JSON list"),
+    ("client-groups", "[3]", "each entry must be an object"),
+    ("client-groups", '[{"rank": 4}]', "is missing"),
+    ("client-groups", '[{"partitions": "0", "ranks": 4}]', "unknown key, accepted are partitions, rank"),
+    ("client-groups", '[{"partitions": "0", "rank": 0}]', "must be > 0"),
+    ("client-groups", '[{"partitions": "0", "rank": "4"}]', "must be a whole number"),
+    ("client-groups", '[{"partitions": "a-b"}]', "whole number or a range"),
+    ("client-groups", '[{"partitions": 3}]', "must be a string"),
+    ("lora.alpha", float("nan"), "must be finite"),
+    ("train.learning-rate", float("inf"), "must be finite"),
+    ("lora.rank", 4.0, "must be a whole number"),
+    ("lora.rank", "4", "must be a whole number"),
+    ("lora.rank", True, "must be a whole number"),
+    ("lora.rank", None, "must be a whole number"),
+    ("lora.alpha", "16", "must be a number"),
+    ("lora.alpha", True, "must be a number"),
+    ("lora.use-rslora", 1, "must be true or false"),
+    ("model.name", 3, "must be a string"),
+    ("lora.ranks", 8, "must be a string"),
+    ("lora.rnk", 4, "did you mean lora.rank?"),
+    ("lora.use_rslora", True, "did you mean lora.use-rslora?"),
+    ("num_server_rounds", 3, "did you mean num-server-rounds?"),
+    ("zzz", 1, "keys look like"),
+    ("lora", 4, "unknown key"),
+    ("lora.rank.x", 4, "unknown key"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "way_out"), BAD, ids=lambda v: str(v)[:40])
+def test_a_refusal_is_one_line_with_key_value_and_way_out(key: str, value: Any, way_out: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_flat({key: value})
+    text = str(error.value)
+    assert "\n" not in text
+    assert text.startswith((key, "data.num-partitions", "study.references", "client-groups"))
+    assert way_out in text, text
+    if key not in ("client-groups", "study.references") and (key, value) != ("data.partitioner", "dirichlet"):
+        shown = repr(value) if isinstance(value, str) else str(value)
+        assert f"{key} = {shown}" in text, text
+
+
+def test_every_key_has_a_refused_value() -> None:
+    """A wrong type at least; so no key is read without being looked at."""
+    for key, default in DEFAULTS.items():
+        wrong = 1 if isinstance(default, str | bool) else "text"
+        with pytest.raises(ConfigError, match=f"^{key} = .*: must be "):
+            from_flat({key: wrong})
+
+
+@pytest.mark.parametrize("value", [[1, 2], None, {1, 2}], ids=str)
+def test_what_flower_cannot_carry_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^lora.ranks = .*comma string"):
+        flatten({"lora": {"ranks": value}})
+
+
+# --- lists, groups, derived values --------------------------------------------------------------------
+
+
+@given(numbers=st.lists(st.integers(0, 500), max_size=6))
+def test_lists_read_back(numbers: list[int]) -> None:
+    assert int_list("k", ",".join(map(str, numbers))) == tuple(numbers)
+    assert int_list("k", " , ".join(f"{n}-{n + 2}" for n in numbers)) == tuple(
+        n + i for n in numbers for i in range(3)
+    )
+    assert name_list(" a, ,b ,") == ("a", "b")
+
+
+def test_a_group_overrides_and_the_rest_keeps() -> None:
+    """First group that lists the partition wins; ranks repeat over the partitions."""
+    groups = '[{"partitions": "0-1", "rank": 3}, {"partitions": "1,5", "alpha": 2, "local-steps": 7}]'
+    config = from_flat({"lora.ranks": "4,8", "lora.alpha": 32.0, "client-groups": groups})
+    assert [config.rank_of(k) for k in range(6)] == [3, 3, 4, 8, 4, 8]
+    assert [config.alpha_of(k) for k in (0, 1, 5, 6)] == [32.0, 32.0, 2.0, 32.0]
+    assert [config.local_steps_of(k) for k in (0, 1, 5, 6)] == [10, 10, 7, 10]
+    assert config.group_of(9) is None
+
+
+def test_scaling_is_alpha_over_rank_or_its_root() -> None:
+    assert from_flat({"lora.alpha": 16.0}).lora.scaling(8) == 2.0
+    assert from_flat({"lora.alpha": 16.0, "lora.use-rslora": True}).lora.scaling(16) == 4.0
+    assert from_flat({}).lora.scaling(4, alpha=2.0) == 0.5
+
+
+def test_options_are_the_rules_own_names() -> None:
+    config = from_flat({"strategy.options": '{"some-thing": 1}', "strategy.init-a": "orthonormal"})
+    assert config.strategy.option_dict == {"init_a": "orthonormal", "some_thing": 1}
+
+
+# --- documentation ------------------------------------------------------------------------------------
+
+
+def undocumented(module: ModuleType) -> dict[str, list[str]]:
+    """Fields of each dataclass that no string literal follows."""
+    found: dict[str, list[str]] = {}
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+                continue
+            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            if not documented:
+                found.setdefault(node.name, []).append(statement.target.id)
+    return found
+
+
+def test_every_field_has_a_sentence_under_it() -> None:
+    """But for sections, which are documented as classes, and a group's fields, which repeat keys."""
+    assert undocumented(sections) == {}
+    missing = undocumented(run)
+    of_run = {f.name: f.type for f in dataclasses.fields(RunConfig)}
+    assert all(str(of_run[name]).endswith("Config") for name in missing.pop("RunConfig", []))
+    repeated = {key.rpartition(".")[2].replace("-", "_") for key in DEFAULTS}
+    assert set(missing.pop(ClientGroup.__name__, [])) <= repeated
+    assert missing == {}
+
+
+def test_all_sections_are_frozen_and_keyword_only() -> None:
+    config = RunConfig()
+    for part in (config, *(getattr(config, f.name) for f in dataclasses.fields(config))):
+        if dataclasses.is_dataclass(part):
+            first = dataclasses.fields(part)[0].name
+            with pytest.raises(dataclasses.FrozenInstanceError):
+                setattr(part, first, getattr(part, first))
+            assert all(f.kw_only for f in dataclasses.fields(part))

@@ -1,0 +1,107 @@
+"""A Grid that carries out messages in this process, with faults on request, and a client without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from uuid import uuid4
+
+import torch
+from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
+
+from clients.holdings import Holdings
+from clients.orders import open_order
+from fedlora import wire
+from fedlora.engines.identity import speak_as_server
+from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.seeding import torch_stream
+
+Client = Callable[[Message, int], Message | None]
+
+
+class FakeGrid(Grid):
+    """Nodes with random-looking ids; ``client`` answers, returning None means that the reply is lost."""
+
+    def __init__(self, partitions: Iterable[int], client: Client, *, tells_partitions: bool = True) -> None:
+        ids = list(partitions)
+        self.nodes = {1000 + 37 * ((p * 7) % 101): p for p in ids}
+        self.client = client
+        self.sent: list[Message] = []
+        if tells_partitions:
+            self.partition_ids = self.nodes
+        speak_as_server(run_id=1)
+
+    def set_run(self, run: object) -> None:
+        raise NotImplementedError
+
+    @property
+    def run(self) -> object:
+        raise NotImplementedError
+
+    def create_message(self, *args: object, **kwargs: object) -> Message:
+        raise NotImplementedError
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        raise NotImplementedError
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        raise NotImplementedError
+
+    def get_node_ids(self) -> Iterable[int]:
+        return list(self.nodes)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            self.sent.append(message)
+            try:
+                reply = self.client(message, self.nodes[message.metadata.dst_node_id])
+            except Exception as error:
+                reply = Message(Error(0, f"{type(error).__name__}: {error}"), reply_to=message)
+            if reply is not None:
+                replies.append(reply)
+        return replies[::-1]
+
+
+class ToyClient:
+    """Follows the protocol on disk and moves factors by seeded noise instead of training.
+
+    Attributes:
+        bases: partition -> digests of the base it last trained on, with the patches themselves.
+    """
+
+    def __init__(self, root: Path, num_examples: Callable[[int], int] = lambda p: p + 1) -> None:
+        self.root = root
+        self.num_examples = num_examples
+        self.bases: dict[int, list[Tensors]] = {}
+        self.starts: dict[int, AdapterSet] = {}
+
+    def __call__(self, message: Message, partition: int) -> Message | None:
+        order = wire.decode_order(message.content)
+        opened = open_order(order, Holdings(self.root / str(partition)))
+        if isinstance(opened, wire.Reply):
+            return Message(wire.encode_reply(opened), reply_to=message)
+        self.bases[partition] = [opened.patch(name).tensors() for name in order.needs.base]
+        self.starts[partition] = opened.adapters
+        moved = {name: self.moved(f, order, partition, name) for name, f in opened.adapters.items()}
+        head = {name: t + 0.1 * (partition + 1) for name, t in opened.head.items()}
+        reply = wire.Reply(
+            status=wire.OK,
+            arrays=wire.to_peft(moved, head, order.ships),
+            metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
+            holds=order.needs.digests,
+        )
+        return Message(wire.encode_reply(reply), reply_to=message)
+
+    @staticmethod
+    def moved(f: LoraFactors, order: wire.TrainOrder, partition: int, name: str) -> LoraFactors:
+        g = torch_stream(0, "toy", order.server_round, partition, name)
+        A = f.A + 0.1 * torch.randn(f.A.shape, generator=g) if "A" in order.trains else f.A
+        B = f.B + 0.1 * torch.randn(f.B.shape, generator=g) if "B" in order.trains else f.B
+        return LoraFactors(A, B, f.scaling)
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    return Message(content, reply_to=message)

@@ -1,0 +1,313 @@
+"""The Flower strategy around the rules: rounds, faults, the base protocol, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.serverapp.strategy import Strategy
+
+import strategies
+from fedlora import wire
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.factors import LoraFactors, stack
+from fedlora.updates import ClientSpec
+from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
+from strategies.flower import FactorStrategy
+from tests.federation.fake_grid import FakeGrid, ToyClient
+
+NAMED = [FedAvg, FFALoRA, FLoRA, LoRAFAIR, FedSVD, HeadOnly]
+MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
+
+
+def initial_arrays(rank: int = 3) -> ArrayRecord:
+    g = torch.Generator().manual_seed(0)
+    adapters = {
+        name: LoraFactors(torch.randn(rank, i, generator=g), torch.zeros(o, rank), 2.0)
+        for name, (o, i) in MODULES.items()
+    }
+    return wire.to_record(wire.to_peft(adapters, {"classifier.weight": torch.zeros(2, 6)}))
+
+
+def bits(strategy: FactorStrategy) -> dict[str, bytes]:
+    state = strategy.state
+    assert state is not None
+    tensors = wire.to_peft(state.adapters, state.head)
+    for version, patch in enumerate(state.base):
+        tensors |= {f"{version}/{name}": t for name, t in patch.tensors().items()}
+    return {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_is_a_flower_strategy_and_returns_flowers_result(named: type[FactorStrategy], tmp_path: Path) -> None:
+    strategy = named(scaling=2.0)
+    assert isinstance(strategy, Strategy)
+    grid = FakeGrid(range(3), ToyClient(tmp_path))
+    result = strategy.start(grid, initial_arrays(), num_rounds=2)
+    assert set(result.arrays) == set(initial_arrays())
+    assert set(result.train_metrics_clientapp) == {1, 2}
+    assert float(np.abs(result.arrays["base_model.model.classifier.weight"].numpy()).sum()) > 0
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_the_same_seed_gives_the_same_bits_whatever_the_node_ids_and_order(
+    named: type[FactorStrategy], tmp_path: Path
+) -> None:
+    results = []
+    for run, order in enumerate([range(6), reversed(range(6))]):
+        strategy = named(scaling=2.0, fraction_train=0.5, seed=3)
+        strategy.start(FakeGrid(order, ToyClient(tmp_path / str(run))), initial_arrays(), num_rounds=4)
+        results.append(bits(strategy))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) -> None:
+    rank, clients = 3, 2
+    numbers = {
+        "A": sum(i for _, i in MODULES.values()) * rank,
+        "B": sum(o for o, _ in MODULES.values()) * rank,
+    }
+    head = 12
+    strategy = named(scaling=2.0)
+    reports = []
+    strategy.on_round = reports.append
+    strategy.start(FakeGrid(range(clients), ToyClient(tmp_path)), initial_arrays(rank), num_rounds=3)
+    facts = strategy.rule.facts
+    up = 4 * clients * (sum(numbers[f] for f in facts.ships) + head)
+    assert [r.bytes_up for r in reports] == [up] * 3
+    both = 4 * (numbers["A"] + numbers["B"])
+    stacked = 4 * clients * (numbers["A"] + numbers["B"])  # one patch: R = 2 r
+    down = {
+        "fedavg": [both] * 3,
+        "lora-fair": [both] * 3,
+        "ffa": [both, 4 * numbers["B"], 4 * numbers["B"]],
+        "fedsvd": [both] * 3,
+        "head-only": [both, 0, 0],
+        "flora": [0, stacked, stacked],
+    }[facts.name]
+    assert [r.bytes_down for r in reports] == [clients * (d + 4 * head) for d in down]
+
+
+class TestMovingBase:
+    """FLoRA under partial participation: everybody ends on the same bits."""
+
+    def test_a_client_that_sat_out_lost_a_reply_or_its_disk_trains_on_everybodys_base(
+        self, tmp_path: Path
+    ) -> None:
+        import shutil
+
+        toy = ToyClient(tmp_path)
+        lost = {(2, 1)}
+
+        def client(message: Message, partition: int) -> Message | None:
+            server_round = int(message.content["config"]["server-round"])
+            if server_round == 4 and partition == 2:
+                shutil.rmtree(tmp_path / "2", ignore_errors=True)
+            reply = toy(message, partition)
+            return None if (server_round, partition) in lost else reply
+
+        strategy = FLoRA(scaling=2.0, fraction_train=0.5, seed=1)
+        seen: list[list[int]] = []
+        strategy.on_round = lambda report: seen.append(report.participants)
+        strategy.start(FakeGrid(range(4), client), initial_arrays(), num_rounds=6, timeout=5)
+        last = FakeGrid(range(4), client)
+        strategy.fraction_train = 1.0
+        strategy.start(last, initial_arrays(), num_rounds=7)
+        assert strategy.state is not None
+        expected = [patch.tensors() for patch in strategy.state.base[:6]]
+        for partition in range(4):
+            held = toy.bases[partition]
+            assert len(held) == 6
+            for mine, theirs in zip(held, expected, strict=True):
+                assert mine.keys() == theirs.keys()
+                assert all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+    def test_the_patch_is_the_weighted_sum_of_the_clients_products(self, tmp_path: Path) -> None:
+        toy = ToyClient(tmp_path)
+        ranks = {0: 2, 1: 4, 2: 1}
+        strategy = FLoRA(
+            scaling=1.0,
+            client_spec=lambda p: ClientSpec(partition_id=p, rank=ranks[p], scaling=1.0 / ranks[p]),
+        )
+        strategy.start(FakeGrid(range(3), toy), initial_arrays(4), num_rounds=1)
+        assert strategy.state is not None
+        order = wire.TrainOrder(
+            server_round=1, arrays={}, parts={}, needs=wire.Needs(), config={"trains": "A,B", "ships": "A,B"}
+        )
+        for name in MODULES:
+            moved = {p: toy.moved(toy.starts[p][name], order, p, name) for p in ranks}
+            expected = stack(((p + 1) / 6, moved[p]) for p in ranks).dense()
+            assert torch.allclose(strategy.state.base[0].products[name].dense(), expected, atol=1e-6)
+
+    def test_who_does_not_acknowledge_the_base_is_refused(self, tmp_path: Path) -> None:
+        toy = ToyClient(tmp_path)
+
+        def forgetful(message: Message, partition: int) -> Message | None:
+            reply = toy(message, partition)
+            if reply is not None and partition == 1:
+                del reply.content["config"]
+            return reply
+
+        strategy = FLoRA(scaling=2.0)
+        reports = []
+        strategy.on_round = reports.append
+        strategy.start(FakeGrid(range(3), forgetful), initial_arrays(), num_rounds=2)
+        assert reports[0].refused == {}
+        assert "does not acknowledge 1 base patches" in reports[1].refused[1]
+        assert reports[1].participants == [0, 2]
+
+
+def spoiled(kind: str, reply: Message) -> RecordDict:
+    """A reply made wrong in one way."""
+    tensors = wire.from_record(reply.content["arrays"])
+    key = "base_model.model.encoder.q.lora_B.weight"
+    if kind == "nan":
+        tensors[key][0, 0] = float("nan")
+    elif kind == "shape":
+        tensors[key] = tensors[key][:, :2]
+    elif kind == "missing":
+        del tensors[key]
+    elif kind == "foreign":
+        tensors["base_model.model.other.lora_B.weight"] = tensors[key]
+    elif kind == "head":
+        del tensors["base_model.model.classifier.weight"]
+    reply.content["arrays"] = wire.to_record(tensors)
+    if kind == "weight":
+        reply.content["metrics"]["num-examples"] = -5
+    if kind == "no arrays":
+        del reply.content["arrays"]
+    if kind == "blob":
+        array = reply.content["arrays"][key]
+        array.data = array.data[: len(array.data) // 2]
+    return reply.content
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("nan", "encoder.q: lora_B holds a NaN"),
+        ("shape", "encoder.q: lora_B has shape (12, 2), expected (12, 3)"),
+        ("missing", "encoder.q: lora_B is missing"),
+        ("foreign", "unknown module other"),
+        ("head", "classifier.weight is missing"),
+        ("weight", "'num-examples' = -5.0"),
+        ("no arrays", "no record 'arrays'"),
+        ("blob", "cannot be decoded"),
+        ("raises", "boom"),
+        ("silent", "no reply"),
+    ],
+)
+def test_a_bad_reply_is_refused_counted_and_harms_nobody(kind: str, words: str, tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def client(message: Message, partition: int) -> Message | None:
+        if partition == 1 and kind == "raises":
+            raise RuntimeError("boom")
+        reply = toy(message, partition)
+        if partition == 1 and kind == "silent":
+            return None
+        if partition == 1 and reply is not None:
+            return Message(spoiled(kind, reply), reply_to=message)
+        return reply
+
+    strategy, without = FedAvg(scaling=2.0), FedAvg(scaling=2.0, partitions={0, 2})
+    reports = []
+    strategy.on_round = reports.append
+    strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=1)
+    assert words in reports[0].refused[1]
+    assert "\n" not in reports[0].refused[1]
+    without.start(FakeGrid(range(3), toy), initial_arrays(), num_rounds=1)
+    assert bits(strategy) == bits(without)
+
+
+def test_too_few_valid_updates_fail_the_run_and_keep_the_state(tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def client(message: Message, partition: int) -> Message | None:
+        return (
+            None
+            if int(message.content["config"]["server-round"]) == 2 and partition
+            else toy(message, partition)
+        )
+
+    strategy = FedAvg(scaling=2.0, min_train_nodes=2)
+    with pytest.raises(RunFailed, match="round 2: 1 valid updates, min-train-nodes = 2"):
+        strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=3)
+    assert strategy.state is not None
+    assert strategy.state.round == 1
+
+
+def test_a_frozen_factor_that_comes_back_changed_is_refused(tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def trains_both(message: Message, partition: int) -> Message | None:
+        reply = toy(message, partition)
+        assert reply is not None
+        tensors = wire.from_record(reply.content["arrays"])
+        for name, start in toy.starts[partition].items():
+            tensors[wire.key_of(name, "A")] = start.A + 1.0
+        reply.content["arrays"] = wire.to_record(tensors)
+        return reply
+
+    strategy = FedSVD(scaling=2.0)
+    with pytest.raises(RunFailed, match="lora_A came back changed"):
+        strategy.start(FakeGrid(range(2), trains_both), initial_arrays(), num_rounds=1)
+
+
+def test_nodes_are_asked_for_their_partition_where_the_grid_does_not_know(tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def client(message: Message, partition: int) -> Message | None:
+        if message.metadata.message_type == "query":
+            from flwr.app import ConfigRecord
+
+            return Message(
+                RecordDict({"config": ConfigRecord({"partition-id": partition})}), reply_to=message
+            )
+        return toy(message, partition)
+
+    asked, told = (
+        FedAvg(scaling=2.0, fraction_train=0.5, seed=2),
+        FedAvg(scaling=2.0, fraction_train=0.5, seed=2),
+    )
+    asked.start(FakeGrid(range(5), client, tells_partitions=False), initial_arrays(), num_rounds=3)
+    told.start(FakeGrid(range(5), client), initial_arrays(), num_rounds=3)
+    assert bits(asked) == bits(told)
+
+
+def test_no_client_trains_more_often_than_it_may(tmp_path: Path) -> None:
+    strategy = FedAvg(scaling=2.0, fraction_train=0.5, max_participations=2)
+    grid = FakeGrid(range(4), ToyClient(tmp_path))
+    with pytest.raises(RunFailed, match="0 clients may train"):
+        strategy.start(grid, initial_arrays(), num_rounds=10)
+    assert strategy.participations == {0: 2, 1: 2, 2: 2, 3: 2}
+
+
+def test_unequal_ranks_are_refused_by_a_rule_that_cannot_take_them(tmp_path: Path) -> None:
+    spec = lambda p: ClientSpec(partition_id=p, rank=2 + p, scaling=1.0)  # noqa: E731
+    from fedlora.errors import FactorShapeError
+
+    with pytest.raises(FactorShapeError, match="fedavg needs equal ranks"):
+        FedAvg(client_spec=spec).start(
+            FakeGrid(range(2), ToyClient(tmp_path)), initial_arrays(), num_rounds=1
+        )
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_unknown_options_are_named(named: type[FactorStrategy]) -> None:
+    with pytest.raises(ConfigError, match="lamda"):
+        named(lamda=0.1)
+
+
+def test_arrays_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
+    arrays = ArrayRecord({"weight": torch.zeros(2, 2)})
+    with pytest.raises(ConfigError, match="no pairs of lora_A and lora_B"):
+        FedAvg().start(FakeGrid(range(2), ToyClient(tmp_path)), arrays, num_rounds=1)
+
+
+def test_every_public_name_exists() -> None:
+    assert all(hasattr(strategies, name) for name in strategies.__all__)

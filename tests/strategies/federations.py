@@ -1,0 +1,218 @@
+"""Random federations for Hypothesis, and the few steps with which a test plays a round.
+
+A `Federation` is drawn as plain numbers (shapes, ranks, weights, seeds); the factors themselves come
+from named streams of its seed, so that a failing example is short to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fedlora.factors import LoraFactors, Tensors
+from fedlora.seeding import torch_stream
+from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
+from strategies.registry import RULES, make_rule
+from strategies.rule import Facts, Rule
+from tests import oracles
+
+VARIANTS: Mapping[str, Rule] = {
+    **{name: make_rule(name) for name in RULES},
+    "ffa-orthonormal": make_rule("ffa", {"init_a": "orthonormal"}),
+    "fedsvd-every-2": make_rule("fedsvd", {"period": 2}),
+    "lora-fair-strong": make_rule("lora-fair", {"lam": 1.0}),
+}
+"""Every listed rule with its defaults, and some with options."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation:
+    """Layers, clients and a seed; what a test needs to play rounds under any rule."""
+
+    modules: Mapping[str, ModuleSpec]
+    rank: int
+    scaling: float
+    clients: tuple[ClientSpec, ...]
+    weights: tuple[float, ...]
+    seed: int
+    head_shapes: tuple[tuple[int, ...], ...] = ()
+    dtype: torch.dtype = field(default=torch.float64)
+
+    def suited(self, facts: Facts) -> Federation:
+        """The same federation with equal ranks, where the rule needs them.
+
+        So it does where nothing is trained: a warm start cut to a lower rank would count as a change.
+        """
+        if facts.mixed_ranks and facts.trains:
+            return self
+        clients = tuple(replace(c, rank=self.rank) for c in self.clients)
+        return replace(self, clients=clients)
+
+    def normal(self, shape: Sequence[int], *names: str | int) -> Tensor:
+        """Standard normal values of the named stream, in this federation's dtype."""
+        stream = torch_stream(self.seed, *names)
+        return torch.randn(*shape, generator=stream, dtype=torch.float64).to(self.dtype)
+
+    def template(self) -> Template:
+        """A warm start: both factors random, so that nothing hides behind B = 0."""
+        return Template(
+            modules=self.modules,
+            rank=self.rank,
+            scaling=self.scaling,
+            head={f"head.{i}": self.normal(s, "head", i) for i, s in enumerate(self.head_shapes)},
+            adapters={
+                name: LoraFactors(
+                    self.normal((self.rank, spec.in_features), "A", name),
+                    self.normal((spec.out_features, self.rank), "B", name),
+                    self.scaling,
+                )
+                for name, spec in self.modules.items()
+            },
+        )
+
+    def start(self, rule: Rule) -> State:
+        """The rule's state before round 1."""
+        return rule.init(self.template(), self.seed)
+
+    def update(self, rule: Rule, state: State, index: int) -> ClientUpdate:
+        """One client's reply: every factor that it trains, and the head, moved at random."""
+        client = self.clients[index]
+        given = rule.broadcast(state, client)
+        who = (state.round + 1, client.partition_id)
+        adapters = {name: self._trained(given, name, who) for name in given.adapters}
+        head = {n: t + self.normal(t.shape, "head", n, *who) for n, t in given.head.items()}
+        return ClientUpdate(
+            partition_id=client.partition_id, adapters=adapters, head=head, weight=self.weights[index]
+        )
+
+    def _trained(self, given: Broadcast, name: str, who: tuple[int, int]) -> LoraFactors:
+        factors = given.adapters[name]
+        A, B = factors.A.to(self.dtype), factors.B.to(self.dtype)
+        trained = given.trains if name in given.modules else frozenset()
+        if "A" in trained:
+            A = A + self.normal(A.shape, "trained A", name, *who)
+        if "B" in trained:
+            B = B + self.normal(B.shape, "trained B", name, *who)
+        return LoraFactors(A, B, factors.scaling)
+
+    def updates(self, rule: Rule, state: State, present: Collection[int] | None = None) -> list[ClientUpdate]:
+        """The replies of the clients at these positions; None means all."""
+        chosen = range(len(self.clients)) if present is None else sorted(present)
+        return [self.update(rule, state, index) for index in chosen]
+
+
+NAMES = ("encoder.0.query", "encoder.0.output", "encoder.1.query")
+SHAPES = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=3)
+RANKS, ALPHAS = st.integers(1, 4), st.sampled_from([1.0, 8.0, 16.0, 24.0])
+CLIENT = st.tuples(
+    st.integers(0, 99),
+    RANKS,
+    ALPHAS,
+    st.floats(0.25, 40.0),
+    st.sampled_from([None, (0,), (0, 1), (2,)]),
+)
+"""Partition id, rank, alpha, weight and the positions of its target modules."""
+CLIENTS = {n: st.lists(CLIENT, min_size=n, max_size=5, unique_by=lambda c: c[0]) for n in (1, 2)}
+SEEDS = st.integers(0, 2**31)
+HEADS = st.sampled_from([(), ((3,),), ((2, 3), (2,))])
+
+
+@st.composite
+def federations(
+    draw: st.DrawFn,
+    min_clients: int = 1,
+    equal_scalings: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> Federation:
+    """Up to three mostly non-square layers and five clients of any rank, alpha, weight and target."""
+    shapes, rank = draw(SHAPES), draw(RANKS)
+    scaling = draw(ALPHAS) / rank
+    drawn = draw(CLIENTS[min_clients])
+    return Federation(
+        modules={
+            name: ModuleSpec(out_features=o, in_features=i)
+            for name, (o, i) in zip(NAMES, shapes, strict=False)
+        },
+        rank=rank,
+        scaling=scaling,
+        clients=tuple(
+            ClientSpec(
+                partition_id=partition_id,
+                rank=r,
+                scaling=scaling if equal_scalings else alpha / r,
+                modules=None if target is None else _targets(target, len(shapes)),
+            )
+            for partition_id, r, alpha, _, target in drawn
+        ),
+        weights=tuple(weight for *_, weight, _ in drawn),
+        seed=draw(SEEDS),
+        head_shapes=draw(HEADS),
+        dtype=dtype,
+    )
+
+
+def _targets(positions: tuple[int, ...], modules: int) -> frozenset[str]:
+    return frozenset(NAMES[position % modules] for position in positions)
+
+
+def effective(state: State) -> dict[str, oracles.Array]:
+    """The dense (out, in) change of each layer's weight since W_0: patches + s B A."""
+    total = {name: numpy(factors.delta()) for name, factors in state.adapters.items()}
+    for patch in state.base:
+        for name, product in patch.products.items():
+            total[name] = total[name] + numpy(product.dense())
+    return total
+
+
+def oracle_layer(
+    state: State, updates: Sequence[ClientUpdate], name: str
+) -> tuple[oracles.Adapter, list[oracles.Client]]:
+    """One layer as the oracles want it."""
+    start, total = state.adapters[name], sum(update.weight for update in updates)
+    clients = [
+        oracles.Client(
+            p=update.weight / total,
+            B=numpy(update.adapters[name].B),
+            A=numpy(update.adapters[name].A),
+            s=update.adapters[name].scaling,
+        )
+        for update in updates
+    ]
+    return oracles.Adapter(numpy(start.B), numpy(start.A), start.scaling), clients
+
+
+def numpy(tensor: Tensor) -> oracles.Array:
+    """Float64 values of a tensor."""
+    return np.asarray(tensor.detach().double().numpy(), dtype=np.float64)
+
+
+def relative(given: oracles.Array, expected: oracles.Array) -> float:
+    """``||given - expected|| / ||expected||``; the plain norm where nothing is expected."""
+    size = float(np.linalg.norm(expected))
+    return float(np.linalg.norm(given - expected)) / (size if size > 0 else 1.0)
+
+
+def named_tensors(state: State) -> Tensors:
+    """Every tensor of a state under a unique name; what "the same bits" is asked of."""
+    found: Tensors = {f"head {n}": t for n, t in state.head.items()}
+    found |= {f"memory {n}": t for n, t in state.memory.items()}
+    for name, factors in state.adapters.items():
+        found |= {f"A {name}": factors.A, f"B {name}": factors.B}
+    for version, patch in enumerate(state.base):
+        for name, product in patch.products.items():
+            found |= {f"P{version} left {name}": product.left, f"P{version} right {name}": product.right}
+    return found
+
+
+def assert_same_bits(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Equal names, dtypes, shapes and bits, NaN included."""
+    assert given.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert given[name].dtype == tensor.dtype, name
+        assert given[name].shape == tensor.shape, name
+        assert given[name].contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes(), name

@@ -1,0 +1,147 @@
+"""Every declared fact is what the rule does: what it trains, ships, sums and moves, and its bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedlora.factors import LoraFactors
+from fedlora.updates import FACTORS, ClientSpec, ClientUpdate, ModuleSpec, State
+from strategies.registry import RULES, make_rule
+from strategies.rule import Rule
+from tests import oracles
+from tests.strategies.federations import Federation, assert_same_bits, effective, named_tensors, relative
+
+OUT, IN, RANK = 7, 11, 3
+FEDERATION = Federation(
+    modules={"layer": ModuleSpec(out_features=OUT, in_features=IN)},
+    rank=RANK,
+    scaling=2.0,
+    clients=tuple(ClientSpec(partition_id=i, rank=RANK, scaling=2.0) for i in range(3)),
+    weights=(1.0, 2.0, 3.0),
+    seed=3,
+)
+
+rules = {name: make_rule(name) for name in RULES}
+every_rule = pytest.mark.parametrize("rule", rules.values(), ids=list(rules))
+every_factor = pytest.mark.parametrize("factor", ["A", "B"])
+
+
+def replies(rule: Rule) -> tuple[State, list[ClientUpdate]]:
+    state = FEDERATION.start(rule)
+    return state, FEDERATION.updates(rule, state)
+
+
+def shifted(update: ClientUpdate, factor: str, by: torch.Tensor) -> ClientUpdate:
+    moved = {n: replace(f, **{factor: getattr(f, factor) + by}) for n, f in update.adapters.items()}
+    return replace(update, adapters=moved)
+
+
+def difference(one: State, other: State) -> float:
+    return relative(effective(one)["layer"], effective(other)["layer"])
+
+
+def test_every_rule_is_listed_under_its_own_name_with_an_oracle() -> None:
+    assert {name: rule.facts.name for name, rule in RULES.items()} == {name: name for name in RULES}
+    assert set(RULES) <= set(oracles.ORACLES)
+
+
+@every_rule
+def test_only_trained_factors_are_shipped(rule: Rule) -> None:
+    facts = rule.facts
+    assert facts.ships <= facts.trains <= FACTORS
+    given = rule.broadcast(FEDERATION.start(rule), FEDERATION.clients[0])
+    assert (given.trains, given.ships) == (facts.trains, facts.ships)
+
+
+@every_rule
+@every_factor
+def test_the_next_adapter_depends_on_what_is_shipped_and_on_nothing_else(rule: Rule, factor: str) -> None:
+    """NaN in a factor that stays at the client reaches no tensor of the next state."""
+    state, updates = replies(rule)
+    after, _ = rule.aggregate(state, updates)
+    if factor in rule.facts.ships:
+        moved = [shifted(updates[0], factor, torch.tensor(0.5)), *updates[1:]]
+        assert difference(rule.aggregate(state, moved)[0], after) > 1e-3
+    else:
+        hidden = [shifted(u, factor, torch.tensor(math.nan)) for u in updates]
+        assert_same_bits(named_tensors(rule.aggregate(state, hidden)[0]), named_tensors(after))
+
+
+@every_rule
+def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: Rule) -> None:
+    """Moving some of a shipped factor from one client to another, at equal sum p_k X_k, changes nothing.
+
+    One factor at a time, so that for a product rule the other factor tells the clients apart.
+    """
+    state, updates = replies(rule)
+    after, _ = rule.aggregate(state, updates)
+    changes = [0.0]
+    for factor in rule.facts.ships:
+        by = FEDERATION.normal(getattr(updates[0].adapters["layer"], factor).shape, "moved", factor)
+        one = shifted(updates[0], factor, by / updates[0].weight)
+        two = shifted(updates[1], factor, -by / updates[1].weight)
+        changes.append(difference(rule.aggregate(state, [one, two, *updates[2:]])[0], after))
+    if rule.facts.secure_sum:
+        assert max(changes) < 1e-10
+    else:
+        assert max(changes) > 1e-3
+    assert rule.facts.secure_sum or not rule.facts.client_dp
+
+
+@every_rule
+def test_the_base_moves_where_declared(rule: Rule) -> None:
+    state, updates = replies(rule)
+    assert (len(rule.aggregate(state, updates)[0].base) > len(state.base)) == rule.facts.moves_base
+
+
+# --- bytes --------------------------------------------------------------------------------------------
+
+FORMULAS: dict[str, Callable[[int, int, int], int]] = {
+    "0": lambda r, o, i: 0,
+    "r*o": lambda r, o, i: r * o,
+    "r(o+i)": lambda r, o, i: r * (o + i),
+    "r_k(o+i)": lambda r, o, i: r * (o + i),
+}
+"""The spellings of ``facts.up`` and ``facts.down``; r is the client's rank."""
+
+UP: dict[str, Callable[[int, int, int], int]] = {
+    "fedavg": lambda r, o, i: r * o + r * i,
+    "ffa": lambda r, o, i: r * o,
+    "flora": lambda r, o, i: r * o + r * i,
+    "lora-fair": lambda r, o, i: r * o + r * i,
+    "fedsvd": lambda r, o, i: r * o,
+    "head-only": lambda r, o, i: 0,
+    "local-only": lambda r, o, i: 0,
+}
+"""Numbers that one client sends for one layer, from the methods' descriptions."""
+
+
+@every_rule
+@pytest.mark.parametrize(("rank", "out_features", "in_features"), [(1, 5, 5), (3, 7, 11), (4, 12, 6)])
+def test_bytes_up_are_the_closed_form(rule: Rule, rank: int, out_features: int, in_features: int) -> None:
+    factors = LoraFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), 1.0)
+    shipped = sum(getattr(factors, factor).nbytes for factor in rule.facts.ships)
+    assert shipped == 4 * UP[rule.facts.name](rank, out_features, in_features)
+    assert shipped == 4 * FORMULAS[rule.facts.up](rank, out_features, in_features)
+
+
+@every_rule
+def test_bytes_down_are_the_closed_form(rule: Rule) -> None:
+    """What differs from the round before, or the new patch, is what has to travel to a client."""
+    state, updates = replies(rule)
+    after, _ = rule.aggregate(state, updates)
+    client = FEDERATION.clients[0]
+    old, new = rule.broadcast(state, client), rule.broadcast(after, client)
+    numbers = sum(patch.nbytes // 8 for patch in after.base[len(state.base) :])
+    if new.fresh_seed is None:
+        for factor in FACTORS:
+            before, now = (getattr(given.adapters["layer"], factor) for given in (old, new))
+            numbers += 0 if torch.equal(before, now) else now.numel()
+    formula = rule.facts.down.split(" ")[0].replace("R", "r")
+    rank = RANK * len(updates) if rule.facts.moves_base else RANK
+    assert numbers == FORMULAS[formula](rank, OUT, IN)

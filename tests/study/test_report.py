@@ -1,0 +1,201 @@
+"""The report's file: complete, self-contained, escaped, the same bytes every time."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedlora.errors import ConfigError
+from fedlora.study.charts import draw_charts
+from fedlora.study.report import render, write_report
+from fedlora.study.styles import styles_of
+from fedlora.study.summary import summarise
+from tests.study.made_up import result, study
+
+VOID = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Collects ids, attributes and text, and refuses tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_startendtag(tag, attrs)
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            self.attributes.append((tag, name, value or ""))
+            if name == "id":
+                self.ids.append(value or "")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.text.append(data.strip())
+
+    def values(self, name: str) -> list[str]:
+        return [value for _, key, value in self.attributes if key == name]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render("A study", study())
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_nothing_is_fetched(page: Page, html: str) -> None:
+    links = page.values("src") + page.values("href")
+    assert [link for link in links if not link.startswith(("#", "data:,"))] == []
+    assert not re.search(r"@import|url\((?!#)|https?://", html)
+    assert "default-src 'none'" in html
+
+
+def test_ids_are_unique_and_references_resolve(page: Page) -> None:
+    assert len(page.ids) == len(set(page.ids))
+    named = page.values("aria-labelledby")
+    used = [value[1:] for value in page.values("href") if value.startswith("#")]
+    clipped = re.findall(r"url\(#([^)]+)\)", " ".join(page.values("clip-path")))
+    assert named
+    assert used
+    assert clipped
+    assert set(named + used + clipped) <= set(page.ids)
+
+
+def test_every_button_moves_something_in_the_charts(page: Page) -> None:
+    series = set(page.values("data-series"))
+    assert set(page.values("data-toggle")) == {f"s{i}" for i in range(11)}
+    assert set(page.values("data-toggle")) <= series
+
+
+def test_each_marker_says_its_run_and_value(page: Page) -> None:
+    assert "lora-fair, tweets: 88.9%" in page.text
+    assert any(re.fullmatch(r"fedavg, round 3: \d\d\.\d%", t) for t in page.text)
+    assert any(re.fullmatch(r"flora, \d+\.\d+ MB: \d\d\.\d%", t) for t in page.text)
+    assert "head-only, round 1: at most 10⁻⁹" in page.text
+    assert "fedavg-private, round 10: epsilon 7.94" in page.text
+
+
+def test_details_name_differences_refusals_and_epsilons(html: str) -> None:
+    assert "<code>train.batch-size = 64</code>" in html
+    assert html.count("the update holds &lt;b&gt;NaN&lt;/b&gt;") == 10
+    assert re.search(r"<tr><th scope=\"row\">ffa-private</th><td>3</td><td>7\.85", html)
+    assert "learning-rate = 0.005" in html
+
+
+def test_what_others_wrote_is_escaped_everywhere() -> None:
+    evil = "<script>$x_1$</script>"
+    outcome = {"accuracy_by_domain": {evil: 0.8}, "labels": [evil]}
+    html = render(evil, [result("flora", outcome=outcome, record={"refused": {"0": evil}})])
+    assert evil not in html
+    assert html.count("<script>") == 1
+    assert html.count("&lt;script&gt;$x_1$") >= 6
+
+
+def test_same_runs_same_bytes_and_small(tmp_path: Path) -> None:
+    runs = study((0, 1))
+    write_report(tmp_path / "a.html", "A study", runs)
+    write_report(tmp_path / "b.html", "A study", runs)
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+    assert (tmp_path / "a.html").stat().st_size < 400_000
+
+
+def test_ten_long_runs_stay_below_a_megabyte() -> None:
+    runs = [result(f"run-{i}", "variant", num_rounds=200) for i in range(10)]
+    assert len(render("Long", runs).encode()) < 1_000_000
+
+
+def test_colours_are_variables_so_that_dark_mode_can_change_them(page: Page) -> None:
+    styles = [value for tag, name, value in page.attributes if name == "style"]
+    assert styles
+    assert not [value for value in styles if "#" in value or "font-family" in value]
+
+
+def test_charts_without_data_are_left_out(page: Page) -> None:
+    charts = [name for name in page.ids if name.startswith("chart-")]
+    assert charts == ["chart-accuracy", "chart-traffic", "chart-gap", "chart-epsilon", "chart-domains"]
+    bare = result(
+        "flora",
+        record={"accuracy": None, "gap": None, "examples": None},
+        outcome={"accuracy_by_domain": {}},
+    )
+    assert draw_charts(summarise([bare])) == []
+    assert "Kind" in render("Bare", [bare])
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        {"record": {"loss": float("nan"), "gap": float("nan"), "bytes_up": 0, "bytes_down": 0}},
+        {"num_rounds": 1},
+        {"outcome": {"loss": float("nan"), "epsilon_by_client": {}, "labels": []}},
+        {"accuracy": 1.0},
+        {"accuracy": 0.0},
+    ],
+    ids=["nothing finite, nothing sent", "one round", "no loss", "all right", "all wrong"],
+)
+def test_odd_runs_have_a_report_too(damaged: dict[str, object]) -> None:
+    Page(render("Odd", [result("flora", **damaged)]))  # type: ignore[arg-type]
+
+
+def test_only_references_have_a_report_too() -> None:
+    Page(render("References", [result("centralised", "reference")]))
+
+
+def test_traffic_adds_up_to_what_the_run_sent() -> None:
+    run = result("flora")
+    chart = next(chart for chart in draw_charts(summarise([run])) if chart.name == "traffic")
+    assert chart.numbers is not None
+    assert chart.numbers.body[-1] == ("10", "58.9 MB")
+    assert run.result["bytes_up"] + run.result["bytes_down"] == 58_900_000
+
+
+def test_dollar_signs_are_text_in_charts() -> None:
+    run = result("flora", outcome={"accuracy_by_domain": {"a $x_1$ b": 0.8}})
+    assert ">a $x_1$ b</text>" in draw_charts(summarise([run]))[-1].svg
+
+
+def test_a_private_run_has_the_colour_of_its_strategy_and_another_variant_has_not() -> None:
+    named = {"strategy.name": "flora"}
+    rows = summarise(
+        [result("flora"), result("p", "variant", epsilon=8.0, keys=named), result("v", "variant", keys=named)]
+    )
+    styles = styles_of(rows)
+    assert styles["flora"].colour == styles["p"].colour != styles["v"].colour
+    assert (styles["flora"].hollow, styles["p"].hollow) == (False, True)
+    assert len({style.marker for style in styles.values()}) == 3
+
+
+def test_sparse_evaluation_is_shown_at_its_rounds() -> None:
+    run = result("flora")
+    for record in run.rounds:
+        if record["round"] % 5:
+            record["accuracy"] = None
+    chart = draw_charts(summarise([run]))[0]
+    assert chart.numbers is not None
+    assert [line[0] for line in chart.numbers.body] == ["5", "10"]
+
+
+def test_no_run_no_report(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no finished run"):
+        write_report(tmp_path / "report.html", "Nothing", [])
+    assert not list(tmp_path.iterdir())

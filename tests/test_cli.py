@@ -1,0 +1,120 @@
+"""The command line as a user meets it: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from fedlora.cli import cli
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "experiments" / "tiny.toml")
+
+
+def fedlora(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, list(arguments))
+
+
+BAD_REQUESTS = {
+    "unknown key": (["--set", "lora.rnak=4"], "lora.rnak", "lora.rank"),
+    "wrong type": (["--set", "lora.rank=four"], "lora.rank = 'four'", "whole number"),
+    "impossible value": (["--set", "fraction-train=1.5"], "fraction-train = 1.5", "(0, 1]"),
+    "unknown strategy": (["--set", "strategy.name=fedavgg"], "'fedavgg'", "did you mean fedavg?"),
+    "unknown option": (["--set", 'strategy.options={"lam": 1}'], "lam", "flora accepts init_a"),
+    "option of another type": (
+        ["--set", "strategy.name=lora-fair", "--set", 'strategy.options={"lam": "x"}'], "lam = 'x'",
+        "expects float",
+    ),
+    "unknown partitioner": (["--set", "data.partitioner=random"], "'random'", "dirichlet"),
+    "more partitions than examples": (
+        ["--set", "data.partitioner=iid", "--set", "data.num-partitions=100000"], "100000", "examples",
+    ),
+    "rank larger than the layer": (["--set", "lora.ranks=33"], "33", "at most 32"),
+    "target modules that match nothing": (["--set", "lora.target-modules=q_proj"], "q_proj", "query"),
+    "missing column": (["--set", "data.label-column=stars"], "", ""),
+    "mixed ranks refused": (["--set", "strategy.name=fedavg"], "fedavg needs equal ranks", "flora"),
+    "ranks that are no numbers": (["--set", "lora.ranks=2,x"], "lora.ranks = '2,x'", "whole number"),
+    "bad groups": (["--set", 'client-groups=[{"rank": 2}]'], "client-groups", "partitions is missing"),
+    "not json": (["--set", "strategy.options={"], "strategy.options", "not JSON"),
+    "init": (["--set", "strategy.init-a=zeros"], "'zeros'", "kaiming, orthonormal"),
+    "epsilon": (["--set", "privacy.target-epsilon=-1"], "privacy.target-epsilon = -1", "> 0"),
+    "no such model": (["--set", "model.name=/nowhere"], "/nowhere", "model.name"),
+    "no such data": (["--set", "data.name=/nowhere.jsonl"], "/nowhere.jsonl", "no such file"),
+    "partitions that do not exist": (["--set", "partitions=9"], "partitions = '9'", "0 to 3"),
+    "a set without =": (["--set", "lora.rank"], "lora.rank", "key=value"),
+    "batch over the examples": (
+        ["--set", "privacy.mode=example", "--set", "train.batch-size=5000"], "5000", "examples",
+    ),
+    "two clippings": (
+        ["--set", "privacy.mode=example", "--set", "train.max-grad-norm=1.0"], "train.max-grad-norm",
+        "must be 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [n for n in BAD_REQUESTS if n != "missing column"])
+def test_a_bad_request_is_one_line_with_exit_code_2(name: str, tmp_path: Path, cache: Path) -> None:
+    arguments, *words = BAD_REQUESTS[name]
+    out = tmp_path / "out"
+    result = fedlora("run", TINY, "--out", str(out), *arguments)
+    assert result.exit_code == 2, result.output
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert sum(text.startswith("error") for text in result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.output
+    for word in words:
+        assert word in line
+    assert not (out / "rounds.jsonl").exists()
+
+
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path, cache: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a", "stars": 1}\n{"text": "b", "stars": 0}\n')
+    result = fedlora("run", TINY, "--out", str(tmp_path / "out"), "--set", f"data.name={data}")
+    assert result.exit_code == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert "label" in line
+    assert "stars" in line
+
+
+def test_a_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("keep")
+    result = fedlora("run", TINY, "--out", str(tmp_path))
+    assert result.exit_code == 2
+    assert "is not empty" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "[model", "\x00"])
+def test_a_file_that_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.toml"
+    path.write_text(text or "seed = [1, 2]")
+    result = fedlora("run", str(path), "--out", str(tmp_path / "out"))
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    result = fedlora("run", str(tmp_path / "none.toml"))
+    assert result.exit_code == 2
+    assert "there is no such file" in result.stderr
+
+
+def test_the_facts_are_json() -> None:
+    rows = json.loads(fedlora("strategies", "--json").stdout)
+    assert {"fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only"} <= {row["name"] for row in rows}
+    assert all({"exact", "mixed_ranks", "trains", "ships", "paper"} <= row.keys() for row in rows)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "evaluate", "strategies"])
+def test_every_help_text_has_an_example(command: str) -> None:
+    assert f"fedlora {command}" in fedlora(command, "--help").stdout.replace("Example:", "", 1)
+
+
+def test_an_adapter_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    result = fedlora("evaluate", str(tmp_path), "synthetic")
+    assert result.exit_code == 2
+    assert "error: " in result.stderr

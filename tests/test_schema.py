@@ -1,0 +1,43 @@
+"""``pyproject.toml`` is the complete schema: the same keys, values and types as the dataclasses."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fedlora.config import RunConfig, flatten, from_flat, to_flat
+from fedlora.runs import read_config
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_default_run_config_is_the_dataclasses() -> None:
+    declared = flatten(PROJECT["tool"]["flwr"]["app"]["config"])
+    defaults = to_flat(RunConfig())
+    assert declared == defaults
+    assert {k: type(v) for k, v in declared.items()} == {k: type(v) for k, v in defaults.items()}
+    assert list(declared) == list(defaults)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
+def test_every_shipped_config_is_accepted(path: Path) -> None:
+    from fedlora.server_app import check
+    from fedlora.study.cells import expand
+
+    config = read_config(path)
+    check(config)
+    for cell in expand(config, num_partitions=4):
+        check(cell.config)
+        assert from_flat(to_flat(cell.config)) == cell.config
+
+
+def test_only_declared_packages_are_built_and_bundled() -> None:
+    packages = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert packages == ["fedlora", "strategies", "clients"]
+    bundled = PROJECT["tool"]["flwr"]["app"]["fab-include"]
+    assert {f"{package}/**/*.py" for package in packages} <= set(bundled)
+    hidden = [p for package in packages for p in (ROOT / package).rglob("*.py") if p.name.startswith("test_")]
+    assert not hidden, "Flower drops test_*.py from its bundle"
