@@ -47,6 +47,17 @@ class Evaluation:
         """Mean cross entropy."""
         return float(self.losses.mean(dtype=np.float64))
 
+    def among(self, indices: Indices) -> Evaluation:
+        """The results of those examples alone, in the order in which they stand here."""
+        chosen = np.isin(self.indices, indices)
+        return Evaluation(
+            indices=self.indices[chosen],
+            losses=self.losses[chosen],
+            predictions=self.predictions[chosen],
+            labels=self.labels[chosen],
+            domains=self.domains[chosen],
+        )
+
     def accuracy_by_domain(self) -> dict[int, float]:
         """Domain number -> accuracy, for the domains that occur; empty where the data has none."""
         right = self.predictions == self.labels

@@ -41,6 +41,7 @@ Overrides = Annotated[
 def main() -> None:
     """Entry point of the ``fedlora`` command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the clients
     cli()
 
 

