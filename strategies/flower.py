@@ -210,7 +210,7 @@ class FactorStrategy(Strategy):
         return self._orders(sorted(present), present, MessageType.EVALUATE, server_round, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Each client's own metrics go into the report; returned are their means over examples."""
+        """Each client's metrics go into the report; returned are the means of those that all have."""
         self.courier.settle(replies)
         self._count_bytes()
         answers = {p.partition_id: p.reply for p in self.courier.parcels if p.reply is not None}
@@ -221,7 +221,7 @@ class FactorStrategy(Strategy):
         total = sum(m[NUM_EXAMPLES] for m in measured)
         if total == 0:
             return None
-        keys = [k for k in measured[0] if k != NUM_EXAMPLES]
+        keys = [k for k in measured[0] if k != NUM_EXAMPLES and all(k in m for m in measured)]
         return MetricRecord({k: sum(m[NUM_EXAMPLES] * m[k] for m in measured) / total for k in keys})
 
     def summary(self) -> None:

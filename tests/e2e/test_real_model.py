@@ -75,7 +75,9 @@ def test_one_and_two_actors_end_on_the_same_adapter_which_peft_loads(tmp_path: P
             federated.get_submodule(name).weight.data += product.dense()
     for name, tensor in checkpoint.state.head.items():
         federated.get_parameter(name).data.copy_(tensor)
-    loaded = PeftModel.from_pretrained(build_model(config.model, 2, config.seed), tmp_path / "two" / "adapter")
+    loaded = PeftModel.from_pretrained(
+        build_model(config.model, 2, config.seed), tmp_path / "two" / "adapter"
+    )
     batch = torch.randint(1000, 5000, (4, 12), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(batch)
     with torch.inference_mode():
