@@ -207,6 +207,8 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
 def parse_overrides(assignments: list[str]) -> FlatConfig:
     """``key=value`` strings as a flat configuration; a value is TOML, or else a plain string.
 
+    Under a key that takes strings a bare number is a string: ``lora.ranks=4``.
+
     Raises:
         ConfigError: an assignment without ``=``.
 
@@ -214,6 +216,7 @@ def parse_overrides(assignments: list[str]) -> FlatConfig:
     {'lora.rank': 4, 'strategy.name': 'flora'}
     """
     flat: FlatConfig = {}
+    defaults = to_flat(RunConfig())
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -221,6 +224,8 @@ def parse_overrides(assignments: list[str]) -> FlatConfig:
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
+            value = text
+        if isinstance(defaults.get(key.strip()), str) and not isinstance(value, str):
             value = text
         flat.update(flatten({key.strip(): value}))
     return flat

