@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FILE_MODE = 0o644
+"""mkstemp makes files for the owner alone; results are for reading."""
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file: into a temporary neighbour, flushed to disk, then renamed over ``path``."""
@@ -19,6 +22,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             stream.write(data.encode() if isinstance(data, str) else data)
             stream.flush()
             os.fsync(stream.fileno())
+        os.chmod(temporary, FILE_MODE)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

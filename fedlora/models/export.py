@@ -17,11 +17,11 @@ from fedlora.errors import ConfigError
 from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_product, svd
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
+from fedlora.peft_keys import to_peft
 from fedlora.threads import one_thread
 from fedlora.updates import State
 
 CARD_FILE = "fedlora.json"
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,11 +137,8 @@ def peft_config(adapters: AdapterSet, head: Tensors, fan_in_fan_out: bool = Fals
 
 
 def peft_tensors(adapters: AdapterSet, head: Tensors) -> Tensors:
-    """The tensors under the names of PEFT's checkpoint format."""
-    tensors = {PEFT_PREFIX + name: tensor for name, tensor in head.items()}
-    for name, factors in adapters.items():
-        tensors[f"{PEFT_PREFIX}{name}.lora_A.weight"] = factors.A
-        tensors[f"{PEFT_PREFIX}{name}.lora_B.weight"] = factors.B
+    """The tensors of PEFT's checkpoint format, each with memory of its own."""
+    tensors = to_peft(adapters, head)
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -12,6 +12,7 @@ A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` wit
 Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 """
 
+from fedlora.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
 from fedlora.wire.orders import (
     Needs,
     TrainOrder,
@@ -23,7 +24,6 @@ from fedlora.wire.orders import (
     order_config,
     parts_record,
 )
-from fedlora.wire.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
 from fedlora.wire.records import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
 from fedlora.wire.replies import DECLINED, MISSING, OK, Reply, decode_reply, encode_reply
 

@@ -12,8 +12,8 @@ from flwr.app import ArrayRecord, RecordDict
 from fedlora.errors import UpdateRefused
 from fedlora.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.initial import fresh_adapters
+from fedlora.peft_keys import from_peft, to_peft
 from fedlora.updates import Broadcast, ModuleSpec, Patch
-from fedlora.wire.peft_keys import from_peft, to_peft
 from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, to_record
 
 

@@ -48,12 +48,17 @@ def run(pool: RayPool, config: RunConfig, path: Path) -> dict[str, bytes]:
     return adapter(path)
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only"])
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only", "local-only"]
+)
 def test_every_strategy_runs_and_is_repeatable(strategy: str, pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config(**{"strategy.name": strategy, "fraction-train": 0.5})
     assert run(pool, config, tmp_path / "a") == run(pool, config, tmp_path / "b")
     other = tiny_config(**{"strategy.name": strategy, "fraction-train": 0.5, "seed": 2})
     assert run(pool, other, tmp_path / "c") != adapter(tmp_path / "a")
+    last = RunDirectory(tmp_path / "a", resume=True).rounds()[-1]
+    assert 0 <= last["accuracy"] <= 1
+    assert last["refused"] == {}
 
 
 def test_one_actor_gives_the_bits_of_two(pool: RayPool, tmp_path: Path) -> None:
