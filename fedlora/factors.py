@@ -145,8 +145,8 @@ def norm(p: Product) -> float:
 def svd(p: Product) -> tuple[Tensor, Tensor, Tensor]:
     """The exact thin SVD ``U (out, q), S (q,), Vh (q, in)`` of a product, q = min(R, out, in).
 
-    QR of both sides, then an SVD of the R x R core (`algorithms.md` calls it the QR core); where R
-    is not smaller than the layer itself the dense matrix is the smaller one and is used instead.
+    QR of both sides, then an SVD of the R x R core; where R is not smaller than the layer itself the
+    dense matrix is the smaller one and is used instead.
     Signs are fixed so that equal inputs give equal bits: in each row of Vh the entry of
     largest magnitude is positive.
     """

@@ -35,11 +35,12 @@ def int_list(key: str, text: str) -> tuple[int, ...]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         first, dash, last = part.partition("-")
         try:
-            numbers.extend(range(int(first), int(last) + 1) if dash else [int(part)])
+            span = range(int(first), int(last) + 1) if dash else [int(part)]
         except ValueError:
-            raise ConfigError(
-                f"{key} = {text!r}: {part!r} is not a whole number or a range such as 0-3"
-            ) from None
+            span = range(0)
+        if not span:
+            raise ConfigError(f"{key} = {text!r}: {part!r} is not a whole number or a range such as 0-3")
+        numbers.extend(span)
     return tuple(numbers)
 
 

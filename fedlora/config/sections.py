@@ -179,8 +179,9 @@ class StrategyConfig:
     @property
     def option_dict(self) -> dict[str, Any]:
         """The decoded options together with ``init_a``."""
-        options = parse_json("strategy.options", self.options, dict)
-        return {"init_a": self.init_a, **{snake(key): value for key, value in options.items()}}
+        options = {snake(k): v for k, v in parse_json("strategy.options", self.options, dict).items()}
+        require("init_a" not in options, "strategy.options", self.options, "init-a is strategy.init-a")
+        return {"init_a": self.init_a, **options}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

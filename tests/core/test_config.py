@@ -95,6 +95,9 @@ CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.optimizer",
            "privacy.accountant", "engine.device")  # fmt: skip
 
 BAD: list[tuple[str, Any, str]] = [
+    ("lora.ranks", "8-4", "'8-4' is not a whole number or a range"),
+    ("partitions", "7-3", "'7-3' is not a whole number or a range"),
+    ("strategy.options", '{"init-a": "kaiming"}', "init-a is strategy.init-a"),
     *((key, 0.0 if isinstance(DEFAULTS[key], float) else 0, "must be > 0") for key in ABOVE_ZERO),
     *((key, 0, "must be >= 1") for key in FROM_ONE),
     *((key, -1, "must be >= 0") for key in FROM_ZERO),
