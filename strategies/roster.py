@@ -51,10 +51,6 @@ class Roster:
             present[partition] = node
         return present
 
-    def partition_of(self, node_id: int) -> int | None:
-        """The partition that a node holds, if it is known."""
-        return self._partition_of.get(node_id)
-
     def _ask(self, grid: Grid, unknown: list[int]) -> None:
         if not unknown:
             return
