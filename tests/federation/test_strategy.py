@@ -126,6 +126,27 @@ class TestMovingBase:
                 assert mine.keys() == theirs.keys()
                 assert all(torch.equal(mine[k], theirs[k]) for k in mine)
 
+    def test_a_client_that_lost_its_disk_is_served_in_the_same_round(self, tmp_path: Path) -> None:
+        import shutil
+
+        toy, lost = ToyClient(tmp_path), []
+
+        def client(message: Message, partition: int) -> Message | None:
+            if int(message.content["config"]["server-round"]) == 4 and partition == 2 and not lost:
+                lost.append(partition)
+                shutil.rmtree(tmp_path / "2")
+            return toy(message, partition)
+
+        strategy = FLoRA(scaling=2.0)
+        reports = []
+        strategy.on_round = reports.append
+        strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=4)
+        assert lost == [2]
+        assert reports[3].refused == {}
+        assert reports[3].participants == [0, 1, 2]
+        assert len(toy.bases[2]) == 3
+        assert reports[3].bytes_down > reports[2].bytes_down
+
     def test_the_patch_is_the_weighted_sum_of_the_clients_products(self, tmp_path: Path) -> None:
         toy = ToyClient(tmp_path)
         ranks = {0: 2, 1: 4, 2: 1}
