@@ -1,35 +1,15 @@
-"""The command line. Exit codes: 0 done, 1 the run failed, 2 the request was wrong."""
+"""``fedlora run``, ``compare`` and ``evaluate``."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from fedlora.errors import ConfigError, FedLoraError
-
-cli = typer.Typer(
-    name="fedlora",
-    no_args_is_help=True,
-    add_completion=False,
-    help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
-    pretty_exceptions_enable=False,
-)
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, soft_wrap=True)
-
-COLUMNS = ("name", "exact", "mixed_ranks", "moves_base", "client_dp", "up", "down", "paper")
-"""Facts that ``fedlora strategies`` shows; ``--json`` has all of them."""
-
-Command = TypeVar("Command", bound=Callable[..., None])
+from fedlora.cli.console import one_line_errors, out, percent
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -38,31 +18,6 @@ Overrides = Annotated[
 ]
 
 
-def main() -> None:
-    """Entry point of the ``fedlora`` command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the clients
-    cli()
-
-
-def one_line_errors(command: Command) -> Command:
-    """Turn fedlora's errors into one line on standard error and the exit code that belongs to them."""
-
-    @wraps(command)
-    def guarded(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except FedLoraError as error:
-            err.print(f"[red]error:[/red] {' '.join(str(error).split())}", highlight=False)
-            sys.exit(2 if isinstance(error, ConfigError) else 1)
-        except KeyboardInterrupt:
-            err.print("interrupted; what was written stays, go on with --resume")
-            sys.exit(1)
-
-    return guarded  # type: ignore[return-value]
-
-
-@cli.command()
 @one_line_errors
 def run(
     config: ConfigFile,
@@ -82,12 +37,11 @@ def run(
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
     result = simulate(settings, path, resume=resume)
-    accuracy = _percent(result["accuracy"])
+    accuracy = percent(result["accuracy"])
     out.print(f"[bold]{result['strategy']}[/bold]: accuracy {accuracy} on {result['examples']} examples")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
 
 
-@cli.command()
 @one_line_errors
 def compare(
     config: ConfigFile,
@@ -109,7 +63,6 @@ def compare(
     out.print(f"report: {report}")
 
 
-@cli.command()
 @one_line_errors
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Directory of an adapter that fedlora wrote.")],
@@ -129,38 +82,7 @@ def evaluate(
         sys.stdout.write(json.dumps(result) + "\n")
         return
     out.print(
-        f"accuracy {_percent(result['accuracy'])}, loss {result['loss']:.4f}, {result['examples']} examples"
+        f"accuracy {percent(result['accuracy'])}, loss {result['loss']:.4f}, {result['examples']} examples"
     )
     for domain, accuracy in result["accuracy_by_domain"].items():
-        out.print(f"  {domain:12} {_percent(accuracy)}")
-
-
-@cli.command()
-@one_line_errors
-def strategies(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
-) -> None:
-    """What each strategy trains, ships and guarantees.
-
-    Example: fedlora strategies --json
-    """
-    from strategies.facts import fact_rows
-
-    rows = fact_rows()
-    if as_json:
-        sys.stdout.write(json.dumps(rows, indent=2) + "\n")
-        return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), no_wrap=column != "paper")
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in COLUMNS))
-    out.print(table)
-
-
-def _cell(value: Any) -> str:
-    return ("yes" if value else "no") if isinstance(value, bool) else str(value)
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{100 * value:.1f} %"
+        out.print(f"  {domain:12} {percent(accuracy)}")

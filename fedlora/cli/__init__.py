@@ -1,0 +1,27 @@
+"""The command line. Exit codes: 0 done, 1 the run failed, 2 the request was wrong."""
+
+from __future__ import annotations
+
+import os
+
+import typer
+
+from fedlora.cli.runs import compare, evaluate, run
+from fedlora.cli.strategies import strategies
+
+cli = typer.Typer(
+    name="fedlora",
+    no_args_is_help=True,
+    add_completion=False,
+    help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
+    pretty_exceptions_enable=False,
+)
+for command in (run, compare, evaluate, strategies):
+    cli.command()(command)
+
+
+def main() -> None:
+    """Entry point of the ``fedlora`` command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait leave the cores to the clients
+    cli()

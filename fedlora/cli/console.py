@@ -1,0 +1,39 @@
+"""What all commands share: where they print, and how an error becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+from rich.console import Console
+
+from fedlora.errors import ConfigError, FedLoraError
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, soft_wrap=True)
+
+Command = TypeVar("Command", bound=Callable[..., None])
+
+
+def one_line_errors(command: Command) -> Command:
+    """Turn fedlora's errors into one line on standard error and the exit code that belongs to them."""
+
+    @wraps(command)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except FedLoraError as error:
+            err.print(f"[red]error:[/red] {' '.join(str(error).split())}", highlight=False)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            err.print("interrupted; what was written stays, go on with --resume")
+            sys.exit(1)
+
+    return guarded  # type: ignore[return-value]
+
+
+def percent(value: float | None) -> str:
+    """An accuracy for people."""
+    return "not measured" if value is None else f"{100 * value:.1f} %"
