@@ -138,7 +138,12 @@ def inner(p: Product, q: Product) -> float:
 
 
 def norm(p: Product) -> float:
-    """Frobenius norm by Gram matrices, in float64 (relative error about 1e-8 under cancellation)."""
+    """Frobenius norm in float64, by Gram matrices (relative error about 1e-8 under cancellation).
+
+    Where R is not smaller than the layer itself the dense matrix is the smaller one and is used instead.
+    """
+    if p.rank_bound >= min(p.left.shape[0], p.right.shape[1]):
+        return float(torch.linalg.matrix_norm(p.left.double() @ p.right.double()))
     return math.sqrt(max(inner(p, p), 0.0))
 
 

@@ -37,6 +37,8 @@ class Template:
         scaling: the global adapter's scaling.
         head: initial values of the other trained tensors (empty if there are none).
         adapters: a given starting adapter; None draws a fresh one (B = 0).
+        base: a change of the base that belongs to the given adapter, for instance ``-s B A`` of an
+            initialisation that keeps the model's function (PiSSA); None where there is none.
     """
 
     modules: Mapping[str, ModuleSpec]
@@ -44,6 +46,7 @@ class Template:
     scaling: float
     head: Tensors = field(default_factory=dict)
     adapters: AdapterSet | None = None
+    base: Patch | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,13 +1,22 @@
-"""What a round did to the model, measured alike for every rule, without forming any (out, in) matrix.
+"""What a round did to the model, measured alike for every rule.
 
-With dW_k client k's change from the *global* effective weight before the round,
+With dW_k client k's change from the *global* effective weight before the round, W_before = W_0 + patches
++ s B A, and D = sum_k p_k dW_k = T - s B A the change that the clients' mean asks for:
 
-    gap = || W_after - (W_before + sum_k p_k dW_k) || / || sum_k p_k dW_k ||
+    gap            = || W_after - (W_before + D) || / || D ||
+    energy_lost    = || W_after - (W_before + D) ||^2 / || T ||^2
+    cosine         = sum_{k != l} p_k p_l <dW_k, dW_l> / sum_{k != l} p_k p_l ||dW_k|| ||dW_l||
+    effective_rank = (sum_j sigma_j^2)^2 / sum_j sigma_j^4, sigma_j the singular values of D
 
-over all layers together (Frobenius). W_before = W_0 + patches + s B A, so the gap is
-``|| P + s B' A' - T || / || T - s B A ||`` with T = sum_k p_k s_k B_k A_k and P the new patch.
+over all layers together (Frobenius; the effective rank is a mean over layers), in float64, from Gram
+matrices; only where a layer has at least as many stacked ranks as rows or columns is the (out, in) matrix
+the smaller one, and is used.
 
-A T that differs from s B A by rounding only asks for nothing; the quotient of two rounding errors
+Read them together: a gap with a low energy_lost is a small correction to a large adapter; a low cosine
+says that clients pull apart, so that averages of factors lose; an effective rank above r says that no
+adapter of rank r can hold what the clients ask for.
+
+A D that differs from zero by the rounding of T only asks for nothing; the quotient of two rounding errors
 would be of order 1 for any rule, so the gap is 0 there.
 """
 
@@ -17,8 +26,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from fedlora.factors import add, as_product, norm, scale, stack
-from fedlora.updates import ClientUpdate, State
+import torch
+from torch import Tensor
+
+from fedlora.factors import LoraFactors, Product, add, as_product, norm, scale
+from strategies.layer import Layer, Merged
 
 RESOLUTION = 1e-6
 """A change below this share of T itself is float32 rounding."""
@@ -30,31 +42,119 @@ class Diagnostics:
 
     Attributes:
         gap: relative aggregation error, 0 for exact rules up to rounding (about 1e-7 in float32).
-        update_norm: Frobenius norm of the change that the clients' mean asked for.
+        update_norm: Frobenius norm of the change D that the clients' mean asked for.
+        cosine: mean cosine between the changes of two clients, weighted by their weights and sizes; 1
+            where there is only one client.
+        effective_rank: how many directions D really has, from 1 to its rank; 0 where nothing is asked.
+        energy_lost: share of the target's energy that neither the adapter nor the base got.
     """
 
     gap: float
     update_norm: float
+    cosine: float
+    effective_rank: float
+    energy_lost: float
 
     def as_dict(self) -> dict[str, float]:
         return asdict(self)
 
 
-def diagnose(
-    before: State, after: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
-) -> Diagnostics:
-    """The diagnostics of the round that led from ``before`` to ``after``."""
-    patch = after.base[-1].products if len(after.base) > len(before.base) else {}
-    missed = asked = size = 0.0
-    for name, start in before.adapters.items():
-        target = stack(
-            (weight, update.adapters[name]) for weight, update in zip(weights, updates, strict=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerMeasure:
+    """One layer's squared norms, of D, what was missed, T and each dW_k, and sum_j sigma_j^4 of D."""
+
+    asked: float
+    missed: float
+    target: float
+    clients: Tensor
+    fourth: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether D is more than the rounding of T."""
+        return self.asked > RESOLUTION**2 * self.target
+
+
+def measure(layer: Layer, merged: Merged) -> LayerMeasure:
+    """The measures of one layer."""
+    start = layer.start
+    reached = [as_product(merged.adapter)]
+    if merged.into_base is not layer.target:  # else the target cancels, bit for bit
+        reached.append(scale(-1.0, layer.target))
+        if merged.into_base is not None:
+            reached.append(merged.into_base)
+    change = add(layer.target, scale(-1.0, as_product(start)))
+    if change.rank_bound < min(start.in_features, start.out_features):
+        asked, target, clients, fourth = _by_grams(layer, change)
+    else:
+        asked, target, clients, fourth = _by_matrix(layer, change)
+    return LayerMeasure(
+        asked=asked, missed=norm(add(*reached)) ** 2, target=target, clients=clients, fourth=fourth
+    )
+
+
+def summarise(layers: Sequence[LayerMeasure], weights: Sequence[float]) -> Diagnostics | None:
+    """All layers together; None where nothing was measured."""
+    if not layers:
+        return None
+    asked, missed, target = (sum(getattr(m, key) for m in layers) for key in ("asked", "missed", "target"))
+    resolved = asked > RESOLUTION**2 * target
+    ranks = [m.asked**2 / m.fourth for m in layers if m.resolved and m.fourth > 0]
+    return Diagnostics(
+        gap=math.sqrt(missed / asked) if resolved else 0.0,
+        update_norm=math.sqrt(asked),
+        cosine=_cosine(asked, torch.stack([m.clients for m in layers]).sum(dim=0), weights),
+        effective_rank=sum(ranks) / len(ranks) if ranks else 0.0,
+        energy_lost=missed / target if target > 0 and resolved else 0.0,
+    )
+
+
+def _cosine(asked: float, squares: Tensor, weights: Sequence[float]) -> float:
+    p = torch.tensor(weights, dtype=torch.float64)
+    sizes = p * squares.sqrt()
+    pairs = float(sizes.sum() ** 2 - (sizes**2).sum())
+    if pairs <= RESOLUTION**2 * float(sizes.sum() ** 2):
+        return 1.0
+    return max(-1.0, min(1.0, (asked - float((sizes**2).sum())) / pairs))
+
+
+def _by_grams(layer: Layer, change: Product) -> tuple[float, float, Tensor, float]:
+    """Everything about D from one pair of Gram matrices over [B_1 .. B_m, B] and [p_k s_k A_k; -s A]."""
+    left, right = change.left.double(), change.right.double()
+    G_left, G_right = left.T @ left, right @ right.T
+    pairs = G_left * G_right
+    M = G_left @ G_right
+    own, end = slice(pairs.shape[0] - layer.start.rank, None), 0
+    start = float(pairs[own, own].sum())
+    squares = []
+    for client in layer.clients:
+        block = slice(end, end + client.factors.rank)
+        p, end = client.weight, block.stop
+        squares.append(
+            float(pairs[block, block].sum()) / p**2 + 2 * float(pairs[block, own].sum()) / p + start
         )
-        reached = [as_product(after.adapters[name])]
-        if name in patch:
-            reached.append(patch[name])
-        missed += norm(add(*reached, scale(-1.0, target))) ** 2
-        asked += norm(add(target, scale(-1.0, as_product(start)))) ** 2
-        size += norm(target) ** 2
-    gap = math.sqrt(missed / asked) if asked > RESOLUTION**2 * size else 0.0
-    return Diagnostics(gap=gap, update_norm=math.sqrt(asked))
+    target = float(pairs[:end, :end].sum())
+    return (
+        max(float(pairs.sum()), 0.0),
+        max(target, 0.0),
+        torch.tensor(squares, dtype=torch.float64).clamp_min(0.0),
+        float((M * M.T).sum()),
+    )
+
+
+def _by_matrix(layer: Layer, change: Product) -> tuple[float, float, Tensor, float]:
+    """The same from the (out, in) matrices, where the stack is larger than the layer."""
+    D = change.dense().double()
+    square = D @ D.T if D.shape[0] <= D.shape[1] else D.T @ D
+    squares = [_difference(c.factors, layer.start) for c in layer.clients]
+    return (
+        float((D * D).sum()),
+        norm(layer.target) ** 2,
+        torch.tensor(squares, dtype=torch.float64),
+        float((square * square).sum()),
+    )
+
+
+def _difference(factors: LoraFactors, start: LoraFactors) -> float:
+    """``|| s_k B_k A_k - s B A ||^2``."""
+    return norm(add(as_product(factors), scale(-1.0, as_product(start)))) ** 2

@@ -1,36 +1,52 @@
-"""The facts of all rules as rows, for ``fedlora strategies``, the README table and the tests."""
+"""What is declared of a rule; tests, tables and refusals are derived from it."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from dataclasses import dataclass
 
-from strategies.registry import RULES
-
-
-def fact_rows() -> list[dict[str, Any]]:
-    """One row for each rule: its `Facts` as plain values, and its options with their defaults."""
-    rows = []
-    for rule in RULES.values():
-        row = dataclasses.asdict(rule.facts)
-        row |= {key: sorted(row[key]) for key in ("trains", "ships")}
-        row["options"] = {field.name: field.default for field in dataclasses.fields(rule)}
-        rows.append(row)
-    return rows
+from fedlora.updates import FACTORS
 
 
-def markdown_table() -> str:
-    """The README's table of strategies."""
-    lines = [
-        "| name | method | exact | mixed ranks | base moves | up | down | paper |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in fact_rows():
-        marks = ["yes" if row[key] else "no" for key in ("exact", "mixed_ranks", "moves_base")]
-        cells = [f"`{row['name']}`", row["title"], *marks, row["up"], row["down"], row["paper"]]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What is true of a rule.
 
+    Attributes:
+        name: the key of ``strategy.name``.
+        title: the name in the paper.
+        paper: citation.
+        trains: the factors that clients train, over all rounds.
+        ships: the trained factors that come back, over all rounds.
+        exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
+        mixed_ranks: clients may have different ranks.
+        moves_base: the rule adds patches to the base weights.
+        mean: the aggregate is a mean of what is shipped, so that client-level DP, a server optimiser
+            and robust aggregation make sense.
+        turns: the server writes the global product in another basis after each round.
+        secure_sum: the server only needs sums of what is shipped.
+        up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
+    """
 
-if __name__ == "__main__":
-    print(markdown_table())
+    name: str
+    title: str
+    paper: str
+    trains: frozenset[str] = FACTORS
+    ships: frozenset[str] = FACTORS
+    exact: bool
+    mixed_ranks: bool = False
+    moves_base: bool = False
+    mean: bool
+    turns: bool = False
+    secure_sum: bool
+    up: str
+    down: str
+
+    @property
+    def personal(self) -> bool:
+        """Clients keep a trained factor to themselves: there is no global model."""
+        return not self.trains <= self.ships
+
+    @property
+    def client_dp(self) -> bool:
+        """Client-level DP is sound."""
+        return self.mean

@@ -13,16 +13,15 @@ factors, is dropped. Not invariant under (B_k G, G^-1 A_k). Clients of unequal r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.factors import LoraFactors
-from strategies.rule import Facts, Merged, Rule, Weighted, mean_a, mean_b
+from strategies.facts import Facts
+from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedAvgRule(Rule):
+class FedAvgRule(MeanRule):
     """A and B averaged apart, the remainder dropped."""
 
     facts: ClassVar[Facts] = Facts(
@@ -30,11 +29,8 @@ class FedAvgRule(Rule):
         title="FedAvg / FedIT",
         paper="Zhang et al., ICASSP 2024, arXiv 2305.05644",
         exact=False,
-        client_dp=True,
+        mean=True,
         secure_sum=True,
         up="r(o+i)",
         down="r(o+i)",
     )
-
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        return Merged(LoraFactors(mean_a(clients), mean_b(clients, start.scaling), start.scaling))

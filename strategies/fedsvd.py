@@ -15,19 +15,21 @@ with Adam-like optimisers, or before the first refactorisation of a Kaiming star
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, as_product, truncate
-from strategies.rule import Facts, Merged, Rule, Weighted, mean_b
+from fedlora.factors import LoraFactors, Tensors, as_product, truncate
+from strategies.facts import Facts
+from strategies.layer import Layer, Merged
+from strategies.mean import MeanRule
+from strategies.server_optimizer import FIRST
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSVDRule(Rule):
+class FedSVDRule(MeanRule):
     """A frozen within a round, B averaged, B A refactored.
 
     Attributes:
@@ -43,7 +45,8 @@ class FedSVDRule(Rule):
         trains=frozenset({"B"}),
         ships=frozenset({"B"}),
         exact=True,
-        client_dp=True,
+        mean=True,
+        turns=True,
         secure_sum=True,
         up="r*o",
         down="r(o+i)",
@@ -54,11 +57,16 @@ class FedSVDRule(Rule):
         if self.period < 1:
             raise ConfigError(f"strategy.options period = {self.period}: must be >= 1")
 
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        averaged = LoraFactors(start.A, mean_b(clients, start.scaling), start.scaling)
-        if server_round % self.period:
-            return Merged(averaged)
-        return Merged(refactored(averaged))
+    def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
+        if layer.server_round % self.period:
+            return Merged(adapter, memory=memory)
+        turned = refactored(adapter)
+        return Merged(turned, memory=turned_momentum(memory, adapter, turned))
+
+
+def turned_momentum(memory: Tensors, before: LoraFactors, after: LoraFactors) -> Tensors:
+    """Momentum of B in the basis of the new A: ``m A = m' A'``, so ``m' = m A A'^T`` for orthonormal A'."""
+    return {name: m @ (before.A @ after.A.T) if name == f"{FIRST}/B" else m for name, m in memory.items()}
 
 
 def refactored(factors: LoraFactors) -> LoraFactors:

@@ -10,16 +10,15 @@ control that FedSVD needs: under plain SGD FedSVD follows the same trajectory of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.factors import LoraFactors
-from strategies.rule import Facts, Merged, Rule, Weighted, mean_b
+from strategies.facts import Facts
+from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FFALoRARule(Rule):
+class FFALoRARule(MeanRule):
     """A frozen, B averaged."""
 
     facts: ClassVar[Facts] = Facts(
@@ -29,11 +28,8 @@ class FFALoRARule(Rule):
         trains=frozenset({"B"}),
         ships=frozenset({"B"}),
         exact=True,
-        client_dp=True,
+        mean=True,
         secure_sum=True,
         up="r*o",
         down="r*o (A once)",
     )
-
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        return Merged(LoraFactors(start.A, mean_b(clients, start.scaling), start.scaling))

@@ -15,17 +15,18 @@ the authors' code has one common scaling, here each s_k is folded in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
-from fedlora.factors import LoraFactors, as_product, stack
+from fedlora.factors import LoraFactors, as_product
 from fedlora.initial import fresh_adapters
 from fedlora.seeding import derive
 from fedlora.updates import Broadcast, ClientSpec, ModuleSpec, Patch, State, Template
-from strategies.rule import Facts, Merged, Rule, Weighted
+from strategies.facts import Facts
+from strategies.layer import Layer, Merged
+from strategies.rule import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class FLoRARule(Rule):
         exact=True,
         mixed_ranks=True,
         moves_base=True,
-        client_dp=False,
+        mean=False,
         secure_sum=False,
         up="r_k(o+i)",
         down="R(o+i) for each round missed",
@@ -50,7 +51,7 @@ class FLoRARule(Rule):
         state = super().init(template, seed)
         given = {name: as_product(f) for name, f in state.adapters.items() if f.B.any()}
         empty = {name: _emptied(f) for name, f in state.adapters.items()}
-        return replace(state, adapters=empty, base=(Patch(given),) if given else ())
+        return replace(state, adapters=empty, base=(*state.base, Patch(given)) if given else state.base)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         seed = derive(state.seed, "fresh-adapter", state.round + 1, client.partition_id)
@@ -61,8 +62,8 @@ class FLoRARule(Rule):
         adapters = fresh_adapters(modules, client.rank, client.scaling, seed, self.init_a)
         return replace(super().broadcast(state, client), adapters=adapters, fresh_seed=seed)
 
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        return Merged(_emptied(start), into_base=stack((c.weight, c.factors) for c in clients))
+    def merge(self, layer: Layer) -> Merged:
+        return Merged(_emptied(layer.start), into_base=layer.target)
 
 
 def _emptied(factors: LoraFactors) -> LoraFactors:

@@ -19,7 +19,6 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
-from fedlora.threads import one_thread
 from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.courier import Courier, says_missing
 from strategies.intake import NUM_EXAMPLES, accept
@@ -49,6 +48,7 @@ class FactorStrategy(Strategy):
         partitions: the partitions that may take part; None means all that are connected.
         max_participations: rounds in which one client may train; 0 means any number.
         clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
+        diagnostics: measure each aggregation, see `strategies.diagnostics`.
     """
 
     def __init__(
@@ -65,6 +65,7 @@ class FactorStrategy(Strategy):
         partitions: Collection[int] | None = None,
         max_participations: int = 0,
         clients_evaluate: Callable[[int], bool] = lambda server_round: False,
+        diagnostics: bool = True,
     ) -> None:
         if not 0 < fraction_train <= 1:
             raise ConfigError(f"fraction_train = {fraction_train}: must be in (0, 1]")
@@ -79,6 +80,7 @@ class FactorStrategy(Strategy):
         self.partitions = partitions
         self.max_participations = max_participations
         self.clients_evaluate = clients_evaluate
+        self.diagnostics = diagnostics
         self.state: State | None = None
         self.participations: dict[int, int] = {}
         self.roster = Roster()
@@ -195,12 +197,13 @@ class FactorStrategy(Strategy):
                 f"{self.min_train_nodes} ({reasons or 'no replies'})"
             )
         assert self.state is not None
-        with one_thread():
-            self.state, self.report.diagnostics = self.rule.aggregate(self.state, updates)
+        self.state, self.report.diagnostics = self.rule.aggregate(
+            self.state, updates, diagnostics=self.diagnostics
+        )
         self.report.participants = [update.partition_id for update in updates]
         self.report.train_loss = self._train_loss(updates)
-        metrics = MetricRecord({"gap": self.report.diagnostics.gap, "num-updates": len(updates)})
-        return self.arrays(), metrics
+        measured = self.report.diagnostics.as_dict() if self.report.diagnostics else {}
+        return self.arrays(), MetricRecord({**measured, "num-updates": len(updates)})
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

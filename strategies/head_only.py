@@ -5,16 +5,15 @@ No method of a paper: whatever a LoRA strategy gains over this is what LoRA brou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.factors import LoraFactors
-from strategies.rule import Facts, Merged, Rule, Weighted
+from strategies.facts import Facts
+from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOnlyRule(Rule):
+class HeadOnlyRule(MeanRule):
     """The adapter never moves; the shared averaging of the head is all that happens."""
 
     facts: ClassVar[Facts] = Facts(
@@ -25,11 +24,8 @@ class HeadOnlyRule(Rule):
         ships=frozenset(),
         exact=True,
         mixed_ranks=True,
-        client_dp=True,
+        mean=True,
         secure_sum=True,
         up="0",
         down="0",
     )
-
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        return Merged(start)

@@ -6,16 +6,15 @@ learns nothing, so there is no global model; each client's model is measured on 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.factors import LoraFactors
-from strategies.rule import Facts, Merged, Rule, Weighted
+from strategies.facts import Facts
+from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalOnlyRule(Rule):
+class LocalOnlyRule(MeanRule):
     """Both factors are trained and stay at the client."""
 
     facts: ClassVar[Facts] = Facts(
@@ -25,12 +24,8 @@ class LocalOnlyRule(Rule):
         ships=frozenset(),
         exact=False,
         mixed_ranks=True,
-        client_dp=True,
+        mean=True,
         secure_sum=True,
         up="0",
         down="0 (start once)",
     )
-
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        """Nothing arrives, nothing changes."""
-        return Merged(start)

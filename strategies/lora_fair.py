@@ -28,7 +28,6 @@ is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -39,8 +38,10 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Product, norm, stack
-from strategies.rule import Facts, Merged, Rule, Weighted, mean_a, mean_b
+from fedlora.factors import LoraFactors, Product, norm
+from strategies.facts import Facts
+from strategies.layer import Layer, Merged, mean_a, mean_b
+from strategies.rule import Rule
 
 Matrix = NDArray[np.float64]
 Vector = np.ndarray[tuple[int], np.dtype[np.float64]]
@@ -63,7 +64,7 @@ class LoRAFAIRRule(Rule):
         title="LoRA-FAIR",
         paper="Bian et al., ICCV 2025, arXiv 2411.14961",
         exact=False,
-        client_dp=False,
+        mean=False,
         secure_sum=False,
         up="r(o+i)",
         down="r(o+i)",
@@ -74,10 +75,9 @@ class LoRAFAIRRule(Rule):
         if not (math.isfinite(self.lam) and self.lam >= 0):
             raise ConfigError(f"strategy.options lam = {self.lam}: must be finite and >= 0")
 
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        A, B = mean_a(clients), mean_b(clients, start.scaling)
-        target = stack((c.weight, c.factors) for c in clients)
-        return Merged(LoraFactors(A, B + correction(A, B, target, self.lam), start.scaling))
+    def merge(self, layer: Layer) -> Merged:
+        A, B = mean_a(layer), mean_b(layer)
+        return Merged(LoraFactors(A, B + correction(A, B, layer.target, self.lam), layer.start.scaling))
 
 
 def correction(A: Tensor, B: Tensor, target: Product, lam: float) -> Tensor:

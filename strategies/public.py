@@ -1,7 +1,8 @@
 """The strategies under the names that Flower's users expect, one class for each rule.
 
-Keyword arguments are those of `FactorStrategy`, and the rule's own options (``lam``, ``period``,
-``init_a``, ...).
+Keyword arguments are those of `FactorStrategy`, the rule's own options (``lam``, ``period``, ``init_a``,
+...), and, where the aggregate is a mean, ``center`` (see `strategies.robust`) and ``optimizer`` (see
+`strategies.server_optimizer`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from strategies.flora import FLoRARule
 from strategies.flower import FactorStrategy
 from strategies.head_only import HeadOnlyRule
 from strategies.lora_fair import LoRAFAIRRule
-from strategies.registry import make_rule
+from strategies.registry import COMPOSED, make_rule
 from strategies.rule import Rule
 
 SHARED = frozenset(inspect.signature(FactorStrategy.__init__).parameters) - {"self", "rule"}
@@ -34,7 +35,8 @@ class _Named(FactorStrategy):
     def __init__(self, **options: Any) -> None:
         shared = {key: value for key, value in options.items() if key in SHARED}
         own = {key: value for key, value in options.items() if key not in SHARED}
-        super().__init__(make_rule(self.rule_type.facts.name, own), **shared)
+        composed = {key: own.pop(key) for key in COMPOSED if key in own}
+        super().__init__(make_rule(self.rule_type.facts.name, own, **composed), **shared)
 
 
 class FedAvg(_Named):

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from fedlora.errors import ConfigError
+from strategies.center import Center
 from strategies.fedavg import FedAvgRule
 from strategies.fedsvd import FedSVDRule
 from strategies.ffa import FFALoRARule
@@ -15,7 +16,9 @@ from strategies.flora import FLoRARule
 from strategies.head_only import HeadOnlyRule
 from strategies.local_only import LocalOnlyRule
 from strategies.lora_fair import LoRAFAIRRule
+from strategies.mean import MeanRule
 from strategies.rule import Rule
+from strategies.server_optimizer import ServerOptimizer
 
 RULES: dict[str, type[Rule]] = {
     rule.facts.name: rule
@@ -23,11 +26,22 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
-def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
-    """The rule of that name with its options (fields of its class).
+COMPOSED = ("center", "optimizer")
+"""Fields of a `MeanRule` that are no options of its own: what it is composed with."""
+
+
+def make_rule(
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    center: Center | None = None,
+    optimizer: ServerOptimizer | None = None,
+) -> Rule:
+    """The rule of that name with its options (fields of its class), composed with what is given.
 
     Raises:
-        ConfigError: an unknown name or option, or a value that the rule refuses.
+        ConfigError: an unknown name or option, a value that the rule refuses, or a robust centre or a
+            server optimiser for a rule whose aggregate is no mean.
 
     >>> make_rule("fedsvd", {"period": 2}).period
     2
@@ -37,7 +51,7 @@ def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(f"strategy.name = {name!r}{hint}: accepted are {', '.join(RULES)}")
     rule = RULES[name]
-    fields = {field.name: field for field in dataclasses.fields(rule)}
+    fields = option_fields(rule)
     for key, value in (options or {}).items():
         if key not in fields:
             raise ConfigError(
@@ -48,4 +62,27 @@ def make_rule(name: str, options: Mapping[str, Any] | None = None) -> Rule:
             continue
         if type(value) is not expected:
             raise ConfigError(f"strategy.options {key} = {value!r}: {name} expects {expected.__name__}")
-    return rule(**(options or {}))
+    composed = _composed(rule, center, optimizer)
+    return rule(**(options or {}), **composed)
+
+
+def option_fields(rule: type[Rule]) -> dict[str, dataclasses.Field[Any]]:
+    """The options of a rule by name."""
+    return {field.name: field for field in dataclasses.fields(rule) if field.name not in COMPOSED}
+
+
+def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimizer | None) -> dict[str, Any]:
+    wanted = {
+        "strategy.robust": center.name if center is not None and center.name != "mean" else "",
+        "strategy.server-optimizer": optimizer.name if optimizer and optimizer.name != "none" else "",
+    }
+    if issubclass(rule, MeanRule):
+        given = {"center": center, "optimizer": optimizer}
+        return {key: value for key, value in given.items() if value is not None}
+    for key, value in wanted.items():
+        if value:
+            able = ", ".join(n for n, r in RULES.items() if r.facts.mean)
+            raise ConfigError(
+                f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able})"
+            )
+    return {}

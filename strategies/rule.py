@@ -8,77 +8,26 @@ and the rule chooses (1) the adapter (A', B') that the clients start from next, 
 the remainder ``T - s B' A'``: dropped, or added to the base weight. `Rule.merge` is that choice;
 everything around it (weights, order, head, diagnostics) is shared here.
 
-Rules are pure: state in, state out, inputs untouched, no I/O, no global randomness.
+Rules are pure: state in, state out, inputs untouched, no I/O, no global randomness. Layers are merged side
+by side, each on one thread, so that the bits do not depend on the number of cores.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import Tensor
-
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.factors import LoraFactors, Product, Tensors, check_same_modules, resize
+from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
 from fedlora.initial import INIT_A, fresh_adapters
-from fedlora.updates import FACTORS, Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
-from strategies.diagnostics import Diagnostics, diagnose
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
-    """What is true of a rule; tests, tables and refusals are derived from it.
-
-    Attributes:
-        name: the key of ``strategy.name``.
-        title: the name in the paper.
-        paper: citation.
-        trains: the factors that clients train.
-        ships: the trained factors that come back.
-        exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
-        mixed_ranks: clients may have different ranks.
-        moves_base: the rule adds patches to the base weights.
-        client_dp: client-level DP is sound (the aggregate is a mean of what is shipped).
-        secure_sum: the server only needs sums of what is shipped.
-        up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
-    """
-
-    name: str
-    title: str
-    paper: str
-    trains: frozenset[str] = FACTORS
-    ships: frozenset[str] = FACTORS
-    exact: bool
-    mixed_ranks: bool = False
-    moves_base: bool = False
-    client_dp: bool
-    secure_sum: bool
-    up: str
-    down: str
-
-    @property
-    def personal(self) -> bool:
-        """Clients keep a trained factor to themselves: there is no global model."""
-        return not self.trains <= self.ships
-
-
-@dataclass(frozen=True, slots=True)
-class Weighted:
-    """One client's factors of one layer with its normalised weight p_k."""
-
-    weight: float
-    factors: LoraFactors
-
-
-@dataclass(frozen=True, slots=True)
-class Merged:
-    """A layer after aggregation: the next adapter, and what moves into the base."""
-
-    adapter: LoraFactors
-    into_base: Product | None = None
+from fedlora.threads import side_by_side
+from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
+from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
+from strategies.facts import Facts
+from strategies.layer import Layer, Merged, Weighted, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,37 +48,64 @@ class Rule:
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
 
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        """One layer's aggregation.
+    # --- what a rule may define -------------------------------------------------------------------
 
-        Args:
-            start: the global factors before the round.
-            clients: the clients' factors, in partition order, weights summing to 1.
-            server_round: the round that is being aggregated, from 1.
-        """
+    def merge(self, layer: Layer) -> Merged:
+        """One layer's aggregation."""
         raise NotImplementedError
+
+    def trained(self, server_round: int) -> frozenset[str]:
+        """The factors that clients train in a round."""
+        return self.facts.trains
+
+    def shipped(self, server_round: int) -> frozenset[str]:
+        """The factors that come back in a round."""
+        return self.trained(server_round) & self.facts.ships
+
+    def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """The updates that count, in partition order."""
+        return updates
+
+    def merge_head(
+        self, state: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    ) -> tuple[Tensors, Tensors]:
+        """The next head, and what is to be remembered of it: the mean with p_k, nothing."""
+        head = dict(state.head)
+        for name in check_heads(state.head, updates):
+            head[name] = weighted_sum(weights, (update.head[name] for update in updates))
+        return head, {}
+
+    # --- rounds -------------------------------------------------------------------------------------
 
     def init(self, template: Template, seed: int) -> State:
         """The state before round 1: the given adapter, or A drawn and B = 0."""
         adapters = template.adapters or fresh_adapters(
             template.modules, template.rank, template.scaling, seed, self.init_a
         )
-        return State(round=0, adapters=dict(adapters), head=dict(template.head), seed=seed)
+        base = () if template.base is None else (template.base,)
+        return State(round=0, adapters=dict(adapters), head=dict(template.head), base=base, seed=seed)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """What this client starts the next round from: the global adapter at its rank and scaling."""
         return Broadcast(
-            adapters={name: _at_rank(factors, client) for name, factors in state.adapters.items()},
-            trains=self.facts.trains,
-            ships=self.facts.ships,
+            adapters={name: at_rank(factors, client) for name, factors in state.adapters.items()},
+            trains=self.trained(state.round + 1),
+            ships=self.shipped(state.round + 1),
             modules=trained_modules(state, client),
             head=state.head,
         )
 
-    def aggregate(self, state: State, updates: Iterable[ClientUpdate]) -> tuple[State, Diagnostics]:
-        """One round: normalise weights, merge layer by layer in partition order, measure the gap.
+    def aggregate(
+        self, state: State, updates: Iterable[ClientUpdate], *, diagnostics: bool = True
+    ) -> tuple[State, Diagnostics | None]:
+        """One round: normalise weights, merge layer by layer in partition order, measure what it did.
 
         A client of weight zero is checked, then left out altogether, whatever its tensors hold.
+
+        Args:
+            state: before the round; untouched.
+            updates: in any order.
+            diagnostics: measure the round; None is returned instead where they are not wanted.
 
         Raises:
             FactorShapeError: unequal ranks under a rule without mixed ranks, foreign modules or head.
@@ -138,24 +114,44 @@ class Rule:
         received = sorted(updates, key=lambda update: update.partition_id)
         for update in received:
             self._check(state, update)
-        shares = [(p, u) for p, u in zip(normalised(received), received, strict=True) if p > 0]
-        weights, ordered = [p for p, _ in shares], [update for _, update in shares]
-        merged: dict[str, Merged] = {}
-        for name, start in state.adapters.items():
-            clients = [
-                Weighted(weight, update.adapters[name])
-                for weight, update in zip(weights, ordered, strict=True)
-            ]
-            merged[name] = self.merge(start, clients, state.round + 1)
+        normalised(received)
+        counted = self.choose([update for update in received if update.weight > 0])
+        weights = normalised(counted)
+
+        def of(name: str) -> tuple[Merged, LayerMeasure | None]:
+            layer = self._layer(state, name, counted, weights)
+            merged = self.merge(layer)
+            return merged, measure(layer, merged) if diagnostics else None
+
+        done = dict(zip(state.adapters, side_by_side(of, state.adapters), strict=True))
+        merged = {name: m for name, (m, _) in done.items()}
+        head, head_memory = self.merge_head(state, counted, weights)
         moved = {name: m.into_base for name, m in merged.items() if m.into_base is not None}
         after = replace(
             state,
             round=state.round + 1,
             adapters={name: m.adapter for name, m in merged.items()},
-            head=mean_head(state.head, ordered, weights),
+            head=head,
             base=(*state.base, Patch(moved)) if moved else state.base,
+            memory={
+                f"{owner}/{short}": tensor
+                for owner, kept in [*((n, m.memory) for n, m in merged.items()), ("head", head_memory)]
+                for short, tensor in kept.items()
+            },
         )
-        return after, diagnose(state, after, ordered, weights)
+        return after, summarise([m for _, m in done.values() if m is not None], weights)
+
+    @staticmethod
+    def kept(state: State, owner: str) -> Tensors:
+        """What the last round remembered of a layer, or of the head."""
+        start = f"{owner}/"
+        return {k.removeprefix(start): t for k, t in state.memory.items() if k.startswith(start)}
+
+    def _layer(
+        self, state: State, name: str, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    ) -> Layer:
+        clients = [Weighted(w, update.adapters[name]) for w, update in zip(weights, updates, strict=True)]
+        return Layer(name, state.adapters[name], clients, state.round + 1, state.seed, self.kept(state, name))
 
     def _check(self, state: State, update: ClientUpdate) -> None:
         who = f"round {state.round + 1}, partition {update.partition_id}"
@@ -201,50 +197,28 @@ def normalised(updates: Sequence[ClientUpdate]) -> list[float]:
     return [update.weight / total for update in updates]
 
 
-def weighted_sum(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
-    """``sum_k w_k X_k``, added in the given order."""
-    total: Tensor | None = None
-    for weight, tensor in zip(weights, tensors, strict=True):
-        total = weight * tensor if total is None else total + weight * tensor
-    if total is None:
-        raise ConfigError("there is no tensor to average")
-    return total
-
-
-def mean_a(clients: Sequence[Weighted]) -> Tensor:
-    """``sum_k p_k A_k``, (r, in)."""
-    return weighted_sum((c.weight for c in clients), (c.factors.A for c in clients))
-
-
-def mean_b(clients: Sequence[Weighted], scaling: float) -> Tensor:
-    """``sum_k p_k (s_k / s) B_k``, (out, r): unequal scalings are folded into B."""
-    return weighted_sum(
-        (c.weight * (c.factors.scaling / scaling) for c in clients), (c.factors.B for c in clients)
-    )
-
-
-def mean_head(head: Tensors, updates: Sequence[ClientUpdate], weights: Sequence[float]) -> Tensors:
-    """The head averaged with p_k; tensors that nobody ships stay as they are.
+def check_heads(head: Mapping[str, object], updates: Sequence[ClientUpdate]) -> list[str]:
+    """The head tensors that are shipped, sorted by name.
 
     Raises:
         FactorShapeError: a tensor that the head lacks or that only some clients ship, or another shape.
     """
-    averaged = dict(head)
-    for name in sorted({name for update in updates for name in update.head}):
+    shipped = sorted({name for update in updates for name in update.head})
+    for name in shipped:
         expected = _shape(head, name)
         for update in updates:
             if (given := _shape(update.head, name)) != expected:
                 who = f"partition {update.partition_id}, head tensor {name}"
                 raise FactorShapeError(f"{who}: {given}, expected {expected}")
-        averaged[name] = weighted_sum(weights, (update.head[name] for update in updates))
-    return averaged
+    return shipped
 
 
-def _shape(tensors: Tensors, name: str) -> str:
-    return str(tuple(tensors[name].shape)) if name in tensors else "nothing"
-
-
-def _at_rank(factors: LoraFactors, client: ClientSpec) -> LoraFactors:
+def at_rank(factors: LoraFactors, client: ClientSpec) -> LoraFactors:
+    """The leading part of the global factors at the client's rank and scaling."""
     if factors.rank == client.rank and factors.scaling == client.scaling:
         return factors
     return resize(factors, client.rank, client.scaling)
+
+
+def _shape(tensors: Mapping[str, object], name: str) -> str:
+    return str(tuple(getattr(tensors[name], "shape", ()))) if name in tensors else "nothing"

@@ -6,14 +6,14 @@ import re
 import subprocess
 from pathlib import Path
 
-from strategies.facts import markdown_table
+from strategies.table import markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_strategy_table_is_the_facts() -> None:
-    assert markdown_table() in README, "regenerate it: python -m strategies.facts"
+    assert markdown_table() in README, "regenerate it: python -m strategies.table"
 
 
 def test_every_link_leads_to_a_file() -> None:

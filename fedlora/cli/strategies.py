@@ -23,7 +23,7 @@ def strategies(
 
     Example: fedlora strategies --json
     """
-    from strategies.facts import fact_rows
+    from strategies.table import fact_rows
 
     rows = fact_rows()
     if as_json:

@@ -17,8 +17,9 @@ from torch import Tensor
 from fedlora.factors import LoraFactors, Tensors
 from fedlora.seeding import torch_stream
 from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
+from strategies.facts import Facts
 from strategies.registry import RULES, make_rule
-from strategies.rule import Facts, Rule
+from strategies.rule import Rule
 from tests import oracles
 
 VARIANTS: Mapping[str, Rule] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from strategies.registry import option_fields
 from strategies.rule import Rule
 from tests import oracles
 from tests.strategies.federations import (
@@ -36,7 +37,7 @@ def by_oracle(
 ) -> tuple[oracles.Adapter, list[oracles.Client], oracles.Outcome]:
     """One layer's start, clients and next adapter according to the paper."""
     start, clients = oracle_layer(state, updates, name)
-    options: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule) if f.name != "init_a"}
+    options: dict[str, Any] = {n: getattr(rule, n) for n in option_fields(type(rule)) if n != "init_a"}
     outcome = oracles.ORACLES[rule.facts.name](start, clients, state.round + 1, **options)
     return start, clients, outcome
 

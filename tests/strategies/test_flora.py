@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -10,12 +9,11 @@ import torch
 from hypothesis import given
 from torch.nn.functional import linear
 
-from fedlora.factors import LoraFactors
 from fedlora.initial import fresh_adapters
 from fedlora.updates import State
 from strategies.flora import FLoRARule
+from strategies.layer import Layer, Merged, Weighted
 from strategies.registry import make_rule
-from strategies.rule import Merged, Weighted
 from tests import oracles
 from tests.strategies.federations import (
     Federation,
@@ -46,9 +44,9 @@ def miss(rule: FLoRARule, federation: Federation) -> float:
 class TwiceWeighted(FLoRARule):
     """The known mistake: p_k in B as well, so that products carry p_k^2."""
 
-    def merge(self, start: LoraFactors, clients: Sequence[Weighted], server_round: int) -> Merged:
-        scaled = [Weighted(c.weight, replace(c.factors, B=c.weight * c.factors.B)) for c in clients]
-        return super().merge(start, scaled, server_round)
+    def merge(self, layer: Layer) -> Merged:
+        scaled = [Weighted(c.weight, replace(c.factors, B=c.weight * c.factors.B)) for c in layer.clients]
+        return super().merge(replace(layer, clients=scaled))
 
 
 @given(federation=federations(min_clients=2))

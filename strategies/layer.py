@@ -1,0 +1,95 @@
+"""One adapted layer in one round: what a rule sees of it, and what it makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from fedlora.errors import ConfigError
+from fedlora.factors import LoraFactors, Product, Tensors, stack
+from fedlora.seeding import torch_stream
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """One client's factors of one layer with its normalised weight p_k."""
+
+    weight: float
+    factors: LoraFactors
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer's round.
+
+    Attributes:
+        name: the module.
+        start: the global factors before the round.
+        clients: the clients' factors, in partition order, weights summing to 1.
+        server_round: the round that is being aggregated, from 1.
+        seed: the root seed of the run, for directions that the server draws.
+        memory: what the rule kept of this layer, `Merged.memory` of the last round.
+    """
+
+    name: str
+    start: LoraFactors
+    clients: Sequence[Weighted]
+    server_round: int
+    seed: int = 0
+    memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def target(self) -> Product:
+        """``T = sum_k p_k s_k B_k A_k``, stacked: the product that the clients' mean asks for."""
+        return stack((c.weight, c.factors) for c in self.clients)
+
+    @property
+    def weights(self) -> list[float]:
+        return [c.weight for c in self.clients]
+
+    def shipped(self, factor: str) -> list[Tensor]:
+        """The clients' A_k (r, in), or their ``(s_k / s) B_k`` (out, r): scalings are folded into B."""
+        if factor == "A":
+            return [c.factors.A for c in self.clients]
+        s = self.start.scaling
+        return [
+            c.factors.B if c.factors.scaling == s else (c.factors.scaling / s) * c.factors.B
+            for c in self.clients
+        ]
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A stream of the run's seed for this layer and round."""
+        return torch_stream(self.seed, purpose, self.server_round, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A layer after aggregation: the next adapter, what moves into the base, and what is remembered."""
+
+    adapter: LoraFactors
+    into_base: Product | None = None
+    memory: Tensors = field(default_factory=dict)
+
+
+def weighted_sum(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
+    """``sum_k w_k X_k``, added in the given order."""
+    total: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=True):
+        total = weight * tensor if total is None else total.add_(tensor, alpha=weight)
+    if total is None:
+        raise ConfigError("there is no tensor to average")
+    return total
+
+
+def mean_a(layer: Layer) -> Tensor:
+    """``sum_k p_k A_k``, (r, in)."""
+    return weighted_sum(layer.weights, layer.shipped("A"))
+
+
+def mean_b(layer: Layer) -> Tensor:
+    """``sum_k p_k (s_k / s) B_k``, (out, r): unequal scalings are folded into B."""
+    return weighted_sum(layer.weights, layer.shipped("B"))

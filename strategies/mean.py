@@ -1,0 +1,71 @@
+"""Rules whose aggregate is a mean of what is shipped; server optimisers and robust centres compose with all.
+
+    X' = step(X, center_k X_k)    for each shipped factor X, and for each tensor of the head
+
+with `Center` the weighted mean or a robust one, and `ServerOptimizer` the step. What a rule then makes of
+(A', B') is `MeanRule.settle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fedlora.errors import ConfigError
+from fedlora.factors import LoraFactors, Tensors
+from fedlora.updates import ClientUpdate, State
+from strategies.center import Center
+from strategies.layer import Layer, Merged
+from strategies.rule import Rule, check_heads
+from strategies.server_optimizer import ServerOptimizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanRule(Rule):
+    """A subclass declares ``facts`` and, where it does more than average, defines `settle`.
+
+    Attributes:
+        center: what takes the middle of the clients' tensors.
+        optimizer: how the server moves there.
+
+    Raises:
+        ConfigError: fedadam under a rule that turns the basis: a second moment per coordinate has no
+            meaning in another basis.
+    """
+
+    center: Center = field(default_factory=Center)
+    optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.facts.turns and self.optimizer.name == "fedadam":
+            raise ConfigError(
+                f"strategy.server-optimizer = 'fedadam': {self.facts.name} turns the basis of the factors "
+                "each round, accepted are none, fedavgm"
+            )
+
+    def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
+        """The next adapter, given the stepped mean; ``memory`` is the optimiser's."""
+        return Merged(adapter, memory=memory)
+
+    def merge(self, layer: Layer) -> Merged:
+        factors = {"A": layer.start.A, "B": layer.start.B}
+        memory = dict(layer.memory)
+        for factor in sorted(self.shipped(layer.server_round)):
+            center = self.center.of(layer.weights, layer.shipped(factor))
+            factors[factor], kept = self.optimizer.step(factor, factors[factor], center, layer.memory)
+            memory |= kept
+        return self.settle(layer, LoraFactors(scaling=layer.start.scaling, **factors), memory)
+
+    def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        return self.center.choose(updates)
+
+    def merge_head(
+        self, state: State, updates: Sequence[ClientUpdate], weights: Sequence[float]
+    ) -> tuple[Tensors, Tensors]:
+        head, kept, before = dict(state.head), Tensors(), self.kept(state, "head")
+        for name in check_heads(state.head, updates):
+            center = self.center.of(weights, [update.head[name] for update in updates])
+            head[name], memory = self.optimizer.step(name, state.head[name], center, before)
+            kept |= memory
+        return head, kept
