@@ -5,7 +5,17 @@
 True
 """
 
-from strategies.public import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
+from strategies.public import FedAvg, FedSVD, FedSVDRenew, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
 from strategies.registry import RULES, make_rule
 
-__all__ = ["RULES", "FFALoRA", "FLoRA", "FedAvg", "FedSVD", "HeadOnly", "LoRAFAIR", "make_rule"]
+__all__ = [
+    "RULES",
+    "FFALoRA",
+    "FLoRA",
+    "FedAvg",
+    "FedSVD",
+    "FedSVDRenew",
+    "HeadOnly",
+    "LoRAFAIR",
+    "make_rule",
+]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from strategies.fedavg import FedAvgRule
 from strategies.fedsvd import FedSVDRule
+from strategies.fedsvd_renew import FedSVDRenewRule
 from strategies.ffa import FFALoRARule
 from strategies.flora import FLoRARule
 from strategies.flower import FactorStrategy
@@ -67,6 +68,12 @@ class FedSVD(_Named):
     """Averages B and refactors B A; see `strategies.fedsvd`."""
 
     rule_type = FedSVDRule
+
+
+class FedSVDRenew(_Named):
+    """As FedSVD, and renews the weakest directions of A; see `strategies.fedsvd_renew`."""
+
+    rule_type = FedSVDRenewRule
 
 
 class HeadOnly(_Named):

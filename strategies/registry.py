@@ -11,6 +11,7 @@ from fedlora.errors import ConfigError
 from strategies.center import Center
 from strategies.fedavg import FedAvgRule
 from strategies.fedsvd import FedSVDRule
+from strategies.fedsvd_renew import FedSVDRenewRule
 from strategies.ffa import FFALoRARule
 from strategies.flora import FLoRARule
 from strategies.head_only import HeadOnlyRule
@@ -20,10 +21,18 @@ from strategies.mean import MeanRule
 from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer
 
-RULES: dict[str, type[Rule]] = {
-    rule.facts.name: rule
-    for rule in (FedAvgRule, FFALoRARule, FLoRARule, LoRAFAIRRule, FedSVDRule, HeadOnlyRule, LocalOnlyRule)
-}
+LISTED: tuple[type[Rule], ...] = (
+    FedAvgRule,
+    FFALoRARule,
+    FLoRARule,
+    LoRAFAIRRule,
+    FedSVDRule,
+    FedSVDRenewRule,
+    HeadOnlyRule,
+    LocalOnlyRule,
+)
+"""In the order of the tables."""
+RULES: dict[str, type[Rule]] = {rule.facts.name: rule for rule in LISTED}
 
 
 COMPOSED = ("center", "optimizer")

@@ -161,6 +161,26 @@ def fedsvd(start: Adapter, clients: Sequence[Client], t: int, period: int = 1) -
     return _kept(new_B, new_A, start.s)
 
 
+def fedsvd_renew(
+    start: Adapter, clients: Sequence[Client], t: int, renew: float = 0.25, period: int = 1
+) -> Outcome:
+    """This project's variant of FedSVD: the n weakest singular directions of s B A move into the base.
+
+    Which directions take their place shows in no product: their columns of B are zero.
+    """
+    B = _mean_b(start, clients)
+    if t % period:
+        return _kept(B, start.A, start.s)
+    r = B.shape[1]
+    kept = r - max(1, round(renew * r))
+    U, S, Vt = np.linalg.svd(B @ start.A, full_matrices=False)
+    strong = min(kept, S.size)
+    new_B, new_A = np.zeros_like(B), np.zeros_like(start.A)
+    new_B[:, :strong], new_A[:strong] = U[:, :strong] * S[:strong], Vt[:strong]
+    weak = start.s * (U[:, kept:] * S[kept:]) @ Vt[kept:]
+    return Outcome(Adapter(new_B, new_A, start.s), weak)
+
+
 def head_only(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     """The control: no adapter moves."""
     return _kept(start.B, start.A, start.s)
@@ -205,6 +225,7 @@ ORACLES: dict[str, Oracle] = {
     "flora": flora,
     "lora-fair": lora_fair,
     "fedsvd": fedsvd,
+    "fedsvd-renew": fedsvd_renew,
     "head-only": head_only,
     "local-only": local_only,
 }

@@ -15,11 +15,11 @@ from fedlora import wire
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.factors import LoraFactors, stack
 from fedlora.updates import ClientSpec
-from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
+from strategies import FedAvg, FedSVD, FedSVDRenew, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
 
-NAMED = [FedAvg, FFALoRA, FLoRA, LoRAFAIR, FedSVD, HeadOnly]
+NAMED = [FedAvg, FFALoRA, FLoRA, LoRAFAIR, FedSVD, FedSVDRenew, HeadOnly]
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 
 
@@ -86,6 +86,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "lora-fair": [both] * 3,
         "ffa": [both, 4 * numbers["B"], 4 * numbers["B"]],
         "fedsvd": [both] * 3,
+        "fedsvd-renew": [both, both + both // 3, both + both // 3],  # one of three directions
         "head-only": [both, 0, 0],
         "flora": [0, stacked, stacked],
     }[facts.name]

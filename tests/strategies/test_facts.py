@@ -109,12 +109,22 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
 }
 """The spellings of ``facts.up`` and ``facts.down``; r is the client's rank."""
 
+DOWN: dict[str, Callable[[int, int, int, int], int]] = {
+    "0": lambda r, m, o, i: 0,
+    "r*o": lambda r, m, o, i: r * o,
+    "r(o+i)": lambda r, m, o, i: r * (o + i),
+    "R(o+i)": lambda r, m, o, i: m * r * (o + i),
+    "(r+n)(o+i)": lambda r, m, o, i: (r + max(1, round(r / 4))) * (o + i),
+}
+"""The spellings of ``facts.down`` up to the first blank; m clients of rank r each, so that R = m r."""
+
 UP: dict[str, Callable[[int, int, int], int]] = {
     "fedavg": lambda r, o, i: r * o + r * i,
     "ffa": lambda r, o, i: r * o,
     "flora": lambda r, o, i: r * o + r * i,
     "lora-fair": lambda r, o, i: r * o + r * i,
     "fedsvd": lambda r, o, i: r * o,
+    "fedsvd-renew": lambda r, o, i: r * o,
     "head-only": lambda r, o, i: 0,
     "local-only": lambda r, o, i: 0,
 }
@@ -142,6 +152,5 @@ def test_bytes_down_are_the_closed_form(rule: Rule) -> None:
         for factor in FACTORS:
             before, now = (getattr(given.adapters["layer"], factor) for given in (old, new))
             numbers += 0 if torch.equal(before, now) else now.numel()
-    formula = rule.facts.down.split(" ")[0].replace("R", "r")
-    rank = RANK * len(updates) if rule.facts.moves_base else RANK
-    assert numbers == FORMULAS[formula](rank, OUT, IN)
+    formula = rule.facts.down.split(" ")[0]
+    assert numbers == DOWN[formula](RANK, len(updates), OUT, IN)
