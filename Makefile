@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit federation-smoke clean
+.PHONY: demo test check unit mutants bench-aggregate clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
@@ -22,6 +22,12 @@ check: $(STAMP)  ## style, types, direction of imports, doctests
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -q tests
+
+mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
+	$(BIN)/python -m tests.mutants
+
+bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; about half an hour
+	$(BIN)/python -m experiments.benchmarks.aggregate
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,65 +1,92 @@
 """Private training within a client's own budget: reserve what a round costs, train, say what is spent.
 
-A release is written down and flushed to disk before it is trained. In seeded simulation a round that is
-run again gives the same bits and is charged once; with real entropy every attempt is charged.
+The ledger is the client's (`fedlora.privacy.ledger`): it outlives rounds, runs and restarts.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
-import os
-from pathlib import Path
-from uuid import uuid4
+from typing import Any
 
-from clients.holdings import Holdings
-from clients.private import train_private
+import torch
+
+from clients.accounts import Books, ledger_of
+from clients.canaries import Canaries
+from clients.private import check_private, train_private
 from clients.resident import Resident
 from clients.training import LocalResult
 from fedlora.config import RunConfig
-from fedlora.errors import BudgetExceeded
-from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
+from fedlora.privacy.calibration import calibrate_noise
+from fedlora.privacy.entries import Release, Standing
+from fedlora.privacy.filter import Budget
 from fedlora.privacy.types import PrivacySpent
+
+BOOKKEEPING = ("target_epsilon", "target_delta", "max_participations", "accountant", "dataset_id", "ledger")
+"""Keys of ``privacy`` that do not change the bits of a release."""
 
 
 def train_within_budget(
     worker: Resident,
     config: RunConfig,
-    holdings: Holdings,
+    books: Books,
     *,
     partition_id: int,
     server_round: int,
     local_steps: int,
     seed: int | None,
+    start: str = "",
+    canaries: Canaries | None = None,
 ) -> tuple[LocalResult, PrivacySpent]:
     """One round of DP-SGD, and what the client has spent by then.
 
     The noise is calibrated on the client's own example count, for the most rounds that the server lets
-    it take part in (``privacy.max-participations``, else all of them).
+    it take part in (``privacy.max-participations``, else all of them), as if nothing was spent before.
 
     Args:
         worker: the model, loaded, and the data.
         config: the run.
-        holdings: where the client writes down its releases.
+        books: where the client keeps its ledger, and for which run.
         partition_id: whose budget.
-        server_round: names the release in seeded simulation.
+        server_round: names the release.
         local_steps: steps of this round.
         seed: of the batches and the noise; None draws both from the operating system.
+        start: a digest of the values that training starts from; where there is a seed.
+        canaries: what an audit hides among the examples.
 
     Raises:
         BudgetExceeded: another round would cost more than ``privacy.target-epsilon``.
+        LedgerRefused: the ledger cannot be relied upon, or must not be opened for this data.
+        ConfigError: a configuration that DP-SGD does not cover.
     """
+    privacy = config.privacy
     indices = worker.data.indices(partition_id)
+    check_private(config.train, len(indices))
     rate = config.train.batch_size / len(indices)
     noise = noise_of(config, rate, local_steps)
-    spending = Spending(holdings.directory / "spent" / f"{partition_id}.jsonl")
-    release = f"round-{server_round}" if seed is not None else uuid4().hex
-    spent = privacy_spent(config, noise, rate, spending.steps(including=release, steps=local_steps))
-    if spent.epsilon > config.privacy.target_epsilon and not config.privacy.noise_multiplier:
-        raise BudgetExceeded(
-            f"privacy.target-epsilon = {config.privacy.target_epsilon}: "
-            f"{spent.steps} steps would spend {spent.epsilon:.3f}"
-        )
-    spending.reserve(release, local_steps)
+    ledger = ledger_of(books.directory, config, worker.data, partition_id)
+    release = Release(
+        run_key=books.run_key,
+        server_round=server_round,
+        partition_id=partition_id,
+        noise_multiplier=noise,
+        sample_rate=rate,
+        steps=local_steps,
+        determined_by=""
+        if seed is None
+        else _digest(seed, start, ledger.dataset.fingerprint, *_settings(config), worker.model.device),
+    )
+    standing = ledger.reserve(
+        release,
+        Budget(
+            target_epsilon=privacy.target_epsilon,
+            target_delta=privacy.target_delta,
+            accountant=privacy.accountant,
+        ),
+        planned_steps=0 if privacy.noise_multiplier else planned_steps(config, local_steps),
+        known_head=books.known_head,
+    )
     result = train_private(
         worker.model,
         worker.data.train,
@@ -68,64 +95,62 @@ def train_within_budget(
         config.train,
         local_steps=local_steps,
         noise_multiplier=noise,
-        max_grad_norm=config.privacy.max_grad_norm,
+        max_grad_norm=privacy.max_grad_norm,
         seed=seed or 0,
+        clipping=privacy.clipping,
+        grad_sample_mode=privacy.grad_sample_mode,
+        max_physical_batch_size=privacy.max_physical_batch_size,
         secure=seed is None,
-        release_loss=config.privacy.release_metrics,
+        release_loss=privacy.release_metrics,
+        canaries=canaries,
     )
-    return result, spent
+    ledger.released(release)
+    return result, privacy_spent(config, release, standing)
 
 
 def noise_of(config: RunConfig, sample_rate: float, local_steps: int) -> float:
     """The given noise multiplier, or the one that reaches the target epsilon after the most rounds."""
     privacy = config.privacy
-    if privacy.noise_multiplier:
-        return privacy.noise_multiplier
-    steps = local_steps * (privacy.max_participations or config.num_server_rounds)
-    return calibrate_noise(
-        privacy.target_epsilon, privacy.target_delta, sample_rate, steps, privacy.accountant
+    return privacy.noise_multiplier or calibrate_noise(
+        privacy.target_epsilon,
+        privacy.target_delta,
+        sample_rate,
+        planned_steps(config, local_steps),
+        privacy.accountant,
     )
 
 
-def privacy_spent(config: RunConfig, noise: float, sample_rate: float, steps: int) -> PrivacySpent:
+def planned_steps(config: RunConfig, local_steps: int) -> int:
+    """The most steps that the server lets a client take in this run."""
+    return local_steps * (config.privacy.max_participations or config.num_server_rounds)
+
+
+def privacy_spent(config: RunConfig, release: Release, standing: Standing) -> PrivacySpent:
     """The whole claim: epsilon with all that it depends on."""
-    privacy = config.privacy
     return PrivacySpent(
-        epsilon=epsilon_spent(noise, sample_rate, steps, privacy.target_delta, privacy.accountant),
-        delta=privacy.target_delta,
+        epsilon=standing.epsilon,
+        delta=config.privacy.target_delta,
         granularity="example",
         neighboring_relation="add_or_remove_one",
         sampling_method="poisson",
-        accountant=privacy.accountant,
-        noise_multiplier=noise,
-        sample_rate=sample_rate,
-        steps=steps,
+        accountant=standing.accountant,
+        noise_multiplier=release.noise_multiplier,
+        sample_rate=release.sample_rate,
+        steps=standing.steps,
+        releases=standing.releases,
+        ledger_head=standing.head,
     )
 
 
-class Spending:
-    """The releases of one client in one run: a file of JSON lines, ``release`` and ``steps``."""
+def _settings(config: RunConfig) -> list[Any]:
+    privacy = dataclasses.asdict(config.privacy)
+    mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
+    return [
+        mechanism,
+        *(dataclasses.asdict(section) for section in (config.model, config.lora, config.train)),
+    ]
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def steps(self, *, including: str, steps: int) -> int:
-        """Steps of all releases, and of one more unless it is written down already."""
-        releases = self._releases()
-        return sum({**releases, including: releases.get(including, steps)}.values())
-
-    def reserve(self, release: str, steps: int) -> None:
-        """Write a release down, on disk when this returns; one that is there is not charged again."""
-        if release in self._releases():
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as stream:
-            stream.write(json.dumps({"release": release, "steps": steps}) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-
-    def _releases(self) -> dict[str, int]:
-        if not self.path.exists():
-            return {}
-        entries = [json.loads(line) for line in self.path.read_text().splitlines()]
-        return {entry["release"]: entry["steps"] for entry in entries}
+def _digest(*parts: object) -> str:
+    text = json.dumps([*parts, torch.__version__], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

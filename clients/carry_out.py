@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from clients.accounts import Books, ledger_directory
 from clients.batches import Indices
 from clients.budget import train_within_budget
+from clients.canaries import Canaries
 from clients.evaluation import evaluate
 from clients.holdings import Holdings
 from clients.orders import Opened, open_order
@@ -20,14 +22,17 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.data.examples import evaluation_subset
 from fedlora.data.prepared import Prepared
-from fedlora.errors import BudgetExceeded, ConfigError
+from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.factors import AdapterSet, Tensors
 from fedlora.seeding import derive
+from fedlora.updates import digest
 
 OWN = "own"
 """What a client keeps to itself: a local head, factors that it trains and does not ship."""
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
 ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
+TELL_COUNT = ("noise_multiplier", "sample_rate")
+"""Of what was spent, that from which the example count follows: sent only with the count itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +43,13 @@ class Node:
         partition_id: whose data is trained on.
         state_dir: what this machine keeps between messages.
         simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
+        canaries: what an audit hides among the client's examples, in private training.
     """
 
     partition_id: int
     state_dir: Path
     simulation: bool = False
+    canaries: Canaries | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,18 +68,10 @@ def train_order(order: wire.TrainOrder, config: RunConfig, node: Node) -> wire.R
     if isinstance(ready, wire.Reply):
         return ready
     worker, opened = ready
-    modules = frozenset(json.loads(order.config["modules"]))
-    worker.model.load(
-        opened.adapters,
-        opened.head,
-        trains=order.trains,
-        modules=modules,
-        dropout=config.lora.dropout,
-        train_head=config.model.head != "freeze",
-    )
+    modules = load(worker, opened, order, config)
     try:
-        trained = _train(worker, opened.holdings, order, config, node)
-    except BudgetExceeded as error:
+        trained = _train(worker, opened, order, config, node)
+    except (BudgetExceeded, LedgerRefused) as error:
         return wire.Reply(status=wire.DECLINED, reason=str(error))
     local = config.model.head == "local"
     own = wire.to_peft(trained.adapters, trained.head if local else {}, order.trains - order.ships, modules)
@@ -122,13 +121,33 @@ def set_up(
     count = worker.data.num_partitions
     if not 0 <= node.partition_id < count:
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")
-    opened = open_order(order, Holdings(node.state_dir / str(order.config.get("run-key", "run"))))
+    opened = open_order(order, Holdings(node.state_dir / run_key(order)))
     if isinstance(opened, wire.Reply):
         return opened
     worker.move_to(order.needs.base, opened.patch)
     before = order.server_round + 1 if after_round else order.server_round
     own = opened.holdings.personal(node.partition_id, OWN, before)
     return worker, opened if own is None else opened.with_own(own)
+
+
+def load(worker: Resident, opened: Opened, order: wire.TrainOrder, config: RunConfig) -> frozenset[str]:
+    """Make the model ready to train as ordered; returns the modules whose factors it trains."""
+    modules = frozenset(json.loads(order.config["modules"]))
+    worker.model.load(
+        opened.adapters,
+        opened.head,
+        trains=order.trains,
+        modules=modules,
+        dropout=config.lora.dropout,
+        train_head=config.model.head != "freeze",
+        tail=order.tail,
+    )
+    return modules
+
+
+def run_key(order: wire.TrainOrder) -> str:
+    """What names the run at its clients."""
+    return str(order.config.get("run-key", "run"))
 
 
 def own_test_indices(data: Prepared, partition_id: int) -> Indices:
@@ -140,23 +159,32 @@ def own_test_indices(data: Prepared, partition_id: int) -> Indices:
 
 
 def _train(
-    worker: Resident, holdings: Holdings, order: wire.TrainOrder, config: RunConfig, node: Node
+    worker: Resident, opened: Opened, order: wire.TrainOrder, config: RunConfig, node: Node
 ) -> Trained:
     indices = worker.data.indices(node.partition_id)
     steps = config.local_steps_of(node.partition_id)
     seed = derive(config.seed, "client", order.server_round, node.partition_id)
     privacy: dict[str, object] | None = None
     if config.privacy.private:
+        books = Books(
+            directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
+            run_key=run_key(order),
+            known_head=str(order.config.get("ledger-head", "")),
+        )
         result, spent = train_within_budget(
             worker,
             config,
-            holdings,
+            books,
             partition_id=node.partition_id,
             server_round=order.server_round,
             local_steps=steps,
             seed=seed if node.simulation else None,
+            start=_start(order, opened) if node.simulation else "",
+            canaries=node.canaries,
         )
         privacy = dataclasses.asdict(spent)
+        if not config.privacy.release_metrics:
+            privacy = {key: value for key, value in privacy.items() if key not in TELL_COUNT}
     else:
         result = train_local(
             worker.model, worker.data.train, indices, worker.data.pad_token_id, config.train,
@@ -166,3 +194,12 @@ def _train(
     if result.loss is not None:
         metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}
     return Trained(adapters=result.adapters, head=result.head, metrics=metrics, privacy=privacy)
+
+
+def _start(order: wire.TrainOrder, opened: Opened) -> str:
+    """A digest of what training starts from: base, adapter, head, what of them is trained, and how."""
+    factors = {f"{name}.{x}": t for name, f in opened.adapters.items() for x, t in f.tensors().items()}
+    values = [digest(factors), digest(opened.head)]
+    settings = [order.config["scaling"], order.needs.base, sorted(order.trains), order.config["modules"]]
+    tail = [] if order.tail is None else [order.tail.weight, order.tail.start]
+    return json.dumps([*values, *settings, *tail])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from clients.holdings import Holdings
 from fedlora import wire
 from fedlora.errors import UpdateRefused
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.factors import AdapterSet, Tensors
 from fedlora.updates import Patch
 
 
@@ -19,7 +19,7 @@ class Opened:
     """An order whose parts are all here.
 
     Attributes:
-        adapters: the complete starting adapter, both factors of every module.
+        adapters: the complete starting adapter, all factors of every module.
         head: the other tensors that travelled.
         holdings: the store; the base patches are in it under ``order.needs.base``.
     """
@@ -31,11 +31,7 @@ class Opened:
     def with_own(self, own: Tensors) -> Opened:
         """The same with tensors that the client kept to itself, in PEFT's spelling, in their place."""
         mine = wire.from_peft(own)
-        adapters = {
-            name: LoraFactors(mine.A.get(name, f.A), mine.B.get(name, f.B), f.scaling)
-            for name, f in self.adapters.items()
-        }
-        return Opened(adapters, {**self.head, **mine.head}, self.holdings)
+        return Opened(mine.over(self.adapters), {**self.head, **mine.head}, self.holdings)
 
     def patch(self, name: str) -> Patch:
         """The base patch of a digest.
@@ -58,14 +54,22 @@ def open_order(order: wire.TrainOrder, holdings: Holdings) -> Opened | wire.Repl
     try:
         for name, tensors in order.parts.items():
             holdings.keep(name, tensors)
-        frozen = wire.frozen_part(order)
-        if order.needs.frozen and frozen:
-            holdings.keep(order.needs.frozen, frozen)
+        for name, tensors in _named_parts(order):
+            if tensors:
+                holdings.keep(name, tensors)
     except ValueError as error:
         raise UpdateRefused(str(error)) from None
     missing = tuple(name for name in order.needs.digests if holdings.get(name) is None)
     if missing:
         return wire.Reply(status=wire.MISSING, missing=missing)
-    held = holdings.get(order.needs.frozen) if order.needs.frozen else {}
-    adapters, head = wire.complete_adapters(order, held or {})
+    held = Tensors()
+    for name, _ in _named_parts(order):
+        held |= holdings.get(name) or {}
+    adapters, head = wire.complete_adapters(order, held)
     return Opened(adapters, head, holdings)
+
+
+def _named_parts(order: wire.TrainOrder) -> list[tuple[str, Tensors]]:
+    """The digests of factors that the order names, each with what travelled of it (nothing, or all)."""
+    parts = [(order.needs.frozen, wire.frozen_part(order)), (order.needs.moving, wire.moving_part(order))]
+    return [(name, tensors) for name, tensors in parts if name]

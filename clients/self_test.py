@@ -1,95 +1,241 @@
-"""Does DP-SGD compute what it claims on this model? Asked before training, because errors are silent."""
+"""Does DP-SGD compute what it claims on this model? Asked before training, because errors are silent.
+
+Only made-up examples are used: whether the test passes says nothing about anybody's data.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
-from opacus.optimizers import DPOptimizer
+from scipy.stats import chi2
 from torch import Tensor, nn
 
-from clients.batches import Indices, load_batch
-from clients.private import backward, per_example_gradients
+from clients.batches import load_batch
+from clients.mechanism import Mechanism, PrivateSteps, private_steps
 from clients.training import batch_loss
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.seeding import torch_stream
+from fedlora.seeding import stream, torch_stream
 
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
 HUGE = 1e9
+EXAMPLES = np.arange(4)
+FALSE_ALARM = 1e-9
+"""Probability with which correct noise is refused."""
+NOISE_DRAWS = 40_000
+"""Coordinates of noise that are drawn at least: 5 % too much or too little is 14 standard errors off."""
+
+Named = dict[str, nn.Parameter]
+"""The trained tensors, as in `fedlora.models.Trainable`."""
+
+_passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
-def self_test(model: AdaptedModel, examples: Examples, indices: Indices, pad_token_id: int) -> None:
-    """Check per-example gradients and the noise-free DP step on a few examples; the model stays as it is.
+def self_test(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """`check_steps` and `check_noise`, each once in a process for what it depends on.
 
-    Every example's gradient is compared with that of a batch of one, and a step of SGD with a huge
-    clipping norm and no noise with the mean gradient.
+    Args:
+        model: loaded, so that it is known what is trained; it stays as it is.
+        pad_token_id: fills up shorter sequences of a batch.
+        mechanism: what is going to be trained with.
 
     Raises:
-        RunFailed: they differ, so nothing may be trained privately with this model.
+        RunFailed: a check does not hold, so nothing may be trained privately with this model.
     """
-    drawn = indices[:4]
-    with model.training() as trained, _moved(trained.all):
-        for layer in model.module.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.eval()
-        alone = _one_by_one(model, trained.all, examples, drawn, pad_token_id)
-        names = [*trained.factors, *trained.head]
-        before = [p.detach().clone() for p in trained.all]
-        with per_example_gradients(model.module):
-            optimizer = DPOptimizer(
-                torch.optim.SGD(trained.all, lr=1.0),
-                noise_multiplier=0.0,
-                max_grad_norm=HUGE,
-                expected_batch_size=len(drawn),
+    trained = model.trainable()
+    shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
+    same_steps = replace(mechanism, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+    passed = _passed.setdefault(model, set())
+    if ("steps", shapes, same_steps) not in passed:
+        check_steps(model, pad_token_id, same_steps)
+        passed.add(("steps", shapes, same_steps))
+    if ("noise", shapes, mechanism) not in passed:
+        check_noise(model, pad_token_id, mechanism)
+        passed.add(("noise", shapes, mechanism))
+
+
+def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """Gradients and clipping, without noise.
+
+    1. Every example's gradient (in ghost mode its norm) is that of a batch of one.
+    2. A step whose clipping norm is huge is a plain step of SGD on the mean loss.
+    3. A step whose clipping binds is the mean of the gradients, clipped one by one.
+
+    Raises:
+        RunFailed: one of them does not hold.
+    """
+    examples = _made_up(model, pad_token_id)
+    with _prepared(model) as named:
+        alone = _one_by_one(model, named, examples, pad_token_id)
+        _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
+        norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
+        for what, clip in (("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))):
+            clipping = replace(
+                mechanism, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=len(EXAMPLES)
             )
-            optimizer.zero_grad()
-            backward(model, trained.all, examples, drawn, pad_token_id)
-            _compare("per-example gradients", names, optimizer.grad_samples, alone)
-            optimizer.step()
-        steps = [b - p.detach() for b, p in zip(before, trained.all, strict=True)]
-        _compare("the noise-free step", names, steps, [g.mean(dim=0) for g in alone])
+            wanted = clipped(alone, clip, mechanism.clipping)
+            with _steps(model, named, clipping) as private, _kept(named.values()):
+                private.step(examples, EXAMPLES, pad_token_id)
+                for (name, parameter), gradients in zip(named.items(), wanted, strict=True):
+                    error = _gradient(parameter) - gradients.mean(dim=0)
+                    _check(f"the {what} step of {name}", error, gradients)
 
 
-def _one_by_one(
+def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """The noise has the claimed standard deviation, on each trained tensor and on all of them.
+
+    Steps on nobody's data are compared with N(0, noise_std^2), see `plausible`.
+
+    Raises:
+        RunFailed: it has another one.
+    """
+    examples = _made_up(model, pad_token_id)
+    draws: list[list[Tensor]] = []
+    with _prepared(model) as named, _steps(model, named, mechanism) as private:
+        for _ in range(math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values()))):
+            private.step(examples, EXAMPLES[:0], pad_token_id)
+            draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
+    noise = {name: torch.cat(drawn) for name, drawn in zip(named, zip(*draws, strict=True), strict=True)}
+    noise["all trained tensors"] = torch.cat(list(noise.values()))
+    for name, drawn in noise.items():
+        if not plausible(drawn, mechanism.noise_std, FALSE_ALARM / len(noise)):
+            _refuse(
+                f"the noise on {name} has standard deviation {float(drawn.square().mean().sqrt()):.4g}, "
+                f"claimed is {mechanism.noise_std:.4g}"
+            )
+
+
+def _check_gradients(
     model: AdaptedModel,
-    parameters: Sequence[nn.Parameter],
+    named: Named,
     examples: Examples,
-    drawn: Indices,
     pad_token_id: int,
-) -> list[Tensor]:
+    mechanism: Mechanism,
+    alone: Sequence[Tensor],
+) -> None:
+    with _steps(model, named, mechanism) as private:
+        private.optimizer.zero_grad()
+        private.backward(examples, EXAMPLES, pad_token_id)
+        if mechanism.grad_sample_mode == "ghost":
+            norms: list[Tensor] = [p._norm_sample for p in private.optimizer.params]
+            _compare("per-example gradient norms", named, norms, [_norms(g) for g in alone])
+        else:
+            _compare("per-example gradients", named, private.optimizer.grad_samples, alone)
+
+
+def _one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
     """Each example's gradient from a batch of one, stacked: (examples, *parameter.shape)."""
-    gradients = [
-        torch.autograd.grad(
-            batch_loss(model, load_batch(examples, drawn[i : i + 1], pad_token_id, model.device)), parameters
-        )
-        for i in range(len(drawn))
-    ]
+    batches = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
+    gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in batches]
     return [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
 
 
+def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Tensor]:
+    """Per-example gradients after clipping; Opacus adds 1e-6 to every norm."""
+    norms = torch.stack([_norms(g) for g in gradients])
+    if clipping == "per-layer":
+        clip = clip / math.sqrt(len(gradients))
+    else:
+        norms = norms.norm(dim=0).expand_as(norms)
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    return [torch.einsum("n,n...->n...", f, g) for f, g in zip(factors, gradients, strict=True)]
+
+
+def plausible(draws: Tensor, std: float, false_alarm: float) -> bool:
+    """Whether numbers can be N(0, std^2): sum(x^2) / std^2 within the chi-square law of that many.
+
+    >>> plausible(torch.tensor([1.0, -1.0] * 500), 1.0, 1e-9)
+    True
+    >>> plausible(torch.tensor([1.0, -1.0] * 500), 2.0, 1e-9)
+    False
+    """
+    low, high = chi2.ppf(false_alarm / 2, draws.numel()), chi2.isf(false_alarm / 2, draws.numel())
+    return bool(low * std**2 <= float(draws.square().sum()) <= high * std**2)
+
+
+def _norms(gradients: Tensor) -> Tensor:
+    """(examples, ...) -> (examples,)."""
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """What the optimiser moved by: with steps of length 1, without the rounding of the sum."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _compare(what: str, named: Named, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for name, f, w in zip(named, found, wanted, strict=True):
+        if f.shape != w.shape:
+            _refuse(f"{what} of {name}: shape {tuple(f.shape)}, expected {tuple(w.shape)}")
+        _check(f"{what} of {name}", f - w, w)
+
+
+def _check(what: str, error: Tensor, reference: Tensor) -> None:
+    if not bool(error.abs().max() <= TOLERANCE * reference.abs().max()):
+        _refuse(f"{what}: wrong on this model")
+
+
+def _refuse(reason: str) -> None:
+    raise RunFailed(f"privacy self-test: {reason}, nothing was trained")
+
+
+def _made_up(model: AdaptedModel, pad_token_id: int) -> Examples:
+    """A few examples of unequal length, the labels in turn."""
+    config: Any = model.module.config
+    rng = stream(0, "self-test", "examples")
+    lengths = rng.integers(4, 16, len(EXAMPLES))
+    tokens = rng.integers(0, config.get_text_config().vocab_size, lengths.sum()).astype(np.int32)
+    return Examples(
+        tokens=np.where(tokens == pad_token_id, (pad_token_id + 1) % 2, tokens),
+        offsets=np.cumsum([0, *lengths]),
+        labels=EXAMPLES % config.num_labels,
+        domains=np.zeros(len(EXAMPLES), dtype=np.int32),
+    )
+
+
 @contextmanager
-def _moved(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, no factor is zero, so that every gradient has something to be compared with."""
-    kept = [p.detach().clone() for p in parameters]
+def _prepared(model: AdaptedModel) -> Iterator[Named]:
+    """Inside, dropout is off and no factor is zero: every gradient has something to be compared with."""
     generator = torch_stream(0, "self-test")
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.device))
+    with model.training() as trained, _kept(trained.all) as kept:
+        moves = [0.05 * torch.randn(p.shape, generator=generator).to(p) for p in kept]
+        _put(trained.all, [p + move for p, move in zip(kept, moves, strict=True)])
+        for layer in model.module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.eval()
+        yield {**trained.factors, **trained.head}
+
+
+@contextmanager
+def _steps(model: AdaptedModel, named: Named, mechanism: Mechanism) -> Iterator[PrivateSteps]:
+    """Steps of length 1 by plain SGD."""
+    sgd = torch.optim.SGD(named.values(), lr=1.0)
+    with private_steps(model, sgd, mechanism, torch.Generator(model.device).manual_seed(0)) as private:
+        yield private
+
+
+@contextmanager
+def _kept(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """The values; afterwards the parameters have them again."""
+    kept = [p.detach().clone() for p in parameters]
     try:
-        yield
+        yield kept
     finally:
-        with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
-                parameter.copy_(value)
+        _put(parameters, kept)
 
 
-def _compare(what: str, names: Sequence[str], found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
-    for name, f, w in zip(names, found, wanted, strict=True):
-        if f.shape != w.shape or not bool((f - w).abs().max() <= TOLERANCE * w.abs().max()):
-            raise RunFailed(
-                f"privacy self-test: {what} of {name} are wrong on this model, nothing was trained"
-            )
+def _put(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from fedlora.errors import ConfigError
 from fedlora.factors import AdapterSet, Tensors
 from fedlora.models import AdaptedModel, Trainable
 from fedlora.seeding import derive, stream
+from fedlora.updates import TailPenalty
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,12 +70,12 @@ def train_local(
     total, seen = torch.zeros((), device=model.device), 0
     with model.training() as trained, dropout_stream(seed, model.device):
         optimizer = make_optimizer(trained, config)
-        proximal = Proximal(trained.all, config.proximal_mu)
+        penalties = Penalties(trained, config)
         for drawn in shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches")):
             optimizer.zero_grad()
             loss = batch_loss(model, load_batch(examples, drawn, pad_token_id, model.device))
             loss.backward()  # type: ignore[no-untyped-call]
-            proximal.add_gradient()
+            penalties.add_gradient()
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
             optimizer.step()
@@ -120,6 +121,44 @@ class Proximal:
             for parameter, start in zip(self.parameters, self.start, strict=True):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter - start, alpha=self.mu)
+
+
+class TailGradient:
+    """The gradient of a `TailPenalty` over the layers that are trained.
+
+    Of ``weight ||B_t|| ||A_t||`` it is ``weight ||B_t|| A_t / ||A_t||`` for A, and the other way round for B;
+    a factor whose tail is zero gets none.
+    """
+
+    def __init__(self, factors: Mapping[str, nn.Parameter], penalty: TailPenalty) -> None:
+        self.weight, self.start = penalty.weight, penalty.start
+        layers = [name.removesuffix(".A") for name in factors if name.endswith(".A")]
+        self.pairs = [(factors[f"{n}.A"], factors[f"{n}.B"]) for n in layers if f"{n}.B" in factors]
+
+    def add_gradient(self) -> None:
+        """``grad += `` that of the penalty."""
+        with torch.no_grad():
+            for A, B in self.pairs:
+                if A.grad is None or B.grad is None:
+                    continue
+                tail_a, tail_b = A[self.start :], B[:, self.start :]
+                size_a, size_b = tail_a.norm(), tail_b.norm()
+                A.grad[self.start :] += self.weight * size_b * torch.nan_to_num(tail_a / size_a)
+                B.grad[:, self.start :] += self.weight * size_a * torch.nan_to_num(tail_b / size_b)
+
+
+class Penalties:
+    """What is added to the loss and knows no example, so that it costs no privacy."""
+
+    def __init__(self, trained: Trainable, config: TrainConfig) -> None:
+        self.terms: list[Proximal | TailGradient] = [Proximal(trained.all, config.proximal_mu)]
+        if trained.tail is not None:
+            self.terms.append(TailGradient(trained.factors, trained.tail))
+
+    def add_gradient(self) -> None:
+        """The gradients of all terms."""
+        for term in self.terms:
+            term.add_gradient()
 
 
 @contextmanager

@@ -29,3 +29,7 @@ class AssetError(FedLoraError, RuntimeError):
 
 class BudgetExceeded(FedLoraError):
     """A client that may not train again without breaking its privacy budget."""
+
+
+class LedgerRefused(ConfigError):
+    """A privacy ledger that cannot be relied upon, or data that it must not be opened for."""

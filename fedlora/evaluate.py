@@ -13,7 +13,7 @@ from fedlora.config import DataConfig, RunConfig
 from fedlora.data.prepared import open_prepared, prepare
 from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, load_adapter
-from fedlora.server_app import summary
+from fedlora.summaries import summary
 
 
 def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column: str) -> dict[str, Any]:

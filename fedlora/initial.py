@@ -13,7 +13,11 @@ from fedlora.factors import AdapterSet, LoraFactors
 from fedlora.seeding import torch_stream
 from fedlora.updates import ModuleSpec
 
-INIT_A = ("kaiming", "orthonormal")
+DRAWN = ("kaiming", "orthonormal")
+"""Kinds of A that are drawn."""
+PISSA = "pissa"
+"""The kind that comes out of the base weights, see `fedlora.models.pissa`."""
+INIT_A = (*DRAWN, PISSA)
 
 
 def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:
@@ -34,7 +38,7 @@ def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator
         Q, R = torch.linalg.qr(gaussian)
         rows: Tensor = (Q * R.diagonal().sign()).T
         return rows.float().contiguous()
-    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(INIT_A)}")
+    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(DRAWN)}")
 
 
 def fresh_adapters(

@@ -1,4 +1,8 @@
-"""Adapters as PEFT state dicts: the spelling that any PEFT ClientApp can load."""
+"""Adapters as PEFT state dicts: the spelling that any PEFT ClientApp can load.
+
+A core has no name in PEFT: ``lora_R`` is ours, understood by fedlora's own clients. What leaves for PEFT has
+it folded into A first (`LoraFactors.folded`).
+"""
 
 from __future__ import annotations
 
@@ -7,38 +11,64 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedlora.factors import AdapterSet, Tensors
+from fedlora.errors import FactorShapeError
+from fedlora.factors import FACTORS, AdapterSet, LoraFactors, Tensors
 
 PREFIX = "base_model.model."
 
 
 def key_of(module: str, factor: str) -> str:
-    """PEFT's state-dict key of one factor, ``A`` or ``B``."""
+    """The state-dict key of one factor, ``A``, ``B`` or ``R``."""
     return f"{PREFIX}{module}.lora_{factor}.weight"
 
 
 def to_peft(
-    adapters: AdapterSet, head: Tensors, factors: Iterable[str] = ("A", "B"),
+    adapters: AdapterSet, head: Tensors, factors: Iterable[str] = FACTORS,
     modules: Iterable[str] | None = None,
 ) -> Tensors:  # fmt: skip
     """Named tensors in PEFT's spelling: the chosen factors of the chosen modules, and the head."""
-    chosen = set(adapters if modules is None else modules)
+    chosen, wanted = set(adapters if modules is None else modules), set(factors)
     tensors = {
-        key_of(name, factor): getattr(f, factor)
+        key_of(name, factor): tensor
         for name, f in adapters.items()
         if name in chosen
-        for factor in sorted(factors)
+        for factor, tensor in f.tensors().items()
+        if factor in wanted
     }
     return tensors | {PREFIX + name: tensor for name, tensor in head.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class PeftTensors:
-    """A PEFT state dict taken apart: ``A`` and ``B`` by module, and everything else as head."""
+    """A PEFT state dict taken apart: ``A``, ``B`` and ``R`` by module, and everything else as head."""
 
     A: Tensors
     B: Tensors
+    R: Tensors
     head: Tensors
+
+    @property
+    def modules(self) -> set[str]:
+        """Every module that has a factor in it."""
+        return {*self.A, *self.B, *self.R}
+
+    def adapters(self, scaling: float) -> AdapterSet:
+        """The modules' factors as adapters of that scaling.
+
+        Raises:
+            FactorShapeError: a module lacks a factor, has a core that others have not, or shapes differ.
+        """
+        for name in sorted(self.modules):
+            if name not in self.A or name not in self.B or (self.R and name not in self.R):
+                raise FactorShapeError(f"module {name} has only some of its factors")
+        return {n: LoraFactors(A, self.B[n], scaling, self.R.get(n)) for n, A in self.A.items()}
+
+    def over(self, adapters: AdapterSet) -> AdapterSet:
+        """The adapters with these factors in place of their own."""
+        return {
+            n: LoraFactors(self.A.get(n, f.A), self.B.get(n, f.B), f.scaling, self.R.get(n, f.R))
+            for n, f in adapters.items()
+        }
 
 
 def from_peft(tensors: Mapping[str, Tensor]) -> PeftTensors:
@@ -49,10 +79,10 @@ def from_peft(tensors: Mapping[str, Tensor]) -> PeftTensors:
     >>> list(parts.A), list(parts.head)
     (['q'], [])
     """
-    parts = PeftTensors({}, {}, {})
+    parts = PeftTensors({}, {}, {}, {})
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX)
-        for factor, store in (("A", parts.A), ("B", parts.B)):
+        for factor, store in (("A", parts.A), ("B", parts.B), ("R", parts.R)):
             ending = f".lora_{factor}.weight"
             if name.endswith(ending):
                 store[name.removesuffix(ending)] = tensor

@@ -19,7 +19,7 @@ import os
 import platform
 import subprocess
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,14 @@ class Checkpoint:
         participations: partition id -> rounds it was asked to train in.
         holdings: partition id -> digests that it has acknowledged.
         run_key: names the run towards its clients.
+        ledger_heads: partition id -> the head of its privacy ledger when it last said.
     """
 
     state: State
     participations: dict[int, int]
     holdings: dict[int, set[str]]
     run_key: str
+    ledger_heads: dict[int, str] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -134,6 +136,7 @@ class RunDirectory:
             "participations": checkpoint.participations,
             "holdings": {p: sorted(held) for p, held in checkpoint.holdings.items()},
             "run-key": checkpoint.run_key,
+            "ledger-heads": checkpoint.ledger_heads,
         }
         write_atomic(folder / "latest.json", json.dumps(about) + "\n")
         for old in folder.glob("state-*.safetensors"):
@@ -152,7 +155,12 @@ class RunDirectory:
             for v in range(1, about["patches"] + 1)
         ]
         adapters = {
-            module: LoraFactors(tensors[f"adapter.{module}.A"], tensors[f"adapter.{module}.B"], scaling)
+            module: LoraFactors(
+                tensors[f"adapter.{module}.A"],
+                tensors[f"adapter.{module}.B"],
+                scaling,
+                tensors.get(f"adapter.{module}.R"),
+            )
             for module, scaling in about["scaling"].items()
         }
         state = State(
@@ -168,11 +176,12 @@ class RunDirectory:
             {int(p): n for p, n in about["participations"].items()},
             {int(p): set(held) for p, held in about["holdings"].items()},
             about["run-key"],
+            {int(p): head for p, head in about.get("ledger-heads", {}).items()},
         )
 
 
 def _state_tensors(state: State) -> Tensors:
-    tensors = {f"adapter.{m}.{side}": getattr(f, side) for m, f in state.adapters.items() for side in "AB"}
+    tensors = {f"adapter.{m}.{side}": t for m, f in state.adapters.items() for side, t in f.tensors().items()}
     tensors |= {f"head.{name}": t for name, t in state.head.items()}
     return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
 
@@ -192,6 +201,8 @@ def _under(prefix: str, tensors: Tensors) -> Tensors:
 def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     """The configuration in a TOML file, with ``--set`` overrides on top.
 
+    ``privacy.ledger`` becomes an absolute path, so that it is one place for every process and command.
+
     Raises:
         ConfigError: no such file, not TOML, or a key or value that is not accepted.
     """
@@ -201,7 +212,11 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
         raise ConfigError(f"{path}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: not a TOML file ({error})") from None
-    return from_flat({**flatten(table), **(overrides or {})})
+    flat = {**flatten(table), **(overrides or {})}
+    ledger = flat.get("privacy.ledger")
+    if isinstance(ledger, str) and ledger:
+        flat["privacy.ledger"] = str(Path(ledger).expanduser().absolute())
+    return from_flat(flat)
 
 
 def parse_overrides(assignments: list[str]) -> FlatConfig:

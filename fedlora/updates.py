@@ -16,8 +16,6 @@ from torch import Tensor
 from fedlora.errors import FactorShapeError
 from fedlora.factors import AdapterSet, Product, Tensors
 
-FACTORS = frozenset({"A", "B"})
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModuleSpec:
@@ -39,6 +37,8 @@ class Template:
         adapters: a given starting adapter; None draws a fresh one (B = 0).
         base: a change of the base that belongs to the given adapter, for instance ``-s B A`` of an
             initialisation that keeps the model's function (PiSSA); None where there is none.
+        gradients: module -> (out, in) gradient of the loss at the base W_0 on public examples; None
+            unless the rule asks for it (`Rule.gradient_examples`).
     """
 
     modules: Mapping[str, ModuleSpec]
@@ -47,6 +47,7 @@ class Template:
     head: Tensors = field(default_factory=dict)
     adapters: AdapterSet | None = None
     base: Patch | None = None
+    gradients: Tensors | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,16 +118,25 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TailPenalty:
+    """``weight * sum over layers of ||B[:, start:]||_F ||A[start:, :]||_F`` in a client's loss (HetLoRA)."""
+
+    weight: float
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Broadcast:
     """What one client starts a round from.
 
     Attributes:
         adapters: the starting adapter, at the client's rank and scaling, over all modules.
-        trains: which factors it trains, a subset of {"A", "B"}; the rest stays as it is here.
+        trains: which factors it trains, a subset of {"A", "B", "R"}; the rest stays as it is here.
         ships: which of the trained factors come back; the rest stays at the client.
         modules: the modules whose factors it trains.
         head: the other trained tensors.
         fresh_seed: where set, ``adapters`` is ``fresh_adapters(..., fresh_seed)`` and need not travel.
+        tail: where set, what the client adds to its loss.
     """
 
     adapters: AdapterSet
@@ -135,6 +145,7 @@ class Broadcast:
     modules: frozenset[str]
     head: Tensors
     fresh_seed: int | None = None
+    tail: TailPenalty | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +154,7 @@ class ClientUpdate:
 
     Attributes:
         partition_id: who it is from; sums run in this order.
-        adapters: both factors of every module after training; what was not shipped is as broadcast.
+        adapters: all factors of every module after training; what was not shipped is as broadcast.
         head: the other trained tensors after training (empty if there are none).
         weight: its unnormalised weight, usually the number of examples.
     """

@@ -5,17 +5,45 @@
 True
 """
 
-from strategies.public import FedAvg, FedSVD, FedSVDRenew, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
+from strategies.public import (
+    FedAvg,
+    FedExLoRA,
+    FedMomentum,
+    FedRotLoRA,
+    FedSALoRA,
+    FedSB,
+    FedSVD,
+    FedSVDRenew,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    FLoRIST,
+    HeadOnly,
+    HetLoRA,
+    LoRAFAIR,
+    RoLoRA,
+    ZeroPadding,
+)
 from strategies.registry import RULES, make_rule
 
 __all__ = [
     "RULES",
     "FFALoRA",
     "FLoRA",
+    "FLoRIST",
     "FedAvg",
+    "FedExLoRA",
+    "FedMomentum",
+    "FedRotLoRA",
+    "FedSALoRA",
+    "FedSB",
     "FedSVD",
     "FedSVDRenew",
+    "FlexLoRA",
     "HeadOnly",
+    "HetLoRA",
     "LoRAFAIR",
+    "RoLoRA",
+    "ZeroPadding",
     "make_rule",
 ]

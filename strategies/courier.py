@@ -1,8 +1,9 @@
 """What is sent to whom: orders are encoded once per distinct payload, and nobody is sent what he holds.
 
-The courier remembers, for each partition, the digests of base patches and frozen factors that it has
+The courier remembers, for each partition, the digests of base patches and factors that it has
 acknowledged. It leaves those out, counts the bytes of what does travel, and serves a client that
-answers ``missing`` (it sat out, lost its reply, or lost its disk) in the same round.
+answers ``missing`` (it sat out, lost its reply, or lost its disk) in the same round. So a factor that
+rested at a client in one round (RoLoRA) need not travel when it is trained in the next.
 """
 
 from __future__ import annotations
@@ -62,17 +63,23 @@ class Courier:
         self._by_node: dict[int, Parcel] = {}
         self._patches: dict[str, Patch] = {}
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
+        self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
         self._parts: dict[tuple[str, ...], ArrayRecord] = {}
 
     def open(self, base: tuple[Patch, ...]) -> None:
         """Begin a round of orders over this base; the last round's payloads are forgotten."""
-        self._records, self._parts, self.parcels, self._by_node = {}, {}, [], {}
+        self._records, self._digests, self._parts, self.parcels, self._by_node = {}, {}, {}, [], {}
         self._patches = {patch.digest(): patch for patch in base}
 
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast) -> None:
         """Another client's order, with everything it must hold for it."""
-        frozen = wire.frozen_tensors(broadcast)
-        needs = wire.Needs(base=tuple(self._patches), frozen=digest(frozen) if frozen else "")
+        frozen = self._digest(wire.frozen_tensors(broadcast))
+        known = {*self._patches, frozen}
+        others = self.holdings.get(partition_id, set()) - known  # without any, moving factors are not hashed
+        moving = self._digest(wire.moving_tensors(broadcast)) if others else ""
+        needs = wire.Needs(
+            base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
+        )
         parcel = Parcel(partition_id, node_id, broadcast, needs)
         self.parcels.append(parcel)
         self._by_node[node_id] = parcel
@@ -122,8 +129,9 @@ class Courier:
 
     def _content(self, parcel: Parcel, config: Mapping[str, Any]) -> RecordDict:
         held = self.holdings.get(parcel.partition_id, set())
-        travels = wire.moving_tensors(parcel.broadcast)
-        if parcel.needs.frozen and parcel.needs.frozen not in held:
+        travels = wire.moving_tensors(parcel.broadcast) if parcel.needs.moving not in held else Tensors()
+        travels |= wire.head_tensors(parcel.broadcast)
+        if parcel.needs.frozen not in held:
             travels |= wire.frozen_tensors(parcel.broadcast)
         settings = {**config, **wire.order_config(parcel.broadcast, parcel.needs, self.init_a)}
         content = RecordDict(
@@ -143,6 +151,13 @@ class Courier:
         if key not in self._records:
             self._records[key] = (tensors, wire.to_record(tensors))
         return self._records[key][1]
+
+    def _digest(self, tensors: Tensors) -> str:
+        """The digest of tensors, taken once for tensors that are the same objects; empty for none."""
+        key = tuple(id(t) for t in tensors.values())
+        if key and key not in self._digests:
+            self._digests[key] = (tensors, digest(tensors))
+        return self._digests[key][1] if key else ""
 
     def _part(self, names: tuple[str, ...]) -> ArrayRecord:
         if names not in self._parts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora.updates import FACTORS
+from fedlora.factors import PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,11 @@ class Facts:
         exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
         mixed_ranks: clients may have different ranks.
         moves_base: the rule adds patches to the base weights.
+        of_products: the global model depends on the clients' s_k B_k A_k alone, not on how each is split.
+        keeps_one: the product of a client that is alone, at the global rank, becomes the global model.
         mean: the aggregate is a mean of what is shipped, so that client-level DP, a server optimiser
             and robust aggregation make sense.
+        own_weights: the factors are averaged with weights of the rule's own; p_k counts for the head alone.
         turns: the server writes the global product in another basis after each round.
         secure_sum: the server only needs sums of what is shipped.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
@@ -30,12 +33,15 @@ class Facts:
     name: str
     title: str
     paper: str
-    trains: frozenset[str] = FACTORS
-    ships: frozenset[str] = FACTORS
+    trains: frozenset[str] = PLAIN
+    ships: frozenset[str] = PLAIN
     exact: bool
     mixed_ranks: bool = False
     moves_base: bool = False
+    of_products: bool = False
+    keeps_one: bool = True
     mean: bool
+    own_weights: bool = False
     turns: bool = False
     secure_sum: bool
     up: str

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedlora import wire
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
 from fedlora.updates import ClientSpec, ClientUpdate, State
+from strategies.client_dp import ClientDP
 from strategies.courier import Courier, says_missing
 from strategies.intake import NUM_EXAMPLES, accept
 from strategies.report import RoundReport
@@ -48,7 +49,9 @@ class FactorStrategy(Strategy):
         partitions: the partitions that may take part; None means all that are connected.
         max_participations: rounds in which one client may train; 0 means any number.
         clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
-        diagnostics: measure each aggregation, see `strategies.diagnostics`.
+        diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
+            which does not cover them.
+        client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class FactorStrategy(Strategy):
         max_participations: int = 0,
         clients_evaluate: Callable[[int], bool] = lambda server_round: False,
         diagnostics: bool = True,
+        client_dp: ClientDP | None = None,
     ) -> None:
         if not 0 < fraction_train <= 1:
             raise ConfigError(f"fraction_train = {fraction_train}: must be in (0, 1]")
@@ -80,7 +84,10 @@ class FactorStrategy(Strategy):
         self.partitions = partitions
         self.max_participations = max_participations
         self.clients_evaluate = clients_evaluate
-        self.diagnostics = diagnostics
+        if client_dp is not None and not rule.facts.client_dp:
+            raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
+        self.client_dp = client_dp
+        self.diagnostics = diagnostics and client_dp is None and not rule.facts.personal
         self.state: State | None = None
         self.participations: dict[int, int] = {}
         self.roster = Roster()
@@ -197,8 +204,12 @@ class FactorStrategy(Strategy):
                 f"{self.min_train_nodes} ({reasons or 'no replies'})"
             )
         assert self.state is not None
+        counted = updates
+        if self.client_dp is not None:
+            sent = {parcel.partition_id: parcel.broadcast for parcel in self.courier.parcels}
+            counted = self.client_dp.privatise(updates, sent, len(sent), server_round)
         self.state, self.report.diagnostics = self.rule.aggregate(
-            self.state, updates, diagnostics=self.diagnostics
+            self.state, counted, diagnostics=self.diagnostics
         )
         self.report.participants = [update.partition_id for update in updates]
         self.report.train_loss = self._train_loss(updates)
@@ -237,9 +248,10 @@ class FactorStrategy(Strategy):
     # --- pieces ---------------------------------------------------------------------------------------
 
     def arrays(self) -> ArrayRecord:
-        """The global adapter and head under PEFT's keys."""
+        """The global adapter and head under PEFT's keys; a core is folded into A, as PEFT has none."""
         assert self.state is not None
-        return wire.to_record(wire.to_peft(self.state.adapters, self.state.head))
+        adapters = {name: factors.folded() for name, factors in self.state.adapters.items()}
+        return wire.to_record(wire.to_peft(adapters, self.state.head))
 
     def _default_spec(self, partition_id: int) -> ClientSpec:
         assert self.state is not None

@@ -44,10 +44,11 @@ def accept(parcel: Parcel, *, weighted_by_key: str | None) -> ClientUpdate:
             A=_factor("A", name, start.A, shipped.A, parcel.broadcast),
             B=_factor("B", name, start.B, shipped.B, parcel.broadcast),
             scaling=start.scaling,
+            R=None if start.R is None else _factor("R", name, start.R, shipped.R, parcel.broadcast),
         )
         for name, start in parcel.broadcast.adapters.items()
     }
-    _refuse_foreign(parcel.broadcast.adapters, {*shipped.A, *shipped.B})
+    _refuse_foreign(parcel.broadcast.adapters, shipped)
     return ClientUpdate(
         partition_id=parcel.partition_id,
         adapters=adapters,
@@ -91,10 +92,13 @@ def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise UpdateRefused(f"{name} holds a NaN or an infinity")
 
 
-def _refuse_foreign(adapters: AdapterSet, given: set[str]) -> None:
-    foreign = sorted(given - set(adapters))
+def _refuse_foreign(adapters: AdapterSet, shipped: wire.PeftTensors) -> None:
+    foreign = sorted(shipped.modules - set(adapters))
     if foreign:
         raise UpdateRefused(f"unknown module {foreign[0]} ({len(adapters)} modules are adapted)")
+    for name in sorted(shipped.R):
+        if adapters[name].R is None:
+            raise UpdateRefused(f"{name}: lora_R came back, but the adapter has no core")
 
 
 def _weight(metrics: dict[str, float], key: str | None) -> float:

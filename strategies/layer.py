@@ -52,13 +52,17 @@ class Layer:
         return [c.weight for c in self.clients]
 
     def shipped(self, factor: str) -> list[Tensor]:
-        """The clients' A_k (r, in), or their ``(s_k / s) B_k`` (out, r): scalings are folded into B."""
+        """The clients' A_k (r, in), or their ``(s_k / s) B_k`` (out, r), ``(s_k / s) R_k`` (r, r).
+
+        Scalings are folded into B, and into the core where there is one.
+        """
+        tensors = [c.factors.tensors()[factor] for c in self.clients]
         if factor == "A":
-            return [c.factors.A for c in self.clients]
+            return tensors
         s = self.start.scaling
         return [
-            c.factors.B if c.factors.scaling == s else (c.factors.scaling / s) * c.factors.B
-            for c in self.clients
+            t if c.factors.scaling == s else (c.factors.scaling / s) * t
+            for c, t in zip(self.clients, tensors, strict=True)
         ]
 
     def generator(self, purpose: str) -> torch.Generator:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Tensors
 from fedlora.updates import ClientUpdate, State
@@ -48,11 +50,15 @@ class MeanRule(Rule):
         """The next adapter, given the stepped mean; ``memory`` is the optimiser's."""
         return Merged(adapter, memory=memory)
 
+    def middle(self, layer: Layer, factor: str) -> Tensor:
+        """The centre of one factor over the clients, in the shape of the global one."""
+        return self.center.of(layer.weights, layer.shipped(factor))
+
     def merge(self, layer: Layer) -> Merged:
-        factors = {"A": layer.start.A, "B": layer.start.B}
+        factors = layer.start.tensors()
         memory = dict(layer.memory)
         for factor in sorted(self.shipped(layer.server_round)):
-            center = self.center.of(layer.weights, layer.shipped(factor))
+            center = self.middle(layer, factor)
             factors[factor], kept = self.optimizer.step(factor, factors[factor], center, layer.memory)
             memory |= kept
         return self.settle(layer, LoraFactors(scaling=layer.start.scaling, **factors), memory)

@@ -10,16 +10,26 @@ from __future__ import annotations
 import inspect
 from typing import Any, ClassVar
 
+from strategies.fed_sb import FedSBRule
 from strategies.fedavg import FedAvgRule
+from strategies.fedex import FedExRule
+from strategies.fedmomentum import FedMomentumRule
+from strategies.fedrot import FedRotRule
+from strategies.fedsa import FedSARule
 from strategies.fedsvd import FedSVDRule
 from strategies.fedsvd_renew import FedSVDRenewRule
 from strategies.ffa import FFALoRARule
+from strategies.flexlora import FlexLoRARule
 from strategies.flora import FLoRARule
+from strategies.florist import FLoRISTRule
 from strategies.flower import FactorStrategy
 from strategies.head_only import HeadOnlyRule
+from strategies.hetlora import HetLoRARule
 from strategies.lora_fair import LoRAFAIRRule
 from strategies.registry import COMPOSED, make_rule
+from strategies.rolora import RoLoRARule
 from strategies.rule import Rule
+from strategies.zero_padding import ZeroPaddingRule
 
 SHARED = frozenset(inspect.signature(FactorStrategy.__init__).parameters) - {"self", "rule"}
 
@@ -58,6 +68,24 @@ class FLoRA(_Named):
     rule_type = FLoRARule
 
 
+class FLoRIST(_Named):
+    """Stacks the strongest directions into the base; see `strategies.florist`."""
+
+    rule_type = FLoRISTRule
+
+
+class FlexLoRA(_Named):
+    """Keeps the best rank-r approximation of the mean product; see `strategies.flexlora`."""
+
+    rule_type = FlexLoRARule
+
+
+class FedExLoRA(_Named):
+    """Averages A and B apart, the remainder moves into the base; see `strategies.fedex`."""
+
+    rule_type = FedExRule
+
+
 class LoRAFAIR(_Named):
     """Averages A, corrects B; see `strategies.lora_fair`."""
 
@@ -70,10 +98,52 @@ class FedSVD(_Named):
     rule_type = FedSVDRule
 
 
+class ZeroPadding(_Named):
+    """Averages A and B padded to one rank; see `strategies.zero_padding`."""
+
+    rule_type = ZeroPaddingRule
+
+
+class FedMomentum(_Named):
+    """Keeps the strongest directions, the others move into the base; see `strategies.fedmomentum`."""
+
+    rule_type = FedMomentumRule
+
+
 class FedSVDRenew(_Named):
     """As FedSVD, and renews the weakest directions of A; see `strategies.fedsvd_renew`."""
 
     rule_type = FedSVDRenewRule
+
+
+class FedSALoRA(_Named):
+    """Averages A, leaves B with its client; see `strategies.fedsa`."""
+
+    rule_type = FedSARule
+
+
+class FedSB(_Named):
+    """Freezes A and B, averages a core between them; see `strategies.fed_sb`. For fedlora's ClientApp."""
+
+    rule_type = FedSBRule
+
+
+class HetLoRA(_Named):
+    """Pads ranks, weighs by size, prunes ranks; see `strategies.hetlora`."""
+
+    rule_type = HetLoRARule
+
+
+class RoLoRA(_Named):
+    """Trains and averages B and A in turn; see `strategies.rolora`."""
+
+    rule_type = RoLoRARule
+
+
+class FedRotLoRA(_Named):
+    """Rotates clients' factors onto each other, averages them; see `strategies.fedrot`."""
+
+    rule_type = FedRotRule
 
 
 class HeadOnly(_Named):

@@ -9,24 +9,44 @@ from typing import Any
 
 from fedlora.errors import ConfigError
 from strategies.center import Center
+from strategies.fed_sb import FedSBRule
 from strategies.fedavg import FedAvgRule
+from strategies.fedex import FedExRule
+from strategies.fedmomentum import FedMomentumRule
+from strategies.fedrot import FedRotRule
+from strategies.fedsa import FedSARule
 from strategies.fedsvd import FedSVDRule
 from strategies.fedsvd_renew import FedSVDRenewRule
 from strategies.ffa import FFALoRARule
+from strategies.flexlora import FlexLoRARule
 from strategies.flora import FLoRARule
+from strategies.florist import FLoRISTRule
 from strategies.head_only import HeadOnlyRule
+from strategies.hetlora import HetLoRARule
 from strategies.local_only import LocalOnlyRule
 from strategies.lora_fair import LoRAFAIRRule
 from strategies.mean import MeanRule
+from strategies.rolora import RoLoRARule
 from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer
+from strategies.zero_padding import ZeroPaddingRule
 
 LISTED: tuple[type[Rule], ...] = (
     FedAvgRule,
     FFALoRARule,
     FLoRARule,
+    FLoRISTRule,
+    FlexLoRARule,
+    FedExRule,
     LoRAFAIRRule,
     FedSVDRule,
+    HetLoRARule,
+    ZeroPaddingRule,
+    RoLoRARule,
+    FedSARule,
+    FedSBRule,
+    FedMomentumRule,
+    FedRotRule,
     FedSVDRenewRule,
     HeadOnlyRule,
     LocalOnlyRule,

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
-from fedlora.initial import INIT_A, fresh_adapters
+from fedlora.initial import INIT_A, PISSA, fresh_adapters
 from fedlora.threads import side_by_side
 from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
@@ -35,7 +35,8 @@ class Rule:
     """Base of all rules. A subclass declares ``facts`` and defines `merge`.
 
     Attributes:
-        init_a: how the first A is drawn, ``kaiming`` or ``orthonormal``.
+        init_a: how the first A is drawn, ``kaiming`` or ``orthonormal``; ``pissa`` starts both factors as
+            the principal part of the base weight, which leaves the base.
 
     Raises:
         ConfigError: an option outside what the rule accepts.
@@ -75,10 +76,21 @@ class Rule:
             head[name] = weighted_sum(weights, (update.head[name] for update in updates))
         return head, {}
 
+    @property
+    def gradient_examples(self) -> int:
+        """How many public examples `init` needs the gradient of (`Template.gradients`); 0 for none."""
+        return 0
+
     # --- rounds -------------------------------------------------------------------------------------
 
     def init(self, template: Template, seed: int) -> State:
-        """The state before round 1: the given adapter, or A drawn and B = 0."""
+        """The state before round 1: the given adapter, or A drawn and B = 0.
+
+        Raises:
+            ConfigError: ``init_a = "pissa"`` without a given adapter: it comes out of the base weights.
+        """
+        if self.init_a == PISSA and template.base is None:
+            raise ConfigError(f"strategy.init-a = {PISSA!r}: needs the base weights, use fedlora's ServerApp")
         adapters = template.adapters or fresh_adapters(
             template.modules, template.rank, template.scaling, seed, self.init_a
         )
@@ -113,7 +125,7 @@ class Rule:
         """
         received = sorted(updates, key=lambda update: update.partition_id)
         for update in received:
-            self._check(state, update)
+            self.check(state, update)
         normalised(received)
         counted = self.choose([update for update in received if update.weight > 0])
         weights = normalised(counted)
@@ -153,7 +165,7 @@ class Rule:
         clients = [Weighted(w, update.adapters[name]) for w, update in zip(weights, updates, strict=True)]
         return Layer(name, state.adapters[name], clients, state.round + 1, state.seed, self.kept(state, name))
 
-    def _check(self, state: State, update: ClientUpdate) -> None:
+    def check(self, state: State, update: ClientUpdate) -> None:
         who = f"round {state.round + 1}, partition {update.partition_id}"
         check_same_modules(state.adapters, update.adapters, who)
         for name, start in state.adapters.items():
@@ -161,6 +173,9 @@ class Rule:
             shape, expected = (given.out_features, given.in_features), (start.out_features, start.in_features)
             if shape != expected:
                 raise FactorShapeError(f"{who}, {name}: the layer is {shape}, expected {expected}")
+            if (given.R is None) != (start.R is None):
+                odd = "has no core R" if given.R is None else "has a core R that nobody asked for"
+                raise FactorShapeError(f"{who}, {name}: the adapter {odd}")
             if given.rank != start.rank and not self.facts.mixed_ranks:
                 raise FactorShapeError(
                     f"{who}, {name}: A has rank {given.rank}, expected {start.rank}; "

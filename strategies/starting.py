@@ -6,7 +6,6 @@ from flwr.app import ArrayRecord
 
 from fedlora import wire
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
 from fedlora.updates import ModuleSpec, Template
 
 
@@ -21,7 +20,7 @@ def template_of(arrays: ArrayRecord, scaling: float, init_a: str) -> Template:
         raise ConfigError(
             "initial_arrays holds no pairs of lora_A and lora_B: pass PEFT's adapter state dict"
         )
-    adapters = {n: LoraFactors(parts.A[n], parts.B[n], scaling) for n in parts.A}
+    adapters = {name: factors.folded() for name, factors in parts.adapters(scaling).items()}
     ranks = {f.rank for f in adapters.values()}
     if len(ranks) > 1:
         raise ConfigError(f"initial_arrays has ranks {sorted(ranks)}: all modules must have one rank")

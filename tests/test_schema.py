@@ -24,7 +24,7 @@ def test_the_default_run_config_is_the_dataclasses() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_accepted(path: Path) -> None:
-    from fedlora.server_app import check
+    from fedlora.checks import check
     from fedlora.study.cells import expand
 
     config = read_config(path)

@@ -6,6 +6,10 @@ import os
 
 import typer
 
+from fedlora.cli.aggregate import aggregate
+from fedlora.cli.privacy_audit import audit
+from fedlora.cli.privacy_ledger import new_dataset, spent
+from fedlora.cli.privacy_plan import plan
 from fedlora.cli.runs import compare, evaluate, run
 from fedlora.cli.strategies import strategies
 
@@ -16,8 +20,15 @@ cli = typer.Typer(
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, evaluate, strategies):
+for command in (run, compare, evaluate, aggregate, strategies):
     cli.command()(command)
+
+privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")
+cli.add_typer(privacy, name="privacy")
+privacy.command()(plan)
+privacy.command("spent")(spent)
+privacy.command("new-dataset")(new_dataset)
+privacy.command("audit")(audit)
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 from rich.console import Console
+from rich.markup import escape
 
 from fedlora.errors import ConfigError, FedLoraError
 
@@ -25,7 +26,7 @@ def one_line_errors(command: Command) -> Command:
         try:
             command(*args, **kwargs)
         except FedLoraError as error:
-            err.print(f"[red]error:[/red] {' '.join(str(error).split())}", highlight=False)
+            err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
             err.print("interrupted; what was written stays, go on with --resume")

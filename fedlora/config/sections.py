@@ -74,6 +74,8 @@ class DataConfig:
     """The configuration of a hub dataset, for instance ``sst2`` of ``glue``."""
     test: str = ""
     """A file with the test examples; empty means the dataset's test split, or ``data.test-fraction``."""
+    public: str = ""
+    """Examples that are nobody's secret, named as ``data.name``; fed-sb can start from their gradient."""
     text_column: str = "text"
     """Column with the text; two columns for sentence pairs, ``premise,hypothesis``."""
     label_column: str = "label"
@@ -103,6 +105,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "data.name", self.name, "must name a dataset or a file")
+        require(
+            not self.public or self.public != self.name,
+            "data.public", self.public, "must be other examples than data.name, which the clients hold",
+        )  # fmt: skip
         require(0 < self.test_fraction < 1, "data.test-fraction", self.test_fraction, "must be in (0, 1)")
         one_of("data.partitioner", self.partitioner, PARTITIONERS)
         require(self.num_partitions >= 0, "data.num-partitions", self.num_partitions, "must be >= 0")
@@ -172,6 +178,26 @@ class StrategyConfig:
     """How the first A is drawn: ``kaiming`` or ``orthonormal``."""
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
+    robust: str = "none"
+    """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``."""
+    trim_fraction: float = 0.2
+    """``trimmed-mean``: share of the clients cut off at each end, in [0, 0.5)."""
+    krum_malicious: int = 1
+    """``multi-krum``: clients that may lie; a round needs 2 f + 3 updates."""
+    krum_chosen: int = 0
+    """``multi-krum``: updates that are averaged; 0 means all but the malicious."""
+    server_optimizer: str = "none"
+    """``none``, ``fedavgm`` or ``fedadam``: how the server moves towards the mean."""
+    server_learning_rate: float = 1.0
+    """Its step size, > 0."""
+    server_beta_1: float = 0.9
+    """Its momentum, in [0, 1)."""
+    server_beta_2: float = 0.99
+    """``fedadam``: decay of the second moment, in [0, 1)."""
+    server_tau: float = 1e-3
+    """``fedadam``: adaptivity, > 0."""
+    diagnostics: bool = True
+    """Measure each aggregation (gap, cosine, effective rank, energy lost)."""
 
     def __post_init__(self) -> None:
         _ = self.option_dict
@@ -186,28 +212,41 @@ class StrategyConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of each client's own training (Opacus DP-SGD)."""
+    """Differential privacy: of each client's own training (Opacus DP-SGD), or of whole clients."""
 
     mode: str = "none"
-    """``none``, or ``example``: one example more or less at a client is hidden from its server."""
+    """``none``; ``example``: one example more or less at a client is hidden from its server; ``client``: one
+    client is hidden in the global model, from everybody but the server."""
     target_epsilon: float = 8.0
     """Budget of a client over the whole run, > 0; the noise is calibrated to it."""
     target_delta: float = 1e-5
     """Delta of that budget, in (0, 1)."""
     noise_multiplier: float = 0.0
-    """Noise standard deviation / max-grad-norm; 0 means: calibrate to ``privacy.target-epsilon``."""
+    """Noise standard deviation / clipping norm; 0 means: calibrate to ``privacy.target-epsilon``."""
     max_grad_norm: float = 1.0
-    """Each example's gradient is clipped to this norm, > 0."""
+    """``example``: each example's gradient is clipped to this norm, > 0."""
+    clipping_norm: float = 1.0
+    """``client``: all that a client changed is clipped to this norm, > 0."""
+    clipping: str = "flat"
+    """``flat``: all trained tensors together; ``per-layer``: each of L tensors to max-grad-norm / sqrt(L)."""
+    grad_sample_mode: str = "hooks"
+    """``hooks`` keeps each example's gradient, ``ghost`` only its norm and goes back twice (less memory)."""
+    max_physical_batch_size: int = 0
+    """Examples of a drawn batch that are in memory at once; 0 means all of them."""
     max_participations: int = 0
     """Rounds in which one client may train at most; 0 means all of them. The server enforces it."""
     accountant: str = "prv"
-    """``prv`` or ``rdp`` (an upper bound)."""
+    """``prv``, ``pld`` (Google's, as tight) or ``rdp`` (a looser bound)."""
     release_metrics: bool = False
     """Also send the training loss and the example count, which are not private."""
+    dataset_id: str = ""
+    """The owner's name for the data, under which its spending is written down; empty means by ``data``."""
+    ledger: str = ""
+    """Directory of the spending, shared by all runs that name it; empty means the run's or node's own."""
 
     def __post_init__(self) -> None:
-        one_of("privacy.mode", self.mode, ("none", "example"))
-        one_of("privacy.accountant", self.accountant, ("prv", "rdp"))
+        one_of("privacy.mode", self.mode, ("none", "example", "client"))
+        one_of("privacy.accountant", self.accountant, ("prv", "rdp", "pld"))
         require(
             self.target_epsilon > 0, "privacy.target-epsilon", self.target_epsilon,
             'must be > 0 (use privacy.mode = "none" to train without privacy)',
@@ -215,6 +254,17 @@ class PrivacyConfig:
         require(0 < self.target_delta < 1, "privacy.target-delta", self.target_delta, "must be in (0, 1)")
         require(self.noise_multiplier >= 0, "privacy.noise-multiplier", self.noise_multiplier, "must be >= 0")
         require(self.max_grad_norm > 0, "privacy.max-grad-norm", self.max_grad_norm, "must be > 0")
+        require(self.clipping_norm > 0, "privacy.clipping-norm", self.clipping_norm, "must be > 0")
+        one_of("privacy.clipping", self.clipping, ("flat", "per-layer"))
+        one_of("privacy.grad-sample-mode", self.grad_sample_mode, ("hooks", "ghost"))
+        require(
+            self.clipping == "flat" or self.grad_sample_mode == "hooks",
+            "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
+        )  # fmt: skip
+        require(
+            self.max_physical_batch_size >= 0,
+            "privacy.max-physical-batch-size", self.max_physical_batch_size, "must be >= 0",
+        )  # fmt: skip
         require(
             self.max_participations >= 0,
             "privacy.max-participations", self.max_participations, "must be >= 0",
@@ -222,7 +272,13 @@ class PrivacyConfig:
 
     @property
     def private(self) -> bool:
-        return self.mode != "none"
+        """Clients train by DP-SGD."""
+        return self.mode == "example"
+
+    @property
+    def client_level(self) -> bool:
+        """The server clips and noises whole updates."""
+        return self.mode == "client"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,7 +123,8 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
 
 def _token_key(config: DataConfig, tokenizer: Tokenizer) -> str:
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in _PARTITION_KEYS}
-    shared.pop("evaluate_examples")
+    for key in ("evaluate_examples", "public"):
+        shared.pop(key)
     natural = Columns.of(config).natural
     files = [_file_stamps(name) for name in (config.name, config.test)]
     asset = asset_identity(config.name) if config.name in ASSETS else ""

@@ -61,4 +61,14 @@ class RoundProgress:
         if not self._console.is_terminal:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
             done = f"{self._title}: round {record['round']}/{self._total} {', '.join(shown)}{lost}"
-            self._console.print(f"{done}, {record['seconds']:.1f} s", highlight=False)
+            self._console.print(f"{done}, {record['seconds']:.1f} s{_diagnosis(record)}", highlight=False)
+
+
+def _diagnosis(record: dict[str, Any]) -> str:
+    """What the aggregation did, see `strategies.diagnostics`; nothing where it was not measured."""
+    if record.get("gap") is None:
+        return ""
+    return (
+        f" | gap {record['gap']:.2g}, cosine {record['cosine']:.2f}, effective rank "
+        f"{record['effective_rank']:.1f}, energy lost {100 * record['energy_lost']:.2g} %"
+    )

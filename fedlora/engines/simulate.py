@@ -6,13 +6,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from fedlora.checks import check
 from fedlora.config import RunConfig, to_flat
 from fedlora.engines.memory import PeakMemory
 from fedlora.engines.progress import RoundProgress
 from fedlora.engines.ray_grid import RayGrid
 from fedlora.engines.ray_pool import RayPool
+from fedlora.federation import Federation
 from fedlora.runs import RunDirectory
-from fedlora.server_app import Federation, check
 
 
 def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -35,9 +36,10 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
 def simulate_on(pool: RayPool, config: RunConfig, directory: RunDirectory, title: str = "") -> dict[str, Any]:
     """The same on actors that are already there."""
     with RoundProgress(title or config.strategy.name, config.num_server_rounds) as progress:
-        federation = Federation(config, directory, progress.update)
+        stores = directory.path / "clients"
+        federation = Federation(config, directory, progress.update, stores)
         progress.begin(federation.state.round)
-        grid = RayGrid(pool, federation.partitions, to_flat(config), directory.path / "clients")
+        grid = RayGrid(pool, federation.partitions, to_flat(config), stores)
         with PeakMemory() as memory:
             result = federation.run(grid)
     result["peak_memory_bytes"] = memory.peak_bytes

@@ -1,9 +1,9 @@
-"""One resident base model that serves clients of different ranks, one after the other."""
+"""One resident base model that serves clients of different ranks, with and without a core, in turn."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +15,19 @@ from torch import Tensor, nn
 
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
-from fedlora.models.layers import head_tensors, is_transposed, linear_layers
+from fedlora.models.core import CoredOutput
+from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
 from fedlora.models.moving import MovingBase
-from fedlora.updates import ModuleSpec, Patch, Template
+from fedlora.updates import ModuleSpec, Patch, TailPenalty, Template
 
 
 @dataclass(frozen=True, slots=True)
 class Trainable:
-    """The parameters that a client trains; ``query.A`` and ``query.B`` are the factors of ``query``."""
+    """The parameters that a client trains; ``query.A`` is the factor A of ``query``."""
 
     factors: dict[str, nn.Parameter]
     head: dict[str, nn.Parameter]
+    tail: TailPenalty | None = None
 
     @property
     def all(self) -> list[nn.Parameter]:
@@ -33,7 +35,7 @@ class Trainable:
 
 
 class AdaptedModel:
-    """A frozen base with LoRA from PEFT, one PEFT adapter for each rank that was asked for.
+    """A frozen base with LoRA from PEFT, one PEFT adapter for each rank that was asked for, cored or not.
 
     `load` makes one client's (or the global) adapter the only active one; `read` takes it out.
 
@@ -53,8 +55,9 @@ class AdaptedModel:
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
         self._base = MovingBase(layers)
         self._head = head_tensors(module)
-        self._adapters: dict[int, str] = {}
+        self._adapters: set[str] = set()
         self._active = ""
+        self._tail: TailPenalty | None = None
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +78,10 @@ class AdaptedModel:
         head = dict(self.initial_head) if share_head else {}
         return Template(modules=self.modules, rank=rank, scaling=scaling, head=head)
 
+    def base_weight(self, name: str) -> Tensor:
+        """The pristine weight W_0 of an adapted layer, (out, in), float32 on the CPU."""
+        return self._base.pristine(name)
+
     def check_rank(self, rank: int) -> None:
         """Refuse a rank that is larger than an adapted layer allows."""
         for name, spec in self.modules.items():
@@ -91,30 +98,34 @@ class AdaptedModel:
         modules: frozenset[str] | None = None,
         dropout: float = 0.0,
         train_head: bool = False,
+        tail: TailPenalty | None = None,
     ) -> None:
         """Make these values the model's own; nothing of the last client remains.
 
         Args:
             adapters: factors of one rank for every adapted layer.
             head: head tensors; those not given take their initial values.
-            trains: the factors that will be trained, a subset of {"A", "B"}.
+            trains: the factors that will be trained, a subset of {"A", "B", "R"}.
             modules: the layers whose factors will be trained; None means all.
             dropout: on the adapter's input, while training.
             train_head: whether the head will be trained.
+            tail: what will be added to the loss.
 
         Raises:
-            FactorShapeError: other layers, other shapes, or more than one rank.
+            FactorShapeError: other layers, other shapes, more than one rank, or a core in some layers only.
             ConfigError: the rank is larger than a layer allows.
         """
         self._check(adapters, head)
-        self._activate(next(iter(adapters.values())).rank)
+        self._tail = tail
+        first = next(iter(adapters.values()))
+        self._activate(first.rank, cored=first.R is not None)
         for name, factors in adapters.items():
             layer = self._lora(name)
             layer.scaling[self._active] = factors.scaling
             layer.lora_dropout[self._active].p = dropout
             trained = modules is None or name in modules
             for letter, parameter in self._factors(name).items():
-                _assign(parameter, getattr(factors, letter), trained and letter in trains)
+                _assign(parameter, factors.tensors()[letter], trained and letter in trains)
         for name, parameter in self._head.items():
             _assign(parameter, head.get(name, self.initial_head[name]), train_head)
         self.module.eval()
@@ -138,7 +149,7 @@ class AdaptedModel:
             for letter, parameter in self._factors(name).items()
             if parameter.requires_grad
         }
-        return Trainable(factors, {n: p for n, p in self._head.items() if p.requires_grad})
+        return Trainable(factors, {n: p for n, p in self._head.items() if p.requires_grad}, self._tail)
 
     @contextmanager
     def training(self) -> Iterator[Trainable]:
@@ -153,6 +164,28 @@ class AdaptedModel:
         finally:
             self.module.eval()
             self.module.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def base_gradients(self) -> Iterator[Callable[[Tensor], Tensors]]:
+        """Inside, the base weights of the adapted layers take part in backward passes.
+
+        Yields:
+            Loss -> module -> its gradient (out, in), float32 on the CPU.
+        """
+        layers = self._base.layers
+
+        def gradients(loss: Tensor) -> Tensors:
+            found = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+            named = zip(layers.items(), found, strict=True)
+            return {name: oriented(layer, g).to("cpu", torch.float32) for (name, layer), g in named}
+
+        try:
+            for layer in layers.values():
+                layer.weight.requires_grad_(True)
+            yield gradients
+        finally:
+            for layer in layers.values():
+                layer.weight.requires_grad_(False)
 
     @property
     def base_version(self) -> int:
@@ -173,13 +206,16 @@ class AdaptedModel:
 
     def _factors(self, name: str) -> dict[str, nn.Parameter]:
         layer = self._lora(name)
-        return {"A": layer.lora_A[self._active].weight, "B": layer.lora_B[self._active].weight}
+        inner, outer = layer.lora_A[self._active], layer.lora_B[self._active]
+        if isinstance(outer, CoredOutput):
+            return {"A": inner.weight, "B": outer.outer.weight, "R": outer.core.weight}
+        return {"A": inner.weight, "B": outer.weight}
 
-    def _activate(self, rank: int) -> None:
-        """One PEFT adapter per rank; its values, scaling and dropout are set by `load`."""
-        if rank not in self._adapters:
+    def _activate(self, rank: int, *, cored: bool) -> None:
+        """One PEFT adapter per rank and shape; its values, scaling and dropout are set by `load`."""
+        adapter = f"rank{rank}core" if cored else f"rank{rank}"
+        if adapter not in self._adapters:
             self.check_rank(rank)
-            self._adapters[rank] = f"rank{rank}"
             config = PeftLoraConfig(
                 r=rank,
                 lora_dropout=0.5,
@@ -189,9 +225,12 @@ class AdaptedModel:
             )
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                inject_adapter_in_model(config, self.module, self._adapters[rank])
-        if self._adapters[rank] != self._active:
-            self._active = self._adapters[rank]
+                inject_adapter_in_model(config, self.module, adapter)
+            for layer in map(self._lora, self.modules if cored else ()):
+                layer.lora_B[adapter] = CoredOutput(layer.lora_B[adapter])
+            self._adapters.add(adapter)
+        if adapter != self._active:
+            self._active = adapter
             set_adapter(self.module, self._active)
 
     def _check(self, adapters: AdapterSet, head: Mapping[str, Tensor]) -> None:
@@ -199,6 +238,8 @@ class AdaptedModel:
         ranks = sorted({factors.rank for factors in adapters.values()})
         if len(ranks) > 1:
             raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
+        if len({factors.R is None for factors in adapters.values()}) > 1:
+            raise FactorShapeError("an adapter has a core in all layers or in none, this one in some")
         for name, factors in adapters.items():
             spec, shape = self.modules[name], (factors.out_features, factors.in_features)
             if shape != (spec.out_features, spec.in_features):

@@ -60,7 +60,7 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
         ConfigError: the model cannot be found, or has no place for a mean or for a head.
         AssetError: a built-in model could not be fetched.
     """
-    with _quiet(), _drawn_from(seed, "missing-weights"):
+    with quiet(), _drawn_from(seed, "missing-weights"):
         if config.pooling == "mean":
             model = _mean_pooled(config.name, num_labels, seed)
         else:
@@ -152,7 +152,7 @@ def _drawn_from(seed: int, purpose: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No loading report and no loading bar: a new head is what we ask for."""
     log = transformers.utils.logging
     verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()

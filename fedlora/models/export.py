@@ -1,10 +1,14 @@
-"""The trained adapter as files that PEFT reads, with what is needed to rebuild the base beside it."""
+"""Adapters as files that PEFT reads, with what is needed to rebuild the base beside them.
+
+`fedlora.models.peft_files` reads what PEFT wrote.
+"""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -18,10 +22,11 @@ from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_p
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
 from fedlora.peft_keys import to_peft
-from fedlora.threads import one_thread
+from fedlora.threads import side_by_side
 from fedlora.updates import State
 
 CARD_FILE = "fedlora.json"
+TENSORS_FILE = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,11 +85,27 @@ def save_adapter(
         card: written beside the adapter.
         fan_in_fan_out: as the `AdaptedModel` has it; PEFT warns and corrects it where it is wrong.
     """
-    adapters, head = global_adapters(state), {**head, **state.head}
+    adapters = global_adapters(state)
+    write_adapter(directory, adapters, {**head, **state.head}, card, fan_in_fan_out=fan_in_fan_out)
+
+
+def write_adapter(
+    directory: Path, adapters: AdapterSet, head: Tensors, card: AdapterCard | None, **fields: Any
+) -> None:
+    """Write adapters and head in PEFT's format, replacing what was there at once.
+
+    Args:
+        directory: created or replaced.
+        adapters: without cores.
+        head: the tensors of ``modules_to_save``.
+        card: written beside the adapter, if there is one.
+        fields: more of PEFT's ``LoraConfig``.
+    """
     with new_directory(directory) as fresh:
-        peft_config(adapters, head, fan_in_fan_out).save_pretrained(fresh)
-        save_file(peft_tensors(adapters, head), fresh / "adapter_model.safetensors", {"format": "pt"})
-        card.write(fresh)
+        peft_config(adapters, head, **fields).save_pretrained(fresh)
+        save_file(peft_tensors(adapters, head), fresh / TENSORS_FILE, {"format": "pt"})
+        if card is not None:
+            card.write(fresh)
 
 
 def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, AdapterCard]:
@@ -103,37 +124,41 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
     return model.to(device).eval(), card
 
 
+def global_product(state: State, name: str) -> Product:
+    """What the global model adds to one layer of the pristine base: its patches and its adapter."""
+    patches = (patch.products[name] for patch in state.base if name in patch.products)
+    return add(*patches, as_product(state.adapters[name]))
+
+
 def global_adapters(state: State) -> AdapterSet:
     """Adapters that make the global model from the pristine base, ranks differing by layer if need be.
 
-    Where the base never moved this is the state's own adapter, bit for bit. A layer with patches gets
-    the SVD of patches + adapter, at most min(out, in) directions, with scaling 1.
+    Where the base never moved this is the state's own adapter, bit for bit (a core is folded into A). A
+    layer with patches gets the SVD of patches + adapter, at most min(out, in) directions, with scaling 1.
     """
-    merged: AdapterSet = {}
-    for name, factors in state.adapters.items():
-        products = [patch.products[name] for patch in state.base if name in patch.products]
-        if not products:
-            merged[name] = factors
-            continue
-        merged[name] = _recompressed(add(*products, as_product(factors)))
-    return merged
+    moved = {name for patch in state.base for name in patch.products}
+
+    def whole(name: str) -> LoraFactors:
+        return _recompressed(global_product(state, name)) if name in moved else state.adapters[name].folded()
+
+    return dict(zip(state.adapters, side_by_side(whole, state.adapters), strict=True))
 
 
-def peft_config(adapters: AdapterSet, head: Tensors, fan_in_fan_out: bool = False) -> PeftLoraConfig:
+def peft_config(adapters: AdapterSet, head: Tensors, **fields: Any) -> PeftLoraConfig:
     """PEFT's configuration of an adapter; alpha is scaling * rank, so that rsLoRA needs no flag."""
     ranks = {name: factors.rank for name, factors in adapters.items()}
     alphas = {name: factors.scaling * factors.rank for name, factors in adapters.items()}
     rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
-    return PeftLoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: a for name, a in alphas.items() if a != alpha},
-        target_modules=list(adapters),
-        modules_to_save=sorted({name.partition(".")[0] for name in head}) or None,
-        fan_in_fan_out=fan_in_fan_out,
-        inference_mode=True,
-    )
+    own: dict[str, Any] = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "target_modules": list(adapters),
+        "modules_to_save": sorted({name.partition(".")[0] for name in head}) or None,
+        "inference_mode": True,
+    }
+    return PeftLoraConfig(**own | fields)
 
 
 def peft_tensors(adapters: AdapterSet, head: Tensors) -> Tensors:
@@ -144,7 +169,6 @@ def peft_tensors(adapters: AdapterSet, head: Tensors) -> Tensors:
 
 def _recompressed(product: Product) -> LoraFactors:
     """The product as B = U S, A = V^T, without directions below float32 resolution (at least one stays)."""
-    with one_thread():
-        U, S, Vh = svd(product)
+    U, S, Vh = svd(product)
     kept = max(1, int((S[0] * torch.finfo(S.dtype).eps < S).sum()))
     return LoraFactors(A=Vh[:kept], B=U[:, :kept] * S[:kept], scaling=1.0)

@@ -32,6 +32,15 @@ class MovingBase:
         """How many patches are in the weights."""
         return len(self._applied)
 
+    @property
+    def layers(self) -> Mapping[str, LinearLayer]:
+        """The layers themselves, their weights as they are now."""
+        return self._layers
+
+    def pristine(self, name: str) -> Tensor:
+        """The weight W_0 of a layer, (out, in), float32 on the CPU."""
+        return oriented(self._layers[name], self._pristine[name]).float().cpu()
+
     def move(self, patches: Sequence[Patch], since: int = 0) -> None:
         """Apply ``P_{since+1}, P_{since+2}, ...`` in order; those already in the weights are skipped.
 

@@ -10,15 +10,17 @@ class PrivacySpent:
     """What one client's training has cost so far.
 
     Attributes:
-        epsilon: the loss, for the given delta.
+        epsilon: the loss of everything on the client's ledger, for the given delta.
         delta: target delta.
         granularity: what is hidden, ``example`` or ``client``.
         neighboring_relation: how two data sets differ, ``add_or_remove_one``.
         sampling_method: how batches are drawn, ``poisson``.
-        accountant: ``prv`` or ``rdp``.
-        noise_multiplier: noise standard deviation / clipping norm.
-        sample_rate: probability with which an example is in a batch.
-        steps: optimiser steps, over all rounds.
+        accountant: ``prv``, ``pld`` or ``rdp``; always ``rdp`` where noise or rate changed on the way.
+        noise_multiplier: noise standard deviation / clipping norm, of the last release.
+        sample_rate: probability with which an example is in a batch, of the last release.
+        steps: optimiser steps of all releases.
+        releases: releases on the ledger, unfinished ones included.
+        ledger_head: what every later state of the ledger contains, see `fedlora.privacy.ledger`.
     """
 
     epsilon: float
@@ -30,3 +32,5 @@ class PrivacySpent:
     noise_multiplier: float
     sample_rate: float
     steps: int
+    releases: int = 1
+    ledger_head: str = ""

@@ -42,7 +42,9 @@ def draw_charts(rows: Sequence[Row]) -> list[Chart]:
     """All charts that the rows have data for, in the order of the page."""
     styles = styles_of(rows)
     with rc_context(SETTINGS):
-        charts = [draw(rows, styles) for draw in (_accuracy, _traffic, _gap, _epsilon, _domains)]
+        charts = [
+            draw(rows, styles) for draw in (_accuracy, _traffic, _gap, _cosine, _rank, _epsilon, _domains)
+        ]
     return [chart for chart in charts if chart is not None]
 
 
@@ -124,6 +126,47 @@ def _gap(rows: Sequence[Row], styles: Styles) -> Chart | None:
         f"rounding of 32-bit numbers.{_bands(curves)}",
         svg=canvas.finish("gap", "Line chart of the aggregation gap by round, one line for each run"),
         numbers=_by_round(curves, _shown_gap),
+    )
+
+
+def _cosine(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    return _diagnostic(
+        rows,
+        styles,
+        key="cosine",
+        title="Do clients agree?",
+        note="Mean cosine between the changes of two clients. Near 1 they ask for the same; near 0 for "
+        "unrelated changes, and averages of factors lose what averages of products keep.",
+    )
+
+
+def _rank(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    return _diagnostic(
+        rows,
+        styles,
+        key="effective_rank",
+        title="How many directions the clients ask for",
+        note="Effective rank of the clients' mean change, a mean over layers. Above the adapter's own rank, "
+        "no adapter can hold what is asked for, and the rest is dropped or goes into the base.",
+    )
+
+
+def _diagnostic(rows: Sequence[Row], styles: Styles, *, key: str, title: str, note: str) -> Chart | None:
+    curves = _curves(rows, lambda row: per_round(row, key))
+    if not curves:
+        return None
+    canvas = Canvas()
+    for curve in curves:
+        canvas.curve(curve, styles[curve.row.name], lambda x, y: f"round {x:.0f}: {significant(y)}")
+    canvas.axes.set_ylabel(key.replace("_", " "))
+    canvas.round_axis()
+    name = key.replace("_", "-")
+    return Chart(
+        name=name,
+        title=title,
+        note=f"{note}{_bands(curves)}",
+        svg=canvas.finish(name, f"Line chart of the {key.replace('_', ' ')} by round, one line for each run"),
+        numbers=_by_round(curves, significant),
     )
 
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, RecordDict
+from torch import Tensor
 
-from fedlora.errors import UpdateRefused
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.errors import FactorShapeError, UpdateRefused
+from fedlora.factors import FACTORS, AdapterSet, Tensors
 from fedlora.initial import fresh_adapters
 from fedlora.peft_keys import from_peft, to_peft
-from fedlora.updates import Broadcast, ModuleSpec, Patch
+from fedlora.updates import Broadcast, ModuleSpec, Patch, TailPenalty
 from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, to_record
 
 
@@ -24,14 +25,17 @@ class Needs:
     Attributes:
         base: the base patches P_1 .. P_v in order.
         frozen: the factors of `frozen_tensors`; empty if there are none.
+        moving: the factors of `moving_tensors`, where the client held them when the order was made; else
+            empty, and they travel unnamed.
     """
 
     base: tuple[str, ...] = ()
     frozen: str = ""
+    moving: str = ""
 
     @property
     def digests(self) -> tuple[str, ...]:
-        return (*self.base, self.frozen) if self.frozen else self.base
+        return (*self.base, *filter(None, (self.frozen, self.moving)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +64,13 @@ class TrainOrder:
     def ships(self) -> frozenset[str]:
         return names(self.config["ships"])
 
+    @property
+    def tail(self) -> TailPenalty | None:
+        """What the client adds to its loss, if anything."""
+        if "tail-weight" not in self.config:
+            return None
+        return TailPenalty(weight=float(self.config["tail-weight"]), start=int(self.config["tail-start"]))
+
 
 def names(text: str) -> frozenset[str]:
     """A comma string as a set."""
@@ -70,13 +81,19 @@ def frozen_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that no client sends back: not trained, or personal. A client may hold them already."""
     if broadcast.fresh_seed is not None:
         return {}
-    return to_peft(broadcast.adapters, {}, {"A", "B"} - (broadcast.trains & broadcast.ships))
+    return to_peft(broadcast.adapters, {}, FACTORS - (broadcast.trains & broadcast.ships))
 
 
 def moving_tensors(broadcast: Broadcast) -> Tensors:
-    """The factors that are trained and sent back, and the head: they travel every round."""
-    factors = set() if broadcast.fresh_seed is not None else broadcast.trains & broadcast.ships
-    return to_peft(broadcast.adapters, broadcast.head, factors)
+    """The factors that are trained and sent back. A client holds them only if they rested before."""
+    if broadcast.fresh_seed is not None:
+        return {}
+    return to_peft(broadcast.adapters, {}, broadcast.trains & broadcast.ships)
+
+
+def head_tensors(broadcast: Broadcast) -> Tensors:
+    """The other trained tensors, which travel every round."""
+    return to_peft({}, broadcast.head)
 
 
 def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:
@@ -91,6 +108,10 @@ def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, A
         "needs-base": list(needs.base),
         "needs-frozen": needs.frozen,
     }
+    if needs.moving:
+        config["needs-moving"] = needs.moving
+    if broadcast.tail is not None:
+        config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
     if broadcast.fresh_seed is not None:
         shapes = {name: [f.out_features, f.in_features] for name, f in broadcast.adapters.items()}
         config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})
@@ -124,31 +145,44 @@ def decode_order(content: RecordDict) -> TrainOrder:
         server_round=int(config["server-round"]),
         arrays=from_record(content.array_records[ARRAYS]),
         parts=parts,
-        needs=Needs(base=tuple(base), frozen=str(config.get("needs-frozen", ""))),
+        needs=Needs(
+            base=tuple(base),
+            frozen=str(config.get("needs-frozen", "")),
+            moving=str(config.get("needs-moving", "")),
+        ),
         config=config,
     )
 
 
 def frozen_part(order: TrainOrder) -> Tensors:
     """What `frozen_tensors` gave, if it travelled; empty if the client is expected to hold it."""
-    kept = tuple(f".lora_{factor}.weight" for factor in "AB" if factor not in order.trains & order.ships)
-    return {key: t for key, t in order.arrays.items() if kept and key.endswith(kept)}
+    return _factors_in(order.arrays, FACTORS - (order.trains & order.ships))
 
 
-def complete_adapters(order: TrainOrder, frozen: Tensors) -> tuple[AdapterSet, Tensors]:
+def moving_part(order: TrainOrder) -> Tensors:
+    """What `moving_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    return _factors_in(order.arrays, order.trains & order.ships)
+
+
+def complete_adapters(order: TrainOrder, held: Tensors) -> tuple[AdapterSet, Tensors]:
     """The starting adapter and head of an order, from what travelled, what is held, and fresh draws.
 
     Raises:
-        UpdateRefused: a module has only one of its factors.
+        UpdateRefused: a module has only some of its factors.
     """
-    parts = from_peft({**frozen, **order.arrays})
+    parts = from_peft({**held, **order.arrays})
     scaling = float(order.config["scaling"])
     if "fresh" in order.config:
         fresh = json.loads(order.config["fresh"])
         specs = {n: ModuleSpec(out_features=o, in_features=i) for n, (o, i) in fresh["shapes"].items()}
         rank = int(order.config["rank"])
         return fresh_adapters(specs, rank, scaling, fresh["seed"], fresh["init-a"]), parts.head
-    if set(parts.A) != set(parts.B):
-        odd = sorted(set(parts.A) ^ set(parts.B))[0]
-        raise UpdateRefused(f"round {order.server_round}: module {odd} has only one of its factors")
-    return {n: LoraFactors(parts.A[n], parts.B[n], scaling) for n in parts.A}, parts.head
+    try:
+        return parts.adapters(scaling), parts.head
+    except FactorShapeError as error:
+        raise UpdateRefused(f"round {order.server_round}: {error}") from None
+
+
+def _factors_in(arrays: Mapping[str, Tensor], factors: frozenset[str]) -> Tensors:
+    endings = tuple(f".lora_{factor}.weight" for factor in factors)
+    return {key: tensor for key, tensor in arrays.items() if key.endswith(endings)}

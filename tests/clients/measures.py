@@ -32,3 +32,20 @@ def same_bits(one: LocalResult, other: LocalResult) -> bool:
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """Euclidean distance over the names that both have."""
     return float(sum((one[n] - other[n]).double().square().sum() for n in one if n in other) ** 0.5)
+
+
+def traces(model: AdaptedModel) -> list[str]:
+    """What Opacus may have left on the model."""
+    found = [
+        f"{name}: hooks"
+        for name, m in model.module.named_modules()
+        if m._forward_hooks or m._backward_hooks or m._forward_pre_hooks
+    ]
+    found += [
+        f"{name}: {a}"
+        for name, m in model.module.named_modules()
+        for a in ("activations", "max_batch_len")
+        if hasattr(m, a)
+    ]
+    found += [f"{name}: {a}" for name, p in model.module.named_parameters() for a in vars(p)]
+    return found + [name for name, p in model.module.named_parameters() if p.grad is not None]

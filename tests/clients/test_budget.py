@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from clients.budget import Spending, noise_of, train_within_budget
-from clients.holdings import Holdings
+from clients import budget
+from clients.accounts import Books, check_disjoint, check_ledgers, fingerprint, ledger_directory, name_of
+from clients.budget import noise_of, train_within_budget
 from clients.resident import resident
-from fedlora.errors import BudgetExceeded
+from fedlora.config import RunConfig
+from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
+from fedlora.factors import LoraFactors
 from fedlora.initial import fresh_adapters
 from fedlora.privacy.calibration import epsilon_spent
+from fedlora.privacy.ledger import read_ledgers
+from fedlora.privacy.types import PrivacySpent
+from fedlora.runs import Checkpoint, RunDirectory, read_config
+from fedlora.updates import State
+from tests.clients.samples import examples
 from tests.conftest import tiny_config
 
 PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
 
 
-def test_a_release_is_charged_once_and_survives_the_process(tmp_path: Path) -> None:
-    path = tmp_path / "spent" / "0.jsonl"
-    Spending(path).reserve("round-1", 5)
-    Spending(path).reserve("round-1", 5)
-    Spending(path).reserve("round-2", 5)
-    assert Spending(path).steps(including="round-2", steps=5) == 10
-    assert Spending(path).steps(including="round-3", steps=7) == 17
+def train(
+    config: RunConfig, directory: Path, server_round: int, seed: int | None = None, **books: str
+) -> PrivacySpent:
+    """One round of partition 0 from the same start."""
+    worker = resident(config)
+    adapters = fresh_adapters(worker.model.modules, 4, 2.0, 0)
+    worker.model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+    _, spent = train_within_budget(
+        worker, config, Books(directory=directory, **{"run_key": "run", **books}),
+        partition_id=0, server_round=server_round, local_steps=3, seed=seed, start="same",
+    )  # fmt: skip
+    return spent
 
 
 def test_noise_is_for_the_most_rounds_that_the_server_allows() -> None:
@@ -39,26 +55,155 @@ def test_noise_is_for_the_most_rounds_that_the_server_allows() -> None:
 @pytest.mark.parametrize("seed", [1, None], ids=["seeded", "system"])
 def test_a_client_declines_before_it_would_overspend(seed: int | None, tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**PRIVATE)
-    worker, holdings = resident(config), Holdings(tmp_path)
-    adapters = fresh_adapters(worker.model.modules, 4, 2.0, 0)
-
-    def once(server_round: int) -> float:
-        worker.model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
-        _, spent = train_within_budget(
-            worker, config, holdings, partition_id=0, server_round=server_round, local_steps=3, seed=seed
-        )
-        return spent.epsilon
-
-    spent = [once(1), once(2), once(3)]
-    assert spent == sorted(spent)
-    assert 2.9 < spent[-1] <= 3.0
-    with pytest.raises(BudgetExceeded, match=r"target-epsilon = 3.0: 12 steps would spend"):
-        once(4)
-    file = tmp_path / "spent" / "0.jsonl"
-    assert len(file.read_text().splitlines()) == 3
+    spent = [train(config, tmp_path, server_round, seed) for server_round in (1, 2, 3)]
+    epsilons = [one.epsilon for one in spent]
+    assert epsilons == sorted(epsilons)
+    assert 2.9 < epsilons[-1] <= 3.0
+    assert [(one.releases, one.steps) for one in spent] == [(1, 3), (2, 6), (3, 9)]
+    assert len({one.ledger_head for one in spent}) == 3
+    with pytest.raises(BudgetExceeded, match=r"target-epsilon = 3.0: 12 steps would spend .* 9 of them"):
+        train(config, tmp_path, 4, seed)
     if seed is None:
         with pytest.raises(BudgetExceeded):
-            once(3)
+            train(config, tmp_path, 3, seed)
     else:
-        assert once(3) == spent[-1]
-    assert np.isfinite(spent).all()
+        assert train(config, tmp_path, 3, seed) == spent[-1]
+    standing = read_ledgers(tmp_path)[0].standing
+    assert (standing.releases, standing.unfinished, standing.epsilon) == (3, 0, epsilons[-1])
+    assert np.isfinite(epsilons).all()
+
+
+def test_what_is_given_as_noise_is_held_to_the_budget_too(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**PRIVATE, **{"privacy.noise-multiplier": 0.7})
+    with pytest.raises(BudgetExceeded, match=r"3 steps would spend"):
+        train(config, tmp_path, 1)
+
+
+def test_runs_add_up_and_other_bits_are_another_release(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**PRIVATE)
+    assert train(config, tmp_path, 1, seed=1).releases == 1
+    assert train(config, tmp_path, 1, seed=1).releases == 1
+    assert train(config, tmp_path, 1, seed=2).releases == 2
+    assert train(config, tmp_path, 1, seed=2, run_key="other").releases == 3
+    with pytest.raises(BudgetExceeded):
+        train(config, tmp_path, 1, seed=2, run_key="third")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train.learning-rate": 0.3}, {"privacy.max-grad-norm": 2.0}, {"lora.dropout": 0.1},
+        {"privacy.clipping": "per-layer"}, {"privacy.release-metrics": True},
+    ],
+)  # fmt: skip
+def test_a_setting_that_changes_the_bits_is_charged(change: Any, tmp_path: Path, cache: Path) -> None:
+    before, after = tiny_config(**PRIVATE), tiny_config(**PRIVATE, **change)
+    same = dataclasses.replace(before, round_timeout=7.0)
+    assert [train(c, tmp_path, 1, seed=1).releases for c in (before, same, after)] == [1, 1, 2]
+
+
+def test_the_release_is_on_the_ledger_before_training_begins(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(*arguments: Any, **settings: Any) -> None:
+        assert read_ledgers(tmp_path)[0].standing.releases == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(budget, "train_private", die)
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(**PRIVATE), tmp_path, 1)
+    standing = read_ledgers(tmp_path)[0].standing
+    assert (standing.releases, standing.unfinished) == (1, 1)
+
+
+def test_a_ledger_without_the_head_that_the_server_knows_is_refused(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**PRIVATE)
+    data = resident(config).data
+    head = train(config, tmp_path, 1).ledger_head
+    check_ledgers(config, data, [0, 1], tmp_path, {0: head})
+    train(config, tmp_path, 2, known_head=head)
+    with pytest.raises(LedgerRefused, match="was set back"):
+        train(config, tmp_path, 3, known_head="0" * 64)
+    for heads in ({0: "0" * 64}, {1: head}):
+        with pytest.raises(LedgerRefused, match="was set back"):
+            check_ledgers(config, data, [0, 1], tmp_path, heads)
+    assert read_ledgers(tmp_path)[0].standing.releases == 2
+
+
+def test_a_checkpoint_remembers_the_heads(tmp_path: Path) -> None:
+    factors = LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
+    state = State(round=1, adapters={"layer": factors}, head={})
+    RunDirectory(tmp_path).save_checkpoint(Checkpoint(state, {}, {}, "run", {3: "abc"}))
+    loaded = RunDirectory(tmp_path, resume=True).load_checkpoint()
+    assert loaded is not None
+    assert loaded.ledger_heads == {3: "abc"}
+
+
+# --- whose examples ------------------------------------------------------------------------------------
+
+
+def test_a_partition_is_named_by_what_decides_its_examples() -> None:
+    def name(**changes: Any) -> tuple[str, str, str]:
+        return name_of(tiny_config(**{"data.partitioner": "iid", "data.num-partitions": 4, **changes}), 2)
+
+    first = name()
+    assert first[0] == "synthetic"
+    assert first[2] == "partition-2"
+    for same in ({"lora.rank": 8}, {"data.max-length": 32}, {"data.evaluate-examples": 9}, PRIVATE):
+        assert name(**same) == first
+    for other in ({"seed": 7}, {"data.num-partitions": 5}, {"data.test-fraction": 0.3}):
+        assert name(**other)[0] == first[0]
+        assert name(**other)[1] != first[1]
+    assert name(**{"privacy.dataset-id": "mine"}) == ("mine", *first[1:])
+    natural = [name_of(tiny_config(seed=seed), 0) for seed in (1, 2)]
+    assert natural[0] == natural[1], "no draw decides who holds what"
+
+
+def test_a_file_has_one_name_wherever_it_is_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label\n")
+    (tmp_path / "b.csv").symlink_to(tmp_path / "a.csv")
+    monkeypatch.chdir(tmp_path)
+    spellings = ("a.csv", "b.csv", str(tmp_path / "a.csv"))
+    assert len({name_of(tiny_config(**{"data.name": name}), 0) for name in spellings}) == 1
+
+
+def test_a_fingerprint_is_of_the_clients_own_texts_and_labels() -> None:
+    data, own = examples(), np.array([2, 3, 11])
+    known = fingerprint(data, own)
+    assert fingerprint(examples(), own) == known
+    assert fingerprint(data, np.array([2, 3, 12])) != known
+    for name in ("tokens", "labels"):
+        for where, differs in ((3, True), (5, False)):
+            place = int(data.offsets[where]) if name == "tokens" else where
+            values = getattr(data, name).copy()
+            values[place] = 1 - values[place]
+            assert (fingerprint(dataclasses.replace(data, **{name: values}), own) != known) is differs
+
+
+def test_partitions_that_share_examples_are_refused(cache: Path) -> None:
+    config = tiny_config(**PRIVATE)
+    data = resident(config).data
+    check_disjoint(config, data, range(data.num_partitions))
+    shared = data.flat.copy()
+    shared[data.offsets[2]] = shared[0]
+    doubled = dataclasses.replace(data, flat=shared)
+    check_disjoint(config, doubled, [0, 1, 3])
+    with pytest.raises(ConfigError, match=r"partitions 0 and 2 share 1 examples"):
+        check_disjoint(config, doubled, range(data.num_partitions))
+
+
+def test_a_run_does_not_say_where_a_nodes_ledger_is(tmp_path: Path) -> None:
+    config = tiny_config(**{"privacy.ledger": "elsewhere"})
+    assert ledger_directory(tiny_config(), tmp_path, simulation=False) == tmp_path / "ledger"
+    assert ledger_directory(config, tmp_path, simulation=True) == Path("elsewhere").absolute()
+    with pytest.raises(LedgerRefused, match=r"privacy\.ledger = 'elsewhere'"):
+        ledger_directory(config, tmp_path, simulation=False)
+
+
+def test_a_configured_ledger_is_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.toml").write_text('[privacy]\nledger = "mine"\n')
+    monkeypatch.chdir(tmp_path)
+    assert read_config(Path("run.toml")).privacy.ledger == str(tmp_path / "mine")
+    assert read_config(Path("run.toml"), {"privacy.ledger": ""}).privacy.ledger == ""

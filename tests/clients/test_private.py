@@ -6,24 +6,29 @@ from typing import Any
 
 import pytest
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
+from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
-from clients import private
-from clients.batches import load_batch, poisson_batches
-from clients.private import per_example_gradients, train_private
-from clients.self_test import self_test
+from clients import mechanism, private
+from clients.private import train_private
 from clients.training import batch_loss, train_local
 from fedlora.config import TrainConfig
-from fedlora.errors import ConfigError, RunFailed
+from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from fedlora.seeding import stream
-from tests.clients.measures import distance, same_bits, tensors, values
+from tests.clients.measures import distance, same_bits, tensors, traces, values
 from tests.clients.samples import PAD, everyone, examples, loaded, reload
 
 DATA = examples()
 ALL = everyone(DATA)
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
+HOWS: list[dict[str, Any]] = [
+    {},
+    {"grad_sample_mode": "ghost"},
+    {"clipping": "per-layer"},
+    {"max_physical_batch_size": 3},
+    {"max_physical_batch_size": 3, "grad_sample_mode": "ghost"},
+]
+"""The ways to clip, the first being the default."""
+every_how = pytest.mark.parametrize("how", HOWS, ids=lambda how: "-".join(map(str, how.values())) or "hooks")
 
 
 def train(
@@ -34,6 +39,7 @@ def train(
     local_steps: int = 3,
     seed: int = 1,
     indices: Any = ALL,
+    how: dict[str, Any] | None = None,
     secure: bool = False,
     release_loss: bool = False,
     **config: Any,
@@ -48,13 +54,13 @@ def train(
         noise_multiplier=noise,
         max_grad_norm=clip,
         seed=seed,
+        **(how or {}),
         secure=secure,
         release_loss=release_loss,
     )
 
 
-@pytest.mark.parametrize("pooling", ["mean", "model"])
-@pytest.mark.parametrize("trains", [frozenset("AB"), frozenset("A"), frozenset("B")])
+@pytest.mark.parametrize(("trains", "pooling"), [("AB", "mean"), ("A", "model"), ("B", "model")])
 @pytest.mark.parametrize(
     "config",
     [
@@ -65,11 +71,14 @@ def train(
     ],
     ids=["sgd", "sgd-full", "fedprox", "adamw"],
 )
-def test_huge_clip_and_no_noise_is_plain_training(config: Any, trains: frozenset[str], pooling: str) -> None:
+@pytest.mark.parametrize("how", HOWS[:3], ids=["hooks", "ghost", "per-layer"])
+def test_huge_clip_and_no_noise_is_plain_training(
+    how: dict[str, Any], config: Any, trains: str, pooling: str
+) -> None:
     """At a sample rate of 1 both trainers see every example in every step."""
-    model = loaded(trains=trains, pooling=pooling)
-    ours = train(model, batch_size=24, **config)
-    reload(model, trains=trains)
+    model = loaded(trains=frozenset(trains), pooling=pooling)
+    ours = train(model, batch_size=24, how=how, **config)
+    reload(model, trains=frozenset(trains))
     plain = train_local(model, DATA, ALL, PAD, TrainConfig(batch_size=24, **config), local_steps=3, seed=1)
     start = values(loaded(pooling=pooling))
     for name, tensor in tensors(plain).items():
@@ -77,68 +86,31 @@ def test_huge_clip_and_no_noise_is_plain_training(config: Any, trains: frozenset
         torch.testing.assert_close(change, wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()) + 1e-7)
 
 
-def test_per_example_gradients_equal_a_loop_over_single_examples() -> None:
-    model = loaded(rank=3)
-    with model.training() as trained:
-        alone = [
-            torch.autograd.grad(
-                batch_loss(model, load_batch(DATA, ALL[i : i + 1], PAD, model.device)), trained.all
-            )
-            for i in range(6)
-        ]
-        with per_example_gradients(model.module):
-            batch_loss(model, load_batch(DATA, ALL[:6], PAD, model.device), reduction="sum").backward()
-            for number, parameter in enumerate(trained.all):
-                wanted = torch.stack([gradients[number] for gradients in alone])
-                torch.testing.assert_close(parameter.grad_sample, wanted, rtol=1e-4, atol=1e-7)
-
-
-def test_each_step_is_the_clipped_sum_over_the_expected_batch_size() -> None:
-    """Algorithm 1 of Abadi et al. written out, on batches whose size differs from the expected one."""
-    clip, steps, expected = 0.3, 5, 6
-    model = loaded()
-    ours = tensors(train(model, clip=clip, local_steps=steps, batch_size=expected, **SGD))
-    reload(model)
-    sizes = []
-    with model.training() as trained:
-        for drawn in poisson_batches(ALL, expected / len(ALL), steps, stream(1, "poisson")):
-            sizes.append(len(drawn))
-            total = [torch.zeros_like(p) for p in trained.all]
-            for i in drawn:
-                batch = load_batch(DATA, ALL[[i]], PAD, model.device)
-                g = torch.autograd.grad(batch_loss(model, batch), trained.all)
-                norm = float(torch.stack([x.square().sum() for x in g]).sum().sqrt())
-                total = [t + x * min(1.0, clip / norm) for t, x in zip(total, g, strict=True)]
-            with torch.no_grad():
-                for parameter, t in zip(trained.all, total, strict=True):
-                    parameter -= 0.1 * t / expected
-    assert len(set(sizes)) > 1
-    for name, tensor in values(model).items():
-        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
-
-
+@every_how
 @pytest.mark.parametrize("clip", [0.01, 0.1, 1.0])
-def test_no_example_moves_the_model_further_than_the_bound(clip: float) -> None:
+def test_no_example_moves_the_model_further_than_the_bound(clip: float, how: dict[str, Any]) -> None:
     """Over all trained tensors together, head included."""
     start = values(loaded())
     lengths = []
+    model = loaded()
     for i in range(6):
-        result = train(loaded(), clip=clip, indices=ALL[i : i + 1], batch_size=1, local_steps=1, **SGD)
+        reload(model)
+        result = train(model, clip=clip, indices=ALL[i : i + 1], how=how, batch_size=1, local_steps=1, **SGD)
         lengths.append(distance(tensors(result), start) / 0.1)
     assert max(lengths) <= clip * (1 + 1e-4)
-    if clip == 0.01:
+    if clip == 0.01 and how.get("clipping") != "per-layer":
         assert min(lengths) == pytest.approx(clip, rel=1e-3)
 
 
+@every_how
 @pytest.mark.parametrize("secure", [False, True])
-def test_the_noise_has_the_promised_size(secure: bool) -> None:
+def test_the_noise_has_the_promised_size(secure: bool, how: dict[str, Any]) -> None:
     """Std = noise_multiplier max_grad_norm / expected batch size, on every trained tensor."""
     noise, clip, batch_size = 3.0, 0.5, 2
     config = {**SGD, "learning_rate": 1.0}
     model = loaded(rank=16)
-    noisy = tensors(
-        train(model, noise=noise, clip=clip, local_steps=1, batch_size=batch_size, secure=secure, **config)
-    )
+    chosen: dict[str, Any] = {"batch_size": batch_size, "secure": secure, "how": how, **config}
+    noisy = tensors(train(model, noise=noise, clip=clip, local_steps=1, **chosen))
     start = values(loaded(rank=16))
     std = noise * clip / batch_size
     changes = torch.cat([(noisy[name] - start[name]).flatten() for name in start])
@@ -149,12 +121,15 @@ def test_the_noise_has_the_promised_size(secure: bool) -> None:
     assert (changes.abs() > 2 * std).float().mean() == pytest.approx(0.0455, abs=0.015)
 
 
+@every_how
 @pytest.mark.parametrize("secure", [False, True])
-def test_an_empty_draw_is_a_step_of_noise_alone(secure: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_draw_is_a_step_of_noise_alone(
+    secure: bool, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(private, "poisson_batches", lambda indices, rate, steps, rng: [indices[:0]] * steps)
-    config = {**SGD, "learning_rate": 1.0}
+    chosen: dict[str, Any] = {**SGD, "learning_rate": 1.0, "secure": secure, "how": how}
     model = loaded(rank=16)
-    result = train(model, noise=2.0, clip=0.5, local_steps=4, batch_size=8, secure=secure, **config)
+    result = train(model, noise=2.0, clip=0.5, local_steps=4, batch_size=8, **chosen)
     start = values(loaded(rank=16))
     changes = torch.cat([(tensors(result)[name] - start[name]).flatten() for name in start])
     assert result.steps == 4
@@ -162,10 +137,11 @@ def test_an_empty_draw_is_a_step_of_noise_alone(secure: bool, monkeypatch: pytes
     assert (changes != 0).all()
 
 
-def test_noise_falls_on_exactly_what_is_trained() -> None:
+@every_how
+def test_noise_falls_on_exactly_what_is_trained(how: dict[str, Any]) -> None:
     model = loaded(trains=frozenset("B"), train_head=False)
     before = values(model)
-    train(model, noise=1.0)
+    train(model, noise=1.0, how=how)
     changed = {name for name, t in values(model).items() if not torch.equal(t, before[name])}
     assert changed == {f"{name}.B" for name in model.modules}
 
@@ -186,7 +162,8 @@ def test_the_noise_depends_on_the_seed() -> None:
     assert distance(tensors(one), tensors(other)) > 1e-3
 
 
-def test_secure_training_ignores_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+@every_how
+def test_secure_training_ignores_the_seed(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the noise nor the draw can be repeated by somebody who knows the seed."""
     draws: list[list[int]] = []
     real = private.poisson_batches
@@ -201,16 +178,20 @@ def test_secure_training_ignores_the_seed(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(2):
         draws.append([])
         torch.manual_seed(0)
-        results.append(train(loaded(), noise=1.0, secure=True, local_steps=4))
+        results.append(train(loaded(), noise=1.0, secure=True, local_steps=4, how=how))
     assert not same_bits(*results)
     assert draws[0] != draws[1]
 
 
-def test_secure_noise_comes_from_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Equal seeds for everything else, and still two different results."""
+@every_how
+def test_secure_noise_comes_from_the_operating_system(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal batches and equal seeds for everything else, and still two different results."""
     monkeypatch.setattr(private.secrets, "randbits", lambda _: 5)
-    assert not same_bits(*(train(loaded(), noise=1.0, secure=True) for _ in range(2)))
-    assert same_bits(*(train(loaded(), noise=0.0, secure=True) for _ in range(2)))
+    chosen: dict[str, Any] = {"secure": True, "batch_size": 24, "how": how}
+    assert not same_bits(*(train(loaded(), noise=1.0, **chosen) for _ in range(2)))
+    assert same_bits(*(train(loaded(), noise=0.0, **chosen) for _ in range(2)))
 
 
 def test_secure_noise_has_more_entropy_than_a_torch_seed() -> None:
@@ -218,47 +199,36 @@ def test_secure_noise_has_more_entropy_than_a_torch_seed() -> None:
     one, other = (torch.randn(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
     assert torch.equal(one, other)
     shape = torch.Size((50_000,))
-    drawn = private.system_normal(shape)
+    drawn = mechanism.system_normal(shape)
     assert drawn.dtype == torch.float64
     assert torch.isfinite(drawn).all()
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
-    assert not torch.equal(drawn, private.system_normal(shape))
+    assert not torch.equal(drawn, mechanism.system_normal(shape))
 
 
-def traces(model: AdaptedModel) -> list[str]:
-    """What Opacus may have left on the model."""
-    found = [
-        f"{name}: hooks"
-        for name, m in model.module.named_modules()
-        if m._forward_hooks or m._backward_hooks or m._forward_pre_hooks
-    ]
-    found += [
-        f"{name}: {a}"
-        for name, m in model.module.named_modules()
-        for a in ("activations", "max_batch_len")
-        if hasattr(m, a)
-    ]
-    found += [f"{name}: {a}" for name, p in model.module.named_parameters() for a in vars(p)]
-    return found + [name for name, p in model.module.named_parameters() if p.grad is not None]
-
-
-def test_the_resident_model_is_clean_afterwards() -> None:
+@every_how
+def test_the_resident_model_is_clean_afterwards(how: dict[str, Any]) -> None:
     model = loaded()
     plain = train_local(model, DATA, ALL, PAD, TrainConfig(), local_steps=2, seed=1)
     for _ in range(2):
         reload(model)
-        train(model, noise=1.0)
+        train(model, noise=1.0, how=how)
         assert traces(model) == []
     reload(model)
     assert same_bits(plain, train_local(model, DATA, ALL, PAD, TrainConfig(), local_steps=2, seed=1))
 
 
+@pytest.mark.parametrize(
+    ("how", "samplers"),
+    [({}, GradSampleModule.GRAD_SAMPLERS), (HOWS[1], GradSampleModuleFastGradientClipping.NORM_SAMPLERS)],
+    ids=["hooks", "ghost"],
+)
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_a_failing_step_leaves_the_model_clean_too(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_step_leaves_the_model_clean_too(
+    where: str, how: dict[str, Any], samplers: dict[type, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = loaded()
-    clean = train(model, noise=1.0)
-    linear = torch.nn.Linear
-    sampler = GradSampleModule.GRAD_SAMPLERS[linear]
+    clean = train(model, noise=1.0, how=how)
     calls: list[int] = []
 
     def failing(real: Any) -> Any:
@@ -272,15 +242,15 @@ def test_a_failing_step_leaves_the_model_clean_too(where: str, monkeypatch: pyte
         return call
 
     if where == "forward":
-        monkeypatch.setattr(private, "batch_loss", failing(batch_loss))
+        monkeypatch.setattr(mechanism, "batch_loss", failing(batch_loss))
     else:
-        monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, linear, failing(sampler))
+        monkeypatch.setitem(samplers, torch.nn.Linear, failing(samplers[torch.nn.Linear]))
     with pytest.raises(MemoryError):
-        train(model, noise=1.0, local_steps=20)
+        train(model, noise=1.0, local_steps=20, how=how)
     assert traces(model) == []
     monkeypatch.undo()
     reload(model)
-    assert same_bits(clean, train(model, noise=1.0))
+    assert same_bits(clean, train(model, noise=1.0, how=how))
 
 
 def test_the_loss_stays_private_unless_released() -> None:
@@ -299,33 +269,3 @@ def test_the_loss_stays_private_unless_released() -> None:
 def test_what_dp_sgd_does_not_cover_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         train(loaded(), **config)
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("trains", [frozenset("AB"), frozenset("B")])
-def test_the_self_test_passes_and_leaves_no_trace(trains: frozenset[str], dropout: float) -> None:
-    model = loaded(trains=trains, dropout=dropout)
-    before = values(model)
-    self_test(model, DATA, ALL, PAD)
-    assert all(torch.equal(t, before[name]) for name, t in values(model).items())
-    assert traces(model) == []
-
-
-def test_the_self_test_notices_wrong_per_example_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = GradSampleModule.GRAD_SAMPLERS[torch.nn.Linear]
-
-    def mixed(*arguments: Any) -> Any:
-        return {p: g.roll(1, dims=0) for p, g in sampler(*arguments).items()}
-
-    monkeypatch.setitem(GradSampleModule.GRAD_SAMPLERS, torch.nn.Linear, mixed)
-    model = loaded()
-    before = values(model)
-    with pytest.raises(RunFailed, match=r"privacy self-test: per-example gradients of \S+ are wrong"):
-        self_test(model, DATA, ALL, PAD)
-    assert all(torch.equal(t, before[name]) for name, t in values(model).items())
-
-
-def test_the_self_test_notices_a_wrong_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DPOptimizer, "scale_grad", lambda _: None)
-    with pytest.raises(RunFailed, match=r"privacy self-test: the noise-free step of \S+ "):
-        self_test(loaded(), DATA, ALL, PAD)

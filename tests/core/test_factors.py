@@ -19,10 +19,13 @@ from fedlora.factors import (
     add,
     as_product,
     check_same_modules,
+    compact_svd,
+    completed,
     inner,
     norm,
     resize,
     scale,
+    split,
     stack,
     svd,
     truncate,
@@ -149,6 +152,104 @@ def test_truncations_are_nested(case: Case, rank: int, more: int) -> None:
     leading = resize(large, rank, 2.0)
     assert torch.equal(leading.A, small.A)
     assert torch.equal(leading.B, small.B)
+
+
+def _of_rank(case: Case, rank: int) -> Product:
+    """A product of at most that rank whose factors do not show it: each half of R cancels or repeats."""
+    left, right = case.p.left[:, :rank], case.p.right[:rank]
+    return Product(torch.cat([left, 2 * left, -left], dim=1), torch.cat([right, right, 0.5 * right]))
+
+
+@given(case=cases(), rank=st.integers(0, 4))
+def test_a_compact_svd_has_the_rank_of_the_product(case: Case, rank: int) -> None:
+    p = _of_rank(case, rank)
+    U, S, Vh = compact_svd(p)
+    assert S.numel() == min(rank, case.bound)
+    assert U.shape[1] == Vh.shape[0] == S.numel()
+    assert torch.allclose((U * S) @ Vh, p.dense(), atol=1e-11)
+
+
+@given(case=cases(), rank=st.integers(1, 12), scaling=SCALINGS)
+def test_a_product_is_its_best_adapter_and_the_rest(case: Case, rank: int, scaling: float) -> None:
+    """Nothing is lost, nothing counts twice, and the rest has no more columns than directions."""
+    best, rest = split(case.p, rank, scaling)
+    expected = truncate(case.p, rank, scaling)
+    assert torch.equal(best.A, expected.A)
+    assert torch.equal(best.B, expected.B)
+    assert rest.rank_bound == max(0, case.bound - rank)
+    assert np.allclose(best.delta().numpy() + dense(rest), dense(case.p), atol=1e-11)
+    if rest.rank_bound:
+        assert np.abs((best.A @ rest.right.T).numpy()).max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["another basis", "one start"])
+def test_the_svd_of_ill_conditioned_float32_factors_is_that_of_their_product(kind: str) -> None:
+    """Condition 1e6: factors in a bad basis, and clients that moved little from a common A.
+
+    A QR in float32 misses the first product by 1e-2, and the second one's small directions altogether.
+    """
+    random = np.random.default_rng(0)
+    left, right = tensor(random, 60, 24), tensor(random, 24, 50)
+    if kind == "another basis":
+        Q, P = (torch.linalg.qr(tensor(random, 24, 24))[0] for _ in range(2))
+        G = Q * torch.logspace(0, -6, 24, dtype=torch.float64) @ P
+        left, right = left @ G, torch.linalg.solve(G, right)
+    else:
+        right = tensor(random, 6, 50).repeat(4, 1) + 1e-6 * right
+    p = Product(left.float(), right.float())
+    exact = dense(p)
+    U, S, Vh = (t.double().numpy() for t in svd(p))
+    sigma = np.linalg.svd(exact, compute_uv=False)[:24]
+    assert np.abs(S / sigma - 1).max() < 1e-5
+    assert np.linalg.norm(U * S @ Vh - exact) < 1e-5 * np.linalg.norm(exact)
+    assert np.abs(U.T @ U - np.eye(24)).max() < 1e-6
+    assert np.abs(Vh @ Vh.T - np.eye(24)).max() < 1e-6
+
+
+# --- directions that a client could not train --------------------------------------------------------
+
+
+def _start(random: np.random.Generator, rows: int, in_features: int, inside: torch.Tensor) -> torch.Tensor:
+    """Spare rows of which the first lies in the given row space (its own direction is none)."""
+    spare = tensor(random, rows, in_features)
+    if inside.shape[0]:
+        spare[0] = tensor(random, 1, inside.shape[0]) @ inside
+    return spare
+
+
+@given(case=cases(), rank=st.integers(1, 12), directions=st.integers(0, 4), seed=st.integers(0, 99))
+def test_completing_leaves_no_dead_direction_and_the_product_alone(
+    case: Case, rank: int, directions: int, seed: int
+) -> None:
+    """Orthonormal rows everywhere, as many as the inputs have room for; B and what counts of A keep bits."""
+    best, _ = split(_of_rank(case, directions), rank, 2.0)
+    live = min(rank, directions, case.bound)
+    random = np.random.default_rng(seed)
+    spare = _start(random, rank, best.in_features, best.A[:live])
+    full = completed(best, spare, torch.Generator().manual_seed(seed))
+    room = min(rank, best.in_features)
+    gram = (full.A @ full.A.T).numpy()
+    assert np.abs(gram - np.diag([1.0] * room + [0.0] * (rank - room))).max() < 1e-9
+    assert torch.equal(full.B, best.B)
+    assert torch.equal(full.A[:live], best.A[:live])
+    assert torch.equal(full.delta(), best.delta())
+
+
+def test_spare_rows_come_first_and_draws_only_where_they_depend() -> None:
+    """The same draws whatever the seed where spare rows suffice; other ones where they do not."""
+    random = np.random.default_rng(1)
+    best, _ = split(Product(tensor(random, 9, 2), tensor(random, 2, 12)), 4, 1.0)
+    spare = tensor(random, 4, 12)
+
+    def rows(offered: torch.Tensor, seed: int) -> torch.Tensor:
+        return completed(best, offered, torch.Generator().manual_seed(seed)).A
+
+    assert torch.equal(rows(spare, 0), rows(spare, 1))
+    residual = spare[:2] - spare[:2] @ best.A[:2].T @ best.A[:2]
+    assert np.linalg.matrix_rank(torch.cat([residual, rows(spare, 0)[2:]]).numpy(), tol=1e-9) == 2
+    for dependent in (torch.zeros(4, 12).double(), best.A[:2].repeat(2, 1), spare[:1].repeat(4, 1)):
+        assert torch.equal(rows(dependent, 0), rows(dependent, 0))
+        assert not torch.allclose(rows(dependent, 0)[3], rows(dependent, 1)[3], atol=1e-3)
 
 
 @given(drawn=adapters(), rank=st.integers(1, 8), scaling=SCALINGS)

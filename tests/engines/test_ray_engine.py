@@ -18,7 +18,7 @@ from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.runs import RunDirectory
-from fedlora.server_app import Federation
+from fedlora.federation import Federation
 from tests.conftest import tiny_config
 
 MIXED: dict[str, Any] = {

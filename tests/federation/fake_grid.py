@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -98,9 +99,12 @@ class ToyClient:
     @staticmethod
     def moved(f: LoraFactors, order: wire.TrainOrder, partition: int, name: str) -> LoraFactors:
         g = torch_stream(0, "toy", order.server_round, partition, name)
-        A = f.A + 0.1 * torch.randn(f.A.shape, generator=g) if "A" in order.trains else f.A
-        B = f.B + 0.1 * torch.randn(f.B.shape, generator=g) if "B" in order.trains else f.B
-        return LoraFactors(A, B, f.scaling)
+        moved = {
+            x: t + 0.1 * torch.randn(t.shape, generator=g)
+            for x, t in f.tensors().items()
+            if x in order.trains
+        }
+        return replace(f, **moved)
 
 
 def with_content(message: Message, content: RecordDict) -> Message:

@@ -15,11 +15,45 @@ from fedlora import wire
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.factors import LoraFactors, stack
 from fedlora.updates import ClientSpec
-from strategies import FedAvg, FedSVD, FedSVDRenew, FFALoRA, FLoRA, HeadOnly, LoRAFAIR
+from strategies import (
+    FedAvg,
+    FedExLoRA,
+    FedMomentum,
+    FedRotLoRA,
+    FedSB,
+    FedSVD,
+    FedSVDRenew,
+    FFALoRA,
+    FlexLoRA,
+    FLoRA,
+    FLoRIST,
+    HeadOnly,
+    HetLoRA,
+    LoRAFAIR,
+    RoLoRA,
+    ZeroPadding,
+)
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
 
-NAMED = [FedAvg, FFALoRA, FLoRA, LoRAFAIR, FedSVD, FedSVDRenew, HeadOnly]
+NAMED = [
+    FedAvg,
+    FFALoRA,
+    FLoRA,
+    LoRAFAIR,
+    FedSVD,
+    FedSVDRenew,
+    HeadOnly,
+    FLoRIST,
+    FlexLoRA,
+    FedExLoRA,
+    ZeroPadding,
+    FedMomentum,
+    HetLoRA,
+    RoLoRA,
+    FedRotLoRA,
+    FedSB,
+]
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 
 
@@ -70,6 +104,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
     numbers = {
         "A": sum(i for _, i in MODULES.values()) * rank,
         "B": sum(o for o, _ in MODULES.values()) * rank,
+        "R": len(MODULES) * rank**2,
     }
     head = 12
     strategy = named(scaling=2.0)
@@ -77,8 +112,9 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(clients), ToyClient(tmp_path)), initial_arrays(rank), num_rounds=3)
     facts = strategy.rule.facts
-    up = 4 * clients * (sum(numbers[f] for f in facts.ships) + head)
-    assert [r.bytes_up for r in reports] == [up] * 3
+    ships = [strategy.rule.shipped(t) for t in (1, 2, 3)]
+    up = [4 * clients * (sum(numbers[f] for f in factors) + head) for factors in ships]
+    assert [r.bytes_up for r in reports] == up
     both = 4 * (numbers["A"] + numbers["B"])
     stacked = 4 * clients * (numbers["A"] + numbers["B"])  # one patch: R = 2 r
     down = {
@@ -89,6 +125,15 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "fedsvd-renew": [both, both + both // 3, both + both // 3],  # one of three directions
         "head-only": [both, 0, 0],
         "flora": [0, stacked, stacked],
+        "florist": [0, *(patch.nbytes for patch in strategy.state.base[:2])],
+        "flexlora": [both] * 3,
+        "zero-padding": [both] * 3,
+        "hetlora": [both] * 3,
+        "rolora": [both, 4 * numbers["B"], 4 * numbers["A"]],  # the other one rested at the client
+        "fedrot": [both] * 3,
+        "fedex": [both, stacked, stacked],  # the means, and a residual of rank R - r
+        "fedmomentum": [both, stacked, stacked],
+        "fed-sb": [both + 4 * numbers["R"], 4 * numbers["R"], 4 * numbers["R"]],
     }[facts.name]
     assert [r.bytes_down for r in reports] == [clients * (d + 4 * head) for d in down]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -34,6 +35,15 @@ def random_adapters(
         )
         for name, spec in modules.items()
     }
+
+
+def cored_adapters(
+    modules: Mapping[str, ModuleSpec], rank: int, scaling: float = 2.0, seed: int = 0
+) -> AdapterSet:
+    """`random_adapters` with a random core between the factors."""
+    g = torch.Generator().manual_seed(seed + 1)
+    plain = random_adapters(modules, rank, scaling, seed)
+    return {name: replace(f, R=torch.randn(rank, rank, generator=g)) for name, f in plain.items()}
 
 
 def random_patch(modules: Mapping[str, ModuleSpec], rank: int, seed: int) -> Patch:

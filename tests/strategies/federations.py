@@ -27,6 +27,16 @@ VARIANTS: Mapping[str, Rule] = {
     "ffa-orthonormal": make_rule("ffa", {"init_a": "orthonormal"}),
     "fedsvd-every-2": make_rule("fedsvd", {"period": 2}),
     "lora-fair-strong": make_rule("lora-fair", {"lam": 1.0}),
+    "lora-fair-plain": make_rule("lora-fair", {"norm": "plain"}),
+    "lora-fair-ridge": make_rule("lora-fair", {"solver": "ridge", "lam": 0.1}),
+    "lora-fair-a": make_rule("lora-fair", {"correct": "A", "lam": 1.0}),
+    "lora-fair-both": make_rule("lora-fair", {"correct": "both", "lam": 1.0}),
+    "hetlora-pruning": make_rule("hetlora", {"gamma": 0.5, "min_rank": 1}),
+    "fedrot-hard": make_rule("fedrot", {"lam": 1.0}),
+    "fedrot-soft": make_rule("fedrot", {"lam": 0.2}),
+    "florist-half": make_rule("florist", {"threshold": 0.5}),
+    "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),
+    "zero-padding-renormalised": make_rule("zero-padding", {"renormalise": True}),
 }
 """Every listed rule with its defaults, and some with options."""
 
@@ -93,13 +103,12 @@ class Federation:
 
     def _trained(self, given: Broadcast, name: str, who: tuple[int, int]) -> LoraFactors:
         factors = given.adapters[name]
-        A, B = factors.A.to(self.dtype), factors.B.to(self.dtype)
         trained = given.trains if name in given.modules else frozenset()
-        if "A" in trained:
-            A = A + self.normal(A.shape, "trained A", name, *who)
-        if "B" in trained:
-            B = B + self.normal(B.shape, "trained B", name, *who)
-        return LoraFactors(A, B, factors.scaling)
+        values = {factor: tensor.to(self.dtype) for factor, tensor in factors.tensors().items()}
+        for factor in trained:
+            tensor = values[factor]
+            values[factor] = tensor + self.normal(tensor.shape, f"trained {factor}", name, *who)
+        return LoraFactors(scaling=factors.scaling, **values)
 
     def updates(self, rule: Rule, state: State, present: Collection[int] | None = None) -> list[ClientUpdate]:
         """The replies of the clients at these positions; None means all."""
@@ -131,9 +140,10 @@ def federations(
     dtype: torch.dtype = torch.float64,
 ) -> Federation:
     """Up to three mostly non-square layers and five clients of any rank, alpha, weight and target."""
-    shapes, rank = draw(SHAPES), draw(RANKS)
-    scaling = draw(ALPHAS) / rank
-    drawn = draw(CLIENTS[min_clients])
+    shapes, absent = draw(SHAPES), draw(RANKS)
+    alpha, drawn = draw(ALPHAS), draw(CLIENTS[min_clients])
+    rank = max(absent, *(r for _, r, *_ in drawn))
+    scaling = alpha / rank
     return Federation(
         modules={
             name: ModuleSpec(out_features=o, in_features=i)
@@ -176,15 +186,14 @@ def oracle_layer(
     """One layer as the oracles want it."""
     start, total = state.adapters[name], sum(update.weight for update in updates)
     clients = [
-        oracles.Client(
-            p=update.weight / total,
-            B=numpy(update.adapters[name].B),
-            A=numpy(update.adapters[name].A),
-            s=update.adapters[name].scaling,
-        )
-        for update in updates
+        oracles.Client(p=update.weight / total, s=f.scaling, **_arrays(f))
+        for update, f in ((update, update.adapters[name]) for update in updates)
     ]
-    return oracles.Adapter(numpy(start.B), numpy(start.A), start.scaling), clients
+    return oracles.Adapter(s=start.scaling, **_arrays(start)), clients
+
+
+def _arrays(factors: LoraFactors) -> dict[str, oracles.Array]:
+    return {factor: numpy(tensor) for factor, tensor in factors.tensors().items()}
 
 
 def numpy(tensor: Tensor) -> oracles.Array:
@@ -203,7 +212,7 @@ def named_tensors(state: State) -> Tensors:
     found: Tensors = {f"head {n}": t for n, t in state.head.items()}
     found |= {f"memory {n}": t for n, t in state.memory.items()}
     for name, factors in state.adapters.items():
-        found |= {f"A {name}": factors.A, f"B {name}": factors.B}
+        found |= {f"{factor} {name}": tensor for factor, tensor in factors.tensors().items()}
     for version, patch in enumerate(state.base):
         for name, product in patch.products.items():
             found |= {f"P{version} left {name}": product.left, f"P{version} right {name}": product.right}

@@ -9,14 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.factors import LoraFactors
-from fedlora.updates import FACTORS, ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.factors import FACTORS, LoraFactors
+from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests import oracles
 from tests.strategies.federations import Federation, assert_same_bits, effective, named_tensors, relative
 
-OUT, IN, RANK = 7, 11, 3
+OUT, IN, RANK = 10, 13, 3
 FEDERATION = Federation(
     modules={"layer": ModuleSpec(out_features=OUT, in_features=IN)},
     rank=RANK,
@@ -28,11 +28,15 @@ FEDERATION = Federation(
 
 rules = {name: make_rule(name) for name in RULES}
 every_rule = pytest.mark.parametrize("rule", rules.values(), ids=list(rules))
-every_factor = pytest.mark.parametrize("factor", ["A", "B"])
+every_factor = pytest.mark.parametrize("factor", sorted(FACTORS))
+every_turn = pytest.mark.parametrize("rounds", [0, 1])
+"""After none or one round: a rule may train its factors in turn."""
 
 
-def replies(rule: Rule) -> tuple[State, list[ClientUpdate]]:
+def replies(rule: Rule, rounds: int = 0) -> tuple[State, list[ClientUpdate]]:
     state = FEDERATION.start(rule)
+    for _ in range(rounds):
+        state, _ = rule.aggregate(state, FEDERATION.updates(rule, state))
     return state, FEDERATION.updates(rule, state)
 
 
@@ -54,17 +58,27 @@ def test_every_rule_is_listed_under_its_own_name_with_an_oracle() -> None:
 def test_only_trained_factors_are_shipped(rule: Rule) -> None:
     facts = rule.facts
     assert facts.ships <= facts.trains <= FACTORS
-    given = rule.broadcast(FEDERATION.start(rule), FEDERATION.clients[0])
-    assert (given.trains, given.ships) == (facts.trains, facts.ships)
+    start = FEDERATION.start(rule)
+    given = [rule.broadcast(replace(start, round=t), FEDERATION.clients[0]) for t in range(4)]
+    for t, sent in enumerate(given):
+        assert sent.ships <= sent.trains
+        assert (sent.trains, sent.ships) == (rule.trained(t + 1), rule.shipped(t + 1))
+    assert frozenset().union(*(sent.trains for sent in given)) == facts.trains
+    assert frozenset().union(*(sent.ships for sent in given)) == facts.ships
 
 
 @every_rule
 @every_factor
-def test_the_next_adapter_depends_on_what_is_shipped_and_on_nothing_else(rule: Rule, factor: str) -> None:
+@every_turn
+def test_the_next_adapter_depends_on_what_is_shipped_and_on_nothing_else(
+    rule: Rule, factor: str, rounds: int
+) -> None:
     """NaN in a factor that stays at the client reaches no tensor of the next state."""
-    state, updates = replies(rule)
+    state, updates = replies(rule, rounds)
     after, _ = rule.aggregate(state, updates)
-    if factor in rule.facts.ships:
+    if factor not in updates[0].adapters["layer"].tensors():
+        assert factor not in rule.trained(state.round + 1)
+    elif factor in rule.shipped(state.round + 1):
         moved = [shifted(updates[0], factor, torch.tensor(0.5)), *updates[1:]]
         assert difference(rule.aggregate(state, moved)[0], after) > 1e-3
     else:
@@ -73,15 +87,16 @@ def test_the_next_adapter_depends_on_what_is_shipped_and_on_nothing_else(rule: R
 
 
 @every_rule
-def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: Rule) -> None:
+@every_turn
+def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: Rule, rounds: int) -> None:
     """Moving some of a shipped factor from one client to another, at equal sum p_k X_k, changes nothing.
 
     One factor at a time, so that for a product rule the other factor tells the clients apart.
     """
-    state, updates = replies(rule)
+    state, updates = replies(rule, rounds)
     after, _ = rule.aggregate(state, updates)
     changes = [0.0]
-    for factor in rule.facts.ships:
+    for factor in rule.shipped(state.round + 1):
         by = FEDERATION.normal(getattr(updates[0].adapters["layer"], factor).shape, "moved", factor)
         one = shifted(updates[0], factor, by / updates[0].weight)
         two = shifted(updates[1], factor, -by / updates[1].weight)
@@ -104,6 +119,8 @@ def test_the_base_moves_where_declared(rule: Rule) -> None:
 FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "0": lambda r, o, i: 0,
     "r*o": lambda r, o, i: r * o,
+    "r*i": lambda r, o, i: r * i,
+    "r^2": lambda r, o, i: r * r,
     "r(o+i)": lambda r, o, i: r * (o + i),
     "r_k(o+i)": lambda r, o, i: r * (o + i),
 }
@@ -112,8 +129,12 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
 DOWN: dict[str, Callable[[int, int, int, int], int]] = {
     "0": lambda r, m, o, i: 0,
     "r*o": lambda r, m, o, i: r * o,
+    "r*i": lambda r, m, o, i: r * i,
+    "r^2": lambda r, m, o, i: r * r,
     "r(o+i)": lambda r, m, o, i: r * (o + i),
     "R(o+i)": lambda r, m, o, i: m * r * (o + i),
+    "r_k(o+i)": lambda r, m, o, i: r * (o + i),
+    "r_k(o+i)+(R-r)(o+i)": lambda r, m, o, i: r * (o + i) + (m * r - r) * (o + i),
     "(r+n)(o+i)": lambda r, m, o, i: (r + max(1, round(r / 4))) * (o + i),
 }
 """The spellings of ``facts.down`` up to the first blank; m clients of rank r each, so that R = m r."""
@@ -122,7 +143,17 @@ UP: dict[str, Callable[[int, int, int], int]] = {
     "fedavg": lambda r, o, i: r * o + r * i,
     "ffa": lambda r, o, i: r * o,
     "flora": lambda r, o, i: r * o + r * i,
+    "florist": lambda r, o, i: r * o + r * i,
+    "flexlora": lambda r, o, i: r * o + r * i,
+    "fedex": lambda r, o, i: r * o + r * i,
+    "zero-padding": lambda r, o, i: r * o + r * i,
+    "rolora": lambda r, o, i: r * o,
+    "hetlora": lambda r, o, i: r * o + r * i,
+    "fedrot": lambda r, o, i: r * o + r * i,
+    "fedmomentum": lambda r, o, i: r * o + r * i,
     "lora-fair": lambda r, o, i: r * o + r * i,
+    "fedsa": lambda r, o, i: r * i,
+    "fed-sb": lambda r, o, i: r * r,
     "fedsvd": lambda r, o, i: r * o,
     "fedsvd-renew": lambda r, o, i: r * o,
     "head-only": lambda r, o, i: 0,
@@ -130,27 +161,48 @@ UP: dict[str, Callable[[int, int, int], int]] = {
 }
 """Numbers that one client sends for one layer, from the methods' descriptions."""
 
+UP_IN_EVEN_ROUNDS: dict[str, Callable[[int, int, int], int]] = {"rolora": lambda r, o, i: r * i}
+"""The same in rounds 2, 4, .., where it differs."""
+
+
+def spelling(text: str, server_round: int) -> str:
+    """The formula in ``facts.up`` or ``facts.down`` for a round, or for the way down after it.
+
+    ``x / y in turn`` is x for odd rounds and y for even ones; else it is what stands before the first blank.
+    """
+    if not text.endswith(" in turn"):
+        return text.split(" ")[0]
+    return text.removesuffix(" in turn").split(" / ")[(server_round - 1) % 2]
+
 
 @every_rule
+@pytest.mark.parametrize("server_round", [1, 2])
 @pytest.mark.parametrize(("rank", "out_features", "in_features"), [(1, 5, 5), (3, 7, 11), (4, 12, 6)])
-def test_bytes_up_are_the_closed_form(rule: Rule, rank: int, out_features: int, in_features: int) -> None:
-    factors = LoraFactors(torch.zeros(rank, in_features), torch.zeros(out_features, rank), 1.0)
-    shipped = sum(getattr(factors, factor).nbytes for factor in rule.facts.ships)
-    assert shipped == 4 * UP[rule.facts.name](rank, out_features, in_features)
-    assert shipped == 4 * FORMULAS[rule.facts.up](rank, out_features, in_features)
+def test_bytes_up_are_the_closed_form(
+    rule: Rule, rank: int, out_features: int, in_features: int, server_round: int
+) -> None:
+    A, B, R = torch.zeros(rank, in_features), torch.zeros(out_features, rank), torch.zeros(rank, rank)
+    factors = LoraFactors(A, B, 1.0, R)
+    shipped = sum(getattr(factors, factor).nbytes for factor in rule.shipped(server_round))
+    described = {**UP, **UP_IN_EVEN_ROUNDS} if server_round % 2 == 0 else UP
+    assert shipped == 4 * described[rule.facts.name](rank, out_features, in_features)
+    formula = FORMULAS[spelling(rule.facts.up, server_round)]
+    assert shipped == 4 * formula(rank, out_features, in_features)
 
 
 @every_rule
-def test_bytes_down_are_the_closed_form(rule: Rule) -> None:
+@every_turn
+def test_bytes_down_are_the_closed_form(rule: Rule, rounds: int) -> None:
     """What differs from the round before, or the new patch, is what has to travel to a client."""
-    state, updates = replies(rule)
+    state, updates = replies(rule, rounds)
     after, _ = rule.aggregate(state, updates)
     client = FEDERATION.clients[0]
     old, new = rule.broadcast(state, client), rule.broadcast(after, client)
     numbers = sum(patch.nbytes // 8 for patch in after.base[len(state.base) :])
     if new.fresh_seed is None:
-        for factor in FACTORS:
-            before, now = (getattr(given.adapters["layer"], factor) for given in (old, new))
+        for factor in old.adapters["layer"].tensors():
+            before, now = (given.adapters["layer"].tensors()[factor] for given in (old, new))
             numbers += 0 if torch.equal(before, now) else now.numel()
-    formula = rule.facts.down.split(" ")[0]
-    assert numbers == DOWN[formula](RANK, len(updates), OUT, IN)
+    formula = spelling(rule.facts.down, after.round)
+    expected = DOWN[formula](RANK, len(updates), OUT, IN)
+    assert 0 < numbers < expected if "at most" in rule.facts.down else numbers == expected

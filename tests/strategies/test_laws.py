@@ -67,7 +67,10 @@ def test_only_the_ratio_of_weights_counts(rule: Rule, federation: Federation, fa
 @every_rule
 @given(federation=federations())
 def test_weights_matter(rule: Rule, federation: Federation) -> None:
-    """Two clients at 1:3 and at 3:1 give different models: the law above is not met by ignoring weights."""
+    """Two clients at 1:3 and at 3:1 give different models: the law above is not met by ignoring weights.
+
+    Where the rule declares weights of its own, only the head does.
+    """
     federation = federation.suited(rule.facts)
     one = federation.clients[0]
     two = replace(federation, clients=(one, replace(one, partition_id=100)), weights=(1.0, 3.0))
@@ -75,9 +78,11 @@ def test_weights_matter(rule: Rule, federation: Federation) -> None:
     first, second = two.updates(rule, before)
     after = rule.aggregate(before, [first, second])[0]
     other = rule.aggregate(before, [replace(first, weight=3.0), replace(second, weight=1.0)])[0]
-    if rule.facts.ships:
+    if rule.facts.ships and not rule.facts.own_weights:
         moved = {n for n in effective(after) if relative(effective(other)[n], effective(after)[n]) > 1e-3}
         assert moved == rule.broadcast(before, one).modules
+    if rule.facts.own_weights:
+        assert all(relative(delta, effective(after)[n]) < tolerance for n, delta in effective(other).items())
     for name, tensor in after.head.items():
         assert relative(numpy(other.head[name]), numpy(tensor)) > 1e-3
 
@@ -94,7 +99,7 @@ def test_a_client_of_weight_zero_changes_nothing(rule: Rule, federation: Federat
         updates[idle],
         weight=0.0,
         adapters={
-            n: LoraFactors(f.A * torch.nan, f.B * torch.nan, f.scaling)
+            n: replace(f, **{factor: t * torch.nan for factor, t in f.tensors().items()})
             for n, f in updates[idle].adapters.items()
         },
         head={n: t * torch.nan for n, t in updates[idle].head.items()},
@@ -154,8 +159,7 @@ def test_inputs_keep_their_bits(rule: Rule, federation: Federation) -> None:
 
 
 def _tensors(update: ClientUpdate) -> dict[str, torch.Tensor]:
-    factors = {f"A {n}": f.A for n, f in update.adapters.items()}
-    factors |= {f"B {n}": f.B for n, f in update.adapters.items()}
+    factors = {f"{x} {n}": t for n, f in update.adapters.items() for x, t in f.tensors().items()}
     return factors | dict(update.head)
 
 
@@ -181,12 +185,12 @@ def test_dtype_names_shapes_and_round_are_kept(
 @every_rule
 @given(federation=federations())
 def test_what_moves_into_the_base_has_the_declared_rank(rule: Rule, federation: Federation) -> None:
-    """At most R = sum_k r_k a round, and nothing at all from rules that do not move the base."""
+    """At most R = sum_k r_k a round, or nothing; nothing at all from rules that do not move the base."""
     federation = federation.suited(rule.facts)
     before, _, after = played(rule, federation)
     patches = after.base[len(before.base) :]
     assert after.base[: len(before.base)] == before.base
-    assert len(patches) == int(rule.facts.moves_base)
+    assert len(patches) <= int(rule.facts.moves_base)
     for patch in patches:
         assert all(p.rank_bound <= sum(c.rank for c in federation.clients) for p in patch.products.values())
     for name, delta in effective(after).items():
@@ -224,8 +228,8 @@ def test_everybody_starts_from_the_same_frozen_factor(rule: Rule, federation: Fe
     clients = [replace(c, rank=federation.rank, scaling=federation.scaling) for c in federation.clients]
     starts = [rule.broadcast(state, client) for client in clients]
     for sent in starts:
-        for factor in {"A", "B"} - sent.trains:
-            for name, factors in sent.adapters.items():
+        for name, factors in sent.adapters.items():
+            for factor in factors.tensors().keys() - sent.trains:
                 first = getattr(starts[0].adapters[name], factor)
                 assert_same_bits({name: getattr(factors, factor)}, {name: first})
 

@@ -170,9 +170,8 @@ def test_one_liar_among_six_moves_a_robust_centre_little(name: str, robust: str)
 
 def _blown_up(factors: LoraFactors, rule: Rule) -> LoraFactors:
     shipped = rule.shipped(1)
-    return LoraFactors(
-        factors.A * (1e6 if "A" in shipped else 1.0), factors.B * (1e6 if "B" in shipped else 1.0), 2.0
-    )
+    tensors = {k: t * (1e6 if k in shipped else 1.0) for k, t in factors.tensors().items()}
+    return LoraFactors(scaling=factors.scaling, **tensors)
 
 
 @pytest.mark.parametrize("robust", ["median", "trimmed-mean", "multi-krum"])

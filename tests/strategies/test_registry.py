@@ -9,7 +9,7 @@ import pytest
 
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors
-from fedlora.initial import INIT_A
+from fedlora.initial import DRAWN, INIT_A
 from fedlora.updates import ModuleSpec, Template
 from strategies.registry import RULES, make_rule
 
@@ -59,7 +59,8 @@ def test_a_whole_number_is_a_number() -> None:
         ("lora-fair", {"lam": True}, ("strategy.options lam", "True", "float")),
         ("lora-fair", {"lam": -1}, ("strategy.options lam", "-1", ">= 0")),
         ("lora-fair", {"lam": float("nan")}, ("strategy.options lam", "nan", "finite")),
-        ("ffa", {"init_a": "pissa"}, ("strategy.init-a", "'pissa'", *INIT_A)),
+        ("ffa", {"init_a": "zeros"}, ("strategy.init-a", "'zeros'", *INIT_A)),
+        ("flora", {"init_a": "pissa"}, ("strategy.init-a", "'pissa'", "flora draws a new A", *DRAWN)),
         ("ffa", {"init_a": 3}, ("strategy.options init_a", "3", "str")),
     ],
 )
@@ -74,14 +75,14 @@ def test_refusals_are_one_line_with_key_value_and_way_out(
 
 
 @pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize("init_a", INIT_A)
-def test_a_run_starts_from_a_seeded_a_and_an_empty_b(name: str, init_a: str) -> None:
+@pytest.mark.parametrize("init_a", DRAWN)
+def test_a_run_starts_from_a_seeded_a_and_an_empty_product(name: str, init_a: str) -> None:
     template = Template(modules={"x": ModuleSpec(out_features=5, in_features=7)}, rank=2, scaling=1.0)
     rule = make_rule(name, {"init_a": init_a})
     states = [rule.init(template, seed) for seed in (1, 1, 2)]
     first, again, other = (state.adapters["x"] for state in states)
     assert isinstance(first, LoraFactors)
-    assert (first.A.shape, first.B.shape, first.B.any().item()) == ((2, 7), (5, 2), False)
+    assert (first.A.shape, first.B.shape, first.delta().any().item()) == ((2, 7), (5, 2), False)
     assert first.A.equal(again.A)
     assert not first.A.equal(other.A)
     assert states[0].base == ()

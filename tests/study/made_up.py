@@ -53,6 +53,8 @@ def result(
             "epsilon": epsilon * math.sqrt(number / num_rounds) if epsilon else None,
             "epsilon_by_client": spent,
             "gap": GAP.get(strategy, 2e-7) * (1 + 0.3 * math.sin(number)),
+            "cosine": 0.5 + 0.2 * math.sin(number),
+            "effective_rank": 4.0 + number,
             "update_norm": 1.0,
             "train_loss": None if epsilon else 0.6,
             "participants": [0, 1, 2, 3],

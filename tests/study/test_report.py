@@ -132,10 +132,18 @@ def test_colours_are_variables_so_that_dark_mode_can_change_them(page: Page) -> 
 
 def test_charts_without_data_are_left_out(page: Page) -> None:
     charts = [name for name in page.ids if name.startswith("chart-")]
-    assert charts == ["chart-accuracy", "chart-traffic", "chart-gap", "chart-epsilon", "chart-domains"]
+    assert charts == [
+        "chart-accuracy",
+        "chart-traffic",
+        "chart-gap",
+        "chart-cosine",
+        "chart-effective-rank",
+        "chart-epsilon",
+        "chart-domains",
+    ]
     bare = result(
         "flora",
-        record={"accuracy": None, "gap": None, "examples": None},
+        record={"accuracy": None, "gap": None, "cosine": None, "effective_rank": None, "examples": None},
         outcome={"accuracy_by_domain": {}},
     )
     assert draw_charts(summarise([bare])) == []

@@ -85,7 +85,7 @@ def test_a_button_hides_and_shows_its_run_in_all_charts(page: Any) -> None:
     others = _find(page, ".series[data-series=s3]")
     assert button.text == "flora"
     assert button.get_attribute("aria-pressed") == "true"
-    assert len(parts) == 7
+    assert len(parts) == 11
     assert all(part.is_displayed() for part in parts)
     button.click()
     assert button.get_attribute("aria-pressed") == "false"

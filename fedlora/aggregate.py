@@ -1,0 +1,180 @@
+"""``fedlora aggregate``: saved PEFT adapters in, one PEFT adapter or one merged model out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.models.adapter_group import AdapterGroup, gather
+from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, global_product, write_adapter
+from fedlora.models.merged import Base, open_base, write_merged
+from fedlora.models.peft_files import read_adapter
+from fedlora.models.plain_lora import CONFIG_FILE
+from fedlora.one_round import check_rule, check_weights, one_round
+from fedlora.threads import one_thread
+from fedlora.updates import State
+from strategies.diagnostics import Diagnostics
+from strategies.registry import make_rule
+
+NOTICEABLE = 1e-3
+"""A merged model that loses more of the update than this share to rounding says so."""
+REPLACEABLE = frozenset({CONFIG_FILE, TENSORS_FILE, CARD_FILE, "README.md"})
+"""What an adapter directory holds; one with anything else is never replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be aggregated, and how.
+
+    Attributes:
+        adapters: directories that ``save_pretrained`` wrote.
+        strategy: the rule's name.
+        options: the rule's options.
+        weights: one weight for each adapter; None weighs them equally.
+        base: the directory of the model that they belong to, to check their layers and to merge.
+        merge: write the base with the update inside instead of an adapter.
+        out: the directory to write; an adapter that is there is replaced.
+    """
+
+    adapters: Sequence[Path]
+    strategy: str
+    options: Mapping[str, Any]
+    weights: Sequence[float] | None
+    base: Path | None
+    merge: bool
+    out: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was done.
+
+    Attributes:
+        strategy: the rule.
+        weights: normalised, in the order of the adapters.
+        ranks_in: the ranks of each adapter's modules, ascending.
+        ranks_out: the ranks of the written adapter's modules, ascending; empty for a merged model.
+        modules: how many layers are adapted.
+        head: the averaged tensors of ``modules_to_save``.
+        diagnostics: see `strategies.diagnostics`.
+        notes: what else a user should know, a sentence each.
+    """
+
+    strategy: str
+    weights: Sequence[float]
+    ranks_in: Sequence[tuple[int, ...]]
+    ranks_out: tuple[int, ...]
+    modules: int
+    head: Sequence[str]
+    diagnostics: Diagnostics
+    notes: Sequence[str]
+
+
+@one_thread()
+def aggregate(request: Request) -> Outcome:
+    """Read, check, aggregate, write; where anything is wrong, nothing is written.
+
+    Raises:
+        ConfigError: whatever the request, its adapters or its base make impossible.
+        RunFailed: the result could not be written.
+    """
+    if "init_a" in request.options:
+        raise ConfigError("--option init_a: nothing is drawn here, the adapters bring their A")
+    rule = make_rule(request.strategy, request.options)
+    check_rule(rule)
+    _check_out(request)
+    group = gather([read_adapter(path) for path in request.adapters], request.base)
+    weights = list(request.weights if request.weights is not None else [1.0] * len(group.members))
+    check_weights(weights, group)
+    base = _base(request, group)
+    state, diagnostics = one_round(rule, group, weights)
+    with _one_line(request.out):
+        ranks_out, rounding = _write(request.out, group, state, base if request.merge else None)
+    return Outcome(
+        strategy=rule.facts.name,
+        weights=[weight / sum(weights) for weight in weights],
+        ranks_in=[member.ranks for member in group.members],
+        ranks_out=ranks_out,
+        modules=len(group.modules),
+        head=sorted(state.head),
+        diagnostics=diagnostics,
+        notes=[*_notes(request, group, weights), *rounding],
+    )
+
+
+def _base(request: Request, group: AdapterGroup) -> Base | None:
+    path = request.base
+    if path is None and request.merge:
+        named = group.identity["base_model_name_or_path"]
+        if not named or not Path(named).is_dir():
+            raise ConfigError(
+                f"--merge: the adapters name {named!r} as their base, no local directory: give --base"
+            )
+        path = Path(named)
+    return None if path is None else open_base(path, group, weights=request.merge)
+
+
+def _write(
+    out: Path, group: AdapterGroup, state: State, base: Base | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """Write the adapter, or the merged model where a base is given; the ranks written, and notes."""
+    if base is None:
+        adapters = global_adapters(state)
+        write_adapter(
+            out, adapters, state.head, group.card,
+            modules_to_save=group.modules_to_save or None,
+            fan_in_fan_out=group.fan_in_fan_out,
+            **group.identity,
+        )  # fmt: skip
+        return tuple(sorted({factors.rank for factors in adapters.values()})), []
+    products = {name: global_product(state, name) for name in state.adapters}
+    lost = write_merged(out, base, products, state.head)
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    note = f"the base is {dtype}: rounding changed the update by {100 * lost:.2g} % of its norm"
+    return (), [note] if lost > NOTICEABLE else []
+
+
+def _notes(request: Request, group: AdapterGroup, weights: Sequence[float]) -> Iterator[str]:
+    if len({member.config.identity["base_model_name_or_path"] for member in group.members}) > 1:
+        yield f"the adapters name different bases: all were taken to belong to {request.base}"
+    for path, count in group.partial.items():
+        yield f"{path} lacks {count} of {len(group.modules)} modules: no change there, its weight stays"
+    for member, weight in zip(group.members, weights, strict=True):
+        if weight == 0:
+            yield f"{member.path} has weight 0: it was checked and counts for nothing"
+
+
+def _check_out(request: Request) -> None:
+    """Refuse a directory whose replacement would lose something."""
+    out = request.out
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file, name a directory")
+    here = out.resolve()
+    for source in (*request.adapters, *([request.base] if request.base else [])):
+        if here in (source.resolve(), *source.resolve().parents):
+            raise ConfigError(f"--out {out}: {source} is read from there, name another directory")
+    found = {entry.name for entry in out.iterdir()}
+    if found and (request.merge or CONFIG_FILE not in found or not found <= REPLACEABLE):
+        other = min(found - REPLACEABLE, default=CONFIG_FILE)
+        raise ConfigError(
+            f"--out {out}: is not empty (it has {other}): only a bare adapter is replaced by another"
+        )
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"--out {out}: {error.strerror}") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RunFailed(f"--out {out}: could not be written ({reason})") from None

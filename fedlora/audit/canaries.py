@@ -1,0 +1,135 @@
+"""Canaries in gradient space: directions that are pushed along, or not, by the toss of a coin.
+
+A canary is an example of one client whose gradient is `LOUDNESS` max_grad_norm long, so that clipping leaves
+of it exactly max_grad_norm, along its own direction. The directions of a client are orthonormal, and where
+the trained tensors have room for it those of all clients together; no canary then speaks in another's score.
+Half of the canaries push along the factors alone, the others along the head alone: a mechanism that leaves
+one of them out is found there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.batches import Indices
+from clients.canaries import Rows
+from fedlora.audit.attack import Coins
+from fedlora.factors import Tensors
+from fedlora.seeding import stream, torch_stream
+
+FACTORS, HEAD = "factors", "head"
+LOUDNESS = 10.0
+"""Length of a canary's gradient / max_grad_norm; a mechanism that does not clip shows it."""
+ROOM = 100_000_000
+"""Numbers that the directions of all clients together may take; beyond, only each client's are orthonormal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """All canaries of an audit.
+
+    Attributes:
+        counts: group -> canaries at each client.
+        clients: the partitions, sorted.
+        seed: root of the coins and directions.
+        max_grad_norm: the norm that gradients are clipped to.
+    """
+
+    counts: Mapping[str, int]
+    clients: Sequence[int]
+    seed: int
+    max_grad_norm: float
+
+    def coins(self, group: str, partition: int) -> Coins:
+        """Which of a client's canaries are in its data."""
+        return stream(self.seed, "audit", "coins", group, partition).random(self.counts[group]) < 0.5
+
+    def directions(self, group: str, partition: int, dimension: int) -> Tensor:
+        """A client's directions in the shipped tensors of a group, (canaries, dimension), orthonormal rows."""
+        count, place = self.counts[group], self.clients.index(partition)
+        together = count * len(self.clients)
+        if together <= dimension and together * dimension <= ROOM:
+            return _orthonormal(self.seed, group, together, dimension)[place * count : (place + 1) * count]
+        return _orthonormal(self.seed, f"{group} {partition}", count, dimension)
+
+
+@lru_cache(maxsize=4)
+def _orthonormal(seed: int, name: str, count: int, dimension: int) -> Tensor:
+    generator = torch_stream(seed, "audit", "directions", name)
+    rows: Tensor = torch.linalg.qr(torch.randn(dimension, count, generator=generator)).Q.T
+    return rows.contiguous()
+
+
+@dataclass(slots=True)
+class ClientCanaries:
+    """A client's canaries in one round, as `clients.canaries` wants them.
+
+    Attributes:
+        design: all canaries.
+        partition: whose these are.
+        ships: the factors that come back; canaries push along nothing else.
+        names: group -> the tensors that its canaries push along, known once the round is trained.
+    """
+
+    design: Design
+    partition: int
+    ships: frozenset[str]
+    names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def members(self) -> Indices:
+        """Numbers of the canaries whose coin says so; groups count on one after the other."""
+        coins = [self.design.coins(group, self.partition) for group in self.design.counts]
+        return np.flatnonzero(np.concatenate(coins))
+
+    def rows(self, trained: Mapping[str, Tensor]) -> Rows:
+        """See `clients.canaries.Canaries`."""
+        self.names = named_groups(trained, self.ships, self.design.counts)
+        length = LOUDNESS * self.design.max_grad_norm
+        spread: dict[str, Tensor] = {}
+        for group, names in self.names.items():
+            sizes = [trained[name].numel() for name in names]
+            directions = length * self.design.directions(group, self.partition, sum(sizes))
+            spread |= dict(zip(names, directions.split(sizes, dim=1), strict=True))
+        group_of = {name: group for group, names in self.names.items() for name in names}
+        starts = dict(zip(self.design.counts, np.cumsum([0, *self.design.counts.values()]), strict=False))
+
+        def rows(numbers: Indices) -> list[Tensor]:
+            found = []
+            for name, tensor in trained.items():
+                row = torch.zeros(len(numbers), tensor.numel())
+                if name in group_of:
+                    group = group_of[name]
+                    own = numbers - starts[group]
+                    mine = torch.from_numpy((own >= 0) & (own < self.design.counts[group]))
+                    row[mine] = spread[name][own[mine.numpy()]]
+                found.append(row.reshape(len(numbers), *tensor.shape))
+            return found
+
+        return rows
+
+
+def named_groups(
+    trained: Mapping[str, Tensor], ships: frozenset[str], groups: Mapping[str, object]
+) -> dict[str, tuple[str, ...]]:
+    """The trained tensors of each group that a client sends, factors as ``query.A``."""
+    factors = [name for name in trained if _is_factor(name)]
+    tensors = {
+        FACTORS: tuple(name for name in factors if name.rpartition(".")[2] in ships),
+        HEAD: tuple(name for name in trained if not _is_factor(name)),
+    }
+    return {group: tensors[group] for group in groups}
+
+
+def flat(tensors: Tensors, names: Sequence[str]) -> Tensor:
+    """Those tensors as one vector."""
+    return torch.cat([tensors[name].flatten() for name in names])
+
+
+def _is_factor(name: str) -> bool:
+    return name.endswith((".A", ".B", ".R"))

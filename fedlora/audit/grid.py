@@ -1,0 +1,127 @@
+"""The clients of an audit, in this process: their real code, with canaries among their examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from uuid import uuid4
+
+from flwr.app import Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from clients.carry_out import Node, evaluate_order, load, set_up, train_order
+from clients.private import train_private
+from fedlora import wire
+from fedlora.audit.canaries import ClientCanaries, Design
+from fedlora.audit.views import ServerView, tensors_of
+from fedlora.config import RunConfig
+from fedlora.engines.identity import SERVER_NODE_ID, speak_as_server
+from fedlora.factors import Tensors
+from fedlora.seeding import derive
+
+LARGER = 4
+"""Batches of the rehearsal / those of the client: the expected step is the same, and nearer to its mean."""
+
+
+class AuditGrid(Grid):
+    """One node for each partition; what the clients ship is shown to the attacker.
+
+    Args:
+        config: the run.
+        design: the canaries.
+        view: the attacker at the server.
+        state_dir: where clients keep what they hold between messages.
+    """
+
+    def __init__(self, config: RunConfig, design: Design, view: ServerView, state_dir: Path) -> None:
+        self.partition_ids = {SERVER_NODE_ID + 1 + p: p for p in design.clients}
+        self._config = config
+        self._design = design
+        self._view = view
+        self._state_dir = state_dir
+        speak_as_server(run_id=1)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Carry out all messages, one after the other; an error of a client is an error of the audit."""
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            order = wire.decode_order(message.content)
+            node = Node(
+                partition_id=self.partition_ids[message.metadata.dst_node_id],
+                state_dir=self._state_dir,
+                simulation=True,
+            )
+            if message.metadata.message_type == MessageType.TRAIN:
+                reply = self._train(order, node)
+            else:
+                reply = evaluate_order(order, self._config, node)
+            replies.append(Message(wire.encode_reply(reply), reply_to=message))
+        return replies
+
+    def _train(self, order: wire.TrainOrder, node: Node) -> wire.Reply:
+        canaries = ClientCanaries(self._design, node.partition_id, order.ships)
+        reply = train_order(order, self._config, replace(node, canaries=canaries))
+        if reply.status == wire.OK:
+            self._view.see(canaries, tensors_of(reply.arrays), rehearsal(order, self._config, node))
+        return reply
+
+    # --- the rest of Flower's interface ------------------------------------------------------------------
+
+    def set_run(self, run: Run) -> None:
+        """Not needed here: the run is fixed at construction."""
+        raise NotImplementedError("an AuditGrid belongs to one run")
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return Run.create_empty(1)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
+        ttl: float | None = None,
+    ) -> Message:  # fmt: skip
+        """A new message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; they are always there."""
+        return list(self.partition_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refused: replies are only collected by `send_and_receive`."""
+        raise NotImplementedError("use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refused: replies are only collected by `send_and_receive`."""
+        raise NotImplementedError("use send_and_receive")
+
+
+def rehearsal(order: wire.TrainOrder, config: RunConfig, node: Node) -> Tensors:
+    """What a client would send without canaries and without noise, by larger batches of the attacker's own.
+
+    Under differential privacy the attacker may know everything but the coin, the other examples included.
+    """
+    ready = set_up(order, config, node)
+    assert not isinstance(ready, wire.Reply)  # the client has just carried out the same order
+    worker, opened = ready
+    modules = load(worker, opened, order, config)
+    privacy, indices = config.privacy, worker.data.indices(node.partition_id)
+    result = train_private(
+        worker.model,
+        worker.data.train,
+        indices,
+        worker.data.pad_token_id,
+        replace(config.train, batch_size=min(len(indices), LARGER * config.train.batch_size)),
+        local_steps=config.local_steps_of(node.partition_id),
+        noise_multiplier=0.0,
+        max_grad_norm=privacy.max_grad_norm,
+        seed=derive(config.seed, "audit", "rehearsal", order.server_round, node.partition_id),
+        clipping=privacy.clipping,
+        max_physical_batch_size=privacy.max_physical_batch_size,
+    )
+    return tensors_of(wire.to_peft(result.adapters, result.head, order.ships, modules))

@@ -1,0 +1,86 @@
+"""What a configuration asks for, checked as a whole before anything is started."""
+
+from __future__ import annotations
+
+from clients.private import check_private
+from fedlora.config import RunConfig, StrategyConfig
+from fedlora.errors import ConfigError
+from fedlora.initial import PISSA
+from strategies.registry import RULES, make_rule
+from strategies.robust import make_center
+from strategies.rule import Rule
+from strategies.server_optimizer import ServerOptimizer
+
+
+def check(config: RunConfig) -> Rule:
+    """The rule of a configuration, after refusing combinations that cannot work.
+
+    Raises:
+        ConfigError: an unknown strategy or option, mixed ranks for a rule that cannot take them, or a
+            setting that privacy excludes.
+    """
+    rule = configured_rule(config.strategy)
+    ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
+    if len(ranks) > 1 and not rule.facts.mixed_ranks:
+        able = ", ".join(name for name, r in RULES.items() if r.facts.mixed_ranks)
+        raise ConfigError(
+            f"lora.ranks: {rule.facts.name} needs equal ranks, not {sorted(ranks)} (mixed: {able})"
+        )
+    if len(ranks) > 1 and rule.init_a == PISSA:
+        raise ConfigError(
+            f"strategy.init-a = {PISSA!r}: needs equal ranks, not {sorted(ranks)}, "
+            "a client of lower rank would lack a part of the base weight"
+        )
+    if config.privacy.client_level:
+        check_client_level(config, rule, ranks)
+    if config.privacy.private:
+        check_private(config.train, num_examples=config.train.batch_size)
+    if rule.gradient_examples and not config.data.public:
+        raise ConfigError(
+            f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"
+        )
+    if not rule.facts.trains and config.model.head == "freeze":
+        raise ConfigError(f"model.head = 'freeze': {rule.facts.name} would train nothing")
+    return rule
+
+
+def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
+    """Refuse what noise on a mean does not cover.
+
+    Raises:
+        ConfigError: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
+    """
+    mode, name = "privacy.mode = 'client'", rule.facts.name
+    if not rule.facts.client_dp:
+        able = ", ".join(n for n, r in RULES.items() if r.facts.client_dp)
+        raise ConfigError(
+            f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does not "
+            f"cover it (able: {able})"
+        )
+    if config.strategy.robust != "none":
+        raise ConfigError(f"{mode}: strategy.robust = {config.strategy.robust!r} is no mean, must be 'none'")
+    if config.model.head == "local":
+        raise ConfigError(f"{mode}: model.head = 'local' is measured by clients, outside the guarantee")
+    if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
+        raise ConfigError(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
+
+
+def configured_rule(config: StrategyConfig) -> Rule:
+    """The rule of a ``[strategy]`` section, composed with its robust centre and its server optimiser."""
+    return make_rule(
+        config.name,
+        config.option_dict,
+        center=make_center(
+            config.robust,
+            trim_fraction=config.trim_fraction,
+            malicious=config.krum_malicious,
+            chosen=config.krum_chosen,
+        ),
+        optimizer=ServerOptimizer(
+            name=config.server_optimizer,
+            learning_rate=config.server_learning_rate,
+            beta_1=config.server_beta_1,
+            beta_2=config.server_beta_2,
+            tau=config.server_tau,
+        ),
+    )

@@ -1,0 +1,132 @@
+"""``fedlora privacy plan``: the noise that a budget needs, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedlora.cli.console import err, one_line_errors, out, percent
+
+
+@one_line_errors
+def plan(
+    dataset_size: Annotated[int, typer.Option(help="N: examples of the client, of the smallest to be safe.")],
+    batch_size: Annotated[int, typer.Option(help="B: train.batch-size.")],
+    local_steps: Annotated[int, typer.Option(help="T: train.local-steps.")],
+    rounds: Annotated[int, typer.Option(help="R: num-server-rounds.")],
+    target_epsilon: Annotated[float, typer.Option(help="Budget of the client over the whole run.")],
+    target_delta: Annotated[float, typer.Option(help="Its delta, well below 1 / N.")],
+    max_participations: Annotated[
+        int | None, typer.Option(help="P: privacy.max-participations.", show_default="all rounds")
+    ] = None,
+    fraction_train: Annotated[float, typer.Option(help="F: share of the clients picked in a round.")] = 1.0,
+    accountant: Annotated[str, typer.Option(help="prv, pld or rdp.")] = "prv",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """The noise that keeps a client's budget in as many rounds as the server allows it.
+
+    Also says what noise for the expected rounds would have promised and really spent.
+
+    Example: fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100
+    --fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5
+    """
+    from fedlora.privacy.plan import Request, make_plan
+
+    request = Request(
+        dataset_size=dataset_size,
+        batch_size=batch_size,
+        local_steps=local_steps,
+        rounds=rounds,
+        max_participations=rounds if max_participations is None else max_participations,
+        fraction_train=fraction_train,
+        target_epsilon=target_epsilon,
+        target_delta=target_delta,
+        accountant=accountant,
+    )
+    if target_delta * dataset_size >= 1:
+        err.print(
+            f"[yellow]warning:[/yellow] --target-delta = {target_delta:g}: is not below 1 / --dataset-size = "
+            f"{1 / dataset_size:.2g}, so giving one example away whole would pass as private",
+            highlight=False,
+        )
+    result = make_plan(request)
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    _print_worst_case(result, batch_size, dataset_size)
+    if result["expected_case"]["participations"] < result["participations"]:
+        _print_hopeful_cases(result, target_epsilon)
+    else:
+        out.print("\nOn average a client takes part as often as it may: the expected case is the worst case.")
+    _print_accountants(result, target_epsilon)
+
+
+def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) -> None:
+    rounds, steps = plan["participations"], plan["steps"]
+    batch = f"{batch_size:,} of {_count(dataset_size, 'example')} in a batch on average"
+    rows = {
+        "noise multiplier": f"{_noise(plan['noise_multiplier'])}  (noise standard deviation / clipping norm)",
+        "epsilon": f"{_epsilon(plan['epsilon'])} at delta {plan['delta']:g}, by {plan['accountant']}",
+        "covers": f"{_count(rounds, 'round')} of {_count(steps // rounds, 'step')}, {steps:,} in all",
+        "sample rate": f"{plan['sample_rate']:.4g}  ({batch})",
+    }
+    for name, text in rows.items():
+        out.print(f"{name:16}  {text}", highlight=False)
+
+
+def _print_hopeful_cases(plan: dict[str, Any], target_epsilon: float) -> None:
+    expected, sampling = plan["expected_case"], plan["client_sampling"]
+    worst, average = _count(plan["participations"], "round"), _count(expected["participations"], "round")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("noise calibrated for", no_wrap=True)
+    table.add_column("noise", justify="right", no_wrap=True)
+    table.add_column(f"epsilon of a client picked in {worst}", justify="right", no_wrap=True)
+    for name, case, epsilon in (
+        (f"the worst case, {worst}", plan, plan["epsilon"]),
+        (f"the expected case, {average}", expected, expected["epsilon_spent"]),
+        ("client sampling multiplied into the sample rate", sampling, sampling["epsilon_spent"]),
+    ):
+        table.add_row(name, _noise(case["noise_multiplier"]), _epsilon(epsilon))
+    out.print()
+    out.print(table)
+    out.print(
+        f"\nThe expected case would have claimed epsilon {_epsilon(target_epsilon)} with its noise, "
+        f"and {percent(expected['picked_more_often'])} of the clients spend more."
+        f"\nWith noise {_noise(plan['noise_multiplier'])} it would have claimed epsilon "
+        f"{_epsilon(expected['epsilon_claimed'])}.",
+        highlight=False,
+    )
+
+
+def _print_accountants(plan: dict[str, Any], target_epsilon: float) -> None:
+    epsilons = ", ".join(f"{name} {_epsilon(value)}" for name, value in plan["by_accountant"].items())
+    out.print(
+        f"\nNoise {_noise(plan['noise_multiplier'])} by each accountant: epsilon {epsilons}.", highlight=False
+    )
+    tight = plan["tight"]
+    if tight and tight["epsilon"]:
+        out.print(
+            f"rdp is an upper bound, here {percent(plan['epsilon'] / tight['epsilon'] - 1)} above pld, which "
+            f"keeps epsilon {_epsilon(target_epsilon)} with noise {_noise(tight['noise_multiplier'])}.",
+            highlight=False,
+        )
+
+
+def _noise(value: float | None) -> str:
+    """Four decimals, rounded up: the next lower number would break the budget."""
+    return "not resolved" if value is None else f"{math.ceil(1e4 * value) / 1e4:.4f}"
+
+
+def _epsilon(value: float | None) -> str:
+    if value is None:
+        return "not resolved"
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"
+
+
+def _count(number: float, thing: str) -> str:
+    return f"{number:,.10g} {thing}{'' if number == 1 else 's'}"

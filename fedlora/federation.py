@@ -1,0 +1,291 @@
+"""One run: a configuration becomes a strategy, its rounds become a run directory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from flwr.app import ConfigRecord
+from flwr.serverapp import Grid
+
+from clients.accounts import check_disjoint, check_ledgers, ledger_directory
+from clients.evaluation import Evaluation, evaluate
+from clients.private import check_private
+from clients.resident import Resident, resident
+from fedlora.checks import check
+from fedlora.client_level import client_mechanism, clients_spent
+from fedlora.config import RunConfig, int_list
+from fedlora.data.examples import evaluation_subset
+from fedlora.errors import ConfigError
+from fedlora.initial import PISSA
+from fedlora.models import AdapterCard, save_adapter
+from fedlora.models.pissa import principal
+from fedlora.personal import mean_model, model_of, own_tensors
+from fedlora.public import first_gradients
+from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.summaries import personal_summary, summary
+from fedlora.updates import ClientSpec, State
+from strategies.flower import FactorStrategy
+from strategies.report import RoundReport
+from strategies.rule import Rule
+
+Progress = Callable[[dict[str, Any]], None]
+"""Called with each round's record, as it is written to ``rounds.jsonl``."""
+
+
+@dataclass(slots=True)
+class Federation:
+    """One run: everything between a Grid and a run directory.
+
+    Attributes:
+        config: what to do.
+        directory: where the results go; a checkpoint in it is resumed.
+        progress: told about each round.
+        stores: where the clients keep what they hold, if that can be read from here (in simulation).
+    """
+
+    config: RunConfig
+    directory: RunDirectory
+    progress: Progress | None = None
+    stores: Path | None = None
+    worker: Resident = field(init=False)
+    strategy: FactorStrategy = field(init=False)
+    run_key: str = field(init=False, default="")
+    ledger_heads: dict[int, str] = field(init=False, default_factory=dict)
+    _began: float = field(init=False, default=0.0)
+    _whole: Evaluation | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        rule = check(self.config)
+        self.worker = resident(self.config)
+        self.strategy = self._strategy(rule)
+        checkpoint = self.directory.load_checkpoint()
+        if self.config.privacy.private and self.stores is not None:
+            ledgers = ledger_directory(self.config, self.stores, simulation=True)
+            heads = checkpoint.ledger_heads if checkpoint is not None else {}
+            check_ledgers(self.config, self.worker.data, self.partitions, ledgers, heads)
+        self.directory.open(self.config)
+        self._restore(checkpoint)
+
+    @property
+    def partitions(self) -> Collection[int]:
+        """The partitions that may take part."""
+        count = self.worker.data.num_partitions
+        chosen = int_list("partitions", self.config.partitions) or range(count)
+        if max(chosen) >= count:
+            raise ConfigError(
+                f"partitions = {self.config.partitions!r}: the data has partitions 0 to {count - 1}"
+            )
+        return chosen
+
+    def run(self, grid: Grid) -> dict[str, Any]:
+        """All remaining rounds, then the whole test set and the adapter; returns the result record.
+
+        Raises:
+            RunFailed: too few clients or valid updates; what was written before is kept.
+        """
+        self._began = time.monotonic()
+        strategy = self.strategy
+        strategy.on_round = self._after_round
+        settings = ConfigRecord({"run-key": self.run_key})
+        strategy.start(
+            grid,
+            strategy.arrays(),
+            num_rounds=self.config.num_server_rounds,
+            timeout=self.config.round_timeout,
+            train_config=settings,
+            evaluate_config=settings,
+        )
+        return self._finish()
+
+    # --- before ------------------------------------------------------------------------------------
+
+    def _strategy(self, rule: Rule) -> FactorStrategy:
+        config = self.config
+        ranks = {config.rank_of(p) for p in self.partitions}
+        for rank in sorted(ranks):
+            self.worker.model.check_rank(rank)
+        if config.privacy.private:
+            for partition in self.partitions:
+                check_private(config.train, len(self.worker.data.indices(partition)))
+            check_disjoint(config, self.worker.data, self.partitions)
+        strategy = FactorStrategy(
+            rule,
+            fraction_train=config.fraction_train,
+            min_train_nodes=config.min_train_nodes,
+            min_available_nodes=config.min_available_nodes,
+            seed=config.seed,
+            weighted_by_key="num-examples" if config.privacy.mode == "none" else None,
+            client_spec=self._client_spec,
+            partitions=frozenset(self.partitions),
+            max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
+            clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
+            diagnostics=config.strategy.diagnostics,
+            client_dp=client_mechanism(config, seeded=self.stores is not None),
+        )
+        rank = max(ranks)
+        template = self.worker.model.template(
+            rank, config.lora.scaling(rank), share_head=config.model.head == "train"
+        )
+        if rule.init_a == PISSA:
+            template = principal(template, self.worker.model.base_weight)
+        if rule.gradient_examples:
+            gradients = first_gradients(self.worker, config, rule.gradient_examples)
+            template = replace(template, gradients=gradients)
+        strategy.state = rule.init(template, config.seed)
+        return strategy
+
+    def _client_spec(self, partition_id: int) -> ClientSpec:
+        rank = self.config.rank_of(partition_id)
+        group = self.config.group_of(partition_id)
+        modules = None
+        if group is not None and group.target_modules is not None:
+            modules = frozenset(self.worker.modules[group.target_modules])
+        return ClientSpec(
+            partition_id=partition_id,
+            rank=rank,
+            scaling=self.config.lora.scaling(rank, self.config.alpha_of(partition_id)),
+            modules=modules,
+        )
+
+    def _restore(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            self.run_key = uuid4().hex
+            self.directory.keep_rounds(0)
+            return
+        self.run_key = checkpoint.run_key
+        self.strategy.state = checkpoint.state
+        self.strategy.participations = checkpoint.participations
+        self.strategy.courier.holdings = checkpoint.holdings
+        self.ledger_heads = checkpoint.ledger_heads
+        self.directory.keep_rounds(checkpoint.state.round)
+
+    # --- after each round ----------------------------------------------------------------------------
+
+    @property
+    def personal(self) -> bool:
+        """Clients keep something trained to themselves, so that only they can measure their models."""
+        return self.config.model.head == "local" or self.strategy.rule.facts.personal
+
+    @property
+    def _may_be_told(self) -> bool:
+        """Client-level privacy covers the model; losses of clients are outside unless they are released."""
+        return not self.config.privacy.client_level or self.config.privacy.release_metrics
+
+    @property
+    def state(self) -> State:
+        assert self.strategy.state is not None
+        return self.strategy.state
+
+    def _after_round(self, report: RoundReport) -> None:
+        config, server_round = self.config, report.server_round
+        measured: dict[str, Any] = {"accuracy": None, "loss": None}
+        if self._is_measured(server_round):
+            measured = self._measure(report)
+        if config.privacy.client_level:
+            report.privacy = clients_spent(config, self.strategy.participations)
+        epsilons = {str(p): spent["epsilon"] for p, spent in sorted(report.privacy.items())}
+        self.ledger_heads |= {p: str(spent.get("ledger_head", "")) for p, spent in report.privacy.items()}
+        now = time.monotonic()
+        record = {
+            "round": server_round,
+            "strategy": config.strategy.name,
+            **measured,
+            "train_loss": report.train_loss if self._may_be_told else None,
+            "bytes_up": report.bytes_up,
+            "bytes_down": report.bytes_down,
+            "seconds": round(now - self._began, 3),
+            "private": config.privacy.mode != "none",
+            "epsilon": max(epsilons.values(), default=None),
+            "epsilon_by_client": epsilons,
+            **(report.diagnostics.as_dict() if report.diagnostics else {}),
+            "participants": report.participants,
+            "refused": {str(p): reason for p, reason in report.refused.items()},
+        }
+        self._began = now
+        self.directory.append_round(record)
+        self.directory.save_checkpoint(
+            Checkpoint(
+                self.state,
+                self.strategy.participations,
+                self.strategy.courier.holdings,
+                self.run_key,
+                self.ledger_heads,
+            )
+        )
+        if self.progress is not None:
+            self.progress(record)
+
+    def _is_measured(self, server_round: int) -> bool:
+        return server_round % self.config.evaluate_every == 0 or server_round == self.config.num_server_rounds
+
+    def _measure(self, report: RoundReport) -> dict[str, Any]:
+        """The global model on the fixed subset; without one, each client's model on its own domains."""
+        if self.personal:
+            return personal_summary(report.client_metrics, self.worker.data.domain_names)
+        subset = evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
+        if report.server_round < self.config.num_server_rounds:
+            return summary(self._evaluate(subset), self.worker.data.domain_names)
+        self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
+        return summary(self._whole.among(subset), self.worker.data.domain_names)
+
+    def _evaluate(self, indices: Any) -> Evaluation:
+        worker, state = self.worker, self.state
+        patches = {patch.digest(): patch for patch in state.base}
+        worker.move_to(tuple(patches), patches.__getitem__)
+        worker.model.load(state.adapters, state.head)
+        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
+
+    # --- at the end ------------------------------------------------------------------------------------
+
+    def _finish(self) -> dict[str, Any]:
+        data, records = self.worker.data, self.directory.rounds()
+        measured = ("accuracy", "loss", "accuracy_by_domain", "examples")
+        outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
+        if not self.personal:
+            whole = self._whole or self._evaluate(np.arange(len(data.test)))
+            outcome = summary(whole, data.domain_names)
+        labels = np.bincount(data.test.labels, minlength=data.num_labels)
+        result = {
+            "strategy": self.config.strategy.name,
+            "rounds": len(records),
+            **outcome,
+            "majority_accuracy": float(labels.max() / labels.sum()),
+            "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
+            "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
+            "bytes_up": sum(r["bytes_up"] for r in records),
+            "bytes_down": sum(r["bytes_down"] for r in records),
+            "seconds": round(sum(r["seconds"] for r in records), 3),
+            "labels": list(data.label_names),
+        }
+        self._export()
+        self.directory.write_result(result)
+        return result
+
+    def _export(self) -> None:
+        """``adapter/``, and ``adapters/client-K/`` where clients kept something and it can be reached."""
+        state, data, path = self.state, self.worker.data, self.directory.path
+        own = {}
+        if self.personal and self.stores is not None:
+            own = own_tensors(self.stores / self.run_key, self.partitions, state.round)
+        for partition, tensors in own.items():
+            model = model_of(state, tensors, self._client_spec(partition).scaling)
+            self._save(path / "adapters" / f"client-{partition}", model)
+        if own and self.strategy.rule.facts.ships:
+            state = mean_model(state, own, {p: float(len(data.indices(p))) for p in own})
+        self._save(path / "adapter", state)
+
+    def _save(self, directory: Path, state: State) -> None:
+        model, data = self.worker.model, self.worker.data
+        card = AdapterCard(
+            model=self.config.model,
+            label_names=tuple(data.label_names),
+            max_length=self.config.data.max_length,
+            seed=self.config.seed,
+        )
+        save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)

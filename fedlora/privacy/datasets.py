@@ -1,0 +1,137 @@
+"""Which data sets a ledger directory keeps account of: declared by their owner, never found by content.
+
+``<ledger>/datasets.jsonl`` is a `Chain`. The first data set of a directory is there by its first use;
+every other one needs the owner's ``fedlora privacy new-dataset``, so that no change of a configuration
+gives spent data a fresh budget. A data set that is dealt to several clients has one ledger for each
+partition and one partitioning for good: under another, an example would sit in two ledgers.
+"""
+
+from __future__ import annotations
+
+import getpass
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from fedlora.errors import ConfigError, LedgerRefused
+from fedlora.privacy.chain import Chain
+
+REGISTER = "datasets.jsonl"
+SCHEMA = 1
+FIRST_USE = "first use"
+_admitted: set[tuple[Path, str, str]] = set()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """The examples that one ledger keeps account of.
+
+    Attributes:
+        source: the data set, as its owner calls it.
+        partitioning: names how it is dealt to clients; empty where it is not.
+        part: which of the parts this is; empty where there is only one.
+        fingerprint: of the content; it warns of a change and decides nothing.
+    """
+
+    source: str
+    partitioning: str = ""
+    part: str = ""
+    fingerprint: str = ""
+
+    @property
+    def identity(self) -> str:
+        return "/".join(filter(None, (self.source, self.partitioning, self.part)))
+
+
+def admit(directory: Path, dataset: Dataset) -> None:
+    """See to it that a ledger may be opened for these examples.
+
+    Raises:
+        LedgerRefused: a data set that the owner did not declare, or another partitioning of one.
+    """
+    key = (directory, dataset.source, dataset.partitioning)
+    if key in _admitted:
+        return
+    register = Chain(directory / REGISTER)
+    with register.locked():
+        declared = _declared(register)
+        if dataset.source not in declared:
+            if declared:
+                raise LedgerRefused(_undeclared(directory, dataset.source, declared))
+            _declare(register, dataset.source, FIRST_USE, "")
+        known = declared.get(dataset.source)
+        if known is None:
+            register.append(
+                {"kind": "partitioning", "source": dataset.source, "partitioning": dataset.partitioning}
+            )
+        elif known != dataset.partitioning:
+            raise LedgerRefused(
+                f"privacy.ledger = {str(directory)!r}: {dataset.source!r} is dealt to clients as "
+                f"{known or 'one part'} there, now as {dataset.partitioning or 'one part'}, and an example "
+                "would be in two ledgers; keep the partitioning and its seed, or use another ledger"
+            )
+    _admitted.add(key)
+
+
+def declare(directory: Path, source: str, reason: str) -> None:
+    """The owner's word that this is another data set; logged with who said it and why.
+
+    Raises:
+        ConfigError: no name, no reason, or a data set that is there already.
+        LedgerRefused: the register is damaged.
+    """
+    for option, value in (("--id", source), ("--reason", reason)):
+        if not value.strip() or not value.isprintable():
+            raise ConfigError(f"{option} {value!r}: must be one line of text")
+    register = Chain(directory / REGISTER)
+    with register.locked():
+        if source in _declared(register):
+            raise ConfigError(f"--id {source!r}: is in {directory} already, with what was spent on it")
+        _declare(register, source, _user(), reason)
+
+
+def _declare(register: Chain, source: str, by: str, reason: str) -> None:
+    if not register.entries:
+        register.append({"kind": "open", "schema": SCHEMA})
+    time = datetime.now(UTC).isoformat(timespec="seconds")
+    register.append({"kind": "declare", "source": source, "by": by, "reason": reason, "time": time})
+
+
+def _declared(register: Chain) -> dict[str, str | None]:
+    """Data set -> its partitioning, None before its first use.
+
+    Raises:
+        LedgerRefused: it is not a register of this version.
+    """
+    declared: dict[str, str | None] = {}
+    for number, entry in enumerate(register.entries):
+        match entry:
+            case {"kind": "open", "schema": schema} if number == 0 and schema == SCHEMA:
+                continue
+            case {"kind": "declare", "source": str(source)} if number > 0:
+                declared[source] = None
+            case {"kind": "partitioning", "source": str(source), "partitioning": str(partitioning)} if (
+                source in declared
+            ):
+                declared[source] = partitioning
+            case _:
+                raise LedgerRefused(
+                    f"{register.path}: line {number + 1} is not one of a register of this version"
+                )
+    return declared
+
+
+def _undeclared(directory: Path, source: str, declared: dict[str, str | None]) -> str:
+    there = ", ".join(map(repr, declared))
+    return (
+        f"privacy.ledger = {str(directory)!r}: keeps account of {there}, not of {source!r}; if that is other "
+        f"data, its owner says so: fedlora privacy new-dataset --ledger {directory} --id {source} "
+        "--reason TEXT"
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user id without a name
+        return "unknown"

@@ -1,0 +1,174 @@
+"""Noise before a run: what the worst case needs, and what more hopeful ways of counting would have spent.
+
+A client with N examples trains T steps in each round that it takes part in, with sample rate q = B / N.
+Whoever sees the rounds knows who took part, so its steps are those of the rounds it is really picked for:
+
+    worst case        P T steps at rate q         P rounds at most, the server refuses more
+    expected case     F R T steps at rate q       what a client is picked for on average
+    client sampling   R T steps at rate q F       every step draws its clients anew and secretly
+
+The last two are met in released code, and claim less than is spent: the second by the clients that are
+picked more often than the average, the third by most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec
+
+from scipy.stats import binom
+
+from fedlora.config.checks import one_of, require
+from fedlora.errors import ConfigError
+from fedlora.privacy.accountants import ACCOUNTANTS
+from fedlora.privacy.calibration import MAX_EPSILON, calibrate_noise, epsilon_spent
+
+Arguments = ParamSpec("Arguments")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a plan is made for; the fields are the options of ``fedlora privacy plan``.
+
+    Attributes:
+        dataset_size: N, examples of the client.
+        batch_size: B, the expected batch.
+        local_steps: T, steps of a round.
+        rounds: R.
+        max_participations: P, rounds that the server lets one client take part in.
+        fraction_train: F, share of the clients that is picked in a round.
+        target_epsilon: the budget of the client over the whole run.
+        target_delta: its delta.
+        accountant: ``prv``, ``pld`` or ``rdp``.
+    """
+
+    dataset_size: int
+    batch_size: int
+    local_steps: int
+    rounds: int
+    max_participations: int
+    fraction_train: float
+    target_epsilon: float
+    target_delta: float
+    accountant: str
+
+    def __post_init__(self) -> None:
+        for name in ("dataset_size", "batch_size", "local_steps", "rounds", "max_participations"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be >= 1")
+        require(
+            self.batch_size <= self.dataset_size, "--batch-size", self.batch_size,
+            f"must be at most --dataset-size, which is {self.dataset_size}",
+        )  # fmt: skip
+        require(
+            self.max_participations <= self.rounds, "--max-participations", self.max_participations,
+            f"must be at most --rounds, which is {self.rounds}",
+        )  # fmt: skip
+        require(0 < self.fraction_train <= 1, "--fraction-train", self.fraction_train, "must be in (0, 1]")
+        require(
+            0 < self.target_epsilon <= MAX_EPSILON, "--target-epsilon", self.target_epsilon,
+            f"must be > 0 and at most {MAX_EPSILON:g}",
+        )  # fmt: skip
+        require(0 < self.target_delta < 1, "--target-delta", self.target_delta, "must be in (0, 1)")
+        one_of("--accountant", self.accountant, tuple(ACCOUNTANTS))
+
+    @property
+    def sample_rate(self) -> float:
+        """Probability q = B / N with which an example is in a batch."""
+        return self.batch_size / self.dataset_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of the worst case, P T."""
+        return self.max_participations * self.local_steps
+
+    @property
+    def expected_participations(self) -> float:
+        """Rounds of a client on average, F R, at most P."""
+        return min(self.fraction_train * self.rounds, float(self.max_participations))
+
+    @property
+    def expected_steps(self) -> int:
+        """Steps of the expected case, F R T, to a whole step."""
+        return max(1, round(self.expected_participations * self.local_steps))
+
+
+def make_plan(request: Request) -> dict[str, Any]:
+    """The least noise that keeps the budget in the worst case, and what the other ways would have meant.
+
+    Returns:
+        ``noise_multiplier``, ``epsilon``, ``delta``, ``steps``, ``sample_rate`` and ``participations``
+        of the worst case; under ``expected_case`` and ``client_sampling`` the ``noise_multiplier`` that
+        each would have chosen, and the ``epsilon_spent`` under it in the worst case; under
+        ``by_accountant`` the epsilon of the worst case as each accountant has it; under ``tight``, for
+        rdp, what pld says. A number is None where the accountant cannot resolve it.
+
+    Raises:
+        ConfigError: a budget that no noise reaches, or beyond what the accountant resolves.
+    """
+    r = request
+    noise = calibrate_noise(r.target_epsilon, r.target_delta, r.sample_rate, r.steps, r.accountant)
+
+    def spent(noise: float | None, steps: int, accountant: str) -> float | None:
+        if noise is None:
+            return None
+        return _resolved(epsilon_spent, noise, r.sample_rate, steps, r.target_delta, accountant)
+
+    def noise_for(rate: float, steps: int, accountant: str) -> float | None:
+        return _resolved(calibrate_noise, r.target_epsilon, r.target_delta, rate, steps, accountant)
+
+    expected = noise_for(r.sample_rate, r.expected_steps, r.accountant)
+    hidden_rate, hidden_steps = r.sample_rate * r.fraction_train, r.rounds * r.local_steps
+    hidden = noise_for(hidden_rate, hidden_steps, r.accountant)
+    by_accountant = {name: spent(noise, r.steps, name) for name in ACCOUNTANTS}
+    return {
+        "noise_multiplier": noise,
+        "epsilon": by_accountant[r.accountant],
+        "delta": r.target_delta,
+        "steps": r.steps,
+        "sample_rate": r.sample_rate,
+        "participations": r.max_participations,
+        "accountant": r.accountant,
+        "expected_case": {
+            "participations": r.expected_participations,
+            "steps": r.expected_steps,
+            "epsilon_claimed": spent(noise, r.expected_steps, r.accountant),
+            "noise_multiplier": expected,
+            "epsilon_spent": spent(expected, r.steps, r.accountant),
+            "picked_more_often": _picked_more_often(r),
+        },
+        "client_sampling": {
+            "sample_rate": hidden_rate,
+            "steps": hidden_steps,
+            "noise_multiplier": hidden,
+            "epsilon_spent": spent(hidden, r.steps, r.accountant),
+        },
+        "by_accountant": by_accountant,
+        "tight": {
+            "accountant": "pld",
+            "epsilon": by_accountant["pld"],
+            "noise_multiplier": noise_for(r.sample_rate, r.steps, "pld"),
+        }
+        if r.accountant == "rdp"
+        else None,
+    }
+
+
+def _picked_more_often(request: Request) -> float:
+    """Share of the clients that take part more often than expected, of a client picked with F each round."""
+    if request.expected_participations >= request.max_participations:
+        return 0.0
+    at_most = math.floor(request.expected_participations + 1e-9)
+    return float(binom.sf(at_most, request.rounds, request.fraction_train))
+
+
+def _resolved(
+    account: Callable[Arguments, float], *args: Arguments.args, **kwargs: Arguments.kwargs
+) -> float | None:
+    """What the accountant says, None where it refuses."""
+    try:
+        return account(*args, **kwargs)
+    except ConfigError:
+        return None

@@ -1,0 +1,86 @@
+"""The first gradient on public examples, for rules that start from it (`Rule.gradient_examples`).
+
+The server computes it once, before round 1. The examples are those of ``data.public``, whose labels must be
+those of the run. An example that some client holds is never used, so that no client's privacy is touched;
+nor is one that the run is tested on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from clients.batches import Indices, load_batch
+from clients.resident import Resident
+from clients.training import batch_loss
+from fedlora.config import DataConfig, RunConfig
+from fedlora.data.columns import BUILT_IN
+from fedlora.data.examples import Examples
+from fedlora.data.prepared import Prepared, open_prepared, prepare
+from fedlora.errors import ConfigError
+from fedlora.factors import Tensors
+from fedlora.initial import fresh_adapters
+from fedlora.seeding import stream
+from fedlora.updates import Patch
+
+BATCH = 16
+
+
+def first_gradients(worker: Resident, config: RunConfig, number: int) -> Tensors:
+    """Module -> (out, in) gradient of the mean loss of ``number`` public examples, at W_0 and the first head.
+
+    Raises:
+        ConfigError: labels that are not the run's, or fewer examples that are not the run's own.
+    """
+    public = _opened(config)
+    if public.label_names != worker.data.label_names:
+        raise ConfigError(
+            f"data.public = {config.data.public!r}: its labels are {', '.join(public.label_names)}, "
+            f"the run has {', '.join(worker.data.label_names)}"
+        )
+    chosen = _chosen(public, worker.data, config, number)
+    model = worker.model
+    no_patches: dict[str, Patch] = {}
+    worker.move_to((), no_patches.__getitem__)
+    model.load(fresh_adapters(model.modules, config.rank_of(0), 1.0, config.seed), {})  # B = 0
+    total = {name: torch.zeros(m.out_features, m.in_features) for name, m in model.modules.items()}
+    with model.base_gradients() as gradients_of:
+        for start in range(0, number, BATCH):
+            batch = load_batch(public.train, chosen[start : start + BATCH], public.pad_token_id, model.device)
+            for name, gradient in gradients_of(batch_loss(model, batch, reduction="sum") / number).items():
+                total[name] += gradient
+    return total
+
+
+def public_data(data: DataConfig) -> DataConfig:
+    """The public examples as a data set of their own, read as the clients' data is."""
+    public = DataConfig(name=data.public, partitioner="iid", num_partitions=1, max_length=data.max_length)
+    if data.public in BUILT_IN:
+        return public
+    return replace(public, text_column=data.text_column, label_column=data.label_column)
+
+
+def _opened(config: RunConfig) -> Prepared:
+    try:
+        return open_prepared(prepare(replace(config, data=public_data(config.data))))
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("data.name", "data.public")) from None
+
+
+def _chosen(public: Prepared, held: Prepared, config: RunConfig, number: int) -> Indices:
+    """Public training examples at random, without those whose tokens stand in the run's own data."""
+    known = {_tokens(own, i) for own in (held.train, held.test) for i in range(len(own))}
+    order = stream(config.seed, "public").permutation(len(public.train))
+    free = np.array([i for i in order if _tokens(public.train, i) not in known][:number], dtype=np.int64)
+    if len(free) < number:
+        raise ConfigError(
+            f"data.public = {config.data.public!r}: has {len(free)} training examples that are not in "
+            f"data.name, {config.strategy.name} needs {number}"
+        )
+    return free
+
+
+def _tokens(examples: Examples, index: int) -> bytes:
+    return examples.input_ids(index).tobytes()

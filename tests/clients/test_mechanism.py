@@ -1,0 +1,169 @@
+"""All ways to clip are one sum: that of a loop over single examples, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from opacus.optimizers import get_optimizer_class
+from torch import Tensor
+
+from clients import mechanism
+from clients.batches import load_batch, poisson_batches
+from clients.mechanism import Mechanism, physical_batches, private_steps
+from clients.private import train_private
+from clients.training import batch_loss
+from fedlora.config import PrivacyConfig, TrainConfig
+from fedlora.errors import ConfigError
+from fedlora.models import AdaptedModel
+from fedlora.seeding import stream
+from tests.clients.samples import PAD, everyone, examples, loaded
+
+DATA = examples()
+ALL = everyone(DATA)
+CLIP, STEPS, EXPECTED = 2.8, 5, 6
+WAYS = [("hooks", "flat"), ("ghost", "flat"), ("hooks", "per-layer")]
+
+
+def doubled(**keys: Any) -> AdaptedModel:
+    model = loaded(**keys)
+    model.module.double()
+    return model
+
+
+def trained(model: AdaptedModel) -> list[Tensor]:
+    return [p.detach().clone() for p in model.trainable().all]
+
+
+def close(ours: list[Tensor], others: list[Tensor], tolerance: float = 1e-9) -> bool:
+    scale = max(float(t.abs().max()) for t in others)
+    return max(float((a - b).abs().max()) for a, b in zip(ours, others, strict=True)) <= tolerance * scale
+
+
+def train(model: AdaptedModel, mode: str, clipping: str, most: int = 0) -> list[Tensor]:
+    train_private(
+        model,
+        DATA,
+        ALL,
+        PAD,
+        TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=EXPECTED),
+        local_steps=STEPS,
+        noise_multiplier=0.0,
+        max_grad_norm=CLIP,
+        seed=1,
+        grad_sample_mode=mode,
+        clipping=clipping,
+        max_physical_batch_size=most,
+    )
+    return trained(model)
+
+
+def naive(model: AdaptedModel, clipping: str) -> tuple[list[Tensor], list[int], list[float]]:
+    """Algorithm 1 of Abadi et al. written out; also the sizes of the batches and every clipping factor.
+
+    Opacus adds 1e-6 to each norm. ``per-layer`` holds each of the L tensors to C / sqrt(L).
+    """
+    sizes, factors = [], []
+    with model.training() as trainable:
+        for drawn in poisson_batches(ALL, EXPECTED / len(ALL), STEPS, stream(1, "poisson")):
+            sizes.append(len(drawn))
+            total = [torch.zeros_like(p) for p in trainable.all]
+            for i in drawn:
+                batch = load_batch(DATA, ALL[[i]], PAD, model.device)
+                g = torch.autograd.grad(batch_loss(model, batch), trainable.all)
+                if clipping == "per-layer":
+                    share = [min(1.0, CLIP / len(g) ** 0.5 / (float(x.norm()) + 1e-6)) for x in g]
+                else:
+                    norm = sum(float(x.square().sum()) for x in g) ** 0.5
+                    share = [min(1.0, CLIP / (norm + 1e-6))] * len(g)
+                factors += share
+                total = [t + s * x for t, s, x in zip(total, share, g, strict=True)]
+            with torch.no_grad():
+                for parameter, t in zip(trainable.all, total, strict=True):
+                    parameter -= 0.1 * t / EXPECTED
+    return trained(model), sizes, factors
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+@pytest.mark.parametrize("trains", [frozenset("AB"), frozenset("B")])
+@pytest.mark.parametrize(("mode", "clipping"), WAYS)
+def test_each_step_is_the_clipped_sum_over_the_expected_batch_size(
+    mode: str, clipping: str, trains: frozenset[str], most: int
+) -> None:
+    """On batches whose size differs from the expected one; some examples are clipped, some are not."""
+    wanted, sizes, factors = naive(doubled(trains=trains), clipping)
+    assert len(set(sizes)) > 1
+    assert 0 < sum(f < 1 for f in factors) < len(factors)
+    assert close(train(doubled(trains=trains), mode, clipping, most), wanted)
+
+
+def test_per_layer_clipping_is_another_mechanism() -> None:
+    """So that the comparison above means something."""
+    assert not close(train(doubled(), "hooks", "per-layer"), train(doubled(), "hooks", "flat"), 1e-3)
+
+
+@pytest.mark.parametrize(("mode", "clipping"), WAYS)
+def test_chunks_do_not_change_what_is_drawn_or_added(
+    mode: str, clipping: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same seed, noise and all; never more examples in memory than allowed."""
+    sizes: list[int] = []
+
+    def recorded(*arguments: Any) -> Any:
+        sizes.append(len(arguments[1]))
+        return load_batch(*arguments)
+
+    monkeypatch.setattr(mechanism, "load_batch", recorded)
+    results = []
+    for most in (0, 2):
+        model = doubled()
+        settings = Mechanism(
+            noise_multiplier=1.0,
+            max_grad_norm=CLIP,
+            expected_batch_size=EXPECTED,
+            clipping=clipping,
+            grad_sample_mode=mode,
+            max_physical_batch_size=most,
+        )
+        sizes.clear()
+        with model.training() as trainable:
+            sgd = torch.optim.SGD(trainable.all, lr=0.1)
+            noise = torch.Generator().manual_seed(3)
+            with private_steps(model, sgd, settings, noise) as private:
+                for drawn in (ALL[:7], ALL[:0], ALL[7:9], ALL[3:12]):
+                    private.step(DATA, drawn, PAD)
+        results.append(trained(model))
+        assert max(sizes) == (most or 9)
+    assert close(*results)
+
+
+def test_physical_batches_keep_every_example_and_the_order() -> None:
+    for count in range(9):
+        for most in range(5):
+            chunks = physical_batches(np.arange(count), most)
+            assert np.concatenate(chunks).tolist() == list(range(count))
+            assert all(len(chunk) <= (most or count) for chunk in chunks)
+            assert len(chunks) == 1 or all(len(chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+@pytest.mark.parametrize("clipping", ["flat", "per-layer"])
+def test_we_refuse_the_pairs_that_opacus_refuses(mode: str, clipping: str) -> None:
+    try:
+        get_optimizer_class(clipping.replace("-", "_"), distributed=False, grad_sample_mode=mode)
+    except ValueError:
+        with pytest.raises(ConfigError, match=r'privacy\.clipping = \'per-layer\': must be "flat" where'):
+            PrivacyConfig(grad_sample_mode=mode, clipping=clipping)
+    else:
+        PrivacyConfig(grad_sample_mode=mode, clipping=clipping)
+        assert (mode, clipping) in WAYS
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("clipping", "adaptive"), ("grad_sample_mode", "ew"), ("max_physical_batch_size", -1)]
+)
+def test_unknown_ways_are_refused(key: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=rf"privacy\.{key.replace('_', '-')} = "):
+        PrivacyConfig(**{key: value})
