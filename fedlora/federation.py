@@ -274,7 +274,7 @@ class Federation:
         if self.personal and self.stores is not None:
             own = own_tensors(self.stores / self.run_key, self.partitions, state.round)
         for partition, tensors in own.items():
-            model = model_of(state, tensors, self._client_spec(partition).scaling)
+            model = model_of(state, tensors, self._client_spec(partition))
             self._save(path / "adapters" / f"client-{partition}", model)
         if own and self.strategy.rule.facts.ships:
             state = mean_model(state, own, {p: float(len(data.indices(p))) for p in own})

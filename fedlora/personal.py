@@ -12,7 +12,8 @@ from clients.carry_out import OWN
 from clients.holdings import Holdings
 from fedlora.factors import Tensors
 from fedlora.peft_keys import from_peft
-from fedlora.updates import State
+from fedlora.updates import ClientSpec, State
+from strategies.rule import at_rank
 
 
 def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict[int, Tensors]:
@@ -28,11 +29,12 @@ def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict
     return {p: tensors for p, tensors in found.items() if tensors is not None}
 
 
-def model_of(state: State, own: Tensors, scaling: float) -> State:
-    """The global state with a client's own tensors in their place."""
-    mine = from_peft(own)
-    adapters = {name: replace(f, scaling=scaling) for name, f in mine.over(state.adapters).items()}
-    return replace(state, adapters=adapters, head={**state.head, **mine.head})
+def model_of(state: State, own: Tensors, client: ClientSpec | None = None) -> State:
+    """The global state, at a client's rank and scaling, with its own tensors in their place."""
+    mine, adapters = from_peft(own), state.adapters
+    if client is not None:
+        adapters = {name: at_rank(factors, client) for name, factors in adapters.items()}
+    return replace(state, adapters=mine.over(adapters), head={**state.head, **mine.head})
 
 
 def mean_model(state: State, own: Mapping[int, Tensors], weights: Mapping[int, float]) -> State:
@@ -45,4 +47,4 @@ def mean_model(state: State, own: Mapping[int, Tensors], weights: Mapping[int, f
         having = [p for p in sorted(own) if name in own[p]]
         total = sum(weights[p] for p in having)
         mean[name] = torch.stack([weights[p] / total * own[p][name] for p in having]).sum(dim=0)
-    return model_of(state, mean, next(iter(state.adapters.values())).scaling)
+    return model_of(state, mean)

@@ -13,9 +13,9 @@ Solution: U S V^T = SVD(A_k A^T), or SVD(B_k^T B), in r x r; R_k = U V^T, with t
 direction turned where the determinant would be -1.
 
 No product of a client changes, and no aligned factor moves away from its reference. Not exact: what is left
-of the covariance of the factors is dropped, and bringing one factor together can pull the other apart, so
-that the gap may also rise above FedAvg's (while B is small, as the authors' ablation says). With lam = 1 the clients' own rotations (not reflections) of a
-well-conditioned factor do not matter; lam = 0 is FedAvg.
+of the covariance of the factors is dropped. Bringing one factor together can pull the other apart, so that
+while B is small the gap may even rise above FedAvg's. With lam = 1 the clients' own rotations (not
+reflections) of a well-conditioned factor do not matter; lam = 0 is FedAvg.
 
 Choices: the authors rotate at the clients, here the server does, from the same numbers. Where the reference
 says nothing of some directions (B = 0, r > in), R_k is the identity on them; so a fresh adapter's first

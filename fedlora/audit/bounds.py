@@ -11,13 +11,15 @@ An epsilon for which this is at most 1 - confidence is refuted, and every smalle
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
-from scipy.special import expit
+from scipy.special import bdtrc, expit
 from scipy.stats import beta, binom
 
 LARGEST = 50.0
 """Bounds beyond are not told apart."""
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5
 
 
 def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
@@ -28,14 +30,17 @@ def p_value(canaries: int, guesses: int, right: int, epsilon: float, delta: floa
     """
     if not 0 <= right <= guesses <= canaries:
         raise ValueError(f"need 0 <= right <= guesses <= canaries, not {right}, {guesses}, {canaries}")
-    law = binom(guesses, expit(epsilon))
-    p = float(law.sf(right - 1))
+    q = expit(epsilon)
+    p = float(bdtrc(right - 1, guesses, q)) if right > 0 else 1.0
     if delta > 0 and right > 0:
-        within = np.cumsum(law.pmf(np.arange(right - 1, -1, -1)))  # P[right > X >= right - i], i = 1, 2, ..
+        within = np.cumsum(
+            binom.pmf(np.arange(right - 1, -1, -1), guesses, q)
+        )  # P[right > X >= right - i], i = 1, 2, ..
         p += 2 * canaries * delta * float((within / np.arange(1, right + 1)).max())
     return min(p, 1.0)
 
 
+@lru_cache(maxsize=4096)
 def epsilon_bound(canaries: int, guesses: int, right: int, delta: float, confidence: float) -> float:
     """The largest epsilon that the guesses refute; 0 if they refute none.
 

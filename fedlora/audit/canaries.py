@@ -27,7 +27,7 @@ FACTORS, HEAD = "factors", "head"
 LOUDNESS = 10.0
 """Length of a canary's gradient / max_grad_norm; a mechanism that does not clip shows it."""
 ROOM = 100_000_000
-"""Numbers that the directions of all clients together may take; beyond, only each client's are orthonormal."""
+"""Numbers that the directions of all clients together may take; beyond, they are orthonormal by client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +51,7 @@ class Design:
         return stream(self.seed, "audit", "coins", group, partition).random(self.counts[group]) < 0.5
 
     def directions(self, group: str, partition: int, dimension: int) -> Tensor:
-        """A client's directions in the shipped tensors of a group, (canaries, dimension), orthonormal rows."""
+        """A client's directions in the shipped tensors of a group, orthonormal rows (canaries, dimension)."""
         count, place = self.counts[group], self.clients.index(partition)
         together = count * len(self.clients)
         if together <= dimension and together * dimension <= ROOM:
@@ -95,7 +95,7 @@ class ClientCanaries:
         for group, names in self.names.items():
             sizes = [trained[name].numel() for name in names]
             directions = length * self.design.directions(group, self.partition, sum(sizes))
-            spread |= dict(zip(names, directions.split(sizes, dim=1), strict=True))
+            spread |= dict(zip(names, torch.split(directions, sizes, dim=1), strict=True))
         group_of = {name: group for group, names in self.names.items() for name in names}
         starts = dict(zip(self.design.counts, np.cumsum([0, *self.design.counts.values()]), strict=False))
 

@@ -8,13 +8,15 @@ and non-members the test examples: where the two differ otherwise, that is measu
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import norm, rankdata
 
 from fedlora.audit.bounds import clopper_pearson
+
+Values = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 FALSE_POSITIVE_RATES = (0.01, 0.001)
 FEWEST = 5
@@ -61,18 +63,17 @@ class Membership:
     true_positives: tuple[TruePositives, ...]
 
 
-def membership(members: Sequence[float], non_members: Sequence[float]) -> Membership:
+def membership(members: Values, non_members: Values) -> Membership:
     """The outcome for the scores of both; high says member."""
-    inside, outside = np.asarray(members, dtype=float), np.asarray(non_members, dtype=float)
     return Membership(
-        members=len(inside),
-        non_members=len(outside),
-        auc=auc(inside, outside),
-        true_positives=tuple(true_positives(inside, outside, rate) for rate in FALSE_POSITIVE_RATES),
+        members=len(members),
+        non_members=len(non_members),
+        auc=auc(members, non_members),
+        true_positives=tuple(true_positives(members, non_members, rate) for rate in FALSE_POSITIVE_RATES),
     )
 
 
-def auc(inside: np.ndarray, outside: np.ndarray, confidence: float = 0.95) -> Measured:
+def auc(inside: Values, outside: Values, confidence: float = 0.95) -> Measured:
     """The area under the ROC curve, ties counting one half, with the interval of DeLong et al., 1988.
 
     The placements of each score among the other group's give the variance; two of each group at least.
@@ -87,7 +88,7 @@ def auc(inside: np.ndarray, outside: np.ndarray, confidence: float = 0.95) -> Me
     return Measured(value=value, low=max(0.0, value - width), high=min(1.0, value + width))
 
 
-def true_positives(inside: np.ndarray, outside: np.ndarray, false_positive_rate: float) -> TruePositives:
+def true_positives(inside: Values, outside: Values, false_positive_rate: float) -> TruePositives:
     """At the lowest threshold that at most ``false_positive_rate`` of the non-members exceed.
 
     The Clopper-Pearson interval is over the members, the threshold taken as given. It is not resolved unless

@@ -120,8 +120,8 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
     """Refuse what cannot be audited.
 
     Raises:
-        ConfigError: no example-level privacy, clients that ship nothing, a mode without per-example gradients,
-            or numbers out of range.
+        ConfigError: no example-level privacy, clients that ship nothing, a mode that keeps no per-example
+            gradients, or numbers out of range.
     """
     rule = check(config)
     if config.privacy.mode != "example":

@@ -66,9 +66,9 @@ def verdict(found: Audit) -> list[str]:
     _, group, bound = found.strongest
     sure = f"{100 * found.confidence:g} % confidence"
     lines = [
-        f"An attack shows at least {bound.epsilon:.2f} with {sure}; the largest that {bound.canaries} canaries "
-        f"could show is {bound.largest:.2f}; claimed: {found.claimed_epsilon:.2f} "
-        f"at delta {found.target_delta:g}."
+        f"An attack shows at least {bound.epsilon:.2f} with {sure}; the largest that {bound.canaries} "
+        f"canaries could show is {bound.largest:.2f}; claimed: {found.claimed_epsilon:.2f} at delta "
+        f"{found.target_delta:g}."
     ]
     if found.refuted:
         lines.append(f"[red]The claim is refuted[/red]: the {group} give away more than it allows.")

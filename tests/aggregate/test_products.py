@@ -62,7 +62,9 @@ def test_exact_methods_write_the_mean_update_of_adapters_that_share_a(
 ) -> None:
     result = aggregate("--strategy", name, "--weights", WEIGHTS, "--out", tmp_path / "out", *alike["gpt2"])
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["fan_in_fan_out"] is True
+    config = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["task_type"]) == (str(bases["gpt2"]), "CAUSAL_LM")
+    assert config["fan_in_fan_out"] is True
     expected = mean_delta("gpt2", bases["gpt2"], alike["gpt2"], P)
     assert_close(deltas(loaded("gpt2", bases["gpt2"], tmp_path / "out")), expected)
 

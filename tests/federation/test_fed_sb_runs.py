@@ -91,7 +91,7 @@ def test_a_run_ships_what_is_declared_and_exports_its_last_model(
     records = federation.directory.rounds()
     assert [r["bytes_up"] for r in records] == [4 * clients * (numbers[f] + head) for f in sent]
     assert records[-1]["bytes_down"] == 4 * clients * (numbers["R"] + head)
-    assert all(r["gap"] < 1e-5 and r["refused"] == {} for r in records)
+    assert all(r["gap"] < 1e-5 and r["update_norm"] > 0 and r["refused"] == {} for r in records)
 
     exported, _ = load_adapter(tmp_path / "adapter")
     model = federation.worker.model
