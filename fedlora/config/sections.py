@@ -218,7 +218,7 @@ class PrivacyConfig:
     """``none``; ``example``: one example more or less at a client is hidden from its server; ``client``: one
     client is hidden in the global model, from everybody but the server."""
     target_epsilon: float = 8.0
-    """Budget of a client over the whole run, > 0; the noise is calibrated to it."""
+    """Budget of a client over all that is on its ledger, > 0; the noise is calibrated to it."""
     target_delta: float = 1e-5
     """Delta of that budget, in (0, 1)."""
     noise_multiplier: float = 0.0

@@ -17,8 +17,8 @@ from fedlora.engines.ray_grid import RayGrid
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import RunDirectory
 from fedlora.federation import Federation
+from fedlora.runs import RunDirectory
 from tests.conftest import tiny_config
 
 MIXED: dict[str, Any] = {
