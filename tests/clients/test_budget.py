@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from clients import budget
 from clients.accounts import Books, check_disjoint, check_ledgers, fingerprint, ledger_directory, name_of
 from clients.budget import noise_of, train_within_budget
+from clients.carry_out import Node, train_order
 from clients.resident import resident
+from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.factors import LoraFactors
@@ -128,6 +131,30 @@ def test_a_ledger_without_the_head_that_the_server_knows_is_refused(tmp_path: Pa
         with pytest.raises(LedgerRefused, match="was set back"):
             check_ledgers(config, data, [0, 1], tmp_path, heads)
     assert read_ledgers(tmp_path)[0].standing.releases == 2
+
+
+def test_an_order_is_the_same_release_only_from_the_same_start(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**PRIVATE)
+    model = resident(config).model
+    head = model.template(4, 2.0, share_head=True).head
+
+    def ordered(seed: int = 0, **settings: Any) -> wire.Reply:
+        given = {
+            "scaling": 2.0, "rank": 4, "trains": "A,B", "ships": "A,B",
+            "modules": json.dumps(sorted(model.modules)), "run-key": "run", **settings,
+        }  # fmt: skip
+        arrays = wire.to_peft(fresh_adapters(model.modules, 4, 2.0, seed), head)
+        order = wire.TrainOrder(server_round=1, arrays=arrays, parts={}, needs=wire.Needs(), config=given)
+        return train_order(order, config, Node(partition_id=0, state_dir=tmp_path, simulation=True))
+
+    replies = [ordered(), ordered(), ordered(1), ordered(trains="B")]
+    assert [reply.privacy and reply.privacy["releases"] for reply in replies] == [1, 1, 2, 3]
+    for declined, why in (
+        (ordered(2), "target-epsilon = 3.0"),
+        (ordered(**{"ledger-head": "0"}), "was set back"),
+    ):
+        assert declined.status == wire.DECLINED
+        assert why in declined.reason
 
 
 def test_a_checkpoint_remembers_the_heads(tmp_path: Path) -> None:
