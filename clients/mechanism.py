@@ -158,6 +158,7 @@ def private_steps(
 def physical_batches(drawn: Indices, most: int) -> list[Indices]:
     """The drawn examples in order, at most so many at once (0: all); one empty batch if there are none.
 
+    >>> import numpy as np
     >>> [len(chunk) for chunk in physical_batches(np.arange(7), 3)]
     [3, 3, 1]
     >>> [len(chunk) for chunk in physical_batches(np.arange(0), 3)]
