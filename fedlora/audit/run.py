@@ -44,6 +44,7 @@ class Audit:
         strategy: the rule.
         optimizer: the clients' optimiser.
         clients: how many took part.
+        draws: batches that a canary in the data was in, as expected, of the client with the fewest.
         claimed_epsilon: the largest epsilon that a client's ledger claims.
         target_delta: delta of claim and bounds.
         confidence: probability with which all bounds hold together.
@@ -55,6 +56,7 @@ class Audit:
     strategy: str
     optimizer: str
     clients: int
+    draws: float
     claimed_epsilon: float
     target_delta: float
     confidence: float
@@ -107,6 +109,7 @@ def audit(
         strategy=config.strategy.name,
         optimizer=config.train.optimizer,
         clients=len(view.rounds),
+        draws=min(rounds * view.exposure[p] for p, rounds in view.rounds.items()),
         claimed_epsilon=float(result["epsilon"]),
         target_delta=config.privacy.target_delta,
         confidence=confidence,

@@ -110,6 +110,11 @@ def _notes(found: Audit) -> list[str]:
     notes = []
     if found.unmeasured:
         notes.append(f"The final model was not attacked: {found.unmeasured}.")
+    if found.draws < 1:
+        notes.append(
+            f"A canary in the data was in {found.draws:.2f} batches on average, so most left no trace "
+            "whatever the noise: more steps, larger batches or smaller clients make the attack stronger."
+        )
     if found.optimizer != "sgd":
         notes.append(
             f"train.optimizer = {found.optimizer!r} makes the attack weaker: it reads updates as if by sgd."

@@ -50,6 +50,7 @@ def right(seed: int) -> Audit:
 def test_the_claim_is_close_to_two_and_comes_from_the_ledger() -> None:
     assert 1.9 < right(1).claimed_epsilon <= 2.0
     assert right(1).clients == 4
+    assert right(1).draws == 2 * 4 * 64 / 128
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -172,5 +173,9 @@ def test_the_command_says_bound_largest_and_claim(monkeypatch: pytest.MonkeyPatc
     assert record["refuted"]
     assert record["strongest"]["epsilon"] > record["claimed_epsilon"]
     assert np.isfinite(record["membership"]["auc"]["value"])
-    few = CliRunner().invoke(cli, ["privacy", "audit", path, *quick, "--canaries", "16"])
+    few = CliRunner().invoke(
+        cli, ["privacy", "audit", path, *quick, "--canaries", "16", "--set", "train.batch-size=8"]
+    )
     assert "So few canaries cannot refute this claim" in few.output
+    assert "was in 0.25 batches on average" in few.output
+    assert "on average" not in plain.output
