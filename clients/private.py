@@ -7,7 +7,7 @@ example with probability q = batch_size / n, clips each example's gradient over 
     ( sum_i clip(g_i, C) + N(0, noise_multiplier^2 C^2) ) / batch_size
 
 where batch_size is the expected one, whatever was drawn. An empty draw is a step of noise alone.
-How a step does that is in `clients.mechanism`; `clients.self_test` asks first whether it really does.
+How a step does that is in `clients.mechanism`; `clients.self_check` asks first whether it really does.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from clients.batches import Indices, poisson_batches
 from clients.canaries import Canaries, among
 from clients.mechanism import Mechanism, private_steps
-from clients.self_test import self_test
+from clients.self_check import self_test
 from clients.training import LocalResult, Penalties, dropout_stream, local_result, make_optimizer
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples

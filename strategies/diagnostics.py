@@ -113,7 +113,7 @@ def _cosine(asked: float, squares: Tensor, weights: Sequence[float]) -> float:
     p = torch.tensor(weights, dtype=torch.float64)
     sizes = p * squares.sqrt()
     pairs = float(sizes.sum() ** 2 - (sizes**2).sum())
-    if pairs <= RESOLUTION**2 * float(sizes.sum() ** 2):
+    if pairs <= RESOLUTION * float(sizes.sum() ** 2):  # all but one stood still, up to rounding
         return 1.0
     return max(-1.0, min(1.0, (asked - float((sizes**2).sum())) / pairs))
 

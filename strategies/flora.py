@@ -73,7 +73,7 @@ class FLoRARule(Rule):
         return replace(super().broadcast(state, client), adapters=adapters, fresh_seed=seed)
 
     def merge(self, layer: Layer) -> Merged:
-        return Merged(_emptied(layer.start), into_base=layer.target)
+        return Merged(layer.start, into_base=layer.target)
 
 
 def _emptied(factors: LoraFactors) -> LoraFactors:

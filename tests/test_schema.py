@@ -39,5 +39,6 @@ def test_only_declared_packages_are_built_and_bundled() -> None:
     assert packages == ["fedlora", "strategies", "clients"]
     bundled = PROJECT["tool"]["flwr"]["app"]["fab-include"]
     assert {f"{package}/**/*.py" for package in packages} <= set(bundled)
-    hidden = [p for package in packages for p in (ROOT / package).rglob("*.py") if p.name.startswith("test_")]
-    assert not hidden, "Flower drops test_*.py from its bundle"
+    names = [p for package in packages for p in (ROOT / package).rglob("*.py")]
+    hidden = [p for p in names if p.name.startswith("test_") or p.name.endswith("_test.py")]
+    assert not hidden, "Flower drops test_*.py and *_test.py from its bundle"

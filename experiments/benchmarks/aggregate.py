@@ -45,12 +45,17 @@ def main() -> None:
         if setting == "llama-7b":
             for name in NAIVE:
                 cells[f"naive/{name}"] = cell("naive", name, shape)
-    record = {"hardware": hardware(), "shapes": SHAPES, "cells": cells}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "aggregate.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = table(record)
-    (arguments.out / "aggregate.md").write_text(text)
+        text = written(arguments.out, {"hardware": hardware(), "shapes": SHAPES, "cells": cells})
     print(text)
+
+
+def written(directory: Path, record: dict[str, Any]) -> str:
+    """Write the figures so far, and return their table."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "aggregate.json").write_text(json.dumps(record, indent=1) + "\n")
+    text = table(record)
+    (directory / "aggregate.md").write_text(text)
+    return text
 
 
 def methods(*, mixed: bool) -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.errors import ConfigError
-from fedlora.initial import INIT_A, fresh_adapters, initial_a
+from fedlora.initial import DRAWN, fresh_adapters, initial_a
 from fedlora.seeding import torch_stream
 from fedlora.updates import ModuleSpec
 
@@ -51,7 +51,7 @@ def test_orthonormal_rows_point_everywhere() -> None:
     assert float((draws.var(dim=0) - 1 / 5).abs().max()) < 0.03
 
 
-@pytest.mark.parametrize("init_a", INIT_A)
+@pytest.mark.parametrize("init_a", DRAWN)
 def test_every_module_has_its_own_stream(init_a: str) -> None:
     """Equal shapes, other values; and no value depends on which other modules there are."""
     everything = fresh_adapters(MODULES, 2, 0.5, 9, init_a)
@@ -68,7 +68,7 @@ def test_every_module_has_its_own_stream(init_a: str) -> None:
     assert list(everything) == list(MODULES)
 
 
-@pytest.mark.parametrize("init_a", INIT_A)
+@pytest.mark.parametrize("init_a", DRAWN)
 def test_the_seed_decides(init_a: str) -> None:
     one, again, other = (fresh_adapters(MODULES, 2, 1.0, s, init_a)["layer.0"].A for s in (1, 1, 2))
     assert torch.equal(one, again)

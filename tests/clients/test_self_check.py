@@ -16,10 +16,10 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping, DPPe
 from torch import Tensor
 
 import clients.mechanism
-import clients.self_test
+import clients.self_check
 from clients.mechanism import Mechanism, SystemNoise
 from clients.private import train_private
-from clients.self_test import FALSE_ALARM, NOISE_DRAWS, plausible, self_test
+from clients.self_check import FALSE_ALARM, NOISE_DRAWS, plausible, self_test
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
@@ -206,13 +206,13 @@ def test_no_private_training_without_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     for name in ("check_steps", "check_noise"):
-        real = getattr(clients.self_test, name)
+        real = getattr(clients.self_check, name)
 
         def counted(*arguments: Any, name: str = name, real: Any = real) -> None:
             asked.append(name.removeprefix("check_"))
             real(*arguments)
 
-        monkeypatch.setattr(clients.self_test, name, counted)
+        monkeypatch.setattr(clients.self_check, name, counted)
     model = loaded()
 
     def newly(**changes: Any) -> list[str]:
@@ -242,10 +242,10 @@ def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch
 
 def test_what_passed_is_forgotten_with_the_model() -> None:
     check(model := loaded(), HOOKS)
-    count = len(clients.self_test._passed)
+    count = len(clients.self_check._passed)
     del model
     gc.collect()
-    assert len(clients.self_test._passed) < count
+    assert len(clients.self_check._passed) < count
 
 
 def test_the_noise_bounds_are_those_of_normal_numbers() -> None:
