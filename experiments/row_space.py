@@ -2,8 +2,8 @@
 
     python -m experiments.row_space
 
-Four clients regress y = (W* + E_k) x on 64 inputs and outputs, W* of rank 8, E_k their own small deviations, by
-gradient steps on B alone (rank 4) under the rules themselves. Printed: ||W* - W||_F / ||W*||_F after the
+Four clients regress y = (W* + E_k) x on 64 inputs and outputs, W* of rank 8, E_k their own small
+deviations, by gradient steps on B alone (rank 4) under the rules themselves. Printed: ||W* - W||_F / ||W*||_F after the
 rounds. FFA and FedSVD cannot leave the 4 random directions that A started with; the renewed variant can.
 """
 
@@ -28,7 +28,8 @@ RESULT = Path(__file__).parent / "published" / "adaptive" / "row_space.json"
 def main() -> None:
     """All rules on three seeds."""
     found = {
-        name: [round(error(make_rule(name, options), seed), 4) for seed in range(3)] for name, options in RULES
+        name: [round(error(make_rule(name, options), seed), 4) for seed in range(3)]
+        for name, options in RULES
     }
     RESULT.write_text(json.dumps(found, indent=1) + "\n")
     for name, errors in found.items():
@@ -55,9 +56,7 @@ def _trained(rule: Rule, state: State, client: int, wanted: torch.Tensor) -> Cli
     B = sent.B.clone()
     for _ in range(STEPS):
         B += RATE * (wanted - B @ sent.A) @ sent.A.T
-    return ClientUpdate(
-        partition_id=client, adapters={"x": LoraFactors(sent.A, B, 1.0)}, head={}, weight=1.0
-    )
+    return ClientUpdate(partition_id=client, adapters={"x": LoraFactors(sent.A, B, 1.0)}, head={}, weight=1.0)
 
 
 def _matrix(seed: int, name: str, rank: int) -> torch.Tensor:
