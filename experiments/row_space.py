@@ -4,7 +4,7 @@
 
 Four clients regress y = (W* + E_k) x on 64 inputs and outputs, W* of rank 8, E_k their own small
 deviations, by gradient steps on B alone (rank 4) under the rules themselves. Printed is the relative error
-||W* - W||_F / ||W*||_F. FFA and FedSVD cannot leave the 4 random directions of their first A; the variant can.
+||W* - W||_F / ||W*||_F. FFA and FedSVD cannot leave the 4 random directions of their first A; a variant can.
 """
 
 from __future__ import annotations
