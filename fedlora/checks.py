@@ -59,8 +59,9 @@ def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
         )
     if config.strategy.robust != "none":
         raise ConfigError(f"{mode}: strategy.robust = {config.strategy.robust!r} is no mean, must be 'none'")
-    if config.model.head == "local":
-        raise ConfigError(f"{mode}: model.head = 'local' is measured by clients, outside the guarantee")
+    if config.model.head == "local" or rule.facts.personal:
+        kept = "model.head = 'local'" if config.model.head == "local" else f"a personal factor of {name}"
+        raise ConfigError(f"{mode}: {kept} is measured by clients, outside the guarantee")
     if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
         raise ConfigError(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
 

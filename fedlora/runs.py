@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import subprocess
-import tomllib
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +26,7 @@ from typing import Any
 import tomli_w
 from safetensors.torch import load, save
 
-from fedlora.config import FlatConfig, RunConfig, flatten, from_flat, to_flat
+from fedlora.config import RunConfig, read_config, to_flat, unflatten
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
@@ -119,12 +118,16 @@ class RunDirectory:
     # --- checkpoint ------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write the state, then point ``latest.json`` at it, then drop the state before it."""
+        """Write the state, then point ``latest.json`` at it, then drop the state before it.
+
+        Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
+        that is run again makes another where noise comes from the operating system.
+        """
         folder, state = self.path / "checkpoint", checkpoint.state
-        for index, patch in enumerate(state.base):
-            path = folder / f"patch-{index + 1:05d}.safetensors"
-            if not path.exists():
-                write_atomic(path, save(_contiguous(patch.tensors())))
+        latest = folder / "latest.json"
+        settled = json.loads(latest.read_text())["patches"] if latest.exists() else 0
+        for number, patch in enumerate(state.base[settled:], start=settled + 1):
+            write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
         name = f"state-{state.round:05d}.safetensors"
         write_atomic(folder / name, save(_contiguous(_state_tensors(state))))
         about = {
@@ -138,7 +141,7 @@ class RunDirectory:
             "run-key": checkpoint.run_key,
             "ledger-heads": checkpoint.ledger_heads,
         }
-        write_atomic(folder / "latest.json", json.dumps(about) + "\n")
+        write_atomic(latest, json.dumps(about) + "\n")
         for old in folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink(missing_ok=True)
@@ -193,69 +196,6 @@ def _contiguous(tensors: Tensors) -> Tensors:
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-# --- reading and writing configurations ------------------------------------------------------------
-
-
-def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
-    """The configuration in a TOML file, with ``--set`` overrides on top.
-
-    ``privacy.ledger`` becomes an absolute path, so that it is one place for every process and command.
-
-    Raises:
-        ConfigError: no such file, not TOML, or a key or value that is not accepted.
-    """
-    try:
-        table = tomllib.loads(path.read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ConfigError(f"{path}: not a TOML file ({error})") from None
-    flat = {**flatten(table), **(overrides or {})}
-    ledger = flat.get("privacy.ledger")
-    if isinstance(ledger, str) and ledger:
-        flat["privacy.ledger"] = str(Path(ledger).expanduser().absolute())
-    return from_flat(flat)
-
-
-def parse_overrides(assignments: list[str]) -> FlatConfig:
-    """``key=value`` strings as a flat configuration; a value is TOML, or else a plain string.
-
-    Under a key that takes strings a bare number is a string: ``lora.ranks=4``.
-
-    Raises:
-        ConfigError: an assignment without ``=``.
-
-    >>> parse_overrides(["lora.rank=4", "strategy.name=flora"])
-    {'lora.rank': 4, 'strategy.name': 'flora'}
-    """
-    flat: FlatConfig = {}
-    defaults = to_flat(RunConfig())
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {assignment}: must be key=value, for instance lora.rank=4")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text
-        if isinstance(defaults.get(key.strip()), str) and not isinstance(value, str):
-            value = text
-        flat.update(flatten({key.strip(): value}))
-    return flat
-
-
-def unflatten(flat: FlatConfig) -> dict[str, Any]:
-    """Dotted keys to nested tables."""
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, name = key.split(".")
-        table = nested
-        for section in sections:
-            table = table.setdefault(section, {})
-        table[name] = value
-    return nested
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:

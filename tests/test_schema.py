@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.config import RunConfig, StudyConfig, flatten, from_flat, to_flat
-from fedlora.runs import read_config
+from fedlora.config import RunConfig, StudyConfig, flatten, from_flat, read_config, to_flat
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

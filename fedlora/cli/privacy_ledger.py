@@ -81,9 +81,9 @@ def _places(directory: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
+    from fedlora.config import read_config
     from fedlora.errors import ConfigError
     from fedlora.privacy.datasets import REGISTER
-    from fedlora.runs import read_config
 
     inside = {register.parent.resolve() for register in directory.rglob(REGISTER)}
     named = {read_config(config).privacy.ledger for config in directory.rglob("config.toml")} - {""}

@@ -31,8 +31,8 @@ def run(
 
     Example: fedlora run experiments/demo.toml --set strategy.name=flora --out runs/flora
     """
+    from fedlora.config import parse_overrides, read_config
     from fedlora.engines.simulate import simulate
-    from fedlora.runs import parse_overrides, read_config
 
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
@@ -55,7 +55,7 @@ def compare(
 
     Example: fedlora compare experiments/demo.toml --out runs/demo
     """
-    from fedlora.runs import parse_overrides, read_config
+    from fedlora.config import parse_overrides, read_config
     from fedlora.study.runner import run_study
 
     settings = read_config(config, parse_overrides(set_))

@@ -6,18 +6,19 @@ only booleans, integers, floats and strings, so lists are comma strings and stru
 """
 
 from fedlora.config.checks import Scalar, int_list, name_list
+from fedlora.config.files import parse_overrides, read_config, unflatten
 from fedlora.config.flat import FlatConfig, flatten, from_flat, to_flat
+from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.run import ClientGroup, RunConfig
 from fedlora.config.sections import (
     DataConfig,
     EngineConfig,
     LoraConfig,
     ModelConfig,
-    PrivacyConfig,
-    StrategyConfig,
     StudyConfig,
     TrainConfig,
 )
+from fedlora.config.strategy import StrategyConfig
 
 __all__ = [
     "ClientGroup",
@@ -36,5 +37,8 @@ __all__ = [
     "from_flat",
     "int_list",
     "name_list",
+    "parse_overrides",
+    "read_config",
     "to_flat",
+    "unflatten",
 ]

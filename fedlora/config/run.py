@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from fedlora.config.checks import from_keys, int_list, kebab, parse_json, require
+from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.sections import (
     DataConfig,
     EngineConfig,
     LoraConfig,
     ModelConfig,
-    PrivacyConfig,
-    StrategyConfig,
     StudyConfig,
     TrainConfig,
 )
+from fedlora.config.strategy import StrategyConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

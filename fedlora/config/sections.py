@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from fedlora.config.checks import int_list, kebab, name_list, one_of, parse_json, require, snake
+from fedlora.config.checks import int_list, kebab, name_list, one_of, parse_json, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,119 +165,6 @@ class TrainConfig:
         for name in ("head_learning_rate", "weight_decay", "local_epochs", "max_grad_norm", "proximal_mu"):
             value = getattr(self, name)
             require(value >= 0, f"train.{kebab(name)}", value, "must be >= 0")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StrategyConfig:
-    """The aggregation rule."""
-
-    name: str = "fedavg"
-    """One of ``fedlora strategies``."""
-    init_a: str = "kaiming"
-    """How the first A is drawn: ``kaiming`` or ``orthonormal``."""
-    options: str = ""
-    """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
-    robust: str = "none"
-    """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``."""
-    trim_fraction: float = 0.2
-    """``trimmed-mean``: share of the clients cut off at each end, in [0, 0.5)."""
-    krum_malicious: int = 1
-    """``multi-krum``: clients that may lie; a round needs 2 f + 3 updates."""
-    krum_chosen: int = 0
-    """``multi-krum``: updates that are averaged; 0 means all but the malicious."""
-    server_optimizer: str = "none"
-    """``none``, ``fedavgm`` or ``fedadam``: how the server moves towards the mean."""
-    server_learning_rate: float = 1.0
-    """Its step size, > 0."""
-    server_beta_1: float = 0.9
-    """Its momentum, in [0, 1)."""
-    server_beta_2: float = 0.99
-    """``fedadam``: decay of the second moment, in [0, 1)."""
-    server_tau: float = 1e-3
-    """``fedadam``: adaptivity, > 0."""
-    diagnostics: bool = True
-    """Measure each aggregation (gap, cosine, effective rank, energy lost)."""
-
-    def __post_init__(self) -> None:
-        _ = self.option_dict
-
-    @property
-    def option_dict(self) -> dict[str, Any]:
-        """The decoded options together with ``init_a``."""
-        options = {snake(k): v for k, v in parse_json("strategy.options", self.options, dict).items()}
-        require("init_a" not in options, "strategy.options", self.options, "init-a is strategy.init-a")
-        return {"init_a": self.init_a, **options}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PrivacyConfig:
-    """Differential privacy: of each client's own training (Opacus DP-SGD), or of whole clients."""
-
-    mode: str = "none"
-    """``none``; ``example``: one example more or less at a client is hidden from its server; ``client``: one
-    client is hidden in the global model, from everybody but the server."""
-    target_epsilon: float = 8.0
-    """Budget of a client over all that is on its ledger, > 0; the noise is calibrated to it."""
-    target_delta: float = 1e-5
-    """Delta of that budget, in (0, 1)."""
-    noise_multiplier: float = 0.0
-    """Noise standard deviation / clipping norm; 0 means: calibrate to ``privacy.target-epsilon``."""
-    max_grad_norm: float = 1.0
-    """``example``: each example's gradient is clipped to this norm, > 0."""
-    clipping_norm: float = 1.0
-    """``client``: all that a client changed is clipped to this norm, > 0."""
-    clipping: str = "flat"
-    """``flat``: all trained tensors together; ``per-layer``: each of L tensors to max-grad-norm / sqrt(L)."""
-    grad_sample_mode: str = "hooks"
-    """``hooks`` keeps each example's gradient, ``ghost`` only its norm and goes back twice (less memory)."""
-    max_physical_batch_size: int = 0
-    """Examples of a drawn batch that are in memory at once; 0 means all of them."""
-    max_participations: int = 0
-    """Rounds in which one client may train at most; 0 means all of them. The server enforces it."""
-    accountant: str = "prv"
-    """``prv``, ``pld`` (Google's, as tight) or ``rdp`` (a looser bound)."""
-    release_metrics: bool = False
-    """Also send the training loss and the example count, which are not private."""
-    dataset_id: str = ""
-    """The owner's name for the data, under which its spending is written down; empty means by ``data``."""
-    ledger: str = ""
-    """Directory of the spending, shared by all runs that name it; empty means the run's or node's own."""
-
-    def __post_init__(self) -> None:
-        one_of("privacy.mode", self.mode, ("none", "example", "client"))
-        one_of("privacy.accountant", self.accountant, ("prv", "rdp", "pld"))
-        require(
-            self.target_epsilon > 0, "privacy.target-epsilon", self.target_epsilon,
-            'must be > 0 (use privacy.mode = "none" to train without privacy)',
-        )  # fmt: skip
-        require(0 < self.target_delta < 1, "privacy.target-delta", self.target_delta, "must be in (0, 1)")
-        require(self.noise_multiplier >= 0, "privacy.noise-multiplier", self.noise_multiplier, "must be >= 0")
-        require(self.max_grad_norm > 0, "privacy.max-grad-norm", self.max_grad_norm, "must be > 0")
-        require(self.clipping_norm > 0, "privacy.clipping-norm", self.clipping_norm, "must be > 0")
-        one_of("privacy.clipping", self.clipping, ("flat", "per-layer"))
-        one_of("privacy.grad-sample-mode", self.grad_sample_mode, ("hooks", "ghost"))
-        require(
-            self.clipping == "flat" or self.grad_sample_mode == "hooks",
-            "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
-        )  # fmt: skip
-        require(
-            self.max_physical_batch_size >= 0,
-            "privacy.max-physical-batch-size", self.max_physical_batch_size, "must be >= 0",
-        )  # fmt: skip
-        require(
-            self.max_participations >= 0,
-            "privacy.max-participations", self.max_participations, "must be >= 0",
-        )  # fmt: skip
-
-    @property
-    def private(self) -> bool:
-        """Clients train by DP-SGD."""
-        return self.mode == "example"
-
-    @property
-    def client_level(self) -> bool:
-        """The server clips and noises whole updates."""
-        return self.mode == "client"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

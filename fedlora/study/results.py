@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedlora.config import RunConfig, to_flat
+from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import read_config, read_rounds
+from fedlora.runs import read_rounds
 from fedlora.study.cells import Cell, Kind
 
 IRRELEVANT = ("output-dir", "engine.", "study.")

@@ -11,11 +11,11 @@ from rich.console import Console
 
 from clients.resident import resident
 from fedlora.checks import check
-from fedlora.config import RunConfig, to_flat
+from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import quiet, simulate_on
 from fedlora.errors import ConfigError
-from fedlora.runs import RunDirectory, read_config
+from fedlora.runs import RunDirectory
 from fedlora.study.cells import Cell, expand
 from fedlora.study.report import write_report
 from fedlora.study.results import load_results
