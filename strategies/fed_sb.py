@@ -41,8 +41,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlora.decompositions import outside, svd
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Product, Tensors, as_product, check_same_modules, svd
+from fedlora.factors import LoraFactors, Product, Tensors, as_product, check_same_modules
 from fedlora.seeding import torch_stream
 from fedlora.threads import side_by_side
 from fedlora.updates import State, Template
@@ -163,14 +164,9 @@ def with_core(p: Product, rank: int, scaling: float, draw: Draw) -> LoraFactors:
 
 
 def completed(basis: Tensor, rank: int, generator: torch.Generator) -> Tensor:
-    """Orthonormal columns (n, k) and random ones orthonormal to them, (n, rank); zeros beyond n columns."""
-    n, k = basis.shape
-    more = torch.randn(n, rank - k, generator=generator, dtype=torch.float64)
-    Q, _ = torch.linalg.qr(torch.cat([basis.double(), more], dim=1))
-    whole = basis.new_zeros(n, rank)
-    whole[:, : Q.shape[1]] = Q
-    whole[:, :k] = basis
-    return whole
+    """Orthonormal columns (n, k), and drawn ones at right angles to them: (n, rank), zeros beyond n."""
+    more = outside(basis.T, rank - basis.shape[1], generator)
+    return torch.cat([basis, more.T], dim=1)
 
 
 def drawn(seed: int, module: str) -> Draw:

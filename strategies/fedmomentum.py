@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedlora.factors import completed, split
+from fedlora.decompositions import completed, split
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule

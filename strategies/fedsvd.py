@@ -20,8 +20,9 @@ from typing import ClassVar
 
 import torch
 
+from fedlora.decompositions import truncate
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Tensors, as_product, truncate
+from fedlora.factors import LoraFactors, Tensors, as_product
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
 from strategies.mean import MeanRule

@@ -20,43 +20,36 @@ down as FedSVD, and n (o + i) for each patch; the base moves, so that clients mu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 
+from fedlora.decompositions import outside
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Product, Tensors
 from strategies.facts import Facts
-from strategies.fedsvd import refactored, turned_momentum
+from strategies.fedsvd import FedSVDRule, refactored, turned_momentum
 from strategies.layer import Layer, Merged
-from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSVDRenewRule(MeanRule):
+class FedSVDRenewRule(FedSVDRule):
     """A frozen within a round, B averaged, B A refactored, its weakest directions renewed.
 
     Attributes:
         renew: share of the rank that is renewed, in (0, 1]; at least one direction.
-        period: renew every so many rounds, >= 1.
+        period: as in FedSVD; directions are renewed whenever B A is refactored.
     """
 
     renew: float = 0.25
-    period: int = 1
 
-    facts: ClassVar[Facts] = Facts(
+    facts: ClassVar[Facts] = replace(
+        FedSVDRule.facts,
         name="fedsvd-renew",
         title="FedSVD, renewed",
         paper="variant of arXiv 2505.12805, this project",
-        trains=frozenset({"B"}),
-        ships=frozenset({"B"}),
-        exact=True,
         moves_base=True,
-        mean=True,
-        turns=True,
-        secure_sum=True,
-        up="r*o",
         down="(r+n)(o+i)",
     )
 
@@ -64,33 +57,17 @@ class FedSVDRenewRule(MeanRule):
         super().__post_init__()
         if not 0 < self.renew <= 1:
             raise ConfigError(f"strategy.options renew = {self.renew}: must be in (0, 1]")
-        if self.period < 1:
-            raise ConfigError(f"strategy.options period = {self.period}: must be >= 1")
 
     def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
         if layer.server_round % self.period:
             return Merged(adapter, memory=memory)
         turned = refactored(adapter)
-        kept = adapter.rank - max(1, round(self.renew * adapter.rank))
+        renewed = max(1, round(self.renew * adapter.rank))
+        kept = adapter.rank - renewed
         weak = Product(turned.B[:, kept:], turned.scaling * turned.A[kept:])
-        fresh = outside(turned.A, adapter.rank - kept, layer.generator("renew"))
-        A = torch.cat([turned.A[:kept], fresh])
+        left = turned.A[: max(kept, adapter.in_features - renewed)]  # all rows, unless there is no room
+        A = torch.cat([turned.A[:kept], outside(left, renewed, layer.generator("renew"))])
         B = turned.B.clone()
         B[:, kept:] = 0
-        renewed = LoraFactors(A, B, turned.scaling)
-        return Merged(renewed, into_base=weak, memory=turned_momentum(memory, adapter, renewed))
-
-
-def outside(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """``count`` orthonormal rows at right angles to the given ones, drawn uniformly.
-
-    Where the space has too few dimensions left they turn back into the span of the last of ``rows``, and
-    beyond the number of dimensions they are zero.
-    """
-    in_features = rows.shape[1]
-    drawn = torch.randn(min(count, in_features), in_features, generator=generator, dtype=torch.float64)
-    held = rows.double()[: in_features - drawn.shape[0]]
-    Q, R = torch.linalg.qr(torch.cat([held, drawn]).T)
-    fresh = rows.new_zeros(count, in_features)
-    fresh[: drawn.shape[0]] = (Q * R.diagonal().sign())[:, held.shape[0] :].T
-    return fresh
+        after = LoraFactors(A, B, turned.scaling)
+        return Merged(after, into_base=weak, memory=turned_momentum(memory, adapter, after))

@@ -21,8 +21,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from fedlora.decompositions import compact_svd
 from fedlora.errors import ConfigError
-from fedlora.factors import Product, compact_svd
+from fedlora.factors import Product
 from strategies.facts import Facts
 from strategies.flora import FLoRARule
 from strategies.layer import Layer, Merged

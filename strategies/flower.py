@@ -23,6 +23,7 @@ from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.client_dp import ClientDP
 from strategies.courier import Courier, says_missing
 from strategies.intake import NUM_EXAMPLES, accept
+from strategies.metrics import mean_loss, mean_metrics
 from strategies.report import RoundReport
 from strategies.roster import Roster
 from strategies.rule import Rule
@@ -31,7 +32,6 @@ from strategies.starting import template_of
 
 CONNECT_TIMEOUT = 600.0
 """Seconds to wait for ``min_available_nodes``."""
-TRAIN_LOSS = "train-loss"
 
 
 class FactorStrategy(Strategy):
@@ -212,7 +212,7 @@ class FactorStrategy(Strategy):
             self.state, counted, diagnostics=self.diagnostics
         )
         self.report.participants = [update.partition_id for update in updates]
-        self.report.train_loss = self._train_loss(updates)
+        self.report.train_loss = mean_loss(self.courier.parcels, updates)
         measured = self.report.diagnostics.as_dict() if self.report.diagnostics else {}
         return self.arrays(), MetricRecord({**measured, "num-updates": len(updates)})
 
@@ -231,12 +231,8 @@ class FactorStrategy(Strategy):
         self.report.client_metrics = {
             partition: reply.metrics for partition, reply in answers.items() if NUM_EXAMPLES in reply.metrics
         }
-        measured = list(self.report.client_metrics.values())
-        total = sum(m[NUM_EXAMPLES] for m in measured)
-        if total == 0:
-            return None
-        keys = [k for k in measured[0] if k != NUM_EXAMPLES and all(k in m for m in measured)]
-        return MetricRecord({k: sum(m[NUM_EXAMPLES] * m[k] for m in measured) / total for k in keys})
+        means = mean_metrics(list(self.report.client_metrics.values()))
+        return MetricRecord({**means}) if means else None
 
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
@@ -293,16 +289,6 @@ class FactorStrategy(Strategy):
     def _count_bytes(self) -> None:
         self.report.bytes_up += sum(parcel.bytes_up for parcel in self.courier.parcels)
         self.report.bytes_down += sum(parcel.bytes_down for parcel in self.courier.parcels)
-
-    def _train_loss(self, updates: list[ClientUpdate]) -> float | None:
-        weight_of = {update.partition_id: update.weight for update in updates}
-        losses = [
-            (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
-            for p in self.courier.parcels
-            if p.partition_id in weight_of and p.reply is not None and TRAIN_LOSS in p.reply.metrics
-        ]
-        total = sum(weight for weight, _ in losses)
-        return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
 
 
 def _config(config: ConfigRecord, server_round: int) -> dict[str, Any]:

@@ -7,9 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
-from flwr.app import Message, MessageType, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
+from flwr.app import Message, MessageType
 
 from clients.carry_out import Node, evaluate_order, load, set_up, train_order
 from clients.private import train_private
@@ -17,7 +15,7 @@ from fedlora import wire
 from fedlora.audit.canaries import ClientCanaries, Design
 from fedlora.audit.views import ServerView, tensors_of
 from fedlora.config import RunConfig
-from fedlora.engines.identity import SERVER_NODE_ID, speak_as_server
+from fedlora.engines.local_grid import LocalGrid
 from fedlora.factors import Tensors
 from fedlora.seeding import derive
 
@@ -25,7 +23,7 @@ LARGER = 4
 """Batches of the rehearsal / those of the client: the expected step is the same, and nearer to its mean."""
 
 
-class AuditGrid(Grid):
+class AuditGrid(LocalGrid):
     """One node for each partition; what the clients ship is shown to the attacker.
 
     Args:
@@ -36,12 +34,11 @@ class AuditGrid(Grid):
     """
 
     def __init__(self, config: RunConfig, design: Design, view: ServerView, state_dir: Path) -> None:
-        self.partition_ids = {SERVER_NODE_ID + 1 + p: p for p in design.clients}
+        super().__init__(design.clients)
         self._config = config
         self._design = design
         self._view = view
         self._state_dir = state_dir
-        speak_as_server(run_id=1)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -69,36 +66,6 @@ class AuditGrid(Grid):
         if reply.status == wire.OK:
             self._view.see(canaries, tensors_of(reply.arrays), rehearsal(order, self._config, node))
         return reply
-
-    # --- the rest of Flower's interface ------------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Not needed here: the run is fixed at construction."""
-        raise NotImplementedError("an AuditGrid belongs to one run")
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return Run.create_empty(1)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str,
-        ttl: float | None = None,
-    ) -> Message:  # fmt: skip
-        """A new message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """All nodes; they are always there."""
-        return list(self.partition_ids)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refused: replies are only collected by `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refused: replies are only collected by `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
 
 
 def rehearsal(order: wire.TrainOrder, config: RunConfig, node: Node) -> Tensors:

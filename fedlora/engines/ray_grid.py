@@ -16,11 +16,9 @@ from typing import Any
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from fedlora.config import FlatConfig
-from fedlora.engines.identity import SERVER_NODE_ID, speak_as_server
+from fedlora.engines.local_grid import LocalGrid
 from fedlora.engines.ray_pool import RayPool
 
 CLIENT_FAILED, CLIENT_DIED = 1, 2
@@ -36,7 +34,7 @@ class Job:
     deaths: int = 0
 
 
-class RayGrid(Grid):
+class RayGrid(LocalGrid):
     """The simulated clients of one run, one node for each partition.
 
     Args:
@@ -55,54 +53,17 @@ class RayGrid(Grid):
         state_dir: Path,
         run_id: int = 1,
     ) -> None:
+        super().__init__(partitions, run_id)
         self._pool = pool
-        ids = sorted(partitions)
-        self.partition_ids = {SERVER_NODE_ID + 1 + p: p for p in ids}
         self._run_config = run_config
         self._node_config: dict[str, Any] = {
-            "num-partitions": len(ids),
+            "num-partitions": len(self.partition_ids),
             "state-dir": str(state_dir),
             "simulation": True,
         }
         self._states: dict[int, RecordDict] = {}
         self._idle: deque[Any] = deque(pool.actors)
-        self._run_id = run_id
         self.retries = 0
-        speak_as_server(run_id)
-
-    # --- Flower's interface -------------------------------------------------------------------------
-
-    def set_run(self, run: Run) -> None:
-        """Not needed here: the run is fixed at construction."""
-        raise NotImplementedError("a RayGrid belongs to one run")
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return Run.create_empty(self._run_id)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message to a node."""
-        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """All nodes; simulated clients are always there."""
-        return list(self.partition_ids)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refused: replies are only collected by `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refused: replies are only collected by `send_and_receive`."""
-        raise NotImplementedError("use send_and_receive")
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None

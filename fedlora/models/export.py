@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fedlora.config import ModelConfig
+from fedlora.decompositions import svd
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_product, svd
+from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_product
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
 from fedlora.peft_keys import to_peft

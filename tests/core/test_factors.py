@@ -12,6 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from fedlora.decompositions import compact_svd, completed, split, svd, truncate
 from fedlora.errors import FactorShapeError
 from fedlora.factors import (
     LoraFactors,
@@ -19,16 +20,11 @@ from fedlora.factors import (
     add,
     as_product,
     check_same_modules,
-    compact_svd,
-    completed,
     inner,
     norm,
     resize,
     scale,
-    split,
     stack,
-    svd,
-    truncate,
 )
 
 Array = NDArray[np.float64]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 
+from fedlora.decompositions import outside
 from fedlora.errors import ConfigError
 from fedlora.seeding import torch_stream
 from fedlora.updates import ClientSpec, ModuleSpec, State
-from strategies.fedsvd_renew import outside
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from tests.strategies.federations import Federation, effective, federations, numpy, relative
