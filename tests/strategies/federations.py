@@ -116,6 +116,19 @@ class Federation:
         return [self.update(rule, state, index) for index in chosen]
 
 
+def one_layer(seed: int = 5, clients: int = 3, head_shapes: tuple[tuple[int, ...], ...] = ()) -> Federation:
+    """One layer of 9 x 12 and clients of rank 3 with weights 1, 2, 3, ..: nothing is right by chance."""
+    return Federation(
+        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
+        rank=3,
+        scaling=2.0,
+        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(clients)),
+        weights=tuple(float(i + 1) for i in range(clients)),
+        seed=seed,
+        head_shapes=head_shapes,
+    )
+
+
 NAMES = ("encoder.0.query", "encoder.0.output", "encoder.1.query")
 SHAPES = st.lists(st.tuples(st.integers(2, 9), st.integers(2, 9)), min_size=1, max_size=3)
 RANKS, ALPHAS = st.integers(1, 4), st.sampled_from([1.0, 8.0, 16.0, 24.0])

@@ -12,16 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.updates import ClientUpdate, State
 from strategies.registry import option_fields
 from strategies.rule import Rule
 from tests import oracles
 from tests.strategies.federations import (
     VARIANTS,
     Federation,
+    assert_same_bits,
     effective,
     federations,
+    named_tensors,
     numpy,
+    one_layer,
     oracle_layer,
     relative,
 )
@@ -110,23 +113,11 @@ def test_exact_rules_give_the_clients_mean_round_after_round(
             assert np.linalg.norm(delta - expected) <= 1e-10 * (1.0 + np.linalg.norm(expected)), name
 
 
-def _different_clients() -> Federation:
-    """Three clients at random, rank far below the layers: factor averages cannot be right by chance."""
-    return Federation(
-        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
-        rank=3,
-        scaling=2.0,
-        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(3)),
-        weights=(1.0, 2.0, 3.0),
-        seed=5,
-    )
-
-
 @every_rule
 @pytest.mark.parametrize("seed", range(5))
 def test_the_fact_exact_is_true(rule: Rule, seed: int) -> None:
     """On random factors the inexact rules miss by more than a tenth, the exact ones by rounding."""
-    federation = replace(_different_clients(), seed=seed)
+    federation = one_layer(seed)
     before = federation.start(rule)
     updates = federation.updates(rule, before)
     after, diagnostics = rule.aggregate(before, updates)
@@ -251,7 +242,7 @@ def test_rules_on_products_do_not_see_the_clients_bases(rule: Rule, federation: 
 @pytest.mark.parametrize("seed", range(3))
 def test_rules_on_factors_do_see_them(rule: Rule, seed: int) -> None:
     """The same client models, written in other bases, give FedAvg another global model."""
-    federation = replace(_different_clients(), seed=seed)
+    federation = one_layer(seed)
     before = federation.start(rule)
     updates = federation.updates(rule, before)
     after, _ = rule.aggregate(before, updates)
@@ -273,3 +264,16 @@ def test_exact_rules_do_not_see_a_common_basis(rule: Rule, federation: Federatio
     turned, _ = rule.aggregate(turned_start, [_turned(u, federation, common=True) for u in updates])
     for name, delta in effective(turned).items():
         assert relative(delta, effective(after)[name]) < 1e-10
+
+
+@pytest.mark.parametrize(("keeps", "drops"), [("fedex", "zero-padding"), ("fedmomentum", "flexlora")])
+@given(federation=federations())
+def test_a_rule_that_keeps_the_remainder_has_the_adapter_of_the_one_that_drops_it(
+    keeps: str, drops: str, federation: Federation
+) -> None:
+    """Bit for bit: the two differ in the fate of the remainder alone."""
+    rule, other = VARIANTS[keeps], VARIANTS[drops]
+    before = federation.start(rule)
+    updates = federation.updates(rule, before)
+    kept, dropped = rule.aggregate(before, updates)[0], other.aggregate(before, updates)[0]
+    assert_same_bits(named_tensors(replace(kept, base=())), named_tensors(dropped))

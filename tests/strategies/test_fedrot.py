@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.updates import ClientUpdate, State
 from strategies.fedrot import FedRotRule, align, rotation, softened
 from strategies.registry import make_rule
 from tests.oracles import best_rotation, soft_rotation
-from tests.strategies.federations import Federation, effective, federations, numpy, relative
+from tests.strategies.federations import Federation, effective, federations, numpy, one_layer, relative
 
 LAMBDAS = (0.0, 0.2, 0.5, 0.8, 1.0)
 every_lambda = pytest.mark.parametrize("lam", LAMBDAS)
@@ -126,17 +126,6 @@ def test_clients_that_are_aligned_are_averaged_as_by_fedavg(
         assert relative(delta, effective(theirs)[name]) < 1e-7
 
 
-def _federation(seed: int) -> Federation:
-    return Federation(
-        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
-        rank=3,
-        scaling=2.0,
-        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(3)),
-        weights=(1.0, 2.0, 3.0),
-        seed=seed,
-    )
-
-
 def turned(update: ClientUpdate, seed: int) -> ClientUpdate:
     """The same client model in a basis of its own."""
     adapters = {}
@@ -150,7 +139,7 @@ def turned(update: ClientUpdate, seed: int) -> ClientUpdate:
 @given(seed=SEEDS)
 def test_the_clients_own_rotations_do_not_matter(server_round: int, seed: int) -> None:
     """At lam = 1; FedAvg of the same clients is another model."""
-    federation = _federation(seed)
+    federation = one_layer(seed)
     state = replace(federation.start(HARD), round=server_round - 1)
     updates = federation.updates(HARD, state)
     others = [turned(u, seed) for u in updates]
@@ -163,7 +152,7 @@ def test_the_clients_own_rotations_do_not_matter(server_round: int, seed: int) -
 @given(seed=SEEDS)
 def test_one_model_in_many_bases_is_that_model(seed: int) -> None:
     """Where FedAvg drops most of it."""
-    federation = _federation(seed)
+    federation = one_layer(seed)
     state = federation.start(HARD)
     one = federation.update(HARD, state, 0)
     same = [turned(replace(one, partition_id=i), seed) for i in range(3)]
@@ -189,7 +178,7 @@ def test_lambda_zero_is_fedavg(federation: Federation) -> None:
 @pytest.mark.parametrize("server_round", [1, 2])
 def test_a_and_b_are_the_reference_in_turn(server_round: int) -> None:
     """NaN in the global factor that is not asked leaves the result alone."""
-    federation = _federation(0)
+    federation = one_layer(0)
     state = replace(federation.start(HARD), round=server_round - 1)
     updates = federation.updates(HARD, state)
     silent = "A" if server_round == 1 else "B"
@@ -202,7 +191,7 @@ def test_a_and_b_are_the_reference_in_turn(server_round: int) -> None:
 
 def test_the_first_round_of_a_fresh_adapter_is_fedavgs() -> None:
     """B = 0 is no reference; the rule for it is the identity."""
-    federation = replace(_federation(0), dtype=torch.float32)
+    federation = replace(one_layer(0), dtype=torch.float32)
     state = HARD.init(replace(federation.template(), adapters=None), seed=0)
     updates = federation.updates(HARD, state)
     mine, theirs = (r.aggregate(state, updates)[0] for r in (HARD, make_rule("fedavg")))

@@ -13,12 +13,19 @@ from hypothesis import strategies as st
 
 from fedlora.errors import ConfigError
 from fedlora.factors import AdapterSet, LoraFactors, Product
-from fedlora.updates import ClientSpec, ModuleSpec
 from strategies.fair_solver import cosine_correction, ridge_correction
 from strategies.lora_fair import LoRAFAIRRule
 from strategies.registry import make_rule
 from tests.oracles import Array, cosine, fair_correction, fair_gradient, fair_objective, mean_update
-from tests.strategies.federations import Federation, effective, federations, numpy, oracle_layer, relative
+from tests.strategies.federations import (
+    Federation,
+    effective,
+    federations,
+    numpy,
+    one_layer,
+    oracle_layer,
+    relative,
+)
 
 LAMBDAS = (0.0, 1e-3, 0.01, 0.1, 1.0, 30.0)
 
@@ -238,14 +245,7 @@ def test_each_correction_of_both_comes_nearer_to_what_the_clients_ask_for(
     options: dict[str, object], seed: int
 ) -> None:
     """None, B alone, A against the corrected B: the cosine rises each time, for ridge the error falls."""
-    federation = Federation(
-        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
-        rank=3,
-        scaling=2.0,
-        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(3)),
-        weights=(1.0, 2.0, 3.0),
-        seed=seed,
-    )
+    federation = one_layer(seed)
     rules = [make_rule("fedavg"), *(make_rule("lora-fair", {**options, "correct": c}) for c in ("B", "both"))]
     before = federation.start(rules[0])
     updates = federation.updates(rules[0], before)

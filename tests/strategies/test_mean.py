@@ -11,7 +11,7 @@ from hypothesis import given
 
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.factors import LoraFactors, Tensors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.updates import ClientUpdate, State
 from strategies.registry import RULES, make_rule
 from strategies.robust import MultiKrum, make_center
 from strategies.rule import Rule
@@ -23,24 +23,13 @@ from tests.strategies.federations import (
     federations,
     named_tensors,
     numpy,
+    one_layer,
     relative,
 )
 
 MEANS = [name for name, rule in RULES.items() if rule.facts.mean]
 every_mean = pytest.mark.parametrize("name", MEANS)
 MOMENTUM = ServerOptimizer(name="fedavgm", learning_rate=0.7, beta_1=0.9)
-
-
-def federation(clients: int = 6, seed: int = 2) -> Federation:
-    return Federation(
-        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
-        rank=3,
-        scaling=2.0,
-        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(clients)),
-        weights=tuple(float(i + 1) for i in range(clients)),
-        seed=seed,
-        head_shapes=((2, 3),),
-    )
 
 
 def rounds(rule: Rule, count: int, given: Federation) -> State:
@@ -89,7 +78,7 @@ def test_server_optimisers_are_the_papers(kind: str) -> None:
 @every_mean
 def test_momentum_goes_on_where_the_clients_stand_still(name: str) -> None:
     """A second round in which nobody moves still moves what is shipped, by beta times the first step."""
-    rule, fed = make_rule(name, optimizer=MOMENTUM), federation()
+    rule, fed = make_rule(name, optimizer=MOMENTUM), one_layer(2, 6, ((2, 3),))
     first = rounds(rule, 1, fed)
     still = [
         ClientUpdate(
@@ -108,7 +97,7 @@ def test_momentum_goes_on_where_the_clients_stand_still(name: str) -> None:
 
 def test_the_momentum_of_fedsvd_turns_with_its_basis() -> None:
     """Under FedSVD and under FFA from the same orthonormal A, momentum gives the same products."""
-    fed = replace(federation(), head_shapes=())
+    fed = one_layer(2, 6)
     turning, fixed = (make_rule(name, optimizer=MOMENTUM) for name in ("fedsvd", "ffa"))
     start = fed.template().adapters
     assert start is not None
@@ -153,7 +142,7 @@ def test_rules_without_a_mean_refuse_compositions(name: str) -> None:
 @pytest.mark.parametrize("robust", ["median", "trimmed-mean", "multi-krum"])
 def test_one_liar_among_six_moves_a_robust_centre_little(name: str, robust: str) -> None:
     """A client that sends 1e6 times its tensors ruins the mean and not the robust centres."""
-    fed = federation()
+    fed = one_layer(2, 6, ((2, 3),))
     rule, plain = make_rule(name, center=make_center(robust, malicious=1)), make_rule(name)
     before = fed.start(rule)
     honest = fed.updates(rule, before)
@@ -176,7 +165,7 @@ def _blown_up(factors: LoraFactors, rule: Rule) -> LoraFactors:
 
 @pytest.mark.parametrize("robust", ["median", "trimmed-mean", "multi-krum"])
 def test_robust_centres_do_not_see_the_order_and_equal_numpy(robust: str) -> None:
-    fed, rule = federation(), make_rule("fedavg", center=make_center(robust))
+    fed, rule = one_layer(2, 6, ((2, 3),)), make_rule("fedavg", center=make_center(robust))
     before = fed.start(rule)
     updates = fed.updates(rule, before)
     after = rule.aggregate(before, updates)[0]
@@ -188,7 +177,7 @@ def test_robust_centres_do_not_see_the_order_and_equal_numpy(robust: str) -> Non
 
 
 def test_multi_krum_averages_the_chosen_with_their_weights() -> None:
-    fed, center = federation(), MultiKrum(malicious=1, chosen=2)
+    fed, center = one_layer(2, 6, ((2, 3),)), MultiKrum(malicious=1, chosen=2)
     rule = make_rule("fedavg", center=center)
     before = fed.start(rule)
     updates = fed.updates(rule, before)

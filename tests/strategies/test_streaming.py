@@ -13,11 +13,11 @@ from hypothesis import given
 
 from fedlora.errors import ConfigError, FedLoraError
 from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec
+from fedlora.updates import ClientUpdate
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.streaming import aggregate_stream, streams
-from tests.strategies.federations import Federation, effective, federations, numpy, relative
+from tests.strategies.federations import Federation, effective, federations, numpy, one_layer, relative
 
 STREAMED = [name for name in RULES if streams(make_rule(name))]
 streamed = pytest.mark.parametrize("name", STREAMED)
@@ -60,7 +60,7 @@ def test_no_two_updates_are_kept() -> None:
             yield replace(template, partition_id=number, adapters={"layer": LoraFactors(A, f.B, f.scaling)})
             del A
 
-    federation = _small()
+    federation = one_layer(head_shapes=((2, 3),))
     before = federation.start(rule)
     aggregate_stream(rule, before, produced(federation.update(rule, before, 0)))
     assert len(alive) == 5
@@ -79,22 +79,10 @@ def test_no_two_updates_are_kept() -> None:
     ],
 )
 def test_bad_streams_are_refused(change: object, named: str) -> None:
-    federation, rule = _small(), make_rule("fedavg")
+    federation, rule = one_layer(head_shapes=((2, 3),)), make_rule("fedavg")
     before = federation.start(rule)
     updates = change(federation.updates(rule, before))  # type: ignore[operator]
     with pytest.raises(FedLoraError, match=named):
         aggregate_stream(rule, before, updates)
     with pytest.raises(ConfigError, match="flora needs all updates at once"):
         aggregate_stream(make_rule("flora"), before, updates)
-
-
-def _small() -> Federation:
-    return Federation(
-        modules={"layer": ModuleSpec(out_features=9, in_features=12)},
-        rank=3,
-        scaling=2.0,
-        clients=tuple(ClientSpec(partition_id=i, rank=3, scaling=2.0) for i in range(3)),
-        weights=(1.0, 2.0, 3.0),
-        seed=5,
-        head_shapes=((2, 3),),
-    )

@@ -1,0 +1,65 @@
+"""The owner reads and declares: ``fedlora privacy spent`` and ``new-dataset``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlora.privacy.calibration import epsilon_of
+from fedlora.privacy.datasets import Dataset
+from fedlora.privacy.ledger import Ledger, read_ledgers
+from tests.privacy.ledgers import BUDGET, DATASET, WIDE, made, release
+
+
+@pytest.fixture
+def fedlora() -> Callable[..., Any]:
+    from fedlora.cli import cli
+
+    return lambda *arguments: CliRunner().invoke(cli, ["privacy", *map(str, arguments)])
+
+
+def test_the_owner_reads_what_is_spent(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    made(tmp_path / "run" / "clients" / "ledger", release(1), release(2), budget=BUDGET)
+    done = fedlora("spent", tmp_path / "run", "--json")
+    assert done.exit_code == 0
+    (row,) = json.loads(done.stdout)
+    epsilon = epsilon_of(((1.0, 0.05, 6),), 1e-5, "rdp")
+    assert row["epsilon"] == epsilon
+    assert row["left"] == 8.0 - epsilon
+    assert (row["releases"], row["steps"], row["dataset"]) == (2, 6, DATASET.identity)
+    assert DATASET.identity in fedlora("spent", tmp_path / "run").stdout
+
+
+def test_a_run_that_names_a_ledger_elsewhere_leads_to_it(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    made(tmp_path / "ledger", release(1))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text(f'[privacy]\nledger = "{tmp_path / "ledger"}"\n')
+    assert len(json.loads(fedlora("spent", tmp_path / "run", "--json").stdout)) == 1
+
+
+def test_the_owner_declares_a_data_set(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    made(tmp_path, release())
+    done = fedlora("new-dataset", "--ledger", tmp_path, "--id", "other", "--reason", "collected since")
+    assert done.exit_code == 0
+    assert Ledger(tmp_path, Dataset(source="other")).reserve(release(), WIDE).releases == 1
+
+
+def test_wrong_requests_are_one_line_with_exit_code_2(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    made(tmp_path / "ledger", release())
+    path = read_ledgers(tmp_path / "ledger")[0].path
+    path.write_bytes(b"x" + path.read_bytes())
+    for arguments, words in (
+        (("spent", tmp_path / "nowhere"), "no privacy ledger"),
+        (("spent", tmp_path), "line 1 is damaged"),
+        (("new-dataset", "--ledger", tmp_path / "ledger", "--id", "x", "--reason", ""), "--reason"),
+        (("new-dataset", "--ledger", tmp_path / "ledger", "--id", "sentences", "--reason", "x"), "already"),
+    ):
+        done = fedlora(*arguments)
+        assert done.exit_code == 2
+        assert words in done.stderr
+        assert len(done.stderr.splitlines()) == 1
