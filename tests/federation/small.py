@@ -1,0 +1,30 @@
+"""A small adapter and the bits of a strategy, for the tests of the federation."""
+
+from __future__ import annotations
+
+import torch
+from flwr.app import ArrayRecord
+
+from fedlora import wire
+from fedlora.factors import LoraFactors
+from strategies.flower import FactorStrategy
+
+MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
+
+
+def initial_arrays(rank: int = 3) -> ArrayRecord:
+    g = torch.Generator().manual_seed(0)
+    adapters = {
+        name: LoraFactors(torch.randn(rank, i, generator=g), torch.zeros(o, rank), 2.0)
+        for name, (o, i) in MODULES.items()
+    }
+    return wire.to_record(wire.to_peft(adapters, {"classifier.weight": torch.zeros(2, 6)}))
+
+
+def bits(strategy: FactorStrategy) -> dict[str, bytes]:
+    state = strategy.state
+    assert state is not None
+    tensors = wire.to_peft(state.adapters, state.head)
+    for version, patch in enumerate(state.base):
+        tensors |= {f"{version}/{name}": t for name, t in patch.tensors().items()}
+    return {name: t.numpy().tobytes() for name, t in tensors.items()}
