@@ -53,6 +53,11 @@ class Facts:
         return not self.trains <= self.ships
 
     @property
+    def global_adapter(self) -> bool:
+        """Adapters are aggregated, and into a global one: else the diagnostics mean nothing."""
+        return bool(self.ships) and not self.personal
+
+    @property
     def client_dp(self) -> bool:
         """Client-level DP is sound."""
         return self.mean

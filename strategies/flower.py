@@ -87,7 +87,7 @@ class FactorStrategy(Strategy):
         if client_dp is not None and not rule.facts.client_dp:
             raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
         self.client_dp = client_dp
-        self.diagnostics = diagnostics and client_dp is None and not rule.facts.personal
+        self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
         self.participations: dict[int, int] = {}
         self.roster = Roster()

@@ -231,3 +231,12 @@ def test_arrays_that_are_no_adapter_are_refused(tmp_path: Path) -> None:
 
 def test_every_rule_has_a_public_name_but_the_reference() -> None:
     assert {named.rule_type.facts.name for named in NAMED} == set(strategies.RULES) - {"local-only"}
+
+
+@pytest.mark.parametrize("name", ["head-only", "fedsa", "local-only"])
+def test_rounds_that_aggregate_no_adapter_report_no_figures_of_it(name: str, tmp_path: Path) -> None:
+    strategy = FactorStrategy(strategies.make_rule(name), scaling=2.0)
+    reports = []
+    strategy.on_round = reports.append
+    strategy.start(FakeGrid(range(2), ToyClient(tmp_path)), initial_arrays(), num_rounds=1)
+    assert reports[0].diagnostics is None
