@@ -22,8 +22,9 @@ from fedlora.privacy.ledger import Ledger
 
 LEDGER = "ledger"
 DEALT_BY = (
-    "test", "test_fraction", "label_column", "group_column", "domain_column", "partitioner", "partition_by",
-    "num_partitions", "dirichlet_alpha", "classes_per_partition", "min_partition_size",
+    "test", "test_fraction", "validation_fraction", "label_column", "group_column", "domain_column",
+    "partitioner", "partition_by", "num_partitions", "dirichlet_alpha", "classes_per_partition",
+    "min_partition_size",
 )  # fmt: skip
 """Keys of ``data`` that decide which examples a partition has."""
 OPEN_LEDGERS = 256

@@ -85,6 +85,8 @@ class DataConfig:
     """Column by which accuracy is also reported."""
     test_fraction: float = 0.2
     """Share held out where the data brings no test split, in (0, 1)."""
+    validation_fraction: float = 0.0
+    """Tuning: evaluate on this share of the training examples, taken out of them, not on the test set."""
     partitioner: str = "natural"
     """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential."""
     partition_by: str = "domain"
@@ -109,6 +111,10 @@ class DataConfig:
             "data.public", self.public, "must be other examples than data.name, which the clients hold",
         )  # fmt: skip
         require(0 < self.test_fraction < 1, "data.test-fraction", self.test_fraction, "must be in (0, 1)")
+        require(
+            0 <= self.validation_fraction < 1,
+            "data.validation-fraction", self.validation_fraction, "must be in [0, 1)",
+        )  # fmt: skip
         one_of("data.partitioner", self.partitioner, PARTITIONERS)
         require(self.num_partitions >= 0, "data.num-partitions", self.num_partitions, "must be >= 0")
         require(
@@ -179,6 +185,8 @@ class EngineConfig:
     """CPUs that Ray reserves for each client process, > 0."""
     num_gpus: float = 0.0
     """GPUs (or a share of one) for each client process."""
+    cohort_size: int = 0
+    """Clients that one process trains in a single batched pass; 0 lets model and batch size decide."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``mps``."""
     max_retries: int = 3
@@ -187,7 +195,7 @@ class EngineConfig:
     def __post_init__(self) -> None:
         one_of("engine.device", self.device, ("auto", "cpu", "cuda", "mps"))
         require(self.num_cpus > 0, "engine.num-cpus", self.num_cpus, "must be > 0")
-        for name in ("num_actors", "num_gpus", "max_retries"):
+        for name in ("num_actors", "num_gpus", "cohort_size", "max_retries"):
             value = getattr(self, name)
             require(value >= 0, f"engine.{kebab(name)}", value, "must be >= 0")
 

@@ -49,7 +49,8 @@ def load_examples(config: DataConfig) -> RawData:
 
     Test examples come from ``data.test``, else from the dataset's own labelled test or validation
     split, else ``data.test-fraction`` is held out: by domain, and never apart from another row with
-    the same group or the same words.
+    the same group or the same words. With ``data.validation-fraction`` the test examples are left out,
+    and a share of the training examples, split off in the same way, stands in their place.
 
     Raises:
         ConfigError: a missing file or column, an empty value, labels that do not fit.
@@ -62,7 +63,11 @@ def load_examples(config: DataConfig) -> RawData:
     if test is not None:
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
     tables, names = encode_labels(parts, source, columns, repr(config.name))
-    train, test_table = tables if len(tables) == 2 else _split(tables[0], config.test_fraction)
+    train, test_table = (
+        tables if len(tables) == 2 else _split(tables[0], config.test_fraction, "data.test-fraction")
+    )
+    if config.validation_fraction:
+        train, test_table = _split(train, config.validation_fraction, "data.validation-fraction")
     return RawData(Dataset(train), Dataset(test_table), names)
 
 
@@ -165,7 +170,7 @@ def _labelled(table: Dataset, column: str) -> bool:
     return not pc.all(pc.fill_null(hidden, True)).as_py()
 
 
-def _split(table: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
+def _split(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
     texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
     words = ["\n".join(map(normalised, row)) for row in zip(*texts, strict=True)]
     groups = [table["group"].to_pylist()] if "group" in table.column_names else []
@@ -173,6 +178,6 @@ def _split(table: pa.Table, fraction: float) -> tuple[pa.Table, pa.Table]:
     test = held_out(linked_rows(words, *groups), strata, fraction)
     if test.all() or not test.any():
         raise ConfigError(
-            f"data.test-fraction = {fraction}: {len(table)} examples cannot be split by group and duplicates"
+            f"{key} = {fraction}: {len(table)} examples cannot be split by group and duplicates"
         )
     return table.take(np.flatnonzero(~test)), table.take(np.flatnonzero(test))

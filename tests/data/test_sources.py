@@ -111,6 +111,15 @@ def test_a_test_file_wins_and_nothing_is_held_out(tmp_path: Path) -> None:
     assert (len(raw.train), len(raw.test)) == (40, 6)
 
 
+def test_validation_is_a_part_of_what_was_training_data_and_the_test_set_stays_unseen(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", ROWS)
+    whole = load_examples(DataConfig(name=path, **COLUMNS))
+    tuning = load_examples(DataConfig(name=path, validation_fraction=0.25, **COLUMNS))
+    assert words(tuning.train) | words(tuning.test) == words(whole.train)
+    assert not set(tuning.train["group"]) & set(tuning.test["group"])
+    assert Counter(tuning.test["domain"]) == {"x": 4, "y": 4}
+
+
 def test_a_natural_column_of_its_own_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", ROWS)
     raw = load_examples(DataConfig(name=path, text_column="body", label_column="mood", partition_by="place"))
@@ -203,7 +212,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_one_group_cannot_be_split(tmp_path: Path) -> None:
     rows = [{**row, "writer": 1} for row in ROWS]
-    assert "data.test-fraction" in refusal(DataConfig(name=write(tmp_path / "a.jsonl", rows), **COLUMNS))
+    path = write(tmp_path / "a.jsonl", rows)
+    assert "data.test-fraction" in refusal(DataConfig(name=path, **COLUMNS))
+    held = {"test": write(tmp_path / "test.csv", rows[:6]), "validation_fraction": 0.3}
+    assert "data.validation-fraction" in refusal(DataConfig(name=path, **held, **COLUMNS))
 
 
 def test_no_hub_is_an_asset_error(monkeypatch: pytest.MonkeyPatch) -> None:
