@@ -212,8 +212,10 @@ class StudyConfig:
     """Comma list of seeds; empty means the run's own ``seed``."""
     references: str = ""
     """Comma list out of ``local-only`` and ``centralised``, at the same budget."""
+    settings: str = ""
+    """JSON object: setting name -> keys on top of this file; everything is run under each setting."""
     overrides: str = ""
-    """JSON object: strategy name -> keys that differ for it."""
+    """JSON object: strategy name (or STRATEGY-SETTING) -> keys that differ for it."""
     variants: str = ""
     """JSON object: further named runs -> keys that differ from this file."""
 

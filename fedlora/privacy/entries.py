@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,10 +184,15 @@ class Tally:
 
 
 def open_entry(identity: str, fingerprint: str) -> Entry:
-    """The first line."""
+    """The first line.
+
+    A head of the ledger goes to the server, and is a hash of this line and all after it. The salt keeps
+    whoever guesses the content from recognising its fingerprint there.
+    """
     return {
         "kind": "open",
         "schema": SCHEMA,
+        "salt": secrets.token_hex(16),
         "identity": identity,
         "fingerprint": fingerprint,
         "time": now(),

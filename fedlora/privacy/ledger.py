@@ -2,7 +2,7 @@
 
 One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lines are
 
-    open                  schema, identity, fingerprint of the content
+    open                  schema, salt, identity, fingerprint of the content
     reserve               a release: run, round, partition, attempt; noise multiplier, sample rate, steps;
                           the budget it was decided by; for seeded releases a digest of all that
                           determines their bits

@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from fedlora.study.curves import Curve
 from fedlora.study.styles import Style
+from fedlora.study.summary import Estimate
 from fedlora.study.svg import MUTED, inline_svg, series_gid
 
 WIDTH, HEIGHT = 460, 300
@@ -57,6 +58,19 @@ class Canvas:
         x, y = zip(*points, strict=True)
         self.axes.plot(x, y, linestyle="none", gid=gid, clip_on=False, zorder=3, **style.marking)
         self._notes[gid] = notes
+
+    def link(self, x: Sequence[float], y: Sequence[float], style: Style) -> None:
+        """A faint line through points that `interval` marks."""
+        gid = series_gid(style.key, "link")
+        self.axes.plot(x, y, color=style.colour, linewidth=1.0, alpha=0.6, zorder=2, gid=gid)
+
+    def interval(self, x: float, estimate: Estimate, style: Style, note: str) -> None:
+        """A marker with its note, and the bar of its interval where there is one."""
+        self.points([(x, estimate.value)], style, [note])
+        if estimate.low is not None and estimate.high is not None:
+            gid = series_gid(style.key, "bar")
+            bounds = [estimate.low, estimate.high]
+            self.axes.plot([x, x], bounds, color=style.colour, linewidth=1.2, zorder=2.5, gid=gid)
 
     def levels(self, levels: Sequence[Level]) -> None:
         """Lines across, their names at the left, moved apart where they would overlap."""

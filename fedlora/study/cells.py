@@ -1,4 +1,4 @@
-"""The runs of a study: strategies, references and variants, each with every seed.
+"""The runs of a study: strategies, references and variants, each under every setting, with every seed.
 
 A reference answers what federation costs or brings, at the budget of the study. ``centralised`` is
 FedAvg with one client that holds everybody's data: as many sequential steps as a client makes, as many
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fedlora.config import (
@@ -50,6 +50,8 @@ class Cell:
         seed: its seed, which is also the configuration's.
         config: the run's configuration, without the ``study`` section.
         group: what it is a repetition of: the label without the seed.
+        method: the strategy, reference or variant: the group without the setting.
+        setting: which of ``study.settings``; empty where there are none.
     """
 
     label: str
@@ -57,25 +59,32 @@ class Cell:
     seed: int
     config: RunConfig
     group: str
+    method: str
+    setting: str
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """A cell before it has a seed; ``where`` leads its error messages."""
 
-    name: str
+    method: str
     kind: Kind
-    group: str
     flat: FlatConfig
     where: str
+    setting: str = ""
+
+    @property
+    def group(self) -> str:
+        return f"{self.method}-{self.setting}" if self.setting else self.method
 
 
 def expand(config: RunConfig, num_partitions: int) -> list[Cell]:
     """The runs of ``config.study``, all of one seed before the next.
 
-    With one seed a label is the name of the strategy, reference or variant; with several it ends in
-    ``-seed-N``. A variant has its own keys on top of the file and nothing of ``study.overrides``;
-    references start from the overrides of ``fedavg`` where there are any.
+    With one seed a label is the name of the strategy, reference or variant, followed by ``-SETTING`` where
+    there are settings; with several seeds it ends in ``-seed-N``. A setting's keys lie on top of the file;
+    on top of them the overrides of the strategy, or a variant's own keys; on top of all the overrides
+    that are named after the whole group. References start from the overrides of ``fedavg``.
 
     Args:
         config: the study's file.
@@ -87,13 +96,13 @@ def expand(config: RunConfig, num_partitions: int) -> list[Cell]:
             have the study's budget.
     """
     study = config.study
-    overrides, variants = (_objects(study, name) for name in ("overrides", "variants"))
-    _check_names(study, overrides)
+    overrides, variants, settings = (_objects(study, n) for n in ("overrides", "variants", "settings"))
     entries = [
-        *_strategies(config, overrides),
-        *_references(config, overrides, num_partitions),
-        *_variants(config, variants),
+        _placed(entry, name, overrides)
+        for name, keys in (settings or {"": {}}).items()
+        for entry in _under(config, name, keys, overrides, variants, num_partitions)
     ]
+    _check_names(study, overrides, {entry.group for entry in entries})
     if not entries:
         raise ConfigError("study.strategies = '': name at least one strategy, reference or variant")
     seeds = int_list("study.seeds", study.seeds) or (config.seed,)
@@ -105,15 +114,46 @@ def expand(config: RunConfig, num_partitions: int) -> list[Cell]:
 # --- the three kinds ---------------------------------------------------------------------------------
 
 
+def _under(
+    config: RunConfig,
+    setting: str,
+    keys: FlatConfig,
+    overrides: Mapping[str, FlatConfig],
+    variants: Mapping[str, FlatConfig],
+    num_partitions: int,
+) -> list[_Entry]:
+    """All entries of one setting."""
+    if config.study.references and any(key.startswith("data.") for key in keys):
+        raise ConfigError(
+            f"study.settings {setting}: changes the data, where study.references cannot follow; "
+            "make it a study of its own"
+        )
+    base = _checked({**to_flat(config), **keys}, f"study.settings {setting}: ")
+    return [
+        *_strategies(base, overrides),
+        *_references(base, overrides, num_partitions),
+        *_variants(base, variants),
+    ]
+
+
+def _placed(entry: _Entry, setting: str, overrides: Mapping[str, FlatConfig]) -> _Entry:
+    """An entry under its setting, with the overrides that are named after both."""
+    placed = replace(entry, setting=setting)
+    own = overrides.get(placed.group) if setting else None
+    if own is None:
+        return placed
+    return replace(placed, flat={**entry.flat, **own}, where=f"study.overrides {placed.group}: ")
+
+
 def _strategies(config: RunConfig, overrides: Mapping[str, FlatConfig]) -> Iterator[_Entry]:
     for name in name_list(config.study.strategies):
         flat = {**to_flat(config), "strategy.name": name, **overrides.get(name, {})}
-        yield _Entry(name, "strategy", name, flat, f"study.overrides {name}: " if name in overrides else "")
+        yield _Entry(name, "strategy", flat, f"study.overrides {name}: " if name in overrides else "")
 
 
 def _variants(config: RunConfig, variants: Mapping[str, FlatConfig]) -> Iterator[_Entry]:
     for name, keys in variants.items():
-        yield _Entry(name, "variant", name, {**to_flat(config), **keys}, f"study.variants {name}: ")
+        yield _Entry(name, "variant", {**to_flat(config), **keys}, f"study.variants {name}: ")
 
 
 def _references(
@@ -128,7 +168,7 @@ def _references(
     for name in names:
         keys = _centralised(base, num_partitions) if name == "centralised" else _local_only()
         once = {"evaluate-every": base.num_server_rounds}
-        yield _Entry(name, "reference", name, {**flat, **keys, **once}, f"study.references {name}: ")
+        yield _Entry(name, "reference", {**flat, **keys, **once}, f"study.references {name}: ")
 
 
 def _centralised(base: RunConfig, num_partitions: int) -> FlatConfig:
@@ -172,10 +212,18 @@ def _local_only() -> FlatConfig:
 
 
 def _cell(entry: _Entry, seed: int, *, several: bool) -> Cell:
-    label = f"{entry.name}-seed-{seed}" if several else entry.name
+    label = f"{entry.group}-seed-{seed}" if several else entry.group
     flat = {**entry.flat, **to_flat(StudyConfig(), "study."), "seed": seed}
     config = _checked(flat, entry.where)
-    return Cell(label=label, kind=entry.kind, seed=seed, config=config, group=entry.group)
+    return Cell(
+        label=label,
+        kind=entry.kind,
+        seed=seed,
+        config=config,
+        group=entry.group,
+        method=entry.method,
+        setting=entry.setting,
+    )
 
 
 def _checked(flat: FlatConfig, where: str) -> RunConfig:
@@ -209,14 +257,17 @@ def _flat(keys: Mapping[str, Any], where: str) -> FlatConfig:
         raise ConfigError(f"{where}: {error}") from None
 
 
-def _check_names(study: StudyConfig, overrides: Mapping[str, FlatConfig]) -> None:
+def _check_names(study: StudyConfig, overrides: Mapping[str, FlatConfig], groups: set[str]) -> None:
     listed = name_list(study.strategies)
     for key in ("strategies", "references"):
         _refuse_repetition(f"study.{key}", name_list(getattr(study, key)))
     _refuse_repetition("study.seeds", [str(seed) for seed in int_list("study.seeds", study.seeds)])
     for name in overrides:
-        if name not in listed:
-            raise ConfigError(f"study.overrides {name}: not one of study.strategies = {study.strategies!r}")
+        if name not in listed and name not in groups:
+            raise ConfigError(
+                f"study.overrides {name}: not one of study.strategies = {study.strategies!r}, nor one of "
+                "them or of the variants under a setting, STRATEGY-SETTING"
+            )
 
 
 def _refuse_repetition(key: str, names: list[str] | tuple[str, ...]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from markupsafe import Markup
 from matplotlib import rc_context
 
 from fedlora.study.canvas import HEIGHT, Canvas, Level
+from fedlora.study.chart import Chart, Numbers
 from fedlora.study.curves import LOWEST_GAP, Curve, accuracy_by_bytes, gap, per_round, sent
+from fedlora.study.privacy_utility import draw_privacy_utility
 from fedlora.study.styles import DOTS, Style, styles_of
 from fedlora.study.summary import Row
 from fedlora.study.svg import SETTINGS
@@ -19,32 +19,11 @@ from fedlora.study.wording import megabytes, percent, power_of_ten, significant
 Styles = dict[str, Style]
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """A line for each round, a column for each run."""
-
-    header: tuple[str, ...]
-    body: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chart:
-    """One chart for the page: text around it, the drawing, and its numbers unless a table has them."""
-
-    name: str
-    title: str
-    note: str
-    svg: Markup
-    numbers: Numbers | None = None
-
-
 def draw_charts(rows: Sequence[Row]) -> list[Chart]:
     """All charts that the rows have data for, in the order of the page."""
     styles = styles_of(rows)
     with rc_context(SETTINGS):
-        charts = [
-            draw(rows, styles) for draw in (_accuracy, _traffic, _gap, _cosine, _rank, _epsilon, _domains)
-        ]
+        charts = [draw(rows, styles) for draw in DRAWN]
     return [chart for chart in charts if chart is not None]
 
 
@@ -233,3 +212,7 @@ def _evaluated(curves: Sequence[Curve]) -> str:
 def _bands(curves: Sequence[Curve]) -> str:
     several = any(len(curve.row.seeds) > 1 for curve in curves)
     return " Lines are means over the seeds, bands reach from the lowest to the highest." if several else ""
+
+
+DRAWN = (_accuracy, draw_privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains)
+"""In the order of the page."""

@@ -24,7 +24,7 @@ class CellResult:
     """One finished run.
 
     Attributes:
-        label, kind, seed, group: those of its `Cell`.
+        label, kind, seed, group, method, setting: those of its `Cell`.
         config: the configuration it ran with.
         rounds: the records of ``rounds.jsonl``.
         result: ``result.json``: the final model on the whole test set, and totals over the rounds.
@@ -35,6 +35,8 @@ class CellResult:
     kind: Kind
     seed: int
     group: str
+    method: str
+    setting: str
     config: RunConfig
     rounds: list[dict[str, Any]]
     result: dict[str, Any]
@@ -72,6 +74,8 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         kind=cell.kind,
         seed=cell.seed,
         group=cell.group,
+        method=cell.method,
+        setting=cell.setting,
         config=config,
         rounds=rounds,
         result=result,

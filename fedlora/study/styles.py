@@ -1,4 +1,7 @@
-"""How each run looks in every chart: a marker of its own, a strategy's colour, hollow if private."""
+"""How each run looks in every chart: a marker of its own, a strategy's colour, hollow if private.
+
+Under settings the colour tells the method and the marker the setting.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,11 @@ def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
     places = {r.name: _place(r, rows) for r in rows if r.kind != "reference" and r.strategy != CONTROL}
     hues = {place: HUES[i % len(HUES)] for i, place in enumerate(dict.fromkeys(places.values()))}
     references = [r.name for r in rows if r.kind == "reference"]
+    settings = list(dict.fromkeys(r.setting for r in rows))
     styles: dict[str, Style] = {}
     for index, row in enumerate(rows):
-        key, marker = f"s{index}", MARKS[index % len(MARKS)]
+        marked = settings.index(row.setting) if row.setting else index
+        key, marker = f"s{index}", MARKS[marked % len(MARKS)]
         if row.kind == "reference":
             dashes = LONG_DASHES[references.index(row.name) % len(LONG_DASHES)]
             styles[row.name] = Style(key=key, marker=marker, line=dashes, hollow=True)
@@ -61,6 +66,8 @@ def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
 
 def _place(row: Row, rows: Sequence[Row]) -> tuple[str, int]:
     """Strategy and number among its rows of the same privacy: a private run shares its plain one's colour."""
+    if row.setting:
+        return row.method, 0
     alike = [r.name for r in rows if r.strategy == row.strategy and r.private == row.private]
     return row.strategy, alike.index(row.name)
 

@@ -68,6 +68,14 @@ class Row:
         return self.results[0].config
 
     @property
+    def method(self) -> str:
+        return self.results[0].method
+
+    @property
+    def setting(self) -> str:
+        return self.results[0].setting
+
+    @property
     def strategy(self) -> str:
         return self.config.strategy.name
 

@@ -57,6 +57,14 @@ def test_no_prefix_that_survives_a_crash_counts_less_than_was_acknowledged(
     assert "cut short are dropped" in caplog.text
 
 
+def test_equal_ledgers_of_equal_content_have_different_heads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(entries, "now", lambda: "2026-01-01T00:00:00+00:00")
+    heads = {Ledger(tmp_path / name, DATASET).reserve(release(1), WIDE).head for name in "ab"}
+    assert len(heads) == 2, "a head that follows from the content lets its guesses be tried"
+
+
 def _acknowledge_for_ever(directory: Path, told: Any) -> None:
     ledger = Ledger(directory, DATASET)
     for number in range(1, 10**6):

@@ -24,11 +24,15 @@ def result(
     label: str | None = None,
     epsilon: float | None = None,
     keys: Mapping[str, Scalar] | None = None,
+    setting: str = "",
     num_rounds: int = 10,
     record: Mapping[str, Any] | None = None,
     outcome: Mapping[str, Any] | None = None,
 ) -> CellResult:
-    """One finished run whose strategy is ``group`` unless ``keys`` say otherwise."""
+    """One finished run whose strategy is ``group`` unless ``keys`` say otherwise.
+
+    Under a setting, ``group`` is the method.
+    """
     private: dict[str, Scalar] = {"privacy.mode": "example"} if epsilon else {}
     name = (
         {}
@@ -64,10 +68,12 @@ def result(
         for number in range(1, num_rounds + 1)
     ]
     return CellResult(
-        label=label or group,
+        label=label or "-".join(filter(None, (group, setting))),
         kind=kind,
         seed=seed,
-        group=group,
+        group=f"{group}-{setting}" if setting else group,
+        method=group,
+        setting=setting,
         config=config,
         rounds=rounds,
         result={

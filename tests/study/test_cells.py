@@ -64,6 +64,23 @@ def test_variants_lie_on_top_of_the_file_without_the_overrides() -> None:
     assert changed(cells[1], lora__rank=4) == {"strategy.name": "flora", "privacy.mode": "example"}
 
 
+def test_everything_is_run_under_each_setting_and_the_whole_name_decides_last() -> None:
+    cells = study(
+        lora__rank=4,
+        study__strategies="flora",
+        study__settings='{"a": {"lora.rank": 2, "train.batch-size": 3}, "b": {}}',
+        study__overrides='{"flora": {"train.batch-size": 5}, "flora-b": {"train.batch-size": 6}, '
+        '"own-a": {"lora.alpha": 9.0}}',
+        study__variants='{"own": {"lora.rank": 8}}',
+    )
+    assert [(c.label, c.method, c.setting) for c in cells] == [
+        ("flora-a", "flora", "a"), ("own-a", "own", "a"), ("flora-b", "flora", "b"), ("own-b", "own", "b"),
+    ]  # fmt: skip
+    found = [(c.config.lora.rank, c.config.train.batch_size, c.config.lora.alpha) for c in cells]
+    alpha, batch_size = RunConfig().lora.alpha, RunConfig().train.batch_size
+    assert found == [(2, 5, alpha), (8, 3, 9.0), (4, 6, alpha), (8, batch_size, alpha)]
+
+
 # --- references --------------------------------------------------------------------------------------
 
 
@@ -150,6 +167,27 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"study__variants": '{"a": {"nothing": 1}}'}, "study.variants a: nothing = 1: unknown key"),
     ({"study__variants": '{"../a": {}}'}, "'../a' names a directory"),
     ({"study__strategies": "flora", "study__variants": '{"FLoRA": {}}'}, "'FLoRA' is there more than once"),
+    (
+        {"study__strategies": "flora", "study__overrides": '{"flora-a": {}}'},
+        "study.overrides flora-a: not one of",
+    ),
+    (
+        {"study__strategies": "flora", "study__settings": '{"a": {"lora.rank": 0}}'},
+        "study.settings a: lora.rank = 0: must be >= 1",
+    ),
+    (
+        {
+            "study__strategies": "flora",
+            "study__settings": '{"a": {}}',
+            "study__overrides": '{"flora-a": {"lora.rank": 0}}',
+        },
+        "study.overrides flora-a: lora.rank = 0: must be >= 1",
+    ),
+    ({"study__strategies": "flora", "study__settings": '{"../a": {}}'}, "names a directory"),
+    (
+        {"study__references": "centralised", "study__settings": '{"a": {"data.num-partitions": 2}}'},
+        "study.settings a: changes the data",
+    ),
     ({"study__references": "centralised", "partitions": "0-1"}, "partitions = '0-1' leaves some out"),
     (
         {"study__references": "centralised", "train__local_epochs": 1, "fraction_train": 0.5},

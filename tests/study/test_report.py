@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from fedlora.errors import ConfigError
 from fedlora.study.charts import draw_charts
 from fedlora.study.report import render, write_report
+from fedlora.study.results import CellResult
 from fedlora.study.styles import styles_of
 from fedlora.study.summary import summarise
 from tests.study.made_up import result, study
@@ -207,3 +209,32 @@ def test_no_run_no_report(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no finished run"):
         write_report(tmp_path / "report.html", "Nothing", [])
     assert not list(tmp_path.iterdir())
+
+
+def frontier(name: str, losses: dict[float, float]) -> list[CellResult]:
+    """A method at several budgets and two seeds; each loses something of 80 % there."""
+    return [
+        result(name, seed=seed, setting=f"eps-{budget:g}", accuracy=0.8 - loss + 0.01 * seed,
+               epsilon=None if math.isinf(budget) else budget,
+               keys={} if math.isinf(budget) else {"privacy.target-epsilon": budget})
+        for seed in (1, 2) for budget, loss in losses.items()
+    ]  # fmt: skip
+
+
+def test_privacy_utility_has_each_method_at_each_budget_and_one_colour_for_it() -> None:
+    runs = [*frontier("fedavg", {1.0: 0.2, 3.0: 0.1, math.inf: 0.0}), *frontier("ffa", {3.0: 0.05})]
+    rows = summarise(runs)
+    styles = styles_of(rows)
+    assert len({styles[r.name].colour for r in rows if r.method == "fedavg"}) == 1
+    assert styles["fedavg-eps-3"].marker == styles["ffa-eps-3"].marker != styles["fedavg-eps-1"].marker
+    chart = next(chart for chart in draw_charts(rows) if chart.name == "privacy-utility")
+    assert chart.numbers is not None
+    assert chart.numbers.header == ("method", "epsilon 1", "epsilon 3", "epsilon \N{INFINITY}")
+    (line,) = chart.numbers.body
+    assert [value.split()[0] for value in line] == ["fedavg", "61.5%", "71.5%", "81.5%"]
+    assert "fedavg, epsilon 3: 71.5% (65.1 to 77.9%)" in chart.svg
+
+
+def test_one_budget_has_no_privacy_utility_chart() -> None:
+    rows = summarise([result("fedavg", epsilon=3.0), result("flora")])
+    assert "privacy-utility" not in [chart.name for chart in draw_charts(rows)]

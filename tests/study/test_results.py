@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.config import from_flat
+from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.runs import RunDirectory
 from fedlora.study.cells import Cell
@@ -16,10 +16,16 @@ from fedlora.study.results import load_results
 from tests.study.made_up import result
 
 
+def cell_of(config: RunConfig) -> Cell:
+    return Cell(
+        label="flora", kind="strategy", seed=0, config=config, group="flora", method="flora", setting=""
+    )
+
+
 @pytest.fixture
 def cell() -> Cell:
     config = from_flat({"strategy.name": "flora", "num-server-rounds": 2})
-    return Cell(label="flora", kind="strategy", seed=0, config=config, group="flora")
+    return cell_of(config)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def test_engine_and_output_directory_may_differ(cell: Cell, root: Path) -> None:
     config = from_flat(
         {"strategy.name": "flora", "num-server-rounds": 2, "engine.num-actors": 7, "output-dir": "x"}
     )
-    other = Cell(label="flora", kind="strategy", seed=0, config=config, group="flora")
+    other = cell_of(config)
     assert load_results([other], root)
 
 
@@ -60,7 +66,7 @@ def test_engine_and_output_directory_may_differ(cell: Cell, root: Path) -> None:
 def test_a_run_with_other_settings_is_not_reported(keys: dict[str, Any], message: str, root: Path) -> None:
     config = from_flat({"strategy.name": "flora", "num-server-rounds": 2, **keys})
     with pytest.raises(ConfigError, match=message):
-        load_results([Cell(label="flora", kind="strategy", seed=0, config=config, group="flora")], root)
+        load_results([cell_of(config)], root)
 
 
 def _drop_accuracy(path: Path) -> None:
