@@ -33,7 +33,7 @@ class Findings:
         rivals: the strategies that this study cannot tell from the best; empty if there are none.
         failing: one sentence for each run that does not beat the control or the majority.
         scale: what the references reach; empty without references.
-        private: one sentence for each private run.
+        private: one sentence for each private run, or for each budget where several runs share one.
         caveats: what the numbers cannot carry.
     """
 
@@ -58,7 +58,7 @@ def find(rows: Sequence[Row]) -> Findings:
         rivals=_rivals(best, candidates),
         failing=tuple(s for r in rows if (s := _shortfall(r, control if r in candidates else None))),
         scale=_scale(rows),
-        private=tuple(_private(r, rows) for r in rows if r.private),
+        private=_privately(rows),
         caveats=tuple(_caveats(rows, candidates, best or rows[0])),
     )
 
@@ -134,6 +134,32 @@ def _scale(rows: Sequence[Row]) -> Markup:
 
 
 # --- privacy -----------------------------------------------------------------------------------------
+
+
+def _privately(rows: Sequence[Row]) -> tuple[Markup, ...]:
+    private = [row for row in rows if row.private]
+    budgets: dict[float, list[Row]] = {}
+    for row in private:
+        budgets.setdefault(row.config.privacy.target_epsilon, []).append(row)
+    calibrated = not any(row.config.privacy.noise_multiplier for row in private)
+    if calibrated and len(budgets) > 1 and all(len(found) > 1 for found in budgets.values()):
+        return tuple(_at_budget(budget, found) for budget, found in sorted(budgets.items()))
+    return tuple(_private(row, rows) for row in private)
+
+
+def _at_budget(budget: float, rows: Sequence[Row]) -> Markup:
+    """The most accurate adapter at one budget, beside the head alone."""
+    control = next((r for r in rows if r.strategy == CONTROL), None)
+    best = max((r for r in rows if r is not control), key=lambda r: r.accuracy.value)
+    text = Markup("At epsilon {:g}, delta {}: {} is the most accurate adapter, {} ({}).").format(
+        budget, significant(best.config.privacy.target_delta), _name(best),
+        percent(best.accuracy.value), interval(best.accuracy),
+    )  # fmt: skip
+    if control is None:
+        return text + Markup(" No private {} was run beside it.").format(CONTROL)
+    return text + Markup(" Private {}: {}; the difference is {}.").format(
+        CONTROL, percent(control.accuracy.value), _gain(best, control)
+    )
 
 
 def _private(row: Row, rows: Sequence[Row]) -> Markup:

@@ -104,3 +104,22 @@ def test_one_seed_is_called_one_seed_and_several_are_averaged() -> None:
     assert "3 seeds" in several.caveats[0]
     assert "test examples, mean of 3 seeds (95% interval" in several.headline
     assert "paired over the seeds" in several.verdict
+
+
+def test_several_budgets_have_one_sentence_each_with_the_paired_difference() -> None:
+    runs = [
+        result(name, seed=seed, setting=f"eps-{budget:g}", epsilon=budget, accuracy=accuracy + 0.01 * seed,
+               keys={"privacy.target-epsilon": budget})
+        for seed in (1, 2)
+        for budget, name, accuracy in (
+            (3.0, "fedavg", 0.70), (3.0, "ffa", 0.72), (3.0, "head-only", 0.71),
+            (1.0, "fedavg", 0.60), (1.0, "ffa", 0.50),
+        )
+    ]  # fmt: skip
+    first, second = find(summarise(runs)).private
+    assert "At epsilon 1, " in first
+    assert "<strong>fedavg-eps-1</strong> is the most accurate adapter, 61.5%" in first
+    assert "No private head-only" in first
+    assert "<strong>ffa-eps-3</strong> is the most accurate adapter, 73.5%" in second
+    assert "Private head-only: 72.5%; the difference is +1.0" in second
+    assert "paired over the seeds" in second
