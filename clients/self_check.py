@@ -91,19 +91,23 @@ def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
 
 
 def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
-    """The noise has the claimed standard deviation, on each trained tensor and on all of them.
+    """The noise has the claimed standard deviation, on each trained tensor and on all of them, and is fresh.
 
-    Steps on nobody's data are compared with N(0, noise_std^2), see `plausible`.
+    Steps on nobody's data are compared with N(0, noise_std^2), see `plausible`, and with each other, tensor
+    by tensor: noise that comes twice cancels in a difference.
 
     Raises:
-        RunFailed: it has another one.
+        RunFailed: it has another one, or the same numbers come again.
     """
     examples = _made_up(model, pad_token_id)
     draws: list[list[Tensor]] = []
     with _prepared(model) as named, _steps(model, named, mechanism) as private:
-        for _ in range(math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values()))):
+        for _ in range(max(2, math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values())))):
             private.step(examples, EXAMPLES[:0], pad_token_id)
             draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
+    begins = [tuple(tensor[:8].tolist()) for drawn in draws for tensor in drawn if tensor.any()]
+    if len(set(begins)) < len(begins):
+        _refuse("the same noise came twice")
     noise = {name: torch.cat(drawn) for name, drawn in zip(named, zip(*draws, strict=True), strict=True)}
     noise["all trained tensors"] = torch.cat(list(noise.values()))
     for name, drawn in noise.items():
