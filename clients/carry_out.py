@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,6 @@ OWN = "own"
 """What a client keeps to itself: a local head, factors that it trains and does not ship."""
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
 ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
-TELL_COUNT = ("noise_multiplier", "sample_rate")
-"""Of what was spent, that from which the example count follows: sent only with the count itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,9 +179,7 @@ def _train(
             start=_start(order, opened) if node.simulation else "",
             canaries=node.canaries,
         )
-        privacy = dataclasses.asdict(spent)
-        if not config.privacy.release_metrics:
-            privacy = {key: value for key, value in privacy.items() if key not in TELL_COUNT}
+        privacy = spent.told(count=config.privacy.release_metrics)
     else:
         result = train_local(
             worker.model, worker.data.train, indices, worker.data.pad_token_id, config.train,

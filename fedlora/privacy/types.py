@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 
 
@@ -34,3 +36,16 @@ class PrivacySpent:
     steps: int
     releases: int = 1
     ledger_head: str = ""
+
+    def told(self, *, count: bool) -> dict[str, object]:
+        """What leaves the client.
+
+        Args:
+            count: the example count leaves it, too. Otherwise that does not follow exactly: noise and rate
+                stay, and epsilon is rounded up to two decimals, so that a range of counts remains.
+        """
+        whole = dataclasses.asdict(self)
+        if count:
+            return whole
+        kept = {key: value for key, value in whole.items() if key not in ("noise_multiplier", "sample_rate")}
+        return kept | {"epsilon": math.ceil(100 * self.epsilon) / 100}
