@@ -16,6 +16,7 @@ from fedlora.initial import fresh_adapters
 from fedlora.peft_keys import from_peft, to_peft
 from fedlora.updates import Broadcast, ModuleSpec, Patch, TailPenalty
 from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, to_record
+from fedlora.wire.settings import check_settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,27 +129,28 @@ def parts_record(patches: Mapping[str, Patch]) -> ArrayRecord:
 def decode_order(content: RecordDict) -> TrainOrder:
     """The order in a training message.
 
+    What names a file at the client (run, digests) is held to names that lead nowhere else.
+
     Raises:
-        UpdateRefused: a record is missing or an array cannot be decoded.
+        UpdateRefused: a record is missing, an array cannot be decoded, or a setting is not one.
     """
-    for name in (ARRAYS, CONFIG):
-        if name not in content:
-            raise UpdateRefused(f"the message has no record {name!r}")
+    if ARRAYS not in content.array_records or CONFIG not in content.config_records:
+        raise UpdateRefused(f"the message lacks a record {ARRAYS!r} or {CONFIG!r}")
     config: dict[str, Any] = dict(content.config_records[CONFIG])
+    check_settings(config)
     parts: dict[str, Tensors] = {}
     if PARTS in content.array_records:
         for key, tensor in from_record(content.array_records[PARTS]).items():
             part, _, name = key.partition("/")
             parts.setdefault(part, {})[name] = tensor
-    base = config.get("needs-base", [])
     return TrainOrder(
-        server_round=int(config["server-round"]),
+        server_round=config["server-round"],
         arrays=from_record(content.array_records[ARRAYS]),
         parts=parts,
         needs=Needs(
-            base=tuple(base),
-            frozen=str(config.get("needs-frozen", "")),
-            moving=str(config.get("needs-moving", "")),
+            base=tuple(config.get("needs-base", [])),
+            frozen=config["needs-frozen"],
+            moving=config.get("needs-moving", ""),
         ),
         config=config,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +45,14 @@ def from_record(record: ArrayRecord) -> Tensors:
             )
         tensors[name] = torch.from_numpy(np.array(decoded, dtype=np.float32, order="C"))
     return tensors
+
+
+def read_json(text: object) -> Any:
+    """What a text that travelled says, None where it is no JSON."""
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
 
 
 def nbytes(record: ArrayRecord | None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,7 @@ from flwr.app import ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import UpdateRefused
 from fedlora.factors import Tensors
-from fedlora.wire.records import ARRAYS, CONFIG, METRICS, from_record, to_record
+from fedlora.wire.records import ARRAYS, CONFIG, METRICS, from_record, read_json, to_record
 
 OK, MISSING, DECLINED = "ok", "missing", "declined"
 """What a reply's status can be."""
@@ -67,19 +68,30 @@ def decode_reply(content: RecordDict) -> Reply:
         raise UpdateRefused(f"the reply has no record {ARRAYS!r}")
     config = content.config_records.get(CONFIG, ConfigRecord())
     metrics = content.metric_records.get(METRICS, MetricRecord())
-    try:
-        privacy = json.loads(str(config.get("privacy", "null")))
-    except json.JSONDecodeError:
-        raise UpdateRefused("the reply's privacy report is not JSON") from None
+    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
+    for name, value in numbers.items():
+        if not math.isfinite(value):
+            raise UpdateRefused(f"metric {name!r} = {value}: must be finite")
     return Reply(
         status=str(config.get("status", OK)),
         arrays=from_record(content.array_records[ARRAYS]),
-        metrics={k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))},
+        metrics=numbers,
         missing=_strings(config.get("missing", [])),
         holds=_strings(config.get("holds", [])),
         reason=str(config.get("reason", "")),
-        privacy=privacy if isinstance(privacy, dict) else None,
+        privacy=_privacy(config.get("privacy", "null")),
     )
+
+
+def _privacy(text: object) -> dict[str, Any] | None:
+    """What a client says it has spent."""
+    if text == "null":
+        return None
+    found = read_json(text)
+    epsilon = found.get("epsilon") if isinstance(found, dict) else None
+    if isinstance(epsilon, (int, float)) and math.isfinite(epsilon) and epsilon >= 0:
+        return dict(found)
+    raise UpdateRefused("the reply's privacy report has no epsilon, a number >= 0")
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -1,0 +1,123 @@
+"""Whatever arrives is understood or refused in one line; nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from clients.holdings import Holdings
+from clients.orders import open_order
+from fedlora import wire
+from fedlora.engines.identity import speak_as_server
+from fedlora.errors import UpdateRefused
+from fedlora.factors import LoraFactors, Product
+from fedlora.seeding import stream
+from fedlora.updates import Broadcast, ClientUpdate, Patch
+from strategies.courier import Courier, Parcel
+from strategies.intake import accept
+from tests.wire.mutations import TOUCHED, mutate
+
+REPLIES, ORDERS = 8000, 4000
+MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
+HEAD = {"classifier.weight": torch.zeros(2, 6)}
+
+
+def broadcast() -> Broadcast:
+    g = torch.Generator().manual_seed(0)
+    adapters = {
+        name: LoraFactors(torch.randn(3, i, generator=g), torch.randn(o, 3, generator=g), 2.0)
+        for name, (o, i) in MODULES.items()
+    }
+    return Broadcast(adapters=adapters, head=HEAD, trains=frozenset("AB"), ships=frozenset("AB"),
+                     modules=frozenset(MODULES))  # fmt: skip
+
+
+def reply() -> RecordDict:
+    arrays = wire.to_peft(broadcast().adapters, HEAD)
+    spent = {"epsilon": 1.5, "delta": 1e-5, "ledger_head": "0" * 64}
+    metrics = {"num-examples": 12.0, "train-loss": 0.5}
+    return wire.encode_reply(
+        wire.Reply(status=wire.OK, arrays=arrays, metrics=metrics, privacy=spent, holds=("0" * 64,))
+    )
+
+
+def order() -> RecordDict:
+    g = torch.Generator().manual_seed(1)
+    patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
+    speak_as_server(1)
+    courier = Courier("kaiming")
+    courier.open((patch,))
+    courier.add(0, 2, broadcast())
+    (message,) = courier.messages("train", {"server-round": 3, "run-key": "abc"})
+    return message.content
+
+
+def test_eight_thousand_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
+    rng, outcomes, original = stream(0, "fuzz", "replies"), Counter[str](), reply()
+    for _ in range(REPLIES):
+        content = copy.deepcopy(original)
+        how = mutate(content, rng)
+        parcel = Parcel(0, 2, broadcast(), wire.Needs())
+        try:
+            parcel.reply = wire.decode_reply(content)
+            update = accept(parcel, weighted_by_key="num-examples")
+        except UpdateRefused as error:
+            outcomes["refused" if is_one_line(error) else f"{how}: {error}"] += 1
+            continue
+        assert sound(update), how
+        outcomes["accepted"] += 1
+    assert TOUCHED == []
+    assert set(outcomes) == {"refused", "accepted"}
+    assert min(outcomes.values()) > REPLIES // 20, outcomes
+
+
+def is_one_line(error: UpdateRefused) -> bool:
+    return bool(str(error)) and "\n" not in str(error)
+
+
+def sound(update: ClientUpdate) -> bool:
+    tensors = [*update.head.values(), *(t for f in update.adapters.values() for t in f.tensors().values())]
+    return update.weight >= 0 and all(bool(torch.isfinite(t).all()) for t in tensors)
+
+
+def test_four_thousand_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: Path) -> None:
+    rng, outcomes, original = stream(0, "fuzz", "orders"), Counter[str](), order()
+    home = tmp_path / "deep" / "home"
+    for _ in range(ORDERS):
+        content = copy.deepcopy(original)
+        how = mutate(content, rng)
+        try:
+            decoded = wire.decode_order(content)
+            opened = open_order(decoded, Holdings(home / str(decoded.config.get("run-key", "run"))))
+        except UpdateRefused as error:
+            outcomes["refused" if is_one_line(error) else f"{how}: {error}"] += 1
+            continue
+        outcomes["opened" if not isinstance(opened, wire.Reply) else opened.status] += 1
+    assert TOUCHED == []
+    assert [path.name for path in tmp_path.iterdir()] == ["deep"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["home"]
+    assert set(outcomes) == {"refused", "opened", wire.MISSING}
+    assert min(outcomes["refused"], outcomes["opened"]) > ORDERS // 20, outcomes
+
+
+@pytest.mark.parametrize("run_key", ["../x", "/etc", "", "a/b", "a" * 65, ".."])
+def test_a_run_key_is_no_way_out_of_the_state_directory(run_key: str) -> None:
+    content = order()
+    content.config_records["config"]["run-key"] = run_key
+    with pytest.raises(UpdateRefused, match="run-key"):
+        wire.decode_order(content)
+
+
+def test_the_trap_is_one() -> None:
+    import pickle
+
+    from tests.wire.mutations import Trap
+
+    pickle.loads(pickle.dumps(Trap()))
+    assert TOUCHED == ["unpickled"]
+    TOUCHED.clear()
