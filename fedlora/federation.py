@@ -124,6 +124,7 @@ class Federation:
             client_spec=self._client_spec,
             partitions=frozenset(self.partitions),
             max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
+            max_update_norm=config.strategy.max_update_norm,
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             diagnostics=config.strategy.diagnostics,
             client_dp=client_mechanism(config, seeded=self.stores is not None),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
@@ -48,6 +49,7 @@ class FactorStrategy(Strategy):
         client_spec: what is settled for each partition; by default everybody has the global rank.
         partitions: the partitions that may take part; None means all that are connected.
         max_participations: rounds in which one client may train; 0 means any number.
+        max_update_norm: an update that moved further is refused; 0 means none is for that.
         clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
             which does not cover them.
@@ -67,6 +69,7 @@ class FactorStrategy(Strategy):
         client_spec: Callable[[int], ClientSpec] | None = None,
         partitions: Collection[int] | None = None,
         max_participations: int = 0,
+        max_update_norm: float = 0.0,
         clients_evaluate: Callable[[int], bool] = lambda server_round: False,
         diagnostics: bool = True,
         client_dp: ClientDP | None = None,
@@ -79,7 +82,7 @@ class FactorStrategy(Strategy):
         self.min_available_nodes = min_available_nodes
         self.scaling = scaling
         self.seed = seed
-        self.weighted_by_key = weighted_by_key
+        self._accept = partial(accept, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm)
         self.client_spec = client_spec or self._default_spec
         self.partitions = partitions
         self.max_participations = max_participations
@@ -277,7 +280,7 @@ class FactorStrategy(Strategy):
         updates = []
         for parcel in self.courier.parcels:
             try:
-                updates.append(accept(parcel, weighted_by_key=self.weighted_by_key))
+                updates.append(self._accept(parcel))
             except (UpdateRefused, FactorShapeError) as error:
                 self.report.refused[parcel.partition_id] = str(error)
                 log(WARNING, "\tpartition %s refused: %s", parcel.partition_id, error)

@@ -16,16 +16,18 @@ from strategies.courier import Parcel
 NUM_EXAMPLES = "num-examples"
 
 
-def accept(parcel: Parcel, *, weighted_by_key: str | None) -> ClientUpdate:
+def accept(parcel: Parcel, *, weighted_by_key: str | None, max_update_norm: float = 0.0) -> ClientUpdate:
     """The update in a parcel's reply; factors that were not shipped are as they were broadcast.
 
     Args:
         parcel: the order and its reply.
         weighted_by_key: metric that weighs the clients; None weighs them equally.
+        max_update_norm: the furthest that all tensors together may have moved; 0 means any distance.
 
     Raises:
-        UpdateRefused: no usable reply, another shape, rank or module, a NaN, a frozen factor that
-            came back changed, a base that was not acknowledged, or no weight.
+        UpdateRefused: no usable reply, one of another round, another shape, rank or module, a NaN, a
+            frozen factor that came back changed, a base that was not acknowledged, too long a way from
+            the start, or no weight.
     """
     reply = parcel.reply
     if reply is None:
@@ -49,12 +51,26 @@ def accept(parcel: Parcel, *, weighted_by_key: str | None) -> ClientUpdate:
         for name, start in parcel.broadcast.adapters.items()
     }
     _refuse_foreign(parcel.broadcast.adapters, shipped)
-    return ClientUpdate(
+    update = ClientUpdate(
         partition_id=parcel.partition_id,
         adapters=adapters,
         head=_head(parcel.broadcast.head, shipped.head),
         weight=_weight(reply.metrics, weighted_by_key),
     )
+    if max_update_norm > 0:
+        _check_distance(update, parcel.broadcast, max_update_norm)
+    return update
+
+
+def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None:
+    """Refuse ``||update - start||_2 > most`` over factors and head together."""
+    moves = [update.head[name] - tensor for name, tensor in start.head.items()]
+    for name, factors in start.adapters.items():
+        ends = update.adapters[name].tensors()
+        moves += [ends[letter] - tensor for letter, tensor in factors.tensors().items()]
+    distance = math.sqrt(sum(float(move.double().square().sum()) for move in moves))
+    if distance > most:
+        raise UpdateRefused(f"moved by {distance:.3g}, strategy.max-update-norm = {most:g}")
 
 
 def _factor(factor: str, module: str, start: Tensor, shipped: Tensors, broadcast: Broadcast) -> Tensor:

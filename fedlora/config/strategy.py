@@ -36,11 +36,14 @@ class StrategyConfig:
     """``fedadam``: decay of the second moment, in [0, 1)."""
     server_tau: float = 1e-3
     """``fedadam``: adaptivity, > 0."""
+    max_update_norm: float = 0.0
+    """Refuse an update whose shipped tensors moved further than this (2-norm); 0 refuses none for it."""
     diagnostics: bool = True
     """Measure each aggregation (gap, cosine, effective rank, energy lost)."""
 
     def __post_init__(self) -> None:
         _ = self.option_dict
+        require(self.max_update_norm >= 0, "strategy.max-update-norm", self.max_update_norm, "must be >= 0")
 
     @property
     def option_dict(self) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def spoiled(kind: str, reply: Message) -> RecordDict:
         del tensors[key]
     elif kind == "foreign":
         tensors["base_model.model.other.lora_B.weight"] = tensors[key]
+    elif kind == "far":
+        tensors[key] = tensors[key] + 1.0
     elif kind == "head":
         del tensors["base_model.model.classifier.weight"]
     reply.content["arrays"] = wire.to_record(tensors)
@@ -44,6 +46,7 @@ def spoiled(kind: str, reply: Message) -> RecordDict:
     [
         ("nan", "encoder.q: lora_B holds a NaN"),
         ("shape", "encoder.q: lora_B has shape (12, 2), expected (12, 3)"),
+        ("far", "moved by"),
         ("missing", "encoder.q: lora_B is missing"),
         ("foreign", "unknown module other"),
         ("head", "classifier.weight is missing"),
@@ -67,7 +70,8 @@ def test_a_bad_reply_is_refused_counted_and_harms_nobody(kind: str, words: str, 
             return Message(spoiled(kind, reply), reply_to=message)
         return reply
 
-    strategy, without = FedAvg(scaling=2.0), FedAvg(scaling=2.0, partitions={0, 2})
+    strategy = FedAvg(scaling=2.0, max_update_norm=5.0)
+    without = FedAvg(scaling=2.0, partitions={0, 2})
     reports = []
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=1)
