@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,11 +40,13 @@ class Books:
         directory: the ledger directory.
         run_key: names the run.
         known_head: a head that the client's ledger had, as the server remembers it; empty if it does not.
+        max_epsilon: the owner's limit, whatever the run's target is.
     """
 
     directory: Path
     run_key: str
     known_head: str = ""
+    max_epsilon: float = math.inf
 
 
 def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) -> Path:
@@ -63,7 +66,7 @@ def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) ->
 
 def ledger_of(directory: Path, config: RunConfig, data: Prepared, partition_id: int) -> Ledger:
     """The ledger of one client's examples."""
-    source, partitioning, part = name_of(config, partition_id)
+    source, partitioning, part = (data.declared, "", "") if data.declared else name_of(config, partition_id)
     content = fingerprint(data.train, data.indices(partition_id))
     return _ledger(
         directory, Dataset(source=source, partitioning=partitioning, part=part, fingerprint=content)

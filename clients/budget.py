@@ -1,4 +1,4 @@
-"""Private training within a client's own budget: reserve what a round costs, train, say what is spent.
+"""Private training within a client's own budget: decide, reserve what it costs, train, say what is spent.
 
 The ledger is the client's (`fedlora.privacy.ledger`): it outlives rounds, runs and restarts.
 """
@@ -8,26 +8,76 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from clients.accounts import Books, ledger_of
 from clients.canaries import Canaries
+from clients.mechanism import Mechanism
 from clients.private import check_private, train_private
 from clients.resident import Resident
+from clients.self_check import self_test
 from clients.training import LocalResult
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import calibrate_noise
 from fedlora.privacy.entries import Release, Standing
 from fedlora.privacy.filter import Budget
+from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.types import PrivacySpent
 
 BOOKKEEPING = ("target_epsilon", "target_delta", "max_participations", "accountant", "dataset_id", "ledger")
 """Keys of ``privacy`` that do not change the bits of a release."""
 
 
-def train_within_budget(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A release that is decided but neither charged nor made.
+
+    Attributes:
+        config: the run.
+        ledger: the client's.
+        release: what will be charged.
+        mechanism: what makes it.
+        known_head: a head that the ledger had, as the server remembers it.
+        max_epsilon: the owner's limit.
+    """
+
+    config: RunConfig
+    ledger: Ledger
+    release: Release
+    mechanism: Mechanism
+    known_head: str
+    max_epsilon: float
+
+    def reserve(self) -> PrivacySpent:
+        """Charge it: what the client has spent by then, on disk when this returns.
+
+        Raises:
+            BudgetExceeded: it would cost more than is left.
+            LedgerRefused: the ledger cannot be relied upon, or must not be opened for this data.
+        """
+        privacy = self.config.privacy
+        standing = self.ledger.reserve(
+            self.release,
+            Budget(
+                target_epsilon=min(privacy.target_epsilon, self.max_epsilon),
+                target_delta=privacy.target_delta,
+                accountant=privacy.accountant,
+            ),
+            planned_steps=0 if privacy.noise_multiplier else planned_steps(self.config, self.release.steps),
+            known_head=self.known_head,
+        )
+        return privacy_spent(self.config, self.release, standing)
+
+    def released(self) -> None:
+        """Note that it was made."""
+        self.ledger.released(self.release)
+
+
+def plan_release(
     worker: Resident,
     config: RunConfig,
     books: Books,
@@ -37,15 +87,15 @@ def train_within_budget(
     local_steps: int,
     seed: int | None,
     start: str = "",
-    canaries: Canaries | None = None,
-) -> tuple[LocalResult, PrivacySpent]:
-    """One round of DP-SGD, and what the client has spent by then.
+    cohort: Sequence[int] = (),
+) -> Plan:
+    """One round of DP-SGD, decided.
 
     The noise is calibrated on the client's own example count, for the most rounds that the server lets
     it take part in (``privacy.max-participations``, else all of them), as if nothing was spent before.
 
     Args:
-        worker: the model, loaded, and the data.
+        worker: the model and the data.
         config: the run.
         books: where the client keeps its ledger, and for which run.
         partition_id: whose budget.
@@ -53,11 +103,10 @@ def train_within_budget(
         local_steps: steps of this round.
         seed: of the batches and the noise; None draws both from the operating system.
         start: a digest of the values that training starts from; where there is a seed.
-        canaries: what an audit hides among the examples.
+        cohort: who trains together, on which the last bits depend; empty where the client trains alone.
 
     Raises:
-        BudgetExceeded: another round would cost more than ``privacy.target-epsilon``.
-        LedgerRefused: the ledger cannot be relied upon, or must not be opened for this data.
+        LedgerRefused: the ledger cannot be read.
         ConfigError: a configuration that DP-SGD does not cover.
     """
     privacy = config.privacy
@@ -66,6 +115,7 @@ def train_within_budget(
     rate = config.train.batch_size / len(indices)
     noise = noise_of(config, rate, local_steps)
     ledger = ledger_of(books.directory, config, worker.data, partition_id)
+    settings = [*_settings(config), worker.model.device, *cohort]
     release = Release(
         run_key=books.run_key,
         server_round=server_round,
@@ -73,39 +123,66 @@ def train_within_budget(
         noise_multiplier=noise,
         sample_rate=rate,
         steps=local_steps,
-        determined_by=""
-        if seed is None
-        else _digest(seed, start, ledger.dataset.fingerprint, *_settings(config), worker.model.device),
+        determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
-    standing = ledger.reserve(
-        release,
-        Budget(
-            target_epsilon=privacy.target_epsilon,
-            target_delta=privacy.target_delta,
-            accountant=privacy.accountant,
-        ),
-        planned_steps=0 if privacy.noise_multiplier else planned_steps(config, local_steps),
-        known_head=books.known_head,
-    )
-    result = train_private(
-        worker.model,
-        worker.data.train,
-        indices,
-        worker.data.pad_token_id,
-        config.train,
-        local_steps=local_steps,
+    mechanism = Mechanism(
         noise_multiplier=noise,
         max_grad_norm=privacy.max_grad_norm,
-        seed=seed or 0,
+        expected_batch_size=config.train.batch_size,
         clipping=privacy.clipping,
         grad_sample_mode=privacy.grad_sample_mode,
         max_physical_batch_size=privacy.max_physical_batch_size,
         secure=seed is None,
-        release_loss=privacy.release_metrics,
+    )
+    return Plan(
+        config=config,
+        ledger=ledger,
+        release=release,
+        mechanism=mechanism,
+        known_head=books.known_head,
+        max_epsilon=books.max_epsilon,
+    )
+
+
+def train_within_budget(
+    worker: Resident, plan: Plan, *, seed: int | None, canaries: Canaries | None = None
+) -> tuple[LocalResult, PrivacySpent]:
+    """Carry out a plan with the loaded model, and say what the client has spent by then.
+
+    The self-test comes before the charge: a model that fails it costs nobody anything.
+
+    Args:
+        worker: the model, loaded, and the data.
+        plan: what is decided.
+        seed: as for the plan.
+        canaries: what an audit hides among the examples.
+
+    Raises:
+        BudgetExceeded, LedgerRefused: see `Plan.reserve`.
+        RunFailed: a private step does not compute what it claims on this model.
+    """
+    self_test(worker.model, worker.data.pad_token_id, plan.mechanism)
+    spent = plan.reserve()
+    mechanism, config = plan.mechanism, plan.config
+    result = train_private(
+        worker.model,
+        worker.data.train,
+        worker.data.indices(plan.release.partition_id),
+        worker.data.pad_token_id,
+        config.train,
+        local_steps=plan.release.steps,
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=mechanism.max_grad_norm,
+        seed=seed or 0,
+        clipping=mechanism.clipping,
+        grad_sample_mode=mechanism.grad_sample_mode,
+        max_physical_batch_size=mechanism.max_physical_batch_size,
+        secure=mechanism.secure,
+        release_loss=config.privacy.release_metrics,
         canaries=canaries,
     )
-    ledger.released(release)
-    return result, privacy_spent(config, release, standing)
+    plan.released()
+    return result, spent
 
 
 def noise_of(config: RunConfig, sample_rate: float, local_steps: int) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +15,10 @@ from clients.batches import Indices, load_batch
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
+
+BATCH_SIZE = 64
+Outcome: TypeAlias = tuple[np.ndarray, np.ndarray]
+"""Losses (float32) and predictions (int64) of one batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,28 +74,52 @@ def evaluate(
     examples: Examples,
     indices: Indices,
     pad_token_id: int,
-    batch_size: int = 64,
+    batch_size: int = BATCH_SIZE,
 ) -> Evaluation:
     """Run the model over the examples, short ones together so that little is padded.
 
     Raises:
         ConfigError: there is no example.
     """
+    places = cut(examples, indices, batch_size)
+    outcomes = [run_batch(model, examples, indices[chosen], pad_token_id) for chosen in places]
+    return assemble(examples, indices, places, outcomes)
+
+
+def cut(examples: Examples, indices: Indices, batch_size: int = BATCH_SIZE) -> list[Indices]:
+    """The batches, as places in ``indices``: by length, so that they depend on the examples alone.
+
+    Raises:
+        ConfigError: there is no example.
+    """
     if len(indices) == 0:
         raise ConfigError("there is no example to evaluate on")
+    lengths = examples.offsets[indices + 1] - examples.offsets[indices]
+    by_length = np.argsort(lengths, kind="stable")
+    return [by_length[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+
+
+def run_batch(
+    model: AdaptedModel | nn.Module, examples: Examples, indices: Indices, pad_token_id: int
+) -> Outcome:
+    """The model's losses and predictions on one batch."""
     module = model.module if isinstance(model, AdaptedModel) else model
-    device = next(module.parameters()).device
-    losses = np.empty(len(indices), dtype=np.float32)
-    predictions = np.empty(len(indices), dtype=np.int64)
-    by_length = np.argsort(examples.lengths[indices], kind="stable")
     module.eval()
     with torch.inference_mode():
-        for start in range(0, len(indices), batch_size):
-            chosen = by_length[start : start + batch_size]
-            batch = load_batch(examples, indices[chosen], pad_token_id, device)
-            logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            losses[chosen] = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
-            predictions[chosen] = logits.argmax(dim=-1).cpu().numpy()
+        batch = load_batch(examples, indices, pad_token_id, next(module.parameters()).device)
+        logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        losses = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
+        return losses, logits.argmax(dim=-1).cpu().numpy()
+
+
+def assemble(
+    examples: Examples, indices: Indices, places: Sequence[Indices], outcomes: Iterable[Outcome]
+) -> Evaluation:
+    """The outcomes of all batches of `cut`, put where they belong."""
+    losses = np.empty(len(indices), dtype=np.float32)
+    predictions = np.empty(len(indices), dtype=np.int64)
+    for chosen, (loss, prediction) in zip(places, outcomes, strict=True):
+        losses[chosen], predictions[chosen] = loss, prediction
     return Evaluation(
         indices=indices,
         losses=losses,

@@ -5,6 +5,8 @@ Two ways to the same clipped sum (``grad_sample_mode``):
 * ``hooks``: a backward pass keeps every example's gradient of every trained tensor, then clips it;
 * ``ghost``: a first backward pass finds only the norms, a second one goes through the loss in which
   each example is weighted by its clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022).
+
+Opacus is imported by the first private step, not by every process that might take one.
 """
 
 from __future__ import annotations
@@ -14,13 +16,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from opacus import GradSampleModule
-from opacus.grad_sample import GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer, get_optimizer_class
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 from torch import Tensor
 
 from clients.batches import Indices, load_batch
@@ -29,6 +27,9 @@ from clients.training import batch_loss
 from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel
 from fedlora.privacy.entropy import system_normal
+
+if TYPE_CHECKING:
+    from opacus.optimizers import DPOptimizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,8 @@ class PrivateSteps:
         batch = load_batch(examples, drawn, pad_token_id, self._model.device)
         losses = batch_loss(self._model, batch, reduction="none")
         if self._mechanism.grad_sample_mode == "ghost":
+            from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
             DPTensorFastGradientClipping(self._watched, self.optimizer, losses, "sum").backward()
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]
@@ -170,6 +173,8 @@ def physical_batches(drawn: Indices, most: int) -> list[Indices]:
 
 def _watch(model: AdaptedModel, mechanism: Mechanism) -> Any:
     """Opacus' hooks; the loss is summed over the batch, so that no example's gradient knows the others."""
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
     if mechanism.grad_sample_mode == "ghost":
         return GradSampleModuleFastGradientClipping(
             model.module, loss_reduction="sum", max_grad_norm=mechanism.max_grad_norm
@@ -181,6 +186,8 @@ def _private(
     optimizer: torch.optim.Optimizer, mechanism: Mechanism, generator: torch.Generator | None
 ) -> DPOptimizer:
     """Opacus' optimiser for that mode and clipping, with the system's noise if it is to be secure."""
+    from opacus.optimizers import get_optimizer_class
+
     kind = get_optimizer_class(
         mechanism.clipping.replace("-", "_"), distributed=False, grad_sample_mode=mechanism.grad_sample_mode
     )
@@ -199,11 +206,15 @@ def _private(
     )
 
 
-class SystemNoise(DPOptimizer):  # type: ignore[misc]
-    """Any of Opacus' optimisers with noise from the operating system.
+class SystemNoise:
+    """Mixed into any of Opacus' optimisers: noise from the operating system.
 
     torch's CPU generator keeps only 32 bits of its seed, which can be tried out one by one.
     """
+
+    params: list[Any]
+    noise_multiplier: float
+    max_grad_norm: float
 
     def add_noise(self) -> None:
         """``grad = summed_grad + N(0, (noise_multiplier C)^2)``, added in float64 and then rounded."""

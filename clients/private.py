@@ -81,11 +81,7 @@ def train_private(
         secure=secure,
     )
     self_test(model, pad_token_id, mechanism)
-    if secure:
-        seed = secrets.randbits(128)
-        draw = np.random.default_rng()  # 128 bits from the operating system
-    else:
-        draw = stream(seed, "poisson")
+    seed, draw = private_streams(seed, secure=secure)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
     total, seen = torch.zeros((), device=model.device), 0
     with (
@@ -108,6 +104,13 @@ def train_private(
             seen += len(drawn)
     loss = float(total) / max(seen, 1) if release_loss else None
     return local_result(model, trained, len(indices), local_steps, loss)
+
+
+def private_streams(seed: int, *, secure: bool) -> tuple[int, np.random.Generator]:
+    """The seed of noise and dropout, and the generator of the Poisson draws; ``secure`` ignores the seed."""
+    if secure:
+        return secrets.randbits(128), np.random.default_rng()  # 128 bits from the operating system
+    return seed, stream(seed, "poisson")
 
 
 def check_private(config: TrainConfig, num_examples: int) -> None:

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
 
 from fedlora.config import RunConfig, from_flat
+from fedlora.data.own import OwnData, own_data
 from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.models import AdaptedModel, build_model, pick_device, resolve_targets
+from fedlora.models.shared import put_together, take_apart
 from fedlora.updates import Patch
+
+Key: TypeAlias = tuple[Any, ...]
+"""Names a `Resident`, see `key_of`."""
 
 
 @dataclass(slots=True)
@@ -47,6 +56,12 @@ class Resident:
             self.model.move_base([patch_of(name)], since=len(self.base))
             self.base = (*self.base, name)
 
+    def adopt(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+        """Bring the base weights to a chain that another process has applied; see `MovingBase.adopt`."""
+        if tuple(chain) != self.base:
+            self.model.adopt_base(chain, weights)
+            self.base = tuple(chain)
+
 
 def configured(run_config: Mapping[str, Any]) -> RunConfig:
     """The checked configuration behind Flower's run-config; decoded once for each distinct one."""
@@ -58,27 +73,95 @@ def _configured(items: tuple[tuple[str, Any], ...]) -> RunConfig:
     return from_flat(dict(items))
 
 
-_residents: dict[tuple[Any, ...], Resident] = {}
+_residents: dict[Key, Resident] = {}
 
 
-def resident(config: RunConfig) -> Resident:
+def resident(config: RunConfig, own: OwnData | None = None) -> Resident:
     """This process's model and data for a configuration; made anew only when either changes.
+
+    Args:
+        config: the run.
+        own: a node's own examples, in the place of the run's.
 
     Raises:
         ConfigError: a model, target modules, data or partition that cannot be had.
     """
-    targets = tuple(dict.fromkeys([config.lora.target_modules, *_own_targets(config)]))
-    key = (config.model, targets, config.data, config.seed, config.engine.device)
+    key = key_of(config) if own is None else (*key_of(config), own)
     if key not in _residents:
-        data = open_prepared(prepare(config))
-        _residents.clear()
-        network = build_model(config.model, data.num_labels, config.seed)
-        modules = {target: resolve_targets(network, target) for target in targets}
-        adapted = dict.fromkeys(name for names in modules.values() for name in names)
-        network.to(pick_device(config.engine.device))
-        _residents[key] = Resident(AdaptedModel(network, list(adapted)), data, modules)
+        _, data, network, modules = _read(config, own)
+        return _settle(key, network, data, modules, config.engine.device)
     return _residents[key]
 
 
-def _own_targets(config: RunConfig) -> list[str]:
-    return [g.target_modules for g in config.groups if g.target_modules is not None]
+def key_of(config: RunConfig) -> Key:
+    """What a `Resident` is made from: configurations with the same key share one."""
+    return (config.model, _targets(config), config.data, config.seed, config.engine.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What processes can share of a `Resident`: the arrays are only read, so that they may be mapped.
+
+    Attributes:
+        structure, arrays: the model, see `fedlora.models.shared`.
+        data: the prepared data, or where it lies.
+        modules: as in `Resident`.
+    """
+
+    structure: bytes
+    arrays: list[np.ndarray]
+    data: Prepared | Path
+    modules: Mapping[str, tuple[str, ...]]
+
+
+def parts_of(config: RunConfig, *, with_data: bool = False) -> Parts:
+    """Read what a configuration's `Resident` is made from; ``with_data`` for machines without the cache.
+
+    Raises:
+        ConfigError: a model, target modules, data or partition that cannot be had.
+    """
+    path, data, network, modules = _read(config)
+    structure, arrays = take_apart(network)
+    return Parts(structure, arrays, data if with_data else path, modules)
+
+
+def resident_of(parts: Parts, key: Key, device: str) -> Resident:
+    """Make these parts the process's own: `resident` gives them from now on; returns them.
+
+    Args:
+        parts: mapped or not; on the CPU the model's tensors are views of them.
+        key: what `resident` will be asked for.
+        device: as ``engine.device``.
+
+    Raises:
+        ConfigError: the device is not there.
+    """
+    data = open_prepared(parts.data) if isinstance(parts.data, Path) else parts.data
+    return _settle(key, put_together(parts.structure, parts.arrays), data, parts.modules, device)
+
+
+def _settle(
+    key: Key, network: nn.Module, data: Prepared, modules: Mapping[str, tuple[str, ...]], device: str
+) -> Resident:
+    _residents.clear()
+    adapted = dict.fromkeys(name for names in modules.values() for name in names)
+    network.to(pick_device(device))
+    _residents[key] = Resident(AdaptedModel(network, list(adapted)), data, modules)
+    return _residents[key]
+
+
+def _read(
+    config: RunConfig, own: OwnData | None = None
+) -> tuple[Path, Prepared, nn.Module, dict[str, tuple[str, ...]]]:
+    if own is None:
+        path = prepare(config)
+        data = open_prepared(path)
+    else:
+        path, data = own.home, own_data(own, config.model.name, config.data.max_length)
+    network = build_model(config.model, data.num_labels, config.seed)
+    return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}
+
+
+def _targets(config: RunConfig) -> tuple[str, ...]:
+    own = [g.target_modules for g in config.groups if g.target_modules is not None]
+    return tuple(dict.fromkeys([config.lora.target_modules, *own]))

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from scipy.stats import chi2
 from torch import Tensor, nn
 
 from clients.batches import load_batch
@@ -73,9 +72,9 @@ def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
     Raises:
         RunFailed: one of them does not hold.
     """
-    examples = _made_up(model, pad_token_id)
-    with _prepared(model) as named:
-        alone = _one_by_one(model, named, examples, pad_token_id)
+    examples = made_up(model, pad_token_id)
+    with prepared(model) as named:
+        alone = one_by_one(model, named, examples, pad_token_id)
         _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
         norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
         for what, clip in (("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))):
@@ -99,9 +98,9 @@ def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
     Raises:
         RunFailed: it has another one, or the same numbers come again.
     """
-    examples = _made_up(model, pad_token_id)
+    examples = made_up(model, pad_token_id)
     draws: list[list[Tensor]] = []
-    with _prepared(model) as named, _steps(model, named, mechanism) as private:
+    with prepared(model) as named, _steps(model, named, mechanism) as private:
         for _ in range(max(2, math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values())))):
             private.step(examples, EXAMPLES[:0], pad_token_id)
             draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
@@ -136,7 +135,7 @@ def _check_gradients(
             _compare("per-example gradients", named, private.optimizer.grad_samples, alone)
 
 
-def _one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
+def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
     """Each example's gradient from a batch of one, stacked: (examples, *parameter.shape)."""
     batches = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
     gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in batches]
@@ -162,6 +161,8 @@ def plausible(draws: Tensor, std: float, false_alarm: float) -> bool:
     >>> plausible(torch.tensor([1.0, -1.0] * 500), 2.0, 1e-9)
     False
     """
+    from scipy.stats import chi2  # half a second
+
     low, high = chi2.ppf(false_alarm / 2, draws.numel()), chi2.isf(false_alarm / 2, draws.numel())
     return bool(low * std**2 <= float(draws.square().sum()) <= high * std**2)
 
@@ -186,15 +187,20 @@ def _compare(what: str, named: Named, found: Sequence[Tensor], wanted: Sequence[
 
 
 def _check(what: str, error: Tensor, reference: Tensor) -> None:
-    if not bool(error.abs().max() <= TOLERANCE * reference.abs().max()):
+    if not negligible(error, reference):
         _refuse(f"{what}: wrong on this model")
+
+
+def negligible(error: Tensor, reference: Tensor) -> bool:
+    """Whether an error is rounding, beside what it is an error of."""
+    return bool(error.abs().max() <= TOLERANCE * reference.abs().max())
 
 
 def _refuse(reason: str) -> None:
     raise RunFailed(f"privacy self-test: {reason}, nothing was trained")
 
 
-def _made_up(model: AdaptedModel, pad_token_id: int) -> Examples:
+def made_up(model: AdaptedModel, pad_token_id: int) -> Examples:
     """A few examples of unequal length, the labels in turn."""
     config: Any = model.module.config
     rng = stream(0, "self-test", "examples")
@@ -209,7 +215,7 @@ def _made_up(model: AdaptedModel, pad_token_id: int) -> Examples:
 
 
 @contextmanager
-def _prepared(model: AdaptedModel) -> Iterator[Named]:
+def prepared(model: AdaptedModel) -> Iterator[Named]:
     """Inside, dropout is off and no factor is zero: every gradient has something to be compared with."""
     generator = torch_stream(0, "self-test")
     with model.training() as trained, _kept(trained.all) as kept:

@@ -19,6 +19,10 @@ from fedlora.models import AdaptedModel, Trainable
 from fedlora.seeding import derive, stream
 from fedlora.updates import TailPenalty
 
+NOTHING = 'nothing is trained: the strategy trains no factor and model.head = "freeze"'
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""Of AdamW."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalResult:
@@ -101,10 +105,10 @@ def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optim
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ConfigError('nothing is trained: the strategy trains no factor and model.head = "freeze"')
+        raise ConfigError(NOTHING)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
 
 
 class Proximal:

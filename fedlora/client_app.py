@@ -1,17 +1,19 @@
-"""The ClientApp: messages in, messages out; the work is in ``clients``."""
+"""The ClientApp: messages in, messages out; the work is in ``clients``.
+
+Importing this imports nothing heavy, as in deployment there is a new process for every message.
+"""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+from collections.abc import Sequence
+from logging import WARNING
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.logger import log
 
-from clients.carry_out import Node, evaluate_order, train_order
-from clients.resident import configured
-from fedlora import wire
-from fedlora.assets import cache_dir
+from fedlora.deployment.ask import ask, start
+from fedlora.deployment.node import node_settings
 
 app = ClientApp()
 
@@ -19,31 +21,53 @@ app = ClientApp()
 @app.query()
 def identify(message: Message, context: Context) -> Message:
     """Say which partition this node holds."""
-    answer = ConfigRecord({"partition-id": int(context.node_config["partition-id"])})
-    return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
+    settings = node_settings(context.node_config)
+    if settings.keep_model:
+        try:
+            start(settings.home)  # it imports what it needs while other nodes answer
+        except OSError as error:
+            log(WARNING, "the process that keeps the model does not start: %s", error)
+    answer = ConfigRecord({"partition-id": settings.partition_id})
+    return Message(RecordDict({"config": answer}), reply_to=message)
 
 
 @app.train()
 def train_message(message: Message, context: Context) -> Message:
     """Carry out an order to train."""
-    reply = train_order(wire.decode_order(message.content), configured(context.run_config), node_of(context))
-    return Message(wire.encode_reply(reply), reply_to=message)
+    return Message(_carried_out("train", message, context), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
     """Carry out an order to evaluate."""
-    reply = evaluate_order(
-        wire.decode_order(message.content), configured(context.run_config), node_of(context)
-    )
-    return Message(wire.encode_reply(reply), reply_to=message)
+    return Message(_carried_out("evaluate", message, context), reply_to=message)
 
 
-def node_of(context: Context) -> Node:
-    """This node, from its node-config; ``state-dir`` defaults to a place in the cache."""
-    state_dir = context.node_config.get("state-dir") or os.environ.get("FEDLORA_STATE_DIR")
-    return Node(
-        partition_id=int(context.node_config["partition-id"]),
-        state_dir=Path(str(state_dir)) if state_dir else cache_dir() / "clients",
-        simulation=bool(context.node_config.get("simulation", False)),
+def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message | str]:
+    """Carry out orders to train for several simulated nodes in this process; see `clients.cohort`.
+
+    Returns:
+        The replies, in the order of the messages; of a node that failed its one-line error.
+    """
+    from fedlora.deployment.handle import handle_together
+
+    replies = handle_together(
+        [message.content for message in messages],
+        [context.run_config for context in contexts],
+        [context.node_config for context in contexts],
     )
+    return [
+        reply if isinstance(reply, str) else Message(reply, reply_to=message)
+        for message, reply in zip(messages, replies, strict=True)
+    ]
+
+
+def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
+    settings = node_settings(context.node_config)
+    if settings.keep_model:
+        reply = ask(kind, message.content, context.run_config, context.node_config, settings)
+        if reply is not None:
+            return reply
+    from fedlora.deployment.handle import handle
+
+    return handle(kind, message.content, context.run_config, context.node_config)

@@ -29,6 +29,7 @@ class Reply:
         holds: digests that it now holds, which need not be sent again.
         reason: why it declined.
         privacy: what it has spent, or None; the fields of `PrivacySpent`.
+        cohort_halved: it trained in a smaller cohort than was meant, so that its bits are not the run's.
     """
 
     status: str
@@ -38,6 +39,7 @@ class Reply:
     holds: tuple[str, ...] = ()
     reason: str = ""
     privacy: dict[str, Any] | None = None
+    cohort_halved: bool = False
 
 
 def encode_reply(reply: Reply) -> RecordDict:
@@ -48,6 +50,7 @@ def encode_reply(reply: Reply) -> RecordDict:
         "holds": list(reply.holds),
         "reason": reply.reason,
         "privacy": json.dumps(reply.privacy),
+        **({"cohort-halved": True} if reply.cohort_halved else {}),
     }
     return RecordDict(
         {
@@ -80,6 +83,7 @@ def decode_reply(content: RecordDict) -> Reply:
         holds=_strings(config.get("holds", [])),
         reason=str(config.get("reason", "")),
         privacy=_privacy(config.get("privacy", "null")),
+        cohort_halved=config.get("cohort-halved") is True,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from clients import budget
 from clients.accounts import Books, check_disjoint, check_ledgers, fingerprint, ledger_directory, name_of
-from clients.budget import noise_of, train_within_budget
+from clients.budget import noise_of, plan_release, train_within_budget
 from clients.carry_out import Node, train_order
 from clients.resident import resident
 from fedlora import wire
@@ -39,11 +39,11 @@ def train(
     worker = resident(config)
     adapters = fresh_adapters(worker.model.modules, 4, 2.0, 0)
     worker.model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
-    _, spent = train_within_budget(
+    plan = plan_release(
         worker, config, Books(directory=directory, **{"run_key": "run", **books}),
         partition_id=0, server_round=server_round, local_steps=3, seed=seed, start="same",
     )  # fmt: skip
-    return spent
+    return train_within_budget(worker, plan, seed=seed)[1]
 
 
 def test_noise_is_for_the_most_rounds_that_the_server_allows() -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import opacus.grad_sample
 import pytest
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping, DPPerLayerOptimizer
 from torch import Tensor
 
-import clients.mechanism
 import clients.self_check
 from clients.mechanism import Mechanism, SystemNoise
 from clients.private import train_private
@@ -80,12 +80,12 @@ def test_it_passes_with_a_core_between_the_factors(trains: str, mechanism: Mecha
 def mean_for_sum(patch: pytest.MonkeyPatch) -> None:
     """Opacus is told that the loss is a mean, and multiplies what it finds by the batch."""
     for name in ("GradSampleModule", "GradSampleModuleFastGradientClipping"):
-        real = getattr(clients.mechanism, name)
+        real = getattr(opacus.grad_sample, name)
 
         def told(network: Any, *, loss_reduction: str, real: Any = real, **options: Any) -> Any:
             return real(network, loss_reduction="mean", **options)
 
-        patch.setattr(clients.mechanism, name, told)
+        patch.setattr(opacus.grad_sample, name, told)
 
 
 def sampler(change: Callable[[Tensor], Tensor]) -> Break:

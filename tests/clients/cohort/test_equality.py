@@ -1,0 +1,193 @@
+"""A cohort against the one-by-one trainer, in float64: unequal ranks, data, batches, steps, everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clients.cohort import Member, train_cohort
+from clients.cohort.train import Cohort
+from fedlora.models import AdaptedModel
+from fedlora.updates import TailPenalty
+from tests.clients.cohort.samples import (
+    alone,
+    assert_same,
+    member,
+    model,
+    privately,
+    starts,
+    task,
+    together,
+)
+from tests.models.samples import save_tiny_gpt2
+
+SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    SGD,
+    {**SGD, "momentum": 0.9, "weight_decay": 0.1, "head_learning_rate": 0.5},
+    {"weight_decay": 0.1, "head_learning_rate": 0.01},
+    {"max_grad_norm": 0.3},
+    {"proximal_mu": 0.5},
+    {"dropout": 0.3},
+    {**SGD, "dropout": 0.3, "max_grad_norm": 0.3, "proximal_mu": 0.5, "weight_decay": 0.1},
+]
+every_config = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(c) or "adamw")
+
+
+@pytest.fixture(scope="module")
+def network() -> AdaptedModel:
+    return model()
+
+
+def unequal(network: AdaptedModel) -> list[Member]:
+    """Clients of other ranks, steps, and example counts: one has fewer examples than a batch."""
+    return [
+        member(network, 0, steps=2),
+        member(network, 1, rank=2, size=7, steps=5),
+        member(network, 2, rank=1, size=3, steps=3),
+    ]
+
+
+@every_config
+def test_every_client_comes_out_as_if_alone(config: dict[str, Any], network: AdaptedModel) -> None:
+    assert_same(network, unequal(network), task(**config))
+
+
+@pytest.mark.parametrize("trains", ["A", "B"])
+@pytest.mark.parametrize("config", [CONFIGS[3], CONFIGS[7]], ids=["adamw", "sgd"])
+def test_one_factor_of_two(trains: str, config: dict[str, Any], network: AdaptedModel) -> None:
+    members = [replace(m, trains=frozenset(trains)) for m in unequal(network)]
+    assert_same(network, members, task(**config))
+
+
+@pytest.mark.parametrize("trains", ["R", "ABR", "B"])
+def test_cores(trains: str, network: AdaptedModel) -> None:
+    members = [
+        member(network, k, rank=rank, cored=True, trains=frozenset(trains), steps=2 + k)
+        for k, rank in enumerate((3, 5, 2))
+    ]
+    assert_same(network, members, task(dropout=0.2, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("config", [CONFIGS[3], CONFIGS[7]], ids=["adamw", "sgd"])
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_clients_that_train_other_layers(
+    config: dict[str, Any], private: bool, network: AdaptedModel
+) -> None:
+    """What a client does not train stays, bit by bit: neither weight decay nor noise moves it."""
+    if private:
+        config = {**config, "max_grad_norm": 0.0}
+    names = list(network.modules)
+    members = unequal(network)
+    members[0] = replace(members[0], modules=frozenset(names[:1]))
+    members[1] = replace(members[1], modules=frozenset(names[1:]), train_head=False)
+    members[2] = replace(members[2], indices=members[0].indices)
+    if private:
+        members = privately(members)
+    values = assert_same(network, members, task(**config))
+    for one, found in zip(members, values, strict=True):
+        begun = starts(network, one)
+        for name in network.modules:
+            for letter in "AB":
+                still = torch.equal(found[f"{name}.{letter}"], begun[f"{name}.{letter}"])
+                assert still == (name not in one.modules)
+
+
+def test_no_head_and_one_client(network: AdaptedModel) -> None:
+    members = [replace(m, train_head=False) for m in unequal(network)]
+    assert_same(network, members, task())
+    assert_same(network, members[1:2], task(dropout=0.1))
+
+
+def test_tail_penalties_of_each_client(network: AdaptedModel) -> None:
+    tails = (TailPenalty(weight=0.3, start=2), TailPenalty(weight=0.9, start=1), None)
+    members = [replace(m, tail=tail) for m, tail in zip(unequal(network), tails, strict=True)]
+    values = assert_same(network, members, task(**SGD))
+    without, _ = together(network, unequal(network), task(**SGD))
+    moved = [any(not torch.equal(a[n], b[n]) for n in a) for a, b in zip(values, without, strict=True)]
+    assert moved == [True, True, False]
+
+
+def test_whole_passes_over_unequal_data(network: AdaptedModel) -> None:
+    members = [
+        replace(m, steps=2 * -(-len(m.indices) // 4)) for m in unequal(network)
+    ]  # as `num_steps` counts two epochs
+    assert_same(network, members, task(local_epochs=2))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+def test_decoders_and_their_own_heads(pooling: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """GPT-2: Conv1D, layers that are not square, a head on every token."""
+    path = save_tiny_gpt2(tmp_path_factory.mktemp("gpt2"))
+    network = model(name=str(path), pooling=pooling, targets="c_attn,c_fc")
+    data = task(dropout=0.2)
+    small = replace(data.examples, tokens=data.examples.tokens % 190 + 3)
+    members = [member(network, 0), member(network, 1, rank=2, steps=2)]
+    assert_same(network, members, replace(data, examples=small, pad_token_id=2))
+
+
+def test_a_layer_on_one_vector_for_each_example(network: AdaptedModel) -> None:
+    """BERT's pooler sees no tokens, but draws dropout like the rest."""
+    pooled = model(pooling="model", targets="pooler.dense,value")
+    assert_same(pooled, [member(pooled, 0), member(pooled, 1, rank=2, steps=2)], task(dropout=0.3))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: "-".join(c) or "adamw")
+def test_float32(config: dict[str, Any]) -> None:
+    """Through the packed products: 1e-5 of each tensor with SGD; AdamW divides rounding by itself."""
+    network = model(torch.float32)
+    members = unequal(network)
+    values, _ = together(network, members, task(**config))
+    for one, found in zip(members, values, strict=True):
+        wanted, _ = alone(network, one, task(**config))
+        for name, tensor in wanted.items():
+            tolerance = 1e-5 if config.get("optimizer") == "sgd" else 1e-3
+            assert _far(found[name], tensor) <= tolerance, name
+
+
+def _far(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def test_the_filling_has_no_gradient_and_stays_zero(network: AdaptedModel) -> None:
+    members = unequal(network)
+    cohort = Cohort(network, members, task(weight_decay=0.1))
+    with cohort.route_laid():
+        gradients = cohort.plain([m.indices[:2] for m in members])
+    for name in network.modules:
+        for place, one in enumerate(members):
+            assert not gradients[f"{name}.A"][place, one.rank :].any()
+            assert not gradients[f"{name}.B"][place, :, one.rank :].any()
+            assert gradients[f"{name}.A"][place, : one.rank].any()
+            assert gradients[f"{name}.B"][place, :, : one.rank].any()
+
+
+def test_results_are_in_the_order_of_the_members(network: AdaptedModel) -> None:
+    members = unequal(network)
+    results = train_cohort(network, members, task())
+    assert [r.steps for r in results] == [2, 5, 3]
+    assert [r.num_examples for r in results] == [12, 7, 3]
+    assert [next(iter(r.adapters.values())).rank for r in results] == [4, 2, 1]
+    backwards = train_cohort(network, members[::-1], task())[::-1]
+    for one, other in zip(results, backwards, strict=True):
+        for name, factors in one.adapters.items():
+            torch.testing.assert_close(factors.A, other.adapters[name].A, rtol=1e-6, atol=1e-7)
+
+
+def test_what_overflows_at_one_client_stays_there(network: AdaptedModel) -> None:
+    members = unequal(network)
+    broken = dict(members[1].adapters)
+    name = next(iter(broken))
+    broken[name] = replace(broken[name], A=broken[name].A * float("inf"))
+    for kind in (members, privately(unequal(network)[:2])):
+        whole, _ = together(network, kind, task(dropout=0.1, max_grad_norm=0.0))
+        spoilt = [kind[0], replace(kind[1], adapters=broken), *kind[2:]]
+        found, _ = together(network, spoilt, task(dropout=0.1, max_grad_norm=0.0))
+        assert any(not torch.isfinite(t).all() for t in found[1].values())
+        for place in {0, *range(2, len(kind))}:
+            assert all(torch.equal(t, whole[place][n]) for n, t in found[place].items())

@@ -1,0 +1,149 @@
+"""The model outside of a cohort: untouched by it, whatever happened; and which models cannot form one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clients.cohort import train_cohort
+from clients.cohort.check import check_cohort
+from clients.cohort.layers import frozen_layers, why_alone
+from clients.cohort.packed import PackedLinear, frozen_forwards, packed
+from clients.training import train_local
+from fedlora.errors import RunFailed
+from fedlora.models import AdaptedModel
+from tests.clients.cohort.samples import DATA, member, model, privately, task
+from tests.clients.measures import same_bits
+from tests.clients.samples import PAD
+from tests.models.samples import random_patch, save_tiny_gpt2
+
+
+def train(network: AdaptedModel) -> Any:
+    one = member(network, 5)
+    network.load(one.adapters, one.head, trains=one.trains, train_head=True)
+    return train_local(network, DATA, one.indices, PAD, task().config, local_steps=2, seed=1)
+
+
+def forwards(network: AdaptedModel) -> list[str]:
+    return [name for name, module in network.module.named_modules() if "forward" in vars(module)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_stays_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that no client was ever loaded into, and one in which a step failed."""
+    network = model(torch.float32)
+    members = [member(network, k) for k in range(2)]
+    train_cohort(network, members, task())
+    before = train(network)
+    parameters = {name: p.clone() for name, p in network.module.named_parameters()}
+    if fails:
+        monkeypatch.setattr("clients.cohort.train.batch_loss", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_cohort(network, members, task())
+    else:
+        train_cohort(network, members, task())
+    assert forwards(network) == []
+    assert all(torch.equal(p, parameters[name]) for name, p in network.module.named_parameters())
+    assert all(p.grad is None for p in network.module.parameters())
+    assert same_bits(before, train(network))
+
+
+def test_what_was_loaded_before_does_not_matter() -> None:
+    results = []
+    for first in (None, 7, 8):
+        network = model(torch.float32)
+        if first is not None:
+            other = member(network, first, rank=3)
+            network.load(other.adapters, other.head, trains=frozenset("A"), dropout=0.5)
+        results.append(train_cohort(network, [member(network, k) for k in range(2)], task()))
+    for found in results[1:]:
+        assert all(same_bits(one, other) for one, other in zip(results[0], found, strict=True))
+
+
+def test_a_base_that_moved_is_the_one_that_is_used() -> None:
+    """Packed weights are made anew."""
+    network = model(torch.float32)
+    members = [member(network, 0)]
+    before = train_cohort(network, members, task())
+    network.move_base([random_patch(network.modules, 2, 0)])
+    moved = train_cohort(network, members, task())
+    network.reset_base()
+    again = train_cohort(network, members, task())
+    assert not same_bits(before[0], moved[0])
+    assert same_bits(before[0], again[0])
+
+
+def test_packed_layers_are_the_layers(tmp_path: Any) -> None:
+    """nn.Linear and Conv1D, forwards and backwards."""
+    for network in (
+        model(torch.float32),
+        model(torch.float32, name=str(save_tiny_gpt2(tmp_path)), targets="c_attn"),
+    ):
+        layers = frozen_layers(network)
+        assert set(network.modules) < set(layers)
+        for name, forward in frozen_forwards(network.module, layers).items():
+            width = network.modules[name].in_features if name in network.modules else None
+            layer = layers[name]
+            width = width or min(layer.weight.shape[::-1], key=lambda n: _fits(layer, n))
+            x = torch.randn(3, 5, width, requires_grad=True)
+            y, wanted = forward(x), type(layer).forward(layer, x)
+            assert type(y.grad_fn).__name__ == f"{PackedLinear.__name__}Backward"
+            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
+            g = torch.randn_like(y)
+            back = [torch.autograd.grad(out, x, g)[0] for out in (y, wanted)]
+            torch.testing.assert_close(*back, rtol=1e-5, atol=1e-5)
+            assert packed(layer) is packed(layer)
+
+
+def _fits(layer: Any, width: int) -> int:
+    try:
+        type(layer).forward(layer, torch.zeros(1, width))
+    except RuntimeError:
+        return 1
+    return 0
+
+
+def test_a_head_that_is_not_linear_trains_alone() -> None:
+    network = model(torch.float32)
+    assert why_alone(network) == ""
+    network.module.classifier = nn.LayerNorm(32)
+    head = AdaptedModel(network.module, list(network.modules))
+    assert why_alone(head) == "the head's classifier is a LayerNorm, not a linear layer"
+
+
+class Mixing(nn.Linear):
+    """A layer in which every token sees all tokens of the batch, padding included."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.mean(dim=(0, 1))
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_a_model_that_mixes_examples_is_refused(private: bool) -> None:
+    network = model(torch.float32)
+    members = [member(network, k) for k in range(2)]
+    members = privately(members) if private else members
+    first = members[0]
+    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    check_cohort(network, PAD, first.mechanism)
+    old: Any = network.module.backbone.encoder.layer[0].attention.output  # type: ignore[union-attr,index]
+    mixing = Mixing(32, 32)
+    mixing.load_state_dict(old.dense.state_dict())
+    old.dense = mixing.requires_grad_(False)
+    other = AdaptedModel.__new__(AdaptedModel)
+    other.__dict__.update(network.__dict__)  # nothing was checked of this one yet
+    with pytest.raises(RunFailed, match=r"cohort self-test: the .* is not that of its clients on this model"):
+        check_cohort(other, PAD, first.mechanism)
+
+
+def test_padding_that_counts_is_refused(tmp_path: Any) -> None:
+    """GPT-2's own head looks for the last token that is not its padding token: 2, not 0."""
+    network = model(torch.float32, name=str(save_tiny_gpt2(tmp_path)), pooling="model", targets="c_attn")
+    first = member(network, 0)
+    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    with pytest.raises(RunFailed, match=r"use engine\.cohort-size = 1"):
+        check_cohort(network, 0, None)
+    check_cohort(network, 2, None)
