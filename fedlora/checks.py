@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from clients.private import check_private
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.errors import ConfigError
 from fedlora.initial import PISSA
@@ -34,6 +33,13 @@ def check(config: RunConfig) -> Rule:
     if config.privacy.client_level:
         check_client_level(config, rule, ranks)
     if config.privacy.private:
+        from clients.private import check_private  # imports Opacus
+
+        if config.data.partitioner == "bootstrap":
+            raise ConfigError(
+                "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
+                "belongs to one client"
+            )
         check_private(config.train, num_examples=config.train.batch_size)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(

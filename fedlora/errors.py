@@ -31,5 +31,17 @@ class BudgetExceeded(FedLoraError):
     """A client that may not train again without breaking its privacy budget."""
 
 
+class OwnDataRefused(ConfigError):
+    """A node's own examples that cannot be used; the message is for their owner.
+
+    Attributes:
+        told: what others may know of it.
+    """
+
+    def __init__(self, message: str, told: str) -> None:
+        super().__init__(message)
+        self.told = told
+
+
 class LedgerRefused(ConfigError):
     """A privacy ledger that cannot be relied upon, or data that it must not be opened for."""

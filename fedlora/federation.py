@@ -13,9 +13,8 @@ import numpy as np
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from clients.accounts import check_disjoint, check_ledgers, ledger_directory
+from clients.batches import Indices
 from clients.evaluation import Evaluation, evaluate
-from clients.private import check_private
 from clients.resident import Resident, resident
 from fedlora.checks import check
 from fedlora.client_level import client_mechanism, clients_spent
@@ -36,6 +35,8 @@ from strategies.rule import Rule
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's record, as it is written to ``rounds.jsonl``."""
+Evaluator = Callable[[State, Indices], Evaluation]
+"""Evaluates the global model of a state on some of the test examples."""
 
 
 @dataclass(slots=True)
@@ -47,12 +48,19 @@ class Federation:
         directory: where the results go; a checkpoint in it is resumed.
         progress: told about each round.
         stores: where the clients keep what they hold, if that can be read from here (in simulation).
+        nodes: the partitions of the nodes of a deployment, which hold their data; None: those of the
+            data here.
+        evaluator: how the global model is evaluated; in this process unless an engine knows better.
+        verify: called after the last round; raises RunFailed where the rounds cannot be relied on.
     """
 
     config: RunConfig
     directory: RunDirectory
     progress: Progress | None = None
     stores: Path | None = None
+    nodes: Collection[int] | None = None
+    evaluator: Evaluator | None = None
+    verify: Callable[[], None] | None = None
     worker: Resident = field(init=False)
     strategy: FactorStrategy = field(init=False)
     run_key: str = field(init=False, default="")
@@ -66,6 +74,8 @@ class Federation:
         self.strategy = self._strategy(rule)
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:
+            from clients.accounts import check_ledgers, ledger_directory
+
             ledgers = ledger_directory(self.config, self.stores, simulation=True)
             heads = checkpoint.ledger_heads if checkpoint is not None else {}
             check_ledgers(self.config, self.worker.data, self.partitions, ledgers, heads)
@@ -75,13 +85,14 @@ class Federation:
     @property
     def partitions(self) -> Collection[int]:
         """The partitions that may take part."""
-        count = self.worker.data.num_partitions
-        chosen = int_list("partitions", self.config.partitions) or range(count)
-        if max(chosen) >= count:
+        there = range(self.worker.data.num_partitions) if self.nodes is None else sorted(self.nodes)
+        chosen = int_list("partitions", self.config.partitions)
+        if not all(partition in there for partition in chosen):
+            whose = "the data has" if self.nodes is None else "the nodes are"
             raise ConfigError(
-                f"partitions = {self.config.partitions!r}: the data has partitions 0 to {count - 1}"
+                f"partitions = {self.config.partitions!r}: {whose} partitions {there[0]} to {there[-1]}"
             )
-        return chosen
+        return chosen or there
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All remaining rounds, then the whole test set and the adapter; returns the result record.
@@ -92,7 +103,7 @@ class Federation:
         self._began = time.monotonic()
         strategy = self.strategy
         strategy.on_round = self._after_round
-        settings = ConfigRecord({"run-key": self.run_key})
+        settings = ConfigRecord({"run-key": self.run_key, "labels": list(self.worker.data.label_names)})
         strategy.start(
             grid,
             strategy.arrays(),
@@ -110,7 +121,10 @@ class Federation:
         ranks = {config.rank_of(p) for p in self.partitions}
         for rank in sorted(ranks):
             self.worker.model.check_rank(rank)
-        if config.privacy.private:
+        if config.privacy.private and self.nodes is None:
+            from clients.accounts import check_disjoint
+            from clients.private import check_private
+
             for partition in self.partitions:
                 check_private(config.train, len(self.worker.data.indices(partition)))
             check_disjoint(config, self.worker.data, self.partitions)
@@ -235,8 +249,10 @@ class Federation:
         self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
         return summary(self._whole.among(subset), self.worker.data.domain_names)
 
-    def _evaluate(self, indices: Any) -> Evaluation:
+    def _evaluate(self, indices: Indices) -> Evaluation:
         worker, state = self.worker, self.state
+        if self.evaluator is not None:
+            return self.evaluator(state, indices)
         patches = {patch.digest(): patch for patch in state.base}
         worker.move_to(tuple(patches), patches.__getitem__)
         worker.model.load(state.adapters, state.head)
@@ -264,6 +280,8 @@ class Federation:
             "seconds": round(sum(r["seconds"] for r in records), 3),
             "labels": list(data.label_names),
         }
+        if self.verify is not None:
+            self.verify()
         self._export()
         self.directory.write_result(result)
         return result

@@ -32,7 +32,7 @@ from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
 from fedlora.updates import Patch, State
 
-FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "engine.", "study.")
+FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.")
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
 

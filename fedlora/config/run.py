@@ -60,6 +60,8 @@ class RunConfig:
     """Only these partitions take part, ``0-3,7``; empty means all."""
     output_dir: str = ""
     """Where results go; empty means ``runs/<name of the config file>``, or a folder named after the run."""
+    resume: bool = False
+    """Go on after the last checkpoint in ``output-dir``; ``fedlora run`` has ``--resume`` for it."""
     client_groups: str = ""
     """JSON list of groups: ``[{"partitions": "0-3", "rank": 4, "local-steps": 5}]``."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -59,7 +59,7 @@ class LoraConfig:
 
 
 PARTITIONERS = (
-    "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential",
+    "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential", "bootstrap",
 )  # fmt: skip
 
 
@@ -88,7 +88,8 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Tuning: evaluate on this share of the training examples, taken out of them, not on the test set."""
     partitioner: str = "natural"
-    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential."""
+    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential, or
+    bootstrap, for which clients draw from all training examples."""
     partition_by: str = "domain"
     """natural: the column whose values are the clients. dirichlet, pathological, shard use the label."""
     num_partitions: int = 0
@@ -99,6 +100,8 @@ class DataConfig:
     """Labels that each client holds under ``pathological``, >= 1."""
     min_partition_size: int = 1
     """The fewest examples a client may have, >= 1."""
+    partition_size: int = 32
+    """Examples that each client draws, with replacement, under ``bootstrap``, >= 1."""
     max_length: int = 64
     """Longest sequence in tokens; the rest is cut, >= 8."""
     evaluate_examples: int = 600
@@ -129,6 +132,11 @@ class DataConfig:
         require(
             self.min_partition_size >= 1,
             "data.min-partition-size", self.min_partition_size, "must be >= 1",
+        )  # fmt: skip
+        fewest = self.min_partition_size if self.partitioner == "bootstrap" else 1
+        require(
+            self.partition_size >= fewest,
+            "data.partition-size", self.partition_size, f"must be >= {fewest}",
         )  # fmt: skip
         require(self.max_length >= 8, "data.max-length", self.max_length, "must be >= 8")
         require(

@@ -104,7 +104,7 @@ def encode_labels(
     """
     feature = source.features[columns.label]
     own = getattr(feature, "names", None)  # of a ClassLabel
-    texts = [_label_texts(table["label"], columns.label, where) for table in tables]
+    texts = [label_texts(table["label"], columns.label, where) for table in tables]
     names = [str(code) for code in range(len(own))] if own else in_order(texts[0].to_pylist())
     if len(names) < 2:
         raise ConfigError(f"data.label-column = {columns.label!r}: {where} has one label only, {names[0]!r}")
@@ -164,7 +164,7 @@ def _refuse_empty(values: pa.ChunkedArray, key: str, column: str, where: str) ->
         raise ConfigError(f"{key} = {column!r}: {count} empty in {where}, the first is example {row}")
 
 
-def _label_texts(values: pa.ChunkedArray, column: str, where: str) -> pa.ChunkedArray:
+def label_texts(values: pa.ChunkedArray, column: str, where: str) -> pa.ChunkedArray:
     """Labels as strings; whole numbers stored as floats lose their .0."""
     key = "data.label-column"
     if pa.types.is_floating(values.type):

@@ -23,7 +23,7 @@ SHARDS_PER_PARTITION = 2
 
 
 def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]:
-    """The training examples of each client: sorted int64 indices, disjoint, together all of them.
+    """The training examples of each client: sorted int64 indices, disjoint and together all of them.
 
     ``natural`` makes each value of ``data.partition-by`` a client. With ``data.num-partitions`` set
     it deals whole values, domain by domain where it can, to that many clients of similar size; where
@@ -33,10 +33,17 @@ def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]
     ``iid``, ``linear``, ``square`` and ``exponential`` cut shuffled examples; ``dirichlet``,
     ``pathological`` and ``shard`` (two shards of the examples sorted by label) go by the label.
 
+    ``bootstrap`` is for any number of clients: each draws ``data.partition-size`` examples with
+    replacement, so that clients share examples and one may hold an example twice.
+
     Raises:
         ConfigError: an unknown column, more clients than examples, a client with fewer than
             ``data.min-partition-size``, or a partitioner that cannot do what is asked.
     """
+    if config.partitioner == "bootstrap":
+        rng = stream(seed, "partition-bootstrap")
+        drawn = rng.integers(len(train), size=(config.num_partitions, config.partition_size))
+        return list(np.sort(drawn, axis=1))
     if config.num_partitions > len(train):
         raise ConfigError(
             f"data.num-partitions = {config.num_partitions}: there are only {len(train)} training examples"

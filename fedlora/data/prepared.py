@@ -34,7 +34,7 @@ BATCH = 1000
 
 _PARTITION_KEYS = (
     "partitioner", "partition_by", "num_partitions", "dirichlet_alpha", "classes_per_partition",
-    "min_partition_size",
+    "min_partition_size", "partition_size",
 )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ class Prepared:
         pad_token_id: what `collate` fills up with.
         flat: the indices of all partitions one after another, int64.
         offsets: partition i is ``flat[offsets[i]:offsets[i + 1]]``, int64.
+        declared: the owner's name for the data where it is a node's own, see `fedlora.data.own`.
     """
 
     train: Examples
@@ -59,6 +60,7 @@ class Prepared:
     pad_token_id: int
     flat: np.ndarray
     offsets: np.ndarray
+    declared: str = ""
 
     @property
     def num_labels(self) -> int:
@@ -126,7 +128,7 @@ def _token_key(config: DataConfig, tokenizer: Tokenizer) -> str:
     for key in ("evaluate_examples", "public"):
         shared.pop(key)
     natural = Columns.of(config).natural
-    files = [_file_stamps(name) for name in (config.name, config.test)]
+    files = [file_stamps(name) for name in (config.name, config.test)]
     asset = asset_identity(config.name) if config.name in ASSETS else ""
     return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity)
 
@@ -139,7 +141,7 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def _file_stamps(name: str) -> list[tuple[str, int, int]]:
+def file_stamps(name: str) -> list[tuple[str, int, int]]:
     """Path, size and time of change of each local file that a name stands for."""
     path = Path(name).expanduser()
     if not name or not path.exists():
@@ -159,7 +161,7 @@ def _write_examples(config: DataConfig, tokenizer: Tokenizer, draft: Path) -> No
             names[column] = in_order({*raw.train[column][:], *raw.test[column][:]})
     for part, table in (("train", raw.train), ("test", raw.test)):
         line = f"tokenising {len(table):,} {part} examples of {config.name}"
-        batch = _tokenised(table, tokenizer, config.max_length, names, line)
+        batch = tokenised(table, tokenizer, config.max_length, names, line)
         with pa.ipc.new_file(str(draft / f"{part}.arrow"), batch.schema) as file:
             file.write_batch(batch)
     meta = {
@@ -176,7 +178,7 @@ def _write_examples(config: DataConfig, tokenizer: Tokenizer, draft: Path) -> No
     (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def _tokenised(
+def tokenised(
     table: Dataset, tokenizer: Tokenizer, max_length: int, names: dict[str, list[str]], line: str
 ) -> Any:
     """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural."""

@@ -57,22 +57,27 @@ def load_examples(config: DataConfig) -> RawData:
         AssetError: a dataset that could not be fetched.
     """
     columns = Columns.of(config)
-    source, own_test = _open(config)
+    source, own_test = open_source(config)
     parts = [standard(source, columns, repr(config.name))]
     test = _read_file(Path(config.test), "data.test") if config.test else own_test
     if test is not None:
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
     tables, names = encode_labels(parts, source, columns, repr(config.name))
     train, test_table = (
-        tables if len(tables) == 2 else _split(tables[0], config.test_fraction, "data.test-fraction")
+        tables if len(tables) == 2 else split_table(tables[0], config.test_fraction, "data.test-fraction")
     )
     if config.validation_fraction:
-        train, test_table = _split(train, config.validation_fraction, "data.validation-fraction")
+        train, test_table = split_table(train, config.validation_fraction, "data.validation-fraction")
     return RawData(Dataset(train), Dataset(test_table), names)
 
 
-def _open(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """All or the train examples, and the dataset's own test examples if it has any."""
+def open_source(config: DataConfig) -> tuple[Dataset, Dataset | None]:
+    """All or the train examples, and the dataset's own test examples if it has any.
+
+    Raises:
+        ConfigError: it cannot be read.
+        AssetError: it could not be fetched.
+    """
     path = Path(config.name).expanduser()
     if config.subset and (config.name in BUILT_IN or path.exists()):
         raise ConfigError(f"data.subset = {config.subset!r}: only a hub dataset has subsets")
@@ -170,7 +175,12 @@ def _labelled(table: Dataset, column: str) -> bool:
     return not pc.all(pc.fill_null(hidden, True)).as_py()
 
 
-def _split(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
+def split_table(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
+    """Rows to train on and rows held out, linked rows never apart; the same for every seed.
+
+    Raises:
+        ConfigError: there is nothing to hold out, or nothing left.
+    """
     texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
     words = ["\n".join(map(normalised, row)) for row in zip(*texts, strict=True)]
     groups = [table["group"].to_pylist()] if "group" in table.column_names else []

@@ -1,37 +1,31 @@
 """A Flower `Grid` on Ray actors: the ServerApp and its strategy cannot tell it from Flower's own.
 
-What differs from Flower's simulation: the payload that many clients share is put into the object
-store once; an actor that dies is replaced and its message retried; a client that is past the deadline
-loses its actor, so that it cannot hold up the next round; nothing polls.
+What differs from Flower's simulation: the model and the payload that many clients share are put into the
+object store once; clients may train in cohorts; an actor that dies is replaced and its messages retried; a
+client that is past the deadline loses its actor, so that it cannot hold up the next round.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from fedlora.config import FlatConfig
+from fedlora.engines.cohorts import Work, cohorts, equal_work
+from fedlora.engines.dispatch import Dispatcher, Job
+from fedlora.engines.lending import Lender
 from fedlora.engines.local_grid import LocalGrid
 from fedlora.engines.ray_pool import RayPool
+from fedlora.engines.worker import FEDLORA_APP, Letter
+from fedlora.updates import Patch
+from fedlora.wire import CONFIG
 
-CLIENT_FAILED, CLIENT_DIED = 1, 2
-"""Codes of error replies: the ClientApp raised; its process died more often than is retried."""
-
-
-@dataclass(slots=True)
-class Job:
-    """A message on its way, and how often its process has died."""
-
-    message: Message
-    records: dict[str, Any]
-    deaths: int = 0
+CLIENT_FAILED = 1
+"""Code of an error reply: the ClientApp raised."""
 
 
 class RayGrid(LocalGrid):
@@ -43,6 +37,13 @@ class RayGrid(LocalGrid):
         run_config: what every client's context holds.
         state_dir: where clients keep what they hold between messages.
         run_id: Flower's run id.
+        lender: the model and the data that fedlora's ClientApp uses; None for another ClientApp.
+        base: the patches that are in the base now.
+        cohort_size: orders to train that one actor carries out together.
+        work: what a partition's training costs, in any unit: the longest go first.
+
+    Attributes:
+        halved: why the run cannot be repeated bit for bit: memory ran out; empty as long as it did not.
     """
 
     def __init__(
@@ -52,18 +53,29 @@ class RayGrid(LocalGrid):
         run_config: FlatConfig,
         state_dir: Path,
         run_id: int = 1,
+        *,
+        lender: Lender | None = None,
+        base: Callable[[], Sequence[Patch]] = tuple,
+        cohort_size: int = 1,
+        work: Work = equal_work,
     ) -> None:
         super().__init__(partitions, run_id)
-        self._pool = pool
         self._run_config = run_config
         self._node_config: dict[str, Any] = {
             "num-partitions": len(self.partition_ids),
-            "state-dir": str(state_dir),
+            "state-dir": str(state_dir.absolute()),
             "simulation": True,
         }
         self._states: dict[int, RecordDict] = {}
-        self._idle: deque[Any] = deque(pool.actors)
-        self.retries = 0
+        self._dispatcher = Dispatcher(pool)
+        self._lender, self._base, self._work = lender, base, work
+        self._cohort_size = cohort_size if pool.client_app == FEDLORA_APP else 1
+        self.halved = ""
+
+    @property
+    def retries(self) -> int:
+        """How often a process died and its messages were carried out again."""
+        return self._dispatcher.retries
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -71,79 +83,39 @@ class RayGrid(LocalGrid):
         """Carry out all messages on the actors; replies come in order of completion.
 
         Messages still unanswered after ``timeout`` seconds are dropped without a reply.
+
+        Raises:
+            RunFailed: a process that died more often than ``engine.max-retries`` allows.
         """
-        import ray
-
-        waiting = deque(self._jobs(messages))
-        running: dict[Any, tuple[Job, Any]] = {}
-        replies: list[Message] = []
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while waiting or running:
-            while waiting and self._idle:
-                job, actor = waiting.popleft(), self._idle.popleft()
-                running[self._submit(actor, job)] = (job, actor)
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            done, _ = ray.wait(list(running), num_returns=1, timeout=left)
-            if not done:
-                break
-            job, actor = running.pop(done[0])
-            reply, actor = self._collect(done[0], job, actor)
-            self._idle.append(actor)
-            if reply is None:
-                waiting.appendleft(job)
-            else:
-                replies.append(reply)
-        for _, actor in running.values():
-            self._idle.append(self._pool.replace(actor))
-        return replies
-
-    # --- pieces -----------------------------------------------------------------------------------------
-
-    def _jobs(self, messages: Iterable[Message]) -> list[Job]:
-        """Messages with their shared records put into the object store once each."""
-        import ray
-
         messages = list(messages)
-        uses: dict[int, int] = {}
-        for message in messages:
-            for record in message.content.values():
-                uses[id(record)] = uses.get(id(record), 0) + 1
-        references: dict[int, Any] = {}
+        shared = _put_shared(messages)
+        loan = None if self._lender is None else self._lender.move_to(self._base())
         jobs = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            records: dict[str, Any] = {}
-            for name, record in message.content.items():
-                if uses[id(record)] > 1 and id(record) not in references:
-                    references[id(record)] = ray.put(record)
-                records[name] = references.get(id(record), record)
-            jobs.append(Job(message, records))
-        return jobs
+        for group in cohorts(messages, self.partition_ids, self._cohort_size, self._work):
+            letters = [Letter(m.metadata, shared(m), self._context(m)) for m in group]
+            ids = ", ".join(str(self.partition_ids[m.metadata.dst_node_id]) for m in group)
+            jobs.append(Job("handle", (letters, loan), f"partition {ids}", group))
+        return [
+            self._reply(message, *answer)
+            for job, answers in self._dispatcher.run(jobs, timeout)
+            for message, answer in zip(job.subject, answers, strict=True)
+        ]
 
-    def _submit(self, actor: Any, job: Job) -> Any:
-        node = job.message.metadata.dst_node_id
-        return actor.handle.remote(job.message.metadata, job.records, self._context(node))
-
-    def _collect(self, reference: Any, job: Job, actor: Any) -> tuple[Message | None, Any]:
-        """The reply to a job, or None if it is to be tried again; and the actor that is free now."""
-        import ray
-
-        try:
-            content, state = ray.get(reference)
-        except ray.exceptions.RayActorError:
-            job.deaths += 1
-            actor = self._pool.replace(actor)
-            if job.deaths <= self._pool.engine.max_retries:
-                self.retries += 1
-                return None, actor
-            reason = f"the client's process died {job.deaths} times (engine.max-retries = {job.deaths - 1})"
-            return Message(Error(CLIENT_DIED, reason), reply_to=job.message), actor
+    def _reply(self, message: Message, content: RecordDict | str, state: RecordDict) -> Message:
         if isinstance(content, str):
-            return Message(Error(CLIENT_FAILED, content), reply_to=job.message), actor
-        self._states[job.message.metadata.dst_node_id] = state
-        return Message(content, reply_to=job.message), actor
+            return Message(Error(CLIENT_FAILED, content), reply_to=message)
+        if content.config_records.get(CONFIG, ConfigRecord()).get("cohort-halved"):
+            partition = self.partition_ids[message.metadata.dst_node_id]
+            self.halved = self.halved or (
+                f"memory ran out in round {message.metadata.group_id} at partition {partition}: it trained "
+                "in a smaller cohort than engine.cohort-size"
+            )
+        if state:
+            self._states[message.metadata.dst_node_id] = state
+        return Message(content, reply_to=message)
 
-    def _context(self, node: int) -> Context:
+    def _context(self, message: Message) -> Context:
+        node = message.metadata.dst_node_id
         config: Mapping[str, Any] = {**self._node_config, "partition-id": self.partition_ids[node]}
         return Context(
             run_id=self._run_id,
@@ -152,3 +124,23 @@ class RayGrid(LocalGrid):
             state=self._states.get(node, RecordDict()),
             run_config=dict(self._run_config),
         )
+
+
+def _put_shared(messages: Sequence[Message]) -> Callable[[Message], dict[str, Any]]:
+    """Put every record that several messages share into the object store, once; the records of a message."""
+    import ray
+
+    uses: dict[int, int] = {}
+    for message in messages:
+        message.metadata.__dict__["_message_id"] = str(uuid4())
+        for record in message.content.values():
+            uses[id(record)] = uses.get(id(record), 0) + 1
+    references: dict[int, Any] = {}
+
+    def records(message: Message) -> dict[str, Any]:
+        for record in message.content.values():
+            if uses[id(record)] > 1 and id(record) not in references:
+                references[id(record)] = ray.put(record)
+        return {name: references.get(id(r), r) for name, r in message.content.items()}
+
+    return records

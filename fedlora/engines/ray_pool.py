@@ -1,62 +1,19 @@
-"""Long-lived Ray actors that carry out clients' messages; they keep the base model between messages."""
+"""Long-lived Ray actors that carry out clients' messages; one model and data set for all of a machine."""
 
 from __future__ import annotations
 
-import importlib
-import logging
 import math
-import os
-import warnings
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
-from fedlora.config import EngineConfig
-from fedlora.errors import ConfigError
+from fedlora.config import EngineConfig, RunConfig
+from fedlora.engines.cluster import QUIET, connect
+from fedlora.engines.worker import FEDLORA_APP, ClientWorker
+from fedlora.errors import ConfigError, RunFailed
 
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-"""No calls home; inherited by every actor."""
-
-
-class ClientWorker:
-    """The body of an actor: a ClientApp in a process of its own, on one thread."""
-
-    def __init__(self, client_app: str) -> None:
-        import torch
-
-        torch.set_num_threads(1)
-        module, _, name = client_app.partition(":")
-        self._app = getattr(importlib.import_module(module), name)
-
-    def ready(self) -> int:
-        """The process id, once everything is imported."""
-        return os.getpid()
-
-    def handle(self, metadata: Any, records: dict[str, Any], context: Any) -> tuple[Any, Any]:
-        """The reply's content (or a one-line error) and the client's state after one message.
-
-        Args:
-            metadata: the message's metadata.
-            records: its records by name, each itself or a reference into Ray's object store.
-            context: the client's Flower context.
-        """
-        import ray
-        from flwr.app import Message, RecordDict
-
-        content = RecordDict(
-            {name: ray.get(r) if isinstance(r, ray.ObjectRef) else r for name, r in records.items()}
-        )
-        try:
-            message = Message(metadata=metadata, content=content)  # type: ignore[call-overload]
-            reply = self._app(message, context)
-        except Exception as error:
-            logging.getLogger("fedlora").exception("client failed")
-            lines = str(error).strip().splitlines() or ["no message"]
-            return f"{type(error).__name__}: {lines[0]}", context.state
-        return reply.content, context.state
+if TYPE_CHECKING:
+    from clients.resident import Parts
+    from fedlora.engines.lending import Lender
 
 
 class RayPool:
@@ -66,27 +23,70 @@ class RayPool:
         engine: resources of one actor and where Ray is.
         client_app: ``module:attribute`` of the ClientApp.
 
+    Attributes:
+        actors: all of them.
+        starting: those that are not known to be ready, with the reference that will tell.
+        restarts: actors that took the place of another.
+        failed_starts: how many died in a row before they were ready.
+
     Raises:
         ConfigError: the cluster does not answer, or no machine has the resources of one actor.
     """
 
-    def __init__(self, engine: EngineConfig, client_app: str = "fedlora.client_app:app") -> None:
+    def __init__(self, engine: EngineConfig, client_app: str = FEDLORA_APP) -> None:
+        import ray
+
         self.engine = engine
-        self._client_app = client_app
-        _connect(engine.address)
-        self.size = engine.num_actors or _capacity(engine)
-        self.restarts = 0
+        self.client_app = client_app
+        connect(engine.address)
+        self.size = engine.num_actors or capacity(engine, [n for n in ray.nodes() if n["Alive"]])
+        self.starting: dict[Any, Any] = {}
+        self.restarts = self.failed_starts = 0
         self.actors = [self._spawn() for _ in range(self.size)]
+        self._lender: Lender | None = None
+
+    def lender(self, config: RunConfig, parts: Parts | None = None) -> Lender:
+        """The model and the data of a run in the object store; that of the run before if it is the same."""
+        from clients.resident import key_of
+        from fedlora.engines.lending import Lender
+
+        if self._lender is None or self._lender.loan.key != key_of(config):
+            self._lender = None
+            self._lender = Lender(config, parts)
+        return self._lender
+
+    def verify(self, lender: Lender) -> None:
+        """Compare the base weights in every actor with what was lent.
+
+        Raises:
+            RunFailed: somebody wrote into weights that all share.
+        """
+        import ray
+
+        for reference in [a.base_hashes.remote(lender.loan) for a in self.actors if a not in self.starting]:
+            try:
+                lender.compare(ray.get(reference))
+            except RunFailed:
+                self._lender = None  # the next run shall have its own
+                raise
+            except ray.exceptions.RayActorError:
+                continue  # whatever it held is gone
 
     def replace(self, actor: Any) -> Any:
         """A new actor in the place of a dead or stuck one."""
         import ray
 
         ray.kill(actor, no_restart=True)
+        self.starting.pop(actor, None)
         fresh = self._spawn()
         self.actors[self.actors.index(actor)] = fresh
         self.restarts += 1
         return fresh
+
+    def is_ready(self, actor: Any) -> None:
+        """An actor has started."""
+        self.starting.pop(actor, None)
+        self.failed_starts = 0
 
     def close(self) -> None:
         """Stop the actors and leave Ray."""
@@ -99,50 +99,36 @@ class RayPool:
     def _spawn(self) -> Any:
         import ray
 
-        options = {"num_cpus": self.engine.num_cpus, "num_gpus": self.engine.num_gpus}
-        return ray.remote(ClientWorker).options(**options).remote(self._client_app)
+        options: dict[str, Any] = {"num_cpus": self.engine.num_cpus, "num_gpus": self.engine.num_gpus}
+        if self.engine.address:  # on a machine of its own it inherits them
+            options["runtime_env"] = {"env_vars": QUIET}
+        actor = ray.remote(ClientWorker).options(**options).remote(self.client_app)
+        self.starting[actor] = actor.ready.remote()
+        return actor
 
 
-def _connect(address: str) -> None:
-    for key, value in QUIET.items():
-        os.environ.setdefault(key, value)
-    import ray
-
-    if ray.is_initialized():
-        return
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if not address:
-        settings["include_dashboard"] = False
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        try:
-            ray.init(address=address or "local", **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or ["no answer"])[0]
-            raise ConfigError(
-                f"engine.address = {address!r}: no Ray cluster answers there ({reason})"
-            ) from None
-
-
-def _capacity(engine: EngineConfig) -> int:
-    """How many actors the machines hold, each on one machine.
+def capacity(engine: EngineConfig, nodes: Iterable[Mapping[str, Any]]) -> int:
+    """How many actors some machines hold, each on one machine.
 
     Raises:
         ConfigError: not even one.
     """
-    import ray
-
+    resources = [node["Resources"] for node in nodes]
     total = 0
-    for node in ray.nodes():
-        resources = node["Resources"] if node["Alive"] else {}
-        fits = resources.get("CPU", 0.0) / engine.num_cpus
+    for have in resources:
+        fits = have.get("CPU", 0.0) / engine.num_cpus
         if engine.num_gpus:
-            fits = min(fits, resources.get("GPU", 0.0) / engine.num_gpus)
+            fits = min(fits, _shares(have.get("GPU", 0.0), engine.num_gpus))
         total += math.floor(fits + 1e-9)
     if total < 1:
-        have = ray.cluster_resources()
+        cpus, gpus = (sum(have.get(kind, 0.0) for have in resources) for kind in ("CPU", "GPU"))
         raise ConfigError(
             f"engine.num-cpus = {engine.num_cpus}, engine.num-gpus = {engine.num_gpus}: no machine has them "
-            f"(in all {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs)"
+            f"(in all {cpus:g} CPUs, {gpus:g} GPUs)"
         )
     return total
+
+
+def _shares(gpus: float, share: float) -> float:
+    """Actors on so many GPUs: one GPU holds whole shares only, as Ray places them."""
+    return gpus * math.floor(1 / share + 1e-9) if share < 1 else gpus / share

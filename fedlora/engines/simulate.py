@@ -1,19 +1,26 @@
-"""One run in simulation: check, start the engine, run, and always leave the engine tidy."""
+"""One run in simulation: check, start the engine, run, and always leave the engine tidy.
+
+Starting takes seconds, nearly all of it imports. So the driver reads the model while Ray starts, and the
+actors import while it does; modules that import transformers or Ray are imported where they are needed.
+"""
 
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.checks import check
 from fedlora.config import RunConfig, to_flat
+from fedlora.engines.cluster import check_address
 from fedlora.engines.memory import PeakMemory
 from fedlora.engines.progress import RoundProgress
-from fedlora.engines.ray_grid import RayGrid
-from fedlora.engines.ray_pool import RayPool
-from fedlora.federation import Federation
 from fedlora.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from clients.resident import Parts
+    from fedlora.engines.ray_pool import RayPool
 
 
 def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -25,24 +32,64 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
     """
     quiet()
     check(config)
+    check_address(config.engine.address)
     directory = RunDirectory(path, resume=resume)
-    pool = RayPool(config.engine)
+    pool = start(config)
     try:
         return simulate_on(pool, config, directory)
     finally:
         pool.close()
 
 
+def start(config: RunConfig) -> RayPool:
+    """Actors for a configuration, and its model and data in the object store.
+
+    Raises:
+        ConfigError: a model, data or partition that cannot be had, or no place for the actors.
+    """
+    from fedlora.engines.ray_pool import RayPool
+
+    with ThreadPoolExecutor(1) as aside:
+        reading = aside.submit(_read, config)
+        pool = RayPool(config.engine)
+        try:
+            pool.lender(config, reading.result())
+        except BaseException:
+            pool.close()
+            raise
+    return pool
+
+
 def simulate_on(pool: RayPool, config: RunConfig, directory: RunDirectory, title: str = "") -> dict[str, Any]:
     """The same on actors that are already there."""
+    from fedlora.engines.cohorts import predicted_work, with_cohort_size
+    from fedlora.engines.evaluation import SharedEvaluation
+    from fedlora.engines.ray_grid import RayGrid
+    from fedlora.federation import Federation
+
     with RoundProgress(title or config.strategy.name, config.num_server_rounds) as progress:
+        lender = pool.lender(config)
+        config = with_cohort_size(config, directory.path, lender.worker)
         stores = directory.path / "clients"
         federation = Federation(config, directory, progress.update, stores)
+        federation.evaluator = SharedEvaluation(pool, lender, federation.worker.data)
+        federation.verify = lambda: pool.verify(lender)
+        grid = RayGrid(
+            pool,
+            federation.partitions,
+            to_flat(config),
+            stores,
+            lender=lender,
+            base=lambda: federation.state.base,
+            cohort_size=config.engine.cohort_size,
+            work=predicted_work(config, federation.worker.data),
+        )
         progress.begin(federation.state.round)
-        grid = RayGrid(pool, federation.partitions, to_flat(config), stores)
         with PeakMemory() as memory:
             result = federation.run(grid)
     result["peak_memory_bytes"] = memory.peak_bytes
+    if grid.halved:
+        result |= {"reproducible": False, "irreproducible_because": grid.halved}
     directory.write_result(result)
     return result
 
@@ -52,3 +99,9 @@ def quiet() -> None:
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.ERROR)
     logger.propagate = False
+
+
+def _read(config: RunConfig) -> Parts:
+    from clients.resident import parts_of
+
+    return parts_of(config, with_data=bool(config.engine.address))

@@ -18,6 +18,7 @@ from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
 from fedlora.models.core import CoredOutput
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
 from fedlora.models.moving import MovingBase
+from fedlora.models.shared import hashes
 from fedlora.updates import ModuleSpec, Patch, TailPenalty, Template
 
 
@@ -47,7 +48,10 @@ class AdaptedModel:
     """
 
     def __init__(self, module: nn.Module, modules: Collection[str]) -> None:
-        """Adapt the named layers of a model from `build_model`, in place."""
+        """Adapt the named layers of a model from `build_model`, in place.
+
+        The head is copied; no other tensor of the model is ever written to, so that they may be shared.
+        """
         self.module = module.requires_grad_(False).eval()
         self.modules: dict[str, ModuleSpec] = {n: s for n, s in linear_layers(module).items() if n in modules}
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}
@@ -55,6 +59,13 @@ class AdaptedModel:
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
         self._base = MovingBase(layers)
         self._head = head_tensors(module)
+        for parameter in self._head.values():
+            parameter.data = parameter.data.clone()
+        self._frozen = {
+            name: tensor
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+            if name not in {*self._head, *(f"{layer}.weight" for layer in layers)}
+        }
         self._adapters: set[str] = set()
         self._active = ""
         self._tail: TailPenalty | None = None
@@ -115,7 +126,7 @@ class AdaptedModel:
             FactorShapeError: other layers, other shapes, more than one rank, or a core in some layers only.
             ConfigError: the rank is larger than a layer allows.
         """
-        self._check(adapters, head)
+        self.check(adapters, head)
         self._tail = tail
         first = next(iter(adapters.values()))
         self._activate(first.rank, cored=first.R is not None)
@@ -200,6 +211,23 @@ class AdaptedModel:
         """Back to the pristine base, version 0."""
         self._base.reset()
 
+    def moved_weights(self) -> Tensors:
+        """See `MovingBase.moved_weights`."""
+        return self._base.moved_weights
+
+    def adopt_base(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+        """See `MovingBase.adopt`."""
+        self._base.adopt(chain, weights)
+
+    def base_digests(self) -> dict[str, str]:
+        """A hash of every tensor of the pristine base as it stands; W_0 of the layers that moved."""
+        pristine = {f"{name}.weight": weight for name, weight in self._base.pristine_weights.items()}
+        return hashes({**self._frozen, **pristine})
+
+    def moved_digests(self) -> dict[str, str]:
+        """A hash of W_v of the layers that moved, as it stands."""
+        return hashes({f"{name}.weight": weight for name, weight in self._base.moved_weights.items()})
+
     def _lora(self, name: str) -> Any:
         """PEFT's layer in place of the adapted one; there is none before the first `load`."""
         return self.module.get_submodule(name)
@@ -233,7 +261,8 @@ class AdaptedModel:
             self._active = adapter
             set_adapter(self.module, self._active)
 
-    def _check(self, adapters: AdapterSet, head: Mapping[str, Tensor]) -> None:
+    def check(self, adapters: AdapterSet, head: Mapping[str, Tensor]) -> None:
+        """Refuse what `load` would refuse, for the same reasons."""
         check_same_modules(self.modules, adapters, "the adapter")
         ranks = sorted({factors.rank for factors in adapters.values()})
         if len(ranks) > 1:
@@ -251,6 +280,7 @@ class AdaptedModel:
             if name not in self._head or self._head[name].shape != tensor.shape:
                 known = ", ".join(f"{n} {tuple(p.shape)}" for n, p in self._head.items())
                 raise FactorShapeError(f"the head has no {name} {tuple(tensor.shape)}, it is {known}")
+        self.check_rank(ranks[0])
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

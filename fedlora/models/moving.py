@@ -66,6 +66,28 @@ class MovingBase:
                     "in the weights: reset the base first"
                 )
 
+    @property
+    def moved_weights(self) -> dict[str, Tensor]:
+        """W_v of the layers that a patch has changed, float32, as it is stored."""
+        return dict(self._exact)
+
+    def adopt(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
+        """Take over the `moved_weights` of another process; they may be shared and are only read.
+
+        Args:
+            chain: digests of the patches that are in the weights.
+            weights: W_v of every layer that they changed, float32.
+        """
+        self.reset()
+        for name in sorted(weights):
+            self._set(name, weights[name].to(self._pristine[name].device))
+        self._applied = list(chain)
+
+    @property
+    def pristine_weights(self) -> dict[str, Tensor]:
+        """W_0 of every layer, as it is stored."""
+        return dict(self._pristine)
+
     def reset(self) -> None:
         """Back to the pristine weights, version 0."""
         for name, weight in self._pristine.items():
@@ -77,9 +99,12 @@ class MovingBase:
         layer = self._layers[name]
         before = self._exact.get(name, self._pristine[name].float())
         change = oriented(layer, product.dense().float().cpu())
-        after = before + change.to(before.device)
-        self._exact[name] = after
-        layer.weight.data = after.to(layer.weight.dtype)
+        self._set(name, before + change.to(before.device))
+
+    def _set(self, name: str, weight: Tensor) -> None:
+        layer = self._layers[name]
+        self._exact[name] = weight
+        layer.weight.data = weight.to(layer.weight.dtype)
 
     def _check(self, patch: Patch) -> None:
         for name, product in patch.products.items():

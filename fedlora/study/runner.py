@@ -9,11 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from clients.resident import resident
 from fedlora.checks import check
 from fedlora.config import RunConfig, read_config, to_flat
+from fedlora.engines.cluster import check_address
+from fedlora.engines.cohorts import with_cohort_size
 from fedlora.engines.ray_pool import RayPool
-from fedlora.engines.simulate import quiet, simulate_on
+from fedlora.engines.simulate import quiet, simulate_on, start
 from fedlora.errors import ConfigError
 from fedlora.runs import RunDirectory
 from fedlora.study.cells import Cell, expand
@@ -34,10 +35,11 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
         raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
     quiet()
     check(config)
+    check_address(config.engine.address)
     began = time.monotonic()
-    pool = RayPool(config.engine)
+    pool = start(config)
     try:
-        cells = expand(config, resident(config).data.num_partitions)
+        cells = expand(config, pool.lender(config).worker.data.num_partitions)
         for cell in cells:
             check(cell.config)
         results = [
@@ -58,7 +60,9 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
 def run_cell(pool: RayPool, cell: Cell, path: Path, title: str) -> dict[str, Any]:
     """The result record of one cell; one that is finished under the same configuration is only read."""
     finished = path / "result.json"
-    if finished.exists() and to_flat(read_config(path / "config.toml")) == to_flat(cell.config):
-        result: dict[str, Any] = json.loads(finished.read_text())
-        return result
+    if finished.exists():
+        asked = with_cohort_size(cell.config, path)
+        if to_flat(read_config(path / "config.toml")) == to_flat(asked):
+            result: dict[str, Any] = json.loads(finished.read_text())
+            return result
     return simulate_on(pool, cell.config, RunDirectory(path, resume=True), title)

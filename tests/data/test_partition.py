@@ -14,6 +14,7 @@ from fedlora.config.sections import PARTITIONERS
 from fedlora.data.partition import partition
 from fedlora.errors import ConfigError
 
+DISJOINT = [name for name in PARTITIONERS if name != "bootstrap"]
 SKEWED: dict[str, Any] = {
     "label": [i % 4 for i in range(400)],
     "domain": [["east", "north", "south", "west"][min(i // 50, 3)] for i in range(400)],
@@ -34,7 +35,7 @@ def columns_of(parts: list[np.ndarray], column: str) -> list[set[str]]:
     return [set(values[part].tolist()) for part in parts]
 
 
-@pytest.mark.parametrize("name", PARTITIONERS)
+@pytest.mark.parametrize("name", DISJOINT)
 def test_disjoint_complete_sorted_and_seeded(name: str) -> None:
     wanted = config(partitioner=name, num_partitions=5)
     first, again, other = (partition(table(), wanted, seed) for seed in (1, 1, 2))
@@ -50,7 +51,7 @@ def test_disjoint_complete_sorted_and_seeded(name: str) -> None:
     labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
     seed=st.integers(0, 10**6),
     count=st.integers(1, 12),
-    name=st.sampled_from(PARTITIONERS),
+    name=st.sampled_from(DISJOINT),
     data=st.data(),
 )
 def test_every_answer_is_a_partition(
@@ -198,6 +199,20 @@ def test_refusals_are_one_line(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         partition(table(), config(**values), 0)
     assert "\n" not in str(caught.value)
+
+
+def test_bootstrap_draws_each_client_with_replacement_for_any_number_of_clients() -> None:
+    wanted = config(partitioner="bootstrap", num_partitions=2000, partition_size=16)
+    parts, again, other = (partition(table(), wanted, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(parts, other, strict=True))
+    assert {len(part) for part in parts} == {16}
+    assert all((np.diff(part) >= 0).all() for part in parts)
+    times = np.bincount(np.concatenate(parts), minlength=400)
+    assert times.min() > 40  # 80 of each are expected, 9 is one standard deviation
+    assert times.max() < 120
+    # P(16 draws out of 400 are all different) = 0.74
+    assert 0.65 < np.mean([len(set(part)) == 16 for part in parts]) < 0.82
 
 
 @pytest.mark.parametrize("name", ["iid", "natural", "shard", "pathological"])

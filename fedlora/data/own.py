@@ -1,0 +1,176 @@
+"""A node's own examples: read where they are, tokenised into the node's own directory, never sent anywhere.
+
+What the run decides is the model (hence the tokenizer), the longest sequence and the names of the labels.
+A node may lack some of the labels; one that the run does not know is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedlora.assets import create_directory
+from fedlora.config import DataConfig
+from fedlora.data.columns import Columns, label_texts, standard
+from fedlora.data.examples import Examples, open_examples
+from fedlora.data.prepared import FORMAT, Prepared, file_stamps, tokenised
+from fedlora.data.tokenizers import load_tokenizer
+from fedlora.errors import ConfigError, OwnDataRefused
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+TRAIN, TEST = "train.arrow", "test.arrow"
+UNREADABLE = "this node's own data cannot be used, its log says why"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OwnData:
+    """Where a node's examples are, in its owner's words; see `fedlora.deployment.node`.
+
+    Attributes:
+        path: a jsonl, csv or parquet file, or a dataset directory.
+        text_column, label_column: as ``data.text-column`` and ``data.label-column``.
+        test_fraction: share kept from training where the dataset has no test split of its own.
+        dataset_id: under which the privacy spent on it is written down.
+        partition_id: the partition that it is in the federation.
+        labels: the run's label names, in its order.
+        home: where the tokenised examples go.
+    """
+
+    path: str
+    text_column: str = "text"
+    label_column: str = "label"
+    test_fraction: float = 0.0
+    dataset_id: str
+    partition_id: int
+    labels: tuple[str, ...] = ()
+    home: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A node's examples as text: columns text (and text_pair) and label, as names."""
+
+    train: pa.Table
+    test: pa.Table | None
+    columns: tuple[str, ...]
+
+    @property
+    def labels(self) -> dict[str, int]:
+        """Label -> number of training examples."""
+        counts = self.train["label"].value_counts().to_pylist()
+        return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
+
+
+def read_own(own: OwnData) -> Table:
+    """The examples, checked.
+
+    Raises:
+        OwnDataRefused: a missing file or column, an empty value, a text that is no text.
+    """
+    from fedlora.data.sources import open_source, split_table
+
+    if not Path(own.path).exists():
+        raise OwnDataRefused(f"data = {own.path!r}: there is no such file or directory", UNREADABLE)
+    try:
+        config = DataConfig(name=own.path, text_column=own.text_column, label_column=own.label_column)
+        source, own_test = open_source(config)
+        columns = Columns(Columns.of(config).texts, own.label_column, domain="", group="", natural="")
+        train = _named(source, columns, repr(own.path))
+        test = None if own_test is None else _named(own_test, columns, f"the test examples of {own.path!r}")
+        if test is None and own.test_fraction:
+            train, test = split_table(train, own.test_fraction, "test-fraction")
+    except ConfigError as error:
+        raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
+    return Table(train, test, tuple(source.column_names))
+
+
+def own_data(own: OwnData, model: str, max_length: int) -> Prepared:
+    """The examples tokenised for a model: all in partition ``own.partition_id``, the others are empty.
+
+    Raises:
+        OwnDataRefused: they cannot be read, or have a label that the run does not know.
+    """
+    tokenizer = load_tokenizer(model)
+    key = _key(own, max_length, tokenizer.identity)
+    home = own.home / key
+
+    def write(draft: Path) -> None:
+        table = read_own(own)
+        for name, part in ((TRAIN, table.train), (TEST, table.test)):
+            if part is not None:
+                _write(draft / name, part, own, tokenizer, max_length)
+        (draft / "meta.json").write_text(json.dumps({"pad_token_id": tokenizer.pad_token_id}))
+
+    create_directory(home, write)
+    return _open(home, own)
+
+
+@lru_cache(maxsize=8)
+def _open(home: Path, own: OwnData) -> Prepared:
+    train = open_examples(home / TRAIN)
+    nothing = np.zeros(0, dtype=np.int64)
+    none = Examples(nothing.astype(np.int32), np.zeros(1, np.int64), nothing, nothing.astype(np.int32))
+    return Prepared(
+        train=train,
+        test=open_examples(home / TEST) if (home / TEST).exists() else none,
+        label_names=own.labels,
+        domain_names=(),
+        pad_token_id=json.loads((home / "meta.json").read_text())["pad_token_id"],
+        flat=np.arange(len(train)),
+        offsets=np.array([0] * (own.partition_id + 1) + [len(train)]),
+        declared=own.dataset_id,
+    )
+
+
+def _named(source: Dataset, columns: Columns, where: str) -> pa.Table:
+    """The standard columns with each label by its name."""
+    table = standard(source, columns, where)
+    texts = label_texts(table["label"], columns.label, where)
+    names: Sequence[str] | None = getattr(source.features[columns.label], "names", None)
+    if names:
+        codes = [int(code) for code in texts.to_pylist()]
+        if not all(0 <= code < len(names) for code in codes):
+            raise ConfigError(f"label-column = {columns.label!r}: {where} has examples without a label")
+        texts = pa.chunked_array([pa.array([names[code] for code in codes])])
+    return table.set_column(table.column_names.index("label"), "label", texts)
+
+
+def _write(path: Path, table: pa.Table, own: OwnData, tokenizer: Any, max_length: int) -> None:
+    from datasets import Dataset
+
+    codes: Mapping[str, int] = {name: code for code, name in enumerate(own.labels)}
+    unknown = sorted(set(table["label"].to_pylist()) - codes.keys())
+    if unknown:
+        known = f"the run's labels are {', '.join(own.labels)}"
+        raise OwnDataRefused(
+            f"label-column = {own.label_column!r}: {own.path} holds {unknown[0]!r}, {known}",
+            f"this node's data has labels that the run does not know, {known}",
+        )
+    labels = pa.array([codes[name] for name in table["label"].to_pylist()], pa.int64())
+    coded = Dataset(table.set_column(table.column_names.index("label"), "label", labels))
+    batch = tokenised(coded, tokenizer, max_length, {}, f"tokenising {len(table):,} own examples")
+    with pa.ipc.new_file(str(path), batch.schema) as file:
+        file.write_batch(batch)
+
+
+def _in_own_terms(text: str) -> str:
+    """A message about the keys of a run, said in those of a node."""
+    for key, own in (("data.name", "data"), ("data.text-", "text-"), ("data.label-", "label-")):
+        text = text.replace(key, own)
+    return text
+
+
+def _key(own: OwnData, max_length: int, tokenizer: str) -> str:
+    settings = [own.path, own.text_column, own.label_column, own.test_fraction, own.labels]
+    text = json.dumps([FORMAT, *settings, file_stamps(own.path), max_length, tokenizer])
+    return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -1,0 +1,98 @@
+"""Reaching Ray, on this machine or at ``engine.address``, with one-line errors and no long waits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import warnings
+from typing import Any
+
+from fedlora.errors import ConfigError
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""No calls home; inherited by every actor."""
+ANSWER_SECONDS = 5.0
+"""How long a cluster has to accept a connection."""
+TRIAL_SECONDS = 45.0
+"""How long it may take to join it; Ray itself would try for minutes, then end the process."""
+TRIAL = """
+import sys, ray
+try:
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
+except Exception as error:
+    sys.exit(next(iter(str(error).strip().splitlines()), type(error).__name__))
+"""
+
+
+def connect(address: str) -> None:
+    """Join the cluster at an address, or start Ray on this machine; nothing if this process did before.
+
+    Raises:
+        ConfigError: the cluster does not answer, or has another version of Ray or Python.
+    """
+    for key, value in QUIET.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    if ray.is_initialized():
+        return
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    check_address(address)
+    if address:
+        _try(address)
+    else:
+        settings["include_dashboard"] = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            ray.init(address=address or "local", **settings)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise _unreachable(address, str(error)) from None
+
+
+def check_address(address: str) -> None:
+    """Whether somebody listens at an address; nowhere and ``auto`` are for Ray to find.
+
+    Raises:
+        ConfigError: no address, or nobody there.
+    """
+    if address in ("", "auto"):
+        return
+    host, _, port = address.rpartition(":")
+    if "://" in address or not host or not port.isdigit():
+        raise ConfigError(
+            f"engine.address = {address!r}: accepted are auto and host:port of a cluster's head; fedlora "
+            "runs on a node of the cluster, not through Ray Client"
+        )
+    try:
+        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, str(error)) from None
+
+
+def _try(address: str) -> None:
+    """Join in another process first: where nothing fits, Ray blocks for minutes and then exits."""
+    try:
+        subprocess.run(
+            [sys.executable, "-c", TRIAL, address],
+            check=True, capture_output=True, text=True, timeout=TRIAL_SECONDS,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise _unreachable(address, f"no answer within {TRIAL_SECONDS:.0f} s") from None
+    except subprocess.CalledProcessError as error:
+        raise _unreachable(address, error.stderr.strip().rpartition("\n")[2]) from None
+
+
+def _unreachable(address: str, reason: str) -> ConfigError:
+    line = (reason.strip().splitlines() or ["no answer"])[0]
+    if not address:
+        return ConfigError(f"engine.address = '': Ray cannot be started on this machine ({line})")
+    return ConfigError(f"engine.address = {address!r}: no Ray cluster answers there ({line})")

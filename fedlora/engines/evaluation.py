@@ -1,0 +1,59 @@
+"""The global model on test examples, the batches dealt to the actors of a pool.
+
+Batches depend on the examples alone (see `clients.evaluation.cut`), so that neither the number of actors
+nor who takes which batch changes a bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from clients.batches import Indices
+from clients.evaluation import Evaluation, assemble, cut
+from fedlora.data.prepared import Prepared
+from fedlora.engines.dispatch import Dispatcher, Job
+from fedlora.engines.lending import Lender
+from fedlora.engines.ray_pool import RayPool
+from fedlora.updates import State
+
+JOBS_PER_ACTOR = 4
+"""Jobs that the batches are packed into: few enough to cost little, enough to even out the actors."""
+
+
+class SharedEvaluation:
+    """Evaluates states; see `fedlora.federation.Evaluator`.
+
+    Args:
+        pool: the actors.
+        lender: the model and the data.
+        data: the same data.
+    """
+
+    def __init__(self, pool: RayPool, lender: Lender, data: Prepared) -> None:
+        self._pool, self._lender, self._data = pool, lender, data
+
+    def __call__(self, state: State, indices: Indices) -> Evaluation:
+        """Losses and predictions of a state's global model.
+
+        Raises:
+            RunFailed: a process that died more often than ``engine.max-retries`` allows.
+        """
+        import ray
+
+        loan = self._lender.move_to(state.base)
+        model = ray.put((dict(state.adapters), dict(state.head)))
+        places = cut(self._data.test, indices)
+        packs = self._packed(len(places))
+        jobs = [
+            Job("evaluate", (loan, model, [indices[places[i]] for i in pack]), "the evaluation", pack)
+            for pack in packs
+        ]
+        outcomes: dict[int, Any] = {}
+        for job, found in Dispatcher(self._pool).run(jobs):
+            outcomes |= zip(job.subject, found, strict=True)
+        return assemble(self._data.test, indices, places, [outcomes[i] for i in range(len(places))])
+
+    def _packed(self, count: int) -> list[range]:
+        """Numbers of neighbouring batches, the long ones (the last) first."""
+        size = -(-count // (JOBS_PER_ACTOR * self._pool.size))
+        return [range(max(0, end - size), end) for end in range(count, 0, -size)]
