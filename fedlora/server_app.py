@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from clients.resident import configured
+from fedlora.config import RunConfig
+from fedlora.deployment.layout import FAILURE, roll_of
+from fedlora.deployment.polling import PollingGrid
+from fedlora.deployment.roll import Roll
+from fedlora.errors import ConfigError, FedLoraError
 from fedlora.federation import Federation
+from fedlora.files import write_atomic
 from fedlora.runs import RunDirectory
+from strategies.roster import Roster
+
+FEDERATION = "FEDLORA_FEDERATION"
+"""Names the server's ``federation.toml`` in a deployment that ``fedlora federation init`` made."""
 
 app = ServerApp()
 
@@ -19,4 +31,21 @@ def main(grid: Grid, context: Context) -> None:
     """Run under ``flwr run``; results go to ``output-dir``, else into ``runs/flwr-<run id>``."""
     config = configured(context.run_config)
     path = Path(config.output_dir or f"runs/flwr-{context.run_id}").absolute()
-    Federation(config, RunDirectory(path)).run(grid)
+    directory = RunDirectory(path, resume=config.resume)
+    try:
+        _federation(config, directory).run(PollingGrid(grid))
+    except FedLoraError as error:
+        failure = {"wrong-request": isinstance(error, ConfigError), "reason": str(error)}
+        write_atomic(path / FAILURE, json.dumps(failure) + "\n")
+        raise
+
+
+def _federation(config: RunConfig, directory: RunDirectory) -> Federation:
+    """The run; where keys stand for partitions, their nodes are the only ones that take part."""
+    file = os.environ.get(FEDERATION)
+    if not file:
+        return Federation(config, directory)
+    roll = Roll(roll_of(Path(file)))
+    federation = Federation(config, directory, nodes=sorted(roll.partitions.values()))
+    federation.strategy.roster = Roster(roll)
+    return federation

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
 
 from fedlora import wire
 from fedlora.errors import UpdateRefused
@@ -146,10 +148,12 @@ class Courier:
         return content
 
     def _record(self, tensors: Tensors) -> ArrayRecord:
-        """One record for tensors that are the same objects, so that an engine can ship it once."""
+        """One record for tensors of the same bits, so that an engine can ship it once."""
         key = tuple(id(t) for t in tensors.values())
         if key not in self._records:
-            self._records[key] = (tensors, wire.to_record(tensors))
+            twins = (record for known, record in self._records.values() if _alike(known, tensors))
+            record = next(twins, None)
+            self._records[key] = (tensors, wire.to_record(tensors) if record is None else record)
         return self._records[key][1]
 
     def _digest(self, tensors: Tensors) -> str:
@@ -163,6 +167,17 @@ class Courier:
         if names not in self._parts:
             self._parts[names] = wire.parts_record({name: self._patches[name] for name in names})
         return self._parts[names]
+
+
+def _alike(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(_same_bits(t, other[name]) for name, t in one.items())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
 
 
 def says_missing(reply: Message) -> bool:

@@ -178,6 +178,9 @@ class FactorStrategy(Strategy):
     ) -> Iterable[Message]:
         """The orders of one round; ``arrays`` is ignored, ``self.state`` is what counts."""
         present = self.roster.refresh(grid, self.min_available_nodes, CONNECT_TIMEOUT)
+        for partition_id, reason in self.roster.refused.items():
+            self.report.refused[partition_id] = reason
+            log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
         allowed = [p for p in present if self._may_train(p)]
         if len(allowed) < self.min_train_nodes:
             raise RunFailed(

@@ -6,6 +6,7 @@ import os
 
 import typer
 
+from fedlora.cli import federation as deployment
 from fedlora.cli.aggregate import aggregate
 from fedlora.cli.privacy_audit import audit
 from fedlora.cli.privacy_ledger import new_dataset, spent
@@ -29,6 +30,21 @@ privacy.command()(plan)
 privacy.command("spent")(spent)
 privacy.command("new-dataset")(new_dataset)
 privacy.command("audit")(audit)
+
+federation = typer.Typer(
+    no_args_is_help=True, help="Deployments: one server, a machine for each data holder."
+)
+cli.add_typer(federation, name="federation")
+for step in (
+    deployment.init,
+    deployment.up,
+    deployment.down,
+    deployment.status,
+    deployment.register,
+    deployment.check,
+    deployment.gate,
+):
+    federation.command()(step)
 
 
 def main() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedlora.cli.console import one_line_errors, out, percent
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -26,17 +29,26 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on after the last checkpoint in --out.")
     ] = False,
+    federation: Annotated[
+        Path | None,
+        typer.Option(
+            "--federation", metavar="DIR", help="Run on this deployed federation, not in simulation."
+        ),
+    ] = None,
 ) -> None:
-    """Run one federation in simulation.
+    """Run one federation, in simulation or deployed.
 
     Example: fedlora run experiments/demo.toml --set strategy.name=flora --out runs/flora
     """
     from fedlora.config import parse_overrides, read_config
-    from fedlora.engines.simulate import simulate
 
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
-    result = simulate(settings, path, resume=resume)
+    result = (
+        _simulated(settings, path, resume)
+        if federation is None
+        else _deployed(settings, path, resume, federation)
+    )
     accuracy = percent(result["accuracy"])
     out.print(f"[bold]{result['strategy']}[/bold]: accuracy {accuracy} on {result['examples']} examples")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
@@ -86,3 +98,19 @@ def evaluate(
     )
     for domain, accuracy in result["accuracy_by_domain"].items():
         out.print(f"  {domain:12} {percent(accuracy)}")
+
+
+def _simulated(settings: RunConfig, path: Path, resume: bool) -> dict[str, Any]:
+    from fedlora.engines.simulate import simulate
+
+    return simulate(settings, path, resume=resume)
+
+
+def _deployed(settings: RunConfig, path: Path, resume: bool, federation: Path) -> dict[str, Any]:
+    from fedlora.deployment.layout import open_layout
+    from fedlora.deployment.submit import submit
+    from fedlora.engines.progress import RoundProgress
+
+    layout = open_layout(federation)
+    with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
+        return submit(layout, settings, path, resume=resume, progress=progress.update)

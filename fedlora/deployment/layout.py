@@ -1,0 +1,140 @@
+"""A federation's directory, and what it says about the federation.
+
+ca/                    ca.crt and ca.key; the key is needed only to sign another server certificate
+server/                all that the SuperLink's machine needs
+    federation.toml    host, port, and which key is which partition; no secrets
+    superlink.sh, gate.sh, *.service, server.crt, server.key, keys/, flwr/ (Flower's home)
+nodes/node-K/          all that one data-holding machine needs: node.toml, key, start.sh, a systemd unit
+up.json                while the federation runs on this machine: where, and its process
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.errors import ConfigError
+
+SERVER_FILE = "federation.toml"
+FAILURE = "failure.json"
+"""In a run directory: why the ServerApp gave up, for ``fedlora run --federation``."""
+CONNECTION = "federation"
+"""What Flower's configuration calls the SuperLink of this federation."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeEntry:
+    """One node as the server knows it.
+
+    Attributes:
+        name: of its directory under ``nodes/`` and its file under ``server/keys/``.
+        partition_id: the partition that its key stands for.
+        fingerprint: of its public key.
+    """
+
+    name: str
+    partition_id: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A federation's directory.
+
+    Attributes:
+        path: the directory.
+        host: the name under which nodes reach the server.
+        port: the gate's port, open to nodes.
+        control_port: the SuperLink's own port, on the server's loopback only.
+        nodes: in the order of their partitions.
+    """
+
+    path: Path
+    host: str
+    port: int
+    control_port: int
+    nodes: tuple[NodeEntry, ...]
+
+    @property
+    def server(self) -> Path:
+        return self.path / "server"
+
+    @property
+    def flower_home(self) -> Path:
+        return self.server / "flwr"
+
+    @property
+    def up_file(self) -> Path:
+        return self.path / "up.json"
+
+    def node(self, entry: NodeEntry) -> Path:
+        """The directory of a node."""
+        return self.path / "nodes" / entry.name
+
+    def public_key(self, entry: NodeEntry) -> Path:
+        """The public key of a node, at the server."""
+        return self.server / "keys" / f"{entry.name}.pub"
+
+
+def open_layout(path: Path) -> Layout:
+    """A federation's directory as `create` wrote it.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    file = path / "server" / SERVER_FILE
+    if not file.is_file():
+        raise ConfigError(f"{path}: no federation there (fedlora federation init {path} makes one)")
+    table = read_server_file(file)
+    return Layout(
+        path=path.absolute(),
+        host=str(table["host"]),
+        port=int(table["port"]),
+        control_port=int(table["control-port"]),
+        nodes=_nodes(file, table),
+    )
+
+
+def read_server_file(file: Path) -> Mapping[str, Any]:
+    """The table in a ``federation.toml``.
+
+    Raises:
+        ConfigError: it cannot be read, or lacks a key.
+    """
+    try:
+        table = tomllib.loads(file.read_text())
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read ({error})") from None
+    lacks = {"host", "port", "control-port", "nodes"} - table.keys()
+    if lacks:
+        raise ConfigError(f"{file}: {min(lacks)} is missing")
+    return table
+
+
+def roll_of(file: Path) -> dict[str, int]:
+    """Key fingerprint -> partition id, from a ``federation.toml``.
+
+    Raises:
+        ConfigError: it cannot be read, or names a key or a partition twice.
+    """
+    nodes = _nodes(file, read_server_file(file))
+    return {node.fingerprint: node.partition_id for node in nodes}
+
+
+def _nodes(file: Path, table: Mapping[str, Any]) -> tuple[NodeEntry, ...]:
+    nodes = []
+    for entry in table["nodes"]:
+        try:
+            nodes.append(NodeEntry(str(entry["name"]), int(entry["partition-id"]), str(entry["fingerprint"])))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigError(
+                f"{file}: nodes = {entry!r}: needs name, partition-id and fingerprint"
+            ) from None
+    for what in ("partition_id", "fingerprint", "name"):
+        values = [getattr(node, what) for node in nodes]
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{file}: two nodes have one {what.replace('_', '-')}")
+    return tuple(sorted(nodes, key=lambda node: node.partition_id))

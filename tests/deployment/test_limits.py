@@ -1,0 +1,121 @@
+"""What the owner of a node decides holds, whatever a run asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, RecordDict
+
+from clients.resident import resident
+from fedlora import wire
+from fedlora.config import RunConfig, to_flat
+from fedlora.deployment.handle import TRAIN, handle
+from fedlora.deployment.node import node_settings, read_node
+from fedlora.errors import ConfigError
+from fedlora.initial import fresh_adapters
+from fedlora.privacy.ledger import read_ledgers
+from fedlora.updates import Broadcast
+from tests.conftest import tiny_config
+
+PRIVATE: dict[str, Any] = {
+    "privacy.mode": "example",
+    "privacy.target-epsilon": 8.0,
+    "privacy.accountant": "rdp",
+    "num-server-rounds": 4,
+    "train.local-steps": 2,
+}
+
+
+def order(config: RunConfig, server_round: int) -> RecordDict:
+    adapters = fresh_adapters(resident(config).model.modules, 4, 2.0, 0)
+    both = frozenset("AB")
+    broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
+    about = wire.order_config(broadcast, wire.Needs(), "kaiming")
+    settings = {"server-round": server_round, "run-key": "run", "labels": ["neg", "pos"], **about}
+    return RecordDict(
+        {
+            wire.ARRAYS: wire.to_record(wire.moving_tensors(broadcast)),
+            wire.CONFIG: ConfigRecord({k: v for k, v in settings.items() if v != []}),
+        }
+    )
+
+
+def reply(config: RunConfig, tmp_path: Path, server_round: int = 1, **node: Any) -> wire.Reply:
+    node_config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), **node}
+    content = handle(TRAIN, order(config, server_round), to_flat(config), node_config)
+    return wire.decode_reply(content)
+
+
+@pytest.mark.parametrize("mode", ["none", "client"])
+def test_a_run_without_a_guarantee_for_examples_is_declined(mode: str, tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**{"privacy.mode": mode})
+    refused = reply(config, tmp_path, **{"max-epsilon": 3.0})
+    assert refused.status == wire.DECLINED
+    assert refused.reason.startswith(f"privacy.mode = {mode!r}: the owner of this node allows epsilon 3")
+    assert reply(config, tmp_path).status == wire.OK
+
+
+def test_a_looser_delta_than_the_owner_allows_is_declined(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**{**PRIVATE, "privacy.target-delta": 1e-3})
+    assert reply(config, tmp_path, **{"max-epsilon": 8.0}).status == wire.DECLINED
+    assert reply(config, tmp_path, **{"max-epsilon": 8.0, "max-delta": 1e-3}).status == wire.OK
+
+
+def test_the_owners_limit_ends_what_the_runs_target_would_allow(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**PRIVATE)
+    free = [reply(config, tmp_path / "free", r).status for r in range(1, 5)]
+    bound = [reply(config, tmp_path / "bound", r, **{"max-epsilon": 6.0}) for r in range(1, 5)]
+    assert free == [wire.OK] * 4
+    statuses = [r.status for r in bound]
+    assert wire.OK in statuses
+    assert statuses[-1] == wire.DECLINED
+    assert max(r.privacy["epsilon"] for r in bound if r.privacy) <= 6.0
+
+
+def test_spending_is_written_down_under_the_owners_name(tmp_path: Path, cache: Path) -> None:
+    rows = [{"text": f"word {i}", "label": ("neg", "pos")[i % 2]} for i in range(24)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny_config(**{**PRIVATE, "privacy.dataset-id": "what the server calls it"})
+    node = {"data": str(tmp_path / "own.jsonl"), "dataset-id": "ward 7"}
+    assert reply(config, tmp_path, **node).status == wire.OK
+    accounts = read_ledgers(tmp_path / "state" / "ledger")
+    assert [account.identity for account in accounts] == ["ward 7"]
+
+
+def test_a_refusal_of_own_data_tells_others_neither_path_nor_content(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "secret.jsonl").write_text('{"text": "x", "label": "leukaemia"}\n')
+    node = {"data": str(tmp_path / "secret.jsonl"), "dataset-id": "ward 7"}
+    refused = reply(tiny_config(), tmp_path, **node)
+    assert refused.status == wire.DECLINED
+    assert "labels that the run does not know" in refused.reason
+    assert not [word for word in ("leukaemia", "secret", "ward") if word in refused.reason]
+
+
+@pytest.mark.parametrize(
+    ("node_config", "named"),
+    [
+        ({}, "partition-id is missing"),
+        ({"partition-id": -1}, "partition-id = -1"),
+        ({"partition-id": 0, "max-epsilons": 1.0}, "max-epsilons = 1.0: unknown key"),
+        (
+            {"partition-id": 0, "data": "own.jsonl", "dataset-id": "x"},
+            "data = 'own.jsonl': must be an absolute",
+        ),
+        ({"partition-id": 0, "data": "/own.jsonl"}, "dataset-id = ''"),
+        ({"partition-id": 0, "max-epsilon": -1.0}, "max-epsilon = -1.0"),
+        ({"partition-id": 0, "max-delta": 1.0}, "max-delta = 1.0"),
+        ({"partition-id": 0, "keep-model": "yes"}, "keep-model = 'yes'"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(node_config: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        node_settings(node_config)
+    assert named in str(caught.value)
+
+
+def test_a_node_directory_without_settings_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"node\.toml: there is no such file"):
+        read_node(tmp_path)

@@ -1,0 +1,139 @@
+"""A node's own examples: the tokens and labels that the run would give them, and nothing told of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+
+from clients.evaluation import evaluate
+from clients.resident import resident
+from fedlora.data.own import OwnData, own_data, read_own
+from fedlora.data.prepared import open_prepared, prepare
+from fedlora.errors import ConfigError, OwnDataRefused
+from tests.conftest import tiny_config
+
+ROWS = [
+    {"text": f"{word} film number {i}", "label": label, "domain": domain}
+    for i, (word, label, domain) in enumerate(
+        [("good", "pos", "a"), ("bad", "neg", "a"), ("fine", "pos", "b"), ("poor", "neg", "b")] * 6
+    )
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def own(tmp_path: Path, rows: list[dict[str, Any]], **more: Any) -> OwnData:
+    keys = {"dataset_id": "mine", "partition_id": 1, "labels": ("neg", "pos"), "home": tmp_path / "home"}
+    return OwnData(path=write(tmp_path / "own.jsonl", rows), **{**keys, **more})
+
+
+def test_own_examples_are_what_the_same_rows_are_as_a_partition(tmp_path: Path, cache: Path) -> None:
+    everything = write(tmp_path / "all.jsonl", ROWS)
+    config = tiny_config(
+        **{
+            "data.name": everything,
+            "data.test": write(tmp_path / "test.jsonl", ROWS[:4]),
+            "data.domain-column": "domain",
+        }
+    )
+    whole = open_prepared(prepare(config))
+    rows = [{"text": row["text"], "label": row["label"]} for row in ROWS if row["domain"] == "b"]
+    mine = own_data(own(tmp_path, rows), "tiny", config.data.max_length)
+    assert mine.label_names == whole.label_names
+    theirs, ours = whole.indices(1), mine.indices(1)
+    assert len(ours) == len(theirs) == 12
+    for i, j in zip(ours, theirs, strict=True):
+        assert np.array_equal(mine.train.input_ids(i), whole.train.input_ids(j))
+        assert mine.train.labels[i] == whole.train.labels[j]
+    assert len(mine.indices(0)) == 0
+
+
+def test_a_node_without_some_of_the_labels_keeps_the_runs_numbers(tmp_path: Path, cache: Path) -> None:
+    mine = own_data(own(tmp_path, [r for r in ROWS if r["label"] == "pos"]), "tiny", 64)
+    assert set(mine.train.labels) == {1}
+    assert mine.num_labels == 2
+
+
+def test_a_label_that_the_run_does_not_know_is_refused_and_only_its_owner_is_told_which(
+    tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(OwnDataRefused, match="'leukaemia'") as caught:
+        own_data(own(tmp_path, [*ROWS, {"text": "x", "label": "leukaemia"}]), "tiny", 64)
+    assert caught.value.told == (
+        "this node's data has labels that the run does not know, the run's labels are neg, pos"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([{"words": "x", "label": "pos"}], "text-column = 'text'"),
+        ([{"text": "x", "class": "pos"}], "label-column = 'label'"),
+        ([{"text": "x", "label": "pos"}, {"text": " ", "label": "neg"}], "1 empty"),
+        ([{"text": 3, "label": "pos"}], "must be text"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named_to_its_owner_alone(
+    rows: list[dict[str, Any]], named: str, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(OwnDataRefused) as caught:
+        read_own(own(tmp_path, rows))
+    assert named in str(caught.value)
+    assert "data.text" not in str(caught.value)
+    assert str(tmp_path) not in caught.value.told
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    gone = OwnData(path=str(tmp_path / "gone.jsonl"), dataset_id="x", partition_id=0, home=tmp_path)
+    with pytest.raises(OwnDataRefused, match="no such file"):
+        read_own(gone)
+
+
+def test_a_dataset_directory_with_named_classes_and_a_split_of_its_own(tmp_path: Path, cache: Path) -> None:
+    from datasets import DatasetDict
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["pos", "neg"])})
+    rows = {"text": ["good", "bad", "fine"], "label": [0, 1, 0]}
+    parts = {name: Dataset.from_dict(rows, features=features) for name in ("train", "test")}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    mine = own_data(
+        OwnData(
+            path=str(tmp_path / "saved"),
+            dataset_id="x",
+            partition_id=0,
+            labels=("neg", "pos"),
+            home=tmp_path / "h",
+        ),
+        "tiny",
+        64,
+    )
+    assert mine.train.labels.tolist() == [1, 0, 1]
+    assert len(mine.test) == 3
+
+
+def test_examples_are_held_out_only_where_the_owner_says_so(tmp_path: Path, cache: Path) -> None:
+    assert read_own(own(tmp_path, ROWS)).test is None
+    table = read_own(own(tmp_path, ROWS, test_fraction=0.25))
+    assert table.test is not None
+    assert (len(table.train), len(table.test)) == (18, 6)
+
+
+def test_without_test_examples_a_personal_model_cannot_be_measured(tmp_path: Path, cache: Path) -> None:
+    worker = resident(tiny_config(), own(tmp_path, ROWS))
+    assert worker.data.declared == "mine"
+    with pytest.raises(ConfigError, match="no example to evaluate on"):
+        evaluate(worker.model, worker.data.test, np.arange(len(worker.data.test)), 0)
+
+
+def test_changed_examples_are_read_anew(tmp_path: Path, cache: Path) -> None:
+    before = own_data(own(tmp_path, ROWS), "tiny", 64)
+    after = own_data(own(tmp_path, ROWS[:8]), "tiny", 64)
+    assert (len(before.train), len(after.train)) == (24, 8)
