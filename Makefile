@@ -2,14 +2,23 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+DOMAINS := amazon movie nyt
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit mutants bench-aggregate clean
+.PHONY: demo test check unit test-faults mutants bench-aggregate bench-engine federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
+
+federation: $(STAMP)  ## three nodes that own their data, TLS and node keys on the loopback; ends with the accuracy
+	rm -rf runs/federation
+	$(BIN)/python -m experiments.federation_data runs/federation/data
+	$(BIN)/fedlora federation init runs/federation/net --nodes 3 $(DOMAINS:%=--data runs/federation/data/%.jsonl)
+	$(BIN)/fedlora federation up runs/federation/net --detach
+	$(BIN)/fedlora run experiments/federation.toml --federation runs/federation/net --out runs/federation/out; \
+	    status=$$?; $(BIN)/fedlora federation down runs/federation/net; exit $$status
 
 test: check unit  ## everything that must hold before a change lands
 
@@ -21,13 +30,19 @@ check: $(STAMP)  ## style, types, direction of imports, doctests
 	$(BIN)/python -m pytest -q --doctest-modules fedlora strategies clients
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -m "not deployed" tests
+
+test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
+	$(BIN)/python -m pytest -q -m deployed tests
 
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants
 
 bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; about half an hour
 	$(BIN)/python -m experiments.benchmarks.aggregate
+
+bench-engine: $(STAMP)  ## fedlora beside a bare loop and a stock Flower app; on an idle machine, half an hour
+	$(BIN)/python -m experiments.benchmarks.engine
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
