@@ -60,7 +60,7 @@ def outcome(out: Path) -> tuple[dict[str, bytes], list[dict[str, object]], dict[
     return bits, [{key: record[key] for key in kept} for record in records], result["epsilon_by_client"]
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 @pytest.mark.parametrize(
     ("strategy", "more"),
     [("flora", ""), ("fedsvd", ""), ("fedavg", PRIVATE)],
