@@ -27,6 +27,7 @@ from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on
 from fedlora.errors import RunFailed
 from fedlora.federation import Federation
+from fedlora.initial import fresh_adapters
 from fedlora.runs import RunDirectory
 from fedlora.updates import State
 from tests.conftest import tiny_config
@@ -144,13 +145,11 @@ def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool) -> None:
     data, model = lender.worker.data, lender.worker.model
     template = model.template(4, 2.0)
     generator = torch.Generator().manual_seed(0)
-    from fedlora.initial import fresh_adapters
-
     adapters = fresh_adapters(template.modules, 4, 2.0, 0)
     for factors in adapters.values():
         factors.B.copy_(torch.randn(factors.B.shape, generator=generator))
     state = State(round=1, adapters=adapters, head=template.head, base=(), memory={}, seed=0)
-    indices = np.arange(len(data.test))[::-1].copy()
+    indices = np.tile(np.arange(len(data.test))[::-1], 6)  # twelve batches, two in a job
     two = SharedEvaluation(pool, lender, data)(state, indices)
     model.load(adapters, template.head)
     alone = evaluate(model, data.test, indices, data.pad_token_id)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from clients.cohort import train_cohort
+from clients.cohort import private, train_cohort
 from clients.cohort.check import check_cohort
 from clients.cohort.layers import frozen_layers, why_alone
 from clients.cohort.packed import PackedLinear, frozen_forwards, packed
@@ -112,6 +112,39 @@ def test_a_head_that_is_not_linear_trains_alone() -> None:
     network.module.classifier = nn.LayerNorm(32)
     head = AdaptedModel(network.module, list(network.modules))
     assert why_alone(head) == "the head's classifier is a LayerNorm, not a linear layer"
+
+
+class Doubling(nn.Linear):
+    """A kind of linear layer that computes something else."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_other_kinds_of_linear_layers_compute_what_they_compute() -> None:
+    network = model(torch.float32)
+    layer, x = Doubling(32, 32), torch.randn(2, 3, 32)
+    forward = frozen_forwards(network.module, {"layer": layer})["layer"]
+    assert torch.equal(forward(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("factor", "why"), [(0.9, "the noise has standard deviation"), (0.0, "the same noise came twice")]
+)
+def test_noise_that_is_not_what_is_claimed_is_refused(
+    factor: float, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = model(torch.float32)
+    first = privately([member(network, 0)])[0]
+    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    real = private.noisy
+
+    def wrong(total: torch.Tensor, *how: Any) -> torch.Tensor:
+        return total + factor * (real(total, *how) - total)
+
+    monkeypatch.setattr(private, "noisy", wrong)
+    with pytest.raises(RunFailed, match=why):
+        check_cohort(network, PAD, first.mechanism)
 
 
 class Mixing(nn.Linear):

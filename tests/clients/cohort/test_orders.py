@@ -87,6 +87,8 @@ def test_each_reply_is_what_its_own_message_gives(keys: dict[str, Any], tmp_path
     found = train_orders(assignments(config, tmp_path / "together"))
     for one, other in zip(found, wanted, strict=True):
         assert_alike(one, other)
+    entries = [p.read_text() for p in (tmp_path / "together").glob("ledger/*-*.jsonl")]
+    assert sum(text.count('"released"') for text in entries) == (4 if config.privacy.private else 0)
     own = [sorted(p.name for p in (tmp_path / w).rglob("own-*")) for w in ("alone", "together")]
     assert own[0] == own[1]
 
@@ -262,6 +264,33 @@ def test_messages_become_replies_or_lines(tmp_path: Path, cache: Path) -> None:
     assert isinstance(broken[0], str)
     assert broken[0].startswith("UpdateRefused: ")
     assert wire.decode_reply(broken[1]).status == wire.OK
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_node_tells_nobody_where_its_ledger_lies(
+    together: bool, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its own log says so; in a simulation, which has one owner, the reply says so too."""
+    config = tiny_config(**PRIVATE)
+    given = assignments(config, tmp_path)[:2]
+    for one in given:
+        assert train_order(one.order, one.config, one.node).status == wire.OK
+    for path in (tmp_path / "ledger").glob("*partition*.jsonl"):
+        path.write_text("{}\n")
+    for simulation in (True, False):
+        again = [
+            replace(
+                one, order=replace(one.order, server_round=2), node=replace(one.node, simulation=simulation)
+            )
+            for one in given
+        ]
+        with caplog.at_level(logging.WARNING):
+            found = train_orders(again) if together else alone(again)
+        for reply in found:
+            assert isinstance(reply, wire.Reply)
+            assert reply.status == wire.DECLINED
+            assert (str(tmp_path) in reply.reason) == simulation
+    assert str(tmp_path) in caplog.text
 
 
 @pytest.mark.parametrize(
