@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedlora.config import RunConfig, from_flat
 from fedlora.data.own import OwnData, own_data
 from fedlora.data.prepared import Prepared, open_prepared, prepare
-from fedlora.models import AdaptedModel, build_model, pick_device, resolve_targets
+from fedlora.models import AdaptedModel, build_model, check_padding, pick_device, resolve_targets
 from fedlora.models.shared import put_together, take_apart
 from fedlora.updates import Patch
 
@@ -159,6 +159,7 @@ def _read(
     else:
         path, data = own.home, own_data(own, config.model.name, config.data.max_length)
     network = build_model(config.model, data.num_labels, config.seed)
+    check_padding(config.model, network, data.pad_token_id)
     return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}
 
 

@@ -45,3 +45,21 @@ class OwnDataRefused(ConfigError):
 
 class LedgerRefused(ConfigError):
     """A privacy ledger that cannot be relied upon, or data that it must not be opened for."""
+
+
+def first_line(error: object, otherwise: str = "") -> str:
+    r"""The first line of an error's message (or of a text); its kind, or ``otherwise``, if it says nothing.
+
+    >>> first_line(ValueError("a\nb")), first_line(KeyError()), first_line("", "no answer")
+    ('a', 'KeyError', 'no answer')
+    """
+    return next(iter(str(error).strip().splitlines()), otherwise or type(error).__name__)
+
+
+def named_line(error: BaseException) -> str:
+    r"""The kind of an error and its first line, for errors that nobody foresaw.
+
+    >>> named_line(ValueError("a\nb"))
+    'ValueError: a'
+    """
+    return f"{type(error).__name__}: {first_line(error, 'no message')}"

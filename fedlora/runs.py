@@ -26,7 +26,7 @@ from typing import Any
 import tomli_w
 from safetensors.torch import load, save
 
-from fedlora.config import RunConfig, read_config, to_flat, unflatten
+from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
@@ -34,6 +34,8 @@ from fedlora.updates import Patch, State
 
 FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.")
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
+COHORT_SIZE = "engine.cohort-size"
+"""The one key of the engine that changes bits; 0 is written by engines that train one by one."""
 PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
 
 
@@ -86,7 +88,7 @@ class RunDirectory:
         if written.exists():
             before = read_config(written)
             for key, value in to_flat(before).items():
-                if flat[key] != value and not key.startswith(FREE_TO_CHANGE):
+                if not _may_become(key, value, flat[key]):
                     raise ConfigError(
                         f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
                     )
@@ -181,6 +183,13 @@ class RunDirectory:
             about["run-key"],
             {int(p): head for p, head in about.get("ledger-heads", {}).items()},
         )
+
+
+def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
+    """Whether a resumed run may have this value of a key where it had that one."""
+    if key == COHORT_SIZE:
+        return (before or 1) == (now or 1)
+    return before == now or key.startswith(FREE_TO_CHANGE)
 
 
 def _state_tensors(state: State) -> Tensors:

@@ -22,7 +22,7 @@ from fedlora.data.newsgroups import newsgroups_tables
 from fedlora.data.sentiment import sentiment_table
 from fedlora.data.split import held_out, linked_rows, normalised
 from fedlora.data.synthetic import synthetic_table
-from fedlora.errors import AssetError, ConfigError
+from fedlora.errors import AssetError, ConfigError, first_line
 
 FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -135,7 +135,7 @@ def _from_hub(config: DataConfig) -> Any:
     except ConnectionError as error:
         raise AssetError(
             f"{where}: not built in ({', '.join(BUILT_IN)}), no file or directory, and the hub cannot be "
-            f"reached ({_first_line(error)})"
+            f"reached ({first_line(error)})"
         ) from None
 
 
@@ -148,11 +148,7 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
     except ConnectionError:
         raise
     except (DatasetsError, OSError, ValueError, pa.ArrowException) as error:
-        raise ConfigError(f"{where}: cannot be read ({_first_line(error.__cause__ or error)})") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"{where}: cannot be read ({first_line(error.__cause__ or error)})") from None
 
 
 def _own_splits(loaded: Any, config: DataConfig) -> tuple[Dataset, Dataset | None]:

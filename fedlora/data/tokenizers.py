@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from fedlora.assets import asset_path, file_sha256
 from fedlora.data.tiny_tokenizer import TinyTokenizer
-from fedlora.errors import AssetError, ConfigError
+from fedlora.errors import AssetError, ConfigError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
@@ -104,7 +104,7 @@ class PretrainedTokenizer:
             return AutoTokenizer.from_pretrained(self.directory)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"model.name = {self.name!r}: its tokenizer cannot be read ({_first_line(error)})"
+                f"model.name = {self.name!r}: its tokenizer cannot be read ({first_line(error)})"
             ) from None
 
 
@@ -134,14 +134,10 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=list(TOKENIZER_FILES)))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        raise ConfigError(f"{_absent(name)}, and no hub id ({_first_line(error)})") from None
+        raise ConfigError(f"{_absent(name)}, and no hub id ({first_line(error)})") from None
     except OSError as error:
-        raise AssetError(f"{_absent(name)}, and the hub gives none ({_first_line(error)})") from None
+        raise AssetError(f"{_absent(name)}, and the hub gives none ({first_line(error)})") from None
 
 
 def _absent(name: str) -> str:
     return f"model.name = {name!r}: not built in (minilm, tiny), no directory"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -16,7 +16,7 @@ from clients.resident import configured
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.deployment.node import NodeSettings, node_settings, own_of
-from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused
+from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused, named_line
 from fedlora.threads import one_thread
 
 TRAIN, EVALUATE = "train", "evaluate"
@@ -88,8 +88,7 @@ def handle_together(
 def _line(error: Exception) -> str:
     if not isinstance(error, FedLoraError):
         logging.getLogger("fedlora").error("client failed", exc_info=error)
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0]}"
+    return named_line(error)
 
 
 def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:

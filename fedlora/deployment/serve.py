@@ -21,7 +21,7 @@ from flwr.app import RecordDict
 
 from fedlora.deployment.ask import DONE, ERROR, OTHER_CODE, SOCKET, code_path, reachable
 from fedlora.deployment.frames import receive_frame, send_frame
-from fedlora.errors import UpdateRefused
+from fedlora.errors import UpdateRefused, named_line
 
 WATCH_SECONDS = 1.0
 Handle = Callable[[str, RecordDict, Mapping[str, Any], Mapping[str, Any]], RecordDict]
@@ -73,8 +73,7 @@ def _carry_out(
         import traceback
 
         traceback.print_exc()
-        lines = str(error).strip().splitlines() or ["no message"]
-        return {"status": ERROR, "reason": f"{type(error).__name__}: {lines[0]}"}, RecordDict()
+        return {"status": ERROR, "reason": named_line(error)}, RecordDict()
 
 
 def _listening(path: Path) -> socket.socket:

@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import Any
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, first_line
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -92,7 +92,7 @@ def _try(address: str) -> None:
 
 
 def _unreachable(address: str, reason: str) -> ConfigError:
-    line = (reason.strip().splitlines() or ["no answer"])[0]
+    line = first_line(reason, "no answer")
     if not address:
         return ConfigError(f"engine.address = '': Ray cannot be started on this machine ({line})")
     return ConfigError(f"engine.address = {address!r}: no Ray cluster answers there ({line})")

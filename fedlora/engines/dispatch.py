@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.engines.ray_pool import RayPool
-from fedlora.errors import RunFailed
+from fedlora.errors import RunFailed, first_line
 
 
 @dataclass(slots=True, eq=False)
@@ -96,7 +96,7 @@ class Dispatcher:
             self._bury(job, actor, error)
             return []
         except RayTaskError as error:
-            raise RunFailed(f"a client process failed: {_line(error.cause)}") from None
+            raise RunFailed(f"a client process failed: {first_line(error.cause)}") from None
         self._free.append(actor)
         if job is None:
             self._pool.is_ready(actor)
@@ -111,19 +111,14 @@ class Dispatcher:
             self._pool.failed_starts += 1
             if self._pool.failed_starts > most:
                 raise RunFailed(
-                    f"client processes die while they start (engine.max-retries = {most}): {_line(error)}"
+                    f"client processes die while they start (engine.max-retries = {most}): {first_line(error)}"
                 )
             return
         job.deaths += 1
         if job.deaths > most:
             raise RunFailed(
                 f"{job.name}: the process died {job.deaths} times (engine.max-retries = {most}): "
-                f"{_line(error)}"
+                f"{first_line(error)}"
             )
         self.retries += 1
         self._waiting.appendleft(job)
-
-
-def _line(error: BaseException) -> str:
-    """The error's first line, or its kind if it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.errors import RunFailed
+from fedlora.errors import RunFailed, named_line
 
 if TYPE_CHECKING:
     from fedlora.engines.lending import Hashes, Loan
@@ -89,8 +89,7 @@ class ClientWorker:
                 replies = [self._app(messages[0], contexts[0])]
         except Exception as error:
             logging.getLogger("fedlora").exception("client failed")
-            lines = str(error).strip().splitlines() or ["no message"]
-            replies = [f"{type(error).__name__}: {lines[0]}"] * len(letters)
+            replies = [named_line(error)] * len(letters)
         contents = [reply if isinstance(reply, str) else reply.content for reply in replies]
         return list(zip(contents, [context.state for context in contexts], strict=True))
 

@@ -68,6 +68,22 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
+def check_padding(config: ModelConfig, network: nn.Module, pad_token_id: int) -> None:
+    """Refuse a head of the model's own that takes another token for padding than batches are filled with.
+
+    Decoders' heads look for the last token before the padding, and would read a wrong one.
+
+    Raises:
+        ConfigError: the two tokens differ.
+    """
+    model: Any = network
+    if config.pooling == "model" and model.config.pad_token_id != pad_token_id:
+        raise ConfigError(
+            f"model.name = {config.name!r}: its config.json has pad_token_id = {model.config.pad_token_id}, "
+            f'its tokenizer pads with {pad_token_id}; make them equal or use model.pooling = "mean"'
+        )
+
+
 def pick_device(name: str) -> torch.device:
     """The device of ``engine.device``; ``auto`` takes cuda, then mps, then cpu.
 

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Array, ArrayRecord, RecordDict
 from torch import Tensor
 
-from fedlora.errors import UpdateRefused
+from fedlora.errors import UpdateRefused, first_line
 from fedlora.factors import Tensors
 
 ARRAYS, PARTS, CONFIG, METRICS = "arrays", "parts", "config", "metrics"
@@ -36,8 +36,7 @@ def from_record(record: ArrayRecord) -> Tensors:
         try:
             decoded = array.numpy()
         except Exception as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise UpdateRefused(f"array {name} cannot be decoded: {reason}") from None
+            raise UpdateRefused(f"array {name} cannot be decoded: {first_line(error)}") from None
         if str(decoded.dtype) not in DTYPES or decoded.shape != tuple(array.shape):
             raise UpdateRefused(
                 f"array {name} is {decoded.dtype} {decoded.shape}, announced as {tuple(array.shape)}; "

@@ -5,8 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from fedlora.config import EngineConfig, RunConfig
+from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Product
 from fedlora.runs import Checkpoint, RunDirectory
 from fedlora.updates import Patch, State
@@ -55,3 +58,20 @@ def test_memory_and_cores_come_back(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.state.adapters["x"].R is not None
     assert list(loaded.state.memory) == ["x/momentum/B"]
+
+
+def of_size(cohort_size: int, **engine: int) -> RunConfig:
+    return replace(RunConfig(), engine=EngineConfig(cohort_size=cohort_size, **engine))
+
+
+def test_a_resumed_run_keeps_its_cohorts_on_which_its_bits_depend(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run").open(of_size(4))
+    again = RunDirectory(tmp_path / "run", resume=True)
+    again.open(of_size(4, num_actors=3))
+    with pytest.raises(ConfigError, match=r"engine.cohort-size = 8: .* has 4; it cannot change"):
+        again.open(of_size(8))
+
+
+def test_engines_that_train_one_by_one_write_no_size(tmp_path: Path) -> None:
+    RunDirectory(tmp_path / "run").open(of_size(0))
+    RunDirectory(tmp_path / "run", resume=True).open(of_size(1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, T
 from fedlora.assets import is_cached
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError
-from fedlora.models import build_model, head_tensors, pick_device
+from fedlora.models import build_model, check_padding, head_tensors, pick_device
 from tests.models.samples import logits, token_batch
 
 SMALL = {
@@ -94,6 +95,17 @@ def test_a_decoder_takes_padded_batches(gpt2: Path, pooling: str) -> None:
     assert set(head_tensors(model)) == (
         {"classifier.weight", "classifier.bias"} if pooling == "mean" else {"score.weight"}
     )
+
+
+def test_a_head_that_looks_for_another_padding_token_is_refused(gpt2: Path) -> None:
+    config = ModelConfig(name=str(gpt2), pooling="model")
+    model = build_model(config, 3, 0)
+    pads: Any = model.config
+    check_padding(config, model, pads.pad_token_id)
+    with pytest.raises(ConfigError, match="its tokenizer pads with 7"):
+        check_padding(config, model, 7)
+    mean = ModelConfig(name=str(gpt2), pooling="mean")
+    check_padding(mean, build_model(mean, 3, 0), 7)
 
 
 def test_an_encoder_decoder_has_no_mean(tmp_path: Path) -> None:
