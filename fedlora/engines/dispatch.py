@@ -111,7 +111,8 @@ class Dispatcher:
             self._pool.failed_starts += 1
             if self._pool.failed_starts > most:
                 raise RunFailed(
-                    f"client processes die while they start (engine.max-retries = {most}): {first_line(error)}"
+                    f"client processes die while they start (engine.max-retries = {most}): "
+                    f"{first_line(error)}"
                 )
             return
         job.deaths += 1

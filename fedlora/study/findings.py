@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -46,21 +46,56 @@ class Findings:
     caveats: tuple[Markup, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """The strategies without privacy under one setting; only they are compared with each other.
+
+    Attributes:
+        candidates: all but the control.
+        control: trains the head alone; None if it was not run.
+        best: the most accurate candidate; None if there is none.
+    """
+
+    candidates: tuple[Row, ...]
+    control: Row | None
+    best: Row | None
+
+
 def find(rows: Sequence[Row]) -> Findings:
     """The findings of a study."""
-    plain = [r for r in rows if r.kind == "strategy" and not r.private]
-    control = next((r for r in plain if r.strategy == CONTROL), None)
-    candidates = [r for r in plain if r is not control]
-    best = max(candidates, key=lambda r: r.accuracy.value, default=None)
+    contests = _contests(rows)
+    several = len(contests) > 1
+    controls = {row.name: contest.control for contest in contests for row in contest.candidates}
+    candidates = [row for contest in contests for row in contest.candidates]
+    best = next((contest.best for contest in contests if contest.best is not None), rows[0])
     return Findings(
-        headline=_headline(best),
-        verdict=_verdict(best, control),
-        rivals=_rivals(best, candidates),
-        failing=tuple(s for r in rows if (s := _shortfall(r, control if r in candidates else None))),
+        headline=_joined(_headline(contest.best) for contest in contests),
+        verdict=_joined(_verdict(contest, by_name=several) for contest in contests),
+        rivals=_joined(_rivals(contest) for contest in contests),
+        failing=tuple(s for row in rows if (s := _shortfall(row, controls.get(row.name)))),
         scale=_scale(rows),
         private=_privately(rows),
-        caveats=tuple(_caveats(rows, candidates, best or rows[0])),
+        caveats=tuple(_caveats(rows, candidates, best)),
     )
+
+
+def _contests(rows: Sequence[Row]) -> list[Contest]:
+    """One for each setting that has strategies without privacy; an empty one where there is none."""
+    settings: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.kind == "strategy" and not row.private:
+            settings.setdefault(row.setting, []).append(row)
+    return [_contest(found) for found in settings.values()] or [_contest([])]
+
+
+def _contest(rows: Sequence[Row]) -> Contest:
+    control = next((row for row in rows if row.strategy == CONTROL), None)
+    candidates = tuple(row for row in rows if row is not control)
+    return Contest(candidates, control, max(candidates, key=lambda r: r.accuracy.value, default=None))
+
+
+def _joined(sentences: Iterable[Markup]) -> Markup:
+    return Markup(" ").join(filter(None, sentences))
 
 
 def _name(row: Row) -> Markup:
@@ -77,24 +112,26 @@ def _headline(best: Row | None) -> Markup:
     ).format(_name(best), percent(best.accuracy.value), f"{best.examples:,}", over, interval(best.accuracy))
 
 
-def _verdict(best: Row | None, control: Row | None) -> Markup:
+def _verdict(contest: Contest, *, by_name: bool) -> Markup:
+    best, control = contest.best, contest.control
     if best is None:
         return Markup("")
     if control is None:
         text = "{} was not run, so this study cannot tell what the adapters add to a trained head."
         return Markup(text).format(CONTROL)
+    does = "beats {} ({}), which trains the head alone, by at least {}: {}."
+    does_not = "does not beat {} ({}), which trains the head alone, by {}: {}."
+    subject = _name(best) if by_name else Markup("It")
+    said = Markup(does if beats(best, control) else does_not)
     gain = _gain(best, control)
-    if beats(best, control):
-        text = "It beats {} ({}), which trains the head alone, by at least {}: {}."
-    else:
-        text = "It does not beat {} ({}), which trains the head alone, by {}: {}."
-    return Markup(text).format(CONTROL, percent(control.accuracy.value), THRESHOLD, gain)
+    return subject + " " + said.format(control.name, percent(control.accuracy.value), THRESHOLD, gain)
 
 
-def _rivals(best: Row | None, candidates: Sequence[Row]) -> Markup:
+def _rivals(contest: Contest) -> Markup:
+    best = contest.best
     if best is None:
         return Markup("")
-    close = [row for row in candidates if row is not best and not told_apart(best, row)]
+    close = [row for row in contest.candidates if row is not best and not told_apart(best, row)]
     names = listed([f"{row.name} ({percent(row.accuracy.value)})" for row in close])
     if not close:
         return Markup("")
@@ -118,7 +155,7 @@ def _shortfall(row: Row, control: Row | None) -> Markup | None:
         reasons.append(f"does not get past the majority baseline of {percent(majority)}")
     if control is not None and not beats(row, control):
         value = percent(control.accuracy.value)
-        reasons.append(f"does not beat {CONTROL} ({value}) by {THRESHOLD}: {_gain(row, control)}")
+        reasons.append(f"does not beat {control.name} ({value}) by {THRESHOLD}: {_gain(row, control)}")
     if not reasons:
         return None
     return Markup("{} ({}) {}.").format(_name(row), percent(row.accuracy.value), " and ".join(reasons))
@@ -129,7 +166,11 @@ def _scale(rows: Sequence[Row]) -> Markup:
         "local-only": "a client on its own reaches {} on average",
         "centralised": "one client with everybody\N{RIGHT SINGLE QUOTATION MARK}s data reaches {}",
     }
-    parts = [words[r.name].format(percent(r.accuracy.value)) for r in rows if r.kind == "reference"]
+    parts = [
+        words[r.method].format(percent(r.accuracy.value)) + (f" ({r.setting})" if r.setting else "")
+        for r in rows
+        if r.kind == "reference"
+    ]
     return Markup("For scale: {}.").format(listed(parts)) if parts else Markup("")
 
 
@@ -138,12 +179,12 @@ def _scale(rows: Sequence[Row]) -> Markup:
 
 def _privately(rows: Sequence[Row]) -> tuple[Markup, ...]:
     private = [row for row in rows if row.private]
-    budgets: dict[float, list[Row]] = {}
+    budgets: dict[tuple[float, str], list[Row]] = {}
     for row in private:
-        budgets.setdefault(row.config.privacy.target_epsilon, []).append(row)
+        budgets.setdefault((row.config.privacy.target_epsilon, row.setting), []).append(row)
     calibrated = not any(row.config.privacy.noise_multiplier for row in private)
     if calibrated and len(budgets) > 1 and all(len(found) > 1 for found in budgets.values()):
-        return tuple(_at_budget(budget, found) for budget, found in sorted(budgets.items()))
+        return tuple(_at_budget(budget, found) for (budget, _), found in sorted(budgets.items()))
     return tuple(_private(row, rows) for row in private)
 
 
@@ -170,7 +211,8 @@ def _private(row: Row, rows: Sequence[Row]) -> Markup:
     )  # fmt: skip
     if row.strategy == CONTROL:
         return text
-    control = next((r for r in rows if r.strategy == CONTROL and _same_privacy(r, row)), None)
+    alike = (r for r in rows if r.strategy == CONTROL and r.setting == row.setting)
+    control = next((r for r in alike if _same_privacy(r, row)), None)
     if control is None:
         missing = " No private {} has the same epsilon, so the adapters cannot be judged."
         return text + Markup(missing).format(CONTROL)

@@ -123,3 +123,27 @@ def test_several_budgets_have_one_sentence_each_with_the_paired_difference() -> 
     assert "<strong>ffa-eps-3</strong> is the most accurate adapter, 73.5%" in second
     assert "Private head-only: 72.5%; the difference is +1.0" in second
     assert "paired over the seeds" in second
+
+
+def test_no_setting_is_judged_by_the_control_of_another() -> None:
+    """In a, the adapter wins clearly; in b it loses to its own control, and would beat that of a."""
+    accuracies = {
+        ("fedavg", "a"): 0.70,
+        ("head-only", "a"): 0.60,
+        ("fedavg", "b"): 0.80,
+        ("head-only", "b"): 0.85,
+    }
+    runs = [
+        *(result(name, setting=setting, accuracy=value) for (name, setting), value in accuracies.items()),
+        result("centralised", "reference", setting="a", accuracy=0.9),
+        result("centralised", "reference", setting="b", accuracy=0.91),
+    ]
+    findings = find(summarise(runs))
+    assert "<strong>fedavg-a</strong> is the most accurate" in findings.headline
+    assert "<strong>fedavg-b</strong> is the most accurate" in findings.headline
+    assert "<strong>fedavg-a</strong> beats head-only-a (60.0%)" in findings.verdict
+    assert "<strong>fedavg-b</strong> does not beat head-only-b (85.0%)" in findings.verdict
+    (failing,) = findings.failing
+    assert "<strong>fedavg-b</strong>" in failing
+    assert "reaches 90.0% (a) and" in findings.scale
+    assert findings.rivals == ""
