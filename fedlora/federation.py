@@ -27,7 +27,7 @@ from fedlora.models.pissa import principal
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.public import first_gradients
 from fedlora.runs import Checkpoint, RunDirectory
-from fedlora.summaries import personal_summary, summary
+from fedlora.summaries import personal_summary, result_record, round_record, summary
 from fedlora.updates import ClientSpec, State
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
@@ -188,11 +188,6 @@ class Federation:
         return self.config.model.head == "local" or self.strategy.rule.facts.personal
 
     @property
-    def _may_be_told(self) -> bool:
-        """Client-level privacy covers the model; losses of clients are outside unless they are released."""
-        return not self.config.privacy.client_level or self.config.privacy.release_metrics
-
-    @property
     def state(self) -> State:
         assert self.strategy.state is not None
         return self.strategy.state
@@ -204,24 +199,9 @@ class Federation:
             measured = self._measure(report)
         if config.privacy.client_level:
             report.privacy = clients_spent(config, self.strategy.participations)
-        epsilons = {str(p): spent["epsilon"] for p, spent in sorted(report.privacy.items())}
         self.ledger_heads |= {p: str(spent.get("ledger_head", "")) for p, spent in report.privacy.items()}
         now = time.monotonic()
-        record = {
-            "round": server_round,
-            "strategy": config.strategy.name,
-            **measured,
-            "train_loss": report.train_loss if self._may_be_told else None,
-            "bytes_up": report.bytes_up,
-            "bytes_down": report.bytes_down,
-            "seconds": round(now - self._began, 3),
-            "private": config.privacy.mode != "none",
-            "epsilon": max(epsilons.values(), default=None),
-            "epsilon_by_client": epsilons,
-            **(report.diagnostics.as_dict() if report.diagnostics else {}),
-            "participants": report.participants,
-            "refused": {str(p): reason for p, reason in report.refused.items()},
-        }
+        record = round_record(config, report, measured, now - self._began)
         self._began = now
         self.directory.append_round(record)
         self.directory.save_checkpoint(
@@ -267,19 +247,7 @@ class Federation:
         if not self.personal:
             whole = self._whole or self._evaluate(np.arange(len(data.test)))
             outcome = summary(whole, data.domain_names)
-        labels = np.bincount(data.test.labels, minlength=data.num_labels)
-        result = {
-            "strategy": self.config.strategy.name,
-            "rounds": len(records),
-            **outcome,
-            "majority_accuracy": float(labels.max() / labels.sum()),
-            "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
-            "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
-            "bytes_up": sum(r["bytes_up"] for r in records),
-            "bytes_down": sum(r["bytes_down"] for r in records),
-            "seconds": round(sum(r["seconds"] for r in records), 3),
-            "labels": list(data.label_names),
-        }
+        result = result_record(self.config, data, records, outcome)
         if self.verify is not None:
             self.verify()
         self._export()

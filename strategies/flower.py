@@ -288,8 +288,7 @@ class FactorStrategy(Strategy):
                 self.report.refused[parcel.partition_id] = str(error)
                 log(WARNING, "\tpartition %s refused: %s", parcel.partition_id, error)
                 continue
-            if parcel.reply is not None and parcel.reply.privacy is not None:
-                self.report.privacy[parcel.partition_id] = parcel.reply.privacy
+            self.report.note(parcel.partition_id, parcel.reply)
         return updates
 
     def _count_bytes(self) -> None:

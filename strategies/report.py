@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora.wire import Reply
 from strategies.diagnostics import Diagnostics
 
 
@@ -20,6 +21,7 @@ class RoundReport:
         train_loss: weighted mean of the losses that clients released, or None.
         privacy: partition id -> what that client has spent.
         diagnostics: of the aggregation.
+        halved: partitions that trained in a smaller cohort than was meant, because memory ran out.
         client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
     """
 
@@ -31,4 +33,12 @@ class RoundReport:
     train_loss: float | None = None
     privacy: dict[int, dict[str, Any]] = field(default_factory=dict)
     diagnostics: Diagnostics | None = None
+    halved: list[int] = field(default_factory=list)
     client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def note(self, partition_id: int, reply: Reply | None) -> None:
+        """What an accepted reply says besides its arrays."""
+        if reply is not None and reply.privacy is not None:
+            self.privacy[partition_id] = reply.privacy
+        if reply is not None and reply.cohort_halved:
+            self.halved.append(partition_id)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, RecordDict
 
 from fedlora.config import FlatConfig
 from fedlora.engines.cohorts import Work, cohorts, equal_work
@@ -22,7 +22,6 @@ from fedlora.engines.local_grid import LocalGrid
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.worker import FEDLORA_APP, Letter
 from fedlora.updates import Patch
-from fedlora.wire import CONFIG
 
 CLIENT_FAILED = 1
 """Code of an error reply: the ClientApp raised."""
@@ -41,9 +40,6 @@ class RayGrid(LocalGrid):
         base: the patches that are in the base now.
         cohort_size: orders to train that one actor carries out together.
         work: what a partition's training costs, in any unit: the longest go first.
-
-    Attributes:
-        halved: why the run cannot be repeated bit for bit: memory ran out; empty as long as it did not.
     """
 
     def __init__(
@@ -70,7 +66,6 @@ class RayGrid(LocalGrid):
         self._dispatcher = Dispatcher(pool)
         self._lender, self._base, self._work = lender, base, work
         self._cohort_size = cohort_size if pool.client_app == FEDLORA_APP else 1
-        self.halved = ""
 
     @property
     def retries(self) -> int:
@@ -104,12 +99,6 @@ class RayGrid(LocalGrid):
     def _reply(self, message: Message, content: RecordDict | str, state: RecordDict) -> Message:
         if isinstance(content, str):
             return Message(Error(CLIENT_FAILED, content), reply_to=message)
-        if content.config_records.get(CONFIG, ConfigRecord()).get("cohort-halved"):
-            partition = self.partition_ids[message.metadata.dst_node_id]
-            self.halved = self.halved or (
-                f"memory ran out in round {message.metadata.group_id} at partition {partition}: it trained "
-                "in a smaller cohort than engine.cohort-size"
-            )
         if state:
             self._states[message.metadata.dst_node_id] = state
         return Message(content, reply_to=message)
