@@ -20,7 +20,7 @@ from fedlora.checks import check
 from fedlora.client_level import client_mechanism, clients_spent
 from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RunFailed
 from fedlora.initial import PISSA
 from fedlora.models import AdapterCard, save_adapter
 from fedlora.models.pissa import principal
@@ -248,11 +248,18 @@ class Federation:
             whole = self._whole or self._evaluate(np.arange(len(data.test)))
             outcome = summary(whole, data.domain_names)
         result = result_record(self.config, data, records, outcome)
-        if self.verify is not None:
-            self.verify()
+        self._verify()
         self._export()
         self.directory.write_result(result)
         return result
+
+    def _verify(self) -> None:
+        try:
+            if self.verify is not None:
+                self.verify()
+        except RunFailed as error:
+            self.directory.condemn(str(error))
+            raise
 
     def _export(self) -> None:
         """``adapter/``, and ``adapters/client-K/`` where clients kept something and it can be reached."""

@@ -7,6 +7,7 @@
     checkpoint/       everything needed to resume with the same bits
     adapter/          the global adapter in PEFT's format
     clients/          what simulated clients hold between rounds
+    spoiled.txt       why the run cannot be relied on or resumed, if that was found
 
 Files are replaced atomically; ``rounds.jsonl`` is appended and flushed before the checkpoint, so that a
 resumed run drops at most the line of a round that was not checkpointed.
@@ -36,6 +37,8 @@ FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
+SPOILED = "spoiled.txt"
+"""Why the rounds that were done cannot be relied on; there only if so."""
 PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
 
 
@@ -66,7 +69,7 @@ class RunDirectory:
         resume: go on with what is there.
 
     Raises:
-        ConfigError: the directory holds something and ``resume`` is off.
+        ConfigError: the directory holds something and ``resume`` is off, or a run that was condemned.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -76,6 +79,14 @@ class RunDirectory:
         if path.is_dir() and any(path.iterdir()) and not resume:
             raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
         path.mkdir(parents=True, exist_ok=True)
+        if (path / SPOILED).exists():
+            raise ConfigError(
+                f"--resume {path}: {(path / SPOILED).read_text().strip()}; begin it anew elsewhere"
+            )
+
+    def condemn(self, reason: str) -> None:
+        """Mark the run as one that must never be resumed; its files stay."""
+        write_atomic(self.path / SPOILED, reason + "\n")
 
     def open(self, config: RunConfig) -> None:
         """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.

@@ -25,7 +25,7 @@ from fedlora.engines.evaluation import SharedEvaluation
 from fedlora.engines.ray_grid import RayGrid
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on
-from fedlora.errors import RunFailed
+from fedlora.errors import ConfigError, RunFailed
 from fedlora.federation import Federation
 from fedlora.initial import fresh_adapters
 from fedlora.runs import RunDirectory
@@ -95,6 +95,8 @@ def test_writing_into_a_shared_weight_ends_the_run(
     with pytest.raises(RunFailed, match=r"base weight .* was written to"):
         simulate_on(pool, config, RunDirectory(tmp_path / "spoiled"))
     assert not (tmp_path / "spoiled" / "result.json").exists()
+    with pytest.raises(ConfigError, match=r"--resume .* was written to"):
+        RunDirectory(tmp_path / "spoiled", resume=True)
     monkeypatch.undo()
     simulate_on(pool, config, RunDirectory(tmp_path / "next"))
 
