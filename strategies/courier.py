@@ -36,6 +36,7 @@ class Parcel:
         needs: what the client must hold for it.
         reply: the decoded reply, once there is one.
         failure: why there is none.
+        identity: of the order, once it is sent.
         bytes_down, bytes_up: payload bytes that travelled, repetitions included.
         sent: the messages that carried it.
     """
@@ -46,6 +47,7 @@ class Parcel:
     needs: wire.Needs
     reply: wire.Reply | None = None
     failure: str = "no reply before the deadline"
+    identity: str = ""
     bytes_down: int = 0
     bytes_up: int = 0
     sent: list[Message] = field(default_factory=list)
@@ -124,6 +126,7 @@ class Courier:
 
     def _message(self, parcel: Parcel, message_type: str, config: Mapping[str, Any]) -> Message:
         content = self._content(parcel, config)
+        parcel.identity = wire.identity(config)
         parcel.bytes_down += wire.payload_bytes(content)
         message = Message(content, parcel.node_id, message_type, group_id=str(config["server-round"]))
         parcel.sent.append(message)
@@ -195,7 +198,10 @@ def _read(parcel: Parcel, message: Message) -> wire.Reply | None:
         return None
     parcel.bytes_up += wire.payload_bytes(message.content)
     try:
-        parcel.reply = wire.decode_reply(message.content)
+        reply = wire.decode_reply(message.content)
+        if reply.answers not in ("", parcel.identity):
+            raise UpdateRefused(f"answers {reply.answers}, not {parcel.identity}")
+        parcel.reply = reply
     except UpdateRefused as error:
         parcel.failure = str(error)
     return parcel.reply

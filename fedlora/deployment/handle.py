@@ -51,7 +51,7 @@ def handle(
         log(WARNING, "%s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
         reply = wire.Reply(status=wire.DECLINED, reason=told)
-    return wire.encode_reply(reply)
+    return wire.encode_reply(replace(reply, answers=order.identity))
 
 
 def handle_together(
@@ -80,8 +80,11 @@ def handle_together(
             answers[place] = _line(error)
     with one_thread():
         replies = train_orders(list(assignments.values()))
-    for place, reply in zip(assignments, replies, strict=True):
-        answers[place] = wire.encode_reply(reply) if isinstance(reply, wire.Reply) else _line(reply)
+    for (place, assigned), reply in zip(assignments.items(), replies, strict=True):
+        if isinstance(reply, wire.Reply):
+            answers[place] = wire.encode_reply(replace(reply, answers=assigned.order.identity))
+        else:
+            answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]
 
 

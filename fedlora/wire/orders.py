@@ -58,6 +58,11 @@ class TrainOrder:
     config: dict[str, Any]
 
     @property
+    def identity(self) -> str:
+        """What a reply says that it answers."""
+        return identity(self.config)
+
+    @property
     def trains(self) -> frozenset[str]:
         return names(self.config["trains"])
 
@@ -71,6 +76,15 @@ class TrainOrder:
         if "tail-weight" not in self.config:
             return None
         return TailPenalty(weight=float(self.config["tail-weight"]), start=int(self.config["tail-start"]))
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Names the round that an order belongs to, among the rounds of all runs.
+
+    >>> identity({"server-round": 3, "run-key": "5e1f"})
+    'round 3 of run 5e1f'
+    """
+    return f"round {config['server-round']} of run {config.get('run-key', '-')}"
 
 
 def names(text: str) -> frozenset[str]:

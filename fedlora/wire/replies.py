@@ -29,6 +29,7 @@ class Reply:
         holds: digests that it now holds, which need not be sent again.
         reason: why it declined.
         privacy: what it has spent, or None; the fields of `PrivacySpent`.
+        answers: which order it answers, see `TrainOrder.identity`; empty from other people's apps.
         cohort_halved: it trained in a smaller cohort than was meant, so that its bits are not the run's.
     """
 
@@ -39,6 +40,7 @@ class Reply:
     holds: tuple[str, ...] = ()
     reason: str = ""
     privacy: dict[str, Any] | None = None
+    answers: str = ""
     cohort_halved: bool = False
 
 
@@ -50,6 +52,7 @@ def encode_reply(reply: Reply) -> RecordDict:
         "holds": list(reply.holds),
         "reason": reply.reason,
         "privacy": json.dumps(reply.privacy),
+        **({"answers": reply.answers} if reply.answers else {}),
         **({"cohort-halved": True} if reply.cohort_halved else {}),
     }
     return RecordDict(
@@ -83,6 +86,7 @@ def decode_reply(content: RecordDict) -> Reply:
         holds=_strings(config.get("holds", [])),
         reason=str(config.get("reason", "")),
         privacy=_privacy(config.get("privacy", "null")),
+        answers=str(config.get("answers", "")),
         cohort_halved=config.get("cohort-halved") is True,
     )
 

@@ -93,6 +93,7 @@ class ToyClient:
             arrays=wire.to_peft(moved, head, order.ships),
             metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
             holds=order.needs.digests,
+            answers=order.identity,
         )
         return Message(wire.encode_reply(reply), reply_to=message)
 

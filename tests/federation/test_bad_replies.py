@@ -81,6 +81,22 @@ def test_a_bad_reply_is_refused_counted_and_harms_nobody(kind: str, words: str, 
     assert bits(strategy) == bits(without)
 
 
+def test_a_reply_of_another_round_is_refused(tmp_path: Path) -> None:
+    toy, kept = ToyClient(tmp_path), []
+
+    def client(message: Message, partition: int) -> Message | None:
+        reply = toy(message, partition)
+        if partition != 1 or reply is None:
+            return reply
+        kept.append(reply.content)
+        return Message(kept[0], reply_to=message)
+
+    strategy, reports = FedAvg(scaling=2.0), []
+    strategy.on_round = reports.append
+    strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=2)
+    assert [report.refused for report in reports] == [{}, {1: "answers round 1 of run -, not round 2 of run -"}]
+
+
 def test_too_few_valid_updates_fail_the_run_and_keep_the_state(tmp_path: Path) -> None:
     toy = ToyClient(tmp_path)
 
