@@ -44,7 +44,9 @@ def base_mod(move_base: Callable[[Sequence[Patch]], None], state_dir: Path) -> M
         message.content[wire.ARRAYS] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
         reply = call_next(message, context)
         if reply.has_content():
-            reply.content[wire.CONFIG] = ConfigRecord({"status": wire.OK, "answers": order.identity, **_holds(order)})
+            reply.content[wire.CONFIG] = ConfigRecord(
+                {"status": wire.OK, "answers": order.identity, **_holds(order)}
+            )
         return reply
 
     return mod

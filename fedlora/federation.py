@@ -142,6 +142,7 @@ class Federation:
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             diagnostics=config.strategy.diagnostics,
             client_dp=client_mechanism(config, seeded=self.stores is not None),
+            wire_dtype=config.wire_dtype,
         )
         rank = max(ranks)
         template = self.worker.model.template(
@@ -152,7 +153,7 @@ class Federation:
         if rule.gradient_examples:
             gradients = first_gradients(self.worker, config, rule.gradient_examples)
             template = replace(template, gradients=gradients)
-        strategy.state = rule.init(template, config.seed)
+        strategy.state = strategy.begin(template)
         return strategy
 
     def _client_spec(self, partition_id: int) -> ClientSpec:

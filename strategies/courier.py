@@ -58,10 +58,15 @@ class Parcel:
 
 
 class Courier:
-    """Encodes orders and reads replies; ``holdings`` survives a restart through the checkpoint."""
+    """Encodes orders and reads replies; ``holdings`` survives a restart through the checkpoint.
 
-    def __init__(self, init_a: str) -> None:
-        self.init_a = init_a
+    Args:
+        init_a: how clients draw a fresh A.
+        wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
+    """
+
+    def __init__(self, init_a: str, wire_dtype: str = "float32") -> None:
+        self.init_a, self.wire_dtype = init_a, wire_dtype
         self.holdings: Holdings = {}
         self.parcels: list[Parcel] = []
         self._by_node: dict[int, Parcel] = {}
@@ -156,7 +161,10 @@ class Courier:
         if key not in self._records:
             twins = (record for known, record in self._records.values() if _alike(known, tensors))
             record = next(twins, None)
-            self._records[key] = (tensors, wire.to_record(tensors) if record is None else record)
+            self._records[key] = (
+                tensors,
+                wire.to_record(tensors, self.wire_dtype) if record is None else record,
+            )
         return self._records[key][1]
 
     def _digest(self, tensors: Tensors) -> str:
@@ -168,7 +176,8 @@ class Courier:
 
     def _part(self, names: tuple[str, ...]) -> ArrayRecord:
         if names not in self._parts:
-            self._parts[names] = wire.parts_record({name: self._patches[name] for name in names})
+            patches = {name: self._patches[name] for name in names}
+            self._parts[names] = wire.parts_record(patches, self.wire_dtype)
         return self._parts[names]
 
 

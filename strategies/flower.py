@@ -13,6 +13,7 @@ from functools import partial
 from logging import INFO, WARNING
 from typing import Any
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -20,7 +21,7 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
-from fedlora.updates import ClientSpec, ClientUpdate, State
+from fedlora.updates import ClientSpec, ClientUpdate, State, Template
 from strategies.client_dp import ClientDP
 from strategies.courier import Courier, says_missing
 from strategies.intake import NUM_EXAMPLES, accept
@@ -30,6 +31,7 @@ from strategies.roster import Roster
 from strategies.rule import Rule
 from strategies.sampling import sample_partitions
 from strategies.starting import template_of
+from strategies.travel import rounded_broadcast, rounded_state
 
 CONNECT_TIMEOUT = 600.0
 """Seconds to wait for ``min_available_nodes``."""
@@ -54,6 +56,7 @@ class FactorStrategy(Strategy):
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
+        wire_dtype: ``float32`` or ``float16``, see `strategies.travel`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class FactorStrategy(Strategy):
         clients_evaluate: Callable[[int], bool] = lambda server_round: False,
         diagnostics: bool = True,
         client_dp: ClientDP | None = None,
+        wire_dtype: str = "float32",
     ) -> None:
         if not 0 < fraction_train <= 1:
             raise ConfigError(f"fraction_train = {fraction_train}: must be in (0, 1]")
@@ -94,7 +98,8 @@ class FactorStrategy(Strategy):
         self.state: State | None = None
         self.participations: dict[int, int] = {}
         self.roster = Roster()
-        self.courier = Courier(rule.init_a)
+        self.courier = Courier(rule.init_a, wire_dtype)
+        self._dtype: torch.dtype = getattr(torch, wire_dtype)
         self.on_round: Callable[[RoundReport], None] | None = None
         self.report = RoundReport(server_round=0)
 
@@ -120,9 +125,7 @@ class FactorStrategy(Strategy):
             RunFailed: too few clients connected, or too few valid updates in a round.
         """
         if self.state is None:
-            self.state = self.rule.init(
-                template_of(initial_arrays, self.scaling, self.rule.init_a), self.seed
-            )
+            self.state = self.begin(template_of(initial_arrays, self.scaling, self.rule.init_a))
         self.summary()
         result = Result()
         for server_round in range(self.state.round + 1, num_rounds + 1):
@@ -138,6 +141,10 @@ class FactorStrategy(Strategy):
                 self.on_round(self.report)
         result.arrays = self.arrays()
         return result
+
+    def begin(self, template: Template) -> State:
+        """The state before round 1."""
+        return rounded_state(self.rule.init(template, self.seed), self._dtype)
 
     def _train_round(
         self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
@@ -214,9 +221,10 @@ class FactorStrategy(Strategy):
         if self.client_dp is not None:
             sent = {parcel.partition_id: parcel.broadcast for parcel in self.courier.parcels}
             counted = self.client_dp.privatise(updates, sent, len(sent), server_round)
-        self.state, self.report.diagnostics = self.rule.aggregate(
+        state, self.report.diagnostics = self.rule.aggregate(
             self.state, counted, diagnostics=self.diagnostics
         )
+        self.state = rounded_state(state, self._dtype)
         self.report.participants = [update.partition_id for update in updates]
         self.report.train_loss = mean_loss(self.courier.parcels, updates)
         measured = self.report.diagnostics.as_dict() if self.report.diagnostics else {}
@@ -274,6 +282,7 @@ class FactorStrategy(Strategy):
         self.courier.open(self.state.base)
         for partition_id in chosen:
             broadcast = self.rule.broadcast(self.state, self.client_spec(partition_id))
+            broadcast = rounded_broadcast(broadcast, self._dtype)
             self.courier.add(partition_id, present[partition_id], broadcast)
         return self.courier.messages(message_type, _config(config, server_round))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from fedlora.config.checks import from_keys, int_list, kebab, parse_json, require
+from fedlora.config.checks import from_keys, int_list, kebab, one_of, parse_json, require
 from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.sections import (
     DataConfig,
@@ -58,6 +58,8 @@ class RunConfig:
     """Root of all randomness, >= 0."""
     partitions: str = ""
     """Only these partitions take part, ``0-3,7``; empty means all."""
+    wire_dtype: str = "float32"
+    """Numbers travel as ``float32``, or as ``float16``: half the bytes, rounded where they come from."""
     output_dir: str = ""
     """Where results go; empty means ``runs/<name of the config file>``, or a folder named after the run."""
     resume: bool = False
@@ -80,6 +82,7 @@ class RunConfig:
         require(0 < self.fraction_train <= 1, "fraction-train", self.fraction_train, "must be in (0, 1]")
         require(self.round_timeout > 0, "round-timeout", self.round_timeout, "must be > 0")
         require(self.seed >= 0, "seed", self.seed, "must be >= 0")
+        one_of("wire-dtype", self.wire_dtype, ("float32", "float16"))
         int_list("partitions", self.partitions)
         _ = self.groups
 

@@ -133,10 +133,10 @@ def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, A
     return config
 
 
-def parts_record(patches: Mapping[str, Patch]) -> ArrayRecord:
+def parts_record(patches: Mapping[str, Patch], dtype: str = "float32") -> ArrayRecord:
     """Base patches by digest, as one record."""
     return to_record(
-        {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}
+        {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}, dtype
     )
 
 

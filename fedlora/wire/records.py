@@ -20,9 +20,12 @@ ARRAYS, PARTS, CONFIG, METRICS = "arrays", "parts", "config", "metrics"
 DTYPES = {"float32", "float16", "float64"}
 
 
-def to_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """An ArrayRecord of the tensors, names kept."""
-    return ArrayRecord({name: Array(t.detach().cpu().contiguous().numpy()) for name, t in tensors.items()})
+def to_record(tensors: Mapping[str, Tensor], dtype: str = "float32") -> ArrayRecord:
+    """An ArrayRecord of the tensors as ``float32`` or ``float16``, names kept."""
+    kind = getattr(torch, dtype)
+    return ArrayRecord(
+        {name: Array(t.detach().to("cpu", kind).contiguous().numpy()) for name, t in tensors.items()}
+    )
 
 
 def from_record(record: ArrayRecord) -> Tensors:

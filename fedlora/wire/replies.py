@@ -44,8 +44,8 @@ class Reply:
     cohort_halved: bool = False
 
 
-def encode_reply(reply: Reply) -> RecordDict:
-    """The records of a reply."""
+def encode_reply(reply: Reply, dtype: str = "float32") -> RecordDict:
+    """The records of a reply, its arrays as ``float32`` or ``float16``."""
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),
@@ -57,7 +57,7 @@ def encode_reply(reply: Reply) -> RecordDict:
     }
     return RecordDict(
         {
-            ARRAYS: to_record(reply.arrays),
+            ARRAYS: to_record(reply.arrays, dtype),
             METRICS: MetricRecord(dict(reply.metrics)),
             CONFIG: ConfigRecord({key: value for key, value in config.items() if value != []}),
         }

@@ -94,7 +94,10 @@ def test_a_reply_of_another_round_is_refused(tmp_path: Path) -> None:
     strategy, reports = FedAvg(scaling=2.0), []
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=2)
-    assert [report.refused for report in reports] == [{}, {1: "answers round 1 of run -, not round 2 of run -"}]
+    assert [report.refused for report in reports] == [
+        {},
+        {1: "answers round 1 of run -, not round 2 of run -"},
+    ]
 
 
 def test_too_few_valid_updates_fail_the_run_and_keep_the_state(tmp_path: Path) -> None:

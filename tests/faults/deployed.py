@@ -1,0 +1,134 @@
+"""A federation of real processes, kept up as systemd would, with an app that can misbehave."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomli_w
+
+from fedlora.config import RunConfig, from_flat
+from fedlora.deployment import submit as submitting
+from fedlora.deployment.create import create
+from fedlora.deployment.loopback import Loopback
+from fedlora.deployment.operate import flwr
+from fedlora.runs import RunDirectory
+
+NODES = 3
+KEYS: dict[str, Any] = {
+    "seed": 5,
+    "model.name": "tiny",
+    "lora.rank": 4,
+    "data.name": "synthetic",
+    "data.evaluate-examples": 40,
+    "train.local-steps": 2,
+    "min-available-nodes": 2,
+    "min-train-nodes": 2,
+    "round-timeout": 60,
+}
+Plan = Mapping[int, Mapping[int, str]]
+"""Partition -> round -> what its reply is turned into, see `tests.faults.misbehave.spoil`."""
+
+
+@dataclass
+class Up:
+    """A federation that is up; what dies is started again as its systemd unit would.
+
+    Attributes:
+        loopback: its processes.
+        told: what the supervisor said.
+    """
+
+    loopback: Loopback
+    told: list[str] = field(default_factory=list)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL of one of its processes (``superlink``, ``node-1``, ..) with all its children."""
+        parent = psutil.Process(self.loopback.processes[name].pid)
+        for process in [*parent.children(recursive=True), parent]:
+            process.send_signal(signal.SIGKILL)
+
+    def state(self, partition: int) -> Path:
+        """What a node keeps between messages."""
+        return self.loopback.layout.path / "nodes" / f"node-{partition}" / "state"
+
+
+@contextmanager
+def federation(home: Path, *, more_hosts: tuple[str, ...] = ()) -> Iterator[Up]:
+    """Three nodes on the loopback, each with one partition of the made-up data."""
+    os.environ["FEDLORA_CACHE"] = str(home / "cache")
+    hosts = ("127.0.0.1", *more_hosts) if more_hosts else ()
+    layout = create(home / "federation", NODES, hosts)
+    told: list[str] = []
+    done = threading.Event()
+    with Loopback(layout, told.append) as loopback:
+
+        def keep_up() -> None:
+            while not done.wait(0.3):
+                loopback.supervise()
+
+        thread = threading.Thread(target=keep_up)
+        thread.start()
+        try:
+            yield Up(loopback, told)
+        finally:
+            done.set()
+            thread.join()
+
+
+def run(up: Up, out: Path, progress: Callable[[dict[str, Any]], None] = lambda _: None, *,
+        resume: bool = False, **keys: Any) -> list[dict[str, Any]]:  # fmt: skip
+    """One run on it; returns the rounds' records.
+
+    Raises:
+        RunFailed, ConfigError: as `submit`.
+    """
+    submitting.submit(up.loopback.layout, config(**keys), out, resume=resume, progress=progress)
+    return RunDirectory(out, resume=True).rounds()
+
+
+def config(**keys: Any) -> RunConfig:
+    return from_flat({**KEYS, **{key.replace("_", "-"): value for key, value in keys.items()}})
+
+
+def adapter(out: Path) -> bytes:
+    return (out / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def misbehaving(patched: pytest.MonkeyPatch, plan: Plan) -> None:
+    """Runs that are submitted from now on carry an app in which some clients misbehave."""
+    honest = submitting._app
+
+    @contextmanager
+    def app(near: Path) -> Iterator[Path]:
+        with honest(near) as path:
+            source = Path(__file__).with_name("misbehave.py").read_text()
+            package = path / "sabotage"
+            package.mkdir()
+            (package / "__init__.py").write_text(f"PLAN = {json.dumps(json.dumps(plan))}\n")
+            (package / "client.py").write_text(source)
+            project = tomllib.loads((path / "pyproject.toml").read_text())
+            flower = project["tool"]["flwr"]["app"]
+            flower["fab-include"].append("sabotage/**/*.py")
+            flower["components"]["clientapp"] = "sabotage.client:app"
+            (path / "pyproject.toml").write_text(tomli_w.dumps(project))
+            yield path
+
+    patched.setattr(submitting, "_app", app)
+
+
+def stop_run(up: Up) -> None:
+    """End whatever runs on it."""
+    for found in flwr(up.loopback.layout, "ls", "federation", "--format", "json")["runs"]:
+        if not str(found["status"]).startswith("finished"):
+            flwr(up.loopback.layout, "stop", str(found["run-id"]), "federation", "--format", "json")

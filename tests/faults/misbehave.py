@@ -1,0 +1,69 @@
+"""A ClientApp that does its work and then sends something else; it travels to the nodes with the app."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from sabotage import PLAN  # type: ignore[import-not-found]
+
+from fedlora.client_app import identify, train_message
+from fedlora.deployment.node import node_settings
+
+SLOW_SECONDS = 90.0
+app = ClientApp()
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    return identify(message, context)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    settings = node_settings(context.node_config)
+    server_round = int(message.content["config"]["server-round"])
+    plan = json.loads(PLAN).get(str(settings.partition_id), {})
+    kind = plan.get(str(server_round), "")
+    if kind == "slow":
+        time.sleep(SLOW_SECONDS)
+    reply = train_message(message, context)
+    return Message(spoil(kind, reply.content, settings.home / "old-reply.npz"), reply_to=message)
+
+
+def spoil(kind: str, content: RecordDict, kept: Path) -> RecordDict:
+    """The reply made wrong in one way; ``keep`` and ``replay`` send an old one again."""
+    arrays = content["arrays"]
+    name = next(key for key in arrays if "lora_B" in key)
+    values = arrays[name].numpy().copy()
+    match kind:
+        case "nan":
+            values[0, 0] = np.nan
+        case "far":
+            values += 100.0
+        case "shape":
+            values = values[:-1]
+        case "rank":
+            for key in list(arrays):
+                if "lora_" in key:
+                    array = arrays[key].numpy()
+                    arrays[key] = Array(array[:2] if "lora_A" in key else array[:, :2])
+            return content
+        case "keep":
+            old = {key: array.numpy() for key, array in arrays.items()}
+            np.savez(kept, answers=content["config"]["answers"], **old)
+        case "replay":
+            with np.load(kept) as old:
+                content["config"]["answers"] = str(old["answers"])
+                for key in arrays:
+                    arrays[key] = Array(old[key])
+            return content
+        case "blob":
+            arrays[name] = Array(arrays[name].dtype, arrays[name].shape, "numpy.ndarray", b"\x80\x04rubbish")
+            return content
+    arrays[name] = Array(values)
+    return content

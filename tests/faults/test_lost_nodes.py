@@ -1,0 +1,97 @@
+"""Nodes that die, lose their disk, or cannot be reached for a while; strangers who are not let in."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.deployment.create import create
+from fedlora.deployment.environment import flower_environment
+from fedlora.deployment.operate import node_states
+from tests.faults.deployed import NODES, Up, adapter, federation, run
+
+pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]
+
+KEYS: dict[str, Any] = {"strategy.name": "flora"}
+"""Its clients hold a growing chain of base patches."""
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with federation(tmp_path_factory.mktemp("lost")) as found:
+        yield found
+
+
+def test_a_killed_node_that_lost_its_disk_comes_back_and_is_served_all_it_lacks(
+    up: Up, tmp_path: Path
+) -> None:
+    def after_round(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            up.kill("node-1")
+            shutil.rmtree(up.state(1))
+
+    records = run(up, tmp_path / "run", after_round, num_server_rounds=30, **KEYS)
+    present = [1 in record["participants"] for record in records]
+    assert all(present[:2])
+    assert not all(present[2:4])
+    back = present.index(True, present.index(False))
+    assert all(present[back:])
+    for record in records:
+        assert {0, 2} <= set(record["participants"])
+    before, first = records[back - 1]["bytes_down"] / 2, records[back]["bytes_down"]
+    assert first > 3 * before, "the whole chain travelled to it"
+    assert any(line.startswith("node-1 ended") for line in up.told)
+
+
+def test_a_disk_lost_between_rounds_changes_no_bit(up: Up, tmp_path: Path) -> None:
+    def after_round(record: dict[str, Any]) -> None:
+        if record["round"] == 2:
+            for kept in up.state(0).iterdir():
+                if kept.is_dir():
+                    shutil.rmtree(kept)
+
+    run(up, tmp_path / "undisturbed", num_server_rounds=4, min_train_nodes=3, **KEYS)
+    records = run(up, tmp_path / "lost", after_round, num_server_rounds=4, min_train_nodes=3, **KEYS)
+    assert all(record["participants"] == [0, 1, 2] for record in records)
+    assert adapter(tmp_path / "lost") == adapter(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("stranger", ["key", "ca"])
+def test_strangers_are_not_let_in(stranger: str, up: Up, tmp_path: Path) -> None:
+    """A node with a key that nobody registered; a node that trusts another CA than the server's."""
+    other = create(tmp_path / "other", 1)
+    ours = up.loopback.layout
+    node = other.node(other.nodes[0])
+    if stranger == "key":
+        shutil.copy(ours.server / "ca.crt", node / "ca.crt")
+    else:
+        known = ours.node(ours.nodes[0])
+        shutil.copy(known / "key", node / "key")
+    settings = {
+        "FEDLORA_SUPERLINK": f"127.0.0.1:{up.loopback.ports['gate']}",
+        "FEDLORA_NODE_PORT": "0",
+    }
+    log = tmp_path / "node.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(node / "start.sh")],
+            stdout=file,
+            stderr=file,
+            env=flower_environment(node / "flwr", **settings),
+        )
+    try:
+        with pytest.MonkeyPatch.context():
+            deadline = time.monotonic() + 40
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.5)
+    finally:
+        process.kill()
+        process.wait()
+    print(log.read_text())
+    assert node_states(ours) == {"online": NODES}
