@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -13,6 +14,11 @@ from fedlora.updates import ModuleSpec
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 """A layer that can take an adapter."""
+QUERY_AND_VALUE = (
+    ("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"),
+    ("qkv_proj",), ("Wqkv",), ("query_key_value",), ("c_attn",), ("in_proj",), ("q", "v"),
+)  # fmt: skip
+"""What architectures call the query and value projections, where PEFT has no choice of its own."""
 
 
 def head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -62,13 +68,14 @@ def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
     Args:
         model: a base without adapters, from `build_model`.
         target_modules: comma list of names or their endings (``query`` means every ``*.query``);
-            empty means PEFT's choice for the architecture.
+            empty means PEFT's choice for the architecture, else what it chooses for most: the query and
+            value projections under one of their usual names, `QUERY_AND_VALUE`.
 
     Raises:
-        ConfigError: an ending that matches no linear layer, or an architecture that PEFT does not know.
+        ConfigError: an ending that matches no linear layer, or an architecture without such a choice.
     """
-    endings = name_list(target_modules) or _default_endings(model)
     layers, config = linear_layers(model), _config(model)
+    endings = name_list(target_modules) or _default_endings(config.model_type, layers)
     chosen: set[str] = set()
     for ending in endings:
         matches = [name for name in layers if name == ending or name.endswith(f".{ending}")]
@@ -82,17 +89,20 @@ def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
     return tuple(name for name in layers if name in chosen)
 
 
-def _default_endings(model: nn.Module) -> tuple[str, ...]:
+def _default_endings(model_type: str, layers: Collection[str]) -> tuple[str, ...]:
     from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as known
 
-    model_type = _config(model).model_type
+    own = {name.rpartition(".")[2] for name in layers}
     endings = known.get(model_type)
-    if not isinstance(endings, list):
+    if isinstance(endings, list) and own.issuperset(endings):
+        return tuple(endings)
+    usual = next((names for names in QUERY_AND_VALUE if own.issuperset(names)), None)
+    if usual is None:
         raise ConfigError(
-            f"lora.target-modules = '': PEFT has no default for {model_type}, "
-            "name the layers, for instance query,value"
+            f"lora.target-modules = '': there is no default for {model_type}, "
+            f"name some of its layers: {', '.join(sorted(own))}"
         )
-    return tuple(endings)
+    return usual
 
 
 def _config(model: nn.Module) -> Any:

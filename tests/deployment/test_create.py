@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+import shutil
 import stat
 import subprocess
 from pathlib import Path
@@ -130,3 +131,17 @@ def test_a_roll_with_one_key_twice_is_refused(layout: Layout, tmp_path: Path) ->
     (tmp_path / "federation.toml").write_text(text.replace(second, first))
     with pytest.raises(ConfigError, match="two nodes have one fingerprint"):
         roll_of(tmp_path / "federation.toml")
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
+def test_systemd_finds_nothing_wrong_with_the_units(layout: Layout, tmp_path: Path) -> None:
+    node = layout.node(layout.nodes[0])
+    for folder, home in ((layout.server, "/opt/fedlora/server"), (node, "/opt/fedlora/node-0")):
+        for unit in folder.glob("*.service"):
+            text = unit.read_text()
+            assert f"ExecStart={home}/" in text
+            (tmp_path / unit.name).write_text(text.replace(home, str(folder)))
+    units = sorted(map(str, tmp_path.glob("*.service")))
+    assert len(units) == 3
+    done = subprocess.run(["systemd-analyze", "verify", *units], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")

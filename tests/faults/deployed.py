@@ -20,6 +20,7 @@ import tomli_w
 from fedlora.config import RunConfig, from_flat
 from fedlora.deployment import submit as submitting
 from fedlora.deployment.create import create
+from fedlora.deployment.layout import Layout
 from fedlora.deployment.loopback import Loopback
 from fedlora.deployment.operate import flwr
 from fedlora.runs import RunDirectory
@@ -64,11 +65,19 @@ class Up:
 
 
 @contextmanager
-def federation(home: Path, *, more_hosts: tuple[str, ...] = ()) -> Iterator[Up]:
-    """Three nodes on the loopback, each with one partition of the made-up data."""
+def federation(
+    home: Path, hosts: tuple[str, ...] = (), prepare: Callable[[Layout], None] = lambda _: None
+) -> Iterator[Up]:
+    """Three nodes on the loopback, each with one partition of the made-up data.
+
+    Args:
+        home: for everything.
+        hosts: the server's addresses.
+        prepare: called with the directory before anything is started.
+    """
     os.environ["FEDLORA_CACHE"] = str(home / "cache")
-    hosts = ("127.0.0.1", *more_hosts) if more_hosts else ()
     layout = create(home / "federation", NODES, hosts)
+    prepare(layout)
     told: list[str] = []
     done = threading.Event()
     with Loopback(layout, told.append) as loopback:

@@ -6,12 +6,15 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AlbertConfig,
     AutoModelForSequenceClassification,
     BertConfig,
+    DebertaConfig,
     DebertaV2Config,
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
 )
@@ -32,6 +35,11 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "bert": BertConfig(**ENCODER),
     "roberta": RobertaConfig(**ENCODER),
     "deberta-v2": DebertaV2Config(**ENCODER, pooler_hidden_size=16),
+    "albert": AlbertConfig(**ENCODER, embedding_size=8),
+    "modernbert": ModernBertConfig(
+        **ENCODER, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+    ),
+    "deberta": DebertaConfig(**ENCODER, pooler_hidden_size=16, relative_attention=False),
     "distilbert": DistilBertConfig(vocab_size=50, dim=16, n_layers=1, n_heads=2, hidden_dim=24),
     "gpt2": GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2),
     "llama": LlamaConfig(**ENCODER, num_key_value_heads=1),
@@ -49,6 +57,10 @@ def classifier(name: str) -> nn.Module:
         ("bert", ("classifier",), {"query", "value"}),
         ("roberta", ("classifier",), {"query", "value"}),
         ("deberta-v2", ("pooler", "classifier"), {"query_proj", "value_proj"}),
+        ("distilbert", ("pre_classifier", "classifier"), {"q_lin", "v_lin"}),
+        ("albert", ("classifier",), {"query", "value"}),
+        ("modernbert", ("head", "classifier"), {"Wqkv"}),
+        ("deberta", ("pooler", "classifier"), {"in_proj"}),
         ("gpt2", ("score",), {"c_attn"}),
         ("llama", ("score",), {"q_proj", "v_proj"}),
     ],
@@ -61,10 +73,13 @@ def test_head_and_default_targets(name: str, head: tuple[str, ...], targets: set
 
 def test_an_architecture_without_a_default_needs_names() -> None:
     model = classifier("distilbert")
-    assert head_modules(model) == ("pre_classifier", "classifier")
-    with pytest.raises(ConfigError, match=r"lora\.target-modules = '': PEFT has no default for distilbert"):
+    for layer in model.distilbert.transformer.layer:
+        layer.attention.q_lin = nn.Identity()
+    with pytest.raises(
+        ConfigError, match="there is no default for distilbert, name some of its layers: k_lin"
+    ):
         resolve_targets(model, "")
-    assert len(resolve_targets(model, "q_lin,v_lin")) == 2
+    assert len(resolve_targets(model, "k_lin,v_lin")) == 2
 
 
 def test_the_head_is_never_a_target() -> None:
