@@ -226,6 +226,8 @@ class StudyConfig:
     """JSON object: strategy name (or STRATEGY-SETTING) -> keys that differ for it."""
     variants: str = ""
     """JSON object: further named runs -> keys that differ from this file."""
+    comparisons: str = ""
+    """Claims, tested together: METHOD:BASELINE, ``fedsvd:ffa, *:head-only``; ``*`` is all others."""
 
     def __post_init__(self) -> None:
         for name in name_list(self.references):

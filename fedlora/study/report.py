@@ -11,13 +11,15 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 
 from fedlora.errors import ConfigError
 from fedlora.files import write_atomic
-from fedlora.study import wording
+from fedlora.study import claims, wording
 from fedlora.study.charts import draw_charts
+from fedlora.study.comparisons import Comparison, compare
 from fedlora.study.findings import find
 from fedlora.study.results import CellResult
 from fedlora.study.setting import differences, learning_rates, provenances, setting, shared_config
 from fedlora.study.styles import styles_of, swatch
 from fedlora.study.summary import Row, summarise
+from fedlora.study.tables import write_tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,18 +42,26 @@ class Line:
     private: bool
 
 
-def write_report(path: Path, title: str, results: Sequence[CellResult]) -> None:
-    """Write the report of these runs to ``path``, atomically; the same runs give the same bytes.
+def write_report(path: Path, title: str, results: Sequence[CellResult], pairs: str = "") -> None:
+    """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
+
+    Args:
+        path: of the page.
+        title: its heading.
+        results: the runs.
+        pairs: ``study.comparisons``.
 
     Raises:
         ConfigError: there is no run to report on.
     """
     if not results:
         raise ConfigError(f"{path}: there is no finished run to report on")
-    write_atomic(path, render(title, results))
+    comparisons = compare(summarise(results), pairs)
+    write_tables(path.parent, results, comparisons)
+    write_atomic(path, render(title, results, comparisons))
 
 
-def render(title: str, results: Sequence[CellResult]) -> str:
+def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comparison] = ()) -> str:
     """The report as HTML."""
     rows = summarise(results)
     shared = shared_config(rows)
@@ -68,6 +78,9 @@ def render(title: str, results: Sequence[CellResult]) -> str:
     return environment.get_template("report.html").render(
         title=title,
         findings=find(rows),
+        claims=claims.sentence(comparisons),
+        claims_header=claims.HEADER,
+        claims_table=[claims.line(comparison) for comparison in comparisons],
         columns=_columns(domains),
         table=[_line(row, domains) for row in rows],
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],

@@ -18,6 +18,7 @@ from fedlora.engines.simulate import quiet, simulate_on, start
 from fedlora.errors import ConfigError
 from fedlora.runs import RunDirectory
 from fedlora.study.cells import Cell, expand
+from fedlora.study.comparisons import declared
 from fedlora.study.report import write_report
 from fedlora.study.results import load_results
 
@@ -40,6 +41,7 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
     pool = start(config)
     try:
         cells = expand(config, pool.lender(config).worker.data.num_partitions)
+        declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
         for cell in cells:
             check(cell.config)
         results = [
@@ -49,7 +51,8 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
     finally:
         pool.close()
     report = path / "report.html"
-    write_report(report, config.study.title or path.name, load_results(cells, path))
+    title = config.study.title or path.name
+    write_report(report, title, load_results(cells, path), config.study.comparisons)
     peak = max(result["peak_memory_bytes"] for result in results) / 2**30
     console.print(
         f"{len(cells)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB", highlight=False

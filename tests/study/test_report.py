@@ -7,6 +7,8 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pyarrow.csv
+import pyarrow.parquet
 import pytest
 
 from fedlora.errors import ConfigError
@@ -111,6 +113,28 @@ def test_what_others_wrote_is_escaped_everywhere() -> None:
     assert evil not in html
     assert html.count("<script>") == 1
     assert html.count("&lt;script&gt;$x_1$") >= 6
+
+
+def test_claims_stand_on_the_first_screen_and_in_a_table_of_their_own(tmp_path: Path) -> None:
+    gains = {"base": 0.0, "fedsvd": 0.012}
+    runs = [
+        result(name, accuracy=0.7 + gain + 0.001 * (seed % 3) * (name == "fedsvd"), seed=seed,
+               keys={"strategy.name": "fedavg"})
+        for seed in range(10) for name, gain in gains.items()
+    ]  # fmt: skip
+    write_report(tmp_path / "report.html", "Claims", runs, "fedsvd:base")
+    page = (tmp_path / "report.html").read_text()
+    said = "Of 1 declared comparisons 1 is decided: fedsvd is better than base by 1.3"
+    assert said in page[: page.index("<main>")]
+    assert "10 of 10" in page[page.index("<main>") :]
+    (line,) = pyarrow.csv.read_csv(tmp_path / "comparisons.csv").to_pylist()
+    assert (line["method"], line["seeds"], line["verdict"]) == ("fedsvd", 10, "better")
+    assert line["p_holm"] == pytest.approx(2 / 1024)
+    table = pyarrow.parquet.read_table(tmp_path / "results.parquet").to_pylist()
+    assert [(r["method"], r["seed"], r["accuracy"]) for r in table] == [
+        (r.method, r.seed, r.result["accuracy"]) for r in runs
+    ]
+    assert pyarrow.csv.read_csv(tmp_path / "results.csv").num_rows == 20
 
 
 def test_same_runs_same_bytes_and_small(tmp_path: Path) -> None:

@@ -1,0 +1,112 @@
+"""Paired claims against independent calculations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+from scipy.stats import ttest_rel
+
+from fedlora.errors import ConfigError
+from fedlora.study.comparisons import Comparison, compare, declared, sign_flip
+from fedlora.study.summary import Row, summarise
+from tests.study.made_up import result
+
+SEEDS = range(10)
+NOISE = [0.004, -0.003, 0.002, -0.004, 0.001, 0.003, -0.002, 0.0, -0.001, 0.002]
+
+
+def rows(gains: dict[str, float], seeds: int = 10, setting: str = "", wobble: float = 1.0) -> list[Row]:
+    """Methods that are ahead of ``base`` by a gain, give or take noise."""
+    results = [result("base", accuracy=0.8, seed=seed, setting=setting) for seed in range(seeds)]
+    for name, gain in gains.items():
+        results += [
+            result(name, accuracy=0.8 + gain + wobble * NOISE[seed], seed=seed, setting=setting,
+                   keys={"strategy.name": "fedavg"})
+            for seed in range(seeds)
+        ]  # fmt: skip
+    return summarise(results)
+
+
+def only(found: list[Comparison]) -> Comparison:
+    (comparison,) = found
+    return comparison
+
+
+def test_the_exact_test_counts_all_signs() -> None:
+    differences = [0.011, -0.002, 0.007, 0.004, -0.001, 0.009]
+    mean = abs(sum(differences))
+    flips = [
+        abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    assert sign_flip(differences) == pytest.approx(sum(f >= mean - 1e-12 for f in flips) / 64)
+    assert sign_flip([0.01] * 5) == pytest.approx(0.0625), "five seeds never get below 0.06"
+
+
+def test_interval_and_wins_of_paired_differences() -> None:
+    found = only(compare(rows({"new": 0.01}), "new:base"))
+    mine, theirs = [0.81 + n for n in NOISE], [0.8] * 10
+    expected = ttest_rel(mine, theirs).confidence_interval(0.95)
+    assert (found.mean.low, found.mean.high) == pytest.approx((expected.low, expected.high))
+    assert found.wins == 10
+    assert found.verdict == "better"
+    assert only(compare(rows({"new": 0.01}), "base:new")).verdict == "worse"
+
+
+def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_decreases() -> None:
+    found = compare(rows({"a": 0.01, "b": 0.001, "c": 0.0}), "*:base")
+    by_size = sorted(found, key=lambda c: c.p_value or 0)
+    wanted, least = [], 0.0
+    for factor, comparison in zip((3, 2, 1), by_size, strict=True):
+        assert comparison.p_value is not None
+        least = max(least, min(1.0, factor * comparison.p_value))
+        wanted.append(least)
+    assert [c.p_holm for c in by_size] == pytest.approx(wanted)
+    assert by_size[0].p_holm == pytest.approx(3 * 2 / 1024)
+
+
+def test_the_family_spans_all_settings() -> None:
+    found = compare([*rows({"a": 0.01}, setting="one"), *rows({"a": 0.01}, setting="two")], "a:base")
+    assert [c.setting for c in found] == ["one", "two"]
+    assert [c.p_holm for c in found] == pytest.approx([2 * 2 / 1024] * 2)
+
+
+@pytest.mark.parametrize(
+    ("gain", "seeds", "wobble", "verdict"),
+    [
+        (0.01, 10, 1.0, "better"),
+        (0.01, 9, 1.0, "undecided"),
+        (0.0, 10, 1.0, "alike"),
+        (0.0, 9, 1.0, "undecided"),
+        (0.0, 10, 10.0, "undecided"),
+        (0.05, 1, 1.0, "undecided"),
+    ],
+)
+def test_what_may_be_said(gain: float, seeds: int, wobble: float, verdict: str) -> None:
+    assert only(compare(rows({"new": gain}, seeds, wobble=wobble), "new:base")).verdict == verdict
+
+
+def test_a_study_finds_the_detectable_difference_in_four_of_five_cases() -> None:
+    """Against the power of the t test, by simulation."""
+    import numpy as np
+    from scipy.stats import ttest_1samp
+
+    rng = np.random.default_rng(0)
+    found = only(compare(rows({"new": 0.0}), "new:base"))
+    assert found.detectable is not None
+    spread = math.sqrt(sum((d - found.mean.value) ** 2 for d in found.differences) / 9)
+    samples = rng.normal(found.detectable, spread, (4000, 10))
+    assert (ttest_1samp(samples, 0, axis=1).pvalue < 0.05).mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_seeds_that_only_one_has_do_not_count() -> None:
+    both = [*rows({"new": 0.01}, 4)[:1], *rows({"new": 0.01}, 3)[1:]]
+    assert len(only(compare(both, "new:base")).differences) == 3
+
+
+@pytest.mark.parametrize("pairs", ["new", "new:other", "*:other", ":base", "new:"])
+def test_a_pair_of_names_that_were_not_run_is_refused(pairs: str) -> None:
+    with pytest.raises(ConfigError, match=r"study\.comparisons = .*must be METHOD:BASELINE out of base, new"):
+        declared(pairs, ["base", "new"])
