@@ -40,6 +40,11 @@ def check(config: RunConfig) -> Rule:
                 "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
                 "belongs to one client"
             )
+        if not config.privacy.release_metrics and (kept := _kept(config, rule)):
+            raise ConfigError(
+                f"privacy.release-metrics = false: {kept} is measured by clients alone, and what they find "
+                "tells which domains they hold; true lets them"
+            )
         check_private(config.train, num_examples=config.train.batch_size)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(
@@ -65,11 +70,17 @@ def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
         )
     if config.strategy.robust != "none":
         raise ConfigError(f"{mode}: strategy.robust = {config.strategy.robust!r} is no mean, must be 'none'")
-    if config.model.head == "local" or rule.facts.personal:
-        kept = "model.head = 'local'" if config.model.head == "local" else f"a personal factor of {name}"
+    if kept := _kept(config, rule):
         raise ConfigError(f"{mode}: {kept} is measured by clients, outside the guarantee")
     if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
         raise ConfigError(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
+
+
+def _kept(config: RunConfig, rule: Rule) -> str:
+    """What clients train and keep to themselves, so that only they can measure their models; else empty."""
+    if config.model.head == "local":
+        return "model.head = 'local'"
+    return f"a personal factor of {rule.facts.name}" if rule.facts.personal else ""
 
 
 def configured_rule(config: StrategyConfig) -> Rule:

@@ -33,6 +33,8 @@ KEYS: dict[str, Any] = {
 }
 """512 examples at four clients, so that every step draws half of them; noise for an epsilon of 2."""
 
+RELEASED = {"privacy.release-metrics": True}
+
 
 def config(**overrides: Any) -> RunConfig:
     return tiny_config(**{**KEYS, **overrides})
@@ -115,7 +117,7 @@ def test_missing_noise_is_found_under_adamw_too(monkeypatch: pytest.MonkeyPatch)
         ({"strategy.name": "rolora"}, [SERVER, FINAL], ["factors", "head"]),
         ({"strategy.name": "head-only"}, [SERVER, FINAL], ["head"]),
         ({"model.head": "freeze"}, [SERVER, FINAL], ["factors"]),
-        ({"strategy.name": "fedsa", "model.head": "local"}, [SERVER, FINAL], ["factors"]),
+        ({"strategy.name": "fedsa", "model.head": "local", **RELEASED}, [SERVER, FINAL], ["factors"]),
         ({"strategy.name": "flora", "lora.ranks": "2,4"}, [SERVER], ["factors", "head"]),
     ],
 )
@@ -142,7 +144,7 @@ def test_a_head_has_room_for_as_many_canaries_as_it_has_numbers() -> None:
     [
         ({"privacy.mode": "none"}, {}, r"privacy\.mode = 'none'"),
         ({"privacy.grad-sample-mode": "ghost"}, {}, r"privacy\.grad-sample-mode = 'ghost'"),
-        ({"strategy.name": "local-only", "model.head": "local"}, {}, "clients send nothing"),
+        ({"strategy.name": "local-only", "model.head": "local", **RELEASED}, {}, "clients send nothing"),
         ({}, {"canaries": 7}, "--canaries 7"),
         ({}, {"confidence": 1.0}, "--confidence 1"),
     ],

@@ -8,7 +8,10 @@ import pytest
 import torch
 from peft import load_peft_weights
 
+from fedlora.checks import check
+from fedlora.config import from_flat
 from fedlora.engines.simulate import simulate
+from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors
 from fedlora.peft_keys import to_peft
 from fedlora.personal import mean_model, model_of, own_tensors
@@ -59,3 +62,13 @@ def test_a_run_leaves_an_adapter_for_each_client(name: str, tmp_path: Path, cach
             assert ((shared[key] >= low - 1e-6) & (shared[key] <= high + 1e-6)).all()
     stores = next((tmp_path / "run" / "clients").iterdir())
     assert sorted(own_tensors(stores, range(4), 2)) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("keys", [{"model.head": "local"}, {"strategy.name": "fedsa"}])
+def test_private_clients_measure_nothing_for_the_server_unless_they_may(keys: dict[str, str]) -> None:
+    """What a client measures on its own domains tells which these are."""
+    private = {**keys, "privacy.mode": "example"}
+    with pytest.raises(ConfigError, match=r"privacy\.release-metrics = false: .*which domains they hold"):
+        check(from_flat(private))
+    check(from_flat({**private, "privacy.release-metrics": True}))
+    check(from_flat(keys))
