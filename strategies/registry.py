@@ -1,13 +1,19 @@
-"""The rules by name: one explicit dictionary, from which tables, tests and refusals are made."""
+"""The rules by name: one explicit dictionary, from which tables, tests and refusals are made.
+
+A rule of one's own needs no entry: ``strategy.name`` may be ``module:Class`` (see docs/strategy.md).
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, named_line
 from strategies.center import Center
 from strategies.fed_sb import FedSBRule
 from strategies.fedavg import FedAvgRule
@@ -75,11 +81,7 @@ def make_rule(
     >>> make_rule("fedsvd", {"period": 2}).period
     2
     """
-    if name not in RULES:
-        near = get_close_matches(name, RULES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"strategy.name = {name!r}{hint}: accepted are {', '.join(RULES)}")
-    rule = RULES[name]
+    rule = rule_type(name)
     fields = option_fields(rule)
     for key, value in (options or {}).items():
         if key not in fields:
@@ -93,6 +95,34 @@ def make_rule(
             raise ConfigError(f"strategy.options {key} = {value!r}: {name} expects {expected.__name__}")
     composed = _composed(rule, center, optimizer)
     return rule(**(options or {}), **composed)
+
+
+def rule_type(name: str) -> type[Rule]:
+    """The class behind a name, listed or ``module:Class``; modules are also looked for where one stands.
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    if name in RULES:
+        return RULES[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        near = get_close_matches(name, RULES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ConfigError(
+            f"strategy.name = {name!r}{hint}: accepted are {', '.join(RULES)}, and module:Class of your own"
+        )
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ConfigError(f"strategy.name = {name!r}: cannot be imported ({named_line(error)})") from None
+    finally:
+        sys.path.remove(here)
+    if not (isinstance(found, type) and issubclass(found, Rule) and hasattr(found, "facts")):
+        raise ConfigError(f"strategy.name = {name!r}: is no subclass of strategies.rule.Rule with facts")
+    return found
 
 
 def option_fields(rule: type[Rule]) -> dict[str, dataclasses.Field[Any]]:

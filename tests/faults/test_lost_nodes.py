@@ -14,12 +14,15 @@ import pytest
 from fedlora.deployment.create import create
 from fedlora.deployment.environment import flower_environment
 from fedlora.deployment.operate import node_states
+from fedlora.deployment.ports import free_ports
 from tests.faults.deployed import NODES, Up, adapter, federation, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]
 
 KEYS: dict[str, Any] = {"strategy.name": "flora"}
 """Its clients hold a growing chain of base patches."""
+STRANGER_SECONDS = 40.0
+"""How long a stranger may try."""
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +76,11 @@ def test_strangers_are_not_let_in(stranger: str, up: Up, tmp_path: Path) -> None
     else:
         known = ours.node(ours.nodes[0])
         shutil.copy(known / "key", node / "key")
+    log, ports = tmp_path / "node.log", up.loopback.ports
     settings = {
-        "FEDLORA_SUPERLINK": f"127.0.0.1:{up.loopback.ports['gate']}",
-        "FEDLORA_NODE_PORT": "0",
+        "FEDLORA_SUPERLINK": f"127.0.0.1:{ports['gate']}",
+        "FEDLORA_NODE_PORT": str(free_ports(1)[0]),
     }
-    log = tmp_path / "node.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(node / "start.sh")],
@@ -86,10 +89,9 @@ def test_strangers_are_not_let_in(stranger: str, up: Up, tmp_path: Path) -> None
             env=flower_environment(node / "flwr", **settings),
         )
     try:
-        with pytest.MonkeyPatch.context():
-            deadline = time.monotonic() + 40
-            while process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.5)
+        deadline = time.monotonic() + STRANGER_SECONDS
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.5)
     finally:
         process.kill()
         process.wait()

@@ -6,6 +6,7 @@ from named streams of its seed, so that a failing example is short to read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,22 +23,30 @@ from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests import oracles
 
-VARIANTS: Mapping[str, Rule] = {
-    **{name: make_rule(name) for name in RULES},
-    "ffa-orthonormal": make_rule("ffa", {"init_a": "orthonormal"}),
-    "fedsvd-every-2": make_rule("fedsvd", {"period": 2}),
-    "lora-fair-strong": make_rule("lora-fair", {"lam": 1.0}),
-    "lora-fair-plain": make_rule("lora-fair", {"norm": "plain"}),
-    "lora-fair-ridge": make_rule("lora-fair", {"solver": "ridge", "lam": 0.1}),
-    "lora-fair-a": make_rule("lora-fair", {"correct": "A", "lam": 1.0}),
-    "lora-fair-both": make_rule("lora-fair", {"correct": "both", "lam": 1.0}),
-    "hetlora-pruning": make_rule("hetlora", {"gamma": 0.5, "min_rank": 1}),
-    "fedrot-hard": make_rule("fedrot", {"lam": 1.0}),
-    "fedrot-soft": make_rule("fedrot", {"lam": 0.2}),
-    "florist-half": make_rule("florist", {"threshold": 0.5}),
-    "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),
-    "zero-padding-renormalised": make_rule("zero-padding", {"renormalise": True}),
-}
+OWN = os.environ.get("FEDLORA_RULE", "")
+"""``module:Class`` of a rule of one's own, which the laws then test in the place of the listed ones."""
+DEFAULTS: Mapping[str, Rule] = {name: make_rule(name) for name in ([OWN] if OWN else RULES)}
+"""Every rule under test with its defaults."""
+VARIANTS: Mapping[str, Rule] = (
+    DEFAULTS
+    if OWN
+    else {
+        **DEFAULTS,
+        "ffa-orthonormal": make_rule("ffa", {"init_a": "orthonormal"}),
+        "fedsvd-every-2": make_rule("fedsvd", {"period": 2}),
+        "lora-fair-strong": make_rule("lora-fair", {"lam": 1.0}),
+        "lora-fair-plain": make_rule("lora-fair", {"norm": "plain"}),
+        "lora-fair-ridge": make_rule("lora-fair", {"solver": "ridge", "lam": 0.1}),
+        "lora-fair-a": make_rule("lora-fair", {"correct": "A", "lam": 1.0}),
+        "lora-fair-both": make_rule("lora-fair", {"correct": "both", "lam": 1.0}),
+        "hetlora-pruning": make_rule("hetlora", {"gamma": 0.5, "min_rank": 1}),
+        "fedrot-hard": make_rule("fedrot", {"lam": 1.0}),
+        "fedrot-soft": make_rule("fedrot", {"lam": 0.2}),
+        "florist-half": make_rule("florist", {"threshold": 0.5}),
+        "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),
+        "zero-padding-renormalised": make_rule("zero-padding", {"renormalise": True}),
+    }
+)
 """Every listed rule with its defaults, and some with options."""
 
 

@@ -17,6 +17,7 @@ from strategies.registry import option_fields
 from strategies.rule import Rule
 from tests import oracles
 from tests.strategies.federations import (
+    OWN,
     VARIANTS,
     Federation,
     assert_same_bits,
@@ -29,6 +30,7 @@ from tests.strategies.federations import (
     relative,
 )
 
+of_listed_rules = pytest.mark.skipif(bool(OWN), reason="of the listed rules alone")
 every_rule = pytest.mark.parametrize("rule", VARIANTS.values(), ids=list(VARIANTS))
 exact = {name: rule for name, rule in VARIANTS.items() if rule.facts.exact}
 moving = {name: rule for name, rule in exact.items() if rule.facts.trains}
@@ -51,6 +53,7 @@ def asked(state: State, updates: list[ClientUpdate], name: str) -> oracles.Array
     return oracles.mean_update(clients) - start.delta()
 
 
+@of_listed_rules
 @every_rule
 @given(federation=federations())
 def test_one_round_is_the_papers(rule: Rule, federation: Federation) -> None:
@@ -74,6 +77,7 @@ def _base_only(state: State) -> dict[str, oracles.Array]:
     return effective(replace(state, adapters=empty))
 
 
+@of_listed_rules
 @every_rule
 @given(federation=federations(min_clients=2), presence=st.lists(st.integers(1, 30), min_size=4, max_size=4))
 def test_rounds_in_sequence_follow_the_papers(
@@ -266,6 +270,7 @@ def test_exact_rules_do_not_see_a_common_basis(rule: Rule, federation: Federatio
         assert relative(delta, effective(after)[name]) < 1e-10
 
 
+@of_listed_rules
 @pytest.mark.parametrize(("keeps", "drops"), [("fedex", "zero-padding"), ("fedmomentum", "flexlora")])
 @given(federation=federations())
 def test_a_rule_that_keeps_the_remainder_has_the_adapter_of_the_one_that_drops_it(

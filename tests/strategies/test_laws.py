@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedlora.factors import LoraFactors
 from fedlora.updates import ClientUpdate, State
-from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests.strategies.federations import (
+    DEFAULTS,
     Federation,
     assert_same_bits,
     effective,
@@ -24,7 +24,7 @@ from tests.strategies.federations import (
     relative,
 )
 
-every_rule = pytest.mark.parametrize("rule", [make_rule(name) for name in RULES], ids=list(RULES))
+every_rule = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=list(DEFAULTS))
 tolerance = 1e-6
 """Relative, in float64: LoRA-FAIR's minimiser stops at about 1e-8, the others at 1e-15."""
 

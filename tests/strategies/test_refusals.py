@@ -12,9 +12,8 @@ import torch
 from fedlora.errors import ConfigError, FactorShapeError, FedLoraError
 from fedlora.factors import LoraFactors
 from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
-from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
-from tests.strategies.federations import Federation
+from tests.strategies.federations import DEFAULTS, Federation
 
 FEDERATION = Federation(
     modules={
@@ -29,7 +28,7 @@ FEDERATION = Federation(
     head_shapes=((2, 3),),
 )
 
-every_rule = pytest.mark.parametrize("rule", [make_rule(name) for name in RULES], ids=list(RULES))
+every_rule = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=list(DEFAULTS))
 
 
 def one_line(error: pytest.ExceptionInfo[FedLoraError]) -> str:
