@@ -1,4 +1,4 @@
-"""Small made-up images whose labels show: one bright row of patches for each label."""
+"""Small made-up images that show their labels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import numpy as np
 from fedlora.vision.images import Images
 
 
-def striped(count: int, num_labels: int = 4, seed: int = 0) -> Images:
-    """28 x 28 noise with a bright stripe whose height is the label."""
+def shaded(count: int, num_labels: int = 4, seed: int = 0) -> Images:
+    """28 x 28 noise, the brighter the larger the label."""
     rng = np.random.default_rng(seed)
     labels = np.arange(count) % num_labels
-    pixels = rng.integers(0, 120, (count, 1, 28, 28)).astype(np.uint8)
-    for image, label in zip(pixels, labels, strict=True):
-        image[0, 7 * label : 7 * label + 7] += 130
+    dark = rng.integers(0, 40, (count, 1, 28, 28))
+    pixels = (dark + 70 * labels[:, None, None, None]).astype(np.uint8)
     return Images(pixels, labels, np.full(count, -1, dtype=np.int32))
