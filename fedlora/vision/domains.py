@@ -57,7 +57,8 @@ def thickness(pixels: np.ndarray) -> np.ndarray:
 def noise(pixels: np.ndarray) -> np.ndarray:
     """``x + u``, u a whole number uniform in [-96, 96] for each pixel, cut to [0, 255]."""
     drawn = np.stack([_noise_of(image) for image in pixels])
-    return np.clip(pixels.astype(np.int64) + drawn, 0, 255).astype(np.uint8)
+    noisy: np.ndarray = np.clip(pixels.astype(np.int64) + drawn, 0, 255).astype(np.uint8)
+    return noisy
 
 
 DOMAINS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
