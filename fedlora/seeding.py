@@ -7,6 +7,8 @@ that no draw ever depends on how many draws were made elsewhere or on which work
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -30,3 +32,11 @@ def stream(seed: int, *names: str | int) -> np.random.Generator:
 def torch_stream(seed: int, *names: str | int) -> torch.Generator:
     """A CPU torch generator for the named stream."""
     return torch.Generator().manual_seed(derive(seed, *names))
+
+
+@contextmanager
+def drawn_from(seed: int, *names: str | int) -> Iterator[None]:
+    """Libraries that draw from torch's global CPU state draw from a named stream; the state is restored."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(derive(seed, *names))
+        yield

@@ -8,6 +8,7 @@ import typer
 
 from fedlora.cli import federation as deployment
 from fedlora.cli.aggregate import aggregate
+from fedlora.cli.pretrain import pretrain
 from fedlora.cli.privacy_audit import audit
 from fedlora.cli.privacy_ledger import new_dataset, spent
 from fedlora.cli.privacy_plan import plan
@@ -21,7 +22,7 @@ cli = typer.Typer(
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, evaluate, aggregate, strategies):
+for command in (run, compare, evaluate, aggregate, strategies, pretrain):
     cli.command()(command)
 
 privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")

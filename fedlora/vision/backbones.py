@@ -1,0 +1,186 @@
+"""Image models for a federation: pretrained here, random ones for tests, and users' own.
+
+``vit`` and ``mixer`` (pretrained on digits), ``vit-fashion-mnist`` and ``mixer-fashion-mnist`` are made on
+this machine by ``fedlora pretrain``; they are small and not off-the-shelf models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from fedlora.assets import cache_dir
+from fedlora.errors import ConfigError, first_line
+from fedlora.seeding import drawn_from, torch_stream
+from fedlora.vision.built_in import NATIVE, SOURCES, source_identity
+from fedlora.vision.images import ImageFormat
+from fedlora.vision.mixer import MlpMixerConfig, MlpMixerForImageClassification
+
+HEAD_STD = 0.02
+"""Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
+RECIPE = 1
+"""Version of the pretraining, counted up with every change; the backbones of an old one are not found."""
+SIZES: dict[str, dict[str, Any]] = {
+    "vit": {
+        "patch_size": 4,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    },
+    "mixer": {
+        "patch_size": 4,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "tokens_mlp_dim": 32,
+        "channels_mlp_dim": 128,
+    },
+}
+"""The kinds of backbone that can be pretrained: 49 patches, 4 layers of width 64."""
+PRETRAINED = {
+    kind if data == "digits" else f"{kind}-{data}": (kind, data) for kind in SIZES for data in SOURCES
+}
+"""``model.name`` -> the kind of backbone and the image set it was pretrained on."""
+TINY: dict[str, dict[str, Any]] = {
+    "tiny-vit": {
+        "patch_size": 7,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+    "tiny-mixer": {
+        "patch_size": 7,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "tokens_mlp_dim": 8,
+        "channels_mlp_dim": 32,
+    },
+}
+"""Random backbones for tests, the same for every seed."""
+DEFAULT_TARGETS = {"vit": ("q_proj", "v_proj"), "mlp-mixer": ("fc1", "fc2")}
+"""By ``config.model_type``, for architectures whose targets PEFT does not know."""
+
+
+def image_classifier(name: str, num_labels: int, seed: int) -> nn.Module:
+    """A frozen float32 image classifier in evaluation mode; ``model(pixel_values=...)`` has ``.logits``.
+
+    The head of a pretrained or tiny backbone, and what any other checkpoint lacks (a head for another
+    number of labels too), is drawn from streams of ``seed``. The global random state stays as it was.
+
+    Raises:
+        ConfigError: no such model, none for images, or a backbone that was not pretrained yet.
+    """
+    with drawn_from(seed, "missing-weights"):
+        model = _tiny(name, num_labels) if name in TINY else _loaded(name, num_labels)
+    if name in TINY or name in PRETRAINED:
+        fresh = torch.randn(model.classifier.weight.shape, generator=torch_stream(seed, "head"))
+        model.classifier.weight.data.copy_(HEAD_STD * fresh)
+        model.classifier.bias.data.zero_()
+    frozen: nn.Module = model.requires_grad_(False).eval()
+    return frozen
+
+
+def image_format(name: str) -> ImageFormat:
+    """The images that a model takes: its own size and channels, mean and std of its preprocessor file.
+
+    Without such a file mean and std are 0.5, the convention of most image models.
+
+    Raises:
+        ConfigError: no such model, or none with one size of image.
+    """
+    if name in TINY or name in PRETRAINED:
+        return NATIVE
+    config = _config(name)
+    size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+    if not isinstance(size, int):
+        raise ConfigError(f"model.name = {name!r}: its config.json names no one image_size, but {size!r}")
+    own = _preprocessor(name)
+    mean, std = (tuple(own.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std"))
+    return ImageFormat(size=size, channels=channels, mean=mean, std=std)
+
+
+def backbone_home(kind: str, data: str) -> Path:
+    """Where the backbone of a kind that was pretrained on an image set lies, or will lie."""
+    made_of = json.dumps([RECIPE, SIZES[kind], source_identity(data)], sort_keys=True)
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
+    return cache_dir() / "backbones" / f"{kind}-{data}-{key}"
+
+
+def fresh_classifier(kind: str, sizes: Mapping[str, Any], num_labels: int) -> Any:
+    """A ViT or MLP-Mixer with a head for 28 x 28 grey images, weights from the global random state."""
+    shape = {"image_size": NATIVE.size, "num_channels": NATIVE.channels, "num_labels": num_labels}
+    if kind == "mixer":
+        return MlpMixerForImageClassification(MlpMixerConfig(**shape, **sizes))
+    return ViTForImageClassification(ViTConfig(**shape, **sizes))
+
+
+def _tiny(name: str, num_labels: int) -> Any:
+    with drawn_from(0, name):
+        return fresh_classifier(name.removeprefix("tiny-"), TINY[name], num_labels)
+
+
+def _loaded(name: str, num_labels: int) -> Any:
+    config, source = _config(name), _source(name)
+    config.num_labels = num_labels
+    try:
+        return AutoModelForImageClassification.from_pretrained(
+            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(name, error) from None
+
+
+def _config(name: str) -> Any:
+    source = _source(name)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refused(name, error) from None
+
+
+def _source(name: str) -> str:
+    """A directory or a hub id."""
+    if name not in PRETRAINED:
+        return name
+    kind, data = PRETRAINED[name]
+    home = backbone_home(kind, data)
+    if not home.is_dir():
+        raise ConfigError(
+            f"model.name = {name!r}: not made yet, this command makes it in some minutes: "
+            f"fedlora pretrain {kind} --data {data}"
+        )
+    return str(home)
+
+
+def _refused(name: str, error: Exception) -> ConfigError:
+    known = ", ".join([*PRETRAINED, *TINY])
+    return ConfigError(
+        f"model.name = {name!r}: accepted for images are {known}, a directory with a transformers image "
+        f"classifier and a Hugging Face id ({first_line(error)})"
+    )
+
+
+def _preprocessor(name: str) -> dict[str, Any]:
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        name,
+        "preprocessor_config.json",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    content: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    return content

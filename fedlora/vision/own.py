@@ -1,0 +1,113 @@
+"""Users' own images: a directory of pictures, a parquet file or a hub dataset with a column of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from fedlora.config import DataConfig
+from fedlora.data.columns import NATURAL, Columns, codes_of, encode_labels, in_order, standard
+from fedlora.data.sources import open_source
+from fedlora.data.split import held_out, linked_rows
+from fedlora.errors import ConfigError, first_line
+from fedlora.vision.images import UNREADABLE, ImageData, ImageFormat, Images, fitted
+
+
+def own_images(config: DataConfig, form: ImageFormat, image_column: str = "image") -> ImageData:
+    """Pictures of any size and mode in the form of a model; see `fitted` for how they are converted.
+
+    ``data.name`` is a directory in the ``imagefolder`` layout of datasets (``train/LABEL/*.png``, or with a
+    ``metadata.csv`` that has a column ``file_name``), a parquet file, or a hub dataset. The test images are
+    its own test or validation split, else ``data.test-fraction`` is held out by domain, and never apart
+    from an equal picture or one of the same ``data.group-column``. No seed changes the split.
+
+    Raises:
+        ConfigError: no such data or column, a picture that cannot be decoded, labels that do not fit.
+        AssetError: a hub dataset that could not be fetched.
+    """
+    source, own_test = open_source(config)
+    columns, where = dataclasses.replace(Columns.of(config), texts=()), repr(config.name)
+    sources = [source] if own_test is None else [source, own_test]
+    checked = [standard(table, columns, where) for table in sources]
+    tables, label_names = encode_labels(checked, source, columns, where)
+    domain_names = in_order(name for table in tables for name in _column(table, "domain"))
+    parts = [
+        Images(
+            decoded(raw, image_column, form, where),
+            table["label"].to_numpy(),
+            codes_of(_column(table, "domain"), domain_names)
+            if domain_names
+            else np.full(len(raw), -1, dtype=np.int32),
+        )
+        for raw, table in zip(sources, tables, strict=True)
+    ]
+    natural = np.array(_column(tables[0], NATURAL) or _grouped(tables[0], columns, config), dtype=object)
+    if own_test is not None:
+        return ImageData(parts[0], parts[1], label_names, tuple(domain_names), tuple(natural))
+    test = _test_rows(parts[0], _column(tables[0], "group"), config)
+    train = parts[0].take(~test)
+    clients = tuple(natural[~test]) if len(natural) else ()
+    return ImageData(train, parts[0].take(test), label_names, tuple(domain_names), clients)
+
+
+def decoded(table: Dataset, column: str, form: ImageFormat, where: str) -> np.ndarray:
+    """The pictures of a column, uint8 (rows, channels, size, size).
+
+    Raises:
+        ConfigError: no such column, or a picture that is missing or cannot be decoded; it is named.
+    """
+    pixels = np.empty((len(table), form.channels, form.size, form.size), dtype=np.uint8)
+    for row, stored in enumerate(_stored(table, column, where)):
+        try:
+            with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as picture:
+                pixels[row] = fitted(picture, form)
+        except UNREADABLE as error:
+            name = stored["path"] or f"number {row}"
+            raise ConfigError(
+                f"data: picture {name} of {where} cannot be used ({first_line(error)})"
+            ) from None
+    return pixels
+
+
+def _stored(table: Dataset, column: str, where: str) -> Iterator[Mapping[str, Any]]:
+    """Bytes or path of each picture, not decoded."""
+    if column not in table.column_names or not isinstance(table.features[column], ImageFeature):
+        raise ConfigError(
+            f"data: no column {column!r} with images in {where}, it has {', '.join(table.column_names)}"
+        )
+    raw = table.select_columns([column]).cast_column(column, ImageFeature(decode=False))
+    for row, stored in enumerate(raw):
+        if stored[column] is None:
+            raise ConfigError(f"data: picture number {row} of {where} is missing")
+        yield stored[column]
+
+
+def _column(table: pa.Table, name: str) -> list[str]:
+    values: list[str] = table[name].to_pylist() if name in table.column_names else []
+    return values
+
+
+def _grouped(table: pa.Table, columns: Columns, config: DataConfig) -> list[str]:
+    """The groups, where they are the clients."""
+    by_group = config.partitioner == "natural" and columns.group and config.partition_by == columns.group
+    return _column(table, "group") if by_group else []
+
+
+def _test_rows(images: Images, groups: list[str], config: DataConfig) -> np.ndarray:
+    """Which images are test images; equal pictures and groups are never apart."""
+    keys = [[image.tobytes() for image in images.pixels], *([groups] if groups else [])]
+    test = held_out(linked_rows(*keys), images.domains.tolist(), config.test_fraction)
+    if test.all() or not test.any():
+        raise ConfigError(
+            f"data.test-fraction = {config.test_fraction}: {len(images)} images cannot be split by group "
+            "and duplicates"
+        )
+    return test
