@@ -2,6 +2,7 @@
 
     config.toml       the resolved configuration
     provenance.json   versions, commit, hardware
+    before.json       the pretrained model on the whole test set, where it needs no trained head
     rounds.jsonl      one JSON object a round
     result.json       the last round and the evaluation on the whole test set
     checkpoint/       everything needed to resume with the same bits
@@ -105,6 +106,16 @@ class RunDirectory:
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         write_atomic(self.path / "provenance.json", json.dumps(provenance(config), indent=2) + "\n")
+
+    def before(self) -> dict[str, Any] | None:
+        """The evaluation before round 1, if there was one."""
+        file = self.path / "before.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def write_before(self, measured: dict[str, Any]) -> None:
+        """Keep the evaluation before round 1."""
+        write_atomic(self.path / "before.json", json.dumps(measured, indent=2) + "\n")
 
     # --- rounds ------------------------------------------------------------------------------------
 
