@@ -13,7 +13,7 @@ class ModelConfig:
     """Which pretrained model, and what sits on top of it."""
 
     name: str = "minilm"
-    """``minilm``, ``smollm2`` (built in), ``tiny``, ``tiny-lm`` (random, for tests), a directory, or a hub id."""
+    """``minilm``, ``smollm2``, ``tiny`` and ``tiny-lm`` (random, for tests), a directory, or a hub id."""
     pooling: str = "mean"
     """Of a classifier: ``mean`` of the token states, or ``model``: the model's own classification head."""
     head: str = "train"
@@ -68,7 +68,7 @@ class DataConfig:
     """Which examples, and who holds which."""
 
     name: str = "sentiment"
-    """``sentiment``, ``newsgroups``, ``synthetic``, ``novels``, a jsonl/csv/parquet file, a directory, a hub id."""
+    """``sentiment``, ``newsgroups``, ``synthetic``, ``novels``, a jsonl/csv/parquet file, directory or hub id."""
     subset: str = ""
     """The configuration of a hub dataset, for instance ``sst2`` of ``glue``."""
     test: str = ""
