@@ -27,6 +27,7 @@ from fedlora.models.pissa import principal
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.public import first_gradients
 from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.samples import samples
 from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
 from fedlora.updates import ClientSpec, State
 from strategies.flower import FactorStrategy
@@ -186,10 +187,19 @@ class Federation:
         if self.worker.model.task.labelled or self.directory.before() is not None:
             return
         began = time.monotonic()
-        measured = self._summary(self._evaluate(np.arange(len(self.worker.data.test))))
-        self.directory.write_before(measured)
+        whole = self._evaluate(np.arange(len(self.worker.data.test)))
+        self._write_samples("before")
+        self.directory.write_before(self._summary(whole))
         if self.progress is not None:
-            self.progress({"round": 0, **measured, "refused": {}, "seconds": time.monotonic() - began})
+            like_rounds = self._summary(whole.among(self._subset()))
+            self.progress({"round": 0, **like_rounds, "refused": {}, "seconds": time.monotonic() - began})
+
+    def _write_samples(self, when: str) -> None:
+        """``samples.json``: what the global model writes, where it writes."""
+        task = self.worker.model.task
+        if task.unit == "token" and not self.personal:
+            self._load_global()
+            self.directory.write_samples(when, samples(self.worker, self.config))
 
     # --- after each round ----------------------------------------------------------------------------
 
@@ -236,23 +246,30 @@ class Federation:
             return personal_summary(
                 report.client_metrics, self.worker.data.domain_names, self.worker.model.task
             )
-        subset = evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
+        subset = self._subset()
         if report.server_round < self.config.num_server_rounds:
             return self._summary(self._evaluate(subset))
         self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
         return self._summary(self._whole.among(subset))
 
+    def _subset(self) -> Indices:
+        return evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
+
     def _summary(self, outcome: Evaluation) -> dict[str, Any]:
         return summary(outcome, self.worker.data.domain_names, self.worker.model.task)
 
     def _evaluate(self, indices: Indices) -> Evaluation:
-        worker, state = self.worker, self.state
+        worker = self.worker
         if self.evaluator is not None:
-            return self.evaluator(state, indices)
+            return self.evaluator(self.state, indices)
+        self._load_global()
+        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
+
+    def _load_global(self) -> None:
+        worker, state = self.worker, self.state
         patches = {patch.digest(): patch for patch in state.base}
         worker.move_to(tuple(patches), patches.__getitem__)
         worker.model.load(state.adapters, state.head)
-        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
 
     # --- at the end ------------------------------------------------------------------------------------
 
@@ -265,6 +282,7 @@ class Federation:
             outcome = self._summary(whole)
         result = result_record(self.config, data, records, outcome, self.directory.before())
         self._verify()
+        self._write_samples("after")
         self._export()
         self.directory.write_result(result)
         return result

@@ -68,7 +68,7 @@ class DataConfig:
     """Which examples, and who holds which."""
 
     name: str = "sentiment"
-    """``sentiment``, ``newsgroups``, ``synthetic``, ``novels``, a jsonl/csv/parquet file, directory or hub id."""
+    """``sentiment``, ``newsgroups``, ``synthetic``, ``novels``, jsonl/csv/parquet file, directory, hub id."""
     subset: str = ""
     """The configuration of a hub dataset, for instance ``sst2`` of ``glue``."""
     test: str = ""

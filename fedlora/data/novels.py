@@ -88,15 +88,15 @@ def _texts(home: Path) -> dict[str, str]:
     """Title -> text, out of R's lazy-load database: an index, and zlib behind a length for each object."""
     import rdata
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the ending of the index's name
-        index: Any = rdata.read_rds(home / "Rdata.rdx")
-    database = (home / "Rdata.rdb").read_bytes()
     texts = {}
-    for title, (start, size) in index["variables"].items():
-        packed = database[int(start) + SIZE_BYTES : int(start) + int(size)]
-        lines: Any = rdata.conversion.convert(rdata.parser.parse_data(zlib.decompress(packed)))
-        texts[str(title)] = _paragraphs([str(line).strip() for line in lines])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about the kind of file, which has no usual ending
+        index: Any = rdata.read_rds(home / "Rdata.rdx")
+        database = (home / "Rdata.rdb").read_bytes()
+        for title, (start, size) in index["variables"].items():
+            packed = database[int(start) + SIZE_BYTES : int(start) + int(size)]
+            lines: Any = rdata.conversion.convert(rdata.parser.parse_data(zlib.decompress(packed)))
+            texts[str(title)] = _paragraphs([str(line).strip() for line in lines])
     return texts
 
 

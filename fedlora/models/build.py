@@ -29,6 +29,9 @@ from fedlora.seeding import derive, torch_stream
 
 TINY_VOCAB_SIZE = 1000
 TINY_LM_VOCAB_SIZE = 258
+NO_LANGUAGE_MODEL = (
+    "it is no causal language model; accepted are smollm2, tiny-lm, a directory and a Hugging Face id of one"
+)
 HEAD_STD = 0.02
 """Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
 
@@ -127,6 +130,8 @@ def _classifier(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
 
 
 def _language_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    if config.name == "tiny":
+        raise ConfigError(f"model.name = 'tiny': {NO_LANGUAGE_MODEL}")
     model = _tiny_lm() if config.name == "tiny-lm" else _pretrained(AutoModelForCausalLM, config.name)
     model.config.use_cache = False  # keys and values that training never reads
     _check_causal(config.name, model)
@@ -147,10 +152,7 @@ def _check_causal(name: str, model: Any) -> None:
     with torch.no_grad():
         one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
     if not torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max())):
-        raise ConfigError(
-            f"model.name = {name!r}: is no causal language model, its tokens see those that follow; accepted "
-            "are smollm2, tiny-lm, a directory and a Hugging Face id of such a model"
-        )
+        raise ConfigError(f"model.name = {name!r}: its tokens see those that follow, {NO_LANGUAGE_MODEL}")
 
 
 def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:

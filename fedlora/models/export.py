@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,9 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
     card = AdapterCard.read(directory)
     base = build_model(card.model, len(card.label_names), card.seed, task_named(card.task).network)
     try:
-        model: nn.Module = PeftModel.from_pretrained(base, directory, torch_device="cpu")
+        with warnings.catch_warnings():  # of PEFT's about a name that transformers will change
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model: nn.Module = PeftModel.from_pretrained(base, directory, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{directory}: not a PEFT adapter of {card.model.name} ({reason})") from None
