@@ -90,11 +90,12 @@ def name_of(config: RunConfig, partition_id: int) -> tuple[str, str, str]:
 
 
 def fingerprint(examples: Examples, indices: Indices) -> str:
-    """A digest of the tokens and labels of some examples, in their order."""
+    """A digest of the tokens and labels of some examples, and of what counts of them, in their order."""
     starts, lengths = examples.offsets[indices], examples.lengths[indices]
     places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
     h = hashlib.sha256()
-    for numbers in (lengths, examples.labels[indices], examples.tokens[places]):
+    counted = [] if examples.counted is None else [examples.counted[places]]
+    for numbers in (lengths, examples.labels[indices], examples.tokens[places], *counted):
         h.update(np.ascontiguousarray(numbers).tobytes())
     return h.hexdigest()
 

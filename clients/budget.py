@@ -224,6 +224,7 @@ def _settings(config: RunConfig) -> list[Any]:
     mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
     return [
         mechanism,
+        config.task,
         *(dataclasses.asdict(section) for section in (config.model, config.lora, config.train)),
     ]
 

@@ -33,6 +33,8 @@ from fedlora.updates import digest
 OWN = "own"
 """What a client keeps to itself: a local head, factors that it trains and does not ship."""
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
+NUM_UNITS = "num-units"
+"""What was judged, where that is not the examples."""
 ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
 
 
@@ -134,9 +136,11 @@ def evaluate_order(order: wire.TrainOrder, config: RunConfig, node: Node) -> wir
     own = np.intersect1d(chosen, own_test_indices(worker.data, node.partition_id))
     outcome = evaluate(worker.model, worker.data.test, own, worker.data.pad_token_id)
     metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
-    for domain, accuracy in outcome.accuracy_by_domain().items():
-        metrics[f"{ACCURACY_IN}{domain}"] = accuracy
-        metrics[f"{EXAMPLES_IN}{domain}"] = float((outcome.domains == domain).sum())
+    if not worker.model.task.labelled:
+        metrics[NUM_UNITS] = float(outcome.num_units)
+    for domain, results in outcome.by_domain().items():
+        metrics[f"{ACCURACY_IN}{domain}"] = results.accuracy
+        metrics[f"{EXAMPLES_IN}{domain}"] = float(results.num_units)
     return wire.Reply(status=wire.OK, metrics=metrics, holds=order.needs.digests)
 
 

@@ -1,24 +1,22 @@
-"""The model's loss and prediction for each example, from which every other figure is a mean."""
+"""The model's loss and hits on each example, from which every other figure is a mean."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from clients.batches import Indices, load_batch
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
+from fedlora.tasks import CLASSIFICATION, Judged, Task
 
 BATCH_SIZE = 64
-Outcome: TypeAlias = tuple[np.ndarray, np.ndarray]
-"""Losses (float32) and predictions (int64) of one batch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,16 +25,16 @@ class Evaluation:
 
     Attributes:
         indices: the examples.
-        losses: cross entropy, float32.
-        predictions: the most likely label.
-        labels: the true label.
+        losses: the mean over an example's units, float32.
+        units: what was judged in each example: its label, or its counted tokens.
+        right: how many of them the model's first choice hits.
         domains: the domain's number, -1 where there is none.
     """
 
     indices: Indices
     losses: np.ndarray[Any, np.dtype[np.float32]]
-    predictions: np.ndarray[Any, np.dtype[np.int64]]
-    labels: np.ndarray[Any, np.dtype[np.int64]]
+    units: np.ndarray[Any, np.dtype[np.int64]]
+    right: np.ndarray[Any, np.dtype[np.int64]]
     domains: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
@@ -44,29 +42,39 @@ class Evaluation:
         return len(self.indices)
 
     @property
+    def num_units(self) -> int:
+        return int(self.units.sum())
+
+    @property
     def accuracy(self) -> float:
-        return float((self.predictions == self.labels).mean())
+        """Hits among all units."""
+        return float(self.right.sum() / self.units.sum())
 
     @property
     def loss(self) -> float:
-        """Mean cross entropy."""
-        return float(self.losses.mean(dtype=np.float64))
+        """Mean over all units."""
+        return float((self.losses * self.units.astype(np.float32)).sum(dtype=np.float64) / self.units.sum())
 
     def among(self, indices: Indices) -> Evaluation:
         """The results of those examples alone, in the order in which they stand here."""
-        chosen = np.isin(self.indices, indices)
+        return self._those(np.isin(self.indices, indices))
+
+    def by_domain(self) -> dict[int, Evaluation]:
+        """Domain number -> its results, for the domains that occur; empty where the data has none."""
+        return {int(d): self._those(self.domains == d) for d in np.unique(self.domains) if d >= 0}
+
+    def accuracy_by_domain(self) -> dict[int, float]:
+        """Domain number -> accuracy."""
+        return {domain: results.accuracy for domain, results in self.by_domain().items()}
+
+    def _those(self, chosen: np.ndarray) -> Evaluation:
         return Evaluation(
             indices=self.indices[chosen],
             losses=self.losses[chosen],
-            predictions=self.predictions[chosen],
-            labels=self.labels[chosen],
+            units=self.units[chosen],
+            right=self.right[chosen],
             domains=self.domains[chosen],
         )
-
-    def accuracy_by_domain(self) -> dict[int, float]:
-        """Domain number -> accuracy, for the domains that occur; empty where the data has none."""
-        right = self.predictions == self.labels
-        return {int(d): float(right[self.domains == d].mean()) for d in np.unique(self.domains) if d >= 0}
 
 
 def evaluate(
@@ -75,55 +83,82 @@ def evaluate(
     indices: Indices,
     pad_token_id: int,
     batch_size: int = BATCH_SIZE,
+    *,
+    task: Task = CLASSIFICATION,
 ) -> Evaluation:
     """Run the model over the examples, short ones together so that little is padded.
+
+    Args:
+        model: an `AdaptedModel`, which knows its task, or another one.
+        examples: the data set.
+        indices: which of them.
+        pad_token_id: fills up shorter sequences.
+        batch_size: examples of a pass at most.
+        task: of a model that is no `AdaptedModel`.
 
     Raises:
         ConfigError: there is no example.
     """
-    places = cut(examples, indices, batch_size)
-    outcomes = [run_batch(model, examples, indices[chosen], pad_token_id) for chosen in places]
+    module, task = (model.module, model.task) if isinstance(model, AdaptedModel) else (model, task)
+    places = cut(examples, indices, batch_size, task.most_tokens)
+    outcomes = [run_batch(module, task, examples, indices[chosen], pad_token_id) for chosen in places]
     return assemble(examples, indices, places, outcomes)
 
 
-def cut(examples: Examples, indices: Indices, batch_size: int = BATCH_SIZE) -> list[Indices]:
+def cut(
+    examples: Examples, indices: Indices, batch_size: int = BATCH_SIZE, most_tokens: int = 0
+) -> list[Indices]:
     """The batches, as places in ``indices``: by length, so that they depend on the examples alone.
+
+    Args:
+        examples: the data set.
+        indices: which of them.
+        batch_size: examples of a batch at most.
+        most_tokens: padded tokens of a batch at most (0: any number); one longer example is a batch.
 
     Raises:
         ConfigError: there is no example.
     """
     if len(indices) == 0:
         raise ConfigError("there is no example to evaluate on")
-    lengths = examples.offsets[indices + 1] - examples.offsets[indices]
+    lengths = examples.lengths_of(indices)
     by_length = np.argsort(lengths, kind="stable")
-    return [by_length[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    batches: list[Indices] = []
+    start = 0
+    while start < len(by_length):
+        size = batch_size
+        if most_tokens:
+            next_lengths = lengths[by_length[start : start + batch_size]]
+            padded = next_lengths * np.arange(1, len(next_lengths) + 1)
+            size = max(1, int(np.searchsorted(padded, most_tokens, side="right")))
+        batches.append(by_length[start : start + size])
+        start += size
+    return batches
 
 
 def run_batch(
-    model: AdaptedModel | nn.Module, examples: Examples, indices: Indices, pad_token_id: int
-) -> Outcome:
-    """The model's losses and predictions on one batch."""
-    module = model.module if isinstance(model, AdaptedModel) else model
+    module: nn.Module, task: Task, examples: Examples, indices: Indices, pad_token_id: int
+) -> Judged:
+    """What the model makes of one batch."""
     module.eval()
     with torch.inference_mode():
-        batch = load_batch(examples, indices, pad_token_id, next(module.parameters()).device)
-        logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        losses = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
-        return losses, logits.argmax(dim=-1).cpu().numpy()
+        return task.judge(
+            module, load_batch(examples, indices, pad_token_id, next(module.parameters()).device)
+        )
 
 
 def assemble(
-    examples: Examples, indices: Indices, places: Sequence[Indices], outcomes: Iterable[Outcome]
+    examples: Examples, indices: Indices, places: Sequence[Indices], outcomes: Iterable[Judged]
 ) -> Evaluation:
     """The outcomes of all batches of `cut`, put where they belong."""
     losses = np.empty(len(indices), dtype=np.float32)
-    predictions = np.empty(len(indices), dtype=np.int64)
-    for chosen, (loss, prediction) in zip(places, outcomes, strict=True):
-        losses[chosen], predictions[chosen] = loss, prediction
+    units, right = np.empty((2, len(indices)), dtype=np.int64)
+    for chosen, judged in zip(places, outcomes, strict=True):
+        losses[chosen], units[chosen], right[chosen] = judged.losses, judged.units, judged.right
     return Evaluation(
         indices=indices,
         losses=losses,
-        predictions=predictions,
-        labels=examples.labels[indices].astype(np.int64),
+        units=units,
+        right=right,
         domains=examples.domains[indices].astype(np.int64),
     )

@@ -14,8 +14,17 @@ from torch import Tensor, nn
 from fedlora.config import RunConfig, from_flat
 from fedlora.data.own import OwnData, own_data
 from fedlora.data.prepared import Prepared, open_prepared, prepare
-from fedlora.models import AdaptedModel, build_model, check_padding, pick_device, resolve_targets
+from fedlora.errors import ConfigError
+from fedlora.models import (
+    AdaptedModel,
+    build_model,
+    check_length,
+    check_padding,
+    pick_device,
+    resolve_targets,
+)
 from fedlora.models.shared import put_together, take_apart
+from fedlora.tasks import task_named
 from fedlora.updates import Patch
 
 Key: TypeAlias = tuple[Any, ...]
@@ -95,7 +104,7 @@ def resident(config: RunConfig, own: OwnData | None = None) -> Resident:
 
 def key_of(config: RunConfig) -> Key:
     """What a `Resident` is made from: configurations with the same key share one."""
-    return (config.model, _targets(config), config.data, config.seed, config.engine.device)
+    return (config.task, config.model, _targets(config), config.data, config.seed, config.engine.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,20 +155,27 @@ def _settle(
     _residents.clear()
     adapted = dict.fromkeys(name for names in modules.values() for name in names)
     network.to(pick_device(device))
-    _residents[key] = Resident(AdaptedModel(network, list(adapted)), data, modules)
+    _residents[key] = Resident(AdaptedModel(network, list(adapted), task_named(data.task)), data, modules)
     return _residents[key]
 
 
 def _read(
     config: RunConfig, own: OwnData | None = None
 ) -> tuple[Path, Prepared, nn.Module, dict[str, tuple[str, ...]]]:
+    task = task_named(config.task)
     if own is None:
         path = prepare(config)
         data = open_prepared(path)
+    elif not task.labelled:
+        raise ConfigError(
+            f"task = {task.name!r}: a node with data of its own can take part in classification only"
+        )
     else:
         path, data = own.home, own_data(own, config.model.name, config.data.max_length)
-    network = build_model(config.model, data.num_labels, config.seed)
-    check_padding(config.model, network, data.pad_token_id)
+    network = build_model(config.model, data.num_labels, config.seed, task.network)
+    check_length(config.model.name, network, config.data.max_length)
+    if task.labelled:
+        check_padding(config.model, network, data.pad_token_id)
     return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}
 
 

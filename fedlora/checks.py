@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.errors import ConfigError
 from fedlora.initial import PISSA
+from fedlora.tasks import task_named
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -19,6 +20,7 @@ def check(config: RunConfig) -> Rule:
             setting that privacy excludes.
     """
     rule = configured_rule(config.strategy)
+    check_task(config, rule)
     ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
     if len(ranks) > 1 and not rule.facts.mixed_ranks:
         able = ", ".join(name for name, r in RULES.items() if r.facts.mixed_ranks)
@@ -53,6 +55,22 @@ def check(config: RunConfig) -> Rule:
     if not rule.facts.trains and config.model.head == "freeze":
         raise ConfigError(f"model.head = 'freeze': {rule.facts.name} would train nothing")
     return rule
+
+
+def check_task(config: RunConfig, rule: Rule) -> None:
+    """Refuse what the task excludes; where it trains no head, ``train`` and ``freeze`` mean the same.
+
+    Raises:
+        ConfigError: no such task, columns that it cannot read, or a head where the task has none.
+    """
+    task = task_named(config.task)
+    task.columns(config.data)
+    if not task.labelled and config.model.head == "local":
+        raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")
+    if not task.labelled and not rule.facts.trains:
+        raise ConfigError(
+            f"strategy.name = {rule.facts.name!r}: task {task.name} has no head, so nothing trains"
+        )
 
 
 def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:

@@ -14,10 +14,11 @@ from fedlora.data.prepared import open_prepared, prepare
 from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, load_adapter
 from fedlora.summaries import summary
+from fedlora.tasks import task_named
 
 
 def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column: str) -> dict[str, Any]:
-    """Accuracy, loss, accuracy by domain and number of examples.
+    """Accuracy, loss, accuracy by domain and number of examples; of a language model also its perplexity.
 
     Args:
         adapter: a directory that `save_adapter` wrote.
@@ -38,12 +39,15 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         num_partitions=1,
         max_length=card.max_length,
     )
-    prepared = open_prepared(prepare(RunConfig(model=card.model, data=data, seed=card.seed)))
-    translation = np.array([_label_number(label, card, name) for label in prepared.label_names])
-    test = dataclasses.replace(prepared.test, labels=translation[prepared.test.labels])
+    task = task_named(card.task)
+    prepared = open_prepared(prepare(RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)))
+    test = prepared.test
+    if task.labelled:
+        translation = np.array([_label_number(label, card, name) for label in prepared.label_names])
+        test = dataclasses.replace(test, labels=translation[test.labels])
     model, _ = load_adapter(adapter)
-    outcome = evaluate(model, test, np.arange(len(test)), prepared.pad_token_id)
-    return summary(outcome, prepared.domain_names)
+    outcome = evaluate(model, test, np.arange(len(test)), prepared.pad_token_id, task=task)
+    return summary(outcome, prepared.domain_names, task)
 
 
 def _label_number(label: str, card: AdapterCard, where: str) -> int:

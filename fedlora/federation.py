@@ -27,7 +27,8 @@ from fedlora.models.pissa import principal
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.public import first_gradients
 from fedlora.runs import Checkpoint, RunDirectory
-from fedlora.summaries import personal_summary, result_record, round_record, summary
+from fedlora.samples import samples
+from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
 from fedlora.updates import ClientSpec, State
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
@@ -103,6 +104,7 @@ class Federation:
         self._began = time.monotonic()
         strategy = self.strategy
         strategy.on_round = self._after_round
+        self._measure_before()
         settings = ConfigRecord({"run-key": self.run_key, "labels": list(self.worker.data.label_names)})
         strategy.start(
             grid,
@@ -181,6 +183,25 @@ class Federation:
         self.ledger_heads = checkpoint.ledger_heads
         self.directory.keep_rounds(checkpoint.state.round)
 
+    def _measure_before(self) -> None:
+        """What a pretrained model can do already, where it is no fresh head that decides that."""
+        if self.worker.model.task.labelled or self.directory.before() is not None:
+            return
+        began = time.monotonic()
+        whole = self._evaluate(np.arange(len(self.worker.data.test)))
+        self._write_samples("before")
+        self.directory.write_before(self._summary(whole))
+        if self.progress is not None:
+            like_rounds = self._summary(whole.among(self._subset()))
+            self.progress({"round": 0, **like_rounds, "refused": {}, "seconds": time.monotonic() - began})
+
+    def _write_samples(self, when: str) -> None:
+        """``samples.json``: what the global model writes, where it writes."""
+        task = self.worker.model.task
+        if task.unit == "token" and not self.personal:
+            self._load_global()
+            self.directory.write_samples(when, samples(self.worker, self.config))
+
     # --- after each round ----------------------------------------------------------------------------
 
     @property
@@ -223,33 +244,46 @@ class Federation:
     def _measure(self, report: RoundReport) -> dict[str, Any]:
         """The global model on the fixed subset; without one, each client's model on its own domains."""
         if self.personal:
-            return personal_summary(report.client_metrics, self.worker.data.domain_names)
-        subset = evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
+            return personal_summary(
+                report.client_metrics, self.worker.data.domain_names, self.worker.model.task
+            )
+        subset = self._subset()
         if report.server_round < self.config.num_server_rounds:
-            return summary(self._evaluate(subset), self.worker.data.domain_names)
+            return self._summary(self._evaluate(subset))
         self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
-        return summary(self._whole.among(subset), self.worker.data.domain_names)
+        return self._summary(self._whole.among(subset))
+
+    def _subset(self) -> Indices:
+        return evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
+
+    def _summary(self, outcome: Evaluation) -> dict[str, Any]:
+        return summary(outcome, self.worker.data.domain_names, self.worker.model.task)
 
     def _evaluate(self, indices: Indices) -> Evaluation:
-        worker, state = self.worker, self.state
+        worker = self.worker
         if self.evaluator is not None:
-            return self.evaluator(state, indices)
+            return self.evaluator(self.state, indices)
+        self._load_global()
+        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
+
+    def _load_global(self) -> None:
+        worker, state = self.worker, self.state
         patches = {patch.digest(): patch for patch in state.base}
         worker.move_to(tuple(patches), patches.__getitem__)
         worker.model.load(state.adapters, state.head)
-        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
 
     # --- at the end ------------------------------------------------------------------------------------
 
     def _finish(self) -> dict[str, Any]:
         data, records = self.worker.data, self.directory.rounds()
-        measured = ("accuracy", "loss", "accuracy_by_domain", "examples")
+        measured = [key for key in MEASURED if key in records[-1]]
         outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
         if not self.personal:
             whole = self._whole or self._evaluate(np.arange(len(data.test)))
-            outcome = summary(whole, data.domain_names)
-        result = result_record(self.config, data, records, outcome)
+            outcome = self._summary(whole)
+        result = result_record(self.config, data, records, outcome, self.directory.before())
         self._verify()
+        self._write_samples("after")
         self._export()
         self.directory.write_result(result)
         return result
@@ -282,5 +316,6 @@ class Federation:
             label_names=tuple(data.label_names),
             max_length=self.config.data.max_length,
             seed=self.config.seed,
+            task=self.config.task,
         )
         save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)

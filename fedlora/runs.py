@@ -2,6 +2,8 @@
 
     config.toml       the resolved configuration
     provenance.json   versions, commit, hardware
+    before.json       the pretrained model on the whole test set, where it needs no trained head
+    samples.json      what a language model writes, before round 1 and after the last
     rounds.jsonl      one JSON object a round
     result.json       the last round and the evaluation on the whole test set
     checkpoint/       everything needed to resume with the same bits
@@ -37,6 +39,7 @@ FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
+SAMPLES = "samples.json"
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
 PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
@@ -105,6 +108,22 @@ class RunDirectory:
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         write_atomic(self.path / "provenance.json", json.dumps(provenance(config), indent=2) + "\n")
+
+    def before(self) -> dict[str, Any] | None:
+        """The evaluation before round 1, if there was one."""
+        file = self.path / "before.json"
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def write_before(self, measured: dict[str, Any]) -> None:
+        """Keep the evaluation before round 1."""
+        write_atomic(self.path / "before.json", json.dumps(measured, indent=2) + "\n")
+
+    def write_samples(self, when: str, samples: list[dict[str, Any]]) -> None:
+        """Add what the model writes ``before`` or ``after`` training."""
+        write_atomic(
+            self.path / SAMPLES, json.dumps({**read_samples(self.path), when: samples}, indent=2) + "\n"
+        )
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -228,6 +247,13 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return records
+
+
+def read_samples(path: Path) -> dict[str, Any]:
+    """What the model of a run writes, by ``before`` and ``after``; empty where it writes nothing."""
+    file = path / SAMPLES
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 # --- provenance -----------------------------------------------------------------------------------------

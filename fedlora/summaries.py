@@ -2,34 +2,63 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from clients.carry_out import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES
+from clients.carry_out import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS
 from clients.evaluation import Evaluation
 from fedlora.config import RunConfig
 from fedlora.data.prepared import Prepared
 from fedlora.errors import RunFailed
+from fedlora.tasks import CLASSIFICATION, Task
 from strategies.report import RoundReport
 
+MEASURED = (
+    "accuracy",
+    "loss",
+    "accuracy_by_domain",
+    "examples",
+    "perplexity",
+    "perplexity_by_domain",
+    "tokens",
+)
+"""Keys of an evaluation as a record; the last three where the task has them."""
 
-def summary(outcome: Evaluation, domain_names: Sequence[str]) -> dict[str, Any]:
-    """An evaluation as a record: accuracy, loss, accuracy by domain, examples."""
-    return {
+
+def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASSIFICATION) -> dict[str, Any]:
+    """An evaluation as a record: accuracy, loss, accuracy by domain, examples.
+
+    Of a language model they are over tokens; there are also perplexity, by domain too, and tokens.
+    """
+    by_domain = {domain_names[d]: results for d, results in outcome.by_domain().items()}
+    record = {
         "accuracy": outcome.accuracy,
         "loss": outcome.loss,
-        "accuracy_by_domain": {domain_names[d]: a for d, a in outcome.accuracy_by_domain().items() if d >= 0},
+        "accuracy_by_domain": {name: results.accuracy for name, results in by_domain.items()},
         "examples": outcome.num_examples,
     }
+    if task.unit == "token":
+        record["perplexity"] = perplexity(outcome.loss)
+        record["perplexity_by_domain"] = {name: perplexity(r.loss) for name, r in by_domain.items()}
+        record["tokens"] = outcome.num_units
+    return record
+
+
+def perplexity(loss: float) -> float | None:
+    """The exponential of a mean negative log-likelihood in nats; None where no float holds it."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
 
 
 def personal_summary(
-    metrics: Mapping[int, Mapping[str, float]], domain_names: Sequence[str]
+    metrics: Mapping[int, Mapping[str, float]], domain_names: Sequence[str], task: Task = CLASSIFICATION
 ) -> dict[str, Any]:
-    """Clients' evaluations of their own models as a record, means over examples."""
-    total = sum(m[NUM_EXAMPLES] for m in metrics.values())
+    """Clients' evaluations of their own models as a record, means over examples (or their tokens)."""
+    weights = {p: m.get(NUM_UNITS, m[NUM_EXAMPLES]) for p, m in metrics.items()}
+    total = sum(weights.values())
     if total == 0:
         raise RunFailed("no client could be evaluated")
     by_domain = {}
@@ -39,13 +68,17 @@ def personal_summary(
         if seen:
             right = sum(m[f"{EXAMPLES_IN}{number}"] * m[f"{ACCURACY_IN}{number}"] for m in counted)
             by_domain[name] = right / seen
-    return {
-        "accuracy": sum(m[NUM_EXAMPLES] * m["accuracy"] for m in metrics.values()) / total,
-        "loss": sum(m[NUM_EXAMPLES] * m["loss"] for m in metrics.values()) / total,
+    loss = sum(weights[p] * m["loss"] for p, m in metrics.items()) / total
+    record = {
+        "accuracy": sum(weights[p] * m["accuracy"] for p, m in metrics.items()) / total,
+        "loss": loss,
         "accuracy_by_domain": by_domain,
-        "examples": int(total),
+        "examples": int(sum(m[NUM_EXAMPLES] for m in metrics.values())),
         "accuracy_by_client": {str(p): m["accuracy"] for p, m in sorted(metrics.items())},
     }
+    if task.unit == "token":
+        record |= {"perplexity": perplexity(loss), "tokens": int(total)}
+    return record
 
 
 def round_record(
@@ -82,22 +115,26 @@ def round_record(
 
 
 def result_record(
-    config: RunConfig, data: Prepared, records: Sequence[Mapping[str, Any]], outcome: Mapping[str, Any]
+    config: RunConfig,
+    data: Prepared,
+    records: Sequence[Mapping[str, Any]],
+    outcome: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """``result.json``: the final evaluation, and totals over the rounds.
+    """``result.json``: the final evaluation, what it is to be compared with, and totals over the rounds.
 
     Args:
         config: the run.
         data: what it was tested on.
         records: the lines of ``rounds.jsonl``.
         outcome: accuracy, loss, accuracy by domain, examples.
+        before: the same before round 1, where it was measured.
     """
-    labels = np.bincount(data.test.labels, minlength=data.num_labels)
     return {
         "strategy": config.strategy.name,
         "rounds": len(records),
         **outcome,
-        "majority_accuracy": float(labels.max() / labels.sum()),
+        **_reference(data, before),
         "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
         "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
         "bytes_up": sum(r["bytes_up"] for r in records),
@@ -106,6 +143,14 @@ def result_record(
         "labels": list(data.label_names),
         **_reproducible(records),
     }
+
+
+def _reference(data: Prepared, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The share of the commonest label; without labels the model before training."""
+    if data.num_labels == 0:
+        return {"before": before}
+    labels = np.bincount(data.test.labels, minlength=data.num_labels)
+    return {"majority_accuracy": float(labels.max() / labels.sum())}
 
 
 def _reproducible(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

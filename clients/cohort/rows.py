@@ -68,7 +68,7 @@ def gather(examples: Examples, batches: Sequence[Indices]) -> Rows:
         examples=chosen,
         clients=np.repeat(np.arange(len(batches)), sizes),
         places=np.concatenate([np.arange(size) for size in sizes]),
-        lengths=examples.offsets[chosen + 1] - examples.offsets[chosen],
+        lengths=examples.lengths_of(chosen),
     )
 
 

@@ -49,8 +49,9 @@ def run(
         if federation is None
         else _deployed(settings, path, resume, federation)
     )
-    accuracy = percent(result["accuracy"])
-    out.print(f"[bold]{result['strategy']}[/bold]: accuracy {accuracy} on {result['examples']} examples")
+    out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
+    if result.get("before"):
+        out.print(f"before training: {_measured(result['before'])}")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
 
 
@@ -93,11 +94,15 @@ def evaluate(
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
-    out.print(
-        f"accuracy {percent(result['accuracy'])}, loss {result['loss']:.4f}, {result['examples']} examples"
-    )
+    out.print(f"{_measured(result)}, loss {result['loss']:.4f}, {result['examples']} examples")
     for domain, accuracy in result["accuracy_by_domain"].items():
         out.print(f"  {domain:12} {percent(accuracy)}")
+
+
+def _measured(result: dict[str, Any]) -> str:
+    if result.get("perplexity") is None:
+        return f"accuracy {percent(result['accuracy'])}"
+    return f"perplexity {result['perplexity']:.2f}, next-token accuracy {percent(result['accuracy'])}"
 
 
 def _simulated(settings: RunConfig, path: Path, resume: bool) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class ClientGroup:
 class RunConfig:
     """One federated run."""
 
+    task: str = "classification"
+    """``classification``, ``causal-lm`` or ``instruction``; see ``docs/tasks.md``."""
     num_server_rounds: int = 10
     """Rounds, >= 1."""
     fraction_train: float = 1.0

@@ -13,11 +13,11 @@ class ModelConfig:
     """Which pretrained model, and what sits on top of it."""
 
     name: str = "minilm"
-    """``minilm`` (built in), ``tiny`` (random, for tests), a local directory, or a Hugging Face id."""
+    """``minilm``, ``smollm2``, ``tiny`` and ``tiny-lm`` (random, for tests), a directory, or a hub id."""
     pooling: str = "mean"
-    """``mean`` of the token states, or ``model``: the model's own classification head."""
+    """Of a classifier: ``mean`` of the token states, or ``model``: the model's own classification head."""
     head: str = "train"
-    """The classification head: ``train`` (averaged), ``freeze``, or ``local`` (trained, never sent)."""
+    """Of a classifier: ``train`` (averaged), ``freeze``, or ``local`` (trained, never sent)."""
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", self.name, "must name a model or a directory")
@@ -68,7 +68,7 @@ class DataConfig:
     """Which examples, and who holds which."""
 
     name: str = "sentiment"
-    """``sentiment``, ``newsgroups``, ``synthetic``, a jsonl/csv/parquet file, a directory, or a hub id."""
+    """``sentiment``, ``newsgroups``, ``synthetic``, ``novels``, jsonl/csv/parquet file, directory, hub id."""
     subset: str = ""
     """The configuration of a hub dataset, for instance ``sst2`` of ``glue``."""
     test: str = ""

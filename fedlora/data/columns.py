@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,9 +17,15 @@ from fedlora.errors import ConfigError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BUILT_IN = {"sentiment": ("domain", "group"), "newsgroups": ("domain", ""), "synthetic": ("domain", "group")}
+BUILT_IN = {
+    "sentiment": ("domain", "group"), "newsgroups": ("domain", ""), "synthetic": ("domain", "group"),
+    "novels": ("domain", ""),
+}  # fmt: skip
 """Domain and group column of each built-in dataset."""
+LONG_TEXTS = frozenset({"novels"})
+"""Built-in datasets whose rows are whole books: the last part of each is held out, not some of the rows."""
 TEXTS = ("text", "text_pair")
+DEFAULT_TEXTS = ("text",)
 NATURAL = "natural"
 
 
@@ -28,10 +35,11 @@ class Columns:
 
     Attributes:
         texts: one column, or two for sentence pairs.
-        label: the label.
+        label: the label; empty where examples have none.
         domain: by what accuracy is also reported.
         group: what must not be split between train and test.
         natural: the column whose values are the clients, where that is none of the other parts.
+        conversations: the text is a column of messages, or two columns, a prompt and its response.
     """
 
     texts: tuple[str, ...]
@@ -39,10 +47,14 @@ class Columns:
     domain: str
     group: str
     natural: str
+    conversations: bool = False
 
     @classmethod
-    def of(cls, config: DataConfig) -> Columns:
+    def of(cls, config: DataConfig, *, labelled: bool = True) -> Columns:
         """The columns that a configuration names; a built-in dataset brings its own domain and group.
+
+        Where examples have no label their clients are always a part of their own, since one example may be
+        made of several rows.
 
         Raises:
             ConfigError: no text column, or more than two.
@@ -54,8 +66,17 @@ class Columns:
             )
         domain, group = BUILT_IN.get(config.name, (config.domain_column, config.group_column))
         by = config.partition_by if config.partitioner == "natural" else ""
+        if not labelled:
+            natural = "" if by == "domain" and domain else (by == "group" and group) or by
+            return cls(texts, "", domain, group, natural=natural)
         known = {"label": config.label_column, "domain": domain, "group": group}.get(by)
         return cls(texts, config.label_column, domain, group, natural="" if known else by)
+
+    def settled(self, names: Sequence[str]) -> Columns:
+        """With the texts of conversations by their usual names, where the configuration names none."""
+        if not self.conversations or self.texts != DEFAULT_TEXTS:
+            return self
+        return replace(self, texts=("messages",) if "messages" in names else ("prompt", "response"))
 
     def parts(self) -> dict[str, tuple[str, str]]:
         """Our name -> (the key that names the dataset's column, that column); parts in use only."""
@@ -75,6 +96,7 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
     """
     if len(table) == 0:
         raise ConfigError(f"data: {where} holds no examples")
+    columns = columns.settled(table.column_names)
     used = columns.parts()
     for key, column in used.values():
         if column not in table.column_names:
@@ -85,6 +107,8 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
     parts = {}
     for name, (key, column) in used.items():
         values = arrow[column]
+        if name in TEXTS and columns.conversations and len(columns.texts) == 1:
+            values = _as_json(values, key, column, where)
         if name in TEXTS and not _is_text(values.type):
             raise ConfigError(f"{key} = {column!r}: holds {values.type} in {where}, must be text")
         parts[name] = values if name == "label" else _as_text(values, key, column, where)
@@ -152,6 +176,17 @@ def _as_text(values: pa.ChunkedArray, key: str, column: str, where: str) -> pa.C
         raise ConfigError(
             f"{key} = {column!r}: holds {values.type} in {where}, must be whole numbers or names"
         ) from None
+
+
+def _as_json(values: pa.ChunkedArray, key: str, column: str, where: str) -> pa.ChunkedArray:
+    """Messages as JSON text; without any they are empty."""
+    kind = values.type
+    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)):
+        raise ConfigError(
+            f"{key} = {column!r}: holds {kind} in {where}, must be lists of messages with role and content"
+        )
+    texts = [json.dumps(messages) if messages else "" for messages in values.to_pylist()]
+    return pa.chunked_array([pa.array(texts, pa.large_string())])
 
 
 def _refuse_empty(values: pa.ChunkedArray, key: str, column: str, where: str) -> None:

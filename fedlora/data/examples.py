@@ -23,12 +23,14 @@ class Examples:
         offsets: example i is ``tokens[offsets[i]:offsets[i + 1]]``, int64, shape (examples + 1,).
         labels: int64, shape (examples,).
         domains: index into the domain names, -1 where there are none, int32, shape (examples,).
+        counted: for each token whether the loss counts it, uint8; None where that goes without saying.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
     labels: np.ndarray
     domains: np.ndarray
+    counted: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -42,6 +44,11 @@ class Examples:
         """Tokens of each example, int64, shape (examples,)."""
         return np.diff(self.offsets)
 
+    def lengths_of(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of some examples, int64, shape (indices,); what a pass over them costs."""
+        found: np.ndarray = self.offsets[indices + 1] - self.offsets[indices]
+        return found
+
 
 def open_examples(path: Path) -> Examples:
     """The examples of an Arrow IPC file; nothing is read before it is used."""
@@ -52,7 +59,15 @@ def open_examples(path: Path) -> Examples:
         offsets=_view(ids, np.int64, rows + 1),
         labels=_view(batch.column("label"), np.int64, rows),
         domains=_view(batch.column("domain"), np.int32, rows),
+        counted=_counted(batch),
     )
+
+
+def _counted(batch: pa.RecordBatch) -> np.ndarray | None:
+    if "counted" not in batch.schema.names:
+        return None
+    marks = batch.column("counted").values
+    return _view(marks, np.uint8, len(marks))
 
 
 def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
@@ -63,6 +78,7 @@ def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
 def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
     """One batch: input_ids and attention_mask of shape (batch, longest), labels of shape (batch,), int64.
 
+    And, where the examples say it, ``counted`` of shape (batch, longest): whether the loss counts a token.
     The longest is the longest of this batch; no indices give shape (0, 1).
     """
     rows = [examples.input_ids(int(index)) for index in indices]
@@ -73,11 +89,18 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
         input_ids[number, : len(row)] = row
         attention_mask[number, : len(row)] = 1
     labels = examples.labels[np.asarray(indices, dtype=np.int64)]
-    return {
+    batch = {
         "input_ids": torch.from_numpy(input_ids),
         "attention_mask": torch.from_numpy(attention_mask),
         "labels": torch.from_numpy(labels),
     }
+    if examples.counted is not None:
+        counted = np.zeros(shape, dtype=np.int64)
+        for number, index in enumerate(indices):
+            marks = examples.counted[examples.offsets[index] : examples.offsets[index + 1]]
+            counted[number, : len(marks)] = marks
+        batch["counted"] = torch.from_numpy(counted)
+    return batch
 
 
 def evaluation_subset(examples: Examples, size: int) -> np.ndarray:

@@ -20,10 +20,11 @@ import pyarrow as pa
 
 from fedlora.assets import ASSETS, asset_identity, cache_dir, create_directory
 from fedlora.config import DataConfig, RunConfig
-from fedlora.data.columns import NATURAL, Columns, codes_of, in_order
+from fedlora.data.columns import NATURAL, codes_of, in_order
 from fedlora.data.examples import Examples, open_examples
 from fedlora.data.tokenizers import Tokenizer, load_tokenizer
 from fedlora.errors import ConfigError
+from fedlora.tasks import CLASSIFICATION, Task, task_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,12 +46,13 @@ class Prepared:
     Attributes:
         train: the training examples of all clients.
         test: the test examples.
-        label_names: name of each label.
+        label_names: name of each label; empty where examples have none.
         domain_names: name of each domain; empty where there are none.
         pad_token_id: what `collate` fills up with.
         flat: the indices of all partitions one after another, int64.
         offsets: partition i is ``flat[offsets[i]:offsets[i + 1]]``, int64.
         declared: the owner's name for the data where it is a node's own, see `fedlora.data.own`.
+        task: what the examples were prepared for.
     """
 
     train: Examples
@@ -61,6 +63,7 @@ class Prepared:
     flat: np.ndarray
     offsets: np.ndarray
     declared: str = ""
+    task: str = CLASSIFICATION.name
 
     @property
     def num_labels(self) -> int:
@@ -103,6 +106,7 @@ def open_prepared(path: Path | str) -> Prepared:
         pad_token_id=meta["pad_token_id"],
         flat=flat,
         offsets=offsets,
+        task=meta.get("task", CLASSIFICATION.name),
     )
 
 
@@ -115,22 +119,24 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
         ConfigError: data, tokenizer or partitioning cannot be had as asked.
         AssetError: something could not be fetched.
     """
+    task = task_named(config.task)
     tokenizer = tokenizer or load_tokenizer(config.model.name)
-    home = cache_dir() / "prepared" / _token_key(config.data, tokenizer)
-    create_directory(home, lambda draft: _write_examples(config.data, tokenizer, draft))
+    home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task)
+    create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft))
     path = home / _partition_key(config)
     create_directory(path, lambda draft: _write_partitions(config, home, draft))
     return path
 
 
-def _token_key(config: DataConfig, tokenizer: Tokenizer) -> str:
+def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICATION) -> str:
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in _PARTITION_KEYS}
     for key in ("evaluate_examples", "public"):
         shared.pop(key)
-    natural = Columns.of(config).natural
+    natural = task.columns(config).natural
     files = [file_stamps(name) for name in (config.name, config.test)]
     asset = asset_identity(config.name) if config.name in ASSETS else ""
-    return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity)
+    name = [] if task is CLASSIFICATION else [task.name]
+    return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity, *name)
 
 
 def _partition_key(config: RunConfig) -> str:
@@ -151,27 +157,29 @@ def file_stamps(name: str) -> list[tuple[str, int, int]]:
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
-def _write_examples(config: DataConfig, tokenizer: Tokenizer, draft: Path) -> None:
+def _write_examples(task: Task, config: DataConfig, tokenizer: Tokenizer, draft: Path) -> None:
     from fedlora.data.sources import load_examples
 
-    raw = load_examples(config)
-    names = {}
+    raw = load_examples(config, task.columns(config))
+    names, counts = {}, {}
     for column in ("domain", "group", NATURAL):
         if column in raw.train.column_names:
             names[column] = in_order({*raw.train[column][:], *raw.test[column][:]})
     for part, table in (("train", raw.train), ("test", raw.test)):
         line = f"tokenising {len(table):,} {part} examples of {config.name}"
-        batch = tokenised(table, tokenizer, config.max_length, names, line)
+        batch = tokenised(table, tokenizer, config.max_length, names, line, task)
+        counts[part] = batch.num_rows
         with pa.ipc.new_file(str(draft / f"{part}.arrow"), batch.schema) as file:
             file.write_batch(batch)
     meta = {
         "format": FORMAT,
+        "task": task.name,
         "source": config.name,
         "label_names": raw.label_names,
         "domain_names": names.get("domain", []),
         "pad_token_id": tokenizer.pad_token_id,
-        "num_train": len(raw.train),
-        "num_test": len(raw.test),
+        "num_train": counts["train"],
+        "num_test": counts["test"],
         "max_length": config.max_length,
         "tokenizer": tokenizer.identity,
     }
@@ -179,24 +187,29 @@ def _write_examples(config: DataConfig, tokenizer: Tokenizer, draft: Path) -> No
 
 
 def tokenised(
-    table: Dataset, tokenizer: Tokenizer, max_length: int, names: dict[str, list[str]], line: str
+    table: Dataset,
+    tokenizer: Tokenizer,
+    max_length: int,
+    names: dict[str, list[str]],
+    line: str,
+    task: Task = CLASSIFICATION,
 ) -> Any:
-    """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural."""
-    rows: list[np.ndarray] = []
-    for batch in _tracked(table.iter(BATCH), -(-len(table) // BATCH), line):
-        ids = tokenizer.encode(batch["text"], batch.get("text_pair"), max_length)
-        rows += [np.asarray(row, dtype=np.int32) for row in ids]
-    lengths = np.array([len(row) for row in rows])
-    if not lengths.all():
-        text = table["text"][int(np.argmin(lengths))]
-        raise ConfigError(f"data: the text {text!r} has no token for this model's tokenizer")
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural.
+
+    And ``counted``, as long as input_ids, where the task says which tokens count.
+    """
+    encoded = task.encode(_tracked(table.iter(BATCH), -(-len(table) // BATCH), line), tokenizer, max_length)
+    rows = encoded.rows
+    offsets = np.concatenate([[0], np.cumsum([len(values) for values in encoded.values])])
+    labels = np.asarray(table["label"][:]) if task.labelled else np.zeros(len(table), dtype=np.int64)
     columns = {
-        "input_ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(rows)),
-        "label": np.asarray(table["label"][:]),
+        "input_ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.values)),
+        "label": labels[rows],
         "domain": np.full(len(rows), -1, dtype=np.int32),
-        **{column: codes_of(table[column][:], values) for column, values in names.items()},
+        **{column: codes_of(table[column][:], values)[rows] for column, values in names.items()},
     }
+    if encoded.counted is not None:
+        columns["counted"] = pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.counted))
     return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
 
 
@@ -219,6 +232,7 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    parts = partition(Dataset(table.drop_columns("input_ids")), config.data, config.seed)
+    by_token = [name for name in ("input_ids", "counted") if name in table.column_names]
+    parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed)
     offsets = np.cumsum([0, *map(len, parts)])
     np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=offsets)

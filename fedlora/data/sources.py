@@ -17,10 +17,11 @@ from datasets.exceptions import DatasetsError
 
 from fedlora.assets import cache_dir
 from fedlora.config import DataConfig
-from fedlora.data.columns import BUILT_IN, TEXTS, Columns, encode_labels, standard
+from fedlora.data.columns import BUILT_IN, LONG_TEXTS, TEXTS, Columns, encode_labels, standard
 from fedlora.data.newsgroups import newsgroups_tables
+from fedlora.data.novels import novels_table
 from fedlora.data.sentiment import sentiment_table
-from fedlora.data.split import held_out, linked_rows, normalised
+from fedlora.data.split import held_out, last_part, linked_rows, normalised
 from fedlora.data.synthetic import synthetic_table
 from fedlora.errors import AssetError, ConfigError, first_line
 
@@ -33,10 +34,10 @@ class RawData:
     """Examples as text, before tokenising.
 
     Attributes:
-        train: columns text (and text_pair), label (int64), domain and group where there are any, and
-            natural: the column of ``data.partition-by`` where that is another one.
+        train: columns text (and text_pair), label (int64, where there are any), domain and group where there
+            are any, and natural: the column of ``data.partition-by`` where that is another one.
         test: the same columns.
-        label_names: name of each label.
+        label_names: name of each label; empty where examples have none.
     """
 
     train: Dataset
@@ -44,35 +45,40 @@ class RawData:
     label_names: tuple[str, ...]
 
 
-def load_examples(config: DataConfig) -> RawData:
+def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData:
     """Train and test examples. The split never depends on a seed, so every run has the same test set.
 
-    Test examples come from ``data.test``, else from the dataset's own labelled test or validation
-    split, else ``data.test-fraction`` is held out: by domain, and never apart from another row with
-    the same group or the same words. With ``data.validation-fraction`` the test examples are left out,
-    and a share of the training examples, split off in the same way, stands in their place.
+    The columns are those of the configuration unless given. Test examples come from ``data.test``, else from
+    the dataset's own labelled test or validation split, else ``data.test-fraction`` is held out: by domain,
+    and never apart from another row with the same group or the same words. With ``data.validation-fraction``
+    the test examples are left out, and a share of the training examples, split off in the same way, stands in
+    their place. Of a novel the last part is held out.
 
     Raises:
         ConfigError: a missing file or column, an empty value, labels that do not fit.
         AssetError: a dataset that could not be fetched.
     """
-    columns = Columns.of(config)
-    source, own_test = open_source(config)
+    columns = Columns.of(config) if columns is None else columns
+    source, own_test = open_source(config, labelled=bool(columns.label))
     parts = [standard(source, columns, repr(config.name))]
     test = _read_file(Path(config.test), "data.test") if config.test else own_test
     if test is not None:
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
-    tables, names = encode_labels(parts, source, columns, repr(config.name))
+    names: tuple[str, ...] = ()
+    tables = parts
+    if columns.label:
+        tables, names = encode_labels(parts, source, columns, repr(config.name))
+    split = split_texts if config.name in LONG_TEXTS else split_table
     train, test_table = (
-        tables if len(tables) == 2 else split_table(tables[0], config.test_fraction, "data.test-fraction")
+        tables if len(tables) == 2 else split(tables[0], config.test_fraction, "data.test-fraction")
     )
     if config.validation_fraction:
-        train, test_table = split_table(train, config.validation_fraction, "data.validation-fraction")
+        train, test_table = split(train, config.validation_fraction, "data.validation-fraction")
     return RawData(Dataset(train), Dataset(test_table), names)
 
 
-def open_source(config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """All or the train examples, and the dataset's own test examples if it has any.
+def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
+    """All or the train examples, and the dataset's own test examples (with labels) if it has any.
 
     Raises:
         ConfigError: it cannot be read.
@@ -88,11 +94,13 @@ def open_source(config: DataConfig) -> tuple[Dataset, Dataset | None]:
             return newsgroups_tables()
         case "synthetic":
             return synthetic_table(), None
+        case "novels":
+            return novels_table(), None
     if path.is_dir():
-        return _own_splits(_read_directory(path), config)
+        return _own_splits(_read_directory(path), config, labelled)
     if path.is_file() or path.suffix in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
         return _read_file(path, "data.name"), None
-    return _own_splits(_from_hub(config), config)
+    return _own_splits(_from_hub(config), config, labelled)
 
 
 def _read_file(path: Path, key: str) -> Dataset:
@@ -151,13 +159,13 @@ def _loaded(where: str, load: Callable[[], Any]) -> Any:
         raise ConfigError(f"{where}: cannot be read ({first_line(error.__cause__ or error)})") from None
 
 
-def _own_splits(loaded: Any, config: DataConfig) -> tuple[Dataset, Dataset | None]:
-    """The train split and the first labelled one of test and validation."""
+def _own_splits(loaded: Any, config: DataConfig, labelled: bool) -> tuple[Dataset, Dataset | None]:
+    """The train split and the first one of test and validation, with labels where there are such."""
     splits = loaded if isinstance(loaded, DatasetDict) else {"train": loaded}
     if "train" not in splits:
         raise ConfigError(f"data.name = {config.name!r}: has no train split, it has {', '.join(splits)}")
     for name in ("test", "validation"):
-        if name in splits and _labelled(splits[name], config.label_column):
+        if name in splits and (not labelled or _labelled(splits[name], config.label_column)):
             return splits["train"], splits[name]
     return splits["train"], None
 
@@ -187,3 +195,20 @@ def split_table(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, p
             f"{key} = {fraction}: {len(table)} examples cannot be split by group and duplicates"
         )
     return table.take(np.flatnonzero(~test)), table.take(np.flatnonzero(test))
+
+
+def split_texts(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
+    """Each text but its last part, and the last parts: what is held out comes after all that is trained on.
+
+    Raises:
+        ConfigError: a text that cannot be cut.
+    """
+    cut = [last_part(text, fraction) for text in table["text"].to_pylist()]
+    if not all(before and after for before, after in cut):
+        raise ConfigError(f"{key} = {fraction}: a text cannot be cut there, between two paragraphs")
+    place = table.column_names.index("text")
+    before, after = (
+        table.set_column(place, "text", pa.array(texts, pa.large_string()))
+        for texts in zip(*cut, strict=True)
+    )
+    return before, after

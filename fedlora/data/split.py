@@ -11,6 +11,8 @@ import numpy as np
 from fedlora.seeding import stream
 
 _WORD = re.compile(r"\w+")
+PARAGRAPH = "\n\n"
+"""Between two paragraphs."""
 
 
 def normalised(text: str) -> str:
@@ -76,3 +78,13 @@ def _fill(order: np.ndarray, sizes: np.ndarray, fraction: float) -> list[int]:
     if smallest is not None and sizes[smallest] < 2 * room:
         chosen.append(smallest)
     return chosen
+
+
+def last_part(text: str, fraction: float) -> tuple[str, str]:
+    r"""A text cut between two paragraphs, where about that share of its characters is left.
+
+    >>> last_part("One.\n\nTwo.\n\nThree.", 0.3)
+    ('One.\n\nTwo.', 'Three.')
+    """
+    place = text.rfind(PARAGRAPH, 0, round(len(text) * (1 - fraction)) + len(PARAGRAPH))
+    return ("", text) if place < 0 else (text[:place], text[place + len(PARAGRAPH) :])

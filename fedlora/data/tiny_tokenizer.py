@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from zlib import crc32
 
+from fedlora.data.conversations import Turn, plainly
+
 VOCAB_SIZE = 1000
 PAD, CLS, SEP = 0, 1, 2
 _NUM_SPECIAL = 3
@@ -17,6 +19,7 @@ class TinyTokenizer:
 
     identity = f"tiny-{VOCAB_SIZE}"
     pad_token_id = PAD
+    end_token_id = SEP
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
@@ -27,6 +30,18 @@ class TinyTokenizer:
         return [
             _framed([_ids(text), _ids(pair)], max_length) for text, pair in zip(texts, pairs, strict=True)
         ]
+
+    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Token ids of each text, whole and without specials."""
+        return [_ids(text) for text in texts]
+
+    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them count."""
+        return plainly(turns, self)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The ids: hashes cannot be undone."""
+        return " ".join(map(str, ids))
 
 
 def _ids(text: str) -> list[int]:

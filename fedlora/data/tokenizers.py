@@ -1,4 +1,4 @@
-"""From a model's name to its tokenizer: a directory of files, or the built-in one of ``tiny``."""
+"""From a model's name to its tokenizer: a directory of files, or one without files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedlora.assets import asset_path, file_sha256
+from fedlora.assets import file_sha256
+from fedlora.built_in import BUILT_IN_MODELS, model_directory
+from fedlora.data.byte_tokenizer import ByteTokenizer
+from fedlora.data.conversations import Turn, by_template, plainly
 from fedlora.data.tiny_tokenizer import TinyTokenizer
 from fedlora.errors import AssetError, ConfigError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
-    "config.json",
+    "config.json", "chat_template*",
 )  # fmt: skip
 """What a tokenizer is read from; the model's config.json says of which kind it is."""
 
@@ -36,6 +39,19 @@ class Tokenizer(Protocol):
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
     ) -> Sequence[Sequence[int]]:
         """Token ids of each text (with its pair), specials added, cut to ``max_length``, not padded."""
+
+    @property
+    def end_token_id(self) -> int:
+        """Ends a text of a language model."""
+
+    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Token ids of each text, whole and without specials."""
+
+    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """Token ids of a conversation, and which of them are the assistant's."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; specials are left out."""
 
 
 class PretrainedTokenizer:
@@ -96,6 +112,45 @@ class PretrainedTokenizer:
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
+    @property
+    def end_token_id(self) -> int:
+        """The end-of-sequence token.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        if self._loaded.eos_token_id is None:
+            raise ConfigError(f"model.name = {self.name!r}: its tokenizer has no end token")
+        return int(self._loaded.eos_token_id)
+
+    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Token ids of each text, whole and without specials."""
+        found = self._loaded(list(texts), add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = found["input_ids"]
+        return ids
+
+    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+        """By the chat template, else plainly; see `fedlora.data.conversations`."""
+        if self._loaded.chat_template is None:
+            return plainly(turns, self)
+        return by_template(turns, self._template, self, f"model.name = {self.name!r}")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids; specials are left out."""
+        return str(self._loaded.decode(list(ids), skip_special_tokens=True))
+
+    def _template(self, turns: Sequence[Turn], ask: bool) -> str:
+        from jinja2 import TemplateError
+
+        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+        except (TemplateError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"model.name = {self.name!r}: its chat template refuses a conversation ({first_line(error)})"
+            ) from None
+        return str(text)
+
     @cached_property
     def _loaded(self) -> Any:
         from transformers import AutoTokenizer
@@ -109,7 +164,7 @@ class PretrainedTokenizer:
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer of ``model.name``: ``tiny``, a built-in model, a directory, or a hub id.
+    """The tokenizer of ``model.name``: a built-in model, a directory, or a hub id.
 
     Raises:
         ConfigError: no such directory, or no tokenizer in it.
@@ -117,9 +172,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "tiny":
         return TinyTokenizer()
-    if name == "minilm":
-        return PretrainedTokenizer(asset_path(name), name)
-    directory = Path(name).expanduser()
+    if name == "tiny-lm":
+        return ByteTokenizer()
+    directory = model_directory(name) or Path(name).expanduser()
     if directory.is_dir():
         return PretrainedTokenizer(directory, name)
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
@@ -140,4 +195,4 @@ def _from_hub(name: str) -> Path:
 
 
 def _absent(name: str) -> str:
-    return f"model.name = {name!r}: not built in (minilm, tiny), no directory"
+    return f"model.name = {name!r}: not built in ({', '.join(BUILT_IN_MODELS)}), no directory"

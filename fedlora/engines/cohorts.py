@@ -35,9 +35,8 @@ def predicted_work(config: RunConfig, data: Prepared) -> Work:
     def work(partition_id: int) -> float:
         held = data.indices(partition_id)
         steps = num_steps(config.train, len(held), config.local_steps_of(partition_id))
-        tokens = data.train.offsets[held + 1] - data.train.offsets[held]
         batch = config.train.batch_size if config.privacy.private else min(config.train.batch_size, len(held))
-        return float(steps * batch * tokens.mean())
+        return float(steps * batch * data.train.lengths_of(held).mean())
 
     return work
 

@@ -14,6 +14,7 @@ from fedlora.data.prepared import Prepared
 from fedlora.engines.dispatch import Dispatcher, Job
 from fedlora.engines.lending import Lender
 from fedlora.engines.ray_pool import RayPool
+from fedlora.tasks import task_named
 from fedlora.updates import State
 
 JOBS_PER_ACTOR = 4
@@ -33,7 +34,7 @@ class SharedEvaluation:
         self._pool, self._lender, self._data = pool, lender, data
 
     def __call__(self, state: State, indices: Indices) -> Evaluation:
-        """Losses and predictions of a state's global model.
+        """Losses and hits of a state's global model.
 
         Raises:
             RunFailed: a process that died more often than ``engine.max-retries`` allows.
@@ -42,7 +43,7 @@ class SharedEvaluation:
 
         loan = self._lender.move_to(state.base)
         model = ray.put((dict(state.adapters), dict(state.head)))
-        places = cut(self._data.test, indices)
+        places = cut(self._data.test, indices, most_tokens=task_named(self._data.task).most_tokens)
         packs = self._packed(len(places))
         jobs = [
             Job("evaluate", (loan, model, [indices[places[i]] for i in pack]), "the evaluation", pack)

@@ -15,6 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+SHOWN = (("perplexity", 2), ("accuracy", 3), ("epsilon", 3))
+"""Keys of a record that are shown, and with how many decimals."""
+
 
 class RoundProgress:
     """Shows the rounds of one run as they finish.
@@ -55,12 +58,13 @@ class RoundProgress:
             self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)
 
     def update(self, record: dict[str, Any]) -> None:
-        """A round is done; ``record`` is its line in ``rounds.jsonl``."""
-        shown = [f"{key} {record[key]:.3f}" for key in ("accuracy", "epsilon") if record.get(key) is not None]
+        """A round is done; ``record`` is its line in ``rounds.jsonl``. Round 0 is before training."""
+        shown = [f"{key} {record[key]:.{d}f}" for key, d in SHOWN if record.get(key) is not None]
         self._bar.update(self._task, completed=record["round"], status=", ".join(shown))
         if not self._console.is_terminal:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
-            done = f"{self._title}: round {record['round']}/{self._total} {', '.join(shown)}{lost}"
+            number = f"round {record['round']}/{self._total}" if record["round"] else "before training"
+            done = f"{self._title}: {number} {', '.join(shown)}{lost}"
             self._console.print(f"{done}, {record['seconds']:.1f} s{_diagnosis(record)}", highlight=False)
 
 

@@ -107,7 +107,8 @@ class ClientWorker:
         worker = borrow(loan)
         worker.model.load(*model)
         data = worker.data
-        return [run_batch(worker.model, data.test, batch, data.pad_token_id) for batch in batches]
+        module, task = worker.model.module, worker.model.task
+        return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
 
     def base_hashes(self, loan: Loan) -> Hashes:
         """See `fedlora.engines.lending.base_hashes`."""

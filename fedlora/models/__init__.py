@@ -4,7 +4,7 @@ Importing this package imports transformers and PEFT (seconds); do it where a mo
 """
 
 from fedlora.models.adapted import AdaptedModel, Trainable
-from fedlora.models.build import TINY_VOCAB_SIZE, build_model, check_padding, pick_device
+from fedlora.models.build import TINY_VOCAB_SIZE, build_model, check_length, check_padding, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
 
@@ -14,6 +14,7 @@ __all__ = [
     "AdapterCard",
     "Trainable",
     "build_model",
+    "check_length",
     "check_padding",
     "head_tensors",
     "linear_layers",

@@ -19,6 +19,7 @@ from fedlora.models.core import CoredOutput
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
 from fedlora.models.moving import MovingBase
 from fedlora.models.shared import hashes
+from fedlora.tasks import CLASSIFICATION, Task
 from fedlora.updates import ModuleSpec, Patch, TailPenalty, Template
 
 
@@ -41,17 +42,19 @@ class AdaptedModel:
     `load` makes one client's (or the global) adapter the only active one; `read` takes it out.
 
     Attributes:
-        module: the model; call it with ``input_ids`` and ``attention_mask``, it returns ``.logits``.
+        module: the model; its task calls it and knows what it returns.
+        task: what it is trained for.
         modules: the adapted layers, in the order of the model.
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
     """
 
-    def __init__(self, module: nn.Module, modules: Collection[str]) -> None:
+    def __init__(self, module: nn.Module, modules: Collection[str], task: Task = CLASSIFICATION) -> None:
         """Adapt the named layers of a model from `build_model`, in place.
 
         The head is copied; no other tensor of the model is ever written to, so that they may be shared.
         """
+        self.task = task
         self.module = module.requires_grad_(False).eval()
         self.modules: dict[str, ModuleSpec] = {n: s for n, s in linear_layers(module).items() if n in modules}
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}

@@ -1,24 +1,37 @@
-"""Building the frozen base: a pretrained encoder with a classification head on top."""
+"""Building the frozen base: a pretrained encoder with a classification head on top, or a language model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedlora.assets import asset_path
+from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, first_line
 from fedlora.models.layers import head_tensors
 from fedlora.seeding import derive, torch_stream
 
 TINY_VOCAB_SIZE = 1000
+TINY_LM_VOCAB_SIZE = 258
+NO_LANGUAGE_MODEL = (
+    "it is no causal language model; accepted are smollm2, tiny-lm, a directory and a Hugging Face id of one"
+)
 HEAD_STD = 0.02
 """Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
 
@@ -50,8 +63,10 @@ class MeanPooledClassifier(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
 
-def build_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = "classifier") -> nn.Module:
     """The frozen float32 base in evaluation mode, on the CPU.
+
+    ``network`` is what a task wants, see `NETWORKS`; a language model has no head that is trained.
 
     The head, and anything else that the checkpoint lacks, is drawn from streams of ``seed``; the
     global random state stays as it was. A head that the checkpoint brings is kept.
@@ -61,10 +76,7 @@ def build_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
         AssetError: a built-in model could not be fetched.
     """
     with quiet(), _drawn_from(seed, "missing-weights"):
-        if config.pooling == "mean":
-            model = _mean_pooled(config.name, num_labels, seed)
-        else:
-            model = _with_own_head(config.name, num_labels)
+        model = NETWORKS[network](config, num_labels, seed)
     return model.requires_grad_(False).eval()
 
 
@@ -84,6 +96,18 @@ def check_padding(config: ModelConfig, network: nn.Module, pad_token_id: int) ->
         )
 
 
+def check_length(name: str, network: nn.Module, max_length: int) -> None:
+    """Refuse sequences that are longer than the model has positions for.
+
+    Raises:
+        ConfigError: they are.
+    """
+    model: Any = network
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max_length > most:
+        raise ConfigError(f"data.max-length = {max_length}: {name!r} takes at most {most} tokens")
+
+
 def pick_device(name: str) -> torch.device:
     """The device of ``engine.device``; ``auto`` takes cuda, then mps, then cpu.
 
@@ -97,6 +121,38 @@ def pick_device(name: str) -> torch.device:
         there = ", ".join(device for device, here in available.items() if here)
         raise ConfigError(f"engine.device = {name!r}: not available here, accepted are auto, {there}")
     return torch.device(name)
+
+
+def _classifier(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    if config.pooling == "mean":
+        return _mean_pooled(config.name, num_labels, seed)
+    return _with_own_head(config.name, num_labels)
+
+
+def _language_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    if config.name == "tiny":
+        raise ConfigError(f"model.name = 'tiny': {NO_LANGUAGE_MODEL}")
+    model = _tiny_lm() if config.name == "tiny-lm" else _pretrained(AutoModelForCausalLM, config.name)
+    model.config.use_cache = False  # keys and values that training never reads
+    _check_causal(config.name, model)
+    network: nn.Module = model
+    return network
+
+
+NETWORKS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
+    "classifier": _classifier,
+    "language-model": _language_model,
+}
+"""What can be built, of the configuration, the number of labels and the seed."""
+
+
+def _check_causal(name: str, model: Any) -> None:
+    """Refuse a model in which a token sees those after it: it would be shown what it has to predict."""
+    ids = torch.tensor([[3, 4, 5], [3, 4, 6]])
+    with torch.no_grad():
+        one, other = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :2]
+    if not torch.allclose(one, other, rtol=0, atol=1e-5 * float(one.abs().max())):
+        raise ConfigError(f"model.name = {name!r}: its tokens see those that follow, {NO_LANGUAGE_MODEL}")
 
 
 def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:
@@ -129,15 +185,15 @@ def _with_own_head(name: str, num_labels: int) -> nn.Module:
 
 def _pretrained(kind: Any, name: str, **arguments: Any) -> Any:
     """The pretrained weights in float32 from a built-in asset, a directory or the hub."""
-    source = asset_path(name) if name == "minilm" else name
+    source = model_directory(name) or name
     try:
         config = AutoConfig.from_pretrained(source, **arguments)
         return kind.from_pretrained(source, config=config, dtype=torch.float32)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise ConfigError(
-            f"model.name = {name!r}: accepted are minilm, tiny, a directory with a transformers model and a "
-            f"Hugging Face id ({reason})"
+            f"model.name = {name!r}: accepted are {', '.join(BUILT_IN_MODELS)}, a directory with a "
+            f"transformers model that fits the task and a Hugging Face id ({reason})"
         ) from None
 
 
@@ -157,6 +213,25 @@ def _tiny_backbone() -> Any:
     """The same random weights for every seed of a run."""
     with _drawn_from(0, "tiny"):
         return BertModel(_tiny_config())
+
+
+def _tiny_lm() -> Any:
+    """Like SmolLM2, but small and random; the same weights for every seed of a run."""
+    config = LlamaConfig(
+        vocab_size=TINY_LM_VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    with _drawn_from(0, "tiny-lm"):
+        return LlamaForCausalLM(config)
 
 
 @contextmanager

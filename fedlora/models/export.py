@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
+from fedlora.built_in import RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.decompositions import svd
 from fedlora.errors import ConfigError
@@ -23,6 +25,7 @@ from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_p
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
 from fedlora.peft_keys import to_peft
+from fedlora.tasks import CLASSIFICATION, task_named
 from fedlora.threads import side_by_side
 from fedlora.updates import State
 
@@ -39,12 +42,14 @@ class AdapterCard:
         label_names: the classes, in the order of the logits.
         max_length: longest sequence in tokens.
         seed: the seed of `build_model`, for weights that neither checkpoint nor adapter bring.
+        task: what it was trained for.
     """
 
     model: ModelConfig
     label_names: tuple[str, ...]
     max_length: int
     seed: int
+    task: str = CLASSIFICATION.name
 
     def write(self, directory: Path) -> None:
         """Write ``fedlora.json``."""
@@ -65,6 +70,7 @@ class AdapterCard:
                 label_names=tuple(fields["label_names"]),
                 max_length=fields["max_length"],
                 seed=fields["seed"],
+                task=fields.get("task", CLASSIFICATION.name),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None
@@ -87,7 +93,8 @@ def save_adapter(
         fan_in_fan_out: as the `AdaptedModel` has it; PEFT warns and corrects it where it is wrong.
     """
     adapters = global_adapters(state)
-    write_adapter(directory, adapters, {**head, **state.head}, card, fan_in_fan_out=fan_in_fan_out)
+    fields: dict[str, Any] = {"fan_in_fan_out": fan_in_fan_out, **_identity(card)}
+    write_adapter(directory, adapters, {**head, **state.head}, card, **fields)
 
 
 def write_adapter(
@@ -116,13 +123,24 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
         ConfigError: the directory does not hold an adapter that fedlora wrote.
     """
     card = AdapterCard.read(directory)
-    base = build_model(card.model, len(card.label_names), card.seed)
+    base = build_model(card.model, len(card.label_names), card.seed, task_named(card.task).network)
     try:
-        model: nn.Module = PeftModel.from_pretrained(base, directory, torch_device="cpu")
+        with warnings.catch_warnings():  # of PEFT's about a name that transformers will change
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+            model: nn.Module = PeftModel.from_pretrained(base, directory, torch_device="cpu")
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{directory}: not a PEFT adapter of {card.model.name} ({reason})") from None
     return model.to(device).eval(), card
+
+
+def _identity(card: AdapterCard) -> dict[str, Any]:
+    """By what PEFT's Auto classes find a language model's base; a classifier's head is built here alone."""
+    if task_named(card.task).network != "language-model":
+        return {}
+    name = card.model.name
+    source = None if name in RANDOM_MODELS else str(model_directory(name) or name)
+    return {"task_type": "CAUSAL_LM", "base_model_name_or_path": source}
 
 
 def global_product(state: State, name: str) -> Product:

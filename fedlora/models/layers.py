@@ -1,4 +1,4 @@
-"""Which layers of a model take an adapter, and which tensors are its classification head."""
+"""Which layers of a model take an adapter, and which tensors are a head that is trained."""
 
 from __future__ import annotations
 
@@ -25,10 +25,20 @@ def head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     """The classification head: every parameter outside the model's own base, in the order of the model.
 
     By transformers' convention the pretrained part is the child that ``base_model_prefix`` names and
-    everything beside it (``classifier``, ``score``, ``pre_classifier``, ...) belongs to the task.
+    everything beside it (``classifier``, ``score``, ``pre_classifier``, ...) belongs to the task. A language
+    model's output embedding stands there too; it is pretrained, no head, and stays frozen.
     """
-    base = f"{model.base_model_prefix}."
-    return {name: p for name, p in model.named_parameters() if not name.startswith(base)}
+    base, frozen = f"{model.base_model_prefix}.", _output_embedding(model)
+    return {
+        name: p for name, p in model.named_parameters() if not name.startswith(base) and id(p) not in frozen
+    }
+
+
+def _output_embedding(model: Any) -> set[int]:
+    """The ids of its parameters; empty where there is none."""
+    find = getattr(model, "get_output_embeddings", None)
+    layer = find() if find is not None else None
+    return set() if layer is None else {id(p) for p in layer.parameters()}
 
 
 def head_modules(model: nn.Module) -> tuple[str, ...]:

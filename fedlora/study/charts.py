@@ -181,9 +181,10 @@ def _curves(rows: Sequence[Row], of: Callable[[Row], Curve | None]) -> list[Curv
 
 
 def _levels(rows: Sequence[Row], styles: Styles) -> list[Level]:
-    """The references and the majority baseline at their accuracy on the whole test set."""
-    majority = float(rows[0].results[0].result["majority_accuracy"])
-    levels = [Level(f"majority {percent(majority)}", majority, Style(key="majority", line=DOTS))]
+    """The references and what needs no training at their accuracy on the whole test set."""
+    value = rows[0].reference[1]
+    name = "majority" if rows[0].unit == "example" else "before training"
+    levels = [Level(f"{name} {percent(value)}", value, Style(key="majority", line=DOTS))]
     for row in rows:
         if row.kind == "reference":
             value = row.accuracy.value

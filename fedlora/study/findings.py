@@ -108,13 +108,27 @@ def _headline(best: Row | None) -> Markup:
     over = f", mean of {len(best.seeds)} seeds" if len(best.seeds) > 1 else ""
     return Markup(
         "{} is the most accurate strategy without differential privacy: "
-        "{} of {} test examples{} (95% interval {})."
-    ).format(_name(best), percent(best.accuracy.value), f"{best.examples:,}", over, interval(best.accuracy))
+        "{} of {} test {}s{} (95% interval {}){}."
+    ).format(
+        _name(best), percent(best.accuracy.value), f"{best.units:,}", best.unit, over,
+        interval(best.accuracy),
+        _perplexity(best),
+    )  # fmt: skip
+
+
+def _perplexity(row: Row) -> str:
+    if row.perplexity is None:
+        return ""
+    before = (row.results[0].result.get("before") or {}).get("perplexity")
+    said = f", perplexity {row.perplexity:.2f}"
+    return said if before is None else f"{said}, before training {before:.2f}"
 
 
 def _verdict(contest: Contest, *, by_name: bool) -> Markup:
     best, control = contest.best, contest.control
     if best is None:
+        return Markup("")
+    if control is None and best.unit == "token":
         return Markup("")
     if control is None:
         text = "{} was not run, so this study cannot tell what the adapters add to a trained head."
@@ -148,11 +162,12 @@ def _gain(row: Row, control: Row) -> str:
 
 
 def _shortfall(row: Row, control: Row | None) -> Markup | None:
-    """What a run fails to beat; None if it beats the majority, and the control where there is one."""
-    majority = float(row.results[0].result["majority_accuracy"])
+    """What a run fails to beat; None if it beats what needs no training, and the control if there is one."""
+    name, reference = row.reference
     reasons = []
-    if row.accuracy.value <= majority:
-        reasons.append(f"does not get past the majority baseline of {percent(majority)}")
+    if row.accuracy.value <= reference:
+        between = "of " if row.unit == "example" else "at "
+        reasons.append(f"does not get past {name} {between}{percent(reference)}")
     if control is not None and not beats(row, control):
         value = percent(control.accuracy.value)
         reasons.append(f"does not beat {control.name} ({value}) by {THRESHOLD}: {_gain(row, control)}")

@@ -81,7 +81,7 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
         claims=claims.sentence(comparisons),
         claims_header=claims.HEADER,
         claims_table=[claims.line(comparison) for comparison in comparisons],
-        columns=_columns(domains),
+        columns=_columns(rows, domains),
         table=[_line(row, domains) for row in rows],
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
         charts=draw_charts(rows),
@@ -95,15 +95,18 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
 # --- the table of all runs ---------------------------------------------------------------------------
 
 
-def _columns(domains: Sequence[str]) -> list[str]:
-    return ["Accuracy", "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
+def _columns(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
+    written = ["Perplexity"] if rows[0].unit == "token" else []
+    return [*written, "Accuracy", "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
 
 
 def _line(row: Row, domains: Sequence[str]) -> Line:
     """One row; the values are in the order of `_columns`."""
     accuracy = row.accuracy
     shown = wording.DASH if row.epsilon is None else f"{row.epsilon:.2f}"
+    perplexity = [Value(text=wording.significant(row.perplexity), order=row.perplexity)]
     values = (
+        *(perplexity if row.unit == "token" else []),
         Value(text=wording.percent(accuracy.value), order=accuracy.value, small=wording.interval(accuracy)),
         Value(text=wording.megabytes(row.bytes_up), order=row.bytes_up),
         Value(text=wording.megabytes(row.bytes_down), order=row.bytes_down),
@@ -138,6 +141,7 @@ def _detail(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
             for record in result.rounds
             for client, reason in (record.get("refused") or {}).items()
         ],
+        "samples": _samples(row),
         "epsilons": [
             (result.label, client, f"{epsilon:.2f}")
             for result in row.results
@@ -146,3 +150,12 @@ def _detail(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
             )
         ],
     }
+
+
+def _samples(row: Row) -> list[tuple[str, ...]]:
+    """Held-out text, what the model writes before and after training, and how the text goes on."""
+    found = row.results[0].samples
+    return [
+        (old["prompt"], old["written"], new["written"], old["text"])
+        for old, new in zip(found.get("before", []), found.get("after", []), strict=False)
+    ]

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import read_rounds
+from fedlora.runs import read_rounds, read_samples
 from fedlora.study.cells import Cell, Kind
 
 IRRELEVANT = ("output-dir", "engine.", "study.")
 """Keys that do not change what a run measures."""
-NEEDED = ("accuracy", "examples", "majority_accuracy", "bytes_up", "bytes_down", "seconds")
-"""What the report cannot do without in ``result.json``."""
+NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
+"""What the report cannot do without in ``result.json``; and one of `REFERENCES`."""
+REFERENCES = ("majority_accuracy", "before")
+"""What an accuracy is to be compared with: the commonest label, or the model before training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,7 @@ class CellResult:
         rounds: the records of ``rounds.jsonl``.
         result: ``result.json``: the final model on the whole test set, and totals over the rounds.
         provenance: ``provenance.json``.
+        samples: ``samples.json``; empty where the model writes nothing.
     """
 
     label: str
@@ -41,6 +44,7 @@ class CellResult:
     rounds: list[dict[str, Any]]
     result: dict[str, Any]
     provenance: dict[str, Any]
+    samples: dict[str, Any] = field(default_factory=dict)
 
 
 def load_results(cells: Iterable[Cell], root: Path) -> list[CellResult]:
@@ -64,6 +68,9 @@ def load_result(cell: Cell, path: Path) -> CellResult:
     for key in NEEDED:
         if result.get(key) is None:
             raise RunFailed(f"{path / 'result.json'}: {key} is missing, remove the directory and run again")
+    if all(result.get(key) is None for key in REFERENCES):
+        missing = REFERENCES[0]
+        raise RunFailed(f"{path / 'result.json'}: {missing} is missing, remove the directory and run again")
     config = read_config(path / "config.toml")
     _check_same(cell.config, config, path)
     rounds = read_rounds(path)
@@ -80,6 +87,7 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         rounds=rounds,
         result=result,
         provenance=_read_json(path / "provenance.json"),
+        samples=read_samples(path),
     )
 
 

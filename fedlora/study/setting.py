@@ -50,10 +50,9 @@ def setting(rows: Sequence[Row], shared: FlatConfig) -> list[tuple[str, str]]:
     clients = {p for r in runs for record in r.rounds for p in record["participants"]}
     labels = rows[0].results[0].result.get("labels") or []
     facts = [
-        ("Model", f"{config.model.name}, pooling {config.model.pooling}, {HEADS[config.model.head]}"),
+        ("Model", _model(config, rows[0])),
         ("Adapter", _adapter(config)),
-        ("Data", f"{config.data.name}, {len(labels)} labels ({', '.join(map(str, labels))}), "
-                 f"at most {config.data.max_length} tokens"),
+        ("Data", f"{config.data.name}, {_labels(labels)}at most {config.data.max_length} tokens"),
         ("Clients", f"{len(clients)} took part, data divided {_partitioning(config)}"),
         ("Rounds", f"{config.num_server_rounds}, {_participation(config)} in each"),
         ("Local work", _local_work(config)),
@@ -69,6 +68,16 @@ HEADS = {
     "freeze": "the classification head is random and frozen",
     "local": "each client trains a classification head of its own",
 }
+
+
+def _model(config: RunConfig, row: Row) -> str:
+    if row.unit == "token":
+        return f"{config.model.name}, task {config.task}"
+    return f"{config.model.name}, pooling {config.model.pooling}, {HEADS[config.model.head]}"
+
+
+def _labels(labels: Sequence[object]) -> str:
+    return f"{len(labels)} labels ({', '.join(map(str, labels))}), " if labels else ""
 
 
 def _adapter(config: RunConfig) -> str:

@@ -93,6 +93,30 @@ class Row:
         return int(self.results[0].result["examples"])
 
     @property
+    def unit(self) -> str:
+        """What accuracy is a share of."""
+        return "token" if "tokens" in self.results[0].result else "example"
+
+    @property
+    def units(self) -> int:
+        """How many of them the test set has."""
+        return int(self.results[0].result.get("tokens", self.examples))
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of a language model, the mean over the runs."""
+        found: list[Any] = [r.result.get("perplexity") for r in self.results]
+        return fmean(found) if all(map(is_number, found)) else None
+
+    @property
+    def reference(self) -> tuple[str, float]:
+        """What an accuracy has to get past without any training, and its own accuracy."""
+        result = self.results[0].result
+        if result.get("before"):
+            return "the model before training", float(result["before"]["accuracy"])
+        return "the majority baseline", float(result["majority_accuracy"])
+
+    @property
     def accuracy_by_seed(self) -> dict[int, float]:
         return _by_seed(self.results, "accuracy")
 
@@ -107,6 +131,7 @@ def summarise(results: Sequence[CellResult]) -> list[Row]:
 
 def _row(name: str, results: tuple[CellResult, ...]) -> Row:
     kind, first = results[0].kind, results[0].result
+    units = int(first.get("tokens", first["examples"]))
     federated = kind != "reference"
     by_seed = list(_by_seed(results, "accuracy").values())
     epsilons = [float(e) for r in results if (e := r.result.get("epsilon")) is not None]
@@ -114,7 +139,7 @@ def _row(name: str, results: tuple[CellResult, ...]) -> Row:
         name=name,
         kind=kind,
         results=results,
-        accuracy=over_seeds(by_seed) if len(by_seed) > 1 else of_examples(by_seed[0], int(first["examples"])),
+        accuracy=over_seeds(by_seed) if len(by_seed) > 1 else of_examples(by_seed[0], units),
         accuracy_by_domain=_domains(results),
         bytes_up=fmean(_by_seed(results, "bytes_up").values()) if federated else None,
         bytes_down=fmean(_by_seed(results, "bytes_down").values()) if federated else None,
@@ -200,4 +225,4 @@ def resolution(row: Row) -> float:
     That is 1.96 standard errors of the difference of two independent shares near ``row``'s.
     """
     p = row.accuracy.value
-    return 1.96 * math.sqrt(2 * p * (1 - p) / row.examples)
+    return 1.96 * math.sqrt(2 * p * (1 - p) / row.units)

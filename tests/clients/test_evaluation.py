@@ -34,8 +34,8 @@ def test_results_are_those_of_single_examples_in_the_order_asked(batch_size: int
     labels = torch.from_numpy(DATA.labels[indices])
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(torch.from_numpy(outcome.losses), losses, rtol=1e-5, atol=1e-6)
-    assert outcome.predictions.tolist() == logits.argmax(dim=1).tolist()
-    assert outcome.labels.tolist() == labels.tolist()
+    assert outcome.right.tolist() == (logits.argmax(dim=1) == labels).long().tolist()
+    assert outcome.units.tolist() == [1] * 25
     assert outcome.num_examples == 25
     assert outcome.loss == pytest.approx(float(losses.mean()), rel=1e-6)
     assert outcome.accuracy == pytest.approx(float((logits.argmax(dim=1) == labels).float().mean()))

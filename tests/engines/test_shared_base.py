@@ -156,7 +156,7 @@ def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool) -> None:
     model.load(adapters, template.head)
     alone = evaluate(model, data.test, indices, data.pad_token_id)
     assert two.losses.tobytes() == alone.losses.tobytes()
-    assert two.predictions.tobytes() == alone.predictions.tobytes()
+    assert two.right.tobytes() == alone.right.tobytes()
     assert np.array_equal(two.indices, indices)
 
 

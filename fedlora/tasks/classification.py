@@ -1,0 +1,65 @@
+"""Sequence classification: one label for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fedlora.config import DataConfig
+from fedlora.data.columns import Columns
+from fedlora.data.examples import Examples
+from fedlora.data.tokenizers import Tokenizer
+from fedlora.errors import ConfigError
+from fedlora.tasks.task import Encoded, Judged, Rows, inputs
+from fedlora.tasks.text import made_up_text
+
+
+class Classification:
+    """``data.text-column`` (one, or two for pairs) and ``data.label-column``; the loss is cross entropy."""
+
+    name = "classification"
+    network = "classifier"
+    labelled = True
+    unit = "example"
+    most_tokens = 0
+
+    def columns(self, config: DataConfig) -> Columns:
+        """Texts and label."""
+        return Columns.of(config)
+
+    def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
+        """One example for each row, cut to ``max_length``.
+
+        Raises:
+            ConfigError: a text without any token.
+        """
+        values: list[np.ndarray] = []
+        for batch in batches:
+            ids = tokenizer.encode(batch["text"], batch.get("text_pair"), max_length)
+            for text, row in zip(batch["text"], ids, strict=True):
+                if not len(row):
+                    raise ConfigError(f"data: the text {text!r} has no token for this model's tokenizer")
+                values.append(np.asarray(row, dtype=np.int32))
+        return Encoded(values, np.arange(len(values)))
+
+    def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
+        """The cross entropy of each label."""
+        return cross_entropy(module(**inputs(batch)).logits, batch["labels"], reduction=reduction)
+
+    def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
+        """One unit for each example."""
+        logits = module(**inputs(batch)).logits
+        losses = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
+        right = (logits.argmax(dim=-1) == batch["labels"]).long().cpu().numpy()
+        return Judged(losses, np.ones_like(right), right)
+
+    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+        """Texts of unequal length, the labels in turn."""
+        return made_up_text(number, config, pad_token_id)
+
+
+CLASSIFICATION = Classification()

@@ -1,0 +1,22 @@
+"""All tasks, by the name that ``task`` takes."""
+
+from __future__ import annotations
+
+from fedlora.errors import ConfigError
+from fedlora.tasks.causal_lm import CausalLM
+from fedlora.tasks.classification import CLASSIFICATION
+from fedlora.tasks.instruction import Instruction
+from fedlora.tasks.task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, CausalLM(), Instruction())}
+
+
+def task_named(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in TASKS:
+        raise ConfigError(f"task = {name!r}: accepted are {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,114 @@
+"""What every task says, and nothing else of it is known elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from torch import Tensor, nn
+
+from fedlora.config import DataConfig
+from fedlora.data.columns import Columns
+from fedlora.data.examples import Examples
+from fedlora.data.tokenizers import Tokenizer
+
+Rows: TypeAlias = Mapping[str, Any]
+"""Some rows of a table, column by column, under the names of `Columns`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Examples made of the rows of a table; there may be more or fewer of them than rows.
+
+    Attributes:
+        values: what the model sees of each example, token ids int32.
+        rows: the row from which each example has its label, domain, group and client.
+        counted: for each value whether the loss counts it, uint8; None where the task needs no such thing.
+    """
+
+    values: list[np.ndarray]
+    rows: np.ndarray
+    counted: list[np.ndarray] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """What a model makes of a batch, example by example.
+
+    Attributes:
+        losses: of each example, float32; the mean over its units.
+        units: what is judged in each example: 1, or its counted tokens. int64.
+        right: how many of them the model's first choice hits, int64.
+    """
+
+    losses: np.ndarray
+    units: np.ndarray
+    right: np.ndarray
+
+
+class Task(Protocol):
+    """One task.
+
+    The loss is one number *for each example* and knows no other example of the batch: DP-SGD clips the
+    gradient of each, and a cohort trains examples of several clients in one pass.
+
+    Attributes:
+        name: as in the configuration.
+        network: what is built, a key of ``fedlora.models.build.NETWORKS``.
+        labelled: whether examples have a label, and the model a head of its own for it.
+        unit: what is judged, in the singular.
+        most_tokens: padded tokens of an evaluation pass at most; 0 where only the number of examples counts.
+    """
+
+    name: str
+    network: str
+    labelled: bool
+    unit: str
+    most_tokens: int
+
+    def columns(self, config: DataConfig) -> Columns:
+        """Which columns of the dataset are read.
+
+        Raises:
+            ConfigError: too many of them, or a partitioner that needs what the examples do not have.
+        """
+
+    def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
+        """The examples.
+
+        Args:
+            batches: all rows, some at a time, in order.
+            tokenizer: of the model.
+            max_length: of an example, in tokens.
+
+        Raises:
+            ConfigError: a row that is no example, or none that is one.
+        """
+
+    def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
+        """The loss of each example, (rows,), or their ``mean`` or ``sum``.
+
+        Args:
+            module: the model.
+            batch: from `fedlora.data.examples.collate`.
+            reduction: ``none``, ``mean`` or ``sum``, over examples.
+        """
+
+    def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
+        """Loss, units and hits of each example."""
+
+    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+        """A few examples of nobody, of unequal length where examples can have that, always the same.
+
+        Args:
+            number: of them.
+            config: the model's.
+            pad_token_id: never occurs in them.
+        """
+
+
+def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch goes into the model."""
+    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "counted")}
