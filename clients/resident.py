@@ -24,7 +24,7 @@ from fedlora.models import (
     resolve_targets,
 )
 from fedlora.models.shared import put_together, take_apart
-from fedlora.tasks import task_named
+from fedlora.tasks import CLASSIFICATION, task_named
 from fedlora.updates import Patch
 
 Key: TypeAlias = tuple[Any, ...]
@@ -166,7 +166,7 @@ def _read(
     if own is None:
         path = prepare(config)
         data = open_prepared(path)
-    elif not task.labelled:
+    elif task is not CLASSIFICATION:
         raise ConfigError(
             f"task = {task.name!r}: a node with data of its own can take part in classification only"
         )
@@ -174,7 +174,7 @@ def _read(
         path, data = own.home, own_data(own, config.model.name, config.data.max_length)
     network = build_model(config.model, data.num_labels, config.seed, task.network)
     check_length(config.model.name, network, config.data.max_length)
-    if task.labelled:
+    if task is CLASSIFICATION:
         check_padding(config.model, network, data.pad_token_id)
     return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}
 

@@ -25,9 +25,13 @@ class Masks:
         p: probability with which an input is dropped, > 0.
         generators: each client's stream.
         rows: the rows of the step.
+        padded: shorter examples are filled up; images are not, and their layers see no length of theirs.
     """
 
-    def __init__(self, p: float, generators: Sequence[torch.Generator], rows: Rows) -> None:
+    def __init__(
+        self, p: float, generators: Sequence[torch.Generator], rows: Rows, *, padded: bool = True
+    ) -> None:
+        self._padded = padded
         self._keep = 1.0 - p
         self._generators = generators
         self._rows = rows
@@ -59,6 +63,10 @@ class Masks:
     def _draw(self, client: int, x: Tensor) -> Tensor:
         """(batch, longest, in), or (batch, in) where the layer sees one vector for each example."""
         lengths = self._rows.lengths[self._rows.clients == client]
-        tokens = () if x.ndim == 2 else (int(lengths.max()),)
-        noise = torch.empty(len(lengths), *tokens, x.shape[-1], dtype=x.dtype, device=x.device)
+        longest = int(lengths.max()) if self._padded else x.shape[1]
+        tokens = () if x.ndim == 2 else (longest,)
+        in_memory = sorted(range(x.ndim), key=x.stride, reverse=True)  # torch fills a transposed input so
+        noise = torch.empty_permuted(
+            (len(lengths), *tokens, x.shape[-1]), in_memory, dtype=x.dtype, device=x.device
+        )
         return noise.bernoulli_(self._keep, generator=self._generators[client]).bool()

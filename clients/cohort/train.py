@@ -153,7 +153,8 @@ class Cohort:
         """Forward passes over all rows; with ``by_example`` each row has leaves of its own."""
         task, masks = self._task, None
         if task.dropout > 0:
-            masks = Masks(task.dropout, [stream.dropout for stream in self._streams], rows)
+            streams = [stream.dropout for stream in self._streams]
+            masks = Masks(task.dropout, streams, rows, padded=task.examples.image is None)
         for part in passes(rows, self._costs, most_rows):
             clients = torch.from_numpy(part.clients).to(self.stacks.device)
             values = self.stacks.of_rows(clients, by_example=by_example)

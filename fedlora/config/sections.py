@@ -77,6 +77,8 @@ class DataConfig:
     """Examples that are nobody's secret, named as ``data.name``; fed-sb can start from their gradient."""
     text_column: str = "text"
     """Column with the text; two columns for sentence pairs, ``premise,hypothesis``."""
+    image_column: str = "image"
+    """Column with the picture, of images."""
     label_column: str = "label"
     """Column with the label, whole numbers or names."""
     group_column: str = ""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "sentiment": ("domain", "group"), "newsgroups": ("domain", ""), "synthetic": ("domain", "group"),
-    "novels": ("domain", ""),
+    "novels": ("domain", ""), "digits": ("domain", ""), "fashion-mnist": ("domain", ""),
 }  # fmt: skip
 """Domain and group column of each built-in dataset."""
 LONG_TEXTS = frozenset({"novels"})

@@ -1,9 +1,10 @@
-"""Tokenised examples behind a memory map, batches of them, and the fixed subset for evaluation."""
+"""Encoded examples behind a memory map, batches of them, and the fixed subset for evaluation."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +13,23 @@ import torch
 from torch import Tensor
 
 from fedlora.seeding import stream
+from fedlora.vision.images import ImageFormat
+
+IMAGE = b"image"
+"""In an Arrow file's metadata: the form of its images as JSON."""
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Tokenised examples; the arrays are read-only views of a memory-mapped file.
+    """Texts or images; the arrays are read-only views of a memory-mapped file.
 
     Attributes:
-        tokens: all token ids one after another, int32.
+        tokens: all token ids one after another, int32; of images all pixels, uint8.
         offsets: example i is ``tokens[offsets[i]:offsets[i + 1]]``, int64, shape (examples + 1,).
         labels: int64, shape (examples,).
         domains: index into the domain names, -1 where there are none, int32, shape (examples,).
         counted: for each token whether the loss counts it, uint8; None where that goes without saying.
+        image: the form of the images; None where the examples are texts.
     """
 
     tokens: np.ndarray
@@ -31,6 +37,7 @@ class Examples:
     labels: np.ndarray
     domains: np.ndarray
     counted: np.ndarray | None = None
+    image: ImageFormat | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -46,6 +53,8 @@ class Examples:
 
     def lengths_of(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of some examples, int64, shape (indices,); what a pass over them costs."""
+        if self.image is not None:
+            return np.full(len(indices), self.image.tokens)
         found: np.ndarray = self.offsets[indices + 1] - self.offsets[indices]
         return found
 
@@ -54,13 +63,20 @@ def open_examples(path: Path) -> Examples:
     """The examples of an Arrow IPC file; nothing is read before it is used."""
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     rows, ids = batch.num_rows, batch.column("input_ids")
+    form = (batch.schema.metadata or {}).get(IMAGE)
     return Examples(
-        tokens=_view(ids.values, np.int32, len(ids.values)),
+        tokens=_view(ids.values, np.int32 if form is None else np.uint8, len(ids.values)),
         offsets=_view(ids, np.int64, rows + 1),
         labels=_view(batch.column("label"), np.int64, rows),
         domains=_view(batch.column("domain"), np.int32, rows),
         counted=_counted(batch),
+        image=None if form is None else ImageFormat(**json.loads(form)),
     )
+
+
+def with_form(batch: pa.RecordBatch, form: ImageFormat | None) -> pa.RecordBatch:
+    """The batch with the form of its images, for `open_examples`; itself where they are texts."""
+    return batch if form is None else batch.replace_schema_metadata({IMAGE: json.dumps(asdict(form))})
 
 
 def _counted(batch: pa.RecordBatch) -> np.ndarray | None:
@@ -78,9 +94,12 @@ def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
 def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
     """One batch: input_ids and attention_mask of shape (batch, longest), labels of shape (batch,), int64.
 
+    Of images pixel_values of shape (batch, channels, height, width), float32, and labels.
     And, where the examples say it, ``counted`` of shape (batch, longest): whether the loss counts a token.
     The longest is the longest of this batch; no indices give shape (0, 1).
     """
+    if examples.image is not None:
+        return _images(examples, np.asarray(indices, dtype=np.int64), examples.image)
     rows = [examples.input_ids(int(index)) for index in indices]
     shape = (len(rows), max((len(row) for row in rows), default=1))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -101,6 +120,14 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
             counted[number, : len(marks)] = marks
         batch["counted"] = torch.from_numpy(counted)
     return batch
+
+
+def _images(examples: Examples, indices: np.ndarray, form: ImageFormat) -> dict[str, Tensor]:
+    pixels = examples.tokens.reshape(len(examples), form.channels, form.size, form.size)[indices]
+    return {
+        "pixel_values": form.pixel_values(pixels),
+        "labels": torch.from_numpy(examples.labels[indices]),
+    }
 
 
 def evaluation_subset(examples: Examples, size: int) -> np.ndarray:

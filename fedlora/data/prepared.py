@@ -21,8 +21,8 @@ import pyarrow as pa
 from fedlora.assets import ASSETS, asset_identity, cache_dir, create_directory
 from fedlora.config import DataConfig, RunConfig
 from fedlora.data.columns import NATURAL, codes_of, in_order
-from fedlora.data.examples import Examples, open_examples
-from fedlora.data.tokenizers import Tokenizer, load_tokenizer
+from fedlora.data.examples import Examples, open_examples, with_form
+from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 
@@ -120,7 +120,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
         AssetError: something could not be fetched.
     """
     task = task_named(config.task)
-    tokenizer = tokenizer or load_tokenizer(config.model.name)
+    tokenizer = tokenizer or task.reader(config.model.name)
     home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task)
     create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft))
     path = home / _partition_key(config)
@@ -158,15 +158,14 @@ def file_stamps(name: str) -> list[tuple[str, int, int]]:
 
 
 def _write_examples(task: Task, config: DataConfig, tokenizer: Tokenizer, draft: Path) -> None:
-    from fedlora.data.sources import load_examples
-
-    raw = load_examples(config, task.columns(config))
+    raw = task.load(config, tokenizer)
     names, counts = {}, {}
     for column in ("domain", "group", NATURAL):
         if column in raw.train.column_names:
-            names[column] = in_order({*raw.train[column][:], *raw.test[column][:]})
+            tested = raw.test[column][:] if column in raw.test.column_names else ()
+            names[column] = in_order({*raw.train[column][:], *tested})
     for part, table in (("train", raw.train), ("test", raw.test)):
-        line = f"tokenising {len(table):,} {part} examples of {config.name}"
+        line = f"encoding {len(table):,} {part} examples of {config.name}"
         batch = tokenised(table, tokenizer, config.max_length, names, line, task)
         counts[part] = batch.num_rows
         with pa.ipc.new_file(str(draft / f"{part}.arrow"), batch.schema) as file:
@@ -206,11 +205,16 @@ def tokenised(
         "input_ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.values)),
         "label": labels[rows],
         "domain": np.full(len(rows), -1, dtype=np.int32),
-        **{column: codes_of(table[column][:], values)[rows] for column, values in names.items()},
+        **{
+            column: codes_of(table[column][:], values)[rows]
+            for column, values in names.items()
+            if column in table.column_names
+        },
     }
     if encoded.counted is not None:
         columns["counted"] = pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.counted))
-    return pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    return with_form(batch, encoded.image)
 
 
 def _tracked(batches: Iterable[Any], total: int, line: str) -> Iterable[Any]:

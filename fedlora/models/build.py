@@ -26,6 +26,7 @@ from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError, first_line
 from fedlora.models.layers import head_tensors
 from fedlora.seeding import derive, torch_stream
+from fedlora.vision.backbones import image_classifier
 
 TINY_VOCAB_SIZE = 1000
 TINY_LM_VOCAB_SIZE = 258
@@ -139,9 +140,14 @@ def _language_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Modul
     return network
 
 
+def _image_classifier(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    return image_classifier(config.name, num_labels, seed)
+
+
 NETWORKS: dict[str, Callable[[ModelConfig, int, int], nn.Module]] = {
     "classifier": _classifier,
     "language-model": _language_model,
+    "image-classifier": _image_classifier,
 }
 """What can be built, of the configuration, the number of labels and the seed."""
 

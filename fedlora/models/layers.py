@@ -17,8 +17,10 @@ LinearLayer: TypeAlias = nn.Linear | Conv1D
 QUERY_AND_VALUE = (
     ("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"),
     ("qkv_proj",), ("Wqkv",), ("query_key_value",), ("c_attn",), ("in_proj",), ("q", "v"),
+    ("fc1", "fc2"),
 )  # fmt: skip
-"""What architectures call the query and value projections, where PEFT has no choice of its own."""
+"""What architectures call the query and value projections, where PEFT has no choice of its own; the last are
+the layers of a network of perceptrons, which has none."""
 
 
 def head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

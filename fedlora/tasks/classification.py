@@ -9,16 +9,14 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fedlora.config import DataConfig
-from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
 from fedlora.tasks.task import Encoded, Judged, Rows, inputs
-from fedlora.tasks.text import made_up_text
+from fedlora.tasks.text import TextTask, made_up_text
 
 
-class Classification:
+class Classification(TextTask):
     """``data.text-column`` (one, or two for pairs) and ``data.label-column``; the loss is cross entropy."""
 
     name = "classification"
@@ -26,10 +24,6 @@ class Classification:
     labelled = True
     unit = "example"
     most_tokens = 0
-
-    def columns(self, config: DataConfig) -> Columns:
-        """Texts and label."""
-        return Columns.of(config)
 
     def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """One example for each row, cut to ``max_length``.

@@ -20,14 +20,14 @@ from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.tasks.task import Judged, inputs
-from fedlora.tasks.text import made_up_text
+from fedlora.tasks.text import TextTask, made_up_text
 
 IGNORED = -100
 BY_LABEL = ("dirichlet", "pathological", "shard")
 """Partitioners that deal examples out by their label."""
 
 
-class LanguageTask:
+class LanguageTask(TextTask):
     """Loss, hits and made-up examples of a causal language model; its subclasses read the data."""
 
     name: str

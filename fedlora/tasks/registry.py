@@ -5,10 +5,12 @@ from __future__ import annotations
 from fedlora.errors import ConfigError
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import CLASSIFICATION
+from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
 from fedlora.tasks.task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, CausalLM(), Instruction())}
+ALL: tuple[Task, ...] = (CLASSIFICATION, CausalLM(), Instruction(), ImageClassification())
+TASKS = {task.name: task for task in ALL}
 
 
 def task_named(name: str) -> Task:

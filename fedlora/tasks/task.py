@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from fedlora.config import DataConfig
 from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
-from fedlora.data.tokenizers import Tokenizer
+from fedlora.vision.images import ImageFormat
+
+if TYPE_CHECKING:
+    from fedlora.data.sources import RawData
 
 Rows: TypeAlias = Mapping[str, Any]
 """Some rows of a table, column by column, under the names of `Columns`."""
@@ -23,14 +26,16 @@ class Encoded:
     """Examples made of the rows of a table; there may be more or fewer of them than rows.
 
     Attributes:
-        values: what the model sees of each example, token ids int32.
+        values: what the model sees of each example, token ids int32 or pixels uint8.
         rows: the row from which each example has its label, domain, group and client.
         counted: for each value whether the loss counts it, uint8; None where the task needs no such thing.
+        image: the form of the images; None where the examples are texts.
     """
 
     values: list[np.ndarray]
     rows: np.ndarray
     counted: list[np.ndarray] | None = None
+    image: ImageFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +80,29 @@ class Task(Protocol):
             ConfigError: too many of them, or a partitioner that needs what the examples do not have.
         """
 
-    def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
+    def reader(self, model: str) -> Any:
+        """What a model wants its examples made by: its tokenizer, or the form of its images.
+
+        It has an ``identity``, which changes with what it makes, and a ``pad_token_id``.
+
+        Raises:
+            ConfigError: the model has none.
+        """
+
+    def load(self, config: DataConfig, reader: Any) -> RawData:
+        """The rows to train and to test on.
+
+        Raises:
+            ConfigError: they cannot be read.
+            AssetError: they could not be fetched.
+        """
+
+    def encode(self, batches: Iterable[Rows], reader: Any, max_length: int) -> Encoded:
         """The examples.
 
         Args:
             batches: all rows, some at a time, in order.
-            tokenizer: of the model.
+            reader: from `reader`.
             max_length: of an example, in tokens.
 
         Raises:

@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedlora.config import DataConfig
+from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
+from fedlora.data.tokenizers import Tokenizer, load_tokenizer
 from fedlora.seeding import stream
+
+if TYPE_CHECKING:
+    from fedlora.data.sources import RawData
+
+
+class TextTask:
+    """Rows of text, and a tokenizer that makes examples of them."""
+
+    def columns(self, config: DataConfig) -> Columns:
+        """Texts and label."""
+        return Columns.of(config)
+
+    def reader(self, model: str) -> Tokenizer:
+        """The model's tokenizer."""
+        return load_tokenizer(model)
+
+    def load(self, config: DataConfig, reader: Tokenizer) -> RawData:
+        """The rows of the columns that the task reads."""
+        from fedlora.data.sources import load_examples
+
+        return load_examples(config, self.columns(config))
 
 
 def made_up_text(number: int, config: Any, pad_token_id: int) -> Examples:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from fedlora.vision.mixer import MlpMixerConfig, MlpMixerForImageClassification
 
 HEAD_STD = 0.02
 """Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
+PATCH = 16
+"""Side of a patch, in pixels, of models that do not say."""
 RECIPE = 1
 """Version of the pretraining, counted up with every change; the backbones of an old one are not found."""
 SIZES: dict[str, dict[str, Any]] = {
@@ -70,8 +73,6 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 """Random backbones for tests, the same for every seed."""
-DEFAULT_TARGETS = {"vit": ("q_proj", "v_proj"), "mlp-mixer": ("fc1", "fc2")}
-"""By ``config.model_type``, for architectures whose targets PEFT does not know."""
 
 
 def image_classifier(name: str, num_labels: int, seed: int) -> nn.Module:
@@ -101,7 +102,9 @@ def image_format(name: str) -> ImageFormat:
     Raises:
         ConfigError: no such model, or none with one size of image.
     """
-    if name in TINY or name in PRETRAINED:
+    if name in TINY:
+        return replace(NATIVE, tokens=(NATIVE.size // TINY[name]["patch_size"]) ** 2)
+    if name in PRETRAINED:
         return NATIVE
     config = _config(name)
     size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
@@ -109,7 +112,9 @@ def image_format(name: str) -> ImageFormat:
         raise ConfigError(f"model.name = {name!r}: its config.json names no one image_size, but {size!r}")
     own = _preprocessor(name)
     mean, std = (tuple(own.get(key) or (0.5,) * channels) for key in ("image_mean", "image_std"))
-    return ImageFormat(size=size, channels=channels, mean=mean, std=std)
+    patch = getattr(config, "patch_size", None)
+    tokens = (size // (patch if isinstance(patch, int) else PATCH)) ** 2
+    return ImageFormat(size=size, channels=channels, mean=mean, std=std, tokens=tokens)
 
 
 def backbone_home(kind: str, data: str) -> Path:

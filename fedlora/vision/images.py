@@ -69,6 +69,7 @@ class ImageFormat:
         channels: 1 (grey) or 3 (red, green, blue).
         mean: one number for each channel.
         std: one number for each channel, > 0.
+        tokens: patches that the model makes of an image; what a pass over one costs.
 
     Raises:
         ConfigError: another number of channels.
@@ -78,8 +79,11 @@ class ImageFormat:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    tokens: int = 49
 
     def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.channels not in MODES or len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ConfigError(
                 f"model: takes images of {self.channels} channels, mean {self.mean}, std {self.std}; "

@@ -104,7 +104,7 @@ class MlpMixerModel(MlpMixerPreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """States (batch, patches, hidden) of images (batch, channels, height, width)."""
-        x = self.stem(pixel_values).flatten(2).transpose(1, 2)
+        x = self.stem(pixel_values.to(self.stem.weight.dtype)).flatten(2).transpose(1, 2)
         for layer in self.layers:
             x = layer(x)
         return BaseModelOutput(last_hidden_state=self.layernorm(x))

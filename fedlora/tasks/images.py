@@ -1,0 +1,100 @@
+"""Image classification: one label for a picture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from fedlora.config import DataConfig
+from fedlora.data.columns import NATURAL, Columns
+from fedlora.data.examples import Examples
+from fedlora.seeding import stream
+from fedlora.tasks.classification import Classification
+from fedlora.tasks.task import Encoded, Rows
+from fedlora.vision.images import ImageData, ImageFormat, Images
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from fedlora.data.sources import RawData
+
+
+@dataclass(frozen=True, slots=True)
+class ImageReader:
+    """The form in which a model takes images, in the place of a tokenizer."""
+
+    form: ImageFormat
+    pad_token_id: int = 0
+
+    @property
+    def identity(self) -> str:
+        return json.dumps(asdict(self.form), sort_keys=True)
+
+
+class ImageClassification(Classification):
+    """``data.image-column`` and ``data.label-column``; built-in images bring their domains."""
+
+    name = "image-classification"
+    network = "image-classifier"
+
+    def columns(self, config: DataConfig) -> Columns:
+        """The label; the pictures are decoded on their way."""
+        return replace(Columns.of(config), texts=())
+
+    def reader(self, model: str) -> Any:
+        """The form of the model's images."""
+        from fedlora.vision.backbones import image_format
+
+        return ImageReader(image_format(model))
+
+    def load(self, config: DataConfig, reader: Any) -> RawData:
+        """Pictures in the model's form, as bytes."""
+        from fedlora.data.sources import RawData
+        from fedlora.vision.built_in import SOURCES, built_in_images
+        from fedlora.vision.own import own_images
+
+        form = reader.form
+        if config.name in SOURCES:
+            data = built_in_images(config.name, form)
+        else:
+            data = own_images(config, form, config.image_column)
+        return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)
+
+    def encode(self, batches: Iterable[Rows], reader: Any, max_length: int) -> Encoded:
+        """The pixels of each picture, channel by channel and row by row."""
+        values = [np.frombuffer(pixels, dtype=np.uint8) for batch in batches for pixels in batch["image"]]
+        return Encoded(values, np.arange(len(values)), image=reader.form)
+
+    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+        """Noise, the labels in turn."""
+        form = ImageFormat(
+            size=config.image_size, channels=config.num_channels,
+            mean=(0.5,) * config.num_channels, std=(0.5,) * config.num_channels,
+        )  # fmt: skip
+        pixels = form.channels * form.size**2
+        return Examples(
+            tokens=stream(0, "self-test", "images").integers(0, 256, number * pixels).astype(np.uint8),
+            offsets=np.arange(number + 1) * pixels,
+            labels=np.arange(number) % config.num_labels,
+            domains=np.zeros(number, dtype=np.int32),
+            image=form,
+        )
+
+
+def _table(images: Images, data: ImageData, natural: tuple[str, ...]) -> Dataset:
+    from datasets import Dataset
+
+    columns: dict[str, Any] = {
+        "image": pa.array([image.tobytes() for image in images.pixels], pa.large_binary()),
+        "label": images.labels,
+    }
+    if data.domain_names:
+        columns["domain"] = pa.array([data.domain_names[d] for d in images.domains], pa.large_string())
+    if natural:
+        columns[NATURAL] = pa.array(natural, pa.large_string())
+    return Dataset(pa.table(columns))

@@ -1,0 +1,139 @@
+"""Image classification from end to end: data, training one by one, in cohorts and privately, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clients.private import train_private
+from fedlora.config import ModelConfig, RunConfig, TrainConfig
+from fedlora.data.examples import Examples, collate
+from fedlora.data.prepared import open_prepared, prepare
+from fedlora.engines.simulate import simulate
+from fedlora.errors import ConfigError
+from fedlora.evaluate import evaluate_adapter
+from fedlora.models import AdaptedModel, build_model, load_adapter, resolve_targets
+from fedlora.tasks import task_named
+from fedlora.vision.images import ImageFormat
+from tests.clients.cohort.samples import assert_same, member, privately, task
+from tests.clients.samples import BOTH
+from tests.conftest import tiny_config
+from tests.models.samples import random_adapters
+from tests.vision.samples import shaded
+
+TASK = task_named("image-classification")
+models = pytest.mark.parametrize("name", ["tiny-vit", "tiny-mixer"])
+
+
+def adapted(name: str) -> AdaptedModel:
+    module = build_model(ModelConfig(name=name), 4, 0, TASK.network)
+    return AdaptedModel(module, resolve_targets(module, ""), TASK)
+
+
+def made_up(number: int = 60) -> Examples:
+    images = shaded(number)
+    form = ImageFormat(size=28, channels=1, mean=(0.5,), std=(0.5,), tokens=16)
+    return Examples(
+        tokens=images.pixels.reshape(-1), offsets=np.arange(number + 1) * 784, labels=images.labels,
+        domains=images.domains, image=form,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """120 pictures in a folder for each label."""
+    images = shaded(120)
+    for number, (pixels, label) in enumerate(zip(images.pixels, images.labels, strict=True)):
+        folder = tmp_path / "pictures" / "train" / f"shade-{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[0]).save(folder / f"{number}.png")
+    return str(tmp_path / "pictures")
+
+
+def image_config(name: str, data: str, **overrides: Any) -> RunConfig:
+    keys = {
+        "task": "image-classification",
+        "model.name": name,
+        "data.name": data,
+        "data.partitioner": "dirichlet",
+        "data.num-partitions": 3,
+        "data.dirichlet-alpha": 5.0,
+        "train.learning-rate": 0.02,
+        "train.local-steps": 10,
+        "train.batch-size": 16,
+    }
+    return tiny_config(**{**keys, **overrides})
+
+
+def test_batches_are_the_pictures(cache: Path, pictures: str) -> None:
+    data = open_prepared(prepare(image_config("tiny-vit", pictures)))
+    assert (data.label_names, data.num_partitions) == (tuple(f"shade-{k}" for k in range(4)), 3)
+    batch = collate(data.train, [0, 1, 2], data.pad_token_id)
+    assert set(batch) == {"pixel_values", "labels"}
+    assert batch["pixel_values"].shape == (3, 1, 28, 28)
+    brightness = batch["pixel_values"].mean(dim=(1, 2, 3)) * 0.5 + 0.5
+    shade = (brightness * 255 - 20) / 70
+    assert torch.equal(shade.round().long(), batch["labels"])
+    assert data.train.lengths_of(np.arange(2)).tolist() == [16, 16]
+
+
+@models
+@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
+def test_a_run_learns_and_its_adapter_loads_in_peft(
+    name: str, strategy: str, cache: Path, pictures: str, tmp_path: Path
+) -> None:
+    config = image_config(name, pictures, **{"strategy.name": strategy})
+    result = simulate(config, tmp_path / "run")
+    assert result["accuracy"] > 0.4, "chance is a quarter"
+    _, card = load_adapter(tmp_path / "run" / "adapter")
+    assert card.task == TASK.name
+    again = evaluate_adapter(tmp_path / "run" / "adapter", pictures, text_column="text", label_column="label")
+    assert again["accuracy"] == result["accuracy"]
+
+
+@models
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_a_cohort_trains_as_one_by_one(name: str, private: bool) -> None:
+    model = adapted(name)
+    model.module.to(torch.float64)
+    data = made_up()
+    members = [member(model, 0, steps=2), member(model, 1, rank=2, size=7, steps=3)]
+    assert_same(model, privately(members) if private else members, task(data, dropout=0.2))
+
+
+@models
+@pytest.mark.parametrize("mode", ["hooks", "ghost"])
+def test_private_training_passes_its_self_test(name: str, mode: str) -> None:
+    model = adapted(name)
+    model.load(random_adapters(model.modules, 2), {}, trains=BOTH, train_head=True)
+    train_private(
+        model, made_up(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1, noise_multiplier=1.0,
+        max_grad_norm=1.0, seed=0, grad_sample_mode=mode,
+    )  # fmt: skip
+
+
+def test_targets_are_query_and_value_or_the_perceptrons() -> None:
+    wanted = {"tiny-vit": {"q_proj", "v_proj"}, "tiny-mixer": {"fc1", "fc2"}}
+    for name, endings in wanted.items():
+        assert {module.rpartition(".")[2] for module in adapted(name).modules} == endings
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"model.name": "minilm"}, "accepted for images are vit"),
+        ({"data.name": "synthetic"}, "no column 'image' with images"),
+        ({"data.image-column": "photo"}, "no column 'photo' with images"),
+    ],
+)
+def test_what_is_no_image_task_is_refused(
+    keys: dict[str, Any], says: str, cache: Path, pictures: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as refused:
+        prepare(image_config("tiny-vit", pictures, **keys))
+    assert "\n" not in str(refused.value)
