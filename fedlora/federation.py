@@ -101,10 +101,10 @@ class Federation:
         Raises:
             RunFailed: too few clients or valid updates; what was written before is kept.
         """
+        self._measure_before()
         self._began = time.monotonic()
         strategy = self.strategy
         strategy.on_round = self._after_round
-        self._measure_before()
         settings = ConfigRecord({"run-key": self.run_key, "labels": list(self.worker.data.label_names)})
         strategy.start(
             grid,

@@ -89,8 +89,9 @@ def test_private_training_passes_its_self_test(architecture: str, mode: str, tmp
 
 def test_a_model_whose_tokens_see_the_future_is_refused(tmp_path: Path) -> None:
     config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
-    )
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        initializer_range=0.3,
+    )  # fmt: skip
     BertLMHeadModel(config).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="no causal language model"):
         build_model(ModelConfig(name=str(tmp_path)), 0, 0, "language-model")
