@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from clients.accounts import Books, ledger_directory
 from clients.batches import Indices
@@ -165,6 +166,7 @@ def gather_parts(
 ) -> tuple[Resident, Opened] | wire.Reply:
     """As `set_up`, with the base left where it is."""
     worker = resident(config, node.own)
+    worker.model.precision = getattr(torch, config.train.precision)
     count = worker.data.num_partitions
     if not 0 <= node.partition_id < count:
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")

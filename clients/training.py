@@ -88,7 +88,8 @@ def train_local(
 
 def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
     """The loss of the model's task on a batch, from one number for each example."""
-    return model.task.loss(model.module, batch, reduction)
+    with model.computing():
+        return model.task.loss(model.module, batch, reduction)
 
 
 def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:

@@ -47,6 +47,11 @@ def check(config: RunConfig) -> Rule:
                 f"privacy.release-metrics = false: {kept} is measured by clients alone, and what they find "
                 "tells which domains they hold; true lets them"
             )
+        if config.train.precision != "float32":
+            raise ConfigError(
+                f"train.precision = {config.train.precision!r}: must be 'float32' in private training, whose "
+                "self-test compares gradients to rounding"
+            )
         check_private(config.train, num_examples=config.train.batch_size)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(

@@ -61,7 +61,7 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
     if (shapes, unit) in passed:
         return
     examples = made_up(model, pad_token_id)
-    with prepared(model) as named:
+    with model.computing(torch.float32), prepared(model) as named:
         alone = dict(zip(named, one_by_one(model, named, examples, pad_token_id), strict=True))
         cohort = _two_clients(model, named, examples, pad_token_id)
         with cohort.route_laid():

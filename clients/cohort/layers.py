@@ -68,7 +68,7 @@ def row_wise(model: AdaptedModel, route: Route) -> Iterator[None]:
     """Inside, the model computes row-wise, in evaluation mode; afterwards it is as it was."""
     network = model.module
     layers = frozen_layers(model)
-    forwards = frozen_forwards(network, layers)
+    forwards = frozen_forwards(network, layers, pack=model.precision == torch.float32)
     replaced: dict[str, Callable[..., Tensor]] = {}
     for name in layers:
         replaced[name] = _adapted(name, forwards[name], route) if name in model.modules else forwards[name]

@@ -24,12 +24,14 @@ ROWS = 512
 Forward = Callable[[Tensor], Tensor]
 
 
-def frozen_forwards(network: nn.Module, layers: dict[str, LinearLayer]) -> dict[str, Forward]:
-    """The forward of each frozen layer, without hooks: packed where that pays, else the layer's own."""
+def frozen_forwards(
+    network: nn.Module, layers: dict[str, LinearLayer], *, pack: bool = True
+) -> dict[str, Forward]:
+    """The forward of each frozen layer, without hooks: packed where that may be and pays, else its own."""
     device = next(network.parameters()).device
     size = sum(layer.weight.nbytes for layer in layers.values())
     float32 = all(layer.weight.dtype == torch.float32 for layer in layers.values())
-    if device.type == "cpu" and float32 and size <= MOST_BYTES and has_onednn():
+    if pack and device.type == "cpu" and float32 and size <= MOST_BYTES and has_onednn():
         return {
             name: _packed_forward(layer) if type(layer) in (nn.Linear, Conv1D) else _own_forward(layer)
             for name, layer in layers.items()

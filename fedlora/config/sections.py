@@ -169,11 +169,14 @@ class TrainConfig:
     """Examples a step; under DP the expected number, >= 1."""
     max_grad_norm: float = 0.0
     """Clip the batch gradient to this norm (not DP); 0 means never."""
+    precision: str = "float32"
+    """``float32``, or ``bfloat16``: forward and backward passes in half precision; factors stay float32."""
     proximal_mu: float = 0.0
     """FedProx: adds mu/2 ||w - w_start||^2 over the trained tensors; 0 means off."""
 
     def __post_init__(self) -> None:
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
+        one_of("train.precision", self.precision, ("float32", "bfloat16"))
         require(self.learning_rate > 0, "train.learning-rate", self.learning_rate, "must be > 0")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "must be in [0, 1)")
         require(self.local_steps >= 1, "train.local-steps", self.local_steps, "must be >= 1")

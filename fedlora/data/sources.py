@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from fedlora.data.split import held_out, last_part, linked_rows, normalised
 from fedlora.data.synthetic import synthetic_table
 from fedlora.errors import AssetError, ConfigError, first_line
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+GLUE_SPLITS = {"train.tsv": "train", "dev.tsv": "validation", "dev_matched.tsv": "validation"}
+"""Files of a directory as GLUE ships it; its test.tsv has no labels."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -112,18 +115,25 @@ def _read_file(path: Path, key: str) -> Dataset:
         )
     if path.suffix not in FILE_KINDS:
         raise ConfigError(f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}")
-    kind = FILE_KINDS[path.suffix]
+    return _loaded(f"{key} = {str(path)!r}", lambda: _files({"train": path})["train"])
+
+
+def _files(splits: Mapping[str, Path]) -> Any:
+    """Files of one kind as the splits of a dataset."""
+    first = next(iter(splits.values()))
+    kind = FILE_KINDS[first.suffix]
     # Without this pandas reads texts such as "None" and "NA" as missing.
     options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
-    return _loaded(
-        f"{key} = {str(path)!r}",
-        lambda: load_dataset(
-            kind, data_files=str(path), split="train", cache_dir=str(cache_dir() / "datasets"), **options
-        ),
-    )
+    if first.suffix == ".tsv":
+        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a quote is a character like others there
+    files = {split: str(path) for split, path in splits.items()}
+    return load_dataset(kind, data_files=files, cache_dir=str(cache_dir() / "datasets"), **options)
 
 
 def _read_directory(path: Path) -> Any:
+    glue = {split: path / name for name, split in GLUE_SPLITS.items() if (path / name).is_file()}
+    if "train" in glue:
+        return _loaded(f"data.name = {str(path)!r}", lambda: _files(glue))
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     return _loaded(
         f"data.name = {str(path)!r}",

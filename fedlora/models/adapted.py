@@ -47,6 +47,7 @@ class AdaptedModel:
         modules: the adapted layers, in the order of the model.
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
+        precision: what training passes are computed in, see `computing`.
     """
 
     def __init__(self, module: nn.Module, modules: Collection[str], task: Task = CLASSIFICATION) -> None:
@@ -69,6 +70,7 @@ class AdaptedModel:
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if name not in {*self._head, *(f"{layer}.weight" for layer in layers)}
         }
+        self.precision = torch.float32
         self._adapters: set[str] = set()
         self._active = ""
         self._tail: TailPenalty | None = None
@@ -164,6 +166,28 @@ class AdaptedModel:
             if parameter.requires_grad
         }
         return Trainable(factors, {n: p for n, p in self._head.items() if p.requires_grad}, self._tail)
+
+    @contextmanager
+    def computing(self, precision: torch.dtype | None = None) -> Iterator[None]:
+        """Inside, passes are computed in a precision; the parameters stay as they are.
+
+        Args:
+            precision: ``torch.float32`` or ``torch.bfloat16``; None means ``self.precision``.
+
+        Raises:
+            ConfigError: the device has no such arithmetic.
+        """
+        wanted, before = precision or self.precision, self.precision
+        device = self.device.type
+        lacks = device == "cuda" and not torch.cuda.is_bf16_supported()
+        if wanted != torch.float32 and (lacks or not torch.amp.is_autocast_available(device)):
+            raise ConfigError(f"train.precision = 'bfloat16': this {device} device has none, use 'float32'")
+        self.precision = wanted
+        try:
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=wanted != torch.float32):
+                yield
+        finally:
+            self.precision = before
 
     @contextmanager
     def training(self) -> Iterator[Trainable]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -42,7 +43,9 @@ class Classification(TextTask):
 
     def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
         """The cross entropy of each label."""
-        return cross_entropy(module(**inputs(batch)).logits, batch["labels"], reduction=reduction)
+        logits = module(**inputs(batch)).logits
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(exact, batch["labels"], reduction=reduction)
 
     def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
         """One unit for each example."""

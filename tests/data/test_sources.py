@@ -277,3 +277,18 @@ def test_newsgroups_counts_and_no_leak() -> None:
     assert not set(raw.train["text"]) & set(raw.test["text"])
     assert set(raw.train["domain"]) == {"alt", "comp", "misc", "rec", "sci", "soc", "talk"}
     assert min(len(text.split()) for text in [*raw.train["text"], *raw.test["text"]]) >= 5
+
+
+def test_a_directory_as_glue_ships_it(tmp_path: Path, cache: Path) -> None:
+    """Tabs, quotes that are characters, a test.tsv without labels."""
+    head = "index\tsentence1\tsentence2\tlabel"
+    rows = [f'{k}\tHe said "yes{k}\tNone\t{"entailment" if k % 2 else "not_entailment"}' for k in range(8)]
+    (tmp_path / "train.tsv").write_text("\n".join([head, *rows]) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join([head, *rows[:4]]) + "\n")
+    (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta\tb\n")
+    keys = {"text_column": "sentence1,sentence2", "partitioner": "iid", "num_partitions": 2}
+    for name, test in ((tmp_path, ""), (tmp_path / "train.tsv", str(tmp_path / "dev.tsv"))):
+        raw = load_examples(DataConfig(name=str(name), test=test, **keys))
+        assert (len(raw.train), len(raw.test)) == (8, 4)
+        assert raw.label_names == ("entailment", "not_entailment")
+        assert raw.train[0] == {"text": 'He said "yes0', "text_pair": "None", "label": 1}

@@ -1,0 +1,61 @@
+"""``train.precision = "bfloat16"``: passes in half precision; factors, optimiser, evaluation in float32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from clients.training import LocalResult, batch_loss, train_local
+from fedlora.checks import check
+from fedlora.config import TrainConfig, from_flat
+from fedlora.data.examples import collate
+from fedlora.errors import ConfigError
+from tests.clients.cohort.samples import assert_same, member, task
+from tests.clients.samples import BOTH, examples
+from tests.models.samples import adapted, random_adapters
+
+DATA = examples(24)
+
+
+def trained(precision: torch.dtype) -> LocalResult:
+    model = adapted()
+    model.precision = precision
+    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    config = TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=8)
+    return train_local(model, DATA, np.arange(24), 0, config, local_steps=3, seed=1)
+
+
+def test_near_to_float32_and_kept_in_float32() -> None:
+    half, whole = trained(torch.bfloat16), trained(torch.float32)
+    assert half.loss == pytest.approx(whole.loss, rel=0.02)
+    start = random_adapters(adapted().modules, 4)
+    for name, factors in half.adapters.items():
+        wanted = whole.adapters[name]
+        for letter, tensor in factors.tensors().items():
+            assert tensor.dtype == torch.float32
+            moved = wanted.tensors()[letter] - start[name].tensors()[letter]
+            assert 0 < float((tensor - wanted.tensors()[letter]).norm()) < 0.2 * float(moved.norm())
+
+
+def test_the_activations_are_half_precision() -> None:
+    model, seen = adapted(), []
+    model.precision = torch.bfloat16
+    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    layer = model.module.get_submodule(next(iter(model.modules)))
+    layer.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
+    loss = batch_loss(model, collate(DATA, range(4), 0))
+    assert (seen, loss.dtype) == ([torch.bfloat16], torch.float32)
+
+
+def test_a_cohort_follows_one_by_one() -> None:
+    model = adapted()
+    model.precision = torch.bfloat16
+    members = [member(model, 0, steps=2), member(model, 1, rank=2, steps=3)]
+    assert_same(model, members, task(optimizer="sgd", learning_rate=0.1), tolerance=0.02)
+
+
+def test_private_training_is_in_float32() -> None:
+    with pytest.raises(ConfigError, match=r"train\.precision = 'bfloat16': must be 'float32' in private"):
+        check(from_flat({"train.precision": "bfloat16", "privacy.mode": "example"}))
+    check(from_flat({"train.precision": "bfloat16"}))
