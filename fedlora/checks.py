@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.errors import ConfigError
-from fedlora.initial import PISSA
+from fedlora.initial import FROM_BASE
 from fedlora.tasks import task_named
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
@@ -27,9 +27,9 @@ def check(config: RunConfig) -> Rule:
         raise ConfigError(
             f"lora.ranks: {rule.facts.name} needs equal ranks, not {sorted(ranks)} (mixed: {able})"
         )
-    if len(ranks) > 1 and rule.init_a == PISSA:
+    if len(ranks) > 1 and rule.init_a in FROM_BASE:
         raise ConfigError(
-            f"strategy.init-a = {PISSA!r}: needs equal ranks, not {sorted(ranks)}, "
+            f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
             "a client of lower rank would lack a part of the base weight"
         )
     if config.privacy.client_level:

@@ -21,9 +21,9 @@ from fedlora.client_level import client_mechanism, clients_spent
 from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.initial import PISSA
+from fedlora.initial import FROM_BASE
 from fedlora.models import AdapterCard, save_adapter
-from fedlora.models.pissa import principal
+from fedlora.models.from_base import taken_out
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.public import first_gradients
 from fedlora.runs import Checkpoint, RunDirectory
@@ -150,8 +150,8 @@ class Federation:
         template = self.worker.model.template(
             rank, config.lora.scaling(rank), share_head=config.model.head == "train"
         )
-        if rule.init_a == PISSA:
-            template = principal(template, self.worker.model.base_weight)
+        if rule.init_a in FROM_BASE:
+            template = taken_out(template, self.worker.model.base_weight, rule.init_a)
         if rule.gradient_examples:
             gradients = first_gradients(self.worker, config, rule.gradient_examples)
             template = replace(template, gradients=gradients)

@@ -15,9 +15,9 @@ from fedlora.updates import ModuleSpec
 
 DRAWN = ("kaiming", "orthonormal")
 """Kinds of A that are drawn."""
-PISSA = "pissa"
-"""The kind that comes out of the base weights, see `fedlora.models.pissa`."""
-INIT_A = (*DRAWN, PISSA)
+FROM_BASE = ("pissa", "olora")
+"""The kinds that come out of the base weights, see `fedlora.models.from_base`."""
+INIT_A = (*DRAWN, *FROM_BASE)
 
 
 def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,60 @@
+"""Adapters that start as a part of the base weight, which is taken out of the base.
+
+``pissa``: Meng, Wang, Zhang, "PiSSA: Principal Singular Values and Singular Vectors Adaptation of Large
+Language Models", NeurIPS 2024 (arXiv 2404.02948), Eqs. 2-4:
+
+    W_0 = U S V^T;   B_0 = U_r S_r^(1/2) / sqrt(s),   A_0 = S_r^(1/2) V_r^T / sqrt(s)
+
+``olora``: Büyükakyüz, "OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models", 2024 (arXiv
+2406.01775), Algorithm 1, scaled as in PEFT:
+
+    W_0 = Q R;   B_0 = Q_r (columns),   A_0 = R_r (rows)
+
+Both: W <- W_0 - s B_0 A_0, so that the model computes what it computed before. A client's update counts
+from the initial product, as everywhere in this project: dW_k is measured from the effective weight. Neither
+needs data, so they cost no privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedlora.factors import LoraFactors, as_product, scale
+from fedlora.threads import side_by_side
+from fedlora.updates import Patch, Template
+
+
+def taken_out(template: Template, weight_of: Callable[[str], Tensor], kind: str) -> Template:
+    """The template with an adapter out of the base, and the patch ``-s B_0 A_0`` that belongs to it.
+
+    Args:
+        template: without an adapter of its own.
+        weight_of: the base weight (out, in) of a module.
+        kind: ``pissa`` or ``olora``.
+    """
+
+    def of(name: str) -> LoraFactors:
+        return KINDS[kind](weight_of(name), template.rank, template.scaling)
+
+    adapters = dict(zip(template.modules, side_by_side(of, template.modules), strict=True))
+    taken = Patch({name: scale(-1.0, as_product(factors)) for name, factors in adapters.items()})
+    return replace(template, adapters=adapters, base=taken)
+
+
+def _pissa(weight: Tensor, rank: int, scaling: float) -> LoraFactors:
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (S[:rank] / scaling).sqrt()
+    return LoraFactors(root[:, None] * Vh[:rank], U[:, :rank] * root, scaling)
+
+
+def _olora(weight: Tensor, rank: int, scaling: float) -> LoraFactors:
+    Q, R = torch.linalg.qr(weight)
+    return LoraFactors(R[:rank].clone(), Q[:, :rank].clone(), scaling)
+
+
+KINDS: Mapping[str, Callable[[Tensor, int, float], LoraFactors]] = {"pissa": _pissa, "olora": _olora}
+"""By ``strategy.init-a``."""
