@@ -15,7 +15,7 @@ class StrategyConfig:
     name: str = "fedavg"
     """One of ``fedlora strategies``."""
     init_a: str = "kaiming"
-    """How the first A is drawn: ``kaiming`` or ``orthonormal``."""
+    """How the first A is drawn: ``kaiming``, ``orthonormal``; or out of the base: ``pissa``, ``olora``."""
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
     robust: str = "none"

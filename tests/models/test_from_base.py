@@ -1,4 +1,4 @@
-"""PiSSA and OLoRA: the same function, PEFT's own numbers, and an update that counts from the initial product."""
+"""PiSSA, OLoRA: the same function, PEFT's own numbers, updates that count from the initial product."""
 
 from __future__ import annotations
 
