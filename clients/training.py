@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -93,21 +94,34 @@ def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "
 
 
 def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
-    """A new optimiser, the head with its own step size.
+    """A new optimiser with the step sizes of `rates`.
 
     Raises:
         ConfigError: nothing is trained.
     """
+    named = {**trained.factors, **trained.head}
     groups = [
-        {"params": list(trained.factors.values()), "lr": config.learning_rate},
-        {"params": list(trained.head.values()), "lr": config.head_learning_rate or config.learning_rate},
+        {"params": [named[name] for name in names], "lr": rate}
+        for names, rate in rates(list(trained.factors), list(trained.head), config)
+        if names
     ]
-    groups = [group for group in groups if group["params"]]
     if not groups:
         raise ConfigError(NOTHING)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
+
+
+def rates(factors: list[str], head: list[str], config: TrainConfig) -> list[tuple[list[str], float]]:
+    """Which tensors move with which step size; all in their own order, in which noise is drawn for them.
+
+    B may move faster than A: Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
+    ICML 2024 (arXiv 2402.12354).
+    """
+    faster = {True: config.loraplus_lr_ratio, False: 1.0}
+    runs = groupby(factors, lambda name: name.endswith(".B") and config.loraplus_lr_ratio != 1)
+    groups = [(list(names), faster[is_b] * config.learning_rate) for is_b, names in runs]
+    return [*groups, (head, config.head_learning_rate or config.learning_rate)]
 
 
 class Proximal:

@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 from torch.optim.sgd import sgd
 
 from clients.cohort.stacks import Stacks, trains
-from clients.training import BETAS, EPS
+from clients.training import BETAS, EPS, rates
 from fedlora.config import TrainConfig
 
 Gradients = dict[str, Tensor]
@@ -48,9 +48,7 @@ class Update:
             if self._config.max_grad_norm > 0:
                 clip_by_client(gradients, self._config.max_grad_norm)
             self._leave_alone(gradients, active)
-            head_rate = self._config.head_learning_rate or self._config.learning_rate
-            rates = ((self._stacks.factors, self._config.learning_rate), (self._stacks.head, head_rate))
-            for names, rate in rates:
+            for names, rate in rates(self._stacks.factors, self._stacks.head, self._config):
                 self._move(names, gradients, active, rate)
             self._taken += 1
             self._restore(active)

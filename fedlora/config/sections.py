@@ -157,6 +157,8 @@ class TrainConfig:
     """Step size of the adapter, > 0."""
     head_learning_rate: float = 0.0
     """Step size of the head; 0 means ``train.learning-rate``."""
+    loraplus_lr_ratio: float = 1.0
+    """LoRA+: the step size of B is that of A times this, > 0."""
     momentum: float = 0.0
     """SGD momentum, in [0, 1)."""
     weight_decay: float = 0.0
@@ -178,6 +180,7 @@ class TrainConfig:
         one_of("train.optimizer", self.optimizer, ("adamw", "sgd"))
         one_of("train.precision", self.precision, ("float32", "bfloat16"))
         require(self.learning_rate > 0, "train.learning-rate", self.learning_rate, "must be > 0")
+        require(self.loraplus_lr_ratio > 0, "train.loraplus-lr-ratio", self.loraplus_lr_ratio, "must be > 0")
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "must be in [0, 1)")
         require(self.local_steps >= 1, "train.local-steps", self.local_steps, "must be >= 1")
         require(self.batch_size >= 1, "train.batch-size", self.batch_size, "must be >= 1")

@@ -212,3 +212,20 @@ def test_nothing_to_train_is_refused() -> None:
         train(loaded(trains=frozenset(), train_head=False))
     with pytest.raises(ConfigError, match="no training example"):
         train(loaded(), indices=ALL[:0])
+
+
+def test_loraplus_moves_b_faster_than_a() -> None:
+    """One step of SGD from the same start: B goes ``ratio`` times as far, A and the head as far as before."""
+    moves = []
+    for ratio in (1.0, 8.0):
+        model = loaded()
+        start = model.read()
+        config = TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=24, loraplus_lr_ratio=ratio)
+        result = train_local(model, DATA, everyone(DATA), PAD, config, local_steps=1, seed=0)
+        name = next(iter(start[0]))
+        ends, begun = result.adapters[name].tensors(), start[0][name].tensors()
+        head = next(iter(start[1]))
+        moves.append((ends["A"] - begun["A"], ends["B"] - begun["B"], result.head[head] - start[1][head]))
+    one, eight = moves
+    for place, factor in ((0, 1), (1, 8), (2, 1)):
+        torch.testing.assert_close(eight[place], factor * one[place], rtol=1e-4, atol=1e-6)

@@ -30,7 +30,7 @@ CONFIGS: list[dict[str, Any]] = [
     {},
     SGD,
     {**SGD, "momentum": 0.9, "weight_decay": 0.1, "head_learning_rate": 0.5},
-    {"weight_decay": 0.1, "head_learning_rate": 0.01},
+    {"weight_decay": 0.1, "head_learning_rate": 0.01, "loraplus_lr_ratio": 4.0},
     {"max_grad_norm": 0.3},
     {"proximal_mu": 0.5},
     {"dropout": 0.3},
