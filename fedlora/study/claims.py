@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from markupsafe import Markup
@@ -12,6 +13,8 @@ from fedlora.study.wording import DASH, SPACE, listed, points, signed
 HEADER = (
     "Claim", "Seeds", "Difference in points", "Ahead on", "Exact p", "Holm p", "Could detect", "Verdict",
 )  # fmt: skip
+MOST_SAID = 3
+"""Claims that are spelt out in one sentence; more are counted."""
 VERDICTS = {
     "better": "better",
     "worse": "worse",
@@ -48,6 +51,9 @@ def sentence(comparisons: Sequence[Comparison]) -> Markup:
         return Markup("Of {} declared comparisons none is decided. {}").format(len(comparisons), text)
     decided = [c for c in comparisons if c.verdict != "undecided"]
     said = [f"{name_of(c, ' is ' + VERDICTS[c.verdict] + _than(c) + ' ')}{_by(c)}" for c in decided]
+    if len(said) > MOST_SAID:
+        counts = Counter(c.verdict for c in decided)
+        said = [f"{counts[verdict]} {word}" for verdict, word in VERDICTS.items() if counts[verdict]]
     start = f"Of {len(comparisons)} declared comparisons {len(decided) or 'none'} "
     start += "is decided" if len(decided) < 2 else "are decided"
     return Markup("{}{}").format(start, f": {listed(said)}." if said else ".")

@@ -9,6 +9,7 @@ import pytest
 from scipy.stats import ttest_rel
 
 from fedlora.errors import ConfigError
+from fedlora.study.claims import sentence
 from fedlora.study.comparisons import Comparison, compare, declared, sign_flip
 from fedlora.study.summary import Row, summarise
 from tests.study.made_up import result
@@ -110,3 +111,14 @@ def test_seeds_that_only_one_has_do_not_count() -> None:
 def test_a_pair_of_names_that_were_not_run_is_refused(pairs: str) -> None:
     with pytest.raises(ConfigError, match=r"study\.comparisons = .*must be METHOD:BASELINE out of base, new"):
         declared(pairs, ["base", "new"])
+
+
+def test_few_claims_are_spelt_out_and_many_counted() -> None:
+    gains = {"a": 0.02, "b": 0.02, "c": 0.02, "d": -0.02}
+    assert sentence(compare(rows({"a": 0.02}), "a:base")) == (
+        "Of 1 declared comparisons 1 is decided: a is better than base by 2.0\xa0points."
+    )
+    assert sentence(compare(rows(gains), "*:base")) == (
+        "Of 4 declared comparisons 4 are decided: 3 better and 1 worse."
+    )
+    assert "a claim wants 10" in sentence(compare(rows(gains, 9), "*:base"))
