@@ -24,8 +24,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError, first_line
+from fedlora.heads import draw_head
 from fedlora.models.layers import head_tensors
-from fedlora.seeding import derive, torch_stream
+from fedlora.seeding import drawn_from
 from fedlora.vision.backbones import image_classifier
 
 TINY_VOCAB_SIZE = 1000
@@ -35,8 +36,6 @@ NO_LANGUAGE_MODEL = (
 )
 CAUSAL = 1e-4
 """How far logits may move, by rounding alone, when a later token is another one; relative to the largest."""
-HEAD_STD = 0.02
-"""Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
 
 
 class MeanPooledClassifier(nn.Module):
@@ -78,7 +77,7 @@ def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = 
         ConfigError: the model cannot be found, or has no place for a mean or for a head.
         AssetError: a built-in model could not be fetched.
     """
-    with quiet(), _drawn_from(seed, "missing-weights"):
+    with quiet(), drawn_from(seed, "missing-weights"):
         model = NETWORKS[network](config, num_labels, seed)
     return model.requires_grad_(False).eval()
 
@@ -171,9 +170,7 @@ def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:
             'use model.pooling = "model"'
         )
     model = MeanPooledClassifier(backbone, num_labels)
-    fresh = torch.randn(model.classifier.weight.shape, generator=torch_stream(seed, "head"))
-    model.classifier.weight.data.copy_(HEAD_STD * fresh)
-    model.classifier.bias.data.zero_()
+    draw_head(model.classifier, seed)
     return model
 
 
@@ -219,7 +216,7 @@ def _tiny_config(num_labels: int = 2) -> BertConfig:
 
 def _tiny_backbone() -> Any:
     """The same random weights for every seed of a run."""
-    with _drawn_from(0, "tiny"):
+    with drawn_from(0, "tiny"):
         return BertModel(_tiny_config())
 
 
@@ -238,16 +235,8 @@ def _tiny_lm() -> Any:
         bos_token_id=None,
         eos_token_id=1,
     )
-    with _drawn_from(0, "tiny-lm"):
+    with drawn_from(0, "tiny-lm"):
         return LlamaForCausalLM(config)
-
-
-@contextmanager
-def _drawn_from(seed: int, purpose: str) -> Iterator[None]:
-    """Libraries that draw from the global CPU state draw from a named stream; the state is restored."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(derive(seed, purpose))
-        yield
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def sentence(comparisons: Sequence[Comparison]) -> Markup:
     decided = [c for c in comparisons if c.verdict != "undecided"]
     said = [f"{name_of(c, ' is ' + VERDICTS[c.verdict] + _than(c) + ' ')}{_by(c)}" for c in decided]
     if len(said) > MOST_SAID:
-        counts = Counter(c.verdict for c in decided)
+        counts: Counter[str] = Counter(c.verdict for c in decided)
         said = [f"{counts[verdict]} {word}" for verdict, word in VERDICTS.items() if counts[verdict]]
     start = f"Of {len(comparisons)} declared comparisons {len(decided) or 'none'} "
     start += "is decided" if len(decided) < 2 else "are decided"

@@ -24,13 +24,12 @@ from transformers import (
 
 from fedlora.assets import cache_dir
 from fedlora.errors import ConfigError, first_line
-from fedlora.seeding import drawn_from, torch_stream
+from fedlora.heads import draw_head
+from fedlora.seeding import drawn_from
 from fedlora.vision.built_in import NATIVE, SOURCES, source_identity
 from fedlora.vision.images import ImageFormat
 from fedlora.vision.mixer import MlpMixerConfig, MlpMixerForImageClassification
 
-HEAD_STD = 0.02
-"""Standard deviation of a fresh head's weights, as transformers initialises its own heads."""
 PATCH = 16
 """Side of a patch, in pixels, of models that do not say."""
 RECIPE = 1
@@ -87,9 +86,7 @@ def image_classifier(name: str, num_labels: int, seed: int) -> nn.Module:
     with drawn_from(seed, "missing-weights"):
         model = _tiny(name, num_labels) if name in TINY else _loaded(name, num_labels)
     if name in TINY or name in PRETRAINED:
-        fresh = torch.randn(model.classifier.weight.shape, generator=torch_stream(seed, "head"))
-        model.classifier.weight.data.copy_(HEAD_STD * fresh)
-        model.classifier.bias.data.zero_()
+        draw_head(model.classifier, seed)
     frozen: nn.Module = model.requires_grad_(False).eval()
     return frozen
 
