@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,23 +16,20 @@ from flwr.serverapp import Grid
 from clients.batches import Indices
 from clients.evaluation import Evaluation, evaluate
 from clients.resident import Resident, resident
+from fedlora.assembly import assemble, client_spec
 from fedlora.checks import check
-from fedlora.client_level import client_mechanism, clients_spent
+from fedlora.client_level import clients_spent
 from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.initial import FROM_BASE
 from fedlora.models import AdapterCard, save_adapter
-from fedlora.models.from_base import taken_out
 from fedlora.personal import mean_model, model_of, own_tensors
-from fedlora.public import first_gradients
 from fedlora.runs import Checkpoint, RunDirectory
 from fedlora.samples import samples
 from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
-from fedlora.updates import ClientSpec, State
+from fedlora.updates import State
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
-from strategies.rule import Rule
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's record, as it is written to ``rounds.jsonl``."""
@@ -72,7 +69,16 @@ class Federation:
     def __post_init__(self) -> None:
         rule = check(self.config)
         self.worker = resident(self.config)
-        self.strategy = self._strategy(rule)
+        if self.config.privacy.private and self.nodes is None:
+            self._check_private()
+        self.strategy = assemble(
+            rule,
+            self.config,
+            self.worker,
+            self.partitions,
+            clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
+            seeded=self.stores is not None,
+        )
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:
             from clients.accounts import check_ledgers, ledger_directory
@@ -118,58 +124,15 @@ class Federation:
 
     # --- before ------------------------------------------------------------------------------------
 
-    def _strategy(self, rule: Rule) -> FactorStrategy:
-        config = self.config
-        ranks = {config.rank_of(p) for p in self.partitions}
-        for rank in sorted(ranks):
-            self.worker.model.check_rank(rank)
-        if config.privacy.private and self.nodes is None:
-            from clients.accounts import check_disjoint
-            from clients.private import check_private
+    def _check_private(self) -> None:
+        """Refuse data here that cannot be trained on privately; nodes look at their own."""
+        from clients.accounts import check_disjoint
+        from clients.private import check_private
 
-            for partition in self.partitions:
-                check_private(config.train, len(self.worker.data.indices(partition)))
-            check_disjoint(config, self.worker.data, self.partitions)
-        strategy = FactorStrategy(
-            rule,
-            fraction_train=config.fraction_train,
-            min_train_nodes=config.min_train_nodes,
-            min_available_nodes=config.min_available_nodes,
-            seed=config.seed,
-            weighted_by_key="num-examples" if config.privacy.mode == "none" else None,
-            client_spec=self._client_spec,
-            partitions=frozenset(self.partitions),
-            max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
-            max_update_norm=config.strategy.max_update_norm,
-            clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
-            diagnostics=config.strategy.diagnostics,
-            client_dp=client_mechanism(config, seeded=self.stores is not None),
-            wire_dtype=config.wire_dtype,
-        )
-        rank = max(ranks)
-        template = self.worker.model.template(
-            rank, config.lora.scaling(rank), share_head=config.model.head == "train"
-        )
-        if rule.init_a in FROM_BASE:
-            template = taken_out(template, self.worker.model.base_weight, rule.init_a)
-        if rule.gradient_examples:
-            gradients = first_gradients(self.worker, config, rule.gradient_examples)
-            template = replace(template, gradients=gradients)
-        strategy.state = strategy.begin(template)
-        return strategy
-
-    def _client_spec(self, partition_id: int) -> ClientSpec:
-        rank = self.config.rank_of(partition_id)
-        group = self.config.group_of(partition_id)
-        modules = None
-        if group is not None and group.target_modules is not None:
-            modules = frozenset(self.worker.modules[group.target_modules])
-        return ClientSpec(
-            partition_id=partition_id,
-            rank=rank,
-            scaling=self.config.lora.scaling(rank, self.config.alpha_of(partition_id)),
-            modules=modules,
-        )
+        data = self.worker.data
+        for partition in self.partitions:
+            check_private(self.config.train, len(data.indices(partition)))
+        check_disjoint(self.config, data, self.partitions)
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
@@ -303,7 +266,7 @@ class Federation:
         if self.personal and self.stores is not None:
             own = own_tensors(self.stores / self.run_key, self.partitions, state.round)
         for partition, tensors in own.items():
-            model = model_of(state, tensors, self._client_spec(partition))
+            model = model_of(state, tensors, client_spec(self.config, self.worker, partition))
             self._save(path / "adapters" / f"client-{partition}", model)
         if own and self.strategy.rule.facts.ships:
             state = mean_model(state, own, {p: float(len(data.indices(p))) for p in own})
