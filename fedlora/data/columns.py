@@ -22,6 +22,8 @@ BUILT_IN = {
     "novels": ("domain", ""), "digits": ("domain", ""), "fashion-mnist": ("domain", ""),
 }  # fmt: skip
 """Domain and group column of each built-in dataset."""
+PICTURES = frozenset({"digits", "fashion-mnist"})
+"""Built-in datasets of images."""
 LONG_TEXTS = frozenset({"novels"})
 """Built-in datasets whose rows are whole books: the last part of each is held out, not some of the rows."""
 TEXTS = ("text", "text_pair")

@@ -18,7 +18,7 @@ from datasets.exceptions import DatasetsError
 
 from fedlora.assets import cache_dir
 from fedlora.config import DataConfig
-from fedlora.data.columns import BUILT_IN, LONG_TEXTS, TEXTS, Columns, encode_labels, standard
+from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, TEXTS, Columns, encode_labels, standard
 from fedlora.data.newsgroups import newsgroups_tables
 from fedlora.data.novels import novels_table
 from fedlora.data.sentiment import sentiment_table
@@ -88,6 +88,8 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
         AssetError: it could not be fetched.
     """
     path = Path(config.name).expanduser()
+    if config.name in PICTURES:
+        raise ConfigError(f"data.name = {config.name!r}: holds pictures, use task = 'image-classification'")
     if config.subset and (config.name in BUILT_IN or path.exists()):
         raise ConfigError(f"data.subset = {config.subset!r}: only a hub dataset has subsets")
     match config.name:

@@ -129,6 +129,10 @@ def test_targets_are_query_and_value_or_the_perceptrons() -> None:
         ({"model.name": "minilm"}, "accepted for images are vit"),
         ({"data.name": "synthetic"}, "no column 'image' with images"),
         ({"data.image-column": "photo"}, "no column 'photo' with images"),
+        (
+            {"task": "classification", "model.name": "tiny", "data.name": "digits"},
+            "holds pictures, use task = 'image-classification'",
+        ),
     ],
 )
 def test_what_is_no_image_task_is_refused(
