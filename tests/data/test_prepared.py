@@ -192,8 +192,8 @@ def test_finding_it_again_imports_no_framework() -> None:
 def test_one_plain_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     prepare(config())
     assert capsys.readouterr().err.splitlines() == [
-        "tokenising 512 train examples of synthetic",
-        "tokenising 128 test examples of synthetic",
+        "encoding 512 train examples of synthetic",
+        "encoding 128 test examples of synthetic",
     ]
 
 
