@@ -122,7 +122,7 @@ def test_a_file_lost_from_the_cache_is_named(tmp_path: Path, monkeypatch: pytest
 
 
 def test_unknown_asset() -> None:
-    with pytest.raises(AssetError, match="minilm, sentiment, newsgroups"):
+    with pytest.raises(AssetError, match="unknown, there are minilm, sentiment, smollm2, newsgroups, digits"):
         asset_path("nothing")
 
 

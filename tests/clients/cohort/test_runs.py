@@ -29,6 +29,7 @@ MIXED = {"lora.ranks": "2,4,3,4"}
 SGD = {"train.optimizer": "sgd", "train.learning-rate": 0.5}
 PRIVATE = {
     "privacy.mode": "example", "privacy.target-epsilon": 20.0, "privacy.accountant": "rdp",
+    "privacy.release-metrics": True,
 }  # fmt: skip
 
 
