@@ -42,9 +42,9 @@ def check(config: RunConfig) -> Rule:
                 "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
                 "belongs to one client"
             )
-        if not config.privacy.release_metrics and (kept := _kept(config, rule)):
+        if not config.privacy.release_metrics and (own := kept(config, rule)):
             raise ConfigError(
-                f"privacy.release-metrics = false: {kept} is measured by clients alone, and what they find "
+                f"privacy.release-metrics = false: {own} is measured by clients alone, and what they find "
                 "tells which domains they hold; true lets them"
             )
         if config.train.precision != "float32":
@@ -93,13 +93,13 @@ def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
         )
     if config.strategy.robust != "none":
         raise ConfigError(f"{mode}: strategy.robust = {config.strategy.robust!r} is no mean, must be 'none'")
-    if kept := _kept(config, rule):
-        raise ConfigError(f"{mode}: {kept} is measured by clients, outside the guarantee")
+    if own := kept(config, rule):
+        raise ConfigError(f"{mode}: {own} is measured by clients, outside the guarantee")
     if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
         raise ConfigError(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
 
 
-def _kept(config: RunConfig, rule: Rule) -> str:
+def kept(config: RunConfig, rule: Rule) -> str:
     """What clients train and keep to themselves, so that only they can measure their models; else empty."""
     if config.model.head == "local":
         return "model.head = 'local'"

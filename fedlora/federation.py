@@ -17,7 +17,7 @@ from clients.batches import Indices
 from clients.evaluation import Evaluation, evaluate
 from clients.resident import Resident, resident
 from fedlora.assembly import assemble, client_spec
-from fedlora.checks import check
+from fedlora.checks import check, kept
 from fedlora.client_level import clients_spent
 from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
@@ -170,7 +170,7 @@ class Federation:
     @property
     def personal(self) -> bool:
         """Clients keep something trained to themselves, so that only they can measure their models."""
-        return self.config.model.head == "local" or self.strategy.rule.facts.personal
+        return bool(kept(self.config, self.strategy.rule))
 
     @property
     def state(self) -> State:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fedlora.seeding import stream
-from fedlora.vision.images import ImageFormat
+from fedlora.vision.images import ImageFormat, Images, image_batch
 
 IMAGE = b"image"
 """In an Arrow file's metadata: the form of its images as JSON."""
@@ -123,11 +123,8 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
 
 
 def _images(examples: Examples, indices: np.ndarray, form: ImageFormat) -> dict[str, Tensor]:
-    pixels = examples.tokens.reshape(len(examples), form.channels, form.size, form.size)[indices]
-    return {
-        "pixel_values": form.pixel_values(pixels),
-        "labels": torch.from_numpy(examples.labels[indices]),
-    }
+    pixels = examples.tokens.reshape(len(examples), form.channels, form.size, form.size)
+    return image_batch(Images(pixels, examples.labels, examples.domains), indices, form)
 
 
 def evaluation_subset(examples: Examples, size: int) -> np.ndarray:

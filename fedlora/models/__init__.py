@@ -3,10 +3,11 @@
 Importing this package imports transformers and PEFT (seconds); do it where a model is needed.
 """
 
-from fedlora.models.adapted import AdaptedModel, Trainable
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import TINY_VOCAB_SIZE, build_model, check_length, check_padding, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
+from fedlora.models.trainable import Trainable
 
 __all__ = [
     "TINY_VOCAB_SIZE",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,21 +18,9 @@ from fedlora.models.core import CoredOutput
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
 from fedlora.models.moving import MovingBase
 from fedlora.models.shared import hashes
+from fedlora.models.trainable import Trainable
 from fedlora.tasks import CLASSIFICATION, Task
 from fedlora.updates import ModuleSpec, Patch, TailPenalty, Template
-
-
-@dataclass(frozen=True, slots=True)
-class Trainable:
-    """The parameters that a client trains; ``query.A`` is the factor A of ``query``."""
-
-    factors: dict[str, nn.Parameter]
-    head: dict[str, nn.Parameter]
-    tail: TailPenalty | None = None
-
-    @property
-    def all(self) -> list[nn.Parameter]:
-        return [*self.factors.values(), *self.head.values()]
 
 
 class AdaptedModel:

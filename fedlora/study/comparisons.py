@@ -81,11 +81,13 @@ def compare(rows: Sequence[Row], pairs: str) -> list[Comparison]:
     Raises:
         ConfigError: a name that was not run.
     """
-    settings = dict.fromkeys(row.setting for row in rows if row.kind != "reference")
+    federated = [row for row in rows if row.kind != "reference"]
+    settings = dict.fromkeys(row.setting for row in federated)
+    asked = declared(pairs, dict.fromkeys(row.method for row in federated))
     found = [
         _compared(mine, theirs)
         for setting in settings
-        for method, baseline in declared(pairs, {row.method: None for row in rows if row.kind != "reference"})
+        for method, baseline in asked
         if (mine := _row(rows, method, setting)) and (theirs := _row(rows, baseline, setting))
     ]
     return holm(found)
@@ -120,7 +122,7 @@ def sign_flip(differences: Sequence[float]) -> float:
     0.25
     """
     test = permutation_test(
-        (np.asarray(differences),), _mean, permutation_type="samples", vectorized=True,
+        (np.asarray(differences),), np.mean, permutation_type="samples", vectorized=True,
         n_resamples=EXACT_UP_TO, rng=np.random.default_rng(0),
     )  # fmt: skip
     return float(test.pvalue)
@@ -161,7 +163,3 @@ def _detectable(differences: Sequence[float]) -> float:
     n = len(differences)
     quantiles = t.ppf(1 - LEVEL / 2, n - 1) + t.ppf(POWER, n - 1)
     return float(quantiles) * stdev(differences) / math.sqrt(n)
-
-
-def _mean(values: np.ndarray, axis: int) -> np.ndarray:
-    return np.asarray(values.mean(axis=axis))

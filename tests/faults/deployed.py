@@ -22,7 +22,6 @@ from fedlora.deployment import submit as submitting
 from fedlora.deployment.create import create
 from fedlora.deployment.layout import Layout
 from fedlora.deployment.loopback import Loopback
-from fedlora.deployment.operate import flwr
 from fedlora.runs import RunDirectory
 
 NODES = 3
@@ -134,10 +133,3 @@ def misbehaving(patched: pytest.MonkeyPatch, plan: Plan) -> None:
             yield path
 
     patched.setattr(submitting, "_app", app)
-
-
-def stop_run(up: Up) -> None:
-    """End whatever runs on it."""
-    for found in flwr(up.loopback.layout, "ls", "federation", "--format", "json")["runs"]:
-        if not str(found["status"]).startswith("finished"):
-            flwr(up.loopback.layout, "stop", str(found["run-id"]), "federation", "--format", "json")
