@@ -79,6 +79,8 @@ class Federation:
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             seeded=self.stores is not None,
         )
+        if self.config.privacy.private and self.nodes is not None:
+            self.strategy.courier.client_settings = self._known_head
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:
             from clients.accounts import check_ledgers, ledger_directory
@@ -133,6 +135,11 @@ class Federation:
         for partition in self.partitions:
             check_private(self.config.train, len(data.indices(partition)))
         check_disjoint(self.config, data, self.partitions)
+
+    def _known_head(self, partition_id: int) -> dict[str, str]:
+        """What a node needs to see that its ledger was not set back since it last took part."""
+        head = self.ledger_heads.get(partition_id, "")
+        return {"ledger-head": head} if head else {}
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:

@@ -8,7 +8,7 @@ rested at a client in one round (RoLoRA) need not travel when it is trained in t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,12 +63,16 @@ class Courier:
     Args:
         init_a: how clients draw a fresh A.
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
+
+    Attributes:
+        client_settings: further plain settings of one partition's orders, of whoever runs the rounds.
     """
 
     def __init__(self, init_a: str, wire_dtype: str = "float32") -> None:
         self.init_a, self.wire_dtype = init_a, wire_dtype
         self.holdings: Holdings = {}
         self.parcels: list[Parcel] = []
+        self.client_settings: Callable[[int], Mapping[str, str]] = lambda partition_id: {}
         self._by_node: dict[int, Parcel] = {}
         self._patches: dict[str, Patch] = {}
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
@@ -143,7 +147,11 @@ class Courier:
         travels |= wire.head_tensors(parcel.broadcast)
         if parcel.needs.frozen not in held:
             travels |= wire.frozen_tensors(parcel.broadcast)
-        settings = {**config, **wire.order_config(parcel.broadcast, parcel.needs, self.init_a)}
+        settings = {
+            **config,
+            **self.client_settings(parcel.partition_id),
+            **wire.order_config(parcel.broadcast, parcel.needs, self.init_a),
+        }
         content = RecordDict(
             {
                 wire.ARRAYS: self._record(travels),
