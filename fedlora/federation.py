@@ -79,7 +79,8 @@ class Federation:
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             seeded=self.stores is not None,
         )
-        if self.config.privacy.private and self.nodes is not None:
+        if self.nodes is not None:
+            self.strategy.courier.packed = True
             self.strategy.courier.client_settings = self._known_head
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:

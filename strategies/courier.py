@@ -65,6 +65,7 @@ class Courier:
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
 
     Attributes:
+        packed: each record travels as one array, which only fedlora's own clients read.
         client_settings: further plain settings of one partition's orders, of whoever runs the rounds.
     """
 
@@ -72,6 +73,7 @@ class Courier:
         self.init_a, self.wire_dtype = init_a, wire_dtype
         self.holdings: Holdings = {}
         self.parcels: list[Parcel] = []
+        self.packed = False
         self.client_settings: Callable[[int], Mapping[str, str]] = lambda partition_id: {}
         self._by_node: dict[int, Parcel] = {}
         self._patches: dict[str, Patch] = {}
@@ -171,7 +173,7 @@ class Courier:
             record = next(twins, None)
             self._records[key] = (
                 tensors,
-                wire.to_record(tensors, self.wire_dtype) if record is None else record,
+                wire.to_record(tensors, self.wire_dtype, packed=self.packed) if record is None else record,
             )
         return self._records[key][1]
 
@@ -185,7 +187,7 @@ class Courier:
     def _part(self, names: tuple[str, ...]) -> ArrayRecord:
         if names not in self._parts:
             patches = {name: self._patches[name] for name in names}
-            self._parts[names] = wire.parts_record(patches, self.wire_dtype)
+            self._parts[names] = wire.parts_record(patches, self.wire_dtype, packed=self.packed)
         return self._parts[names]
 
 

@@ -51,7 +51,7 @@ def handle(
         log(WARNING, "%s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
         reply = wire.Reply(status=wire.DECLINED, reason=told)
-    return wire.encode_reply(replace(reply, answers=order.identity), config.wire_dtype)
+    return wire.encode_reply(replace(reply, answers=order.identity), config.wire_dtype, packed=order.packed)
 
 
 def handle_together(

@@ -3,7 +3,8 @@
 A training message holds, under Flower's usual names,
 
 * ``arrays``: the factors and head tensors that travel, under PEFT's state-dict keys, so that any
-  PEFT ClientApp can load them and answer in the same form;
+  PEFT ClientApp can load them and answer in the same form; or all of them in one array, see
+  `fedlora.wire.records`;
 * ``parts``: base patches that the client is not known to hold, named by their digest;
 * ``config``: the round, which factors to train and to send back, and the digests of everything the
   client must hold (`Needs`). A client that lacks one answers ``missing`` and is served in the same round.

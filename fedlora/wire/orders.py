@@ -15,7 +15,7 @@ from fedlora.factors import FACTORS, AdapterSet, Tensors
 from fedlora.initial import fresh_adapters
 from fedlora.peft_keys import from_peft, to_peft
 from fedlora.updates import Broadcast, ModuleSpec, Patch, TailPenalty
-from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, to_record
+from fedlora.wire.records import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
 from fedlora.wire.settings import check_settings
 
 
@@ -49,6 +49,7 @@ class TrainOrder:
         parts: digest -> named tensors of a base patch that travelled.
         needs: everything the client must hold.
         config: the plain settings (rank, scaling, trains, ...).
+        packed: its tensors travelled in one array, and so may those of the reply.
     """
 
     server_round: int
@@ -56,6 +57,7 @@ class TrainOrder:
     parts: dict[str, Tensors]
     needs: Needs
     config: dict[str, Any]
+    packed: bool = False
 
     @property
     def identity(self) -> str:
@@ -133,11 +135,12 @@ def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, A
     return config
 
 
-def parts_record(patches: Mapping[str, Patch], dtype: str = "float32") -> ArrayRecord:
+def parts_record(
+    patches: Mapping[str, Patch], dtype: str = "float32", *, packed: bool = False
+) -> ArrayRecord:
     """Base patches by digest, as one record."""
-    return to_record(
-        {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}, dtype
-    )
+    tensors = {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}
+    return to_record(tensors, dtype, packed=packed)
 
 
 def decode_order(content: RecordDict) -> TrainOrder:
@@ -167,6 +170,7 @@ def decode_order(content: RecordDict) -> TrainOrder:
             moving=config.get("needs-moving", ""),
         ),
         config=config,
+        packed=is_packed(content.array_records[ARRAYS]),
     )
 
 

@@ -44,8 +44,8 @@ class Reply:
     cohort_halved: bool = False
 
 
-def encode_reply(reply: Reply, dtype: str = "float32") -> RecordDict:
-    """The records of a reply, its arrays as ``float32`` or ``float16``."""
+def encode_reply(reply: Reply, dtype: str = "float32", *, packed: bool = False) -> RecordDict:
+    """The records of a reply, its arrays as ``float32`` or ``float16``; ``packed`` as in `to_record`."""
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),
@@ -57,7 +57,7 @@ def encode_reply(reply: Reply, dtype: str = "float32") -> RecordDict:
     }
     return RecordDict(
         {
-            ARRAYS: to_record(reply.arrays, dtype),
+            ARRAYS: to_record(reply.arrays, dtype, packed=packed),
             METRICS: MetricRecord(dict(reply.metrics)),
             CONFIG: ConfigRecord({key: value for key, value in config.items() if value != []}),
         }

@@ -13,6 +13,7 @@ from sabotage import PLAN  # type: ignore[import-not-found]
 
 from fedlora.client_app import identify, train_message
 from fedlora.deployment.node import node_settings
+from fedlora.wire import from_record, to_record
 
 SLOW_SECONDS = 90.0
 app = ClientApp()
@@ -37,7 +38,7 @@ def train(message: Message, context: Context) -> Message:
 
 def spoil(kind: str, content: RecordDict, kept: Path) -> RecordDict:
     """The reply made wrong in one way; ``keep`` and ``replay`` send an old one again."""
-    arrays = content["arrays"]
+    arrays = content["arrays"] = to_record(from_record(content["arrays"]))
     name = next(key for key in arrays if "lora_B" in key)
     values = arrays[name].numpy().copy()
     match kind:

@@ -132,6 +132,39 @@ def _change_array(content: RecordDict, rng: Random) -> None:
     record[name] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=data)
 
 
+def _change_packed(content: RecordDict, rng: Random) -> None:
+    """The header of tensors that travel together: it says what each is and where it lies."""
+    record = _record(content, rng)
+    if not record or list(record) != ["safetensors"]:
+        return
+    try:
+        packed = record["safetensors"].numpy().tobytes()
+        length = int.from_bytes(packed[:8], "little")
+        header, rest = json.loads(packed[8 : 8 + length]), packed[8 + length :]
+        name = picked([key for key, value in header.items() if isinstance(value, dict)], rng)
+    except Exception:
+        return  # spoiled before
+    match rng.integers(7):
+        case 0:
+            header[name]["dtype"] = picked(("F32", "F64", "F16", "BF16", "I64", "BOOL", "X", 3, None), rng)
+        case 1:
+            header[name]["shape"] = picked((*map(list, SHAPES), "x", [1.5], [[]], None), rng)
+        case 2:
+            header[name]["data_offsets"] = picked(([0, 4], [4, 0], [-4, 0], [0, 2**60], [0], "x", None), rng)
+        case 3:
+            header[picked(NAMES, rng)] = header.pop(name)
+        case 4:
+            header[picked(("__metadata__", name), rng)] = picked(VALUES[:-7], rng)
+        case 5:
+            del header[name]
+        case _:
+            length = picked((0, 1, 2**40, 2**63, len(packed)), rng)
+            record["safetensors"] = Array(np.frombuffer(length.to_bytes(8, "little") + packed[8:], np.uint8))
+            return
+    text = json.dumps(header).encode()
+    record["safetensors"] = Array(np.frombuffer(len(text).to_bytes(8, "little") + text + rest, np.uint8))
+
+
 def _change_names(content: RecordDict, rng: Random) -> None:
     record = _record(content, rng)
     if not record:
@@ -183,8 +216,8 @@ def _change_records(content: RecordDict, rng: Random) -> None:
 
 
 MUTATIONS: tuple[Mutation, ...] = (
-    _change_array, _change_array, _change_array, _change_names, _change_settings, _change_settings,
-    _change_metrics, _change_records,
+    _change_array, _change_array, _change_array, _change_packed, _change_packed, _change_names,
+    _change_settings, _change_settings, _change_metrics, _change_records,
 )  # fmt: skip
 
 

@@ -22,7 +22,8 @@ from strategies.courier import Courier, Parcel
 from strategies.intake import accept
 from tests.wire.mutations import TOUCHED, mutate
 
-REPLIES, ORDERS = 8000, 4000
+REPLIES, ORDERS = 12_000, 6_000
+"""Of each every second has its tensors in one array."""
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 HEAD = {"classifier.weight": torch.zeros(2, 6)}
 
@@ -37,32 +38,36 @@ def broadcast() -> Broadcast:
                      modules=frozenset(MODULES))  # fmt: skip
 
 
-def reply() -> RecordDict:
+def reply(*, packed: bool = False) -> RecordDict:
     arrays = wire.to_peft(broadcast().adapters, HEAD)
     spent = {"epsilon": 1.5, "delta": 1e-5, "ledger_head": "0" * 64}
     metrics = {"num-examples": 12.0, "train-loss": 0.5}
     return wire.encode_reply(
-        wire.Reply(status=wire.OK, arrays=arrays, metrics=metrics, privacy=spent, holds=("0" * 64,))
+        wire.Reply(status=wire.OK, arrays=arrays, metrics=metrics, privacy=spent, holds=("0" * 64,)),
+        packed=packed,
     )
 
 
-def order() -> RecordDict:
+def order(*, packed: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
     courier = Courier("kaiming")
+    courier.packed = packed
     courier.open((patch,))
     courier.add(0, 2, broadcast())
     (message,) = courier.messages("train", {"server-round": 3, "run-key": "abc"})
     return message.content
 
 
-def test_eight_thousand_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
-    rng, outcomes, original = stream(0, "fuzz", "replies"), Counter[str](), reply()
-    for _ in range(REPLIES):
-        content = copy.deepcopy(original)
+def test_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
+    rng, outcomes = stream(0, "fuzz", "replies"), Counter[str]()
+    originals = reply(), reply(packed=True)
+    for number in range(REPLIES):
+        content = copy.deepcopy(originals[number % 2])
         how = mutate(content, rng)
         parcel = Parcel(0, 2, broadcast(), wire.Needs())
+        assert wire.payload_bytes(content) >= 0
         try:
             parcel.reply = wire.decode_reply(content)
             update = accept(parcel, weighted_by_key="num-examples")
@@ -85,11 +90,12 @@ def sound(update: ClientUpdate) -> bool:
     return update.weight >= 0 and all(bool(torch.isfinite(t).all()) for t in tensors)
 
 
-def test_four_thousand_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: Path) -> None:
-    rng, outcomes, original = stream(0, "fuzz", "orders"), Counter[str](), order()
+def test_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: Path) -> None:
+    rng, outcomes = stream(0, "fuzz", "orders"), Counter[str]()
+    originals = order(), order(packed=True)
     home = tmp_path / "deep" / "home"
-    for _ in range(ORDERS):
-        content = copy.deepcopy(original)
+    for number in range(ORDERS):
+        content = copy.deepcopy(originals[number % 2])
         how = mutate(content, rng)
         try:
             decoded = wire.decode_order(content)
