@@ -74,7 +74,8 @@ def flwr(layout: Layout, *arguments: str) -> dict[str, Any]:
     )
     answer = _json_in(done.stdout)
     if done.returncode != 0 or not answer.get("success", True):
-        reason = answer.get("error-message") or _last_line(done.stderr) or _last_line(done.stdout)
+        said = answer.get("error-message") or done.stderr.strip() or done.stdout.strip()
+        reason = _last_paragraph(said) if answer else _last_line(said)
         raise RunFailed(f"flwr {' '.join(arguments[:2])}: {reason}")
     return answer
 
@@ -111,6 +112,15 @@ def _json_in(text: str) -> dict[str, Any]:
     except json.JSONDecodeError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _last_paragraph(text: str) -> str:
+    r"""The reason that Flower gives after telling what it does, as one line.
+
+    >>> _last_paragraph("Using SuperLink: x\n Displaying..\n\nIt is unavailable.\nCheck it.\n")
+    'It is unavailable. Check it.'
+    """
+    return " ".join(text.strip().rpartition("\n\n")[2].split())
 
 
 def _last_line(text: str) -> str:

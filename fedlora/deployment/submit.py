@@ -28,6 +28,8 @@ PACKAGES = ("fedlora", "strategies", "clients")
 LOG = "flower.log"
 COMPLETED = "finished:completed"
 LOOK_SECONDS = 0.2
+ANSWER_SECONDS = 60.0
+"""How long a SuperLink may take to start again after it died."""
 
 Progress = Callable[[dict[str, Any]], None]
 """Told about each round, see `fedlora.federation.Progress`."""
@@ -133,13 +135,28 @@ def _tell(directory: RunDirectory, told: int, progress: Progress) -> int:
     return told
 
 
+def _status(layout: Layout, run_id: str, directory: RunDirectory) -> tuple[str, str]:
+    """`run_status`, of a SuperLink that may just be starting again."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return run_status(layout, run_id)
+        except RunFailed as error:
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"run {run_id}: the SuperLink does not answer ({error}), see {directory.path / LOG}; "
+                    "what was written is kept, go on with --resume"
+                ) from None
+            time.sleep(1)
+
+
 def _outcome(layout: Layout, run_id: str, directory: RunDirectory) -> dict[str, Any]:
     """The result of a run that has ended.
 
     Raises:
         ConfigError, RunFailed: why the ServerApp gave up, or what Flower says about the run.
     """
-    status, details = run_status(layout, run_id)
+    status, details = _status(layout, run_id, directory)
     failure = directory.path / FAILURE
     if failure.exists():
         why = json.loads(failure.read_text())

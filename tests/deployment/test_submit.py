@@ -1,0 +1,46 @@
+"""What is said of a run whose SuperLink died."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedlora.deployment import submit
+from fedlora.errors import RunFailed
+from fedlora.runs import RunDirectory
+
+
+@pytest.fixture
+def silent(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A SuperLink that does not answer until the list is empty."""
+    left = ["down", "down"]
+
+    def run_status(*_: Any) -> tuple[str, str]:
+        if left:
+            raise RunFailed(f"flwr ls: it is {left.pop()}")
+        return "running", ""
+
+    monkeypatch.setattr(submit, "run_status", run_status)
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    return left
+
+
+def outcome(path: Path) -> dict[str, Any]:
+    layout: Any = None
+    return submit._outcome(layout, "7", RunDirectory(path))
+
+
+def test_a_superlink_that_starts_again_is_waited_for(silent: list[str], tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"run 7 is running .*go on with --resume"):
+        outcome(tmp_path / "run")
+    assert silent == []
+
+
+def test_one_that_stays_away_leaves_what_was_written(
+    silent: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "ANSWER_SECONDS", -1)
+    with pytest.raises(RunFailed, match=r"run 7: .* does not answer \(flwr ls: it is down\).* --resume"):
+        outcome(tmp_path / "run")
