@@ -7,7 +7,7 @@ DOMAINS := amazon movie nyt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit test-faults mutants bench-aggregate bench-engine federation clean
+.PHONY: demo test check unit test-faults mutants bench-aggregate bench-engine bench-deployment federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
@@ -43,6 +43,9 @@ bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; abo
 
 bench-engine: $(STAMP)  ## fedlora beside a bare loop and a stock Flower app; on an idle machine, half an hour
 	$(BIN)/python -m experiments.benchmarks.engine
+
+bench-deployment: $(STAMP)  ## seconds a round on a federation of real processes; on an idle machine, a quarter of an hour
+	$(BIN)/python -m experiments.benchmarks.deployment
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
