@@ -27,6 +27,10 @@ def train(message: Message, context: Context) -> Message:
     match asked["do"]:
         case "die" if times < int(asked["times"]):
             os.kill(os.getpid(), signal.SIGKILL)
+        case "eat" if times < int(asked["times"]):
+            Path(asked["group"]).write_text(str(os.getpid()))
+            eaten = [b"x" * 20_000_000 for _ in range(100)]
+            raise MemoryError(f"{len(eaten)} pieces fit")
         case "sleep":
             time.sleep(60)
         case "raise":
@@ -35,10 +39,10 @@ def train(message: Message, context: Context) -> Message:
     return Message(RecordDict({"config": ConfigRecord(answer)}), reply_to=message)
 
 
-def order(grid: LocalGrid, partition: int, do: str = "answer", times: int = 0) -> Message:
-    """A message to a partition."""
+def order(grid: LocalGrid, partition: int, do: str = "answer", times: int = 0, group: str = "") -> Message:
+    """A message to a partition; ``group`` is the file by which a process joins a control group."""
     node = next(n for n, p in grid.partition_ids.items() if p == partition)
-    content = RecordDict({"config": ConfigRecord({"do": do, "times": times})})
+    content = RecordDict({"config": ConfigRecord({"do": do, "times": times, "group": group})})
     return grid.create_message(content, MessageType.TRAIN, node, "1")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,6 +69,32 @@ def test_a_process_that_is_killed_in_its_work_is_replaced_and_nobody_is_lost(
     assert sorted(partitions_of(list(grid.send_and_receive(messages)))) == list(range(6))
     assert grid.retries == 2
     assert begun(tmp_path).count(5) == 3
+
+
+@pytest.fixture
+def small_group() -> Iterator[Path]:
+    """A control group whose processes the kernel kills where they take more than 100 MB besides."""
+    roots = [(Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max")]
+    root, limit = next(((r, name) for r, name in roots if (r / "cgroup.procs").exists()), roots[1])
+    group = root / f"fedlora-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / limit).write_text("100000000")
+    except OSError as error:
+        pytest.skip(f"no control group with a memory limit can be made here: {error}")
+    yield group / "cgroup.procs"
+    with contextlib.suppress(OSError):
+        group.rmdir()
+
+
+def test_a_process_that_the_kernel_kills_for_memory_is_replaced_and_nobody_is_lost(
+    pool: RayPool, tmp_path: Path, small_group: Path
+) -> None:
+    grid = grid_of(pool, tmp_path)
+    messages = [order(grid, p) for p in range(5)] + [order(grid, 5, "eat", times=1, group=str(small_group))]
+    assert sorted(partitions_of(list(grid.send_and_receive(messages)))) == list(range(6))
+    assert grid.retries == 1
+    assert begun(tmp_path).count(5) == 2
 
 
 def test_a_process_that_always_dies_ends_the_run_after_the_stated_number(
