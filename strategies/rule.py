@@ -48,6 +48,11 @@ class Rule:
     def __post_init__(self) -> None:
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
+        if self.init_a not in self.facts.inits:
+            raise ConfigError(
+                f"strategy.init-a = {self.init_a!r}: {self.facts.name} {self.facts.inits_why}, "
+                f"accepted are {', '.join(self.facts.inits)}"
+            )
 
     # --- what a rule may define -------------------------------------------------------------------
 
