@@ -67,7 +67,7 @@ class HetLoRARule(Rule):
         mean=False,
         own_weights=True,
         secure_sum=False,
-        inits=DRAWN,
+        inits=(*DRAWN, "eva"),
         inits_why="prunes ranks, and with them what was taken out of the base",
         up="r_k(o+i)",
         down="r_k(o+i)",

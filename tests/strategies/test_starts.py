@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedlora.errors import ConfigError
-from fedlora.initial import DRAWN, INIT_A
+from fedlora.initial import DRAWN, INIT_A, fresh_adapters
 from fedlora.models.from_base import KINDS, taken_out
 from fedlora.updates import ClientUpdate, State
 from strategies.registry import RULES, make_rule
@@ -40,6 +40,9 @@ def started(rule: Rule, kind: str, federation: Federation = FEDERATION) -> tuple
     if kind in KINDS:
         shapes = {n: (m.out_features, m.in_features) for n, m in federation.modules.items()}
         template = taken_out(template, lambda n: federation.normal(shapes[n], "weight", n), kind)
+    if kind == "eva":
+        adapters = fresh_adapters(federation.modules, federation.rank, federation.scaling, 0, "orthonormal")
+        template = replace(template, adapters=adapters)
     return rule, rule.init(template, federation.seed)
 
 
