@@ -9,9 +9,10 @@ from functools import partial
 from clients.resident import Resident
 from fedlora.client_level import client_mechanism
 from fedlora.config import RunConfig
-from fedlora.initial import FROM_BASE
+from fedlora.initial import FROM_BASE, FROM_DATA
 from fedlora.models.from_base import taken_out
-from fedlora.public import first_gradients
+from fedlora.models.from_inputs import most_varied
+from fedlora.public import first_gradients, first_inputs
 from fedlora.updates import ClientSpec, Template
 from strategies.flower import FactorStrategy
 from strategies.rule import Rule
@@ -82,7 +83,16 @@ def _template(rule: Rule, config: RunConfig, worker: Resident, rank: int) -> Tem
     template = worker.model.template(rank, config.lora.scaling(rank), share_head=share_head)
     if rule.init_a in FROM_BASE:
         template = taken_out(template, worker.model.base_weight, rule.init_a)
+    if rule.init_a in FROM_DATA:
+        template = _from_data(template, rule.init_a, config, worker)
     if rule.gradient_examples:
         gradients = first_gradients(worker, config, rule.gradient_examples)
         template = replace(template, gradients=gradients)
     return template
+
+
+def _from_data(template: Template, kind: str, config: RunConfig, worker: Resident) -> Template:
+    number = config.strategy.init_examples
+    if kind == "eva":
+        return replace(template, adapters=most_varied(template, first_inputs(worker, config, number)))
+    return taken_out(template, first_gradients(worker, config, number).__getitem__, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.errors import ConfigError
-from fedlora.initial import FROM_BASE
+from fedlora.initial import FROM_DATA, TAKEN_OUT
 from fedlora.tasks import task_named
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
@@ -27,7 +27,7 @@ def check(config: RunConfig) -> Rule:
         raise ConfigError(
             f"lora.ranks: {rule.facts.name} needs equal ranks, not {sorted(ranks)} (mixed: {able})"
         )
-    if len(ranks) > 1 and rule.init_a in FROM_BASE:
+    if len(ranks) > 1 and rule.init_a in TAKEN_OUT:
         raise ConfigError(
             f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
             "a client of lower rank would lack a part of the base weight"
@@ -56,6 +56,10 @@ def check(config: RunConfig) -> Rule:
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(
             f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"
+        )
+    if rule.init_a in FROM_DATA and not config.data.public:
+        raise ConfigError(
+            f"data.public = '': strategy.init-a = {rule.init_a!r} looks at public examples, name some"
         )
     if not rule.facts.trains and config.model.head == "freeze":
         raise ConfigError(f"model.head = 'freeze': {rule.facts.name} would train nothing")

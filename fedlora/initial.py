@@ -17,7 +17,11 @@ DRAWN = ("kaiming", "orthonormal")
 """Kinds of A that are drawn."""
 FROM_BASE = ("pissa", "olora")
 """The kinds that come out of the base weights, see `fedlora.models.from_base`."""
-INIT_A = (*DRAWN, *FROM_BASE)
+FROM_DATA = ("eva", "lora-ga")
+"""The kinds that look at public examples, see `fedlora.models.from_inputs` and `fedlora.models.from_base`."""
+TAKEN_OUT = (*FROM_BASE, "lora-ga")
+"""The kinds whose first product leaves the base."""
+INIT_A = (*DRAWN, *FROM_BASE, *FROM_DATA)
 
 
 def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:

@@ -1,16 +1,19 @@
-"""The first gradient on public examples, for rules that start from it (`Rule.gradient_examples`).
+"""What the model makes of public examples before training: the loss's gradient, its layers' inputs.
 
-The server computes it once, before round 1. The examples are those of ``data.public``, whose labels must be
-those of the run. An example that some client holds is never used, so that no client's privacy is touched;
-nor is one that the run is tested on.
+For rules that start from a gradient (`Rule.gradient_examples`), for LoRA-GA and EVA. The server computes it
+once, before round 1. The examples are those of ``data.public``; for a gradient their labels must be those of
+the run. An example that some client holds is never used, so that no client's privacy is touched; nor is one
+that the run is tested on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from clients.batches import Indices, load_batch
 from clients.resident import Resident
@@ -22,7 +25,10 @@ from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.errors import ConfigError
 from fedlora.factors import Tensors
 from fedlora.initial import fresh_adapters
+from fedlora.models import AdaptedModel
+from fedlora.models.from_inputs import InputMoments
 from fedlora.seeding import stream
+from fedlora.tasks.task import inputs
 from fedlora.updates import Patch
 
 BATCH = 16
@@ -40,18 +46,52 @@ def first_gradients(worker: Resident, config: RunConfig, number: int) -> Tensors
             f"data.public = {config.data.public!r}: its labels are {', '.join(public.label_names)}, "
             f"the run has {', '.join(worker.data.label_names)}"
         )
-    chosen = _chosen(public, worker.data, config, number)
-    model = worker.model
-    no_patches: dict[str, Patch] = {}
-    worker.move_to((), no_patches.__getitem__)
-    model.load(fresh_adapters(model.modules, config.rank_of(0), 1.0, config.seed), {})  # B = 0
+    model = _as_before_training(worker, config)
     total = {name: torch.zeros(m.out_features, m.in_features) for name, m in model.modules.items()}
     with model.base_gradients() as gradients_of:
-        for start in range(0, number, BATCH):
-            batch = load_batch(public.train, chosen[start : start + BATCH], public.pad_token_id, model.device)
+        for batch in _batches(public, worker, config, number):
             for name, gradient in gradients_of(batch_loss(model, batch, reduction="sum") / number).items():
                 total[name] += gradient
     return total
+
+
+def first_inputs(worker: Resident, config: RunConfig, number: int) -> InputMoments:
+    """What the adapted layers are given on ``number`` public examples, at W_0; padding is left out.
+
+    Raises:
+        ConfigError: fewer examples that are not the run's own.
+    """
+    model = _as_before_training(worker, config)
+    moments = InputMoments(model.modules)
+    with torch.no_grad():
+        for batch in _batches(_opened(config), worker, config, number):
+            mask = batch.get("attention_mask")
+
+            def see(name: str, x: Tensor, mask: Tensor | None = mask) -> None:
+                tokens = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
+                moments.add(name, x[mask.bool()] if mask is not None and tokens else x.flatten(0, -2))
+
+            with model.watched_inputs(see):
+                model.module(**inputs(batch))
+    return moments
+
+
+def _as_before_training(worker: Resident, config: RunConfig) -> AdaptedModel:
+    """The model at W_0, with B = 0 and its first head."""
+    no_patches: dict[str, Patch] = {}
+    worker.move_to((), no_patches.__getitem__)
+    worker.model.load(fresh_adapters(worker.model.modules, config.rank_of(0), 1.0, config.seed), {})
+    return worker.model
+
+
+def _batches(
+    public: Prepared, worker: Resident, config: RunConfig, number: int
+) -> Iterator[dict[str, Tensor]]:
+    chosen = _chosen(public, worker.data, config, number)
+    for start in range(0, number, BATCH):
+        yield load_batch(
+            public.train, chosen[start : start + BATCH], public.pad_token_id, worker.model.device
+        )
 
 
 def public_data(data: DataConfig) -> DataConfig:
@@ -59,7 +99,12 @@ def public_data(data: DataConfig) -> DataConfig:
     public = DataConfig(name=data.public, partitioner="iid", num_partitions=1, max_length=data.max_length)
     if data.public in BUILT_IN:
         return public
-    return replace(public, text_column=data.text_column, label_column=data.label_column)
+    return replace(
+        public,
+        text_column=data.text_column,
+        image_column=data.image_column,
+        label_column=data.label_column,
+    )
 
 
 def _opened(config: RunConfig) -> Prepared:
@@ -77,7 +122,7 @@ def _chosen(public: Prepared, held: Prepared, config: RunConfig, number: int) ->
     if len(free) < number:
         raise ConfigError(
             f"data.public = {config.data.public!r}: has {len(free)} training examples that are not in "
-            f"data.name, {config.strategy.name} needs {number}"
+            f"data.name, {number} are needed"
         )
     return free
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedlora.factors import PLAIN
+from fedlora.initial import INIT_A
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,8 @@ class Facts:
         own_weights: the factors are averaged with weights of the rule's own; p_k counts for the head alone.
         turns: the server writes the global product in another basis after each round.
         secure_sum: the server only needs sums of what is shipped.
+        inits: the values of ``init_a`` that the rule accepts.
+        inits_why: why not the others, to follow the rule's name.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
     """
 
@@ -44,6 +47,8 @@ class Facts:
     own_weights: bool = False
     turns: bool = False
     secure_sum: bool
+    inits: tuple[str, ...] = INIT_A
+    inits_why: str = ""
     up: str
     down: str
 

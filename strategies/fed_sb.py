@@ -28,7 +28,7 @@ with p_k; their SVD is randomised, here exact; their s is 1, here R absorbs any 
 rate over the number of (warm-up) steps, here an option.
 
 A given adapter that is not empty is where a run starts: its SVD gives B, R and A (``private``: as it is). So
-``init_a = "pissa"`` gives the principal directions of W_0; the other kinds say nothing here.
+``init_a = "pissa"`` gives the principal directions of W_0; what is drawn says nothing here.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ from torch import Tensor
 from fedlora.decompositions import outside, svd
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Product, Tensors, as_product, check_same_modules
+from fedlora.initial import INIT_A
 from fedlora.seeding import torch_stream
 from fedlora.threads import side_by_side
 from fedlora.updates import State, Template
@@ -83,6 +84,8 @@ class FedSBRule(MeanRule):
         exact=True,
         mean=True,
         secure_sum=True,
+        inits=tuple(kind for kind in INIT_A if kind != "eva"),
+        inits_why="finds an A of its own where the first product is empty",
         up="r^2",
         down="r^2 (A and B once)",
     )

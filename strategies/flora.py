@@ -20,7 +20,6 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, as_product
 from fedlora.initial import DRAWN, fresh_adapters
 from fedlora.seeding import derive
@@ -44,17 +43,11 @@ class FLoRARule(Rule):
         of_products=True,
         mean=False,
         secure_sum=False,
+        inits=DRAWN,
+        inits_why="draws a new A each round",
         up="r_k(o+i)",
         down="R(o+i) for each round missed",
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_a not in DRAWN:
-            raise ConfigError(
-                f"strategy.init-a = {self.init_a!r}: {self.facts.name} draws a new A each round, "
-                f"accepted are {', '.join(DRAWN)}"
-            )
 
     def init(self, template: Template, seed: int) -> State:
         """The state before round 1; a given adapter is the first patch, as clients start from B = 0."""

@@ -50,6 +50,8 @@ class FLoRISTRule(FLoRARule):
         keeps_one=False,
         mean=False,
         secure_sum=False,
+        inits=FLoRARule.facts.inits,
+        inits_why=FLoRARule.facts.inits_why,
         up="r_k(o+i)",
         down="R(o+i) at most for each round missed",
     )

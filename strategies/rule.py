@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
-from fedlora.initial import FROM_BASE, INIT_A, fresh_adapters
+from fedlora.initial import DRAWN, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.threads import side_by_side
 from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
@@ -35,8 +35,8 @@ class Rule:
     """Base of all rules. A subclass declares ``facts`` and defines `merge`.
 
     Attributes:
-        init_a: how the first A is drawn, ``kaiming`` or ``orthonormal``; ``pissa`` and ``olora`` start both
-            factors as a part of the base weight, which leaves the base.
+        init_a: how the first A is drawn, ``kaiming`` or ``orthonormal``; ``pissa``, ``olora`` and ``lora-ga``
+            start both factors as a part of the base weight, which leaves the base; ``eva`` looks at inputs.
 
     Raises:
         ConfigError: an option outside what the rule accepts.
@@ -48,6 +48,11 @@ class Rule:
     def __post_init__(self) -> None:
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
+        if self.init_a not in self.facts.inits:
+            raise ConfigError(
+                f"strategy.init-a = {self.init_a!r}: {self.facts.name} {self.facts.inits_why}, "
+                f"accepted are {', '.join(self.facts.inits)}"
+            )
 
     # --- what a rule may define -------------------------------------------------------------------
 
@@ -87,12 +92,12 @@ class Rule:
         """The state before round 1: the given adapter, or A drawn and B = 0.
 
         Raises:
-            ConfigError: an ``init_a`` that comes out of the base weights, without a given adapter.
+            ConfigError: an ``init_a`` that is not drawn, without what the template should hold of it.
         """
-        if self.init_a in FROM_BASE and template.base is None:
-            raise ConfigError(
-                f"strategy.init-a = {self.init_a!r}: needs the base weights, use fedlora's ServerApp"
-            )
+        taken_out, drawn = self.init_a in TAKEN_OUT, self.init_a in DRAWN
+        if (taken_out and template.base is None) or not (drawn or template.adapters):
+            what = "the base weights" if self.init_a in FROM_BASE else "public examples"
+            raise ConfigError(f"strategy.init-a = {self.init_a!r}: needs {what}, use fedlora's ServerApp")
         adapters = template.adapters or fresh_adapters(
             template.modules, template.rank, template.scaling, seed, self.init_a
         )

@@ -106,7 +106,7 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_the_facts_are_json() -> None:
     rows = json.loads(fedlora("strategies", "--json").stdout)
     assert {"fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only"} <= {row["name"] for row in rows}
-    assert all({"exact", "mixed_ranks", "trains", "ships", "paper"} <= row.keys() for row in rows)
+    assert all({"exact", "mixed_ranks", "trains", "ships", "paper", "inits"} <= row.keys() for row in rows)
 
 
 @pytest.mark.parametrize("command", ["run", "compare", "evaluate", "strategies"])

@@ -74,7 +74,7 @@ class DataConfig:
     test: str = ""
     """A file with the test examples; empty means the dataset's test split, or ``data.test-fraction``."""
     public: str = ""
-    """Examples that are nobody's secret, named as ``data.name``; fed-sb can start from their gradient."""
+    """Examples that are nobody's secret, named as ``data.name``: what a run may start from (EVA)."""
     text_column: str = "text"
     """Column with the text; two columns for sentence pairs, ``premise,hypothesis``."""
     image_column: str = "image"

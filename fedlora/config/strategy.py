@@ -15,7 +15,10 @@ class StrategyConfig:
     name: str = "fedavg"
     """One of ``fedlora strategies``."""
     init_a: str = "kaiming"
-    """How the first A is drawn: ``kaiming``, ``orthonormal``; or out of the base: ``pissa``, ``olora``."""
+    """How the first A is drawn: ``kaiming``, ``orthonormal``; or out of the base: ``pissa``, ``olora``;
+    out of public examples: ``eva``, ``lora-ga``."""
+    init_examples: int = 64
+    """Public examples (``data.public``) that ``eva`` and ``lora-ga`` look at, >= 1."""
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
     robust: str = "none"
@@ -43,6 +46,7 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         _ = self.option_dict
+        require(self.init_examples >= 1, "strategy.init-examples", self.init_examples, "must be >= 1")
         require(self.max_update_norm >= 0, "strategy.max-update-norm", self.max_update_norm, "must be >= 0")
 
     @property

@@ -212,6 +212,20 @@ class AdaptedModel:
             for layer in layers.values():
                 layer.weight.requires_grad_(False)
 
+    @contextmanager
+    def watched_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, ``see`` is told the name and the input of each adapted layer that a pass comes to."""
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda _, given: see(name, given[0])
+
+        handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in self._base.layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
     @property
     def base_version(self) -> int:
         """How many patches are in the base weights."""

@@ -1,4 +1,4 @@
-"""PiSSA, OLoRA: the same function, PEFT's own numbers, updates that count from the initial product."""
+"""PiSSA, OLoRA, LoRA-GA: the same function, PEFT's numbers, updates that count from the initial product."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import get_peft_model
+from peft import LoraGAConfig, get_peft_model
+from peft.tuners.lora import preprocess_loraga
 
 from fedlora.checks import check
 from fedlora.config import LoraConfig, RunConfig, StrategyConfig
@@ -43,27 +44,35 @@ def test_the_model_computes_what_it_computed_before(layer: str, kind: str, tmp_p
 def test_the_factors_are_pefts(kind: str) -> None:
     layer = torch.nn.Sequential(torch.nn.Linear(9, 7, bias=False))
     W = layer[0].weight.detach().clone()
-    theirs = get_peft_model(
-        layer, PeftLoraConfig(r=3, lora_alpha=6, target_modules=["0"], init_lora_weights=kind)
-    )
+    gradient = torch.randn(7, 9, generator=torch.Generator().manual_seed(1))
+    config = PeftLoraConfig(r=3, lora_alpha=6, target_modules=["0"])
+    config.init_lora_weights = kind.replace("-", "_")  # its type hint does not know lora_ga
+    if kind == "lora-ga":
+        config.lora_ga_config = LoraGAConfig()
+        preprocess_loraga(
+            layer, config, lambda: (layer(torch.eye(9, requires_grad=True)) * gradient.T).sum().backward()
+        )
+    theirs = get_peft_model(layer, config)
     spec = {"x": ModuleSpec(out_features=7, in_features=9)}
-    template = taken_out(Template(modules=spec, rank=3, scaling=2.0), lambda _: W, kind)
+    template = taken_out(
+        Template(modules=spec, rank=3, scaling=2.0), lambda _: gradient if kind == "lora-ga" else W, kind
+    )
     assert template.adapters is not None
     assert template.base is not None
     ours, lora = template.adapters["x"], theirs.base_model.model[0]
-    torch.testing.assert_close(ours.delta(), lora.get_delta_weight("default"), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(
-        W + template.base.products["x"].dense(), lora.base_layer.weight, rtol=1e-4, atol=1e-5
-    )
-    torch.testing.assert_close(
-        ours.A.abs(), lora.lora_A["default"].weight.abs(), rtol=1e-4, atol=1e-5
-    )  # up to signs
+    for own, peft in ((ours.A, lora.lora_A), (ours.B, lora.lora_B)):  # up to the signs of directions
+        torch.testing.assert_close(own.abs(), peft["default"].weight.abs(), rtol=1e-4, atol=1e-5)
+    taken = template.base.products["x"].dense()
+    torch.testing.assert_close(taken, -ours.delta(), rtol=1e-5, atol=1e-6)
+    if kind != "lora-ga":  # there A and B have their signs from different directions, and so has B A
+        torch.testing.assert_close(W + taken, lora.base_layer.weight, rtol=1e-4, atol=1e-5)
 
 
 @every_kind
 def test_without_the_base_weights_it_is_refused(kind: str) -> None:
     spec = {"x": ModuleSpec(out_features=7, in_features=9)}
-    with pytest.raises(ConfigError, match=f"strategy.init-a = '{kind}': needs the base weights"):
+    what = "public examples" if kind == "lora-ga" else "the base weights"
+    with pytest.raises(ConfigError, match=f"strategy.init-a = '{kind}': needs {what}, use fedlora's"):
         make_rule("ffa", {"init_a": kind}).init(Template(modules=spec, rank=2, scaling=1.0), 0)
 
 
@@ -90,3 +99,9 @@ def test_mixed_ranks_are_refused() -> None:
     config = RunConfig(strategy=StrategyConfig(name="flexlora", init_a="pissa"), lora=LoraConfig(ranks="2,4"))
     with pytest.raises(ConfigError, match=r"strategy\.init-a = 'pissa': needs equal ranks"):
         check(config)
+
+
+def test_lora_ga_needs_twice_the_rank() -> None:
+    spec = {"x": ModuleSpec(out_features=7, in_features=9)}
+    with pytest.raises(ConfigError, match=r"^lora\.rank = 4: .* takes 2 r directions .*\(7, 9\) has 7$"):
+        taken_out(Template(modules=spec, rank=4, scaling=1.0), lambda _: torch.ones(7, 9), "lora-ga")
