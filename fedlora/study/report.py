@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from fedlora.errors import ConfigError
 from fedlora.files import write_atomic
 from fedlora.study import claims, wording
+from fedlora.study.absent import Absent
 from fedlora.study.charts import draw_charts
 from fedlora.study.comparisons import Comparison, compare
 from fedlora.study.findings import find
@@ -20,6 +22,9 @@ from fedlora.study.setting import differences, learning_rates, provenances, sett
 from fedlora.study.styles import styles_of, swatch
 from fedlora.study.summary import Row, summarise
 from fedlora.study.tables import write_tables
+
+ABSENT = {"failed": "failed", "not applicable": "cannot exist (not applicable)"}
+"""Why a run has no result, as a verb."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +47,9 @@ class Line:
     private: bool
 
 
-def write_report(path: Path, title: str, results: Sequence[CellResult], pairs: str = "") -> None:
+def write_report(
+    path: Path, title: str, results: Sequence[CellResult], pairs: str = "", *, absent: Sequence[Absent] = ()
+) -> None:
     """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
 
     Args:
@@ -50,18 +57,24 @@ def write_report(path: Path, title: str, results: Sequence[CellResult], pairs: s
         title: its heading.
         results: the runs.
         pairs: ``study.comparisons``.
+        absent: the runs of the study that have no result.
 
     Raises:
         ConfigError: there is no run to report on.
     """
     if not results:
         raise ConfigError(f"{path}: there is no finished run to report on")
-    comparisons = compare(summarise(results), pairs)
+    comparisons = compare(summarise(results), pairs, [missing.method for missing in absent])
     write_tables(path.parent, results, comparisons)
-    write_atomic(path, render(title, results, comparisons))
+    write_atomic(path, render(title, results, comparisons, absent))
 
 
-def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comparison] = ()) -> str:
+def render(
+    title: str,
+    results: Sequence[CellResult],
+    comparisons: Sequence[Comparison] = (),
+    absent: Sequence[Absent] = (),
+) -> str:
     """The report as HTML."""
     rows = summarise(results)
     shared = shared_config(rows)
@@ -78,6 +91,8 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
     return environment.get_template("report.html").render(
         title=title,
         findings=find(rows),
+        absence=absence(absent, len(results)),
+        absent=absent_lines(absent),
         claims=claims.sentence(comparisons),
         claims_header=claims.HEADER,
         claims_table=[claims.line(comparison) for comparison in comparisons],
@@ -90,6 +105,23 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
         learning_rates=learning_rates(rows),
         provenances=provenances(results),
     )
+
+
+# --- runs without a result ---------------------------------------------------------------------------
+
+
+def absence(absent: Sequence[Absent], finished: int) -> str:
+    """How many runs have no result; empty if all have one."""
+    counts = Counter(missing.why for missing in absent)
+    total = finished + len(absent)
+    said = [f"{counts[why]} {verb}" for why, verb in ABSENT.items() if counts[why]]
+    return f"Of {total} runs {wording.listed(said)}; they are listed below." if said else ""
+
+
+def absent_lines(absent: Sequence[Absent]) -> list[tuple[str, str, str]]:
+    """Run, why it is not there, reason: what cannot exist once for all seeds, each failure by itself."""
+    lines = [(a.group if a.why == "not applicable" else a.label, a.why, a.reason) for a in absent]
+    return list(dict.fromkeys(lines))
 
 
 # --- the table of all runs ---------------------------------------------------------------------------

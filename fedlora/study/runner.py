@@ -2,70 +2,155 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from types import TracebackType
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from fedlora.checks import check
-from fedlora.config import RunConfig, read_config, to_flat
+from fedlora.config import RunConfig
 from fedlora.engines.cluster import check_address
-from fedlora.engines.cohorts import with_cohort_size
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import quiet, simulate_on, start
-from fedlora.errors import ConfigError
-from fedlora.runs import RunDirectory
+from fedlora.errors import ConfigError, NotApplicable, RunFailed
+from fedlora.files import write_atomic
+from fedlora.runs import SCHEMA, RunDirectory, check_schema
+from fedlora.study.absent import FAILED, Absent, applicable, read_failure, write_failure
 from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import declared
 from fedlora.study.report import write_report
-from fedlora.study.results import load_results
+from fedlora.study.results import RESULT, check_directory, load_results
+from fedlora.study.wording import duration
 
-console = Console(stderr=True, soft_wrap=True)
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+STUDY = "study.json"
+"""What wrote a study's directory."""
+MOST_NAMED = 3
+"""Failed runs that the last line names; more are counted."""
 
 
-def run_study(config: RunConfig, path: Path, *, resume: bool = False) -> Path:
+class Engine:
+    """The actors of a study; after a failure, which leaves them in doubt, the next cell has new ones."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._pool: RayPool | None = None
+
+    @property
+    def pool(self) -> RayPool:
+        """Actors that no failed run has left behind."""
+        if self._pool is None:
+            self._pool = start(self._config)
+        return self._pool
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the actors; the next cell starts others."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def run_study(config: RunConfig, path: Path, *, resume: bool = False, retry_failed: bool = False) -> Path:
     """Run what is not finished yet, one cell after the other on one engine; the report's path.
 
+    A cell that fails is recorded, and the next one runs; it is tried again with ``retry_failed``.
+
     Raises:
-        ConfigError: a cell that cannot work, or a directory that is in use.
-        RunFailed: a cell failed; the finished ones stay and are not run again with ``resume``.
+        ConfigError: a mistake in the study, cells that were run with other settings, or a directory that is
+            in use or of another schema; nothing was run or written.
+        RunFailed: cells failed; the report is on the others.
     """
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+    check_schema(path / STUDY)
     quiet()
-    check(config)
+    with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
+        check(config)
     check_address(config.engine.address)
     began = time.monotonic()
-    pool = start(config)
-    try:
-        cells = expand(config, pool.lender(config).worker.data.num_partitions)
-        declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
+    with Engine(config) as engine:
+        wanted = expand(config, engine.pool.lender(config).worker.data.num_partitions)
+        declared(config.study.comparisons, {c.method: None for c in wanted if c.kind != "reference"})
+        cells, absent = applicable(wanted)
         for cell in cells:
-            check(cell.config)
-        results = [
-            run_cell(pool, cell, path / cell.label, f"[{number}/{len(cells)}] {cell.label}")
-            for number, cell in enumerate(cells, start=1)
-        ]
-    finally:
-        pool.close()
+            check_directory(cell, path / cell.label)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / STUDY, json.dumps({"schema": SCHEMA, "title": config.study.title}) + "\n")
+        for missing in absent:
+            console.print(f"{missing.label}: not applicable ({escape(missing.reason)})")
+        failed = run_cells(engine, cells, path, retry_failed=retry_failed)
+    labels = {missing.label for missing in failed}
+    finished = [cell for cell in cells if cell.label not in labels]
+    if not finished:
+        raise _failure(failed, len(cells), "there is nothing to report on")
     report = path / "report.html"
-    title = config.study.title or path.name
-    write_report(report, title, load_results(cells, path), config.study.comparisons)
-    peak = max(result["peak_memory_bytes"] for result in results) / 2**30
-    console.print(
-        f"{len(cells)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB", highlight=False
+    results = load_results(finished, path)
+    write_report(
+        report, config.study.title or path.name, results, config.study.comparisons, absent=[*absent, *failed]
     )
+    peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
+    console.print(f"{len(finished)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
+    if failed:
+        raise _failure(failed, len(cells), f"the others are in {report}")
     return report
 
 
-def run_cell(pool: RayPool, cell: Cell, path: Path, title: str) -> dict[str, Any]:
-    """The result record of one cell; one that is finished under the same configuration is only read."""
-    finished = path / "result.json"
-    if finished.exists():
-        asked = with_cohort_size(cell.config, path)
-        if to_flat(read_config(path / "config.toml")) == to_flat(asked):
-            result: dict[str, Any] = json.loads(finished.read_text())
-            return result
-    return simulate_on(pool, cell.config, RunDirectory(path, resume=True), title)
+def run_cells(engine: Engine, cells: Sequence[Cell], path: Path, *, retry_failed: bool) -> list[Absent]:
+    """Run the cells that are neither finished nor recorded as failed; those without a result."""
+    waiting = [cell for cell in cells if not (path / cell.label / RESULT).exists()]
+    failed: list[Absent] = []
+    took: list[float] = []
+    for number, cell in enumerate(cells, start=1):
+        home = path / cell.label
+        if cell not in waiting:
+            continue
+        reason = None if retry_failed else read_failure(home)
+        if reason is not None:
+            console.print(f"{cell.label}: failed before ({escape(reason)})")
+        else:
+            left = f", about {duration(fmean(took) * len(waiting))} left" if took else ""
+            began = time.monotonic()
+            reason = run_cell(engine, cell, home, f"[{number}/{len(cells)}] {cell.label}{left}")
+            took.append(time.monotonic() - began)
+        waiting.remove(cell)
+        if reason is not None:
+            failed.append(Absent.of(cell, "failed", reason))
+    return failed
+
+
+def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
+    """Run one cell, or go on with it; why it failed, or None."""
+    (home / FAILED).unlink(missing_ok=True)
+    try:
+        _: dict[str, Any] = simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title)
+    except Exception as error:
+        engine.close()
+        reason = write_failure(home, error)
+        console.print(f"[red]{cell.label} failed:[/red] {escape(reason)}")
+        return reason
+    return None
+
+
+def _failure(failed: Sequence[Absent], count: int, rest: str) -> RunFailed:
+    """The last line of a study with failures."""
+    named = "; ".join(f"{missing.label}: {missing.reason}" for missing in failed[:MOST_NAMED])
+    more = f"; and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
+    return RunFailed(
+        f"{len(failed)} of {count} runs failed ({named}{more}); {rest}; try them again with --resume "
+        "--retry-failed"
+    )
