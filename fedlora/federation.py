@@ -23,6 +23,7 @@ from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdapterCard, save_adapter
+from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.runs import Checkpoint, RunDirectory
 from fedlora.samples import samples
@@ -241,15 +242,24 @@ class Federation:
         data, records = self.worker.data, self.directory.rounds()
         measured = [key for key in MEASURED if key in records[-1]]
         outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
+        by_client = records[-1].get(BY_CLIENT)
         if not self.personal:
             whole = self._whole or self._evaluate(np.arange(len(data.test)))
             outcome = self._summary(whole)
+            by_client = self._by_client(whole)
+        outcome |= spread(by_client)
         result = result_record(self.config, data, records, outcome, self.directory.before())
         self._verify()
         self._write_samples("after")
         self._export()
         self.directory.write_result(result)
         return result
+
+    def _by_client(self, whole: Evaluation) -> dict[str, float] | None:
+        """Accuracy by client; nodes alone know which domains they hold."""
+        if self.nodes is not None:
+            return None
+        return accuracy_by_client(whole, self.worker.data, self.partitions, self.config.data.partitioner)
 
     def _verify(self) -> None:
         try:

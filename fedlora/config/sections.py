@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedlora.config.checks import int_list, kebab, name_list, one_of, parse_json, require
+from fedlora.config.checks import float_list, int_list, kebab, name_list, one_of, parse_json, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,10 +236,16 @@ class StudyConfig:
     """JSON object: further named runs -> keys that differ from this file."""
     comparisons: str = ""
     """Claims, tested together: METHOD:BASELINE, ``fedsvd:ffa, *:head-only``; ``*`` is all others."""
+    tune_learning_rates: str = ""
+    """Comma list: each strategy and variant is tuned over them, on ``data.validation-fraction``."""
+    tune_seeds: str = ""
+    """Comma list of the seeds on which that is done, none of ``study.seeds``."""
 
     def __post_init__(self) -> None:
         for name in name_list(self.references):
             one_of("study.references", name, ("local-only", "centralised"))
         int_list("study.seeds", self.seeds)
+        int_list("study.tune-seeds", self.tune_seeds)
+        float_list("study.tune-learning-rates", self.tune_learning_rates)
         for key in ("overrides", "variants"):
             parse_json(f"study.{key}", getattr(self, key), dict)

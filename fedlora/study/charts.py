@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from matplotlib import rc_context
 
 from fedlora.study.canvas import HEIGHT, Canvas, Level
@@ -17,6 +18,8 @@ from fedlora.study.svg import SETTINGS
 from fedlora.study.wording import megabytes, percent, power_of_ten, significant
 
 Styles = dict[str, Style]
+CLIENT_SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
+"""Quantiles of the clients that are marked."""
 
 
 def draw_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -65,6 +68,36 @@ def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
         title="Accuracy by domain",
         note="Final models on the whole test set; within a domain the runs are in the order of the legend.",
         svg=canvas.finish("domains", "Dot chart of final accuracy by domain"),
+    )
+
+
+def _clients(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    """Only where it says more than the domains: where clients are more than them."""
+    shown = [row for row in rows if len(row.accuracy_by_client) > len(row.accuracy_by_domain)]
+    if not shown:
+        return None
+    canvas = Canvas(min(3 * HEIGHT, max(HEIGHT, 46 + 18 * len(shown))))
+    for place, row in enumerate(shown):
+        values = sorted(row.accuracy_by_client.values())
+        style = styles[row.name]
+        canvas.link((values[0], values[-1]), (place, place), style)
+        chosen = dict(zip(CLIENT_SHARES, np.quantile(values, CLIENT_SHARES).tolist(), strict=True))
+        notes = [f"{row.name}, {_named_share(share)}: {percent(v)}" for share, v in chosen.items()]
+        canvas.points([(value, place) for value in chosen.values()], style, notes)
+    canvas.group_axis([row.name for row in shown])
+    canvas.percent_axis("x")
+    return Chart(
+        name="clients",
+        title="From the worst client to the best",
+        note="Accuracy of the final model on each client's own test examples: the worst client, the tenth "
+        "percentile, the median, the ninetieth percentile and the best; each client a mean over the seeds.",
+        svg=canvas.finish("clients", "Range chart of accuracy over the clients, one line for each run"),
+    )
+
+
+def _named_share(share: float) -> str:
+    return {0.0: "worst client", 0.5: "median client", 1.0: "best client"}.get(
+        share, f"{100 * share:.0f}th percentile"
     )
 
 
@@ -215,5 +248,5 @@ def _bands(curves: Sequence[Curve]) -> str:
     return " Lines are means over the seeds, bands reach from the lowest to the highest." if several else ""
 
 
-DRAWN = (_accuracy, draw_privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains)
+DRAWN = (_accuracy, draw_privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains, _clients)
 """In the order of the page."""

@@ -27,11 +27,12 @@ from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import declared
 from fedlora.study.report import write_report
 from fedlora.study.results import RESULT, check_directory, load_results
+from fedlora.study.tuning import Trial, Tuning, check_tuning, choose, reported, trials
 from fedlora.study.wording import duration
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 STUDY = "study.json"
-"""What wrote a study's directory."""
+"""What wrote a study's directory, and the rates that it tuned."""
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
 
@@ -84,30 +85,47 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False, retry_fail
     check_address(config.engine.address)
     began = time.monotonic()
     with Engine(config) as engine:
-        wanted = expand(config, engine.pool.lender(config).worker.data.num_partitions)
-        declared(config.study.comparisons, {c.method: None for c in wanted if c.kind != "reference"})
-        cells, absent = applicable(wanted)
-        for cell in cells:
-            check_directory(cell, path / cell.label)
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / STUDY, json.dumps({"schema": SCHEMA, "title": config.study.title}) + "\n")
-        for missing in absent:
-            console.print(f"{missing.label}: not applicable ({escape(missing.reason)})")
-        failed = run_cells(engine, cells, path, retry_failed=retry_failed)
+        cells, absent = _planned(engine, config)
+        tried = _trials(config, cells)
+        _check_directories([trial.cell for trial in tried] or cells, path)
+        _begin(config, path, absent)
+        tuning = tune(engine, config, tried, path, retry_failed=retry_failed) if tried else None
+        cells, failed = with_rates(cells, tuning) if tuning else (cells, [])
+        _check_directories(cells, path)
+        failed += run_cells(engine, cells, path, retry_failed=retry_failed)
     labels = {missing.label for missing in failed}
-    finished = [cell for cell in cells if cell.label not in labels]
-    if not finished:
-        raise _failure(failed, len(cells), "there is nothing to report on")
-    report = path / "report.html"
-    results = load_results(finished, path)
-    write_report(
-        report, config.study.title or path.name, results, config.study.comparisons, absent=[*absent, *failed]
-    )
+    results = load_results([cell for cell in cells if cell.label not in labels], path)
+    if not results:
+        raise _failure(failed, 0, "there is nothing to report on")
+    report, title = path / "report.html", config.study.title or path.name
+    write_report(report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning)
     peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
-    console.print(f"{len(finished)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
+    console.print(f"{len(results)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
     if failed:
-        raise _failure(failed, len(cells), f"the others are in {report}")
+        raise _failure(failed, len(results), f"the others are in {report}")
     return report
+
+
+def tune(
+    engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, *, retry_failed: bool
+) -> Tuning:
+    """Run the trials that are not finished, and keep the rates in ``study.json``."""
+    failed = run_cells(engine, [trial.cell for trial in tried], path, retry_failed=retry_failed)
+    tuning = choose(config.study, tried, path, {missing.label for missing in failed})
+    _write_record(config, path, tuning)
+    for tuned in tuning.groups:
+        edge = ", at the edge of what was tried" if tuned.at_the_edge else ""
+        rate = "failed with every rate" if tuned.rate is None else f"{tuned.rate:g}{edge}"
+        console.print(f"{tuned.group}: learning rate {rate}")
+    return tuning
+
+
+def with_rates(cells: Sequence[Cell], tuning: Tuning) -> tuple[list[Cell], list[Absent]]:
+    """The cells with the rates that were found, and those of groups without one."""
+    none = {tuned.group for tuned in tuning.groups if tuned.rate is None}
+    reason = "its learning rate could not be tuned, a trial failed with every one"
+    untuned = [Absent.of(cell, "failed", reason) for cell in cells if cell.group in none]
+    return reported([cell for cell in cells if cell.group not in none], tuning.rates), untuned
 
 
 def run_cells(engine: Engine, cells: Sequence[Cell], path: Path, *, retry_failed: bool) -> list[Absent]:
@@ -146,11 +164,47 @@ def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
     return None
 
 
-def _failure(failed: Sequence[Absent], count: int, rest: str) -> RunFailed:
+def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:
+    """The runs that can exist, and those that cannot."""
+    cells = expand(config, engine.pool.lender(config).worker.data.num_partitions)
+    declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
+    return applicable(cells)
+
+
+def _trials(config: RunConfig, cells: Sequence[Cell]) -> list[Trial]:
+    """The runs that tune; none where rates are given."""
+    if not config.study.tune_learning_rates:
+        return []
+    check_tuning(config, cells)
+    return trials(config.study, cells)
+
+
+def _check_directories(cells: Sequence[Cell], path: Path) -> None:
+    for cell in cells:
+        check_directory(cell, path / cell.label)
+
+
+def _begin(config: RunConfig, path: Path, absent: Sequence[Absent]) -> None:
+    """All is checked: make the directory, and say what will not run."""
+    path.mkdir(parents=True, exist_ok=True)
+    if not (path / STUDY).exists():
+        _write_record(config, path)
+    for missing in absent:
+        console.print(f"{missing.label}: not applicable ({escape(missing.reason)})")
+
+
+def _write_record(config: RunConfig, path: Path, tuning: Tuning | None = None) -> None:
+    record: dict[str, Any] = {"schema": SCHEMA, "title": config.study.title}
+    if tuning is not None:
+        record["tuning"] = tuning.record()
+    write_atomic(path / STUDY, json.dumps(record, indent=2) + "\n")
+
+
+def _failure(failed: Sequence[Absent], finished: int, rest: str) -> RunFailed:
     """The last line of a study with failures."""
     named = "; ".join(f"{missing.label}: {missing.reason}" for missing in failed[:MOST_NAMED])
     more = f"; and {len(failed) - MOST_NAMED} more" if len(failed) > MOST_NAMED else ""
     return RunFailed(
-        f"{len(failed)} of {count} runs failed ({named}{more}); {rest}; try them again with --resume "
-        "--retry-failed"
+        f"{len(failed)} of {finished + len(failed)} runs failed ({named}{more}); {rest}; try them again "
+        "with --resume --retry-failed"
     )

@@ -57,6 +57,7 @@ def setting(rows: Sequence[Row], shared: FlatConfig) -> list[tuple[str, str]]:
         ("Rounds", f"{config.num_server_rounds}, {_participation(config)} in each"),
         ("Local work", _local_work(config)),
         ("Evaluation", _evaluation(config, rows[0].examples)),
+        ("Each client", _each_client(config, rows)),
         ("Seeds", ", ".join(map(str, rows[0].seeds))),
     ]  # fmt: skip
     private = [row.config for row in rows if row.private]
@@ -130,6 +131,19 @@ def _evaluation(config: RunConfig, examples: int) -> str:
     when = "after each round" if every == 1 else f"every {every} rounds"
     which = f"{subset:,} of them" if 0 < subset < examples else "all of them"
     return f"{examples:,} test examples at the end, {which} {when}"
+
+
+def _each_client(config: RunConfig, rows: Sequence[Row]) -> str:
+    """What the figures of single clients are taken on, or why there are none."""
+    if any(row.worst_client for row in rows if row.kind != "reference"):
+        return (
+            "the same final model on the test examples of the domains that a client holds; the worst decile "
+            "is the mean over the tenth of the clients that fare worst, at least one"
+        )
+    if config.data.partitioner != "natural":
+        divided = _partitioning(config)
+        return f"no figures: with data divided {divided}, clients have no test examples of their own"
+    return "no figures: clients do not differ in their domains, or the runs are older than these figures"
 
 
 def learning_rates(rows: Sequence[Row]) -> list[tuple[str, ...]]:

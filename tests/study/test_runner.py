@@ -5,60 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from fedlora.cli import cli
-from fedlora.config import RunConfig, from_flat
+from fedlora.config import from_flat
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.runs import RunDirectory
-from fedlora.study import runner
 from fedlora.study.runner import run_study
-from tests.study.made_up import result
-
-KEYS: dict[str, Any] = {"model.name": "tiny", "data.name": "synthetic", "num-server-rounds": 2}
-
-
-class Simulation:
-    """Stands in for the engine: made-up results, and failures where a test asks for them."""
-
-    def __init__(self) -> None:
-        self.ran: list[str] = []
-        self.started = 0
-        self.fails: dict[str, Exception] = {}
-
-    def start(self, config: RunConfig) -> Any:
-        self.started += 1
-        data = SimpleNamespace(num_partitions=4)
-        lender = SimpleNamespace(worker=SimpleNamespace(data=data))
-        return SimpleNamespace(lender=lambda config: lender, close=lambda: None)
-
-    def simulate_on(self, pool: Any, config: RunConfig, directory: RunDirectory, title: str) -> Any:
-        directory.open(config)
-        self.ran.append(directory.path.name)
-        if directory.path.name in self.fails:
-            raise self.fails[directory.path.name]
-        made_up = result(config.strategy.name, seed=config.seed, num_rounds=config.num_server_rounds)
-        for record in made_up.rounds:
-            directory.append_round(record)
-        directory.write_result(made_up.result)
-        return made_up.result
-
-
-@pytest.fixture
-def simulation(monkeypatch: pytest.MonkeyPatch) -> Simulation:
-    simulation = Simulation()
-    monkeypatch.setattr(runner, "start", simulation.start)
-    monkeypatch.setattr(runner, "simulate_on", simulation.simulate_on)
-    return simulation
-
-
-def study(**keys: Any) -> RunConfig:
-    given = {f"study.{key.replace('_', '-')}": value for key, value in keys.items()}
-    return from_flat({**KEYS, **given})
+from tests.study.simulation import KEYS, Simulation, study
 
 
 def section(page: Path, name: str) -> str:
