@@ -6,6 +6,7 @@ from fedlora.config import RunConfig, StrategyConfig
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.initial import FROM_BASE
 from fedlora.tasks import task_named
+from fedlora.tracking import check_tracking
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -20,6 +21,7 @@ def check(config: RunConfig) -> Rule:
             ranks for a rule that cannot take them.
         ConfigError: an unknown strategy or option, or a value that cannot work.
     """
+    check_tracking(config.tracking.tool)
     rule = configured_rule(config.strategy)
     check_task(config, rule)
     ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}

@@ -28,6 +28,7 @@ from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.runs import Checkpoint, RunDirectory
 from fedlora.samples import samples
 from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
+from fedlora.tracking import Tracking
 from fedlora.updates import State
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
@@ -65,6 +66,7 @@ class Federation:
     run_key: str = field(init=False, default="")
     ledger_heads: dict[int, str] = field(init=False, default_factory=dict)
     _began: float = field(init=False, default=0.0)
+    _tracking: Tracking = field(init=False)
     _whole: Evaluation | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -108,6 +110,13 @@ class Federation:
         Raises:
             RunFailed: too few clients or valid updates; what was written before is kept.
         """
+        self._tracking = Tracking(self.config, self.directory.path)
+        try:
+            return self._run(grid)
+        finally:
+            self._tracking.close()
+
+    def _run(self, grid: Grid) -> dict[str, Any]:
         self._measure_before()
         self._began = time.monotonic()
         strategy = self.strategy
@@ -190,6 +199,7 @@ class Federation:
         record = round_record(config, report, measured, now - self._began)
         self._began = now
         self.directory.append_round(record)
+        self._tracking.log_round(record)
         self.directory.save_checkpoint(
             Checkpoint(
                 self.state,
@@ -253,6 +263,7 @@ class Federation:
         self._write_samples("after")
         self._export()
         self.directory.write_result(result)
+        self._tracking.log_result(result)
         return result
 
     def _by_client(self, whole: Evaluation) -> dict[str, float] | None:

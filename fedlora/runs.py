@@ -36,7 +36,7 @@ from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
 from fedlora.updates import Patch, State
 
-FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.")
+FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.", "tracking.")
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""

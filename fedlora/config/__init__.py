@@ -16,6 +16,7 @@ from fedlora.config.sections import (
     LoraConfig,
     ModelConfig,
     StudyConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from fedlora.config.strategy import StrategyConfig
@@ -32,6 +33,7 @@ __all__ = [
     "Scalar",
     "StrategyConfig",
     "StudyConfig",
+    "TrackingConfig",
     "TrainConfig",
     "flatten",
     "float_list",

@@ -217,6 +217,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Who else is told about each round; it changes no result."""
+
+    tool: str = "none"
+    """``none``, ``tensorboard``, ``wandb`` (offline), ``mlflow`` or ``trackio``; see `fedlora.tracking`."""
+
+    def __post_init__(self) -> None:
+        one_of("tracking.tool", self.tool, ("none", "tensorboard", "wandb", "mlflow", "trackio"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
     """What ``fedlora compare`` varies; a single run ignores it."""
 

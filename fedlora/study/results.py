@@ -15,7 +15,7 @@ from fedlora.study.cells import Cell, Kind
 
 RESULT = "result.json"
 """Written last: a cell without it is not finished."""
-IRRELEVANT = ("output-dir", "engine.", "study.")
+IRRELEVANT = ("output-dir", "engine.", "study.", "tracking.")
 """Keys that do not change what a run measures."""
 NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
 """What the report cannot do without in ``result.json``; and one of `REFERENCES`."""

@@ -12,7 +12,7 @@ from fedlora.study.results import CellResult
 from fedlora.study.summary import Row
 from fedlora.study.wording import significant
 
-NOT_A_SETTING = ("seed", "output-dir", "engine.", "study.", "strategy.name")
+NOT_A_SETTING = ("seed", "output-dir", "engine.", "study.", "tracking.", "strategy.name")
 """Keys that the report shows elsewhere or that change no result."""
 
 
