@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -128,7 +127,7 @@ def _gap(rows: Sequence[Row], styles: Styles) -> Chart | None:
     canvas = Canvas()
     for curve in curves:
         canvas.curve(curve, styles[curve.row.name], lambda x, y: f"round {x:.0f}: {_shown_gap(y)}")
-    canvas.log_axis("y", lambda value: power_of_ten(round(math.log10(value))))
+    canvas.log_axis("y", significant)
     canvas.round_axis()
     return Chart(
         name="gap",

@@ -155,7 +155,7 @@ def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
     """Run one cell, or go on with it; why it failed, or None."""
     (home / FAILED).unlink(missing_ok=True)
     try:
-        _: dict[str, Any] = simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title)
+        simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title)
     except Exception as error:
         engine.close()
         reason = write_failure(home, error)

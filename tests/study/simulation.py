@@ -18,6 +18,7 @@ class Simulation:
 
     def __init__(self) -> None:
         self.ran: list[str] = []
+        self.titles: list[str] = []
         self.started = 0
         self.fails: dict[str, Exception] = {}
         self.configs: dict[str, RunConfig] = {}
@@ -32,6 +33,7 @@ class Simulation:
     def simulate_on(self, pool: Any, config: RunConfig, directory: RunDirectory, title: str) -> Any:
         directory.open(config)
         self.ran.append(directory.path.name)
+        self.titles.append(title)
         self.configs[directory.path.name] = config
         if directory.path.name in self.fails:
             raise self.fails[directory.path.name]
