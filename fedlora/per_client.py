@@ -1,6 +1,6 @@
 """How the clients fare, each on test examples of its own: the domains that it holds.
 
-Only under ``data.partitioner = "natural"`` do clients differ in their domains by design. Elsewhere every
+Only where ``data.partitioner`` goes by nature do clients differ in their domains by design. Elsewhere every
 client's test examples would be the same ones, and a figure for each of them an invention.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from clients.evaluation import Evaluation
+from fedlora.data.columns import BY_NATURE
 from fedlora.data.prepared import Prepared
 
 BY_CLIENT = "accuracy_by_client"
@@ -34,7 +35,7 @@ def accuracy_by_client(
     Returns:
         None where clients have no test examples of their own.
     """
-    if partitioner != "natural" or not data.domain_names:
+    if partitioner not in BY_NATURE or not data.domain_names:
         return None
     held = {p: np.unique(data.train.domains[data.indices(p)]) for p in sorted(partitions)}
     if len({domains.tobytes() for domains in held.values()}) == 1:

@@ -60,6 +60,7 @@ class LoraConfig:
 
 PARTITIONERS = (
     "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential", "bootstrap",
+    "natural-dirichlet",
 )  # fmt: skip
 
 
@@ -90,8 +91,9 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Tuning: evaluate on this share of the training examples, taken out of them, not on the test set."""
     partitioner: str = "natural"
-    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential, or
-    bootstrap, for which clients draw from all training examples."""
+    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential;
+    bootstrap, for which clients draw from all training examples; or natural-dirichlet: natural, and
+    several clients of one value differ by Dirichlet label skew."""
     partition_by: str = "domain"
     """natural: the column whose values are the clients. dirichlet, pathological, shard use the label."""
     num_partitions: int = 0

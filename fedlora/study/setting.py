@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.config import FlatConfig, RunConfig, Scalar, from_flat, to_flat
+from fedlora.data.columns import BY_NATURE
 from fedlora.study.results import CellResult
 from fedlora.study.summary import Row
 from fedlora.study.wording import significant
@@ -97,6 +98,8 @@ def _partitioning(config: RunConfig) -> str:
     data = config.data
     about = {
         "natural": f"by {data.partition_by}",
+        "natural-dirichlet": f"by {data.partition_by}, and within it with Dirichlet label skew, "
+        f"concentration {data.dirichlet_alpha:g}",
         "iid": "evenly at random",
         "dirichlet": f"with Dirichlet label skew, concentration {data.dirichlet_alpha:g}",
         "pathological": f"by label, {data.classes_per_partition} for each client",
@@ -140,7 +143,7 @@ def _each_client(config: RunConfig, rows: Sequence[Row]) -> str:
             "the same final model on the test examples of the domains that a client holds; the worst decile "
             "is the mean over the tenth of the clients that fare worst, at least one"
         )
-    if config.data.partitioner != "natural":
+    if config.data.partitioner not in BY_NATURE:
         divided = _partitioning(config)
         return f"no figures: with data divided {divided}, clients have no test examples of their own"
     return "no figures: clients do not differ in their domains, or the runs are older than these figures"

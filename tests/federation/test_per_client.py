@@ -64,10 +64,11 @@ def test_a_client_whose_domains_have_no_test_example_is_left_out() -> None:
     ("train", "names", "partitioner"),
     [
         ([[0], [1]], ("a", "b"), "dirichlet"),
+        ([[0, 1], [1, 0]], ("a", "b"), "natural-dirichlet"),
         ([[0, 1], [1, 0]], ("a", "b"), "natural"),
         ([[-1], [-1]], (), "natural"),
     ],
-    ids=["dealt by label", "all hold all", "no domains"],
+    ids=["dealt by label", "skewed inside of one domain", "all hold all", "no domains"],
 )
 def test_nothing_is_invented(train: list[list[int]], names: tuple[str, ...], partitioner: str) -> None:
     data = prepared(train, test=[0, 1] if names else [-1, -1], names=names)
