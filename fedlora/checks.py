@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fedlora.config import RunConfig, StrategyConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NotApplicable
 from fedlora.initial import FROM_DATA, TAKEN_OUT
 from fedlora.tasks import task_named
+from fedlora.tracking import check_tracking
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -16,19 +17,21 @@ def check(config: RunConfig) -> Rule:
     """The rule of a configuration, after refusing combinations that cannot work.
 
     Raises:
-        ConfigError: an unknown strategy or option, mixed ranks for a rule that cannot take them, or a
-            setting that privacy excludes.
+        NotApplicable: what the rule, the task or a mode of privacy excludes by its nature, such as mixed
+            ranks for a rule that cannot take them.
+        ConfigError: an unknown strategy or option, or a value that cannot work.
     """
+    check_tracking(config.tracking.tool)
     rule = configured_rule(config.strategy)
     check_task(config, rule)
     ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
     if len(ranks) > 1 and not rule.facts.mixed_ranks:
         able = ", ".join(name for name, r in RULES.items() if r.facts.mixed_ranks)
-        raise ConfigError(
+        raise NotApplicable(
             f"lora.ranks: {rule.facts.name} needs equal ranks, not {sorted(ranks)} (mixed: {able})"
         )
     if len(ranks) > 1 and rule.init_a in TAKEN_OUT:
-        raise ConfigError(
+        raise NotApplicable(
             f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
             "a client of lower rank would lack a part of the base weight"
         )
@@ -43,7 +46,7 @@ def check(config: RunConfig) -> Rule:
                 "belongs to one client"
             )
         if not config.privacy.release_metrics and (own := kept(config, rule)):
-            raise ConfigError(
+            raise NotApplicable(
                 f"privacy.release-metrics = false: {own} is measured by clients alone, and what they find "
                 "tells which domains they hold; true lets them"
             )
@@ -62,7 +65,7 @@ def check(config: RunConfig) -> Rule:
             f"data.public = '': strategy.init-a = {rule.init_a!r} looks at public examples, name some"
         )
     if not rule.facts.trains and config.model.head == "freeze":
-        raise ConfigError(f"model.head = 'freeze': {rule.facts.name} would train nothing")
+        raise NotApplicable(f"model.head = 'freeze': {rule.facts.name} would train nothing")
     return rule
 
 
@@ -70,6 +73,7 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     """Refuse what the task excludes; where it trains no head, ``train`` and ``freeze`` mean the same.
 
     Raises:
+        NotApplicable: a rule that would train nothing.
         ConfigError: no such task, columns that it cannot read, or a head where the task has none.
     """
     task = task_named(config.task)
@@ -77,7 +81,7 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     if not task.labelled and config.model.head == "local":
         raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")
     if not task.labelled and not rule.facts.trains:
-        raise ConfigError(
+        raise NotApplicable(
             f"strategy.name = {rule.facts.name!r}: task {task.name} has no head, so nothing trains"
         )
 
@@ -86,21 +90,22 @@ def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
     """Refuse what noise on a mean does not cover.
 
     Raises:
-        ConfigError: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
+        NotApplicable: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
     """
     mode, name = "privacy.mode = 'client'", rule.facts.name
     if not rule.facts.client_dp:
         able = ", ".join(n for n, r in RULES.items() if r.facts.client_dp)
-        raise ConfigError(
+        raise NotApplicable(
             f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does not "
             f"cover it (able: {able})"
         )
     if config.strategy.robust != "none":
-        raise ConfigError(f"{mode}: strategy.robust = {config.strategy.robust!r} is no mean, must be 'none'")
+        robust = config.strategy.robust
+        raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
     if own := kept(config, rule):
-        raise ConfigError(f"{mode}: {own} is measured by clients, outside the guarantee")
+        raise NotApplicable(f"{mode}: {own} is measured by clients, outside the guarantee")
     if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
-        raise ConfigError(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
+        raise NotApplicable(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
 
 
 def kept(config: RunConfig, rule: Rule) -> str:

@@ -11,6 +11,10 @@ class ConfigError(FedLoraError, ValueError):
     """A request that cannot be carried out as written (exit code 2)."""
 
 
+class NotApplicable(ConfigError):
+    """A combination that a strategy or a mode excludes by its nature; a study lists it and goes on."""
+
+
 class FactorShapeError(FedLoraError, ValueError):
     """LoRA factors whose shapes, ranks or modules do not fit together."""
 

@@ -23,10 +23,12 @@ from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdapterCard, save_adapter
+from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
 from fedlora.personal import mean_model, model_of, own_tensors
 from fedlora.runs import Checkpoint, RunDirectory
 from fedlora.samples import samples
 from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
+from fedlora.tracking import Tracking
 from fedlora.updates import State
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
@@ -64,6 +66,7 @@ class Federation:
     run_key: str = field(init=False, default="")
     ledger_heads: dict[int, str] = field(init=False, default_factory=dict)
     _began: float = field(init=False, default=0.0)
+    _tracking: Tracking = field(init=False)
     _whole: Evaluation | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -110,6 +113,13 @@ class Federation:
         Raises:
             RunFailed: too few clients or valid updates; what was written before is kept.
         """
+        self._tracking = Tracking(self.config, self.directory.path)
+        try:
+            return self._run(grid)
+        finally:
+            self._tracking.close()
+
+    def _run(self, grid: Grid) -> dict[str, Any]:
         self._measure_before()
         self._began = time.monotonic()
         strategy = self.strategy
@@ -197,6 +207,7 @@ class Federation:
         record = round_record(config, report, measured, now - self._began)
         self._began = now
         self.directory.append_round(record)
+        self._tracking.log_round(record)
         self.directory.save_checkpoint(
             Checkpoint(
                 self.state,
@@ -249,15 +260,25 @@ class Federation:
         data, records = self.worker.data, self.directory.rounds()
         measured = [key for key in MEASURED if key in records[-1]]
         outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
+        by_client = records[-1].get(BY_CLIENT)
         if not self.personal:
             whole = self._whole or self._evaluate(np.arange(len(data.test)))
             outcome = self._summary(whole)
+            by_client = self._by_client(whole)
+        outcome |= spread(by_client)
         result = result_record(self.config, data, records, outcome, self.directory.before())
         self._verify()
         self._write_samples("after")
         self._export()
         self.directory.write_result(result)
+        self._tracking.log_result(result)
         return result
+
+    def _by_client(self, whole: Evaluation) -> dict[str, float] | None:
+        """Accuracy by client; nodes alone know which domains they hold."""
+        if self.nodes is not None:
+            return None
+        return accuracy_by_client(whole, self.worker.data, self.partitions, self.config.data.partitioner)
 
     def _verify(self) -> None:
         try:

@@ -10,6 +10,7 @@
     adapter/          the global adapter in PEFT's format
     clients/          what simulated clients hold between rounds
     spoiled.txt       why the run cannot be relied on or resumed, if that was found
+    failed.json       why a study's run stopped; its other runs went on
 
 Files are replaced atomically; ``rounds.jsonl`` is appended and flushed before the checkpoint, so that a
 resumed run drops at most the line of a round that was not checkpointed.
@@ -35,10 +36,13 @@ from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
 from fedlora.updates import Patch, State
 
-FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.")
+FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.", "tracking.")
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
+SCHEMA = 1
+"""Counted up whenever files of a run or a study come to mean something else; 1 where none is written."""
+PROVENANCE = "provenance.json"
 SAMPLES = "samples.json"
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
@@ -72,7 +76,8 @@ class RunDirectory:
         resume: go on with what is there.
 
     Raises:
-        ConfigError: the directory holds something and ``resume`` is off, or a run that was condemned.
+        ConfigError: the directory holds something and ``resume`` is off, a run of another schema, or one that
+            was condemned.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -82,6 +87,7 @@ class RunDirectory:
         if path.is_dir() and any(path.iterdir()) and not resume:
             raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
         path.mkdir(parents=True, exist_ok=True)
+        check_schema(path / PROVENANCE)
         if (path / SPOILED).exists():
             raise ConfigError(
                 f"--resume {path}: {(path / SPOILED).read_text().strip()}; begin it anew elsewhere"
@@ -107,7 +113,7 @@ class RunDirectory:
                         f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
-        write_atomic(self.path / "provenance.json", json.dumps(provenance(config), indent=2) + "\n")
+        write_atomic(self.path / PROVENANCE, json.dumps(provenance(config), indent=2) + "\n")
 
     def before(self) -> dict[str, Any] | None:
         """The evaluation before round 1, if there was one."""
@@ -256,12 +262,32 @@ def read_samples(path: Path) -> dict[str, Any]:
     return found
 
 
+def check_schema(file: Path) -> None:
+    """Refuse what another version of fedlora wrote with other meanings; a file that is not there is fine.
+
+    Raises:
+        ConfigError: the file is of another schema, or cannot be read.
+    """
+    if not file.exists():
+        return
+    try:
+        schema = json.loads(file.read_text()).get("schema", 1)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{file}: is no JSON object, so its schema is unknown; use another --out") from None
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"{file}: is of schema {schema}, this version of fedlora reads and writes {SCHEMA}; use another "
+            "--out"
+        )
+
+
 # --- provenance -----------------------------------------------------------------------------------------
 
 
 def provenance(config: RunConfig) -> dict[str, Any]:
     """Versions, commit, hardware and seed of a run."""
     return {
+        "schema": SCHEMA,
         "seed": config.seed,
         "commit": _commit(),
         "python": platform.python_version(),

@@ -14,6 +14,7 @@ from clients.evaluation import Evaluation
 from fedlora.config import RunConfig
 from fedlora.data.prepared import Prepared
 from fedlora.errors import RunFailed
+from fedlora.per_client import BY_CLIENT
 from fedlora.tasks import CLASSIFICATION, Task
 from strategies.report import RoundReport
 
@@ -74,7 +75,7 @@ def personal_summary(
         "loss": loss,
         "accuracy_by_domain": by_domain,
         "examples": int(sum(m[NUM_EXAMPLES] for m in metrics.values())),
-        "accuracy_by_client": {str(p): m["accuracy"] for p, m in sorted(metrics.items())},
+        BY_CLIENT: {str(p): m["accuracy"] for p, m in sorted(metrics.items())},
     }
     if task.unit == "token":
         record |= {"perplexity": perplexity(loss), "tokens": int(total)}

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fedlora.errors import ConfigError, named_line
+from fedlora.errors import ConfigError, NotApplicable, named_line
 from strategies.center import Center
 from strategies.fed_sb import FedSBRule
 from strategies.fedavg import FedAvgRule
@@ -75,8 +75,8 @@ def make_rule(
     """The rule of that name with its options (fields of its class), composed with what is given.
 
     Raises:
-        ConfigError: an unknown name or option, a value that the rule refuses, or a robust centre or a
-            server optimiser for a rule whose aggregate is no mean.
+        NotApplicable: a robust centre or a server optimiser for a rule whose aggregate is no mean.
+        ConfigError: an unknown name or option, or a value that the rule refuses.
 
     >>> make_rule("fedsvd", {"period": 2}).period
     2
@@ -141,7 +141,7 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
     for key, value in wanted.items():
         if value:
             able = ", ".join(n for n, r in RULES.items() if r.facts.mean)
-            raise ConfigError(
+            raise NotApplicable(
                 f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able})"
             )
     return {}

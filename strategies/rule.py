@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.errors import ConfigError, FactorShapeError
+from fedlora.errors import ConfigError, FactorShapeError, NotApplicable
 from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
 from fedlora.initial import DRAWN, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.threads import side_by_side
@@ -39,7 +39,8 @@ class Rule:
             start both factors as a part of the base weight, which leaves the base; ``eva`` looks at inputs.
 
     Raises:
-        ConfigError: an option outside what the rule accepts.
+        NotApplicable: an ``init_a`` that the rule does not accept.
+        ConfigError: an option outside what there is.
     """
 
     facts: ClassVar[Facts]
@@ -49,7 +50,7 @@ class Rule:
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
         if self.init_a not in self.facts.inits:
-            raise ConfigError(
+            raise NotApplicable(
                 f"strategy.init-a = {self.init_a!r}: {self.facts.name} {self.facts.inits_why}, "
                 f"accepted are {', '.join(self.facts.inits)}"
             )

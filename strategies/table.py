@@ -31,7 +31,3 @@ def markdown_table() -> str:
         cells = [f"`{row['name']}`", row["title"], *marks, row["up"], row["down"], row["paper"]]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(markdown_table())

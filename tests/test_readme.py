@@ -6,6 +6,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+from typer.testing import CliRunner
+
+from experiments.readme import main, with_table
+from fedlora.cli import cli
 from strategies.table import markdown_table
 
 ROOT = Path(__file__).parent.parent
@@ -13,7 +18,30 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_strategy_table_is_the_facts() -> None:
-    assert markdown_table() in README, "regenerate it: python -m strategies.table"
+    assert with_table(README) == README, "regenerate it: python -m experiments.readme"
+
+
+def test_a_table_that_drifted_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(README.replace("| `flora` | FLoRA | yes |", "| `flora` | FLoRA | no |"))
+    assert page.read_text() != README
+    main(page)
+    assert page.read_text() == README
+
+
+def test_a_page_without_its_markers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="strategies"):
+        with_table("no markers")
+
+
+def test_the_command_shows_the_same_facts_as_the_table() -> None:
+    shown = CliRunner().invoke(cli, ["strategies"]).stdout
+    for line in markdown_table().splitlines()[2:]:
+        name, _, exact, mixed, moves, up, down, _ = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        (row,) = [row for row in shown.splitlines() if row.split()[:1] == [name]]
+        assert row.split()[1:4] == [exact, mixed, moves]
+        assert up in row
+        assert down in row
 
 
 def test_every_link_leads_to_a_file() -> None:

@@ -24,13 +24,18 @@ def test_the_default_run_config_is_the_dataclasses() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_accepted(path: Path) -> None:
     from fedlora.checks import check
+    from fedlora.study.absent import applicable
     from fedlora.study.cells import expand
+    from fedlora.study.tuning import check_tuning, trials
 
     config = read_config(path)
     check(config)
-    for cell in expand(config, num_partitions=4) if config.study != StudyConfig() else []:
-        check(cell.config)
-        assert from_flat(to_flat(cell.config)) == cell.config
+    if config.study != StudyConfig():
+        cells, _ = applicable(expand(config, num_partitions=4))
+        assert all(from_flat(to_flat(cell.config)) == cell.config for cell in cells)
+        if config.study.tune_learning_rates:
+            check_tuning(config, cells)
+            assert trials(config.study, cells)
 
 
 def test_only_declared_packages_are_built_and_bundled() -> None:

@@ -63,6 +63,9 @@ def compare(
         Path | None, typer.Option("--out", help="Directory for all runs and report.html.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs and go on.")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: also try again what failed.")
+    ] = False,
 ) -> None:
     """Run every strategy, reference and variant of a [study] table and write report.html.
 
@@ -72,7 +75,8 @@ def compare(
     from fedlora.study.runner import run_study
 
     settings = read_config(config, parse_overrides(set_))
-    report = run_study(settings, out_dir or Path(f"runs/{config.stem}"), resume=resume)
+    path = out_dir or Path(f"runs/{config.stem}")
+    report = run_study(settings, path, resume=resume, retry_failed=retry_failed)
     out.print(f"report: {report}")
 
 

@@ -5,7 +5,7 @@ only booleans, integers, floats and strings, so lists are comma strings and stru
 ``[tool.flwr.app.config]`` in ``pyproject.toml`` holds the same keys with the same defaults.
 """
 
-from fedlora.config.checks import Scalar, int_list, name_list
+from fedlora.config.checks import Scalar, float_list, int_list, name_list
 from fedlora.config.files import parse_overrides, read_config, unflatten
 from fedlora.config.flat import FlatConfig, flatten, from_flat, to_flat
 from fedlora.config.privacy import PrivacyConfig
@@ -16,6 +16,7 @@ from fedlora.config.sections import (
     LoraConfig,
     ModelConfig,
     StudyConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from fedlora.config.strategy import StrategyConfig
@@ -32,8 +33,10 @@ __all__ = [
     "Scalar",
     "StrategyConfig",
     "StudyConfig",
+    "TrackingConfig",
     "TrainConfig",
     "flatten",
+    "float_list",
     "from_flat",
     "int_list",
     "name_list",

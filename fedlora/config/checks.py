@@ -44,6 +44,23 @@ def int_list(key: str, text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
+def float_list(key: str, text: str) -> tuple[float, ...]:
+    """A comma string of positive numbers.
+
+    >>> float_list("study.tune-learning-rates", "0.003, 1e-2")
+    (0.003, 0.01)
+    """
+    numbers: list[float] = []
+    for part in name_list(text):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        require(0 < number < math.inf, key, text, f"{part!r} is no number > 0")
+        numbers.append(number)
+    return tuple(numbers)
+
+
 def name_list(text: str) -> tuple[str, ...]:
     """A comma string of names, blanks stripped, empty parts dropped."""
     return tuple(filter(None, (p.strip() for p in text.split(","))))

@@ -12,6 +12,7 @@ from fedlora.config.sections import (
     LoraConfig,
     ModelConfig,
     StudyConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from fedlora.config.strategy import StrategyConfig
@@ -76,6 +77,7 @@ class RunConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for name in ("num_server_rounds", "min_train_nodes", "min_available_nodes", "evaluate_every"):

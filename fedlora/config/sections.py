@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from fedlora.config.checks import int_list, kebab, name_list, one_of, parse_json, require
+from fedlora.config.checks import float_list, int_list, kebab, name_list, one_of, parse_json, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,7 @@ class LoraConfig:
 
 PARTITIONERS = (
     "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential", "bootstrap",
+    "natural-dirichlet",
 )  # fmt: skip
 
 
@@ -90,8 +91,9 @@ class DataConfig:
     validation_fraction: float = 0.0
     """Tuning: evaluate on this share of the training examples, taken out of them, not on the test set."""
     partitioner: str = "natural"
-    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential, or
-    bootstrap, for which clients draw from all training examples."""
+    """Who holds what: natural, iid, dirichlet, pathological, shard, linear, square, exponential;
+    bootstrap, for which clients draw from all training examples; or natural-dirichlet: natural, and
+    several clients of one value differ by Dirichlet label skew."""
     partition_by: str = "domain"
     """natural: the column whose values are the clients. dirichlet, pathological, shard use the label."""
     num_partitions: int = 0
@@ -217,6 +219,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrackingConfig:
+    """Who else is told about each round; it changes no result."""
+
+    tool: str = "none"
+    """``none``, ``tensorboard``, ``wandb`` (offline), ``mlflow`` or ``trackio``; see `fedlora.tracking`."""
+
+    def __post_init__(self) -> None:
+        one_of("tracking.tool", self.tool, ("none", "tensorboard", "wandb", "mlflow", "trackio"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StudyConfig:
     """What ``fedlora compare`` varies; a single run ignores it."""
 
@@ -236,10 +249,16 @@ class StudyConfig:
     """JSON object: further named runs -> keys that differ from this file."""
     comparisons: str = ""
     """Claims, tested together: METHOD:BASELINE, ``fedsvd:ffa, *:head-only``; ``*`` is all others."""
+    tune_learning_rates: str = ""
+    """Comma list: each strategy and variant is tuned over them, on ``data.validation-fraction``."""
+    tune_seeds: str = ""
+    """Comma list of the seeds on which that is done, none of ``study.seeds``."""
 
     def __post_init__(self) -> None:
         for name in name_list(self.references):
             one_of("study.references", name, ("local-only", "centralised"))
         int_list("study.seeds", self.seeds)
+        int_list("study.tune-seeds", self.tune_seeds)
+        float_list("study.tune-learning-rates", self.tune_learning_rates)
         for key in ("overrides", "variants"):
             parse_json(f"study.{key}", getattr(self, key), dict)

@@ -29,6 +29,8 @@ LONG_TEXTS = frozenset({"novels"})
 TEXTS = ("text", "text_pair")
 DEFAULT_TEXTS = ("text",)
 NATURAL = "natural"
+BY_NATURE = (NATURAL, "natural-dirichlet")
+"""Partitioners that go by the values of ``data.partition-by``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Columns:
                 f"data.text-column = {config.text_column!r}: must name one column, or two for sentence pairs"
             )
         domain, group = BUILT_IN.get(config.name, (config.domain_column, config.group_column))
-        by = config.partition_by if config.partitioner == "natural" else ""
+        by = config.partition_by if config.partitioner in BY_NATURE else ""
         if not labelled:
             natural = "" if by == "domain" and domain else (by == "group" and group) or by
             return cls(texts, "", domain, group, natural=natural)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]
     ``iid``, ``linear``, ``square`` and ``exponential`` cut shuffled examples; ``dirichlet``,
     ``pathological`` and ``shard`` (two shards of the examples sorted by label) go by the label.
 
+    ``natural-dirichlet`` gives each natural value its share of the clients (of 14, two for each of 7 domains)
+    and cuts its examples among them by Dirichlet label skew: clients differ in domain and in labels.
+
     ``bootstrap`` is for any number of clients: each draws ``data.partition-size`` examples with
     replacement, so that clients share examples and one may hold an example twice.
 
@@ -52,11 +56,38 @@ def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]
     if config.partitioner == "natural":
         clients = _natural_clients(train, config, seed)
         parts = np.split(np.argsort(clients, kind="stable"), np.cumsum(np.bincount(clients))[:-1])
+    elif config.partitioner == "natural-dirichlet":
+        parts = _skewed_within_values(train, labels, config, seed)
     else:
         order = stream(seed, "partition-order").permutation(len(train))
         parts = [np.sort(order[rows]) for rows in _rows(labels[order], config, seed)]
     _check_parts(parts, labels, config)
     return parts
+
+
+def _skewed_within_values(
+    train: Dataset, labels: np.ndarray, config: DataConfig, seed: int
+) -> list[np.ndarray]:
+    """The clients of one natural value after those of another."""
+    values = _natural_values(train, config)
+    sizes = np.bincount(values)
+    if config.num_partitions < len(sizes):
+        raise ConfigError(
+            f"data.num-partitions = {config.num_partitions}: natural-dirichlet needs one or more for each of "
+            f"the {len(sizes)} values of data.partition-by = {config.partition_by!r}"
+        )
+    parts: list[np.ndarray] = []
+    for value, share in enumerate(_shares(sizes, sizes, config.num_partitions)):
+        rows = stream(seed, "partition-order", value).permutation(np.flatnonzero(values == value))
+        within = replace(config, partitioner="dirichlet", num_partitions=share)
+        cut = _rows(labels[rows], within, derive(seed, "partition", value)) if share > 1 else [slice(None)]
+        parts += [np.sort(rows[chosen]) for chosen in cut]
+    return parts
+
+
+def _natural_values(train: Dataset, config: DataConfig) -> np.ndarray:
+    """The number of each example's natural value."""
+    return _codes(train, NATURAL if NATURAL in train.column_names else config.partition_by)
 
 
 def _rows(labels: np.ndarray, config: DataConfig, seed: int) -> list[Sequence[int] | np.ndarray]:
@@ -129,7 +160,7 @@ def _check_parts(parts: Sequence[np.ndarray], labels: np.ndarray, config: DataCo
 
 def _natural_clients(train: Dataset, config: DataConfig, seed: int) -> np.ndarray:
     """The client of each example under ``natural``, shape (examples,)."""
-    values = _codes(train, NATURAL if NATURAL in train.column_names else config.partition_by)
+    values = _natural_values(train, config)
     num_values = int(values.max()) + 1
     count = config.num_partitions or num_values
     rng = stream(seed, "partition-natural")

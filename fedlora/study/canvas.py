@@ -21,6 +21,8 @@ WIDTH, HEIGHT = 460, 300
 """Of a chart, in SVG units; a phone shows it at about 0.75, so that 12 units of text stay legible."""
 MARKERS = 40
 """A series of more points has markers on some of them only."""
+FEW_DECADES = 50.0
+"""A logarithmic axis that spans less than this factor has too few powers of ten to read it by."""
 Which = Literal["x", "y"]
 
 
@@ -114,10 +116,12 @@ class Canvas:
         self.axes.set_xlabel("round")
 
     def log_axis(self, which: Which, show: Callable[[float], str]) -> None:
-        """A logarithmic axis with a label at powers of ten only."""
+        """A logarithmic axis with a label at powers of ten only, or at round numbers where those are few."""
         getattr(self.axes, f"set_{which}scale")("log")
         axis = getattr(self.axes, f"{which}axis")
-        axis.set_major_locator(LogLocator(numticks=7))
+        low, high = getattr(self.axes, f"get_{which}lim")()
+        wide = high >= FEW_DECADES * low
+        axis.set_major_locator(LogLocator(numticks=7) if wide else MaxNLocator(5, steps=[1, 2, 5, 10]))
         axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
         axis.set_minor_locator(NullLocator())
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from matplotlib import rc_context
 
 from fedlora.study.canvas import HEIGHT, Canvas, Level
@@ -17,6 +17,8 @@ from fedlora.study.svg import SETTINGS
 from fedlora.study.wording import megabytes, percent, power_of_ten, significant
 
 Styles = dict[str, Style]
+CLIENT_SHARES = (0.0, 0.1, 0.5, 0.9, 1.0)
+"""Quantiles of the clients that are marked."""
 
 
 def draw_charts(rows: Sequence[Row]) -> list[Chart]:
@@ -68,6 +70,36 @@ def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
     )
 
 
+def _clients(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    """Only where it says more than the domains: where clients are more than them."""
+    shown = [row for row in rows if len(row.accuracy_by_client) > len(row.accuracy_by_domain)]
+    if not shown:
+        return None
+    canvas = Canvas(min(3 * HEIGHT, max(HEIGHT, 46 + 18 * len(shown))))
+    for place, row in enumerate(shown):
+        values = sorted(row.accuracy_by_client.values())
+        style = styles[row.name]
+        canvas.link((values[0], values[-1]), (place, place), style)
+        chosen = dict(zip(CLIENT_SHARES, np.quantile(values, CLIENT_SHARES).tolist(), strict=True))
+        notes = [f"{row.name}, {_named_share(share)}: {percent(v)}" for share, v in chosen.items()]
+        canvas.points([(value, place) for value in chosen.values()], style, notes)
+    canvas.group_axis([row.name for row in shown])
+    canvas.percent_axis("x")
+    return Chart(
+        name="clients",
+        title="From the worst client to the best",
+        note="Accuracy of the final model on each client's own test examples: the worst client, the tenth "
+        "percentile, the median, the ninetieth percentile and the best; each client a mean over the seeds.",
+        svg=canvas.finish("clients", "Range chart of accuracy over the clients, one line for each run"),
+    )
+
+
+def _named_share(share: float) -> str:
+    return {0.0: "worst client", 0.5: "median client", 1.0: "best client"}.get(
+        share, f"{100 * share:.0f}th percentile"
+    )
+
+
 def _traffic(rows: Sequence[Row], styles: Styles) -> Chart | None:
     curves = [c for c in _curves(rows, accuracy_by_bytes) if min(c.x) > 0]
     if not curves:
@@ -95,7 +127,7 @@ def _gap(rows: Sequence[Row], styles: Styles) -> Chart | None:
     canvas = Canvas()
     for curve in curves:
         canvas.curve(curve, styles[curve.row.name], lambda x, y: f"round {x:.0f}: {_shown_gap(y)}")
-    canvas.log_axis("y", lambda value: power_of_ten(round(math.log10(value))))
+    canvas.log_axis("y", significant)
     canvas.round_axis()
     return Chart(
         name="gap",
@@ -215,5 +247,5 @@ def _bands(curves: Sequence[Curve]) -> str:
     return " Lines are means over the seeds, bands reach from the lowest to the highest." if several else ""
 
 
-DRAWN = (_accuracy, draw_privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains)
+DRAWN = (_accuracy, draw_privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains, _clients)
 """In the order of the page."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from fedlora.study.comparisons import ENOUGH_SEEDS, Comparison
-from fedlora.study.wording import DASH, SPACE, listed, points, signed
+from fedlora.study.wording import DASH, listed, points, signed
 
 HEADER = (
     "Claim", "Seeds", "Difference in points", "Ahead on", "Exact p", "Holm p", "Could detect", "Verdict",
@@ -59,7 +59,7 @@ def sentence(comparisons: Sequence[Comparison]) -> Markup:
     return Markup("{}{}").format(start, f": {listed(said)}." if said else ".")
 
 
-def name_of(comparison: Comparison, between: str = f"{SPACE}against{SPACE}") -> str:
+def name_of(comparison: Comparison, between: str = " against ") -> str:
     """The two methods, and the setting where there are several."""
     where = f" ({comparison.setting})" if comparison.setting else ""
     return f"{comparison.method}{between}{comparison.baseline}{where}"

@@ -71,26 +71,27 @@ class Comparison:
         return "alike" if low > -ALIKE and high < ALIKE else "undecided"
 
 
-def compare(rows: Sequence[Row], pairs: str) -> list[Comparison]:
-    """The comparisons that a study declares.
+def compare(rows: Sequence[Row], pairs: str, absent: Iterable[str] = ()) -> list[Comparison]:
+    """The comparisons that a study declares, where both methods have results of the same seeds.
 
     Args:
         rows: all runs.
         pairs: ``study.comparisons``, ``METHOD:BASELINE, ..``; ``*`` is every other strategy and variant.
+        absent: methods of the study that may have no row.
 
     Raises:
-        ConfigError: a name that was not run.
+        ConfigError: a name that the study does not have.
     """
     federated = [row for row in rows if row.kind != "reference"]
     settings = dict.fromkeys(row.setting for row in federated)
-    asked = declared(pairs, dict.fromkeys(row.method for row in federated))
+    asked = declared(pairs, dict.fromkeys([*(row.method for row in federated), *absent]))
     found = [
         _compared(mine, theirs)
         for setting in settings
         for method, baseline in asked
         if (mine := _row(rows, method, setting)) and (theirs := _row(rows, baseline, setting))
     ]
-    return holm(found)
+    return holm([comparison for comparison in found if comparison.differences])
 
 
 def declared(pairs: str, methods: Iterable[str]) -> list[tuple[str, str]]:
@@ -151,7 +152,9 @@ def _compared(mine: Row, theirs: Row) -> Comparison:
         baseline=theirs.method,
         setting=mine.setting,
         differences=differences,
-        mean=over_seeds(differences, low=-1.0) if several else Estimate(value=fmean(differences or (0.0,))),
+        mean=over_seeds(differences, low=-1.0)
+        if several
+        else Estimate(value=fmean(differences or (math.nan,))),
         p_value=sign_flip(differences) if several else None,
         p_holm=None,
         detectable=_detectable(differences) if several else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from fedlora.errors import ConfigError
 from fedlora.files import write_atomic
 from fedlora.study import claims, wording
+from fedlora.study.absent import Absent
 from fedlora.study.charts import draw_charts
 from fedlora.study.comparisons import Comparison, compare
 from fedlora.study.findings import find
+from fedlora.study.notes import absence, absent_lines, how_tuned, tuned_header, tuned_lines
 from fedlora.study.results import CellResult
 from fedlora.study.setting import differences, learning_rates, provenances, setting, shared_config
 from fedlora.study.styles import styles_of, swatch
-from fedlora.study.summary import Row, summarise
+from fedlora.study.summary import Estimate, Row, summarise
 from fedlora.study.tables import write_tables
+from fedlora.study.tuning import Tuning
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +45,15 @@ class Line:
     private: bool
 
 
-def write_report(path: Path, title: str, results: Sequence[CellResult], pairs: str = "") -> None:
+def write_report(
+    path: Path,
+    title: str,
+    results: Sequence[CellResult],
+    pairs: str = "",
+    *,
+    absent: Sequence[Absent] = (),
+    tuning: Tuning | None = None,
+) -> None:
     """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
 
     Args:
@@ -50,18 +61,26 @@ def write_report(path: Path, title: str, results: Sequence[CellResult], pairs: s
         title: its heading.
         results: the runs.
         pairs: ``study.comparisons``.
+        absent: the runs of the study that have no result.
+        tuning: how their learning rates were found, if the study did that.
 
     Raises:
         ConfigError: there is no run to report on.
     """
     if not results:
         raise ConfigError(f"{path}: there is no finished run to report on")
-    comparisons = compare(summarise(results), pairs)
+    comparisons = compare(summarise(results), pairs, [missing.method for missing in absent])
     write_tables(path.parent, results, comparisons)
-    write_atomic(path, render(title, results, comparisons))
+    write_atomic(path, render(title, results, comparisons, absent, tuning))
 
 
-def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comparison] = ()) -> str:
+def render(
+    title: str,
+    results: Sequence[CellResult],
+    comparisons: Sequence[Comparison] = (),
+    absent: Sequence[Absent] = (),
+    tuning: Tuning | None = None,
+) -> str:
     """The report as HTML."""
     rows = summarise(results)
     shared = shared_config(rows)
@@ -78,16 +97,20 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
     return environment.get_template("report.html").render(
         title=title,
         findings=find(rows),
+        notes=[said for said in (absence(absent, len(results)), how_tuned(tuning, rows)) if said],
+        absent=absent_lines(absent),
         claims=claims.sentence(comparisons),
         claims_header=claims.HEADER,
         claims_table=[claims.line(comparison) for comparison in comparisons],
         columns=_columns(rows, domains),
-        table=[_line(row, domains) for row in rows],
+        table=[_line(row, domains, any(row.worst_client for row in rows)) for row in rows],
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
         charts=draw_charts(rows),
         details=[_detail(row, shared) for row in rows],
         setting=setting(rows, shared),
         learning_rates=learning_rates(rows),
+        tuned_header=tuned_header(tuning),
+        tuned=tuned_lines(tuning),
         provenances=provenances(results),
     )
 
@@ -97,17 +120,19 @@ def render(title: str, results: Sequence[CellResult], comparisons: Sequence[Comp
 
 def _columns(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
     written = ["Perplexity"] if rows[0].unit == "token" else []
-    return [*written, "Accuracy", "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
+    worst = [name for name, _ in WORST] if any(row.worst_client for row in rows) else []
+    return [*written, "Accuracy", *worst, "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
 
 
-def _line(row: Row, domains: Sequence[str]) -> Line:
-    """One row; the values are in the order of `_columns`."""
+def _line(row: Row, domains: Sequence[str], worst: bool) -> Line:
+    """One row; the values are in the order of `_columns`, with ``worst`` those of `WORST`."""
     accuracy = row.accuracy
     shown = wording.DASH if row.epsilon is None else f"{row.epsilon:.2f}"
     perplexity = [Value(text=wording.significant(row.perplexity), order=row.perplexity)]
     values = (
         *(perplexity if row.unit == "token" else []),
         Value(text=wording.percent(accuracy.value), order=accuracy.value, small=wording.interval(accuracy)),
+        *(_estimate(of(row)) for _, of in WORST if worst),
         Value(text=wording.megabytes(row.bytes_up), order=row.bytes_up),
         Value(text=wording.megabytes(row.bytes_down), order=row.bytes_down),
         Value(text=wording.significant(row.gap), order=row.gap),
@@ -117,6 +142,19 @@ def _line(row: Row, domains: Sequence[str]) -> Line:
     )
     strategy = "" if row.strategy == row.name else row.strategy
     return Line(run=row.name, strategy=strategy, values=values, kind=row.kind, private=row.private)
+
+
+def _estimate(estimate: Estimate | None) -> Value:
+    if estimate is None:
+        return _share(None)
+    return Value(text=wording.percent(estimate.value), order=estimate.value, small=wording.interval(estimate))
+
+
+WORST: tuple[tuple[str, Callable[[Row], Estimate | None]], ...] = (
+    ("Worst client", lambda row: row.worst_client),
+    ("Worst decile", lambda row: row.worst_decile),
+)
+"""Columns that are there where clients have test examples of their own."""
 
 
 def _share(share: float | None) -> Value:

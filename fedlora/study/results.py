@@ -10,10 +10,12 @@ from typing import Any
 
 from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import read_rounds, read_samples
+from fedlora.runs import PROVENANCE, check_schema, read_rounds, read_samples
 from fedlora.study.cells import Cell, Kind
 
-IRRELEVANT = ("output-dir", "engine.", "study.")
+RESULT = "result.json"
+"""Written last: a cell without it is not finished."""
+IRRELEVANT = ("output-dir", "engine.", "study.", "tracking.")
 """Keys that do not change what a run measures."""
 NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
 """What the report cannot do without in ``result.json``; and one of `REFERENCES`."""
@@ -62,15 +64,16 @@ def load_result(cell: Cell, path: Path) -> CellResult:
 
     Raises:
         RunFailed: not finished, or what it left cannot be read.
-        ConfigError: it was run with other settings than ``cell.config``.
+        ConfigError: it was run with other settings than ``cell.config``, or is of another schema.
     """
-    result = _read_json(path / "result.json")
+    check_schema(path / PROVENANCE)
+    result = _read_json(path / RESULT)
     for key in NEEDED:
         if result.get(key) is None:
-            raise RunFailed(f"{path / 'result.json'}: {key} is missing, remove the directory and run again")
+            raise RunFailed(f"{path / RESULT}: {key} is missing, remove the directory and run again")
     if all(result.get(key) is None for key in REFERENCES):
         missing = REFERENCES[0]
-        raise RunFailed(f"{path / 'result.json'}: {missing} is missing, remove the directory and run again")
+        raise RunFailed(f"{path / RESULT}: {missing} is missing, remove the directory and run again")
     config = read_config(path / "config.toml")
     _check_same(cell.config, config, path)
     rounds = read_rounds(path)
@@ -86,9 +89,20 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         config=config,
         rounds=rounds,
         result=result,
-        provenance=_read_json(path / "provenance.json"),
+        provenance=_read_json(path / PROVENANCE),
         samples=read_samples(path),
     )
+
+
+def check_directory(cell: Cell, path: Path) -> None:
+    """Refuse a run directory that is of another schema or was begun with other settings.
+
+    Raises:
+        ConfigError: it is.
+    """
+    check_schema(path / PROVENANCE)
+    if (path / "config.toml").exists():
+        _check_same(cell.config, read_config(path / "config.toml"), path)
 
 
 def _check_same(asked: RunConfig, ran: RunConfig, path: Path) -> None:

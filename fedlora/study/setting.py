@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedlora.config import FlatConfig, RunConfig, Scalar, from_flat, to_flat
+from fedlora.data.columns import BY_NATURE
 from fedlora.study.results import CellResult
 from fedlora.study.summary import Row
 from fedlora.study.wording import significant
 
-NOT_A_SETTING = ("seed", "output-dir", "engine.", "study.", "strategy.name")
+NOT_A_SETTING = ("seed", "output-dir", "engine.", "study.", "tracking.", "strategy.name")
 """Keys that the report shows elsewhere or that change no result."""
 
 
@@ -57,6 +58,7 @@ def setting(rows: Sequence[Row], shared: FlatConfig) -> list[tuple[str, str]]:
         ("Rounds", f"{config.num_server_rounds}, {_participation(config)} in each"),
         ("Local work", _local_work(config)),
         ("Evaluation", _evaluation(config, rows[0].examples)),
+        ("Each client", _each_client(config, rows)),
         ("Seeds", ", ".join(map(str, rows[0].seeds))),
     ]  # fmt: skip
     private = [row.config for row in rows if row.private]
@@ -96,6 +98,8 @@ def _partitioning(config: RunConfig) -> str:
     data = config.data
     about = {
         "natural": f"by {data.partition_by}",
+        "natural-dirichlet": f"by {data.partition_by}, and within it with Dirichlet label skew, "
+        f"concentration {data.dirichlet_alpha:g}",
         "iid": "evenly at random",
         "dirichlet": f"with Dirichlet label skew, concentration {data.dirichlet_alpha:g}",
         "pathological": f"by label, {data.classes_per_partition} for each client",
@@ -130,6 +134,19 @@ def _evaluation(config: RunConfig, examples: int) -> str:
     when = "after each round" if every == 1 else f"every {every} rounds"
     which = f"{subset:,} of them" if 0 < subset < examples else "all of them"
     return f"{examples:,} test examples at the end, {which} {when}"
+
+
+def _each_client(config: RunConfig, rows: Sequence[Row]) -> str:
+    """What the figures of single clients are taken on, or why there are none."""
+    if any(row.worst_client for row in rows if row.kind != "reference"):
+        return (
+            "the same final model on the test examples of the domains that a client holds; the worst decile "
+            "is the mean over the tenth of the clients that fare worst, at least one"
+        )
+    if config.data.partitioner not in BY_NATURE:
+        divided = _partitioning(config)
+        return f"no figures: with data divided {divided}, clients have no test examples of their own"
+    return "no figures: clients do not differ in their domains, or the runs are older than these figures"
 
 
 def learning_rates(rows: Sequence[Row]) -> list[tuple[str, ...]]:

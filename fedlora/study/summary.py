@@ -117,6 +117,32 @@ class Row:
         return "the majority baseline", float(result["majority_accuracy"])
 
     @property
+    def accuracy_by_client(self) -> dict[str, float]:
+        """Partition id -> accuracy on its own test examples, a mean over the runs; empty where not known."""
+        found: dict[str, list[float]] = {}
+        for run in self.results:
+            for client, accuracy in (run.result.get("accuracy_by_client") or {}).items():
+                found.setdefault(client, []).append(accuracy)
+        return {client: fmean(found[client]) for client in sorted(found, key=int)}
+
+    @property
+    def worst_client(self) -> Estimate | None:
+        """The lowest accuracy of any client, found in each run by itself."""
+        return self._estimate("accuracy_worst_client")
+
+    @property
+    def worst_decile(self) -> Estimate | None:
+        """The mean over the tenth of the clients with the lowest accuracy, found in each run by itself."""
+        return self._estimate("accuracy_worst_decile")
+
+    def _estimate(self, key: str) -> Estimate | None:
+        """The mean over the seeds, with an interval if there are several; None where a run lacks it."""
+        if not all(is_number(run.result.get(key)) for run in self.results):
+            return None
+        values = list(_by_seed(self.results, key).values())
+        return over_seeds(values) if len(values) > 1 else Estimate(value=values[0])
+
+    @property
     def accuracy_by_seed(self) -> dict[int, float]:
         return _by_seed(self.results, "accuracy")
 

@@ -14,8 +14,8 @@ from fedlora.study.comparisons import Comparison
 from fedlora.study.results import CellResult
 
 MEASURED = (
-    "accuracy", "loss", "examples", "majority_accuracy", "bytes_up", "bytes_down", "epsilon", "seconds",
-    "peak_memory_bytes",
+    "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "majority_accuracy",
+    "bytes_up", "bytes_down", "epsilon", "seconds", "peak_memory_bytes",
 )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from fedlora.tasks.task import Judged, inputs
 from fedlora.tasks.text import TextTask, made_up_text
 
 IGNORED = -100
-BY_LABEL = ("dirichlet", "pathological", "shard")
+BY_LABEL = ("dirichlet", "pathological", "shard", "natural-dirichlet")
 """Partitioners that deal examples out by their label."""
 
 

@@ -126,6 +126,27 @@ def test_natural_numbers_keep_their_order() -> None:
     assert [part[0] // 20 for part in parts] == list(range(20))
 
 
+def test_feature_and_label_shift_at_once() -> None:
+    """Each client is of one domain, and the clients of a domain differ in their labels."""
+    wanted = config(partitioner="natural-dirichlet", num_partitions=8, dirichlet_alpha=0.1)
+    parts = partition(table(), wanted, 3)
+    assert columns_of(parts, "domain") == [
+        {name} for name in ("east", "north", "south", "west") for _ in "ab"
+    ]
+    labels = np.array(SKEWED["label"])
+    for first, second in zip(parts[::2], parts[1::2], strict=True):
+        shares = [np.bincount(labels[part], minlength=4) / len(part) for part in (first, second)]
+        assert np.abs(shares[0] - shares[1]).sum() > 0.5
+    even = partition(table(), config(partitioner="natural-dirichlet", num_partitions=4), 3)
+    natural = partition(table(), config(), 3)
+    assert all(np.array_equal(a, b) for a, b in zip(even, natural, strict=True))
+
+
+def test_fewer_clients_than_values_cannot_be_told_apart_by_them() -> None:
+    with pytest.raises(ConfigError, match="natural-dirichlet needs one or more for each of the 4 values"):
+        partition(table(), config(partitioner="natural-dirichlet", num_partitions=3), 3)
+
+
 def test_a_column_of_its_own_wins_over_the_name() -> None:
     parts = partition(table(natural=["b", "a"] * 200), config(), 0)
     assert [part[0] for part in parts] == [1, 0]

@@ -131,11 +131,15 @@ def test_resources_that_no_machine_has_are_refused(pool: RayPool) -> None:
 
 def test_a_local_head_stays_at_the_client(pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config(**{"model.head": "local"})
-    simulate_on(pool, config, RunDirectory(tmp_path / "local"))
+    result = simulate_on(pool, config, RunDirectory(tmp_path / "local"))
     records = RunDirectory(tmp_path / "local", resume=True).rounds()
     assert len(records[-1]["accuracy_by_client"]) == 4
+    assert result["accuracy_by_client"] == records[-1]["accuracy_by_client"]
     shared = tiny_config()
-    simulate_on(pool, shared, RunDirectory(tmp_path / "shared"))
+    result = simulate_on(pool, shared, RunDirectory(tmp_path / "shared"))
+    by_domain = list(result["accuracy_by_domain"].values())
+    assert list(result["accuracy_by_client"].values()) == by_domain, "each of the four holds one domain"
+    assert result["accuracy_worst_client"] == result["accuracy_worst_decile"] == min(by_domain)
     head_bytes = 4 * 4 * (32 * 4 + 4)
     up = RunDirectory(tmp_path / "shared", resume=True).rounds()[0]["bytes_up"]
     assert up - records[0]["bytes_up"] == head_bytes

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Scalar, from_flat
+from fedlora.per_client import spread
 from fedlora.seeding import stream
 from fedlora.study.cells import Kind
 from fedlora.study.results import CellResult
@@ -161,3 +162,23 @@ PRIVATE = {"fedavg": 0.701, "ffa": 0.738, "head-only": 0.729}
 STRATEGIES = {
     "fedavg": 0.817, "ffa": 0.793, "flora": 0.803, "lora-fair": 0.829, "fedsvd": 0.515, "head-only": 0.781,
 }  # fmt: skip
+
+
+def large(methods: int = 10, settings: int = 5, seeds: int = 10) -> list[CellResult]:
+    """As many runs as a large study has, each with clients and rounds of its own."""
+    found = []
+    for seed in range(1, seeds + 1):
+        for place in range(settings):
+            for number in range(methods):
+                name, setting = f"method-{number}", f"setting-{place}"
+                label = f"{name}-{setting}-seed-{seed}"
+                moved = 0.6 + 0.02 * number - 0.03 * place + float(stream(seed, label).normal(0, 0.01))
+                clients = {str(k): moved + 0.01 * (k - 10) for k in range(20)}
+                found.append(
+                    result(
+                        name, "variant", accuracy=moved, seed=seed, label=label, setting=setting,
+                        keys={"strategy.name": "fedavg", "train.learning-rate": 0.001 * (number + 1)},
+                        outcome=spread(clients), num_rounds=20,
+                    )
+                )  # fmt: skip
+    return found

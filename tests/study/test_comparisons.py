@@ -56,6 +56,18 @@ def test_interval_and_wins_of_paired_differences() -> None:
     assert only(compare(rows({"new": 0.01}), "base:new")).verdict == "worse"
 
 
+def test_methods_that_share_no_seed_are_not_compared() -> None:
+    """As after failures: one method has seed 0 alone, the other seed 1."""
+    found = summarise([result("base", seed=0), result("new", seed=1, keys={"strategy.name": "fedavg"})])
+    assert compare(found, "new:base") == []
+
+
+def test_a_method_without_any_result_is_no_typing_error() -> None:
+    assert compare(rows({"new": 0.01}), "absent:base, new:base", ["absent"])[0].method == "new"
+    with pytest.raises(ConfigError, match="absent"):
+        compare(rows({"new": 0.01}), "absent:base")
+
+
 def test_holm_multiplies_by_the_hypotheses_that_are_left_and_never_decreases() -> None:
     found = compare(rows({"a": 0.01, "b": 0.001, "c": 0.0}), "*:base")
     by_size = sorted(found, key=lambda c: c.p_value or 0)

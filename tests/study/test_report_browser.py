@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from fedlora.study.report import write_report
-from tests.study.made_up import study
+from tests.study.made_up import large, study
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver")
+OF_RUNS = ".chart .series[data-series^=s]"
+"""What a run's button hides; levels such as the majority stay."""
 ARGUMENTS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -103,6 +105,18 @@ def test_a_hidden_run_takes_no_marker_of_another_with_it(page: Any) -> None:
         assert marker.size["width"] > 0
 
 
+def test_all_runs_hide_and_come_back(page: Any) -> None:
+    (everything,) = _find(page, "[data-all]")
+    assert everything.text == "Hide all"
+    everything.click()
+    assert everything.text == "Show all"
+    assert not any(part.is_displayed() for part in _find(page, OF_RUNS))
+    _find(page, "[data-toggle=s2]")[0].click()
+    assert all(part.is_displayed() for part in _find(page, ".charts .series[data-series=s2]"))
+    everything.click()
+    assert {b.get_attribute("aria-pressed") for b in _find(page, "[data-toggle]")} == {"true"}
+
+
 def _column(page: Any, number: int) -> list[str]:
     return [cell.text.split("\n")[0] for cell in _find(page, f".sortable tbody tr > :nth-child({number})")]
 
@@ -147,6 +161,46 @@ def test_text_in_charts_is_legible_on_a_phone(page: Any) -> None:
     _screen(page, 390, "light")
     heights = [text.rect["height"] for text in _find(page, ".chart svg text") if not _turned(text)]
     assert min(heights) >= 9
+
+
+@pytest.fixture(scope="module")
+def large_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of five hundred runs, opened."""
+    path: Path = tmp_path_factory.mktemp("large") / "report.html"
+    write_report(path, "Five hundred runs", large(), "*:method-0")
+    _screen(browser, 1280, "light")
+    browser.get_log("browser")
+    browser.get(path.as_uri())
+    return path
+
+
+def test_five_hundred_runs_are_less_than_five_megabytes_and_load_in_peace(
+    browser: Any, large_page: Path
+) -> None:
+    assert large_page.stat().st_size < 5_000_000
+    assert browser.get_log("browser") == []
+    assert len(_find(browser, ".sortable tbody tr")) == 50
+
+
+def test_a_large_page_still_sorts_and_hides(browser: Any, large_page: Path) -> None:
+    accuracy = _find(browser, ".sortable thead th")[2]
+    accuracy.find_element("css selector", "button").click()
+    shown = [float(text.rstrip("%")) for text in _column(browser, 3)]
+    assert shown == sorted(shown, reverse=True)
+    _find(browser, "[data-all]")[0].click()
+    assert not any(part.is_displayed() for part in _find(browser, f"#chart-accuracy{OF_RUNS}"))
+    _find(browser, "[data-all]")[0].click()
+
+
+def test_the_legend_of_many_runs_leaves_room_for_the_charts(browser: Any, large_page: Path) -> None:
+    assert _find(browser, ".legend")[0].rect["height"] < 844 / 4
+
+
+def test_long_names_leave_room_for_the_numbers_on_a_phone(browser: Any, large_page: Path) -> None:
+    _screen(browser, 390, "light")
+    for name in (".sortable tbody th", "#claims ~ .scroll tbody th"):
+        assert _find(browser, name)[0].rect["width"] < 390 / 2
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
 
 
 def _turned(text: Any) -> bool:

@@ -11,6 +11,16 @@ for (const button of document.querySelectorAll("[data-toggle]")) {
   });
 }
 
+// Hide all runs, to look at a few of many, and show all again.
+for (const all of document.querySelectorAll("[data-all]")) {
+  all.addEventListener("click", () => {
+    const hiding = all.dataset.all === "hide";
+    for (const button of document.querySelectorAll(`[data-toggle][aria-pressed=${hiding}]`)) button.click();
+    all.dataset.all = hiding ? "show" : "hide";
+    all.textContent = hiding ? "Show all" : "Hide all";
+  });
+}
+
 // Sort a table by a column; numbers start with the largest, missing values stay last.
 function compare(a, b) {
   if (a === "" || b === "") return (a === "") - (b === "");

@@ -1,0 +1,144 @@
+"""Rewrites ``experiments/README.md``: ``python -m experiments.overview``.
+
+What each study asks, how far it is, and what it found. State and tables come from the cells that are kept in
+``experiments/published``; only questions and findings are written by hand, here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from experiments.publish import CELLS, read
+from fedlora.config import read_config
+from fedlora.files import write_atomic
+from fedlora.study.absent import applicable
+from fedlora.study.cells import expand
+from fedlora.study.tuning import trials
+
+HERE = Path(__file__).parent
+README = HERE / "README.md"
+MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", re.S)
+NOT_RUN = "Not run yet."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Study:
+    """One question.
+
+    Attributes:
+        name: of its file, and of its directory among the published ones.
+        claim: what somebody published, and where.
+        found: one line, with date and seeds.
+    """
+
+    name: str
+    claim: str
+    found: str = NOT_RUN
+
+
+STUDIES = (
+    Study(
+        name="flora",
+        claim="FLoRA (Wang et al., NeurIPS 2024): with mixed ranks exact stacking beats averages of "
+        "the factors and zero-padding. Beside it: what starting anew in each round costs where local "
+        "steps are few.",
+    ),
+    Study(
+        name="lora_fair",
+        claim="LoRA-FAIR (Bian et al., ICCV 2025): it beats FedIT, FFA, FLoRA and FlexLoRA under feature "
+        "shift, and under feature plus label shift; without its penalty (lambda = 0) it loses 4 points.",
+    ),
+    Study(
+        name="exact",
+        claim="Exact aggregation is better (FedEx-LoRA, FLoRA, FedMomentum; FlexLoRA's SVD) than FedIT, at "
+        "the same total of local steps: 100 rounds of 1, 10 of 10, 2 of 50.",
+    ),
+    Study(
+        name="privacy",
+        claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
+        found="2026-11-22, 2 of 10 seeds, so undecided: ahead of FedAvg on both seeds at every budget, not "
+        "of FFA once each has its own rate.",
+    ),
+    Study(
+        name="adaptive",
+        claim="This project's own question: does an A that really adapts (`fedsvd-renew`) help?",
+        found="2026-11-22, 3 seeds, no claim: nothing that three seeds could tell on this task, at more "
+        "bytes.",
+    ),
+)
+
+
+def rewritten(text: str) -> str:
+    """The page with what stands between its markers made anew."""
+    made = {"studies": _studies(), "communication": _communication()}
+    return MARKED.sub(lambda found: f"{found[1]}{made[found[2]]}{found[3]}", text)
+
+
+def _studies() -> str:
+    return "\n\n".join(_study(study) for study in STUDIES)
+
+
+def _study(study: Study) -> str:
+    published = HERE / "published" / study.name
+    done, total = progress(study.name)
+    lines = [f"### [`{study.name}.toml`]({study.name}.toml)", "", study.claim, ""]
+    where = f" ([text](published/{study.name}/README.md))" if (published / "README.md").exists() else ""
+    kept = (published / CELLS).exists()
+    state = f"{done} of {total} cells are kept in [`published`](published)." if kept else f"{total} cells."
+    lines += [f"**{study.found}**{where} {state}", "", "```console"]
+    if kept:
+        folder = f"experiments/published/{study.name} runs/{study.name}"
+        lines.append(f"$ .venv/bin/python -m experiments.publish unpack {folder}")
+    lines.append(
+        f"$ .venv/bin/fedlora compare experiments/{study.name}.toml --out runs/{study.name} --resume"
+    )
+    return "\n".join([*lines, "```"])
+
+
+def progress(name: str) -> tuple[int, int]:
+    """Kept cells of a study, and how many it has in all, trials of rates among them."""
+    config = read_config(HERE / f"{name}.toml")
+    cells, _ = applicable(expand(config, num_partitions=4))
+    wanted = {cell.label for cell in cells}
+    if config.study.tune_learning_rates:
+        wanted |= {trial.cell.label for trial in trials(config.study, cells)}
+    return len(wanted & set(read(HERE / "published" / name))), len(wanted)
+
+
+def _communication() -> str:
+    lines = [
+        "| study | run | seeds | accuracy | MB up | MB down | points over the majority for each MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for study in STUDIES:
+        for group, found in _groups(study.name):
+            up, down = (fmean(r[key] for r in found) / 1e6 for key in ("bytes_up", "bytes_down"))
+            accuracy = fmean(r["accuracy"] for r in found)
+            gained = 100 * fmean(r["accuracy"] - r["majority_accuracy"] for r in found) / (up + down)
+            lines.append(
+                f"| {study.name} | {group} | {len(found)} | {100 * accuracy:.1f} % | {up:.3g} | {down:.3g} | "
+                f"{gained:.3g} |"
+            )
+    return "\n".join(lines)
+
+
+def _groups(name: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The results of each group without privacy, all its kept seeds."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for label, files in read(HERE / "published" / name).items():
+        private = tomllib.loads(files["config.toml"])["privacy"]["mode"] != "none"
+        if not private and not label.startswith("tuning-"):
+            group = re.sub(r"-seed-\d+$", "", label)
+            groups.setdefault(group, []).append(json.loads(files["result.json"]))
+    yield from sorted(groups.items())
+
+
+if __name__ == "__main__":
+    write_atomic(README, rewritten(README.read_text()))

@@ -1,0 +1,27 @@
+"""The page of all studies says what their files and kept cells say."""
+
+from __future__ import annotations
+
+from experiments.overview import HERE, NOT_RUN, README, STUDIES, progress, rewritten
+from experiments.publish import read
+
+
+def test_the_page_is_up_to_date() -> None:
+    assert rewritten(README.read_text()) == README.read_text(), "run python -m experiments.overview"
+
+
+def test_what_drifted_is_rewritten() -> None:
+    page = README.read_text()
+    assert rewritten(page.replace(STUDIES[0].claim, "something else")) == page
+
+
+def test_what_was_not_run_says_so_and_what_says_so_was_not_run() -> None:
+    for study in STUDIES:
+        done, total = progress(study.name)
+        assert 0 <= done <= total
+        assert (study.found == NOT_RUN) == (done == 0 and not (HERE / "published" / study.name).exists())
+
+
+def test_no_kept_cell_is_unknown_to_its_study() -> None:
+    for study in STUDIES:
+        assert progress(study.name)[0] == len(read(HERE / "published" / study.name))

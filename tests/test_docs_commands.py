@@ -1,0 +1,90 @@
+"""What the documentation tells people to type is accepted by this version, and the first steps are run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fedlora.cli import cli
+from fedlora.config import RunConfig, from_flat, to_flat
+from fedlora.errors import ConfigError
+from tests.docs_commands import FOREIGN, PAGES, ROOT, Command, commands, keys_in_prose, tables, verify
+
+SHOWN = commands()
+TINY = str(ROOT / "experiments" / "tiny.toml")
+RUN: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        ".venv/bin/fedlora run experiments/demo.toml --set strategy.name=flora --set lora.ranks=4,8,16,8 "
+        "--out runs/mine",
+        {"experiments/demo.toml": TINY},
+    ),
+    (".venv/bin/fedlora evaluate runs/mine/adapter sentiment", {"sentiment": "synthetic"}),
+    (".venv/bin/fedlora compare experiments/privacy.toml --out runs/privacy --resume",
+     {"experiments/privacy.toml": TINY}),
+    (
+        ".venv/bin/fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100 "
+        "--fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5",
+        {},
+    ),
+)  # fmt: skip
+"""Commands that are carried out one after the other in an empty directory, with what stands in for a word."""
+
+
+@pytest.mark.parametrize("command", SHOWN, ids=lambda c: f"{c.page}: {c.text[:60]}")
+def test_every_command_is_accepted_as_it_stands(command: Command) -> None:
+    verify(command)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fedlora runn experiments/demo.toml",
+        "fedlora run experiments/demo.toml --sett lora.rank=4",
+        "fedlora run experiments/demo.toml --set lora.rnak=4",
+        "fedlora run experiments/demo.toml --set lora.rank=0",
+        "fedlora run experiments/gone.toml",
+        "fedlora compare",
+        "fedlora privacy plan --epsilon 3",
+        "make nothing-of-the-kind",
+        "flwr run . --config experiments/demo.toml",
+        "flwr run . --run-config experiments/gone.toml",
+        "python -m experiments.gone",
+        "python -m pytest tests/gone.py",
+        "accelerate launch",
+    ],
+)
+def test_what_does_not_exist_turns_red(line: str) -> None:
+    with pytest.raises((AssertionError, ConfigError, subprocess.CalledProcessError)):
+        verify(Command("made up", tuple(line.split())))
+
+
+def test_programs_that_nobody_runs_are_still_in_the_pages() -> None:
+    assert set(FOREIGN) <= {command.words[0] for command in SHOWN}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_key_in_backticks_exists(page: Path) -> None:
+    known = to_flat(RunConfig())
+    assert [key for key in keys_in_prose(page.read_text()) if key not in known] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_is_a_configuration(page: Path) -> None:
+    for flat in tables(page.read_text()):
+        from_flat(flat)
+
+
+def test_the_first_steps_run(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = {command.text: command for command in SHOWN}
+    for text, instead in RUN:
+        assert text in shown, f"no page shows {text}"
+        words = [instead.get(word, word) for word in shown[text].words]
+        outcome = CliRunner().invoke(cli, words[1:])
+        assert outcome.exit_code == 0, f"{text}: {outcome.output}"
+    assert {path.name for path in (tmp_path / "runs" / "privacy").iterdir()} >= {"report.html", "results.csv"}
+    assert os.listdir(tmp_path) == ["runs"]
