@@ -29,7 +29,7 @@ from fedlora.tasks import CLASSIFICATION, Task, task_named
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 1
+FORMAT = 2
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
 

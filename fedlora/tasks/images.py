@@ -56,11 +56,11 @@ class ImageClassification(Classification):
         """Pictures in the model's form, as bytes."""
         from fedlora.data.sources import RawData
         from fedlora.vision.built_in import SOURCES, built_in_images
-        from fedlora.vision.own import own_images
+        from fedlora.vision.own import held_apart, own_images
 
         form = reader.form
         if config.name in SOURCES:
-            data = built_in_images(config.name, form)
+            data = held_apart(built_in_images(config.name, form), config)
         else:
             data = own_images(config, form, config.image_column)
         return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)

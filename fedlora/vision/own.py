@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ def own_images(config: DataConfig, form: ImageFormat, image_column: str = "image
     ``data.name`` is a directory in the ``imagefolder`` layout of datasets (``train/LABEL/*.png``, or with a
     ``metadata.csv`` that has a column ``file_name``), a parquet file, or a hub dataset. The test images are
     its own test or validation split, else ``data.test-fraction`` is held out by domain, and never apart
-    from an equal picture or one of the same ``data.group-column``. No seed changes the split.
+    from an equal picture or one of the same ``data.group-column``. No seed changes the split. With
+    ``data.validation-fraction`` see `held_apart`.
 
     Raises:
         ConfigError: no such data or column, a picture that cannot be decoded, labels that do not fit.
@@ -50,12 +51,33 @@ def own_images(config: DataConfig, form: ImageFormat, image_column: str = "image
         for raw, table in zip(sources, tables, strict=True)
     ]
     natural = np.array(_column(tables[0], NATURAL) or _grouped(tables[0], columns, config), dtype=object)
+    groups = _column(tables[0], "group")
     if own_test is not None:
-        return ImageData(parts[0], parts[1], label_names, tuple(domain_names), tuple(natural))
-    test = _test_rows(parts[0], _column(tables[0], "group"), config)
+        data = ImageData(parts[0], parts[1], label_names, tuple(domain_names), tuple(natural))
+        return held_apart(data, config, groups)
+    test = _held_out(parts[0], groups, config.test_fraction, "data.test-fraction")
     train = parts[0].take(~test)
     clients = tuple(natural[~test]) if len(natural) else ()
-    return ImageData(train, parts[0].take(test), label_names, tuple(domain_names), clients)
+    data = ImageData(train, parts[0].take(test), label_names, tuple(domain_names), clients)
+    return held_apart(data, config, [group for group, out in zip(groups, test, strict=False) if not out])
+
+
+def held_apart(data: ImageData, config: DataConfig, groups: Sequence[str] = ()) -> ImageData:
+    """With ``data.validation-fraction`` that share of the training images in the place of the test images.
+
+    Args:
+        data: any images.
+        config: how large the share is; with 0 the data is returned as it is.
+        groups: of each training image, what must not be split.
+
+    Raises:
+        ConfigError: the training images cannot be split.
+    """
+    if not config.validation_fraction:
+        return data
+    out = _held_out(data.train, groups, config.validation_fraction, "data.validation-fraction")
+    natural = tuple(name for name, gone in zip(data.natural, out, strict=False) if not gone)
+    return dataclasses.replace(data, train=data.train.take(~out), test=data.train.take(out), natural=natural)
 
 
 def decoded(table: Dataset, column: str, form: ImageFormat, where: str) -> np.ndarray:
@@ -101,13 +123,10 @@ def _grouped(table: pa.Table, columns: Columns, config: DataConfig) -> list[str]
     return _column(table, "group") if by_group else []
 
 
-def _test_rows(images: Images, groups: list[str], config: DataConfig) -> np.ndarray:
-    """Which images are test images; equal pictures and groups are never apart."""
+def _held_out(images: Images, groups: Sequence[str], fraction: float, key: str) -> np.ndarray:
+    """Which images are held out; equal pictures and groups are never apart."""
     keys = [[image.tobytes() for image in images.pixels], *([groups] if groups else [])]
-    test = held_out(linked_rows(*keys), images.domains.tolist(), config.test_fraction)
+    test = held_out(linked_rows(*keys), images.domains.tolist(), fraction)
     if test.all() or not test.any():
-        raise ConfigError(
-            f"data.test-fraction = {config.test_fraction}: {len(images)} images cannot be split by group "
-            "and duplicates"
-        )
+        raise ConfigError(f"{key} = {fraction}: {len(images)} images cannot be split by group and duplicates")
     return test

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from clients.private import train_private
-from fedlora.config import ModelConfig, RunConfig, TrainConfig
+from fedlora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora.data.examples import Examples, collate
 from fedlora.data.prepared import open_prepared, prepare
 from fedlora.engines.simulate import simulate
@@ -19,7 +19,8 @@ from fedlora.errors import ConfigError
 from fedlora.evaluate import evaluate_adapter
 from fedlora.models import AdaptedModel, build_model, load_adapter, resolve_targets
 from fedlora.tasks import task_named
-from fedlora.vision.images import ImageFormat
+from fedlora.tasks.images import ImageReader
+from fedlora.vision.images import ImageData, ImageFormat
 from tests.clients.cohort.samples import assert_same, member, privately, task
 from tests.clients.samples import BOTH
 from tests.conftest import tiny_config
@@ -80,6 +81,20 @@ def test_batches_are_the_pictures(cache: Path, pictures: str) -> None:
     shade = (brightness * 255 - 20) / 70
     assert torch.equal(shade.round().long(), batch["labels"])
     assert data.train.lengths_of(np.arange(2)).tolist() == [16, 16]
+
+
+def test_built_in_pictures_have_a_validation_part_too(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = shaded(120)
+    train, test = images.take(np.arange(90)), images.take(np.arange(90, 120))
+    made = ImageData(train, test, ("a", "b", "c", "d"), ())
+    monkeypatch.setattr("fedlora.vision.built_in.built_in_images", lambda *_: made)
+    form = ImageReader(ImageFormat(size=28, channels=1, mean=(0.5,), std=(0.5,)))
+    whole = TASK.load(DataConfig(name="digits"), form)
+    tuned = TASK.load(DataConfig(name="digits", validation_fraction=0.2), form)
+    before, after, held = (set(t["image"][:]) for t in (whole.train, tuned.train, tuned.test))
+    assert (len(whole.test), len(tuned.test)) == (30, 18)
+    assert held | after == before
+    assert not held & after
 
 
 @models

@@ -92,6 +92,31 @@ def test_a_parquet_file_with_domains_groups_and_natural_clients(tmp_path: Path) 
     np.testing.assert_array_equal(again.test.pixels, data.test.pixels)
 
 
+def test_a_validation_part_stands_in_the_place_of_the_test_images(tmp_path: Path) -> None:
+    name = parquet(tmp_path / "scans.parquet", rows())
+    whole = own_images(DataConfig(name=name, **COLUMNS), FORM)
+    tuned = own_images(DataConfig(name=name, validation_fraction=0.25, **COLUMNS), FORM)
+    before, after, held = (
+        [image.tobytes() for image in images.pixels] for images in (whole.train, tuned.train, tuned.test)
+    )
+    assert sorted(after + held) == sorted(before), "what is left and what is held apart were training images"
+    assert not set(after) & set(held)
+    assert len(held) == 8
+    assert len(tuned.natural) == len(after)
+    sizes = np.unique(np.array(tuned.natural), return_counts=True)[1]
+    assert (sizes == 4).all(), "nobody's pictures are in both parts"
+
+
+def test_a_validation_part_of_images_with_a_test_split_of_their_own(tmp_path: Path) -> None:
+    home = str(folder(tmp_path / "pictures", each=8))
+    dealt: dict[str, Any] = {"name": home, "partitioner": "iid", "num_partitions": 2}
+    whole = own_images(DataConfig(**dealt), FORM)
+    tuned = own_images(DataConfig(**dealt, validation_fraction=0.25), FORM)
+    before, held = ({image.tobytes() for image in i.pixels} for i in (whole.train, tuned.test))
+    assert held < before
+    assert len(tuned.train) + len(tuned.test) == len(whole.train)
+
+
 def test_natural_clients_by_a_column_that_plays_no_other_part(tmp_path: Path) -> None:
     config = DataConfig(name=parquet(tmp_path / "a.parquet", rows()), partition_by="scanner")
     data = own_images(config, FORM)
