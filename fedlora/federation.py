@@ -17,6 +17,7 @@ from clients.batches import Indices
 from clients.evaluation import Evaluation, evaluate
 from clients.resident import Resident, resident
 from fedlora.assembly import assemble, client_spec
+from fedlora.checkpoint import Checkpoint
 from fedlora.checks import check, kept
 from fedlora.client_level import clients_spent
 from fedlora.config import RunConfig, int_list
@@ -25,7 +26,7 @@ from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdapterCard, save_adapter
 from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
 from fedlora.personal import mean_model, model_of, own_tensors
-from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.runs import RunDirectory
 from fedlora.samples import samples
 from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
 from fedlora.tracking import Tracking

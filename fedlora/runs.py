@@ -20,52 +20,26 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
-from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
-from safetensors.torch import load, save
 
+from fedlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Tensors
 from fedlora.files import write_atomic
-from fedlora.updates import Patch, State
+from fedlora.provenance import check_schema, provenance
 
 FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.", "tracking.")
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
-SCHEMA = 1
-"""Counted up whenever files of a run or a study come to mean something else; 1 where none is written."""
+CHECKPOINT = "checkpoint"
 PROVENANCE = "provenance.json"
 SAMPLES = "samples.json"
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
-PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A run between two rounds.
-
-    Attributes:
-        state: the rule's state.
-        participations: partition id -> rounds it was asked to train in.
-        holdings: partition id -> digests that it has acknowledged.
-        run_key: names the run towards its clients.
-        ledger_heads: partition id -> the head of its privacy ledger when it last said.
-    """
-
-    state: State
-    participations: dict[int, int]
-    holdings: dict[int, set[str]]
-    run_key: str
-    ledger_heads: dict[int, str] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -156,69 +130,12 @@ class RunDirectory:
     # --- checkpoint ------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write the state, then point ``latest.json`` at it, then drop the state before it.
-
-        Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
-        that is run again makes another where noise comes from the operating system.
-        """
-        folder, state = self.path / "checkpoint", checkpoint.state
-        latest = folder / "latest.json"
-        settled = json.loads(latest.read_text())["patches"] if latest.exists() else 0
-        for number, patch in enumerate(state.base[settled:], start=settled + 1):
-            write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
-        name = f"state-{state.round:05d}.safetensors"
-        write_atomic(folder / name, save(_contiguous(_state_tensors(state))))
-        about = {
-            "state": name,
-            "round": state.round,
-            "seed": state.seed,
-            "patches": len(state.base),
-            "scaling": {module: f.scaling for module, f in state.adapters.items()},
-            "participations": checkpoint.participations,
-            "holdings": {p: sorted(held) for p, held in checkpoint.holdings.items()},
-            "run-key": checkpoint.run_key,
-            "ledger-heads": checkpoint.ledger_heads,
-        }
-        write_atomic(latest, json.dumps(about) + "\n")
-        for old in folder.glob("state-*.safetensors"):
-            if old.name != name:
-                old.unlink(missing_ok=True)
+        """Replace the checkpoint."""
+        write_checkpoint(self.path / CHECKPOINT, checkpoint)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The last checkpoint, or None if no round was finished."""
-        folder = self.path / "checkpoint"
-        if not (folder / "latest.json").exists():
-            return None
-        about = json.loads((folder / "latest.json").read_text())
-        tensors = load((folder / about["state"]).read_bytes())
-        patches = [
-            Patch.from_tensors(load((folder / f"patch-{v:05d}.safetensors").read_bytes()))
-            for v in range(1, about["patches"] + 1)
-        ]
-        adapters = {
-            module: LoraFactors(
-                tensors[f"adapter.{module}.A"],
-                tensors[f"adapter.{module}.B"],
-                scaling,
-                tensors.get(f"adapter.{module}.R"),
-            )
-            for module, scaling in about["scaling"].items()
-        }
-        state = State(
-            round=about["round"],
-            adapters=adapters,
-            head=_under("head.", tensors),
-            base=tuple(patches),
-            memory=_under("memory.", tensors),
-            seed=about["seed"],
-        )
-        return Checkpoint(
-            state,
-            {int(p): n for p, n in about["participations"].items()},
-            {int(p): set(held) for p, held in about["holdings"].items()},
-            about["run-key"],
-            {int(p): head for p, head in about.get("ledger-heads", {}).items()},
-        )
+        return read_checkpoint(self.path / CHECKPOINT)
 
 
 def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
@@ -226,21 +143,6 @@ def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
     if key == COHORT_SIZE:
         return (before or 1) == (now or 1)
     return before == now or key.startswith(FREE_TO_CHANGE)
-
-
-def _state_tensors(state: State) -> Tensors:
-    tensors = {f"adapter.{m}.{side}": t for m, f in state.adapters.items() for side, t in f.tensors().items()}
-    tensors |= {f"head.{name}": t for name, t in state.head.items()}
-    return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
-
-
-def _contiguous(tensors: Tensors) -> Tensors:
-    """Copies that safetensors can write: contiguous, and none sharing memory."""
-    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
-
-
-def _under(prefix: str, tensors: Tensors) -> Tensors:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def read_rounds(path: Path) -> list[dict[str, Any]]:
@@ -260,61 +162,3 @@ def read_samples(path: Path) -> dict[str, Any]:
     file = path / SAMPLES
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found
-
-
-def check_schema(file: Path) -> None:
-    """Refuse what another version of fedlora wrote with other meanings; a file that is not there is fine.
-
-    Raises:
-        ConfigError: the file is of another schema, or cannot be read.
-    """
-    if not file.exists():
-        return
-    try:
-        schema = json.loads(file.read_text()).get("schema", 1)
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{file}: is no JSON object, so its schema is unknown; use another --out") from None
-    if schema != SCHEMA:
-        raise ConfigError(
-            f"{file}: is of schema {schema}, this version of fedlora reads and writes {SCHEMA}; use another "
-            "--out"
-        )
-
-
-# --- provenance -----------------------------------------------------------------------------------------
-
-
-def provenance(config: RunConfig) -> dict[str, Any]:
-    """Versions, commit, hardware and seed of a run."""
-    return {
-        "schema": SCHEMA,
-        "seed": config.seed,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, with ``+changes`` if it has any."""
-    here = Path(__file__).parent
-    try:
-        head, changes = (
-            subprocess.run(
-                ["git", *command], cwd=here, capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return head + ("+changes" if changes else "")

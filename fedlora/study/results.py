@@ -10,7 +10,8 @@ from typing import Any
 
 from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import PROVENANCE, check_schema, read_rounds, read_samples
+from fedlora.provenance import check_schema
+from fedlora.runs import PROVENANCE, read_rounds, read_samples
 from fedlora.study.cells import Cell, Kind
 
 RESULT = "result.json"

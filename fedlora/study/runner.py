@@ -21,7 +21,8 @@ from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import quiet, simulate_on, start
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.files import write_atomic
-from fedlora.runs import SCHEMA, RunDirectory, check_schema
+from fedlora.provenance import SCHEMA, check_schema
+from fedlora.runs import RunDirectory
 from fedlora.study.absent import FAILED, Absent, applicable, read_failure, write_failure
 from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import declared

@@ -17,6 +17,7 @@ from clients.budget import noise_of, plan_release, train_within_budget
 from clients.carry_out import Node, train_order
 from clients.resident import resident
 from fedlora import wire
+from fedlora.checkpoint import Checkpoint
 from fedlora.config import RunConfig, read_config
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.factors import LoraFactors
@@ -24,7 +25,7 @@ from fedlora.initial import fresh_adapters
 from fedlora.privacy.calibration import epsilon_spent
 from fedlora.privacy.ledger import read_ledgers
 from fedlora.privacy.types import PrivacySpent
-from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.runs import RunDirectory
 from fedlora.updates import State
 from tests.clients.samples import examples
 from tests.conftest import tiny_config

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora.checkpoint import Checkpoint
 from fedlora.config import EngineConfig, RunConfig
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Product
-from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.runs import RunDirectory
 from fedlora.updates import Patch, State
 
 

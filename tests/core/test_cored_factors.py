@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora.checkpoint import Checkpoint
 from fedlora.errors import FactorShapeError
 from fedlora.factors import LoraFactors, as_product, resize, stack
 from fedlora.peft_keys import from_peft, key_of, to_peft
-from fedlora.runs import Checkpoint, RunDirectory
+from fedlora.runs import RunDirectory
 from fedlora.updates import State
 from fedlora.wire import frozen_tensors, moving_tensors
 from fedlora.wire.orders import Broadcast
