@@ -21,10 +21,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "model.name", self.name, "must name a model or a directory")
+    quantization: str = "none"
+    """``none``, or ``4bit``: the base's linear layers as NF4 by bitsandbytes (QLoRA)."""
+
         one_of("model.pooling", self.pooling, ("mean", "model"))
         one_of("model.head", self.head, ("train", "freeze", "local"))
 
 
+        one_of("model.quantization", self.quantization, ("none", "4bit"))
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
     """The adapter, in PEFT's terms."""
@@ -184,6 +188,8 @@ class TrainConfig:
         require(0 <= self.momentum < 1, "train.momentum", self.momentum, "must be in [0, 1)")
         require(self.local_steps >= 1, "train.local-steps", self.local_steps, "must be >= 1")
         require(self.batch_size >= 1, "train.batch-size", self.batch_size, "must be >= 1")
+    gradient_checkpointing: bool = False
+    """Keep the inputs of a transformer's blocks alone and compute the rest again: less memory, more time."""
         for name in ("head_learning_rate", "weight_decay", "local_epochs", "max_grad_norm", "proximal_mu"):
             value = getattr(self, name)
             require(value >= 0, f"train.{kebab(name)}", value, "must be >= 0")
