@@ -86,10 +86,6 @@ def check_task(config: RunConfig, rule: Rule) -> None:
         )
 
 
-def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
-    """Refuse what noise on a mean does not cover.
-
-    Raises:
 def check_quantised(config: RunConfig, rule: Rule) -> None:
     """Refuse what reads or moves the weights of a base that is held in 4 bits.
 
@@ -129,6 +125,10 @@ def check_checkpointing(config: RunConfig) -> None:
         )
 
 
+def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
+    """Refuse what noise on a mean does not cover.
+
+    Raises:
         ConfigError: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
     """
     mode, name = "privacy.mode = 'client'", rule.facts.name
