@@ -167,6 +167,7 @@ def gather_parts(
     """As `set_up`, with the base left where it is."""
     worker = resident(config, node.own)
     worker.model.precision = getattr(torch, config.train.precision)
+    worker.model.checkpointing = config.train.gradient_checkpointing
     count = worker.data.num_partitions
     if not 0 <= node.partition_id < count:
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")

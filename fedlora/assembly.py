@@ -12,6 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.initial import FROM_BASE, FROM_DATA
 from fedlora.models.from_base import taken_out
 from fedlora.models.from_inputs import most_varied
+from fedlora.models.recomputed import blocks
 from fedlora.public import first_gradients, first_inputs
 from fedlora.updates import ClientSpec, Template
 from strategies.flower import FactorStrategy
@@ -43,6 +44,8 @@ def assemble(
     ranks = {config.rank_of(p) for p in partitions}
     for rank in sorted(ranks):
         worker.model.check_rank(rank)
+    if config.train.gradient_checkpointing:
+        blocks(worker.model.module)
     strategy = FactorStrategy(
         rule,
         fraction_train=config.fraction_train,

@@ -56,6 +56,10 @@ def check(config: RunConfig) -> Rule:
                 "self-test compares gradients to rounding"
             )
         check_private(config.train, num_examples=config.train.batch_size)
+    if config.model.quantization != "none":
+        check_quantised(config, rule)
+    if config.train.gradient_checkpointing:
+        check_checkpointing(config)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(
             f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"
@@ -83,6 +87,45 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     if not task.labelled and not rule.facts.trains:
         raise NotApplicable(
             f"strategy.name = {rule.facts.name!r}: task {task.name} has no head, so nothing trains"
+        )
+
+
+def check_quantised(config: RunConfig, rule: Rule) -> None:
+    """Refuse what reads or moves the weights of a base that is held in 4 bits.
+
+    Raises:
+        ConfigError: a strategy or a start that does.
+    """
+    key = f"model.quantization = {config.model.quantization!r}"
+    if rule.facts.moves_base:
+        able = ", ".join(name for name, r in RULES.items() if not r.facts.moves_base)
+        raise ConfigError(
+            f"{key}: {rule.facts.name} adds to the base, which 4 bits cannot hold (able: {able})"
+        )
+    if rule.init_a in TAKEN_OUT:
+        raise ConfigError(
+            f"{key}: strategy.init-a = {rule.init_a!r} adds to the base, which 4 bits cannot hold"
+        )
+    if rule.gradient_examples:
+        raise ConfigError(f"{key}: {rule.facts.name} starts from a gradient of weights, which are packed")
+
+
+def check_checkpointing(config: RunConfig) -> None:
+    """Refuse where a block that is computed again would not be what it was.
+
+    Raises:
+        ConfigError: private training, or cohorts with dropout.
+    """
+    key = "train.gradient-checkpointing = true"
+    if config.privacy.private:
+        raise ConfigError(
+            f"{key}: must be false in private training, whose per-example gradients are wrong where a layer "
+            "runs twice"
+        )
+    if config.lora.dropout > 0 and config.engine.cohort_size != 1:
+        raise ConfigError(
+            f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
+            f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
         )
 
 

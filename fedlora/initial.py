@@ -15,13 +15,15 @@ from fedlora.updates import ModuleSpec
 
 DRAWN = ("kaiming", "orthonormal")
 """Kinds of A that are drawn."""
+FRESH = (*DRAWN, "miss")
+"""Those, and the one that is the same for everybody; they need no model."""
 FROM_BASE = ("pissa", "olora")
 """The kinds that come out of the base weights, see `fedlora.models.from_base`."""
 FROM_DATA = ("eva", "lora-ga")
 """The kinds that look at public examples, see `fedlora.models.from_inputs` and `fedlora.models.from_base`."""
 TAKEN_OUT = (*FROM_BASE, "lora-ga")
 """The kinds whose first product leaves the base."""
-INIT_A = (*DRAWN, *FROM_BASE, *FROM_DATA)
+INIT_A = (*FRESH, *FROM_BASE, *FROM_DATA)
 
 
 def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:
@@ -29,7 +31,9 @@ def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator
 
     ``kaiming``: uniform on (-1/sqrt(in), 1/sqrt(in)), which is PEFT's and loralib's Kaiming-uniform
     with a = sqrt(5). ``orthonormal``: orthonormal rows, from the QR of a Gaussian matrix; its rows
-    are about sqrt(3) longer than Kaiming's.
+    are about sqrt(3) longer than Kaiming's. ``miss``: ``A[j, i] = 1`` where ``i mod r = j``, else 0, nothing
+    is drawn. With A frozen and s = 1 that is MiSS ("MiSS: Revisiting the Trade-off in LoRA with an Efficient
+    Shard-Sharing Structure", arXiv 2409.15371, at first named Bone), whose matrix is D = B^T.
 
     Raises:
         ConfigError: an unknown kind.
@@ -42,7 +46,9 @@ def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator
         Q, R = torch.linalg.qr(gaussian)
         rows: Tensor = (Q * R.diagonal().sign()).T
         return rows.float().contiguous()
-    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(DRAWN)}")
+    if kind == "miss":
+        return torch.eye(rank).repeat(1, -(-in_features // rank))[:, :in_features].contiguous()
+    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(FRESH)}")
 
 
 def fresh_adapters(
@@ -52,7 +58,7 @@ def fresh_adapters(
     seed: int,
     init_a: str = "kaiming",
 ) -> AdapterSet:
-    """An adapter with B = 0 and a drawn A; each module has its own stream of ``seed``.
+    """An adapter with B = 0 and a `FRESH` A; each module has its own stream of ``seed``.
 
     The same arguments give the same bits on every machine for ``kaiming`` (no linear algebra).
     """

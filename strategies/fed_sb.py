@@ -84,7 +84,7 @@ class FedSBRule(MeanRule):
         exact=True,
         mean=True,
         secure_sum=True,
-        inits=tuple(kind for kind in INIT_A if kind != "eva"),
+        inits=tuple(kind for kind in INIT_A if kind not in ("miss", "eva")),
         inits_why="finds an A of its own where the first product is empty",
         up="r^2",
         down="r^2 (A and B once)",

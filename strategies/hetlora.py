@@ -33,7 +33,7 @@ import torch
 
 from fedlora.errors import ConfigError
 from fedlora.factors import LoraFactors, Tensors, as_product, norm, resize
-from fedlora.initial import DRAWN
+from fedlora.initial import FRESH
 from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, State, TailPenalty
 from strategies.diagnostics import Diagnostics
 from strategies.facts import Facts
@@ -67,7 +67,7 @@ class HetLoRARule(Rule):
         mean=False,
         own_weights=True,
         secure_sum=False,
-        inits=(*DRAWN, "eva"),
+        inits=(*FRESH, "eva"),
         inits_why="prunes ranks, and with them what was taken out of the base",
         up="r_k(o+i)",
         down="r_k(o+i)",

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable
 from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
-from fedlora.initial import DRAWN, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
+from fedlora.initial import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.threads import side_by_side
 from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
@@ -35,8 +35,9 @@ class Rule:
     """Base of all rules. A subclass declares ``facts`` and defines `merge`.
 
     Attributes:
-        init_a: how the first A is drawn, ``kaiming`` or ``orthonormal``; ``pissa``, ``olora`` and ``lora-ga``
-            start both factors as a part of the base weight, which leaves the base; ``eva`` looks at inputs.
+        init_a: how the first A is made, ``kaiming``, ``orthonormal`` or ``miss``; ``pissa``, ``olora`` and
+            ``lora-ga`` start both factors as a part of the base weight, which leaves the base; ``eva`` looks
+            at inputs.
 
     Raises:
         NotApplicable: an ``init_a`` that the rule does not accept.
@@ -95,8 +96,8 @@ class Rule:
         Raises:
             ConfigError: an ``init_a`` that is not drawn, without what the template should hold of it.
         """
-        taken_out, drawn = self.init_a in TAKEN_OUT, self.init_a in DRAWN
-        if (taken_out and template.base is None) or not (drawn or template.adapters):
+        taken_out, fresh = self.init_a in TAKEN_OUT, self.init_a in FRESH
+        if (taken_out and template.base is None) or not (fresh or template.adapters):
             what = "the base weights" if self.init_a in FROM_BASE else "public examples"
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: needs {what}, use fedlora's ServerApp")
         adapters = template.adapters or fresh_adapters(

@@ -18,6 +18,7 @@ from clients.cohort.packed import Forward, frozen_forwards
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.models.layers import LinearLayer, head_tensors
+from fedlora.models.recomputed import recomputed
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -78,7 +79,8 @@ def row_wise(model: AdaptedModel, route: Route) -> Iterator[None]:
     try:
         for name, forward in replaced.items():
             network.get_submodule(name).forward = forward
-        yield
+        with recomputed(network, model.checkpointing):
+            yield
     finally:
         for name in replaced:
             vars(network.get_submodule(name)).pop("forward", None)

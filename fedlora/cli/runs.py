@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedlora.cli.console import one_line_errors, out, percent
+from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
@@ -83,15 +84,26 @@ def compare(
 @one_line_errors
 def evaluate(
     adapter: Annotated[Path, typer.Argument(help="Directory of an adapter that fedlora wrote.")],
-    data: Annotated[str, typer.Argument(help="A built-in dataset, a jsonl/csv/parquet file, or a hub id.")],
+    data: Annotated[
+        str, typer.Argument(help="A built-in dataset, a jsonl/csv/parquet file, or a hub id.")
+    ] = "",
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
+    lm_eval: Annotated[
+        str, typer.Option("--lm-eval", help="In place of DATA: tasks of lm-eval, comma list.")
+    ] = "",
+    limit: Annotated[int, typer.Option(help="With --lm-eval: examples of each task; 0 is all.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Accuracy and loss of an adapter on the test examples of a dataset (all rows of a file).
 
     Example: fedlora evaluate runs/demo/flora/adapter sentiment
     """
+    if bool(data) == bool(lm_eval):
+        raise ConfigError("fedlora evaluate: name a dataset after the adapter, or tasks by --lm-eval")
+    if lm_eval:
+        _by_harness(adapter, lm_eval, limit, as_json)
+        return
     from fedlora.evaluate import evaluate_adapter
 
     result = evaluate_adapter(adapter, data, text_column=text_column, label_column=label_column)
@@ -101,6 +113,17 @@ def evaluate(
     out.print(f"{_measured(result)}, loss {result['loss']:.4f}, {result['examples']} examples")
     for domain, accuracy in result["accuracy_by_domain"].items():
         out.print(f"  {domain:12} {percent(accuracy)}")
+
+
+def _by_harness(adapter: Path, tasks: str, limit: int, as_json: bool) -> None:
+    from fedlora.harness import evaluate_by_harness
+
+    result = evaluate_by_harness(adapter, tasks, limit=limit)
+    if as_json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    for task, metrics in result.items():
+        out.print(f"{task}: {', '.join(f'{name} {value:.4f}' for name, value in metrics.items())}")
 
 
 def _measured(result: dict[str, Any]) -> str:

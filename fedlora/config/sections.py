@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from fedlora.config.checks import float_list, int_list, kebab, name_list, one_of, parse_json, require
+from fedlora.config.methods import NOT_HERE
+from fedlora.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +21,11 @@ class ModelConfig:
     head: str = "train"
     """Of a classifier: ``train`` (averaged), ``freeze``, or ``local`` (trained, never sent)."""
 
+    quantization: str = "none"
+    """``none``, or ``4bit``: the base's linear layers as NF4 by bitsandbytes (QLoRA)."""
+
     def __post_init__(self) -> None:
+        one_of("model.quantization", self.quantization, ("none", "4bit"))
         require(bool(self.name), "model.name", self.name, "must name a model or a directory")
         one_of("model.pooling", self.pooling, ("mean", "model"))
         one_of("model.head", self.head, ("train", "freeze", "local"))
@@ -41,8 +47,13 @@ class LoraConfig:
     """Comma list of module name endings; empty means PEFT's choice for the architecture."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
+    method: str = "lora"
+    """``lora``; others of PEFT are refused, each with its reason."""
 
     def __post_init__(self) -> None:
+        if self.method in NOT_HERE:
+            raise ConfigError(f"lora.method = {self.method!r}: {NOT_HERE[self.method]}, accepted is lora")
+        one_of("lora.method", self.method, ("lora",))
         require(self.rank >= 1, "lora.rank", self.rank, "must be >= 1")
         require(all(r >= 1 for r in self.rank_list), "lora.ranks", self.ranks, "ranks must be >= 1")
         require(self.alpha > 0, "lora.alpha", self.alpha, "must be > 0")
@@ -175,6 +186,8 @@ class TrainConfig:
     """Clip the batch gradient to this norm (not DP); 0 means never."""
     precision: str = "float32"
     """``float32``, or ``bfloat16``: forward and backward passes in half precision; factors stay float32."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of a transformer's blocks alone and compute the rest again: less memory, more time."""
     proximal_mu: float = 0.0
     """FedProx: adds mu/2 ||w - w_start||^2 over the trained tensors; 0 means off."""
 

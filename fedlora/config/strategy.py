@@ -15,7 +15,7 @@ class StrategyConfig:
     name: str = "fedavg"
     """One of ``fedlora strategies``."""
     init_a: str = "kaiming"
-    """How the first A is drawn: ``kaiming``, ``orthonormal``; or out of the base: ``pissa``, ``olora``;
+    """How the first A is made: ``kaiming``, ``orthonormal``, ``miss``; out of the base: ``pissa``, ``olora``;
     out of public examples: ``eva``, ``lora-ga``."""
     init_examples: int = 64
     """Public examples (``data.public``) that ``eva`` and ``lora-ga`` look at, >= 1."""

@@ -17,6 +17,7 @@ from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
 from fedlora.models.core import CoredOutput
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
 from fedlora.models.moving import MovingBase
+from fedlora.models.recomputed import recomputed
 from fedlora.models.shared import hashes
 from fedlora.models.trainable import Trainable
 from fedlora.tasks import CLASSIFICATION, Task
@@ -35,6 +36,7 @@ class AdaptedModel:
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
         precision: what training passes are computed in, see `computing`.
+        checkpointing: whether they keep only the inputs of blocks, see `fedlora.models.recomputed`.
     """
 
     def __init__(self, module: nn.Module, modules: Collection[str], task: Task = CLASSIFICATION) -> None:
@@ -58,6 +60,7 @@ class AdaptedModel:
             if name not in {*self._head, *(f"{layer}.weight" for layer in layers)}
         }
         self.precision = torch.float32
+        self.checkpointing = False
         self._adapters: set[str] = set()
         self._active = ""
         self._tail: TailPenalty | None = None
@@ -185,7 +188,8 @@ class AdaptedModel:
             dropout = self._lora(name).lora_dropout[self._active]
             dropout.train(dropout.p > 0)
         try:
-            yield self.trainable()
+            with recomputed(self.module, self.checkpointing):
+                yield self.trainable()
         finally:
             self.module.eval()
             self.module.zero_grad(set_to_none=True)

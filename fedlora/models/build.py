@@ -25,6 +25,7 @@ from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError, first_line
 from fedlora.heads import draw_head
+from fedlora.models.four_bit import quantise
 from fedlora.models.layers import head_tensors
 from fedlora.seeding import drawn_from
 from fedlora.vision.backbones import image_classifier
@@ -66,7 +67,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = "classifier") -> nn.Module:
-    """The frozen float32 base in evaluation mode, on the CPU.
+    """The frozen float32 base in evaluation mode, on the CPU; its linear layers may be of 4 bits.
 
     ``network`` is what a task wants, see `NETWORKS`; a language model has no head that is trained.
 
@@ -74,11 +75,13 @@ def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = 
     global random state stays as it was. A head that the checkpoint brings is kept.
 
     Raises:
-        ConfigError: the model cannot be found, or has no place for a mean or for a head.
+        ConfigError: the model cannot be found, has no place for a mean or for a head, or cannot be quantised.
         AssetError: a built-in model could not be fetched.
     """
     with quiet(), drawn_from(seed, "missing-weights"):
         model = NETWORKS[network](config, num_labels, seed)
+        if config.quantization == "4bit":
+            quantise(model, config.name)
     return model.requires_grad_(False).eval()
 
 

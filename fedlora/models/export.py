@@ -134,13 +134,22 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
     return model.to(device).eval(), card
 
 
+def base_of(card: AdapterCard) -> str | None:
+    """Where transformers finds the base: a directory or a hub id; None of a random one and of a classifier's.
+
+    A classifier's head is built here alone.
+    """
+    name = card.model.name
+    if name in RANDOM_MODELS or task_named(card.task).network != "language-model":
+        return None
+    return str(model_directory(name) or name)
+
+
 def _identity(card: AdapterCard) -> dict[str, Any]:
-    """By what PEFT's Auto classes find a language model's base; a classifier's head is built here alone."""
+    """By what PEFT's Auto classes find a language model's base."""
     if task_named(card.task).network != "language-model":
         return {}
-    name = card.model.name
-    source = None if name in RANDOM_MODELS else str(model_directory(name) or name)
-    return {"task_type": "CAUSAL_LM", "base_model_name_or_path": source}
+    return {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(card)}
 
 
 def global_product(state: State, name: str) -> Product:

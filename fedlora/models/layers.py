@@ -70,6 +70,8 @@ def oriented(layer: LinearLayer, matrix: Tensor) -> Tensor:
 
 def layer_spec(layer: LinearLayer) -> ModuleSpec:
     """The layer's size in nn.Linear orientation."""
+    if isinstance(layer, nn.Linear):  # its weight may be packed
+        return ModuleSpec(out_features=layer.out_features, in_features=layer.in_features)
     out_features, in_features = oriented(layer, layer.weight).shape
     return ModuleSpec(out_features=out_features, in_features=in_features)
 

@@ -39,6 +39,7 @@ class MovingBase:
 
     def pristine(self, name: str) -> Tensor:
         """The weight W_0 of a layer, (out, in), float32 on the CPU."""
+        self._check_whole(name)
         return oriented(self._layers[name], self._pristine[name]).float().cpu()
 
     def move(self, patches: Sequence[Patch], since: int = 0) -> None:
@@ -110,9 +111,14 @@ class MovingBase:
         for name, product in patch.products.items():
             if name not in self._layers:
                 raise FactorShapeError(f"a base patch names {name}, which is not an adapted layer")
+            self._check_whole(name)
             spec = layer_spec(self._layers[name])
             shape = (product.left.shape[0], product.right.shape[1])
             if shape != (spec.out_features, spec.in_features):
                 raise FactorShapeError(
                     f"a base patch for {name} is {shape}, expected {(spec.out_features, spec.in_features)}"
                 )
+
+    def _check_whole(self, name: str) -> None:
+        if not self._pristine[name].is_floating_point():
+            raise RunFailed(f"{name} is held in 4 bits: its weight can neither be read nor take a patch")
