@@ -25,6 +25,7 @@ from fedlora.models import (
 )
 from fedlora.models.shared import put_together, take_apart
 from fedlora.tasks import CLASSIFICATION, task_named
+from fedlora.tasks.text import TextTask
 from fedlora.updates import Patch
 
 Key: TypeAlias = tuple[Any, ...]
@@ -166,12 +167,10 @@ def _read(
     if own is None:
         path = prepare(config)
         data = open_prepared(path)
-    elif task is not CLASSIFICATION:
-        raise ConfigError(
-            f"task = {task.name!r}: a node with data of its own can take part in classification only"
-        )
+    elif not isinstance(task, TextTask):
+        raise ConfigError(f"task = {task.name!r}: a node with data of its own can take part in tasks on text")
     else:
-        path, data = own.home, own_data(own, config.model.name, config.data.max_length)
+        path, data = own.home, own_data(own, config.model.name, config.data.max_length, task)
     network = build_model(config.model, data.num_labels, config.seed, task.network)
     check_length(config.model.name, network, config.data.max_length)
     if task is CLASSIFICATION:

@@ -149,10 +149,11 @@ def check(
     table = read_own(own)
     held = f", {len(table.test):,} held out" if table.test is not None else ""
     out.print(f"data: {escape(own.path)} as {escape(own.dataset_id)!r}, {len(table.train):,} examples{held}")
-    out.print(
-        f"columns: {escape(', '.join(table.columns))}; text {own.text_column}, label {own.label_column}"
-    )
-    out.print("labels: " + escape(", ".join(f"{name} ({count:,})" for name, count in table.labels.items())))
+    label = f"label {own.label_column}" if own.label_column else "no label"
+    out.print(f"columns: {escape(', '.join(table.columns))}; text {own.text_column}, {label}")
+    if own.label_column:
+        counts = ", ".join(f"{name} ({count:,})" for name, count in table.labels.items())
+        out.print("labels: " + escape(counts))
 
 
 @one_line_errors

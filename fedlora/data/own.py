@@ -1,7 +1,8 @@
 """A node's own examples: read where they are, tokenised into the node's own directory, never sent anywhere.
 
-What the run decides is the model (hence the tokenizer), the longest sequence and the names of the labels.
-A node may lack some of the labels; one that the run does not know is refused.
+What the run decides is the task, the model (hence the tokenizer), the longest sequence and the names of the
+labels. A node may lack some of the labels; one that the run does not know is refused. Texts and conversations
+without labels are for tasks that have none.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from fedlora.config import DataConfig
 from fedlora.data.columns import Columns, label_texts, standard
 from fedlora.data.examples import Examples, open_examples
 from fedlora.data.prepared import FORMAT, Prepared, file_stamps, tokenised
-from fedlora.data.tokenizers import load_tokenizer
 from fedlora.errors import ConfigError, OwnDataRefused
+from fedlora.tasks import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,7 +39,8 @@ class OwnData:
 
     Attributes:
         path: a jsonl, csv or parquet file, or a dataset directory.
-        text_column, label_column: as ``data.text-column`` and ``data.label-column``.
+        text_column, label_column: as ``data.text-column`` and ``data.label-column``; an empty label column
+            for examples that have none.
         test_fraction: share kept from training where the dataset has no test split of its own.
         dataset_id: under which the privacy spent on it is written down.
         partition_id: the partition that it is in the federation.
@@ -58,7 +60,7 @@ class OwnData:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A node's examples as text: columns text (and text_pair) and label, as names."""
+    """A node's examples as text: columns text (and text_pair), and label, as names, where they have one."""
 
     train: pa.Table
     test: pa.Table | None
@@ -66,16 +68,19 @@ class Table:
 
     @property
     def labels(self) -> dict[str, int]:
-        """Label -> number of training examples."""
+        """Label -> number of training examples; empty where they have none."""
+        if "label" not in self.train.column_names:
+            return {}
         counts = self.train["label"].value_counts().to_pylist()
         return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
 
 
-def read_own(own: OwnData) -> Table:
-    """The examples, checked.
+def read_own(own: OwnData, task: Task | None = None) -> Table:
+    """The examples, checked, for a task; without one for any that they may serve.
 
     Raises:
-        OwnDataRefused: a missing file or column, an empty value, a text that is no text.
+        OwnDataRefused: a missing file or column, an empty value, a text that is no text, no label where the
+            task needs one.
     """
     from fedlora.data.sources import open_source, split_table
 
@@ -84,7 +89,7 @@ def read_own(own: OwnData) -> Table:
     try:
         config = DataConfig(name=own.path, text_column=own.text_column, label_column=own.label_column)
         source, own_test = open_source(config)
-        columns = Columns(Columns.of(config).texts, own.label_column, domain="", group="", natural="")
+        columns = _columns(own, config, source, task)
         train = _named(source, columns, repr(own.path))
         test = None if own_test is None else _named(own_test, columns, f"the test examples of {own.path!r}")
         if test is None and own.test_fraction:
@@ -94,29 +99,28 @@ def read_own(own: OwnData) -> Table:
     return Table(train, test, tuple(source.column_names))
 
 
-def own_data(own: OwnData, model: str, max_length: int) -> Prepared:
-    """The examples tokenised for a model: all in partition ``own.partition_id``, the others are empty.
+def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICATION) -> Prepared:
+    """The examples encoded for a model: all in partition ``own.partition_id``, the others are empty.
 
     Raises:
         OwnDataRefused: they cannot be read, or have a label that the run does not know.
     """
-    tokenizer = load_tokenizer(model)
-    key = _key(own, max_length, tokenizer.identity)
-    home = own.home / key
+    tokenizer = task.reader(model)
+    home = own.home / _key(own, task, max_length, tokenizer.identity)
 
     def write(draft: Path) -> None:
-        table = read_own(own)
+        table = read_own(own, task)
         for name, part in ((TRAIN, table.train), (TEST, table.test)):
             if part is not None:
-                _write(draft / name, part, own, tokenizer, max_length)
+                _write(draft / name, part, own, tokenizer, max_length, task)
         (draft / "meta.json").write_text(json.dumps({"pad_token_id": tokenizer.pad_token_id}))
 
     create_directory(home, write)
-    return _open(home, own)
+    return _open(home, own, task.name)
 
 
 @lru_cache(maxsize=8)
-def _open(home: Path, own: OwnData) -> Prepared:
+def _open(home: Path, own: OwnData, task: str) -> Prepared:
     train = open_examples(home / TRAIN)
     nothing = np.zeros(0, dtype=np.int64)
     none = Examples(nothing.astype(np.int32), np.zeros(1, np.int64), nothing, nothing.astype(np.int32))
@@ -129,12 +133,30 @@ def _open(home: Path, own: OwnData) -> Prepared:
         flat=np.arange(len(train)),
         offsets=np.array([0] * (own.partition_id + 1) + [len(train)]),
         declared=own.dataset_id,
+        task=task,
     )
 
 
+def _columns(own: OwnData, config: DataConfig, source: Dataset, task: Task | None) -> Columns:
+    """Which columns are read; whether these are conversations shows in them where no task says so."""
+    texts = Columns.of(config).texts
+    if task is None:
+        labelled = bool(own.label_column)
+        lists = any(hasattr(source.features.get(name), "feature") for name in texts)
+        conversations = not labelled and (lists or len(texts) > 1)
+    else:
+        labelled, conversations = task.labelled, task.columns(config).conversations
+    label = own.label_column if labelled else ""
+    if labelled and not label:
+        raise ConfigError("label-column = '': the task of this run learns labels, name their column")
+    return Columns(texts, label, domain="", group="", natural="", conversations=conversations)
+
+
 def _named(source: Dataset, columns: Columns, where: str) -> pa.Table:
-    """The standard columns with each label by its name."""
+    """The standard columns with each label, if there are any, by its name."""
     table = standard(source, columns, where)
+    if not columns.label:
+        return table
     texts = label_texts(table["label"], columns.label, where)
     names: Sequence[str] | None = getattr(source.features[columns.label], "names", None)
     if names:
@@ -145,9 +167,20 @@ def _named(source: Dataset, columns: Columns, where: str) -> pa.Table:
     return table.set_column(table.column_names.index("label"), "label", texts)
 
 
-def _write(path: Path, table: pa.Table, own: OwnData, tokenizer: Any, max_length: int) -> None:
+def _write(path: Path, table: pa.Table, own: OwnData, tokenizer: Any, max_length: int, task: Task) -> None:
     from datasets import Dataset
 
+    coded = Dataset(_coded(table, own) if task.labelled else table)
+    try:
+        batch = tokenised(coded, tokenizer, max_length, {}, f"encoding {len(table):,} own examples", task)
+    except ConfigError as error:
+        raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
+    with pa.ipc.new_file(str(path), batch.schema) as file:
+        file.write_batch(batch)
+
+
+def _coded(table: pa.Table, own: OwnData) -> pa.Table:
+    """With the run's number for each label."""
     codes: Mapping[str, int] = {name: code for code, name in enumerate(own.labels)}
     unknown = sorted(set(table["label"].to_pylist()) - codes.keys())
     if unknown:
@@ -157,10 +190,7 @@ def _write(path: Path, table: pa.Table, own: OwnData, tokenizer: Any, max_length
             f"this node's data has labels that the run does not know, {known}",
         )
     labels = pa.array([codes[name] for name in table["label"].to_pylist()], pa.int64())
-    coded = Dataset(table.set_column(table.column_names.index("label"), "label", labels))
-    batch = tokenised(coded, tokenizer, max_length, {}, f"tokenising {len(table):,} own examples")
-    with pa.ipc.new_file(str(path), batch.schema) as file:
-        file.write_batch(batch)
+    return table.set_column(table.column_names.index("label"), "label", labels)
 
 
 def _in_own_terms(text: str) -> str:
@@ -170,7 +200,7 @@ def _in_own_terms(text: str) -> str:
     return text
 
 
-def _key(own: OwnData, max_length: int, tokenizer: str) -> str:
+def _key(own: OwnData, task: Task, max_length: int, tokenizer: str) -> str:
     settings = [own.path, own.text_column, own.label_column, own.test_fraction, own.labels]
-    text = json.dumps([FORMAT, *settings, file_stamps(own.path), max_length, tokenizer])
+    text = json.dumps([FORMAT, task.name, *settings, file_stamps(own.path), max_length, tokenizer])
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -4,7 +4,7 @@
 |---|---|
 | ``partition-id`` | which partition this node is; the server checks it against the node's key |
 | ``data`` | the node's own examples, an absolute path; empty: this partition of the run's dataset |
-| ``text-column``, ``label-column`` | in ``data`` |
+| ``text-column``, ``label-column`` | in ``data``; an empty ``label-column``: there are no labels |
 | ``test-fraction`` | share of ``data`` kept from training, to measure a personal model on |
 | ``dataset-id`` | the owner's name for the data, under which spent privacy is written down |
 | ``max-epsilon``, ``max-delta`` | the owner's own limit, over all runs; ``max-epsilon`` 0 means none |

@@ -70,6 +70,7 @@ partition-id = {partition_id}
 # dataset that the run's configuration names.
 data = {data}
 text-column = "text"
+# "" for texts or conversations that have no label.
 label-column = "label"
 # Share of them that is kept from training, to measure a personal model on.
 test-fraction = 0.0

@@ -133,6 +133,58 @@ def test_without_test_examples_a_personal_model_cannot_be_measured(tmp_path: Pat
         evaluate(worker.model, worker.data.test, np.arange(len(worker.data.test)), 0)
 
 
+TALKS: list[dict[str, Any]] = [
+    {"messages": [{"role": role, "content": f"It is {i}."} for role in ("user", "assistant")]}
+    for i in range(6)
+]
+PAIRS = [{"prompt": f"Number {i}?", "response": f"It is {i}."} for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("task", "columns", "rows"),
+    [
+        ("causal-lm", "text", [{"text": f"{i} words and a few more of them"} for i in range(9)]),
+        ("instruction", "messages", TALKS),
+        ("instruction", "prompt,response", PAIRS),
+    ],
+)
+def test_texts_and_talks_are_what_the_same_rows_are_as_a_run(
+    task: str, columns: str, rows: list[dict[str, Any]], tmp_path: Path, cache: Path
+) -> None:
+    name = write(tmp_path / "all.jsonl", rows)
+    keys = {"data.partitioner": "iid", "data.num-partitions": 1, "data.max-length": 64}
+    config = tiny_config(
+        **{"task": task, "model.name": "tiny-lm", "data.name": name, "data.test": name, **keys},
+        **{"data.text-column": columns},
+    )
+    whole = open_prepared(prepare(config))
+    theirs = own(tmp_path, rows, labels=(), text_column=columns, label_column="")
+    assert read_own(theirs).labels == {}
+    mine = resident(config, theirs).data
+    assert mine.label_names == ()
+    assert mine.task == task
+    assert len(mine.train) == len(whole.train) > 2
+    for i in range(len(mine.train)):
+        assert np.array_equal(mine.train.input_ids(i), whole.train.input_ids(i))
+    if task == "instruction":
+        assert mine.train.counted is not None
+        assert whole.train.counted is not None
+        assert np.array_equal(mine.train.counted, whole.train.counted)
+
+
+def test_a_talk_that_is_none_is_named_to_its_owner_alone(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**{"task": "instruction", "model.name": "tiny-lm"})
+    rows = [*TALKS, {"messages": [{"role": "patient", "content": "It hurts."}]}]
+    with pytest.raises(OwnDataRefused, match="role 'patient'") as refused:
+        resident(config, own(tmp_path, rows, text_column="messages", label_column=""))
+    assert "patient" not in refused.value.told
+
+
+def test_a_run_that_learns_labels_needs_some(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(OwnDataRefused, match="label-column = '': the task of this run learns labels"):
+        own_data(own(tmp_path, ROWS, label_column=""), "tiny", 64)
+
+
 def test_changed_examples_are_read_anew(tmp_path: Path, cache: Path) -> None:
     before = own_data(own(tmp_path, ROWS), "tiny", 64)
     after = own_data(own(tmp_path, ROWS[:8]), "tiny", 64)
