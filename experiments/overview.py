@@ -63,8 +63,8 @@ STUDIES = (
     Study(
         name="privacy",
         claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
-        found="2026-11-22, 2 of 10 seeds (4 at epsilon 3), so undecided: ahead of FedAvg on the first two at every "
-        "budget, not on the next two; not ahead of FFA once each has its own rate.",
+        found="2026-11-22, 2 of 10 seeds (4 at epsilon 3), so undecided: ahead of FedAvg on the first "
+        "two at every budget, not on the next two; not ahead of FFA once each has its own rate.",
     ),
     Study(
         name="adaptive",
