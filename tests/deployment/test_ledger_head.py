@@ -10,13 +10,14 @@ import pytest
 from flwr.app import Message
 
 from clients import accounts
-from clients.carry_out import Node, train_order
 from fedlora import wire
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, to_flat
+from fedlora.deployment.handle import TRAIN, handle
 from fedlora.engines.local_grid import LocalGrid
 from fedlora.errors import RunFailed
 from fedlora.federation import Federation
 from fedlora.runs import RunDirectory
+from fedlora.wire.records import is_packed
 from tests.conftest import tiny_config
 
 NODES = range(3)
@@ -29,6 +30,7 @@ class Nodes(LocalGrid):
         super().__init__(NODES)
         self.config, self.state_dir, self.set_back_before = config, state_dir, set_back_before
         self.heads: list[dict[int, str]] = []
+        self.packed: set[bool] = set()
 
     def ledger(self, partition: int) -> Path:
         (path,) = (self.state_dir / str(partition) / "ledger").glob("*partition-*.jsonl")
@@ -48,9 +50,11 @@ class Nodes(LocalGrid):
                 lines = self.ledger(0).read_bytes().splitlines(keepends=True)
                 self.ledger(0).write_bytes(b"".join(lines[:-2]))
                 accounts._ledger.cache_clear()  # the node's next message has a process of its own
-            node = Node(partition_id=partition, state_dir=self.state_dir / str(partition), simulation=False)
-            reply = train_order(order, self.config, node)
-            replies.append(Message(wire.encode_reply(reply), reply_to=message))
+            node_config = {"partition-id": partition, "state-dir": str(self.state_dir / str(partition))}
+            answer = handle(TRAIN, message.content, to_flat(self.config), node_config)
+            records = (message.content.array_records[wire.ARRAYS], answer.array_records[wire.ARRAYS])
+            self.packed |= {is_packed(record) for record in records}
+            replies.append(Message(answer, reply_to=message))
         return replies
 
 
@@ -66,6 +70,10 @@ def test_each_node_is_told_its_own_last_head(tmp_path: Path, cache: Path) -> Non
     heads = run(tmp_path).heads
     assert set(heads[0].values()) == {""}
     assert all(len(set(told.values())) == len(NODES) and "" not in told.values() for told in heads[1:])
+
+
+def test_between_server_and_nodes_all_tensors_travel_as_one_array(tmp_path: Path, cache: Path) -> None:
+    assert run(tmp_path).packed == {True}
 
 
 def test_a_ledger_that_was_set_back_is_not_written_on(
