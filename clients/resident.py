@@ -60,16 +60,16 @@ class Resident:
         """
         wanted = tuple(chain)
         if wanted[: len(self.base)] != self.base:
-            self.model.reset_base()
+            self.model.base.reset()
             self.base = ()
         for name in wanted[len(self.base) :]:
-            self.model.move_base([patch_of(name)], since=len(self.base))
+            self.model.base.move([patch_of(name)], since=len(self.base))
             self.base = (*self.base, name)
 
     def adopt(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
         """Bring the base weights to a chain that another process has applied; see `MovingBase.adopt`."""
         if tuple(chain) != self.base:
-            self.model.adopt_base(chain, weights)
+            self.model.base.adopt(chain, weights)
             self.base = tuple(chain)
 
 

@@ -85,7 +85,7 @@ def _template(rule: Rule, config: RunConfig, worker: Resident, rank: int) -> Tem
     share_head = config.model.head == "train"
     template = worker.model.template(rank, config.lora.scaling(rank), share_head=share_head)
     if rule.init_a in FROM_BASE:
-        template = taken_out(template, worker.model.base_weight, rule.init_a)
+        template = taken_out(template, worker.model.base.pristine, rule.init_a)
     if rule.init_a in FROM_DATA:
         template = _from_data(template, rule.init_a, config, worker)
     if rule.gradient_examples:

@@ -48,7 +48,7 @@ def first_gradients(worker: Resident, config: RunConfig, number: int) -> Tensors
         )
     model = _as_before_training(worker, config)
     total = {name: torch.zeros(m.out_features, m.in_features) for name, m in model.modules.items()}
-    with model.base_gradients() as gradients_of:
+    with model.base.gradients() as gradients_of:
         for batch in _batches(public, worker, config, number):
             for name, gradient in gradients_of(batch_loss(model, batch, reduction="sum") / number).items():
                 total[name] += gradient
@@ -71,7 +71,7 @@ def first_inputs(worker: Resident, config: RunConfig, number: int) -> InputMomen
                 tokens = mask is not None and x.ndim == 3 and x.shape[:2] == mask.shape
                 moments.add(name, x[mask.bool()] if mask is not None and tokens else x.flatten(0, -2))
 
-            with model.watched_inputs(see):
+            with model.base.watched_inputs(see):
                 model.module(**inputs(batch))
     return moments
 

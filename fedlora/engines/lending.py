@@ -76,12 +76,12 @@ class Lender:
         if chain != self.loan.chain:
             loan, worker = self.loan, self.worker
             worker.move_to(chain, by_name.__getitem__)
-            moved = {n: (tuple(w.shape), bytes_of(w)) for n, w in worker.model.moved_weights().items()}
+            moved = {n: (tuple(w.shape), bytes_of(w)) for n, w in worker.model.base.moved_weights.items()}
             reference = ray.put(moved) if moved else None
             self.loan = Loan(loan.key, loan.device, loan.parts, chain, reference)
             if moved:
-                worker.model.adopt_base(chain, _weights(reference))
-            self._moved = worker.model.moved_digests()
+                worker.model.base.adopt(chain, _weights(reference))
+            self._moved = worker.model.base.moved_digests()
         return self.loan
 
     def compare(self, found: Hashes) -> None:
@@ -126,7 +126,7 @@ def base_hashes(loan: Loan) -> Hashes:
     if not _mapped or _mapped[0][0] != loan.parts:
         return {}, {}
     worker = _mapped[0][1]
-    return worker.model.base_digests(), worker.model.moved_digests() if worker.base == loan.chain else {}
+    return worker.model.base_digests(), worker.model.base.moved_digests() if worker.base == loan.chain else {}
 
 
 def _weights(moved: Any) -> dict[str, Tensor]:

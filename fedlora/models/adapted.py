@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
 from fedlora.models.core import CoredOutput
-from fedlora.models.layers import head_tensors, is_transposed, linear_layers, oriented
+from fedlora.models.layers import head_tensors, is_transposed, linear_layers
 from fedlora.models.moving import MovingBase
 from fedlora.models.recomputed import recomputed
 from fedlora.models.shared import hashes
 from fedlora.models.trainable import Trainable
 from fedlora.tasks import CLASSIFICATION, Task
-from fedlora.updates import ModuleSpec, Patch, TailPenalty, Template
+from fedlora.updates import ModuleSpec, TailPenalty, Template
 
 
 class AdaptedModel:
@@ -33,6 +33,7 @@ class AdaptedModel:
         module: the model; its task calls it and knows what it returns.
         task: what it is trained for.
         modules: the adapted layers, in the order of the model.
+        base: their weights, which patches move.
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
         precision: what training passes are computed in, see `computing`.
@@ -50,7 +51,7 @@ class AdaptedModel:
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}
         self.initial_head: Tensors = {n: _copy(p) for n, p in head_tensors(module).items()}
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
-        self._base = MovingBase(layers)
+        self.base = MovingBase(layers)
         self._head = head_tensors(module)
         for parameter in self._head.values():
             parameter.data = parameter.data.clone()
@@ -83,10 +84,6 @@ class AdaptedModel:
         self.check_rank(rank)
         head = dict(self.initial_head) if share_head else {}
         return Template(modules=self.modules, rank=rank, scaling=scaling, head=head)
-
-    def base_weight(self, name: str) -> Tensor:
-        """The pristine weight W_0 of an adapted layer, (out, in), float32 on the CPU."""
-        return self._base.pristine(name)
 
     def check_rank(self, rank: int) -> None:
         """Refuse a rank that is larger than an adapted layer allows."""
@@ -194,71 +191,10 @@ class AdaptedModel:
             self.module.eval()
             self.module.zero_grad(set_to_none=True)
 
-    @contextmanager
-    def base_gradients(self) -> Iterator[Callable[[Tensor], Tensors]]:
-        """Inside, the base weights of the adapted layers take part in backward passes.
-
-        Yields:
-            Loss -> module -> its gradient (out, in), float32 on the CPU.
-        """
-        layers = self._base.layers
-
-        def gradients(loss: Tensor) -> Tensors:
-            found = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
-            named = zip(layers.items(), found, strict=True)
-            return {name: oriented(layer, g).to("cpu", torch.float32) for (name, layer), g in named}
-
-        try:
-            for layer in layers.values():
-                layer.weight.requires_grad_(True)
-            yield gradients
-        finally:
-            for layer in layers.values():
-                layer.weight.requires_grad_(False)
-
-    @contextmanager
-    def watched_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Inside, ``see`` is told the name and the input of each adapted layer that a pass comes to."""
-
-        def hook(name: str) -> Callable[..., None]:
-            return lambda _, given: see(name, given[0])
-
-        handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in self._base.layers.items()]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @property
-    def base_version(self) -> int:
-        """How many patches are in the base weights."""
-        return self._base.version
-
-    def move_base(self, patches: Sequence[Patch], since: int = 0) -> None:
-        """See `MovingBase.move`: patches ``since + 1, since + 2, ...``, each applied once."""
-        self._base.move(patches, since)
-
-    def reset_base(self) -> None:
-        """Back to the pristine base, version 0."""
-        self._base.reset()
-
-    def moved_weights(self) -> Tensors:
-        """See `MovingBase.moved_weights`."""
-        return self._base.moved_weights
-
-    def adopt_base(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
-        """See `MovingBase.adopt`."""
-        self._base.adopt(chain, weights)
-
     def base_digests(self) -> dict[str, str]:
         """A hash of every tensor of the pristine base as it stands; W_0 of the layers that moved."""
-        pristine = {f"{name}.weight": weight for name, weight in self._base.pristine_weights.items()}
+        pristine = {f"{name}.weight": weight for name, weight in self.base.pristine_weights.items()}
         return hashes({**self._frozen, **pristine})
-
-    def moved_digests(self) -> dict[str, str]:
-        """A hash of W_v of the layers that moved, as it stands."""
-        return hashes({f"{name}.weight": weight for name, weight in self._base.moved_weights.items()})
 
     def _lora(self, name: str) -> Any:
         """PEFT's layer in place of the adapted one; there is none before the first `load`."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from fedlora.errors import FactorShapeError, RunFailed
-from fedlora.factors import Product
+from fedlora.factors import Product, Tensors
 from fedlora.models.layers import LinearLayer, layer_spec, oriented
+from fedlora.models.shared import hashes
 from fedlora.threads import one_thread
 from fedlora.updates import Patch
 
@@ -31,11 +33,6 @@ class MovingBase:
     def version(self) -> int:
         """How many patches are in the weights."""
         return len(self._applied)
-
-    @property
-    def layers(self) -> Mapping[str, LinearLayer]:
-        """The layers themselves, their weights as they are now."""
-        return self._layers
 
     def pristine(self, name: str) -> Tensor:
         """The weight W_0 of a layer, (out, in), float32 on the CPU."""
@@ -89,12 +86,52 @@ class MovingBase:
         """W_0 of every layer, as it is stored."""
         return dict(self._pristine)
 
+    def moved_digests(self) -> dict[str, str]:
+        """A hash of W_v of the layers that moved, as it stands."""
+        return hashes({f"{name}.weight": weight for name, weight in self._exact.items()})
+
     def reset(self) -> None:
         """Back to the pristine weights, version 0."""
         for name, weight in self._pristine.items():
             self._layers[name].weight.data = weight
         self._exact.clear()
         self._applied.clear()
+
+    @contextmanager
+    def gradients(self) -> Iterator[Callable[[Tensor], Tensors]]:
+        """Inside, these weights take part in backward passes.
+
+        Yields:
+            Loss -> module -> its gradient (out, in), float32 on the CPU.
+        """
+        layers = self._layers
+
+        def gradients(loss: Tensor) -> Tensors:
+            found = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
+            named = zip(layers.items(), found, strict=True)
+            return {name: oriented(layer, g).to("cpu", torch.float32) for (name, layer), g in named}
+
+        try:
+            for layer in layers.values():
+                layer.weight.requires_grad_(True)
+            yield gradients
+        finally:
+            for layer in layers.values():
+                layer.weight.requires_grad_(False)
+
+    @contextmanager
+    def watched_inputs(self, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Inside, ``see`` is told the name and the input of each adapted layer that a pass comes to."""
+
+        def hook(name: str) -> Callable[..., None]:
+            return lambda _, given: see(name, given[0])
+
+        handles = [layer.register_forward_pre_hook(hook(n)) for n, layer in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _add(self, name: str, product: Product) -> None:
         layer = self._layers[name]

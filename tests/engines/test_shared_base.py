@@ -74,7 +74,7 @@ def spoil_pristine(federation: Federation) -> None:
 
 
 def spoil_moved(federation: Federation) -> None:
-    moved = federation.worker.model.moved_weights()
+    moved = federation.worker.model.base.moved_weights
     assert moved
     next(iter(moved.values()))[0, 0] += 1e-3
 

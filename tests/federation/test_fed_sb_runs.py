@@ -143,7 +143,7 @@ def test_the_first_gradient_is_that_of_the_mean_loss_at_the_base(moods: Path) ->
     pristine = adapted(num_labels=worker.data.num_labels, seed=config.seed)
     pristine.load(fresh_adapters(model.modules, 1, 1.0, 0), {})
     batch = load_batch(examples, chosen, worker.data.pad_token_id, pristine.device)
-    with pristine.base_gradients() as gradients_of:
+    with pristine.base.gradients() as gradients_of:
         wanted = gradients_of(batch_loss(pristine, batch))
     assert set(found) == set(model.modules)
     for name, gradient in wanted.items():

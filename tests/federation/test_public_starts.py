@@ -88,7 +88,10 @@ def test_evas_inputs_are_those_of_the_public_tokens_without_padding(moods: Path)
     wanted = InputMoments(worker.model.modules)
     for index in chosen:  # one by one there is no padding
         batch = load_batch(examples, np.array([index]), worker.data.pad_token_id, worker.model.device)
-        with worker.model.watched_inputs(lambda name, x: wanted.add(name, x.flatten(0, 1))), torch.no_grad():
+        with (
+            worker.model.base.watched_inputs(lambda name, x: wanted.add(name, x.flatten(0, 1))),
+            torch.no_grad(),
+        ):
             worker.model.module(**inputs(batch))
     assert found.count == wanted.count == dict.fromkeys(found.count, int(examples.lengths_of(chosen).sum()))
     for name in worker.model.modules:

@@ -63,7 +63,7 @@ def test_only_the_core_is_trained_and_its_gradient_is_that_of_the_dense_weight(k
     assert set(found) == {f"{name}.R" for name in model.modules}
     assert sum(p.requires_grad for p in model.module.parameters()) == len(found)
     batch = token_batch(vocabulary=200)
-    with model.base_gradients() as gradients_of:
+    with model.base.gradients() as gradients_of:
         dense = gradients_of(model.module(**batch).logits.square().sum())
     for name, f in adapters.items():
         wanted = f.scaling * f.B.T @ dense[name] @ f.A.T
@@ -77,7 +77,7 @@ def test_base_gradients_are_the_slope_of_the_loss_and_leave_no_trace(kind: str, 
     model.load(fresh_adapters(model.modules, 2, 1.0, 0), {})
     model.module.double()
     batch, step = token_batch(vocabulary=200), 1e-5
-    with model.base_gradients() as gradients_of:
+    with model.base.gradients() as gradients_of:
         found = gradients_of(model.module(**batch).logits.square().sum())
     assert {n: t.shape for n, t in found.items()} == {
         n: (m.out_features, m.in_features) for n, m in model.modules.items()

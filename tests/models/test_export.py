@@ -62,7 +62,7 @@ def test_peft_computes_the_federated_model(
     name = "tiny" if kind == "tiny" else str(gpt2)
     federated = adapted(name, pooling, seed=7)
     state = state_of(case, federated)
-    federated.move_base(state.base)
+    federated.base.move(state.base)
     federated.load(state.adapters, state.head)
     save_adapter(
         tmp_path / "adapter", state, {}, card_of(name, pooling), fan_in_fan_out=federated.fan_in_fan_out

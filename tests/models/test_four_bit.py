@@ -153,9 +153,9 @@ def test_its_weights_take_no_patch_and_are_not_read(tmp_path: Path) -> None:
     model = four_bit(tmp_path)
     line = r"is held in 4 bits: its weight can neither be read nor take a patch$"
     with pytest.raises(RunFailed, match=line):
-        model.move_base([random_patch(model.modules, 2, 0)])
+        model.base.move([random_patch(model.modules, 2, 0)])
     with pytest.raises(RunFailed, match=line):
-        model.base_weight(next(iter(model.modules)))
+        model.base.pristine(next(iter(model.modules)))
 
 
 @there

@@ -28,7 +28,7 @@ def test_the_model_computes_what_it_computed_before(layer: str, kind: str, tmp_p
     name = "tiny" if layer == "linear" else str(save_tiny_gpt2(tmp_path / "gpt2"))
     model, batch = adapted(name), token_batch(200)
     state = make_rule("ffa", {"init_a": kind}).init(
-        taken_out(model.template(2, 4.0), model.base_weight, kind), seed=0
+        taken_out(model.template(2, 4.0), model.base.pristine, kind), seed=0
     )
     model.load(random_adapters(model.modules, 2), {})
     empty = {n: LoraFactors(f.A, torch.zeros_like(f.B), f.scaling) for n, f in state.adapters.items()}
@@ -36,7 +36,7 @@ def test_the_model_computes_what_it_computed_before(layer: str, kind: str, tmp_p
     before = logits(model.module, batch)
     model.load(state.adapters, {})
     assert (logits(model.module, batch) - before).abs().max() > 1e-3
-    model.move_base(state.base)
+    model.base.move(state.base)
     torch.testing.assert_close(logits(model.module, batch), before, rtol=1e-4, atol=1e-5)
 
 

@@ -59,7 +59,7 @@ def test_the_directions_are_pefts(layer: str, tmp_path: Path) -> None:
     )
     mask = batch["attention_mask"].bool()
     moments = InputMoments(model.modules)
-    with model.watched_inputs(lambda name, x: moments.add(name, x[mask])):
+    with model.base.watched_inputs(lambda name, x: moments.add(name, x[mask])):
         logits(model.module, batch)
     theirs = get_eva_state_dict(model.module, [batch], config, show_progress_bar=False)
     assert set(theirs) == set(model.modules)
@@ -71,7 +71,7 @@ def test_the_directions_are_pefts(layer: str, tmp_path: Path) -> None:
 def test_inputs_are_watched_under_an_adapter_too_and_no_hook_stays() -> None:
     model, batch, seen = adapted(), token_batch(200), []
     model.load(random_adapters(model.modules, 2), {})
-    with model.watched_inputs(lambda name, x: seen.append((name, tuple(x.shape)))):
+    with model.base.watched_inputs(lambda name, x: seen.append((name, tuple(x.shape)))):
         logits(model.module, batch)
     assert seen == [(name, (5, 12, 32)) for name in model.modules]
     logits(model.module, batch)

@@ -33,15 +33,15 @@ def patches(model: AdaptedModel, number: int = 4) -> list[Patch]:
 def test_the_bits_do_not_depend_on_how_patches_arrive() -> None:
     models = [adapted() for _ in range(3)]
     chain = patches(models[0])
-    models[0].move_base(chain)
+    models[0].base.move(chain)
     for version, patch in enumerate(chain):
-        models[1].move_base([patch], since=version)
-    models[2].move_base(chain[:1])
+        models[1].base.move([patch], since=version)
+    models[2].base.move(chain[:1])
     models[2].load(random_adapters(models[2].modules, 4), {})
-    models[2].move_base(chain[1:], since=1)
+    models[2].base.move(chain[1:], since=1)
     expected = weights(models[0])
     for model in models[1:]:
-        assert model.base_version == 4
+        assert model.base.version == 4
         assert all(torch.equal(w, expected[name]) for name, w in weights(model).items())
 
 
@@ -52,7 +52,7 @@ def test_patches_are_multiplied_out_on_one_thread(monkeypatch: pytest.MonkeyPatc
     model = adapted()
     torch.set_num_threads(2)
     try:
-        model.move_base(patches(model))
+        model.base.move(patches(model))
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -67,7 +67,7 @@ def test_a_patch_is_added_in_the_orientation_of_the_layer(kind: str, gpt2: Path)
     for patch in chain:
         for name, product in patch.products.items():
             expected[name] = expected[name] + oriented(_base_layer(model, name), product.left @ product.right)
-    model.move_base(chain)
+    model.base.move(chain)
     assert all(torch.equal(w, expected[name]) for name, w in weights(model).items())
 
 
@@ -79,7 +79,7 @@ def test_a_patch_in_the_base_computes_what_the_same_product_computes_as_an_adapt
         batch = token_batch(vocabulary=200)
         expected = logits(model.module, batch)
         model.load(fresh_adapters(model.modules, 4, 1.0, 0), {})
-        model.move_base([Patch({n: as_product(f) for n, f in adapters.items()})])
+        model.base.move([Patch({n: as_product(f) for n, f in adapters.items()})])
         torch.testing.assert_close(logits(model.module, batch), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -87,39 +87,39 @@ def test_pristine_weights_are_never_written() -> None:
     model = adapted()
     pristine = weights(model)
     copies = {name: w.clone() for name, w in pristine.items()}
-    model.move_base(patches(model))
+    model.base.move(patches(model))
     moved = weights(model)
     for name, w in pristine.items():
         assert torch.equal(w, copies[name])
         assert moved[name].data_ptr() != w.data_ptr()
         assert not torch.equal(moved[name], w)
-    model.reset_base()
-    assert model.base_version == 0
+    model.base.reset()
+    assert model.base.version == 0
     assert all(w.data_ptr() == pristine[name].data_ptr() for name, w in weights(model).items())
-    model.move_base(patches(model))
+    model.base.move(patches(model))
     assert all(torch.equal(w, moved[name]) for name, w in weights(model).items())
 
 
 def test_each_patch_is_applied_once() -> None:
     model = adapted()
     chain = patches(model)
-    model.move_base(chain[:3])
+    model.base.move(chain[:3])
     expected = {name: w.clone() for name, w in weights(model).items()}
-    model.move_base(chain[:3])
-    model.move_base(chain[1:3], since=1)
-    assert model.base_version == 3
+    model.base.move(chain[:3])
+    model.base.move(chain[1:3], since=1)
+    assert model.base.version == 3
     assert all(torch.equal(w, expected[name]) for name, w in weights(model).items())
 
 
 def test_a_gap_or_another_history_is_refused() -> None:
     model = adapted()
     chain = patches(model)
-    model.move_base(chain[:2])
+    model.base.move(chain[:2])
     with pytest.raises(RunFailed, match="base version 3 is needed to go on, this base has version 2"):
-        model.move_base(chain[3:], since=3)
+        model.base.move(chain[3:], since=3)
     with pytest.raises(RunFailed, match=r"base patch 2 is \w+, but \w+ is already in the weights"):
-        model.move_base(chain[2:3], since=1)
-    assert model.base_version == 2
+        model.base.move(chain[2:3], since=1)
+    assert model.base.version == 2
 
 
 @pytest.mark.parametrize("kind", ["foreign", "shape"])
@@ -131,8 +131,8 @@ def test_a_patch_that_does_not_fit_leaves_the_base_alone(kind: str) -> None:
     bad = Patch({**good.products, ("nowhere" if kind == "foreign" else last): product})
     before = weights(model)
     with pytest.raises(FactorShapeError):
-        model.move_base([bad])
-    assert model.base_version == 0
+        model.base.move([bad])
+    assert model.base.version == 0
     assert all(torch.equal(w, before[name]) for name, w in weights(model).items())
 
 
@@ -143,12 +143,12 @@ def test_a_low_precision_base_keeps_what_it_cannot_show() -> None:
     before = weights(model)[name].float()
     size = float(before.abs().max()) * 2**-12
     tiny = Product(torch.full((spec.out_features, 1), size), torch.ones(1, spec.in_features))
-    model.move_base([Patch({name: tiny})] * 64)
+    model.base.move([Patch({name: tiny})] * 64)
     after = weights(model)[name]
     assert after.dtype == torch.bfloat16
     expected = (before + 64 * size).to(torch.bfloat16)
     torch.testing.assert_close(after, expected, rtol=2**-7, atol=0)
-    model.reset_base()
+    model.base.reset()
     assert torch.equal(weights(model)[name].float(), before)
 
 
@@ -159,8 +159,8 @@ def test_adapters_stay_separate_from_the_base() -> None:
     }
     model.load(zero, {})
     base = logits(model.module, token_batch())
-    model.move_base(patches(model, 1))
+    model.base.move(patches(model, 1))
     model.load(random_adapters(model.modules, 2), {})
-    model.reset_base()
+    model.base.reset()
     model.load(zero, {})
     assert torch.equal(logits(model.module, token_batch()), base)

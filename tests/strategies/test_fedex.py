@@ -102,9 +102,9 @@ def test_a_real_model_gets_the_mean_update_on_layers_that_are_not_square(kind: s
         before = state
         state, _ = RULE.aggregate(state, updates)
     moved = {n: sum(w / 8 * a[n].delta() for a, w in zip(drawn, weights, strict=True)) for n in model.modules}
-    model.move_base(state.base)
+    model.base.move(state.base)
     model.load(state.adapters, {})
-    expected.move_base(before.base)
+    expected.base.move(before.base)
     for module, change in moved.items():
         layer = expected.module.get_submodule(module)
         weight = getattr(layer, "base_layer", layer).weight

@@ -68,9 +68,9 @@ def test_a_base_that_moved_is_the_one_that_is_used() -> None:
     network = model(torch.float32)
     members = [member(network, 0)]
     before = train_cohort(network, members, task())
-    network.move_base([random_patch(network.modules, 2, 0)])
+    network.base.move([random_patch(network.modules, 2, 0)])
     moved = train_cohort(network, members, task())
-    network.reset_base()
+    network.base.reset()
     again = train_cohort(network, members, task())
     assert not same_bits(before[0], moved[0])
     assert same_bits(before[0], again[0])

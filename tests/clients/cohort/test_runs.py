@@ -76,12 +76,12 @@ def run(config: RunConfig, path: Path, *, together: bool) -> tuple[dict[str, Ten
     for name, factors in state.adapters.items():
         moved[name] = factors.delta() + sum(patch.products[name].dense() for patch in state.base)
     worker = resident(config)
-    worker.model.reset_base()
+    worker.model.base.reset()
     worker.base = ()
-    worker.model.move_base(state.base)
+    worker.model.base.move(state.base)
     worker.model.load(state.adapters, state.head)
     found = logits(worker.model.module, token_batch())
-    worker.model.reset_base()
+    worker.model.base.reset()
     return moved, found, federation.directory.rounds()
 
 
