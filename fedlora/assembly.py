@@ -15,6 +15,7 @@ from fedlora.models.from_inputs import most_varied
 from fedlora.models.recomputed import blocks
 from fedlora.public import first_gradients, first_inputs
 from fedlora.updates import ClientSpec, Template
+from strategies.courier import ClientSettings
 from strategies.flower import FactorStrategy
 from strategies.rule import Rule
 
@@ -27,6 +28,8 @@ def assemble(
     *,
     clients_evaluate: Callable[[int], bool],
     seeded: bool,
+    packed: bool,
+    client_settings: ClientSettings,
 ) -> FactorStrategy:
     """The strategy, with its state before round 1.
 
@@ -37,6 +40,8 @@ def assemble(
         partitions: those that may take part.
         clients_evaluate: after which rounds clients evaluate.
         seeded: noise for whole clients may come from the run's seed.
+        packed: each record of an order travels as one array.
+        client_settings: partition -> what only its own orders say.
 
     Raises:
         ConfigError: a rank that a layer does not allow, or no public examples to start from.
@@ -61,6 +66,8 @@ def assemble(
         diagnostics=config.strategy.diagnostics,
         client_dp=client_mechanism(config, seeded=seeded),
         wire_dtype=config.wire_dtype,
+        packed=packed,
+        client_settings=client_settings,
     )
     strategy.state = strategy.begin(_template(rule, config, worker, max(ranks)))
     return strategy

@@ -9,26 +9,23 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import numpy as np
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
-from clients.batches import Indices
-from clients.evaluation import Evaluation, evaluate
 from clients.resident import Resident, resident
-from fedlora.assembly import assemble, client_spec
+from fedlora.assembly import assemble
 from fedlora.checkpoint import Checkpoint
 from fedlora.checks import check, kept
 from fedlora.client_level import clients_spent
 from fedlora.config import RunConfig, int_list
-from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.models import AdapterCard, save_adapter
+from fedlora.export import export
+from fedlora.factors import Tensors
+from fedlora.measuring import Measuring
 from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
-from fedlora.personal import mean_model, model_of, own_tensors
+from fedlora.personal import own_tensors
 from fedlora.runs import RunDirectory
-from fedlora.samples import samples
-from fedlora.summaries import MEASURED, personal_summary, result_record, round_record, summary
+from fedlora.summaries import MEASURED, personal_summary, result_record, round_record
 from fedlora.tracking import Tracking
 from fedlora.updates import State
 from strategies.flower import FactorStrategy
@@ -36,8 +33,6 @@ from strategies.report import RoundReport
 
 Progress = Callable[[dict[str, Any]], None]
 """Called with each round's record, as it is written to ``rounds.jsonl``."""
-Evaluator = Callable[[State, Indices], Evaluation]
-"""Evaluates the global model of a state on some of the test examples."""
 
 
 @dataclass(slots=True)
@@ -51,8 +46,8 @@ class Federation:
         stores: where the clients keep what they hold, if that can be read from here (in simulation).
         nodes: the partitions of the nodes of a deployment, which hold their data; None: those of the
             data here.
-        evaluator: how the global model is evaluated; in this process unless an engine knows better.
         verify: called after the last round; raises RunFailed where the rounds cannot be relied on.
+        measuring: evaluates the global model.
     """
 
     config: RunConfig
@@ -60,7 +55,6 @@ class Federation:
     progress: Progress | None = None
     stores: Path | None = None
     nodes: Collection[int] | None = None
-    evaluator: Evaluator | None = None
     verify: Callable[[], None] | None = None
     worker: Resident = field(init=False)
     strategy: FactorStrategy = field(init=False)
@@ -68,11 +62,12 @@ class Federation:
     ledger_heads: dict[int, str] = field(init=False, default_factory=dict)
     _began: float = field(init=False, default=0.0)
     _tracking: Tracking = field(init=False)
-    _whole: Evaluation | None = field(init=False, default=None)
+    measuring: Measuring = field(init=False)
 
     def __post_init__(self) -> None:
         rule = check(self.config)
         self.worker = resident(self.config)
+        self.measuring = Measuring(self.config, self.worker)
         if self.config.privacy.private and self.nodes is None:
             self._check_private()
         self.strategy = assemble(
@@ -82,10 +77,9 @@ class Federation:
             self.partitions,
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             seeded=self.stores is not None,
+            packed=self.nodes is not None,
+            client_settings=self._known_head,
         )
-        if self.nodes is not None:
-            self.strategy.courier.packed = True
-            self.strategy.courier.client_settings = self._known_head
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:
             from clients.accounts import check_ledgers, ledger_directory
@@ -150,7 +144,7 @@ class Federation:
 
     def _known_head(self, partition_id: int) -> dict[str, str]:
         """What a node needs to see that its ledger was not set back since it last took part."""
-        head = self.ledger_heads.get(partition_id, "")
+        head = self.ledger_heads.get(partition_id, "") if self.nodes is not None else ""
         return {"ledger-head": head} if head else {}
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
@@ -160,7 +154,7 @@ class Federation:
             return
         self.run_key = checkpoint.run_key
         self.strategy.state = checkpoint.state
-        self.strategy.participations = checkpoint.participations
+        self.strategy.selection.participations = checkpoint.participations
         self.strategy.courier.holdings = checkpoint.holdings
         self.ledger_heads = checkpoint.ledger_heads
         self.directory.keep_rounds(checkpoint.state.round)
@@ -170,19 +164,18 @@ class Federation:
         if self.worker.model.task.labelled or self.directory.before() is not None:
             return
         began = time.monotonic()
-        whole = self._evaluate(np.arange(len(self.worker.data.test)))
+        whole = self.measuring.whole(self.state)
         self._write_samples("before")
-        self.directory.write_before(self._summary(whole))
+        self.directory.write_before(self.measuring.record(whole))
         if self.progress is not None:
-            like_rounds = self._summary(whole.among(self._subset()))
-            self.progress({"round": 0, **like_rounds, "refused": {}, "seconds": time.monotonic() - began})
+            measured = self.measuring.part(self.state)
+            self.progress({"round": 0, **measured, "refused": {}, "seconds": time.monotonic() - began})
 
     def _write_samples(self, when: str) -> None:
         """``samples.json``: what the global model writes, where it writes."""
         task = self.worker.model.task
         if task.unit == "token" and not self.personal:
-            self._load_global()
-            self.directory.write_samples(when, samples(self.worker, self.config))
+            self.directory.write_samples(when, self.measuring.samples(self.state))
 
     # --- after each round ----------------------------------------------------------------------------
 
@@ -202,7 +195,7 @@ class Federation:
         if self._is_measured(server_round):
             measured = self._measure(report)
         if config.privacy.client_level:
-            report.privacy = clients_spent(config, self.strategy.participations)
+            report.privacy = clients_spent(config, self.strategy.selection.participations)
         self.ledger_heads |= {p: str(spent.get("ledger_head", "")) for p, spent in report.privacy.items()}
         now = time.monotonic()
         record = round_record(config, report, measured, now - self._began)
@@ -212,7 +205,7 @@ class Federation:
         self.directory.save_checkpoint(
             Checkpoint(
                 self.state,
-                self.strategy.participations,
+                self.strategy.selection.participations,
                 self.strategy.courier.holdings,
                 self.run_key,
                 self.ledger_heads,
@@ -230,30 +223,9 @@ class Federation:
             return personal_summary(
                 report.client_metrics, self.worker.data.domain_names, self.worker.model.task
             )
-        subset = self._subset()
-        if report.server_round < self.config.num_server_rounds:
-            return self._summary(self._evaluate(subset))
-        self._whole = self._evaluate(np.arange(len(self.worker.data.test)))
-        return self._summary(self._whole.among(subset))
-
-    def _subset(self) -> Indices:
-        return evaluation_subset(self.worker.data.test, self.config.data.evaluate_examples)
-
-    def _summary(self, outcome: Evaluation) -> dict[str, Any]:
-        return summary(outcome, self.worker.data.domain_names, self.worker.model.task)
-
-    def _evaluate(self, indices: Indices) -> Evaluation:
-        worker = self.worker
-        if self.evaluator is not None:
-            return self.evaluator(self.state, indices)
-        self._load_global()
-        return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
-
-    def _load_global(self) -> None:
-        worker, state = self.worker, self.state
-        patches = {patch.digest(): patch for patch in state.base}
-        worker.move_to(tuple(patches), patches.__getitem__)
-        worker.model.load(state.adapters, state.head)
+        if report.server_round == self.config.num_server_rounds:
+            self.measuring.whole(self.state)
+        return self.measuring.part(self.state)
 
     # --- at the end ------------------------------------------------------------------------------------
 
@@ -263,23 +235,25 @@ class Federation:
         outcome: dict[str, Any] = {key: records[-1][key] for key in measured}
         by_client = records[-1].get(BY_CLIENT)
         if not self.personal:
-            whole = self._whole or self._evaluate(np.arange(len(data.test)))
-            outcome = self._summary(whole)
-            by_client = self._by_client(whole)
+            whole = self.measuring.whole(self.state)
+            outcome, by_client = self.measuring.record(whole), None
+            if self.nodes is None:  # nodes alone know which domains they hold
+                by_client = accuracy_by_client(whole, data, self.partitions, self.config.data.partitioner)
         outcome |= spread(by_client)
         result = result_record(self.config, data, records, outcome, self.directory.before())
         self._verify()
         self._write_samples("after")
-        self._export()
+        average = bool(self.strategy.rule.facts.ships)
+        export(self.directory.path, self.config, self.worker, self.state, self._own(), average=average)
         self.directory.write_result(result)
         self._tracking.log_result(result)
         return result
 
-    def _by_client(self, whole: Evaluation) -> dict[str, float] | None:
-        """Accuracy by client; nodes alone know which domains they hold."""
-        if self.nodes is not None:
-            return None
-        return accuracy_by_client(whole, self.worker.data, self.partitions, self.config.data.partitioner)
+    def _own(self) -> dict[int, Tensors]:
+        """What clients kept to themselves, where it can be reached."""
+        if not self.personal or self.stores is None:
+            return {}
+        return own_tensors(self.stores / self.run_key, self.partitions, self.state.round)
 
     def _verify(self) -> None:
         try:
@@ -288,27 +262,3 @@ class Federation:
         except RunFailed as error:
             self.directory.condemn(str(error))
             raise
-
-    def _export(self) -> None:
-        """``adapter/``, and ``adapters/client-K/`` where clients kept something and it can be reached."""
-        state, data, path = self.state, self.worker.data, self.directory.path
-        own = {}
-        if self.personal and self.stores is not None:
-            own = own_tensors(self.stores / self.run_key, self.partitions, state.round)
-        for partition, tensors in own.items():
-            model = model_of(state, tensors, client_spec(self.config, self.worker, partition))
-            self._save(path / "adapters" / f"client-{partition}", model)
-        if own and self.strategy.rule.facts.ships:
-            state = mean_model(state, own, {p: float(len(data.indices(p))) for p in own})
-        self._save(path / "adapter", state)
-
-    def _save(self, directory: Path, state: State) -> None:
-        model, data = self.worker.model, self.worker.data
-        card = AdapterCard(
-            model=self.config.model,
-            label_names=tuple(data.label_names),
-            max_length=self.config.data.max_length,
-            seed=self.config.seed,
-            task=self.config.task,
-        )
-        save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)

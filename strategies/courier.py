@@ -8,12 +8,14 @@ rested at a client in one round (RoLoRA) need not travel when it is trained in t
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlora import wire
@@ -23,6 +25,8 @@ from fedlora.updates import Broadcast, Patch, digest
 
 Holdings = dict[int, set[str]]
 """Partition id -> digests that it has acknowledged."""
+ClientSettings = Callable[[int], Mapping[str, str]]
+"""Partition id -> what only its own orders say."""
 
 
 @dataclass(slots=True)
@@ -63,18 +67,22 @@ class Courier:
     Args:
         init_a: how clients draw a fresh A.
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
-
-    Attributes:
         packed: each record travels as one array, which only fedlora's own clients read.
-        client_settings: further plain settings of one partition's orders, of whoever runs the rounds.
+        client_settings: partition -> further plain settings of its orders.
     """
 
-    def __init__(self, init_a: str, wire_dtype: str = "float32") -> None:
+    def __init__(
+        self,
+        init_a: str,
+        wire_dtype: str = "float32",
+        *,
+        packed: bool = False,
+        client_settings: ClientSettings = lambda partition_id: {},
+    ) -> None:
         self.init_a, self.wire_dtype = init_a, wire_dtype
+        self.packed, self.client_settings = packed, client_settings
         self.holdings: Holdings = {}
         self.parcels: list[Parcel] = []
-        self.packed = False
-        self.client_settings: Callable[[int], Mapping[str, str]] = lambda partition_id: {}
         self._by_node: dict[int, Parcel] = {}
         self._patches: dict[str, Patch] = {}
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
@@ -103,10 +111,24 @@ class Courier:
         """The messages of all orders; ``config`` holds at least ``server-round``."""
         return [self._message(parcel, message_type, config) for parcel in self.parcels]
 
-    def repeat(
+    def exchange(
+        self, grid: Grid, messages: Iterable[Message], message_type: str, config: Mapping[str, Any],
+        timeout: float,
+    ) -> list[Message]:  # fmt: skip
+        """Send the orders; clients that lack a part are served once more within ``timeout`` seconds."""
+        deadline = time.monotonic() + timeout
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        again = self._fuller(replies, message_type, config)
+        if again:
+            left = max(1.0, deadline - time.monotonic())
+            replies = [reply for reply in replies if not says_missing(reply)]
+            replies += grid.send_and_receive(again, timeout=left)
+        return replies
+
+    def _fuller(
         self, replies: Iterable[Message], message_type: str, config: Mapping[str, Any]
     ) -> list[Message]:
-        """Fuller messages for the clients that answered that they lack a part."""
+        """Orders again, with the parts that their clients answered that they lack."""
         again = []
         for reply in replies:
             parcel = self._parcel_of(reply)

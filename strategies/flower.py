@@ -7,7 +7,6 @@ patches: fedlora's ClientApp, or the mod in ``clients.mod`` in an app of one's o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from logging import INFO, WARNING
@@ -23,13 +22,13 @@ from fedlora import wire
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
 from fedlora.updates import ClientSpec, ClientUpdate, State, Template
 from strategies.client_dp import ClientDP
-from strategies.courier import Courier, says_missing
+from strategies.courier import ClientSettings, Courier
 from strategies.intake import NUM_EXAMPLES, accept
 from strategies.metrics import mean_loss, mean_metrics
 from strategies.report import RoundReport
 from strategies.roster import Roster
 from strategies.rule import Rule
-from strategies.sampling import sample_partitions
+from strategies.sampling import Selection
 from strategies.starting import template_of
 from strategies.travel import rounded_broadcast, rounded_state
 
@@ -42,21 +41,20 @@ class FactorStrategy(Strategy):
 
     Args:
         rule: how adapters are aggregated.
-        fraction_train: share of the connected clients sampled each round, in (0, 1].
-        min_train_nodes: a round with fewer valid updates raises `RunFailed`.
+        fraction_train, min_train_nodes, partitions, max_participations: who trains, see
+            `strategies.sampling.Selection`; a round with fewer valid updates raises `RunFailed`, too.
         min_available_nodes: the run waits for so many clients.
         scaling: alpha / r of the adapters in ``initial_arrays``.
         seed: root of the sampling and of drawn adapters.
         weighted_by_key: the metric that weighs clients; None weighs them equally.
         client_spec: what is settled for each partition; by default everybody has the global rank.
-        partitions: the partitions that may take part; None means all that are connected.
-        max_participations: rounds in which one client may train; 0 means any number.
         max_update_norm: an update that moved further is refused; 0 means none is for that.
         clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
         wire_dtype: ``float32`` or ``float16``, see `strategies.travel`.
+        packed, client_settings: see `strategies.courier.Courier`.
     """
 
     def __init__(
@@ -77,28 +75,30 @@ class FactorStrategy(Strategy):
         diagnostics: bool = True,
         client_dp: ClientDP | None = None,
         wire_dtype: str = "float32",
+        packed: bool = False,
+        client_settings: ClientSettings = lambda partition_id: {},
     ) -> None:
-        if not 0 < fraction_train <= 1:
-            raise ConfigError(f"fraction_train = {fraction_train}: must be in (0, 1]")
         self.rule = rule
-        self.fraction_train = fraction_train
-        self.min_train_nodes = min_train_nodes
+        self.selection = Selection(
+            fraction_train=fraction_train,
+            min_train_nodes=min_train_nodes,
+            seed=seed,
+            partitions=partitions,
+            max_participations=max_participations,
+        )
         self.min_available_nodes = min_available_nodes
         self.scaling = scaling
         self.seed = seed
         self._accept = partial(accept, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm)
         self.client_spec = client_spec or self._default_spec
-        self.partitions = partitions
-        self.max_participations = max_participations
         self.clients_evaluate = clients_evaluate
         if client_dp is not None and not rule.facts.client_dp:
             raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
-        self.participations: dict[int, int] = {}
         self.roster = Roster()
-        self.courier = Courier(rule.init_a, wire_dtype)
+        self.courier = Courier(rule.init_a, wire_dtype, packed=packed, client_settings=client_settings)
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
         self.on_round: Callable[[RoundReport], None] | None = None
         self.report = RoundReport(server_round=0)
@@ -150,7 +150,8 @@ class FactorStrategy(Strategy):
         self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
     ) -> None:
         messages = self.configure_train(server_round, self.arrays(), config, grid)
-        replies = self._send(grid, messages, MessageType.TRAIN, server_round, config, timeout)
+        sent = _config(config, server_round)
+        replies = self.courier.exchange(grid, messages, MessageType.TRAIN, sent, timeout)
         _, metrics = self.aggregate_train(server_round, replies)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
@@ -159,24 +160,11 @@ class FactorStrategy(Strategy):
         self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
     ) -> None:
         messages = self.configure_evaluate(server_round, self.arrays(), config, grid)
-        replies = self._send(grid, messages, MessageType.EVALUATE, server_round, config, timeout)
+        sent = _config(config, server_round)
+        replies = self.courier.exchange(grid, messages, MessageType.EVALUATE, sent, timeout)
         metrics = self.aggregate_evaluate(server_round, replies)
         if metrics is not None:
             result.evaluate_metrics_clientapp[server_round] = metrics
-
-    def _send(
-        self, grid: Grid, messages: Iterable[Message], message_type: str, server_round: int,
-        config: ConfigRecord, timeout: float,
-    ) -> list[Message]:  # fmt: skip
-        """Send the orders; clients that lack a part are served once more within the deadline."""
-        deadline = time.monotonic() + timeout
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
-        again = self.courier.repeat(replies, message_type, _config(config, server_round))
-        if again:
-            left = max(1.0, deadline - time.monotonic())
-            replies = [r for r in replies if not says_missing(r)]
-            replies += grid.send_and_receive(again, timeout=left)
-        return replies
 
     # --- Flower's hooks -----------------------------------------------------------------------------
 
@@ -188,17 +176,7 @@ class FactorStrategy(Strategy):
         for partition_id, reason in self.roster.refused.items():
             self.report.refused[partition_id] = reason
             log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
-        allowed = [p for p in present if self._may_train(p)]
-        if len(allowed) < self.min_train_nodes:
-            raise RunFailed(
-                f"round {server_round}: {len(allowed)} clients may train, "
-                f"min-train-nodes = {self.min_train_nodes}"
-            )
-        chosen = sample_partitions(
-            allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round
-        )
-        for partition_id in chosen:
-            self.participations[partition_id] = self.participations.get(partition_id, 0) + 1
+        chosen = self.selection.choose(present, server_round)
         return self._orders(chosen, present, MessageType.TRAIN, server_round, config)
 
     def aggregate_train(
@@ -210,11 +188,12 @@ class FactorStrategy(Strategy):
             RunFailed: fewer valid updates than ``min_train_nodes``.
         """
         updates = self._accepted(replies)
-        if len(updates) < self.min_train_nodes:
+        wanted = self.selection.min_train_nodes
+        if len(updates) < wanted:
             reasons = "; ".join(f"partition {p}: {r}" for p, r in self.report.refused.items())
             raise RunFailed(
                 f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
-                f"{self.min_train_nodes} ({reasons or 'no replies'})"
+                f"{wanted} ({reasons or 'no replies'})"
             )
         assert self.state is not None
         counted = updates
@@ -253,7 +232,7 @@ class FactorStrategy(Strategy):
         facts = self.rule.facts
         log(INFO, "\t├──> %s (%s)", facts.title, facts.paper)
         log(INFO, "\t├──> %s", self.rule)
-        log(INFO, "\t└──> fraction_train %s, min_train_nodes %s", self.fraction_train, self.min_train_nodes)
+        log(INFO, "\t└──> %s", self.selection)
 
     # --- pieces ---------------------------------------------------------------------------------------
 
@@ -267,12 +246,6 @@ class FactorStrategy(Strategy):
         assert self.state is not None
         first = next(iter(self.state.adapters.values()))
         return ClientSpec(partition_id=partition_id, rank=first.rank, scaling=self.scaling)
-
-    def _may_train(self, partition_id: int) -> bool:
-        if self.partitions is not None and partition_id not in self.partitions:
-            return False
-        most = self.max_participations
-        return most == 0 or self.participations.get(partition_id, 0) < most
 
     def _orders(
         self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,

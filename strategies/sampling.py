@@ -2,9 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
 
+from fedlora.errors import ConfigError, RunFailed
 from fedlora.seeding import stream
+
+
+@dataclass(slots=True, kw_only=True)
+class Selection:
+    """Who trains in a round, and how often each client has been asked to.
+
+    Attributes:
+        fraction_train: share of the clients that may train, in (0, 1].
+        min_train_nodes: a round for fewer clients raises `RunFailed`.
+        seed: root of the draws.
+        partitions: those that may take part; None means all that are connected.
+        max_participations: rounds that one client may be asked for; 0 means any number.
+        participations: partition id -> rounds that it was asked for.
+    """
+
+    fraction_train: float = 1.0
+    min_train_nodes: int = 1
+    seed: int = 0
+    partitions: Collection[int] | None = None
+    max_participations: int = 0
+    participations: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction_train <= 1:
+            raise ConfigError(f"fraction_train = {self.fraction_train}: must be in (0, 1]")
+
+    def __str__(self) -> str:
+        return f"fraction_train {self.fraction_train}, min_train_nodes {self.min_train_nodes}"
+
+    def choose(self, connected: Iterable[int], server_round: int) -> list[int]:
+        """The sorted partition ids of one round; each is counted as asked.
+
+        Raises:
+            RunFailed: fewer than ``min_train_nodes`` may train.
+        """
+        allowed = [partition for partition in connected if self._may_train(partition)]
+        if len(allowed) < self.min_train_nodes:
+            raise RunFailed(
+                f"round {server_round}: {len(allowed)} clients may train, "
+                f"min-train-nodes = {self.min_train_nodes}"
+            )
+        chosen = sample_partitions(
+            allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round
+        )
+        for partition in chosen:
+            self.participations[partition] = self.participations.get(partition, 0) + 1
+        return chosen
+
+    def _may_train(self, partition: int) -> bool:
+        if self.partitions is not None and partition not in self.partitions:
+            return False
+        most = self.max_participations
+        return most == 0 or self.participations.get(partition, 0) < most
 
 
 def sample_partitions(

@@ -22,7 +22,7 @@ JOBS_PER_ACTOR = 4
 
 
 class SharedEvaluation:
-    """Evaluates states; see `fedlora.federation.Evaluator`.
+    """Evaluates states; see `fedlora.measuring.Evaluator`.
 
     Args:
         pool: the actors.

@@ -72,7 +72,7 @@ def simulate_on(pool: RayPool, config: RunConfig, directory: RunDirectory, title
         config = with_cohort_size(config, directory.path, lender.worker)
         stores = directory.path / "clients"
         federation = Federation(config, directory, progress.update, stores)
-        federation.evaluator = SharedEvaluation(pool, lender, federation.worker.data)
+        federation.measuring.evaluator = SharedEvaluation(pool, lender, federation.worker.data)
         federation.verify = lambda: pool.verify(lender)
         grid = RayGrid(
             pool,

@@ -172,7 +172,7 @@ def test_no_model_is_evaluated_twice_on_the_same_examples(pool: RayPool, tmp_pat
         worker.model.load(state.adapters, state.head)
         return evaluate(worker.model, worker.data.test, indices, worker.data.pad_token_id)
 
-    federation.evaluator = evaluator
+    federation.measuring.evaluator = evaluator
     federation.run(RayGrid(pool, federation.partitions, to_flat(config), tmp_path / "clients"))
     assert asked == [(2, 60), (4, 60), (5, 128)]
 

@@ -52,7 +52,14 @@ def begun(config: RunConfig) -> State:
     """The state before round 1, as the server makes it."""
     worker = resident(config)
     strategy = assemble(
-        check(config), config, worker, range(2), clients_evaluate=lambda _: False, seeded=True
+        check(config),
+        config,
+        worker,
+        range(2),
+        clients_evaluate=lambda _: False,
+        seeded=True,
+        packed=False,
+        client_settings=lambda _: {},
     )
     assert strategy.state is not None
     return strategy.state

@@ -111,7 +111,7 @@ class TestMovingBase:
         strategy.on_round = lambda report: seen.append(report.participants)
         strategy.start(FakeGrid(range(4), client), initial_arrays(), num_rounds=6, timeout=5)
         last = FakeGrid(range(4), client)
-        strategy.fraction_train = 1.0
+        strategy.selection.fraction_train = 1.0
         strategy.start(last, initial_arrays(), num_rounds=7)
         assert strategy.state is not None
         expected = [patch.tensors() for patch in strategy.state.base[:6]]
@@ -204,7 +204,7 @@ def test_no_client_trains_more_often_than_it_may(tmp_path: Path) -> None:
     grid = FakeGrid(range(4), ToyClient(tmp_path))
     with pytest.raises(RunFailed, match="0 clients may train"):
         strategy.start(grid, initial_arrays(), num_rounds=10)
-    assert strategy.participations == {0: 2, 1: 2, 2: 2, 3: 2}
+    assert strategy.selection.participations == {0: 2, 1: 2, 2: 2, 3: 2}
 
 
 def test_unequal_ranks_are_refused_by_a_rule_that_cannot_take_them(tmp_path: Path) -> None:

@@ -52,8 +52,7 @@ def order(*, packed: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
-    courier = Courier("kaiming")
-    courier.packed = packed
+    courier = Courier("kaiming", packed=packed)
     courier.open((patch,))
     courier.add(0, 2, broadcast())
     (message,) = courier.messages("train", {"server-round": 3, "run-key": "abc"})
