@@ -189,6 +189,8 @@ def test_texts_without_labels_keep_a_test_split_of_their_own(tmp_path: Path, cac
 def test_a_talk_that_is_none_is_named_to_its_owner_alone(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**{"task": "instruction", "model.name": "tiny-lm"})
     rows = [*TALKS, {"messages": [{"role": "patient", "content": "It hurts."}]}]
+    with pytest.raises(OwnDataRefused, match="role 'patient'"):
+        read_own(own(tmp_path, rows, text_column="messages", label_column=""))
     with pytest.raises(OwnDataRefused, match="role 'patient'") as refused:
         resident(config, own(tmp_path, rows, text_column="messages", label_column=""))
     assert "patient" not in refused.value.told
