@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from fedlora.config import RunConfig, from_flat
 from fedlora.data.own import OwnData, own_data
 from fedlora.data.prepared import Prepared, open_prepared, prepare
-from fedlora.errors import ConfigError
 from fedlora.models import (
     AdaptedModel,
     build_model,
@@ -25,7 +24,6 @@ from fedlora.models import (
 )
 from fedlora.models.shared import put_together, take_apart
 from fedlora.tasks import CLASSIFICATION, task_named
-from fedlora.tasks.text import TextTask
 from fedlora.updates import Patch
 
 Key: TypeAlias = tuple[Any, ...]
@@ -167,8 +165,6 @@ def _read(
     if own is None:
         path = prepare(config)
         data = open_prepared(path)
-    elif not isinstance(task, TextTask):
-        raise ConfigError(f"task = {task.name!r}: a node with data of its own can take part in tasks on text")
     else:
         path, data = own.home, own_data(own, config.model.name, config.data.max_length, task)
     network = build_model(config.model, data.num_labels, config.seed, task.network)

@@ -1,6 +1,7 @@
 """``fedlora evaluate --lm-eval``: an exported adapter in EleutherAI's lm-evaluation-harness.
 
 The harness loads the base by transformers and the adapter by PEFT; nothing of fedlora runs in between.
+Tried with lm-eval 0.4.13, offline, on tasks of one's own.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size
 
     Args:
         adapter: a directory that `save_adapter` wrote, of a language model.
-        tasks: comma list of the harness' names.
+        tasks: comma list of the harness' names and of yaml files that define one.
         limit: examples of each task at most, for a quick look; 0 means all.
         batch_size: examples of a pass.
 
     Raises:
-        ConfigError: no such adapter, no language model, a base without files, or no harness.
+        ConfigError: no such adapter, no language model, a base without files or of 4 bits, or no harness.
         RunFailed: the harness gave up.
     """
     card = AdapterCard.read(adapter)
@@ -36,6 +37,11 @@ def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size
         raise ConfigError(
             f"--lm-eval {tasks!r}: {adapter} is of {card.model.name!r} for {card.task}, the harness takes "
             "adapters of language models that have files"
+        )
+    if card.model.quantization != "none":
+        raise ConfigError(
+            f"--lm-eval {tasks!r}: {adapter} is of a base with model.quantization = "
+            f"{card.model.quantization!r}, the harness would measure it on the whole base"
         )
     if not name_list(tasks):
         raise ConfigError(
@@ -58,13 +64,17 @@ def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size
         )
     except Exception as error:  # whatever a harness of another version or a missing dataset raises
         raise RunFailed(f"--lm-eval {tasks!r}: the harness failed ({named_line(error)})") from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    measured = {task: _metrics(row) for task, row in found["results"].items()}
+    return {task: metrics for task, metrics in measured.items() if metrics}
 
 
-def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """Without names and notes; ``acc,none`` is ``acc``, of the filter ``none``."""
+def _metrics(row: dict[str, Any]) -> dict[str, float]:
+    """What was measured, ``metric,filter``, without what else stands beside it (``name``, ``sample_len``).
+
+    ``acc,none`` is ``acc``: there is no filter. The row of a group without a mean of its own has none.
+    """
     return {
         name.removesuffix(",none"): float(value)
-        for name, value in metrics.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        for name, value in row.items()
+        if "," in name and isinstance(value, int | float)
     }

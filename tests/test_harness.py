@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +14,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
@@ -51,8 +57,12 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         called["logits"] = logits(
             PeftModel.from_pretrained(base, given["peft"]).eval(), token_batch(VOCABULARY)
         )
-        metrics = {"alias": "a", "acc,none": 0.25, "acc_stderr,none": "N/A", "f1,strict": 1}
-        return {"results": dict.fromkeys(arguments["tasks"], metrics)}
+        metrics = {
+            "name": "a", "alias": "a", "sample_len": 5,
+            "acc,none": 0.25, "acc_stderr,none": "N/A", "f1,strict": 1,
+        }  # fmt: skip
+        group = {"name": "group", "alias": "group", "sample_len": 10}
+        return {"results": {"group": group, **dict.fromkeys(arguments["tasks"], metrics)}}
 
     module = ModuleType("lm_eval")
     module.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
@@ -108,6 +118,68 @@ def test_what_the_harness_cannot_load_is_refused(tmp_path: Path, harness: dict[s
             in result.stderr
         )
     assert not harness
+
+
+def test_an_adapter_of_a_quantised_base_is_not_measured_on_the_whole_one(
+    adapter: Path, harness: dict[str, Any]
+) -> None:
+    card = AdapterCard.read(adapter)
+    replace(card, model=replace(card.model, quantization="4bit")).write(adapter)
+    result = fedlora(str(adapter), "--lm-eval", "piqa")
+    assert result.exit_code == 2
+    assert "is of a base with model.quantization = '4bit', the harness would measure it" in result.stderr
+    assert not harness
+
+
+WORDS = ("all", "happy", "families", "are", "alike")
+
+
+def save_words(directory: Path) -> None:
+    """A tokenizer that knows a few words; as many as the model, else the harness cuts the embedding."""
+    others = (f"word-{number}" for number in range(VOCABULARY - 3 - len(WORDS)))
+    vocabulary = {word: number for number, word in enumerate(("<pad>", "<s>", "</s>", *WORDS, *others))}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+
+
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed here")
+def test_the_real_harness_measures_what_the_federated_model_says(adapter: Path, tmp_path: Path) -> None:
+    base = adapter.parent / "base"
+    save_words(base)
+    texts = ["happy families are all alike", "all are happy"]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "texts.yaml").write_text(
+        json.dumps(
+            {
+                "task": "own_texts",
+                "dataset_path": "json",
+                "dataset_kwargs": {
+                    "data_files": {"test": str(tmp_path / "texts.jsonl")},
+                    "cache_dir": str(tmp_path / "cache"),
+                },
+                "test_split": "test",
+                "output_type": "loglikelihood_rolling",
+                "doc_to_text": "",
+                "doc_to_target": "{{text}}",
+                "metric_list": [{"metric": "word_perplexity"}],
+            }
+        )
+    )
+    result = fedlora(str(adapter), "--lm-eval", str(tmp_path / "texts.yaml"), "--json")
+    assert result.exit_code == 0, result.stderr
+    model = adapted_lm(str(base))
+    model.load(random_adapters(model.modules, 2), {})
+    log_likelihood = 0.0
+    for text in texts:
+        ids = torch.tensor([1, *(3 + WORDS.index(word) for word in text.split())])
+        with torch.no_grad():
+            found = model.module(input_ids=ids[None, :-1]).logits[0].log_softmax(-1)
+        log_likelihood += found[torch.arange(len(ids) - 1), ids[1:]].sum().item()
+    expected = math.exp(-log_likelihood / sum(len(text.split()) for text in texts))
+    assert json.loads(result.stdout)["own_texts"] == {"word_perplexity": pytest.approx(expected, rel=1e-5)}
 
 
 def test_one_of_data_and_tasks_is_named(adapter: Path) -> None:

@@ -150,7 +150,10 @@ def check(
     held = f", {len(table.test):,} held out" if table.test is not None else ""
     out.print(f"data: {escape(own.path)} as {escape(own.dataset_id)!r}, {len(table.train):,} examples{held}")
     label = f"label {own.label_column}" if own.label_column else "no label"
-    out.print(f"columns: {escape(', '.join(table.columns))}; text {own.text_column}, {label}")
+    content = (
+        f"image {own.image_column}" if "image" in table.train.column_names else f"text {own.text_column}"
+    )
+    out.print(f"columns: {escape(', '.join(table.columns))}; {content}, {label}")
     if own.label_column:
         counts = ", ".join(f"{name} ({count:,})" for name, count in table.labels.items())
         out.print("labels: " + escape(counts))

@@ -90,7 +90,7 @@ def evaluate(
     text_column: Annotated[str, typer.Option(help="Column with the text.")] = "text",
     label_column: Annotated[str, typer.Option(help="Column with the label.")] = "label",
     lm_eval: Annotated[
-        str, typer.Option("--lm-eval", help="In place of DATA: tasks of lm-eval, comma list.")
+        str, typer.Option("--lm-eval", help="In place of DATA: tasks of lm-eval or yaml files, comma list.")
     ] = "",
     limit: Annotated[int, typer.Option(help="With --lm-eval: examples of each task; 0 is all.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,

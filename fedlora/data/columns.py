@@ -27,6 +27,8 @@ PICTURES = frozenset({"digits", "fashion-mnist"})
 LONG_TEXTS = frozenset({"novels"})
 """Built-in datasets whose rows are whole books: the last part of each is held out, not some of the rows."""
 TEXTS = ("text", "text_pair")
+PICTURE = "image"
+"""Pixels in the form of a model, as bytes."""
 DEFAULT_TEXTS = ("text",)
 NATURAL = "natural"
 BY_NATURE = (NATURAL, "natural-dirichlet")

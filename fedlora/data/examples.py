@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +45,13 @@ class Examples:
     def input_ids(self, index: int) -> np.ndarray:
         """Token ids of one example, int32, not padded."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    def none(self) -> Examples:
+        """No examples, of the same kind."""
+        return replace(
+            self, tokens=self.tokens[:0], offsets=self.offsets[:1], labels=self.labels[:0],
+            domains=self.domains[:0], counted=None if self.counted is None else self.counted[:0],
+        )  # fmt: skip
 
     @property
     def lengths(self) -> np.ndarray:

@@ -1,8 +1,9 @@
-"""A node's own examples: read where they are, tokenised into the node's own directory, never sent anywhere.
+"""A node's own examples: read where they are, encoded into the node's own directory, never sent anywhere.
 
-What the run decides is the task, the model (hence the tokenizer), the longest sequence and the names of the
-labels. A node may lack some of the labels; one that the run does not know is refused. Texts and conversations
-without labels are for tasks that have none.
+What the run decides is the task, the model (hence the tokenizer, or the form of pictures), the longest
+sequence and the names of the labels. A node may lack some of the labels; one that the run does not know is
+refused. Texts and conversations without labels are for tasks that have none. Pictures become those of
+the model, see `fedlora.vision.images.fitted`; they are in no domain.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +20,13 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.assets import create_directory
-from fedlora.config import DataConfig
-from fedlora.data.columns import Columns, label_texts, standard
-from fedlora.data.examples import Examples, open_examples
+from fedlora.config import DataConfig, name_list
+from fedlora.data.columns import Columns, label_texts
+from fedlora.data.examples import open_examples
 from fedlora.data.prepared import FORMAT, Prepared, file_stamps, tokenised
+from fedlora.data.split import split_table
 from fedlora.errors import ConfigError, OwnDataRefused
-from fedlora.tasks import CLASSIFICATION, Task
+from fedlora.tasks import CLASSIFICATION, Task, task_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,9 +40,9 @@ class OwnData:
     """Where a node's examples are, in its owner's words; see `fedlora.deployment.node`.
 
     Attributes:
-        path: a jsonl, csv or parquet file, or a dataset directory.
-        text_column, label_column: as ``data.text-column`` and ``data.label-column``; an empty label column
-            for examples that have none.
+        path: a jsonl, csv or parquet file, a dataset directory, or one of pictures.
+        text_column, image_column, label_column: as in ``data`` of a run; an empty label column for examples
+            that have none.
         test_fraction: share kept from training where the dataset has no test split of its own.
         dataset_id: under which the privacy spent on it is written down.
         partition_id: the partition that it is in the federation.
@@ -50,6 +52,7 @@ class OwnData:
 
     path: str
     text_column: str = "text"
+    image_column: str = "image"
     label_column: str = "label"
     test_fraction: float = 0.0
     dataset_id: str
@@ -60,7 +63,7 @@ class OwnData:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """A node's examples as text: columns text (and text_pair), and label, as names, where they have one."""
+    """A node's examples: text (and text_pair) or image, and label, as names, where they have one."""
 
     train: pa.Table
     test: pa.Table | None
@@ -75,28 +78,24 @@ class Table:
         return {entry["values"]: entry["counts"] for entry in sorted(counts, key=lambda e: str(e["values"]))}
 
 
-def read_own(own: OwnData, task: Task | None = None) -> Table:
+def read_own(own: OwnData, task: Task | None = None, reader: Any = None) -> Table:
     """The examples, checked, for a task; without one for any that they may serve.
 
-    Raises:
-        OwnDataRefused: a missing file or column, an empty value, a text that is no text, no label where the
-            task needs one.
-    """
-    from fedlora.data.sources import open_source, split_table
+    Args:
+        own: where they are.
+        task: of the run.
+        reader: of the run's model, see `fedlora.tasks.Task.reader`.
 
+    Raises:
+        OwnDataRefused: a missing file or column, an empty value, a text that is no text, a picture that
+            cannot be decoded, no label where the task needs one.
+    """
     if not Path(own.path).exists():
         raise OwnDataRefused(f"data = {own.path!r}: there is no such file or directory", UNREADABLE)
     try:
-        config = DataConfig(name=own.path, text_column=own.text_column, label_column=own.label_column)
-        source, own_test = open_source(config)
-        columns = _columns(own, config, source, task)
-        train = _named(source, columns, repr(own.path))
-        test = None if own_test is None else _named(own_test, columns, f"the test examples of {own.path!r}")
-        if test is None and own.test_fraction:
-            train, test = split_table(train, own.test_fraction, "test-fraction")
+        return _read(own, task, reader)
     except ConfigError as error:
         raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
-    return Table(train, test, tuple(source.column_names))
 
 
 def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICATION) -> Prepared:
@@ -105,15 +104,15 @@ def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICAT
     Raises:
         OwnDataRefused: they cannot be read, or have a label that the run does not know.
     """
-    tokenizer = task.reader(model)
-    home = own.home / _key(own, task, max_length, tokenizer.identity)
+    reader = task.reader(model)
+    home = own.home / _key(own, task, max_length, reader.identity)
 
     def write(draft: Path) -> None:
-        table = read_own(own, task)
+        table = read_own(own, task, reader)
         for name, part in ((TRAIN, table.train), (TEST, table.test)):
             if part is not None:
-                _write(draft / name, part, own, tokenizer, max_length, task)
-        (draft / "meta.json").write_text(json.dumps({"pad_token_id": tokenizer.pad_token_id}))
+                _write(draft / name, part, own, reader, max_length, task)
+        (draft / "meta.json").write_text(json.dumps({"pad_token_id": reader.pad_token_id}))
 
     create_directory(home, write)
     return _open(home, own, task.name)
@@ -122,11 +121,9 @@ def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICAT
 @lru_cache(maxsize=8)
 def _open(home: Path, own: OwnData, task: str) -> Prepared:
     train = open_examples(home / TRAIN)
-    nothing = np.zeros(0, dtype=np.int64)
-    none = Examples(nothing.astype(np.int32), np.zeros(1, np.int64), nothing, nothing.astype(np.int32))
     return Prepared(
         train=train,
-        test=open_examples(home / TEST) if (home / TEST).exists() else none,
+        test=open_examples(home / TEST) if (home / TEST).exists() else train.none(),
         label_names=own.labels,
         domain_names=(),
         pad_token_id=json.loads((home / "meta.json").read_text())["pad_token_id"],
@@ -137,24 +134,51 @@ def _open(home: Path, own: OwnData, task: str) -> Prepared:
     )
 
 
-def _columns(own: OwnData, config: DataConfig, source: Dataset, task: Task | None) -> Columns:
-    """Which columns are read; whether these are conversations shows in them where no task says so."""
-    texts = Columns.of(config).texts
-    if task is None:
-        labelled = bool(own.label_column)
-        lists = any(hasattr(source.features.get(name), "feature") for name in texts)
-        conversations = not labelled and (lists or len(texts) > 1)
-    else:
-        labelled, conversations = task.labelled, task.columns(config).conversations
-    label = own.label_column if labelled else ""
-    if labelled and not label:
-        raise ConfigError("label-column = '': the task of this run learns labels, name their column")
-    return Columns(texts, label, domain="", group="", natural="", conversations=conversations)
+def _read(own: OwnData, task: Task | None, reader: Any) -> Table:
+    from fedlora.data.sources import open_source
+
+    config = DataConfig(
+        name=own.path,
+        text_column=own.text_column,
+        image_column=own.image_column,
+        label_column=own.label_column,
+    )
+    source, own_test = open_source(config, labelled=bool(own.label_column) if task is None else task.labelled)
+    served = task or _served(own, source)
+    columns = _columns(own, config, served)
+
+    def named(part: Dataset, where: str) -> pa.Table:
+        return _named(served.rows(part, columns, config, reader, where), part, columns, where)
+
+    train = named(source, repr(own.path))
+    test = None if own_test is None else named(own_test, f"the test examples of {own.path!r}")
+    if test is None and own.test_fraction:
+        train, test = split_table(train, own.test_fraction, "test-fraction")
+    return Table(train, test, tuple(source.column_names))
 
 
-def _named(source: Dataset, columns: Columns, where: str) -> pa.Table:
-    """The standard columns with each label, if there are any, by its name."""
-    table = standard(source, columns, where)
+def _served(own: OwnData, source: Dataset) -> Task:
+    """A task that the examples may serve, as their columns show."""
+    from fedlora.vision.own import has_pictures
+
+    texts = name_list(own.text_column)
+    if has_pictures(source, own.image_column) and not set(texts) <= set(source.column_names):
+        return task_named("image-classification")
+    if own.label_column:
+        return CLASSIFICATION
+    lists = any(hasattr(source.features.get(name), "feature") for name in texts)
+    return task_named("instruction" if lists or len(texts) > 1 else "causal-lm")
+
+
+def _columns(own: OwnData, config: DataConfig, task: Task) -> Columns:
+    """Which columns are read; whatever else a run reads, a node has no domains, groups or clients."""
+    if task.labelled and not own.label_column:
+        raise ConfigError(f"label-column = '': {task.name} learns labels, name their column")
+    return replace(task.columns(config), domain="", group="", natural="")
+
+
+def _named(table: pa.Table, source: Dataset, columns: Columns, where: str) -> pa.Table:
+    """The rows with each label, if there are any, by its name."""
     if not columns.label:
         return table
     texts = label_texts(table["label"], columns.label, where)
@@ -167,12 +191,12 @@ def _named(source: Dataset, columns: Columns, where: str) -> pa.Table:
     return table.set_column(table.column_names.index("label"), "label", texts)
 
 
-def _write(path: Path, table: pa.Table, own: OwnData, tokenizer: Any, max_length: int, task: Task) -> None:
+def _write(path: Path, table: pa.Table, own: OwnData, reader: Any, max_length: int, task: Task) -> None:
     from datasets import Dataset
 
     coded = Dataset(_coded(table, own) if task.labelled else table)
     try:
-        batch = tokenised(coded, tokenizer, max_length, {}, f"encoding {len(table):,} own examples", task)
+        batch = tokenised(coded, reader, max_length, {}, f"encoding {len(table):,} own examples", task)
     except ConfigError as error:
         raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
     with pa.ipc.new_file(str(path), batch.schema) as file:
@@ -195,12 +219,18 @@ def _coded(table: pa.Table, own: OwnData) -> pa.Table:
 
 def _in_own_terms(text: str) -> str:
     """A message about the keys of a run, said in those of a node."""
-    for key, own in (("data.name", "data"), ("data.text-", "text-"), ("data.label-", "label-")):
+    for key, own in (
+        ("data.name", "data"),
+        ("data.text-", "text-"),
+        ("data.image-", "image-"),
+        ("data.label-", "label-"),
+    ):
         text = text.replace(key, own)
     return text
 
 
-def _key(own: OwnData, task: Task, max_length: int, tokenizer: str) -> str:
-    settings = [own.path, own.text_column, own.label_column, own.test_fraction, own.labels]
-    text = json.dumps([FORMAT, task.name, *settings, file_stamps(own.path), max_length, tokenizer])
+def _key(own: OwnData, task: Task, max_length: int, reader: str) -> str:
+    columns = [own.text_column, own.image_column, own.label_column]
+    settings = [own.path, *columns, own.test_fraction, own.labels]
+    text = json.dumps([FORMAT, task.name, *settings, file_stamps(own.path), max_length, reader])
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -10,19 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, disable_progress_bars, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    disable_progress_bars,
+    load_dataset,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedlora.assets import cache_dir
 from fedlora.config import DataConfig
-from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, TEXTS, Columns, encode_labels, standard
+from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, standard
 from fedlora.data.newsgroups import newsgroups_tables
 from fedlora.data.novels import novels_table
 from fedlora.data.sentiment import sentiment_table
-from fedlora.data.split import held_out, last_part, linked_rows, normalised
+from fedlora.data.split import split_table, split_texts
 from fedlora.data.synthetic import synthetic_table
 from fedlora.errors import AssetError, ConfigError, first_line
 
@@ -138,13 +145,20 @@ def _read_directory(path: Path) -> Any:
         return _loaded(f"data.name = {str(path)!r}", lambda: _files(glue))
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     return _loaded(
-        f"data.name = {str(path)!r}",
-        lambda: (
-            load_from_disk(str(path))
-            if saved
-            else load_dataset(str(path), cache_dir=str(cache_dir() / "datasets"))
-        ),
+        f"data.name = {str(path)!r}", lambda: load_from_disk(str(path)) if saved else _loose_files(path)
     )
+
+
+def _loose_files(path: Path) -> Any:
+    """Files of one kind in a directory; datasets gives pictures no label where all are in one directory."""
+    cache = str(cache_dir() / "datasets")
+    builder = load_dataset_builder(str(path), cache_dir=cache)
+    options: dict[str, Any] = {}
+    if isinstance(builder, ImageFolder):
+        files = [Path(file) for part in builder.config.data_files.values() for file in part]
+        depths = {len(file.parts) for file in files if file.suffix.lower() in builder.EXTENSIONS}
+        options = {"drop_labels": False} if len(depths) == 1 else {}
+    return load_dataset(str(path), cache_dir=cache, **options)
 
 
 def _from_hub(config: DataConfig) -> Any:
@@ -189,38 +203,3 @@ def _labelled(table: Dataset, column: str) -> bool:
     labels = table.with_format("arrow").select_columns(column)[:][column]
     hidden = pc.equal(labels.cast(pa.string()), "-1")
     return not pc.all(pc.fill_null(hidden, True)).as_py()
-
-
-def split_table(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
-    """Rows to train on and rows held out, linked rows never apart; the same for every seed.
-
-    Raises:
-        ConfigError: there is nothing to hold out, or nothing left.
-    """
-    texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
-    words = ["\n".join(map(normalised, row)) for row in zip(*texts, strict=True)]
-    groups = [table["group"].to_pylist()] if "group" in table.column_names else []
-    strata = table["domain"].to_pylist() if "domain" in table.column_names else [""] * len(table)
-    test = held_out(linked_rows(words, *groups), strata, fraction)
-    if test.all() or not test.any():
-        raise ConfigError(
-            f"{key} = {fraction}: {len(table)} examples cannot be split by group and duplicates"
-        )
-    return table.take(np.flatnonzero(~test)), table.take(np.flatnonzero(test))
-
-
-def split_texts(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
-    """Each text but its last part, and the last parts: what is held out comes after all that is trained on.
-
-    Raises:
-        ConfigError: a text that cannot be cut.
-    """
-    cut = [last_part(text, fraction) for text in table["text"].to_pylist()]
-    if not all(before and after for before, after in cut):
-        raise ConfigError(f"{key} = {fraction}: a text cannot be cut there, between two paragraphs")
-    place = table.column_names.index("text")
-    before, after = (
-        table.set_column(place, "text", pa.array(texts, pa.large_string()))
-        for texts in zip(*cut, strict=True)
-    )
-    return before, after

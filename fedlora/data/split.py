@@ -7,7 +7,10 @@ import unicodedata
 from collections.abc import Hashable, Sequence
 
 import numpy as np
+import pyarrow as pa
 
+from fedlora.data.columns import PICTURE, TEXTS
+from fedlora.errors import ConfigError
 from fedlora.seeding import stream
 
 _WORD = re.compile(r"\w+")
@@ -88,3 +91,45 @@ def last_part(text: str, fraction: float) -> tuple[str, str]:
     """
     place = text.rfind(PARAGRAPH, 0, round(len(text) * (1 - fraction)) + len(PARAGRAPH))
     return ("", text) if place < 0 else (text[:place], text[place + len(PARAGRAPH) :])
+
+
+def split_table(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
+    """Rows to train on and rows held out, linked rows never apart; the same for every seed.
+
+    Raises:
+        ConfigError: there is nothing to hold out, or nothing left.
+    """
+    groups = [table["group"].to_pylist()] if "group" in table.column_names else []
+    strata = table["domain"].to_pylist() if "domain" in table.column_names else [""] * len(table)
+    test = held_out(linked_rows(_contents(table), *groups), strata, fraction)
+    if test.all() or not test.any():
+        raise ConfigError(
+            f"{key} = {fraction}: {len(table)} examples cannot be split by group and duplicates"
+        )
+    return table.take(np.flatnonzero(~test)), table.take(np.flatnonzero(test))
+
+
+def _contents(table: pa.Table) -> list[str] | list[bytes]:
+    """What makes two rows one example: the words of their texts, or the pixels of their picture."""
+    if PICTURE in table.column_names:
+        pixels: list[bytes] = table[PICTURE].to_pylist()
+        return pixels
+    texts = [table[name].to_pylist() for name in TEXTS if name in table.column_names]
+    return ["\n".join(map(normalised, row)) for row in zip(*texts, strict=True)]
+
+
+def split_texts(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, pa.Table]:
+    """Each text but its last part, and the last parts: what is held out comes after all that is trained on.
+
+    Raises:
+        ConfigError: a text that cannot be cut.
+    """
+    cut = [last_part(text, fraction) for text in table["text"].to_pylist()]
+    if not all(before and after for before, after in cut):
+        raise ConfigError(f"{key} = {fraction}: a text cannot be cut there, between two paragraphs")
+    place = table.column_names.index("text")
+    before, after = (
+        table.set_column(place, "text", pa.array(texts, pa.large_string()))
+        for texts in zip(*cut, strict=True)
+    )
+    return before, after

@@ -4,7 +4,7 @@
 |---|---|
 | ``partition-id`` | which partition this node is; the server checks it against the node's key |
 | ``data`` | the node's own examples, an absolute path; empty: this partition of the run's dataset |
-| ``text-column``, ``label-column`` | in ``data``; an empty ``label-column``: there are no labels |
+| ``text-column``, ``image-column``, ``label-column`` | in ``data``; an empty ``label-column``: no labels |
 | ``test-fraction`` | share of ``data`` kept from training, to measure a personal model on |
 | ``dataset-id`` | the owner's name for the data, under which spent privacy is written down |
 | ``max-epsilon``, ``max-delta`` | the owner's own limit, over all runs; ``max-epsilon`` 0 means none |
@@ -39,6 +39,7 @@ class NodeSettings:
     partition_id: int
     data: str = ""
     text_column: str = "text"
+    image_column: str = "image"
     label_column: str = "label"
     test_fraction: float = 0.0
     dataset_id: str = ""
@@ -86,6 +87,7 @@ def own_of(settings: NodeSettings, labels: tuple[str, ...] = ()) -> OwnData | No
     return OwnData(
         path=settings.data,
         text_column=settings.text_column,
+        image_column=settings.image_column,
         label_column=settings.label_column,
         test_fraction=settings.test_fraction,
         dataset_id=settings.dataset_id,

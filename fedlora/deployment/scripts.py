@@ -66,10 +66,12 @@ WantedBy=multi-user.target
 _NODE_TOML = """# What the owner of this machine decides. Nothing of it is sent except the partition id.
 partition-id = {partition_id}
 
-# The examples: a jsonl, csv or parquet file, or a dataset directory; absolute. Empty: this partition of the
-# dataset that the run's configuration names.
+# The examples: a jsonl, csv or parquet file, a dataset directory, or one of pictures (LABEL/*.png); absolute.
+# Empty: this partition of the dataset that the run's configuration names.
 data = {data}
 text-column = "text"
+# Read where the run is on pictures.
+image-column = "image"
 # "" for texts or conversations that have no label.
 label-column = "label"
 # Share of them that is kept from training, to measure a personal model on.

@@ -61,7 +61,7 @@ def submit(
         raise ConfigError(f"privacy.ledger = {config.privacy.ledger!r}: a node has its own ledger")
     directory = RunDirectory(path.absolute(), resume=resume)
     # The directory is looked through here, so that the ServerApp may always go on with what is there.
-    config = replace(config, output_dir=str(directory.path), resume=True)
+    config = replace(whole_paths(config), output_dir=str(directory.path), resume=True)
     (directory.path / FAILURE).unlink(missing_ok=True)
     checkpoint = directory.load_checkpoint()
     told = checkpoint.state.round if checkpoint is not None else 0
@@ -75,6 +75,20 @@ def submit(
         told = _tell(directory, told, progress)
     _tell(directory, told, progress)
     return _outcome(layout, run_id, directory)
+
+
+def whole_paths(config: RunConfig) -> RunConfig:
+    """The run with its files of examples by absolute paths: the ServerApp works in another directory."""
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name and path.exists() else name
+
+    data = config.data
+    return replace(
+        config,
+        data=replace(data, name=whole(data.name), test=whole(data.test), public=whole(data.public)),
+    )
 
 
 @contextmanager

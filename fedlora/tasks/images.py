@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.config import DataConfig
-from fedlora.data.columns import NATURAL, Columns
+from fedlora.data.columns import NATURAL, PICTURE, Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.seeding import stream
 from fedlora.tasks.classification import Classification
@@ -65,9 +65,20 @@ class ImageClassification(Classification):
             data = own_images(config, form, config.image_column)
         return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)
 
+    def rows(
+        self, source: Dataset, columns: Columns, config: DataConfig, reader: Any, where: str
+    ) -> pa.Table:
+        """The label, and the pictures in the model's form, as bytes; without a reader in that of NATIVE."""
+        from fedlora.vision.built_in import NATIVE
+        from fedlora.vision.own import decoded
+
+        table = standard(source, columns, where)
+        form = NATIVE if reader is None else reader.form
+        return table.append_column(PICTURE, _as_bytes(decoded(source, config.image_column, form, where)))
+
     def encode(self, batches: Iterable[Rows], reader: Any, max_length: int) -> Encoded:
         """The pixels of each picture, channel by channel and row by row."""
-        values = [np.frombuffer(pixels, dtype=np.uint8) for batch in batches for pixels in batch["image"]]
+        values = [np.frombuffer(pixels, dtype=np.uint8) for batch in batches for pixels in batch[PICTURE]]
         return Encoded(values, np.arange(len(values)), image=reader.form)
 
     def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
@@ -86,11 +97,15 @@ class ImageClassification(Classification):
         )
 
 
+def _as_bytes(pixels: np.ndarray) -> pa.Array:
+    return pa.array([image.tobytes() for image in pixels], pa.large_binary())
+
+
 def _table(images: Images, data: ImageData, natural: tuple[str, ...]) -> Dataset:
     from datasets import Dataset
 
     columns: dict[str, Any] = {
-        "image": pa.array([image.tobytes() for image in images.pixels], pa.large_binary()),
+        PICTURE: _as_bytes(images.pixels),
         "label": images.labels,
     }
     if data.domain_names:

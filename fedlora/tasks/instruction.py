@@ -6,9 +6,10 @@ import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from fedlora.config import DataConfig
 from fedlora.data.columns import Columns
@@ -17,6 +18,9 @@ from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
 from fedlora.tasks.language import LanguageTask
 from fedlora.tasks.task import Encoded, Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -33,6 +37,19 @@ class Instruction(LanguageTask):
     def columns(self, config: DataConfig) -> Columns:
         """One column with messages, or two."""
         return replace(super().columns(config), conversations=True)
+
+    def rows(
+        self, source: Dataset, columns: Columns, config: DataConfig, reader: Tokenizer | None, where: str
+    ) -> pa.Table:
+        """The conversations as texts, each of them checked.
+
+        Raises:
+            ConfigError: also a row that is no conversation.
+        """
+        table = super().rows(source, columns, config, reader, where)
+        for _ in _conversations(table.to_pydict(), 0):
+            pass
+        return table
 
     def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """The conversations that still have a counted token when they are cut.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
+import pyarrow as pa
 from torch import Tensor, nn
 
 from fedlora.config import DataConfig
@@ -15,6 +16,8 @@ from fedlora.data.examples import Examples
 from fedlora.vision.images import ImageFormat
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from fedlora.data.sources import RawData
 
 Rows: TypeAlias = Mapping[str, Any]
@@ -95,6 +98,22 @@ class Task(Protocol):
         Raises:
             ConfigError: they cannot be read.
             AssetError: they could not be fetched.
+        """
+
+    def rows(
+        self, source: Dataset, columns: Columns, config: DataConfig, reader: Any, where: str
+    ) -> pa.Table:
+        """The rows of one table under the names of `Columns`, labels as they are; what `encode` reads.
+
+        Args:
+            source: the table.
+            columns: of it, from `columns`.
+            config: names further columns.
+            reader: from `reader`; None where no model is known and the rows are only looked at.
+            where: the table, in an error.
+
+        Raises:
+            ConfigError: a missing column, an empty value, a row that cannot be read.
         """
 
     def encode(self, batches: Iterable[Rows], reader: Any, max_length: int) -> Encoded:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from fedlora.config import DataConfig
-from fedlora.data.columns import Columns
+from fedlora.data.columns import Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer, load_tokenizer
 from fedlora.seeding import stream
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+
     from fedlora.data.sources import RawData
 
 
@@ -32,6 +35,12 @@ class TextTask:
         from fedlora.data.sources import load_examples
 
         return load_examples(config, self.columns(config))
+
+    def rows(
+        self, source: Dataset, columns: Columns, config: DataConfig, reader: Tokenizer | None, where: str
+    ) -> pa.Table:
+        """The columns as texts."""
+        return standard(source, columns, where)
 
 
 def made_up_text(number: int, config: Any, pad_token_id: int) -> Examples:

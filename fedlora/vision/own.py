@@ -99,11 +99,17 @@ def decoded(table: Dataset, column: str, form: ImageFormat, where: str) -> np.nd
     return pixels
 
 
+def has_pictures(table: Dataset, column: str) -> bool:
+    """Whether there is such a column of images."""
+    return isinstance(table.features.get(column), ImageFeature)
+
+
 def _stored(table: Dataset, column: str, where: str) -> Iterator[Mapping[str, Any]]:
     """Bytes or path of each picture, not decoded."""
-    if column not in table.column_names or not isinstance(table.features[column], ImageFeature):
+    if not has_pictures(table, column):
         raise ConfigError(
-            f"data: no column {column!r} with images in {where}, it has {', '.join(table.column_names)}"
+            f"data.image-column = {column!r}: no such column of images in {where}, it has "
+            f"{', '.join(table.column_names)}"
         )
     raw = table.select_columns([column]).cast_column(column, ImageFeature(decode=False))
     for row, stored in enumerate(raw):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def order(config: RunConfig, server_round: int) -> RecordDict:
+def order(config: RunConfig, server_round: int, labels: list[str]) -> RecordDict:
     adapters = fresh_adapters(resident(config).model.modules, 4, 2.0, 0)
     both = frozenset("AB")
     broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
     about = wire.order_config(broadcast, wire.Needs(), "kaiming")
-    settings = {"server-round": server_round, "run-key": "run", "labels": ["neg", "pos"], **about}
+    settings = {"server-round": server_round, "run-key": "run", "labels": labels, **about}
     return RecordDict(
         {
             wire.ARRAYS: wire.to_record(wire.moving_tensors(broadcast)),
@@ -43,9 +44,15 @@ def order(config: RunConfig, server_round: int) -> RecordDict:
     )
 
 
-def reply(config: RunConfig, tmp_path: Path, server_round: int = 1, **node: Any) -> wire.Reply:
+def reply(
+    config: RunConfig,
+    tmp_path: Path,
+    server_round: int = 1,
+    labels: Sequence[str] = ("neg", "pos"),
+    **node: Any,
+) -> wire.Reply:
     node_config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), **node}
-    content = handle(TRAIN, order(config, server_round), to_flat(config), node_config)
+    content = handle(TRAIN, order(config, server_round, list(labels)), to_flat(config), node_config)
     return wire.decode_reply(content)
 
 

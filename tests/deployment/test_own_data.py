@@ -15,6 +15,7 @@ from clients.resident import resident
 from fedlora.data.own import OwnData, own_data, read_own
 from fedlora.data.prepared import open_prepared, prepare
 from fedlora.errors import ConfigError, OwnDataRefused
+from fedlora.tasks import task_named
 from tests.conftest import tiny_config
 
 ROWS = [
@@ -172,16 +173,31 @@ def test_texts_and_talks_are_what_the_same_rows_are_as_a_run(
         assert np.array_equal(mine.train.counted, whole.train.counted)
 
 
+def test_texts_without_labels_keep_a_test_split_of_their_own(tmp_path: Path, cache: Path) -> None:
+    from datasets import DatasetDict
+
+    parts = {name: Dataset.from_dict({"text": [f"a {name} text"] * 3}) for name in ("train", "test")}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "saved"))
+    mine = OwnData(
+        path=str(tmp_path / "saved"), label_column="", dataset_id="x", partition_id=0, home=tmp_path
+    )
+    for table in (read_own(mine), read_own(mine, task_named("causal-lm"))):
+        assert table.test is not None
+        assert table.test["text"].to_pylist() == ["a test text"] * 3
+
+
 def test_a_talk_that_is_none_is_named_to_its_owner_alone(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**{"task": "instruction", "model.name": "tiny-lm"})
     rows = [*TALKS, {"messages": [{"role": "patient", "content": "It hurts."}]}]
+    with pytest.raises(OwnDataRefused, match="role 'patient'"):
+        read_own(own(tmp_path, rows, text_column="messages", label_column=""))
     with pytest.raises(OwnDataRefused, match="role 'patient'") as refused:
         resident(config, own(tmp_path, rows, text_column="messages", label_column=""))
     assert "patient" not in refused.value.told
 
 
 def test_a_run_that_learns_labels_needs_some(tmp_path: Path, cache: Path) -> None:
-    with pytest.raises(OwnDataRefused, match="label-column = '': the task of this run learns labels"):
+    with pytest.raises(OwnDataRefused, match="label-column = '': classification learns labels"):
         own_data(own(tmp_path, ROWS, label_column=""), "tiny", 64)
 
 

@@ -10,6 +10,7 @@ import pytest
 from fedlora.deployment import submit
 from fedlora.errors import RunFailed
 from fedlora.runs import RunDirectory
+from tests.conftest import tiny_config
 
 
 @pytest.fixture
@@ -44,3 +45,18 @@ def test_one_that_stays_away_leaves_what_was_written(
     monkeypatch.setattr(submit, "ANSWER_SECONDS", -1)
     with pytest.raises(RunFailed, match=r"run 7: .* does not answer \(flwr ls: it is down\).* --resume"):
         outcome(tmp_path / "run")
+
+
+def test_files_beside_the_operator_are_found_by_a_server_that_works_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    keys = {"data.name": "here.jsonl", "data.test": "elsewhere.jsonl", "data.public": "synthetic"}
+    data = submit.whole_paths(tiny_config(**keys)).data
+    assert (data.name, data.test, data.public) == (
+        str(tmp_path / "here.jsonl"),
+        "elsewhere.jsonl",
+        "synthetic",
+    )
+    assert submit.whole_paths(tiny_config(**{"data.name": "here.jsonl"})).data.test == ""

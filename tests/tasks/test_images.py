@@ -142,8 +142,8 @@ def test_targets_are_query_and_value_or_the_perceptrons() -> None:
     ("keys", "says"),
     [
         ({"model.name": "minilm"}, "accepted for images are vit"),
-        ({"data.name": "synthetic"}, "no column 'image' with images"),
-        ({"data.image-column": "photo"}, "no column 'photo' with images"),
+        ({"data.name": "synthetic"}, "image-column = 'image': no such column of images"),
+        ({"data.image-column": "photo"}, "image-column = 'photo': no such column of images"),
         (
             {"task": "classification", "model.name": "tiny", "data.name": "digits"},
             "holds pictures, use task = 'image-classification'",

@@ -147,10 +147,10 @@ def test_a_missing_picture_is_numbered(tmp_path: Path) -> None:
 
 def test_a_column_without_images_is_refused(tmp_path: Path) -> None:
     name = parquet(tmp_path / "a.parquet", rows())
-    assert "no column 'picture' with images" in refusal(
+    assert "data.image-column = 'picture': no such column of images" in refusal(
         DataConfig(name=name, **TOGETHER), image_column="picture"
     )
-    assert "no column 'scanner' with images" in refusal(
+    assert "data.image-column = 'scanner': no such column of images" in refusal(
         DataConfig(name=name, **TOGETHER), image_column="scanner"
     )
 
