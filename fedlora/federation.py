@@ -23,6 +23,7 @@ from fedlora.client_level import clients_spent
 from fedlora.config import RunConfig, int_list
 from fedlora.data.examples import evaluation_subset
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.inputs import inputs_digest
 from fedlora.models import AdapterCard, save_adapter
 from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
 from fedlora.personal import mean_model, model_of, own_tensors
@@ -93,7 +94,8 @@ class Federation:
             ledgers = ledger_directory(self.config, self.stores, simulation=True)
             heads = checkpoint.ledger_heads if checkpoint is not None else {}
             check_ledgers(self.config, self.worker.data, self.partitions, ledgers, heads)
-        self.directory.open(self.config)
+        inputs = inputs_digest(self.config, self.worker) if self.nodes is None else None
+        self.directory.open(self.config, inputs, continues=checkpoint is not None)
         self._restore(checkpoint)
 
     @property

@@ -23,6 +23,7 @@ class Simulation:
         self.fails: dict[str, Exception] = {}
         self.configs: dict[str, RunConfig] = {}
         self.accuracy: Callable[[RunConfig], float] = lambda config: 0.8
+        self.inputs: Callable[[RunConfig], str | None] = lambda config: None
 
     def start(self, config: RunConfig) -> Any:
         self.started += 1
@@ -31,7 +32,7 @@ class Simulation:
         return SimpleNamespace(lender=lambda config: lender, close=lambda: None)
 
     def simulate_on(self, pool: Any, config: RunConfig, directory: RunDirectory, title: str) -> Any:
-        directory.open(config)
+        directory.open(config, self.inputs(config))
         self.ran.append(directory.path.name)
         self.titles.append(title)
         self.configs[directory.path.name] = config
