@@ -19,13 +19,15 @@ from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.files import write_atomic
 from fedlora.provenance import SCHEMA, check_schema
 from fedlora.study.absent import Absent, applicable
+from fedlora.study.beside import check_parallel
 from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import declared
 from fedlora.study.report import write_report
 from fedlora.study.results import check_directory, load_results
-from fedlora.study.running import Engine, console, run_cells, say
+from fedlora.study.running import Engine, console, say
 from fedlora.study.sharing import STUDY, check_shared, others_beside
 from fedlora.study.tuning import Trial, Tuning, check_tuning, choose, reported, trials
+from fedlora.study.turns import Manner, run_cells
 
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
@@ -38,8 +40,9 @@ def run_study(
     resume: bool = False,
     retry_failed: bool = False,
     share: Sequence[Path] = (),
+    parallel: int = 1,
 ) -> Path:
-    """Run what is not finished yet, one cell after the other on one engine; the report's path.
+    """Run what is not finished yet, ``parallel`` cells at a time; the report's path.
 
     A cell that a study beside this one, or one of ``share``, has finished with the same configuration and
     code is taken from there. A cell that fails is recorded, and the next one runs; ``retry_failed`` tries it
@@ -47,7 +50,8 @@ def run_study(
 
     Raises:
         ConfigError: a mistake in the study, cells that were run with other settings, a directory that is in
-            use or of another schema, or one of ``share`` that is no study; nothing was run or written.
+            use or of another schema, one of ``share`` that is no study, or fewer actors than cells
+            at a time; nothing was run or written.
         RunFailed: cells failed; the report is on the others.
     """
     if path.is_dir() and any(path.iterdir()) and not resume:
@@ -55,6 +59,7 @@ def run_study(
     check_schema(path / STUDY)
     check_shared(share)
     shared = [*others_beside(path, say), *share]
+    manner = Manner(shared=shared, retry_failed=retry_failed, parallel=parallel)
     quiet()
     with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
         check(config)
@@ -62,13 +67,15 @@ def run_study(
     began = time.monotonic()
     with Engine(config) as engine:
         cells, absent = _planned(engine, config)
+        if parallel > 1:
+            check_parallel(parallel, engine.pool.size)
         tried = _trials(config, cells)
         _check_directories([trial.cell for trial in tried] or cells, path)
         _begin(config, path, absent)
-        tuning = tune(engine, config, tried, path, shared, retry_failed=retry_failed) if tried else None
+        tuning = tune(engine, config, tried, path, manner) if tried else None
         cells, failed = with_rates(cells, tuning) if tuning else (cells, [])
         _check_directories(cells, path)
-        failed += run_cells(engine, cells, path, shared, retry_failed=retry_failed)
+        failed += run_cells(engine, cells, path, manner)
     labels = {missing.label for missing in failed}
     results = load_results([cell for cell in cells if cell.label not in labels], path)
     if not results:
@@ -82,17 +89,9 @@ def run_study(
     return report
 
 
-def tune(
-    engine: Engine,
-    config: RunConfig,
-    tried: Sequence[Trial],
-    path: Path,
-    shared: Sequence[Path],
-    *,
-    retry_failed: bool,
-) -> Tuning:
+def tune(engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, manner: Manner) -> Tuning:
     """Run the trials that are not finished, and keep the rates in ``study.json``."""
-    failed = run_cells(engine, [trial.cell for trial in tried], path, shared, retry_failed=retry_failed)
+    failed = run_cells(engine, [trial.cell for trial in tried], path, manner)
     tuning = choose(config.study, tried, path, {missing.label for missing in failed})
     _write_record(config, path, tuning)
     for tuned in tuning.groups:

@@ -29,9 +29,11 @@ class Simulation:
         self.started += 1
         data = SimpleNamespace(num_partitions=4)
         lender = SimpleNamespace(worker=SimpleNamespace(data=data))
-        return SimpleNamespace(lender=lambda config: lender, close=lambda: None)
+        return SimpleNamespace(lender=lambda config: lender, close=lambda: None, size=4)
 
-    def simulate_on(self, pool: Any, config: RunConfig, directory: RunDirectory, title: str) -> Any:
+    def simulate_on(
+        self, pool: Any, config: RunConfig, directory: RunDirectory, title: str, *, alone: bool
+    ) -> Any:
         directory.open(config, self.inputs(config))
         self.ran.append(directory.path.name)
         self.titles.append(title)
