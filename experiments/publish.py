@@ -16,20 +16,18 @@ import sys
 from pathlib import Path
 
 from fedlora.files import write_atomic
+from fedlora.study.results import FILES, RESULT
 
 CELLS = "cells.jsonl"
-FILES = ("config.toml", "rounds.jsonl", "result.json", "provenance.json")
-LAST = "result.json"
-"""Written last: a cell without it is not finished."""
 
 
 def pack(study: Path, published: Path) -> int:
     """Add the finished cells of a study's directory; returns how many there are now."""
     known = read(published)
-    for result in sorted(study.glob(f"*/{LAST}")):
+    for result in sorted(study.glob(f"*/{RESULT}")):
         cell = {name: (result.parent / name).read_text() for name in FILES}
         label = result.parent.name
-        if known.setdefault(label, cell)[LAST] != cell[LAST]:
+        if known.setdefault(label, cell)[RESULT] != cell[RESULT]:
             raise SystemExit(f"{label}: another result stands in {published / CELLS}, remove one of the two")
     published.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"label": label, **cell}) for label, cell in sorted(known.items()))
@@ -42,10 +40,10 @@ def unpack(published: Path, study: Path) -> int:
     written = 0
     for label, cell in read(published).items():
         home = study / label
-        if (home / LAST).exists():
+        if (home / RESULT).exists():
             continue
         home.mkdir(parents=True, exist_ok=True)
-        for name in sorted(FILES, key=lambda name: name == LAST):
+        for name in sorted(FILES, key=lambda name: name == RESULT):
             write_atomic(home / name, cell[name])
         written += 1
     return written

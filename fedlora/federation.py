@@ -21,6 +21,7 @@ from fedlora.config import RunConfig, int_list
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.export import export
 from fedlora.factors import Tensors
+from fedlora.inputs import inputs_digest
 from fedlora.measuring import Measuring
 from fedlora.per_client import BY_CLIENT, accuracy_by_client, spread
 from fedlora.personal import own_tensors
@@ -87,7 +88,8 @@ class Federation:
             ledgers = ledger_directory(self.config, self.stores, simulation=True)
             heads = checkpoint.ledger_heads if checkpoint is not None else {}
             check_ledgers(self.config, self.worker.data, self.partitions, ledgers, heads)
-        self.directory.open(self.config)
+        inputs = inputs_digest(self.config, self.worker) if self.nodes is None else None
+        self.directory.open(self.config, inputs, continues=checkpoint is not None)
         self._restore(checkpoint)
 
     @property

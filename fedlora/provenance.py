@@ -6,16 +6,17 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
+from fedlora.identity import LIBRARIES, Identity, identity, installed
 
 SCHEMA = 1
 """Counted up whenever files of a run or a study come to mean something else; 1 where none is written."""
-PACKAGES = ("fedlora", "flwr", "torch", "transformers", "peft", "opacus", "ray", "numpy")
+PACKAGES = ("fedlora", *LIBRARIES, "ray")
 
 
 def check_schema(file: Path) -> None:
@@ -37,25 +38,30 @@ def check_schema(file: Path) -> None:
         )
 
 
-def provenance(config: RunConfig) -> dict[str, Any]:
-    """Versions, commit, hardware and seed of a run."""
+def provenance(
+    config: RunConfig, inputs: str | None = None, before: Identity | None = None
+) -> dict[str, Any]:
+    """Versions, commit, hardware, seed and identity of a run; for the arguments see `identity`."""
     return {
         "schema": SCHEMA,
         "seed": config.seed,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "machine": platform.machine(),
         "system": platform.system(),
         "cpus": os.cpu_count(),
+        "identity": asdict(identity(config, inputs, before)),
     }
 
 
-def _version(package: str) -> str | None:
+def read_provenance(file: Path) -> dict[str, Any]:
+    """What a ``provenance.json`` says; empty where there is none, or nothing that can be read."""
     try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _commit() -> str | None:

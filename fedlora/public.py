@@ -40,7 +40,7 @@ def first_gradients(worker: Resident, config: RunConfig, number: int) -> Tensors
     Raises:
         ConfigError: labels that are not the run's, or fewer examples that are not the run's own.
     """
-    public = _opened(config)
+    public = open_public(config)
     if public.label_names != worker.data.label_names:
         raise ConfigError(
             f"data.public = {config.data.public!r}: its labels are {', '.join(public.label_names)}, "
@@ -64,7 +64,7 @@ def first_inputs(worker: Resident, config: RunConfig, number: int) -> InputMomen
     model = _as_before_training(worker, config)
     moments = InputMoments(model.modules)
     with torch.no_grad():
-        for batch in _batches(_opened(config), worker, config, number):
+        for batch in _batches(open_public(config), worker, config, number):
             mask = batch.get("attention_mask")
 
             def see(name: str, x: Tensor, mask: Tensor | None = mask) -> None:
@@ -107,7 +107,12 @@ def public_data(data: DataConfig) -> DataConfig:
     )
 
 
-def _opened(config: RunConfig) -> Prepared:
+def open_public(config: RunConfig) -> Prepared:
+    """The public examples of a run, prepared on first use.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
     try:
         return open_prepared(prepare(replace(config, data=public_data(config.data))))
     except ConfigError as error:

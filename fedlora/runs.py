@@ -1,7 +1,7 @@
 """The run directory: what a run was asked, what happened round by round, and how to go on after a crash.
 
     config.toml       the resolved configuration
-    provenance.json   versions, commit, hardware
+    provenance.json   versions, commit, hardware, and the identity by which studies know a run again
     before.json       the pretrained model on the whole test set, where it needs no trained head
     samples.json      what a language model writes, before round 1 and after the last
     rounds.jsonl      one JSON object a round
@@ -29,14 +29,16 @@ from fedlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.errors import ConfigError
 from fedlora.files import write_atomic
-from fedlora.provenance import check_schema, provenance
+from fedlora.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
+from fedlora.provenance import check_schema, provenance, read_provenance
 
-FREE_TO_CHANGE = ("num-server-rounds", "output-dir", "resume", "engine.", "study.", "tracking.")
+FREE_TO_CHANGE = ("num-server-rounds", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done."""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
 CHECKPOINT = "checkpoint"
 PROVENANCE = "provenance.json"
+BEFORE = "before.json"
 SAMPLES = "samples.json"
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
@@ -71,8 +73,13 @@ class RunDirectory:
         """Mark the run as one that must never be resumed; its files stay."""
         write_atomic(self.path / SPOILED, reason + "\n")
 
-    def open(self, config: RunConfig) -> None:
+    def open(self, config: RunConfig, inputs: str | None = None, *, continues: bool = False) -> None:
         """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.
+
+        Args:
+            config: of the run.
+            inputs: a digest of what it names, see `fedlora.inputs`.
+            continues: rounds that were done before are part of it.
 
         Raises:
             ConfigError: a key differs that changes what the finished rounds mean.
@@ -87,17 +94,22 @@ class RunDirectory:
                         f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
-        write_atomic(self.path / PROVENANCE, json.dumps(provenance(config), indent=2) + "\n")
+        record = provenance(config, inputs, self._begun_as(config) if continues else None)
+        write_atomic(self.path / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+    def _begun_as(self, config: RunConfig) -> Identity:
+        found = recorded(read_provenance(self.path / PROVENANCE))
+        return found or Identity(config_digest(config), UNRECORDED, None)
 
     def before(self) -> dict[str, Any] | None:
         """The evaluation before round 1, if there was one."""
-        file = self.path / "before.json"
+        file = self.path / BEFORE
         found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return found
 
     def write_before(self, measured: dict[str, Any]) -> None:
         """Keep the evaluation before round 1."""
-        write_atomic(self.path / "before.json", json.dumps(measured, indent=2) + "\n")
+        write_atomic(self.path / BEFORE, json.dumps(measured, indent=2) + "\n")
 
     def write_samples(self, when: str, samples: list[dict[str, Any]]) -> None:
         """Add what the model writes ``before`` or ``after`` training."""

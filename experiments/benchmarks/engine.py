@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import shutil
 import subprocess
@@ -30,6 +29,7 @@ from experiments.benchmarks.engine_table import table
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import read_config
 from fedlora.errors import ConfigError
+from fedlora.identity import SOURCES, source_digest
 from fedlora.models import pick_device
 
 RESULTS = Path(__file__).parent / "results"
@@ -89,11 +89,8 @@ def arguments() -> argparse.Namespace:
 
 def versions() -> dict[str, Any]:
     """What decides whether figures may stand beside each other: packages, and a digest of the code."""
-    code = hashlib.sha256()
-    for package in ("fedlora", "strategies", "clients", "experiments/benchmarks"):
-        for file in sorted((ROOT / package).rglob("*.py")):
-            code.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
-    return {"code": code.hexdigest()[:16], "packages": {name: version(name) for name in PACKAGES}}
+    code = source_digest(ROOT, (*SOURCES, "experiments/benchmarks"))
+    return {"code": code, "packages": {name: version(name) for name in PACKAGES}}
 
 
 def read(file: Path, conditions: dict[str, Any]) -> dict[str, Any] | None:

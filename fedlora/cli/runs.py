@@ -67,6 +67,17 @@ def compare(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: also try again what failed.")
     ] = False,
+    share: Annotated[
+        list[Path],
+        typer.Option(
+            "--share",
+            metavar="DIR",
+            help="Also take finished runs from this study.",
+        ),
+    ] = [],  # noqa: B006
+    parallel: Annotated[
+        int, typer.Option("--parallel", metavar="N", min=1, help="Runs at a time; they divide the actors.")
+    ] = 1,
 ) -> None:
     """Run every strategy, reference and variant of a [study] table and write report.html.
 
@@ -77,7 +88,9 @@ def compare(
 
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(f"runs/{config.stem}")
-    report = run_study(settings, path, resume=resume, retry_failed=retry_failed)
+    report = run_study(
+        settings, path, resume=resume, retry_failed=retry_failed, share=share, parallel=parallel
+    )
     out.print(f"report: {report}")
 
 

@@ -18,6 +18,7 @@ import tomli_w
 
 from fedlora.checks import check
 from fedlora.config import RunConfig, to_flat, unflatten
+from fedlora.data.columns import BUILT_IN
 from fedlora.deployment.layout import CONNECTION, FAILURE, Layout
 from fedlora.deployment.operate import flwr, flwr_command, operator_environment, run_status
 from fedlora.errors import ConfigError, RunFailed
@@ -78,11 +79,14 @@ def submit(
 
 
 def whole_paths(config: RunConfig) -> RunConfig:
-    """The run with its files of examples by absolute paths: the ServerApp works in another directory."""
+    """The run with its files of examples by absolute paths: the ServerApp works in another directory.
+
+    What a built-in dataset is called stays a name, whatever lies in this directory.
+    """
 
     def whole(name: str) -> str:
         path = Path(name).expanduser()
-        return str(path.absolute()) if name and path.exists() else name
+        return str(path.absolute()) if name and name not in BUILT_IN and path.exists() else name
 
     data = config.data
     return replace(

@@ -58,6 +58,15 @@ def connect(address: str) -> None:
             raise _unreachable(address, str(error)) from None
 
 
+def join(address: str) -> None:
+    """Join the Ray that another process of this run has reached; nothing if this process did before."""
+    os.environ.update({key: value for key, value in QUIET.items() if key not in os.environ})
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
 def check_address(address: str) -> None:
     """Whether somebody listens at an address; nowhere and ``auto`` are for Ray to find.
 

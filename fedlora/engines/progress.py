@@ -25,11 +25,13 @@ class RoundProgress:
     Args:
         title: what is running.
         num_server_rounds: how many rounds it has.
+        alone: nothing else shows its progress here; else there is no bar, even on a terminal.
     """
 
-    def __init__(self, title: str, num_server_rounds: int) -> None:
+    def __init__(self, title: str, num_server_rounds: int, *, alone: bool = True) -> None:
         self._title, self._total = title, num_server_rounds
         self._console = Console(stderr=True, soft_wrap=True)
+        self._lines = not (alone and self._console.is_terminal)
         self._bar = Progress(
             TextColumn("{task.description:24}"),
             BarColumn(),
@@ -38,7 +40,7 @@ class RoundProgress:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self._console,
-            disable=not self._console.is_terminal,
+            disable=self._lines,
         )
         self._task = self._bar.add_task(title, total=num_server_rounds, status="starting")
 
@@ -54,14 +56,14 @@ class RoundProgress:
     def begin(self, finished: int) -> None:
         """Clients are about to be asked; ``finished`` rounds were done before."""
         self._bar.update(self._task, completed=finished, status="training")
-        if not self._console.is_terminal:
+        if self._lines:
             self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)
 
     def update(self, record: dict[str, Any]) -> None:
         """A round is done; ``record`` is its line in ``rounds.jsonl``. Round 0 is before training."""
         shown = [f"{key} {record[key]:.{d}f}" for key, d in SHOWN if record.get(key) is not None]
         self._bar.update(self._task, completed=record["round"], status=", ".join(shown))
-        if not self._console.is_terminal:
+        if self._lines:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
             number = f"round {record['round']}/{self._total}" if record["round"] else "before training"
             done = f"{self._title}: {number} {', '.join(shown)}{lost}"

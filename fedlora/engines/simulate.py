@@ -60,14 +60,17 @@ def start(config: RunConfig) -> RayPool:
     return pool
 
 
-def simulate_on(pool: RayPool, config: RunConfig, directory: RunDirectory, title: str = "") -> dict[str, Any]:
-    """The same on actors that are already there."""
+def simulate_on(
+    pool: RayPool, config: RunConfig, directory: RunDirectory, title: str = "", *, alone: bool = True
+) -> dict[str, Any]:
+    """The same on actors that are already there; ``alone`` as in `RoundProgress`."""
     from fedlora.engines.cohorts import predicted_work, with_cohort_size
     from fedlora.engines.evaluation import SharedEvaluation
     from fedlora.engines.ray_grid import RayGrid
     from fedlora.federation import Federation
 
-    with RoundProgress(title or config.strategy.name, config.num_server_rounds) as progress:
+    title = title or config.strategy.name
+    with RoundProgress(title, config.num_server_rounds, alone=alone) as progress:
         lender = pool.lender(config)
         config = with_cohort_size(config, directory.path, lender.worker)
         stores = directory.path / "clients"

@@ -18,7 +18,7 @@ from fedlora.study.comparisons import Comparison, compare
 from fedlora.study.findings import find
 from fedlora.study.notes import absence, absent_lines, how_tuned, tuned_header, tuned_lines
 from fedlora.study.results import CellResult
-from fedlora.study.setting import differences, learning_rates, provenances, setting, shared_config
+from fedlora.study.setting import differences, learning_rates, origins, provenances, setting, shared_config
 from fedlora.study.styles import styles_of, swatch
 from fedlora.study.summary import Estimate, Row, summarise
 from fedlora.study.tables import write_tables
@@ -111,6 +111,7 @@ def render(
         learning_rates=learning_rates(rows),
         tuned_header=tuned_header(tuning),
         tuned=tuned_lines(tuning),
+        origins=origins(results),
         provenances=provenances(results),
     )
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.identity import NO_EFFECT
 from fedlora.provenance import check_schema
 from fedlora.runs import PROVENANCE, read_rounds, read_samples
 from fedlora.study.cells import Cell, Kind
 
 RESULT = "result.json"
 """Written last: a cell without it is not finished."""
-IRRELEVANT = ("output-dir", "engine.", "study.", "tracking.")
-"""Keys that do not change what a run measures."""
+FILES = ("config.toml", "rounds.jsonl", RESULT, PROVENANCE)
+"""What a finished cell is known by."""
 NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
 """What the report cannot do without in ``result.json``; and one of `REFERENCES`."""
 REFERENCES = ("majority_accuracy", "before")
@@ -48,6 +49,11 @@ class CellResult:
     result: dict[str, Any]
     provenance: dict[str, Any]
     samples: dict[str, Any] = field(default_factory=dict)
+
+
+def finished(home: Path) -> bool:
+    """Whether the cell in a directory has its result."""
+    return (home / RESULT).exists()
 
 
 def load_results(cells: Iterable[Cell], root: Path) -> list[CellResult]:
@@ -109,7 +115,7 @@ def check_directory(cell: Cell, path: Path) -> None:
 def _check_same(asked: RunConfig, ran: RunConfig, path: Path) -> None:
     before = to_flat(ran)
     for key, value in to_flat(asked).items():
-        if before[key] != value and not key.startswith(IRRELEVANT):
+        if before[key] != value and not key.startswith(NO_EFFECT):
             raise ConfigError(f"{key} = {value!r}: the run in {path} has {before[key]!r}; use another --out")
 
 

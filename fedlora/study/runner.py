@@ -1,4 +1,4 @@
-"""``fedlora compare``: every cell of a study on one engine, then the report."""
+"""``fedlora compare``: the cells of a study, those that are not finished anywhere, then the report."""
 
 from __future__ import annotations
 
@@ -7,79 +7,59 @@ import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
 from fedlora.checks import check
 from fedlora.config import RunConfig
 from fedlora.engines.cluster import check_address
-from fedlora.engines.ray_pool import RayPool
-from fedlora.engines.simulate import quiet, simulate_on, start
+from fedlora.engines.simulate import quiet
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.files import write_atomic
 from fedlora.provenance import SCHEMA, check_schema
-from fedlora.runs import RunDirectory
-from fedlora.study.absent import FAILED, Absent, applicable, read_failure, write_failure
+from fedlora.study.absent import Absent, applicable
+from fedlora.study.beside import check_parallel
 from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import declared
 from fedlora.study.report import write_report
-from fedlora.study.results import RESULT, check_directory, load_results
+from fedlora.study.results import check_directory, load_results
+from fedlora.study.running import Engine, console, say
+from fedlora.study.sharing import STUDY, check_shared, others_beside
 from fedlora.study.tuning import Trial, Tuning, check_tuning, choose, reported, trials
-from fedlora.study.wording import duration
+from fedlora.study.turns import Manner, run_cells
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
-STUDY = "study.json"
-"""What wrote a study's directory, and the rates that it tuned."""
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
 
 
-class Engine:
-    """The actors of a study; after a failure, which leaves them in doubt, the next cell has new ones."""
+def run_study(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    retry_failed: bool = False,
+    share: Sequence[Path] = (),
+    parallel: int = 1,
+) -> Path:
+    """Run what is not finished yet, ``parallel`` cells at a time; the report's path.
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
-        self._pool: RayPool | None = None
-
-    @property
-    def pool(self) -> RayPool:
-        """Actors that no failed run has left behind."""
-        if self._pool is None:
-            self._pool = start(self._config)
-        return self._pool
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Stop the actors; the next cell starts others."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-
-
-def run_study(config: RunConfig, path: Path, *, resume: bool = False, retry_failed: bool = False) -> Path:
-    """Run what is not finished yet, one cell after the other on one engine; the report's path.
-
-    A cell that fails is recorded, and the next one runs; it is tried again with ``retry_failed``.
+    A cell that a study beside this one, or one of ``share``, has finished with the same configuration and
+    code is taken from there. A cell that fails is recorded, and the next one runs; ``retry_failed`` tries it
+    again.
 
     Raises:
-        ConfigError: a mistake in the study, cells that were run with other settings, or a directory that is
-            in use or of another schema; nothing was run or written.
+        ConfigError: a mistake in the study, cells that were run with other settings, a directory that is in
+            use or of another schema, one of ``share`` that is no study, or fewer actors than cells
+            at a time; nothing was run or written.
         RunFailed: cells failed; the report is on the others.
     """
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
     check_schema(path / STUDY)
+    check_shared(share)
+    shared = [*others_beside(path, say), *share]
+    manner = Manner(shared=shared, retry_failed=retry_failed, parallel=parallel)
     quiet()
     with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
         check(config)
@@ -87,13 +67,15 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False, retry_fail
     began = time.monotonic()
     with Engine(config) as engine:
         cells, absent = _planned(engine, config)
+        if parallel > 1:
+            check_parallel(parallel, engine.pool.size)
         tried = _trials(config, cells)
         _check_directories([trial.cell for trial in tried] or cells, path)
         _begin(config, path, absent)
-        tuning = tune(engine, config, tried, path, retry_failed=retry_failed) if tried else None
+        tuning = tune(engine, config, tried, path, manner) if tried else None
         cells, failed = with_rates(cells, tuning) if tuning else (cells, [])
         _check_directories(cells, path)
-        failed += run_cells(engine, cells, path, retry_failed=retry_failed)
+        failed += run_cells(engine, cells, path, manner)
     labels = {missing.label for missing in failed}
     results = load_results([cell for cell in cells if cell.label not in labels], path)
     if not results:
@@ -107,11 +89,9 @@ def run_study(config: RunConfig, path: Path, *, resume: bool = False, retry_fail
     return report
 
 
-def tune(
-    engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, *, retry_failed: bool
-) -> Tuning:
+def tune(engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, manner: Manner) -> Tuning:
     """Run the trials that are not finished, and keep the rates in ``study.json``."""
-    failed = run_cells(engine, [trial.cell for trial in tried], path, retry_failed=retry_failed)
+    failed = run_cells(engine, [trial.cell for trial in tried], path, manner)
     tuning = choose(config.study, tried, path, {missing.label for missing in failed})
     _write_record(config, path, tuning)
     for tuned in tuning.groups:
@@ -127,42 +107,6 @@ def with_rates(cells: Sequence[Cell], tuning: Tuning) -> tuple[list[Cell], list[
     reason = "its learning rate could not be tuned, a trial failed with every one"
     untuned = [Absent.of(cell, "failed", reason) for cell in cells if cell.group in none]
     return reported([cell for cell in cells if cell.group not in none], tuning.rates), untuned
-
-
-def run_cells(engine: Engine, cells: Sequence[Cell], path: Path, *, retry_failed: bool) -> list[Absent]:
-    """Run the cells that are neither finished nor recorded as failed; those without a result."""
-    waiting = [cell for cell in cells if not (path / cell.label / RESULT).exists()]
-    failed: list[Absent] = []
-    took: list[float] = []
-    for number, cell in enumerate(cells, start=1):
-        home = path / cell.label
-        if cell not in waiting:
-            continue
-        reason = None if retry_failed else read_failure(home)
-        if reason is not None:
-            console.print(f"{cell.label}: failed before ({escape(reason)})")
-        else:
-            left = f", about {duration(fmean(took) * len(waiting))} left" if took else ""
-            began = time.monotonic()
-            reason = run_cell(engine, cell, home, f"[{number}/{len(cells)}] {cell.label}{left}")
-            took.append(time.monotonic() - began)
-        waiting.remove(cell)
-        if reason is not None:
-            failed.append(Absent.of(cell, "failed", reason))
-    return failed
-
-
-def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
-    """Run one cell, or go on with it; why it failed, or None."""
-    (home / FAILED).unlink(missing_ok=True)
-    try:
-        simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title)
-    except Exception as error:
-        engine.close()
-        reason = write_failure(home, error)
-        console.print(f"[red]{cell.label} failed:[/red] {escape(reason)}")
-        return reason
-    return None
 
 
 def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fedlora.config import FlatConfig, RunConfig, Scalar, from_flat, to_flat
 from fedlora.data.columns import BY_NATURE
+from fedlora.identity import NO_EFFECT, code_of
+from fedlora.study import wording
 from fedlora.study.results import CellResult
+from fedlora.study.sharing import TAKEN_FROM
 from fedlora.study.summary import Row
 from fedlora.study.wording import significant
 
-NOT_A_SETTING = ("seed", "output-dir", "engine.", "study.", "tracking.", "strategy.name")
+NOT_A_SETTING = ("seed", "strategy.name", *NO_EFFECT)
 """Keys that the report shows elsewhere or that change no result."""
+OF_ONE_RUN = ("seed", "identity", TAKEN_FROM)
+"""What stands in a provenance and is not shown with what the run ran on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,19 +167,36 @@ def learning_rates(rows: Sequence[Row]) -> list[tuple[str, ...]]:
 
 
 def provenances(results: Sequence[CellResult]) -> list[Provenance]:
-    """Versions, commit and machine, once for all runs that share them."""
-    groups: dict[str, list[CellResult]] = {}
+    """Versions, code and machine, once for all runs that share them."""
+    groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for result in results:
-        groups.setdefault(json.dumps({**result.provenance, "seed": None}, sort_keys=True), []).append(result)
-    return [
-        Provenance(facts=_facts(found[0].provenance), labels=tuple(r.label for r in found))
-        for found in groups.values()
-    ]
+        groups.setdefault(_facts(result.provenance), []).append(result.label)
+    return [Provenance(facts=facts, labels=tuple(labels)) for facts, labels in groups.items()]
 
 
-def _facts(provenance: dict[str, object]) -> tuple[tuple[str, str], ...]:
-    facts = {key: value for key, value in provenance.items() if key != "seed"}
+def origins(results: Sequence[CellResult]) -> list[str]:
+    """What a reader must know of where runs come from: more than one version of the code, other studies."""
+    said = []
+    codes = Counter(code_of(result.provenance) for result in results)
+    if len(codes) > 1:
+        listed = wording.listed([f"{code}: {number}" for code, number in codes.items()])
+        said.append(
+            f"These runs come from {len(codes)} versions of the code ({listed}): what differs between two of "
+            "them may be the code."
+        )
+    taken = Counter(
+        str(origin).partition("/")[0] for r in results if (origin := r.provenance.get(TAKEN_FROM))
+    )
+    if taken:
+        listed = wording.listed([f"{number} of {study}" for study, number in taken.items()])
+        said.append(f"Taken over, because the same configuration had run with the same code: {listed}.")
+    return said
+
+
+def _facts(provenance: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    facts = {key: value for key, value in provenance.items() if key not in OF_ONE_RUN}
     packages = facts.pop("packages", None)
     if isinstance(packages, dict):
         facts |= packages
+    facts["code"] = code_of(provenance)
     return tuple((key, "unknown" if value is None else str(value)) for key, value in facts.items())

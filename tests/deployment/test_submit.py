@@ -52,6 +52,7 @@ def test_files_beside_the_operator_are_found_by_a_server_that_works_elsewhere(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here.jsonl").touch()
+    (tmp_path / "synthetic").mkdir()  # a built-in name all the same
     keys = {"data.name": "here.jsonl", "data.test": "elsewhere.jsonl", "data.public": "synthetic"}
     data = submit.whole_paths(tiny_config(**keys)).data
     assert (data.name, data.test, data.public) == (

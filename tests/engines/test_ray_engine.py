@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -13,11 +14,13 @@ import ray
 from safetensors.torch import load_file
 
 from fedlora.config import EngineConfig, RunConfig, to_flat
+from fedlora.engines.cohorts import with_cohort_size
 from fedlora.engines.ray_grid import RayGrid
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.federation import Federation
+from fedlora.inputs import inputs_digest
 from fedlora.runs import RunDirectory
 from tests.conftest import tiny_config
 
@@ -69,6 +72,18 @@ def test_one_actor_gives_the_bits_of_two(pool: RayPool, tmp_path: Path) -> None:
         assert run(pool, config, tmp_path / "one") == two
     finally:
         pool.actors.append(hidden)
+
+
+def test_a_run_records_the_inputs_that_a_study_would_find(pool: RayPool, tmp_path: Path) -> None:
+    """Before it runs, on the same engine: after other runs, and with a base that one of them moved."""
+    config = tiny_config(**MIXED)
+    for name in ("first", "second"):
+        run(pool, config, tmp_path / name)
+        record = json.loads((tmp_path / name / "provenance.json").read_text())
+        worker = pool.lender(config).worker
+        known = inputs_digest(with_cohort_size(config, tmp_path / "new", worker), worker)
+        assert known is not None
+        assert record["identity"]["inputs"] == known
 
 
 def test_seeded_private_runs_are_repeatable_and_within_budget(pool: RayPool, tmp_path: Path) -> None:

@@ -23,15 +23,18 @@ class Simulation:
         self.fails: dict[str, Exception] = {}
         self.configs: dict[str, RunConfig] = {}
         self.accuracy: Callable[[RunConfig], float] = lambda config: 0.8
+        self.inputs: Callable[[RunConfig], str | None] = lambda config: None
 
     def start(self, config: RunConfig) -> Any:
         self.started += 1
         data = SimpleNamespace(num_partitions=4)
         lender = SimpleNamespace(worker=SimpleNamespace(data=data))
-        return SimpleNamespace(lender=lambda config: lender, close=lambda: None)
+        return SimpleNamespace(lender=lambda config: lender, close=lambda: None, size=4)
 
-    def simulate_on(self, pool: Any, config: RunConfig, directory: RunDirectory, title: str) -> Any:
-        directory.open(config)
+    def simulate_on(
+        self, pool: Any, config: RunConfig, directory: RunDirectory, title: str, *, alone: bool
+    ) -> Any:
+        directory.open(config, self.inputs(config))
         self.ran.append(directory.path.name)
         self.titles.append(title)
         self.configs[directory.path.name] = config

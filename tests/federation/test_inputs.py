@@ -1,0 +1,76 @@
+"""What a configuration only names counts by its content."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clients.resident import Resident, resident
+from fedlora.inputs import inputs_digest
+from tests.conftest import tiny_config
+
+
+def digest(**keys: Any) -> str | None:
+    config = tiny_config(**keys)
+    return inputs_digest(config, resident(config))
+
+
+def test_the_same_names_with_the_same_content_are_the_same(cache: Path) -> None:
+    assert digest() == digest()
+    assert digest(**{"train.local-steps": 9}) == digest(), "what is in the configuration is not said twice"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"seed": 2}, {"data.max-length": 8}, {"engine.cohort-size": 4}, {"data.partition-by": "group"}],
+    ids=str,
+)
+def test_head_examples_partitions_and_cohorts_count(keys: dict[str, Any], cache: Path) -> None:
+    assert digest(**keys) != digest()
+
+
+def test_one_weight_of_the_base_counts(cache: Path) -> None:
+    config = tiny_config()
+    worker: Resident = resident(config)
+    before = inputs_digest(config, worker)
+    weight = next(p for n, p in worker.model.module.named_parameters() if "query" in n)
+    with torch.no_grad():
+        weight.view(-1)[0] += 1
+        assert inputs_digest(config, worker) != before
+        weight.view(-1)[0] -= 1
+
+
+def test_a_file_counts_by_what_is_in_it(cache: Path, tmp_path: Path) -> None:
+    found = []
+    for number, word in enumerate(("good", "good", "bad")):
+        file = tmp_path / str(number) / "texts.jsonl"
+        file.parent.mkdir()
+        rows = [{"text": f"{word} text number {i}", "label": i % 2} for i in range(40)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        own = {"data.name": str(file), "data.partitioner": "iid", "data.num-partitions": 2}
+        found.append(digest(**own))
+    assert found[0] == found[1] != found[2]
+
+
+def test_public_examples_count(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "public.jsonl"
+    file.write_text("".join(json.dumps({"text": f"text {i}", "label": i % 2}) + "\n" for i in range(20)))
+    assert digest(**{"data.public": str(file)}) != digest()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"engine.address": "192.0.2.1:6379"},
+        {"strategy.name": "mine:Rule"},
+        {"privacy.ledger": "/ledger"},
+    ],
+    ids=str,
+)
+def test_what_is_not_known_here_is_not_guessed(keys: dict[str, Any], cache: Path) -> None:
+    config = tiny_config()
+    assert inputs_digest(tiny_config(**keys), resident(config)) is None
