@@ -27,8 +27,6 @@ from fedlora.study.cells import Cell
 from fedlora.study.running import Engine, run_cell, say
 
 DIED = "its process died (memory may have run out); --resume --retry-failed goes on after its last round"
-PATIENCE_SECONDS = 10.0
-"""For a process to leave Ray; then it is killed, and Ray itself ends its actors."""
 _context = get_context("spawn")
 
 
@@ -153,9 +151,7 @@ class CellProcess:
         theirs.close()
 
     def _stop(self) -> None:
-        self._process.terminate()
-        self._process.join(PATIENCE_SECONDS)
-        self._process.kill()
+        self._process.kill()  # Ray ends its actors; on SIGTERM it would print a trace as well
         self._process.join()
 
 
