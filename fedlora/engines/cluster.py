@@ -54,7 +54,7 @@ def connect(address: str) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         try:
             ray.init(address=address or "local", **settings)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # a node of Ray that starts too slowly is a bare one
             raise _unreachable(address, str(error)) from None
 
 

@@ -83,3 +83,13 @@ def test_who_listens_and_is_not_ray_is_known_in_bounded_time(monkeypatch: pytest
             connect(f"127.0.0.1:{port}")
     assert time.monotonic() - started < 20
     assert not ray.is_initialized()
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore about it.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=r"^engine.address = '': .* \(The current node timed out [^\n]*\)$"):
+        connect("")
