@@ -63,8 +63,8 @@ STUDIES = (
     Study(
         name="privacy",
         claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
-        found="2026-11-22, ten seeds at epsilon 1 and 3: ahead of FedAvg by 2.5 and 2.1 points (9 and 8 of 10 "
-        "seeds), of FFA at its own rate by 0.9 and 0.5; after Holm's correction none of these is certain.",
+        found="2026-11-22, ten seeds at epsilon 1 and 3: ahead of FedAvg by 2.5 and 2.1 points (9 and 8 of "
+        "10 seeds), of FFA at its own rate by 0.9 and 0.5; after Holm's correction none of these is certain.",
     ),
     Study(
         name="adaptive",
@@ -91,7 +91,10 @@ def _study(study: Study) -> str:
     lines = [f"### [`{study.name}.toml`]({study.name}.toml)", "", study.claim, ""]
     where = f" ([text](published/{study.name}/README.md))" if (published / "README.md").exists() else ""
     kept = (published / CELLS).exists()
-    state = f"{done} of {total} cells are kept in [`published`](published)." if kept else f"{total} cells."
+    state = f"{total} cells."
+    if kept:
+        took = f"they took {hours(study.name):.1f} h"
+        state = f"{done} of {total} cells are kept in [`published`](published); {took}."
     lines += [f"**{study.found}**{where} {state}", "", "```console"]
     if kept:
         folder = f"experiments/published/{study.name} runs/{study.name}"
@@ -110,6 +113,12 @@ def progress(name: str) -> tuple[int, int]:
     if config.study.tune_learning_rates:
         wanted |= {trial.cell.label for trial in trials(config.study, cells)}
     return len(wanted & set(read(HERE / "published" / name))), len(wanted)
+
+
+def hours(name: str) -> float:
+    """What the kept cells of a study took, one after the other, whatever else the machine did."""
+    results = (json.loads(files["result.json"]) for files in read(HERE / "published" / name).values())
+    return sum(result["seconds"] for result in results) / 3600
 
 
 def _communication() -> str:

@@ -30,12 +30,15 @@ PRIVATE: dict[str, Any] = {
 }
 
 
-def order(config: RunConfig, server_round: int, labels: list[str]) -> RecordDict:
+LABELS = ("neg", "pos")
+
+
+def order(config: RunConfig, server_round: int, labels: Sequence[str] = LABELS) -> RecordDict:
     adapters = fresh_adapters(resident(config).model.modules, 4, 2.0, 0)
     both = frozenset("AB")
     broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
     about = wire.order_config(broadcast, wire.Needs(), "kaiming")
-    settings = {"server-round": server_round, "run-key": "run", "labels": labels, **about}
+    settings = {"server-round": server_round, "run-key": "run", "labels": list(labels), **about}
     return RecordDict(
         {
             wire.ARRAYS: wire.to_record(wire.moving_tensors(broadcast)),
@@ -48,11 +51,11 @@ def reply(
     config: RunConfig,
     tmp_path: Path,
     server_round: int = 1,
-    labels: Sequence[str] = ("neg", "pos"),
+    labels: Sequence[str] = LABELS,
     **node: Any,
 ) -> wire.Reply:
     node_config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), **node}
-    content = handle(TRAIN, order(config, server_round, list(labels)), to_flat(config), node_config)
+    content = handle(TRAIN, order(config, server_round, labels), to_flat(config), node_config)
     return wire.decode_reply(content)
 
 
