@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
@@ -151,7 +150,7 @@ class Federation:
 
     def _restore(self, checkpoint: Checkpoint | None) -> None:
         if checkpoint is None:
-            self.run_key = uuid4().hex
+            self.run_key = self.directory.run_key()
             self.directory.keep_rounds(0)
             return
         self.run_key = checkpoint.run_key

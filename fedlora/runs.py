@@ -22,6 +22,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import tomli_w
 
@@ -40,6 +41,8 @@ CHECKPOINT = "checkpoint"
 PROVENANCE = "provenance.json"
 BEFORE = "before.json"
 SAMPLES = "samples.json"
+RUN_KEY = "run-key.txt"
+"""What clients and ledgers know the run by, from before its first round."""
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
 
@@ -100,6 +103,13 @@ class RunDirectory:
     def _begun_as(self, config: RunConfig) -> Identity:
         found = recorded(read_provenance(self.path / PROVENANCE))
         return found or Identity(config_digest(config), UNRECORDED, None)
+
+    def run_key(self) -> str:
+        """Names the run towards its clients: drawn once, so that a repeated round is the same release."""
+        file = self.path / RUN_KEY
+        if not file.exists():
+            write_atomic(file, uuid4().hex + "\n")
+        return file.read_text().strip()
 
     def before(self) -> dict[str, Any] | None:
         """The evaluation before round 1, if there was one."""

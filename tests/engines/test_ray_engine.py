@@ -131,6 +131,25 @@ def test_a_stopped_run_resumes_with_the_same_bits(pool: RayPool, tmp_path: Path)
     assert [r["round"] for r in RunDirectory(path, resume=True).rounds()] == [1, 2, 3]
 
 
+def test_a_private_round_before_the_first_checkpoint_is_charged_once(
+    pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = {"privacy.mode": "example", "privacy.target-epsilon": 8.0, "privacy.accountant": "rdp"}
+    config = tiny_config(**private)
+    whole = simulate_on(pool, config, RunDirectory(tmp_path / "whole"))
+
+    def killed(directory: RunDirectory, checkpoint: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDirectory, "save_checkpoint", killed)
+        with pytest.raises(KeyboardInterrupt):
+            simulate_on(pool, config, RunDirectory(tmp_path / "resumed"))
+    resumed = simulate_on(pool, config, RunDirectory(tmp_path / "resumed", resume=True))
+    assert resumed["epsilon_by_client"] == whole["epsilon_by_client"]
+    assert adapter(tmp_path / "resumed") == adapter(tmp_path / "whole")
+
+
 def test_clients_past_the_deadline_are_left_out(pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config(**{"round-timeout": 0.001})
     with pytest.raises(RunFailed, match="no reply before the deadline"):
