@@ -65,8 +65,8 @@ STUDIES = (
         claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
         found="2026-11-22, ten seeds at epsilon 1 and 3, eight without privacy, two at 6: FedSVD ahead of "
         "FedAvg by 2.5 and 2.1 points at epsilon 1 and 3, of FFA at its own rate by 0.9 and 0.5; none of it "
-        "certain after Holm's correction, and nothing without privacy. Certain at epsilon 1: an A that is renewed "
-        "beats one that stays, by 1.0.",
+        "certain after Holm's correction, and nothing without privacy. Certain at epsilon 1: an A that is "
+        "renewed beats one that stays, by 1.0.",
     ),
     Study(
         name="adaptive",
