@@ -61,3 +61,19 @@ def test_files_beside_the_operator_are_found_by_a_server_that_works_elsewhere(
         "synthetic",
     )
     assert submit.whole_paths(tiny_config(**{"data.name": "here.jsonl"})).data.test == ""
+
+
+def test_the_server_is_told_whole_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here.jsonl").touch()
+    told: list[str] = []
+
+    def flwr(*command: Any) -> Any:
+        told.append(Path(command[-1]).read_text())
+        raise RunFailed("seen")
+
+    monkeypatch.setattr(submit, "flwr", flwr)
+    layout: Any = None
+    with pytest.raises(RunFailed, match="seen"):
+        submit.submit(layout, tiny_config(**{"data.name": "here.jsonl"}), tmp_path / "run")
+    assert f'name = "{tmp_path / "here.jsonl"}"' in told[0]
