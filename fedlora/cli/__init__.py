@@ -12,6 +12,7 @@ from fedlora.cli.pretrain import pretrain
 from fedlora.cli.privacy_audit import audit
 from fedlora.cli.privacy_ledger import new_dataset, spent
 from fedlora.cli.privacy_plan import plan
+from fedlora.cli.probe import probe
 from fedlora.cli.runs import compare, evaluate, run
 from fedlora.cli.strategies import strategies
 
@@ -22,7 +23,7 @@ cli = typer.Typer(
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, evaluate, aggregate, strategies, pretrain):
+for command in (run, compare, evaluate, aggregate, strategies, pretrain, probe):
     cli.command()(command)
 
 privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")

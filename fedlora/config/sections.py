@@ -44,7 +44,7 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input during training, in [0, 1)."""
     target_modules: str = ""
-    """Comma list of module name endings; empty means PEFT's choice for the architecture."""
+    """Comma list of module name endings, or ``all-linear``; empty means what PEFT chooses."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
     method: str = "lora"

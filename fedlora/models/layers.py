@@ -14,6 +14,8 @@ from fedlora.updates import ModuleSpec
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 """A layer that can take an adapter."""
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer of the base; the head is none of them."""
 QUERY_AND_VALUE = (
     ("q_proj", "v_proj"), ("query", "value"), ("query_proj", "value_proj"), ("q_lin", "v_lin"),
     ("qkv_proj",), ("Wqkv",), ("query_key_value",), ("c_attn",), ("in_proj",), ("q", "v"),
@@ -82,13 +84,16 @@ def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
     Args:
         model: a base without adapters, from `build_model`.
         target_modules: comma list of names or their endings (``query`` means every ``*.query``);
-            empty means PEFT's choice for the architecture, else what it chooses for most: the query and
-            value projections under one of their usual names, `QUERY_AND_VALUE`.
+            `ALL_LINEAR` means every layer; empty means PEFT's choice for the architecture, else what it
+            chooses for most: the query and value projections under one of their usual names,
+            `QUERY_AND_VALUE`.
 
     Raises:
         ConfigError: an ending that matches no linear layer, or an architecture without such a choice.
     """
     layers, config = linear_layers(model), _config(model)
+    if target_modules.strip() == ALL_LINEAR:
+        return tuple(layers)
     endings = name_list(target_modules) or _default_endings(config.model_type, layers)
     chosen: set[str] = set()
     for ending in endings:

@@ -55,15 +55,22 @@ class ImageClassification(Classification):
     def load(self, config: DataConfig, reader: Any) -> RawData:
         """Pictures in the model's form, as bytes."""
         from fedlora.data.sources import RawData
+
+        data = self.images(config, reader.form)
+        return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)
+
+    def images(self, config: DataConfig, form: ImageFormat) -> ImageData:
+        """All pictures of a run, training and test.
+
+        Raises:
+            ConfigError: no such data or column, a picture that cannot be decoded, labels that do not fit.
+        """
         from fedlora.vision.built_in import SOURCES, built_in_images
         from fedlora.vision.own import held_apart, own_images
 
-        form = reader.form
         if config.name in SOURCES:
-            data = held_apart(built_in_images(config.name, form), config)
-        else:
-            data = own_images(config, form, config.image_column)
-        return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)
+            return held_apart(built_in_images(config.name, form), config)
+        return own_images(config, form, config.image_column)
 
     def rows(
         self, source: Dataset, columns: Columns, config: DataConfig, reader: Any, where: str

@@ -57,3 +57,14 @@ def test_adding_the_delta_to_the_weight_is_the_adapters_forward(kind: str, gpt2:
         atol=1e-3,
     )
     torch.testing.assert_close(unmerged, logits(merged, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_all_linear_is_what_peft_means_by_it(kind: str, gpt2: Path) -> None:
+    module = build_model(ModelConfig(name="tiny" if kind == "linear" else str(gpt2)), 2, 0)
+    targets, usual = resolve_targets(module, "all-linear"), resolve_targets(module, "")
+    config = PeftLoraConfig(r=2, task_type="SEQ_CLS", target_modules="all-linear")
+    wrapped = get_peft_model(module, config).base_model.model
+    theirs = [name for name, layer in wrapped.named_modules() if hasattr(layer, "lora_A")]
+    assert list(targets) == theirs
+    assert set(targets) > set(usual)

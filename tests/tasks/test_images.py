@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from clients.private import train_private
+from fedlora.cli import cli
 from fedlora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora.data.examples import Examples, collate
 from fedlora.data.prepared import open_prepared, prepare
@@ -156,3 +158,22 @@ def test_what_is_no_image_task_is_refused(
     with pytest.raises(ConfigError, match=says) as refused:
         prepare(image_config("tiny-vit", pictures, **keys))
     assert "\n" not in str(refused.value)
+
+
+def test_the_probe_is_a_command(cache: Path, pictures: str, tmp_path: Path) -> None:
+    config = tmp_path / "own.toml"
+    data = f'[data]\nname = "{pictures}"\npartitioner = "iid"\nnum-partitions = 2\n'
+    config.write_text(f'task = "image-classification"\n[model]\nname = "tiny-vit"\n{data}')
+    result = CliRunner().invoke(cli, ["probe", str(config)])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("linear probe of tiny-vit: accuracy ")  # a folder names no domains
+    assert float(result.stdout.split()[-2]) > 75.0  # shades show in any features
+    assert "LOAD REPORT" not in result.stderr
+
+
+def test_the_probe_of_a_text_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "text.toml"
+    config.write_text('[model]\nname = "tiny"\n')
+    result = CliRunner().invoke(cli, ["probe", str(config)])
+    assert result.exit_code == 2
+    assert "task = 'classification': fedlora probe is for 'image-classification'" in result.stderr
