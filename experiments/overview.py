@@ -65,7 +65,8 @@ STUDIES = (
         claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
         found="2026-11-22, ten seeds: FedSVD ahead of FedAvg by 2.5, 2.1 and 1.7 points at epsilon 1, 3 and "
         "6, of FFA at its own rate by 0.9, 0.5 and 0.8, none of it certain after Holm's correction; without "
-        "privacy alike. Certain under privacy: at epsilon 1 an A that is renewed beats one that stays, by 1.0.",
+        "privacy alike. Certain under privacy: at epsilon 1 an A that is renewed beats one that stays, by "
+        "1.0.",
     ),
     Study(
         name="adaptive",
