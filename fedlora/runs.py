@@ -20,11 +20,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import tomli_w
+from filelock import FileLock, Timeout
 
 from fedlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
@@ -158,6 +161,23 @@ class RunDirectory:
     def load_checkpoint(self) -> Checkpoint | None:
         """The last checkpoint, or None if no round was finished."""
         return read_checkpoint(self.path / CHECKPOINT)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, nobody else who asks writes results into a directory; the system frees it on any death.
+
+    Raises:
+        ConfigError: somebody else does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"--out {path}: another fedlora writes there, let it end or choose another directory"
+        ) from None
 
 
 def _may_become(key: str, before: Scalar, now: Scalar) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
+from fedlora.runs import held
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.toml")
@@ -88,6 +89,17 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
 
 
+@pytest.mark.parametrize("command", ["run", "compare"])
+def test_a_directory_that_another_process_writes_into_is_refused(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with held(out):
+        result = fedlora(command, TINY, "--out", str(out), "--resume")
+    assert result.exit_code == 2
+    assert "another fedlora writes there" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("text", ["", "[model", "\x00"])
 def test_a_file_that_is_no_toml_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "c.toml"
@@ -109,7 +121,9 @@ def test_the_facts_are_json() -> None:
     assert all({"exact", "mixed_ranks", "trains", "ships", "paper", "inits"} <= row.keys() for row in rows)
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "evaluate", "strategies"])
+@pytest.mark.parametrize(
+    "command", ["run", "compare", "evaluate", "strategies", "probe", "pretrain", "aggregate"]
+)
 def test_every_help_text_has_an_example(command: str) -> None:
     assert f"fedlora {command}" in fedlora(command, "--help").stdout.replace("Example:", "", 1)
 

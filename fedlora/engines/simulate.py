@@ -16,7 +16,7 @@ from fedlora.config import RunConfig, to_flat
 from fedlora.engines.cluster import check_address
 from fedlora.engines.memory import PeakMemory
 from fedlora.engines.progress import RoundProgress
-from fedlora.runs import RunDirectory
+from fedlora.runs import RunDirectory, held
 
 if TYPE_CHECKING:
     from clients.resident import Parts
@@ -27,18 +27,20 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
     """The result record of one simulated run; its files are in ``path``.
 
     Raises:
-        ConfigError: the configuration cannot be carried out; nothing was started or written.
+        ConfigError: the configuration cannot be carried out, or the directory is in use; nothing was
+            started or written.
         RunFailed: the run stopped; what was written before is kept.
     """
     quiet()
     check(config)
     check_address(config.engine.address)
-    directory = RunDirectory(path, resume=resume)
-    pool = start(config)
-    try:
-        return simulate_on(pool, config, directory)
-    finally:
-        pool.close()
+    with held(path):
+        directory = RunDirectory(path, resume=resume)
+        pool = start(config)
+        try:
+            return simulate_on(pool, config, directory)
+        finally:
+            pool.close()
 
 
 def start(config: RunConfig) -> RayPool:

@@ -18,6 +18,7 @@ from fedlora.engines.simulate import quiet
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.files import write_atomic
 from fedlora.provenance import SCHEMA, check_schema
+from fedlora.runs import held
 from fedlora.study.absent import Absent, applicable
 from fedlora.study.beside import check_parallel
 from fedlora.study.cells import Cell, expand
@@ -65,7 +66,7 @@ def run_study(
         check(config)
     check_address(config.engine.address)
     began = time.monotonic()
-    with Engine(config) as engine:
+    with held(path), Engine(config) as engine:
         cells, absent = _planned(engine, config)
         if parallel > 1:
             check_parallel(parallel, engine.pool.size)
