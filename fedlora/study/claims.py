@@ -37,7 +37,7 @@ def line(comparison: Comparison) -> tuple[str, ...]:
         _probability(found.p_value),
         _probability(found.p_holm),
         DASH if found.detectable is None else points(found.detectable),
-        VERDICTS[found.verdict],
+        found.verdict,
     )
 
 
