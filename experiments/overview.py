@@ -11,20 +11,14 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from experiments.publish import CELLS, read
-from fedlora.config import read_config
+from experiments.tables import HERE, MARKED, PUBLISHED, planned
 from fedlora.files import write_atomic
-from fedlora.study.absent import applicable
-from fedlora.study.cells import expand
-from fedlora.study.tuning import trials
 
-HERE = Path(__file__).parent
 README = HERE / "README.md"
-MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", re.S)
 NOT_RUN = "Not run yet."
 
 
@@ -88,7 +82,7 @@ def _studies() -> str:
 
 
 def _study(study: Study) -> str:
-    published = HERE / "published" / study.name
+    published = PUBLISHED / study.name
     done, total = progress(study.name)
     lines = [f"### [`{study.name}.toml`]({study.name}.toml)", "", study.claim, ""]
     where = f" ([text](published/{study.name}/README.md))" if (published / "README.md").exists() else ""
@@ -109,17 +103,14 @@ def _study(study: Study) -> str:
 
 def progress(name: str) -> tuple[int, int]:
     """Kept cells of a study, and how many it has in all, trials of rates among them."""
-    config = read_config(HERE / f"{name}.toml")
-    cells, _ = applicable(expand(config, num_partitions=4))
-    wanted = {cell.label for cell in cells}
-    if config.study.tune_learning_rates:
-        wanted |= {trial.cell.label for trial in trials(config.study, cells)}
-    return len(wanted & set(read(HERE / "published" / name))), len(wanted)
+    _, cells, tried = planned(name)
+    wanted = {cell.label for cell in (*cells, *(trial.cell for trial in tried))}
+    return len(wanted & set(read(PUBLISHED / name))), len(wanted)
 
 
 def hours(name: str) -> float:
     """What the kept cells of a study took, one after the other, whatever else the machine did."""
-    results = (json.loads(files["result.json"]) for files in read(HERE / "published" / name).values())
+    results = (json.loads(files["result.json"]) for files in read(PUBLISHED / name).values())
     return sum(result["seconds"] for result in results) / 3600
 
 
@@ -143,7 +134,7 @@ def _communication() -> str:
 def _groups(name: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The results of each group without privacy, all its kept seeds."""
     groups: dict[str, list[dict[str, Any]]] = {}
-    for label, files in read(HERE / "published" / name).items():
+    for label, files in read(PUBLISHED / name).items():
         private = tomllib.loads(files["config.toml"])["privacy"]["mode"] != "none"
         if not private and not label.startswith("tuning-"):
             group = re.sub(r"-seed-\d+$", "", label)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from experiments.overview import HERE, NOT_RUN, README, STUDIES, progress, rewritten
+from experiments.overview import NOT_RUN, README, STUDIES, progress, rewritten
 from experiments.publish import read
+from experiments.tables import PUBLISHED
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -19,9 +20,9 @@ def test_what_was_not_run_says_so_and_what_says_so_was_not_run() -> None:
     for study in STUDIES:
         done, total = progress(study.name)
         assert 0 <= done <= total
-        assert (study.found == NOT_RUN) == (done == 0 and not (HERE / "published" / study.name).exists())
+        assert (study.found == NOT_RUN) == (done == 0 and not (PUBLISHED / study.name).exists())
 
 
 def test_no_kept_cell_is_unknown_to_its_study() -> None:
     for study in STUDIES:
-        assert progress(study.name)[0] == len(read(HERE / "published" / study.name))
+        assert progress(study.name)[0] == len(read(PUBLISHED / study.name))

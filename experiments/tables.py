@@ -1,0 +1,135 @@
+"""Rewrites the tables of ``experiments/published/*/README.md``: ``python -m experiments.tables``.
+
+A text says between which marks it wants which table: ``accuracy`` (a method a line, a setting a column),
+``claims`` (the comparisons that the study declares) or ``rates`` (the trials that tuned it). All are made of
+the cells that are kept there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from experiments.publish import unpack
+from fedlora.config import RunConfig, read_config
+from fedlora.files import write_atomic
+from fedlora.study.absent import applicable
+from fedlora.study.cells import Cell, expand
+from fedlora.study.comparisons import Comparison, compare
+from fedlora.study.results import finished, load_results
+from fedlora.study.summary import Row, summarise
+from fedlora.study.tuning import Trial, Tuning, choose, reported, trials
+
+HERE = Path(__file__).parent
+PUBLISHED = HERE / "published"
+MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", re.S)
+ALL_SHOWN = 4
+"""So few seeds are shown one by one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """What is kept of a study: its groups, its declared comparisons, how its rates were found."""
+
+    rows: Sequence[Row]
+    comparisons: Sequence[Comparison]
+    tuning: Tuning | None
+
+
+def planned(name: str) -> tuple[RunConfig, list[Cell], list[Trial]]:
+    """A study's file, its cells before any rate is tuned, and the trials that tune."""
+    config = read_config(HERE / f"{name}.toml")
+    cells, _ = applicable(expand(config, num_partitions=4))
+    return config, cells, trials(config.study, cells) if config.study.tune_learning_rates else []
+
+
+def kept(name: str) -> Kept:
+    """The finished cells of a study, read as ``fedlora compare`` reads them."""
+    config, cells, tried = planned(name)
+    with TemporaryDirectory() as folder:
+        root = Path(folder)
+        unpack(PUBLISHED / name, root)
+        tuning = choose(config.study, tried, root, ()) if tried else None
+        cells = reported(cells, tuning.rates) if tuning else cells
+        rows = summarise(load_results([cell for cell in cells if finished(root / cell.label)], root))
+    methods = {cell.method for cell in cells}
+    return Kept(rows=rows, comparisons=compare(rows, config.study.comparisons, methods), tuning=tuning)
+
+
+def rewritten(text: str, found: Kept) -> str:
+    """A text with what stands between its marks made anew."""
+    make = {"accuracy": accuracy_table, "claims": claims_table, "rates": rates_table}
+    return MARKED.sub(lambda mark: f"{mark[1]}{make[mark[2]](found)}{mark[3]}", text)
+
+
+def accuracy_table(found: Kept) -> str:
+    """Mean accuracy in percent with its 95 % interval over seeds, and how many there are."""
+    by_place = {(row.method, row.setting): row for row in found.rows}
+    settings = list(dict.fromkeys(row.setting for row in found.rows))
+    lines = [
+        [f"`{method}`", *(_accuracy(by_place.get((method, setting))) for setting in settings)]
+        for method in dict.fromkeys(row.method for row in found.rows)
+    ]
+    return _table(["", *settings], lines)
+
+
+def claims_table(found: Kept) -> str:
+    """The declared comparisons, points of accuracy, seed by seed."""
+    header = ["setting", "difference", "points (95 %)", "ahead on", "p", "p, Holm", "detectable", "verdict"]
+    return _table(header, map(_claim, found.comparisons))
+
+
+def rates_table(found: Kept) -> str:
+    """Validation accuracy of each rate that was tried, the chosen one in bold."""
+    assert found.tuning is not None
+    rates = sorted({rate for tuned in found.tuning.groups for rate in tuned.tried})
+    lines = []
+    for tuned in found.tuning.groups:
+        shown = {rate: "failed" if a is None else f"{100 * a:.1f}" for rate, a in tuned.tried.items()}
+        cells = [f"**{shown[rate]}**" if rate == tuned.rate else shown.get(rate, "") for rate in rates]
+        lines.append([f"`{tuned.group}`", *cells])
+    return _table(["", *(f"{rate:g}" for rate in rates)], lines)
+
+
+def _accuracy(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    values, seen = list(row.accuracy_by_seed.values()), row.accuracy
+    if len(values) <= ALL_SHOWN or seen.low is None or seen.high is None:
+        return ", ".join(f"{100 * value:.1f}" for value in values)
+    return f"{100 * seen.value:.1f} ({100 * seen.low:.1f} to {100 * seen.high:.1f}, n = {len(values)})"
+
+
+def _claim(found: Comparison) -> list[str]:
+    mean = found.mean
+    points = f"{100 * mean.value:+.1f}"
+    if mean.low is not None and mean.high is not None:
+        points += f" ({100 * mean.low:+.1f} to {100 * mean.high:+.1f})"
+    return [
+        found.setting,
+        f"`{found.method}` - `{found.baseline}`",
+        points,
+        f"{found.wins} of {len(found.differences)}",
+        "-" if found.p_value is None else f"{found.p_value:.3f}",
+        "-" if found.p_holm is None else f"{found.p_holm:.2f}",
+        "-" if found.detectable is None else f"{100 * found.detectable:.1f}",
+        found.verdict,
+    ]
+
+
+def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [header, ["---"] * len(header), *lines]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def texts() -> list[Path]:
+    """The published texts that have such tables."""
+    return [page for page in sorted(PUBLISHED.glob("*/README.md")) if MARKED.search(page.read_text())]
+
+
+if __name__ == "__main__":
+    for page in texts():
+        write_atomic(page, rewritten(page.read_text(), kept(page.parent.name)))
