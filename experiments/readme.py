@@ -1,28 +1,45 @@
-"""Rewrites the README's table of strategies from the rules' facts: ``python -m experiments.readme``."""
+"""Rewrites the README's tables, of strategies and of decided claims: ``python -m experiments.readme``."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from experiments.tables import decided_table, texts
 from fedlora.files import write_atomic
 from strategies.table import markdown_table
 
 README = Path(__file__).parent.parent / "README.md"
-MARKED = re.compile(r"(<!-- strategies\b[^\n]*-->\n).*?(\n<!-- /strategies -->)", re.S)
 
 
-def with_table(text: str) -> str:
-    """The page with the table of today between its markers."""
-    rewritten, count = MARKED.subn(lambda found: f"{found[1]}{markdown_table()}{found[2]}", text)
+def decided() -> str:
+    """Of all studies whose text shows its claims."""
+    return decided_table(page.parent.name for page in texts())
+
+
+TABLES: dict[str, Callable[[], str]] = {"strategies": markdown_table, "decided": decided}
+"""What stands between the marks of these names."""
+
+
+def with_tables(text: str) -> str:
+    """The page with the tables of today between their marks."""
+    for name, table in TABLES.items():
+        text = _with(text, name, table())
+    return text
+
+
+def _with(text: str, name: str, made: str) -> str:
+    marked = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(\n<!-- /{name} -->)", re.S)
+    text, count = marked.subn(lambda found: f"{found[1]}{made}{found[2]}", text)
     if count != 1:
-        raise SystemExit(f"the page has {count} tables between <!-- strategies --> markers, it must have one")
-    return rewritten
+        raise SystemExit(f"the page has {count} tables between <!-- {name} --> marks, it must have one")
+    return text
 
 
 def main(page: Path = README) -> None:
     """Write it."""
-    write_atomic(page, with_table(page.read_text()))
+    write_atomic(page, with_tables(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from fedlora.study.tuning import Trial, Tuning, choose, reported, trials
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"
 MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", re.S)
+CLAIM = ("setting", "difference", "points (95 %)", "ahead on", "p", "p, Holm", "detectable", "verdict")
 ALL_SHOWN = 4
 """So few seeds are shown one by one."""
 
@@ -78,8 +79,20 @@ def accuracy_table(found: Kept) -> str:
 
 def claims_table(found: Kept) -> str:
     """The declared comparisons, points of accuracy, seed by seed."""
-    header = ["setting", "difference", "points (95 %)", "ahead on", "p", "p, Holm", "detectable", "verdict"]
-    return _table(header, map(_claim, found.comparisons))
+    return _table(CLAIM, map(_claim, found.comparisons))
+
+
+def decided_table(names: Iterable[str]) -> str:
+    """What the kept cells of some studies have decided: one comparison a line."""
+    shown = ("setting", "difference", "points (95 %)", "p, Holm", "verdict")
+    lines = []
+    for name in names:
+        for comparison in kept(name).comparisons:
+            if comparison.verdict != "undecided":
+                claim = dict(zip(CLAIM, _claim(comparison), strict=True))
+                text = f"[{name}](experiments/published/{name}/README.md)"
+                lines.append([text, *(claim[column] for column in shown)])
+    return _table(["study", *shown], lines)
 
 
 def rates_table(found: Kept) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.readme import main, with_table
+from experiments.readme import main, with_tables
 from fedlora.cli import cli
 from strategies.table import markdown_table
 
@@ -17,8 +17,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_strategy_table_is_the_facts() -> None:
-    assert with_table(README) == README, "regenerate it: python -m experiments.readme"
+def test_the_tables_are_the_facts_and_the_results() -> None:
+    assert with_tables(README) == README, "regenerate it: python -m experiments.readme"
 
 
 def test_a_table_that_drifted_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ def test_a_table_that_drifted_is_rewritten_and_nothing_else(tmp_path: Path) -> N
 
 def test_a_page_without_its_markers_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="strategies"):
-        with_table("no markers")
+        with_tables("no markers")
 
 
 def test_the_command_shows_the_same_facts_as_the_table() -> None:
