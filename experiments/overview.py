@@ -48,8 +48,8 @@ STUDIES = (
         name="lora_fair",
         claim="LoRA-FAIR (Bian et al., ICCV 2025): it beats FedIT, FFA, FLoRA and FlexLoRA under feature "
         "shift, and under feature plus label shift; without its penalty (lambda = 0) it loses 4 points.",
-        found="2026-11-22, ten seeds: no. Alike FedAvg, FlexLoRA is ahead by 1.5 points under feature shift and "
-        "by 2.9 under both (part of it a tuned rate), FLoRA by 2.5 under both; lambda = 0 loses nothing.",
+        found="2026-11-22, ten seeds: no. Alike FedAvg, FlexLoRA is ahead by 1.5 points under feature shift "
+        "and by 2.9 under both (part of it a tuned rate), FLoRA by 2.5 under both; lambda = 0 loses nothing.",
     ),
     Study(
         name="exact",
