@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 BIN = Path(sys.executable).parent
 CONFIG = """
 seed = 3
-num-server-rounds = 5
+num-server-rounds = 12
 fraction-train = 0.5
 model = {{ name = "tiny" }}
 data = {{ name = "synthetic", evaluate-examples = 60 }}
