@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from experiments.marked import remade
 from experiments.publish import CELLS, read
-from experiments.tables import HERE, MARKED, PUBLISHED, planned
+from experiments.tables import HERE, PUBLISHED, planned
 from fedlora.files import write_atomic
 
 README = HERE / "README.md"
@@ -75,8 +76,7 @@ STUDIES = (
 
 def rewritten(text: str) -> str:
     """The page with what stands between its markers made anew."""
-    made = {"studies": _studies(), "communication": _communication()}
-    return MARKED.sub(lambda found: f"{found[1]}{made[found[2]]}{found[3]}", text)
+    return remade(text, {"studies": _studies, "communication": _communication})
 
 
 def _studies() -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
+from experiments.marked import marks, remade
 from experiments.tables import decided_table, texts
 from fedlora.files import write_atomic
 from strategies.table import markdown_table
@@ -24,17 +24,9 @@ TABLES: dict[str, Callable[[], str]] = {"strategies": markdown_table, "decided":
 
 def with_tables(text: str) -> str:
     """The page with the tables of today between their marks."""
-    for name, table in TABLES.items():
-        text = _with(text, name, table())
-    return text
-
-
-def _with(text: str, name: str, made: str) -> str:
-    marked = re.compile(rf"(<!-- {name}\b[^\n]*-->\n).*?(\n<!-- /{name} -->)", re.S)
-    text, count = marked.subn(lambda found: f"{found[1]}{made}{found[2]}", text)
-    if count != 1:
-        raise SystemExit(f"the page has {count} tables between <!-- {name} --> marks, it must have one")
-    return text
+    if sorted(marks(text)) != sorted(TABLES):
+        raise SystemExit(f"the page must have one table between marks for each of {', '.join(TABLES)}")
+    return remade(text, TABLES)
 
 
 def main(page: Path = README) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 
+from experiments.marked import markdown
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
 
 EXAMPLES, BATCH_SIZE, LOCAL_STEPS, DELTA = 2356, 48, 3, 1e-5
@@ -23,8 +24,8 @@ SETTINGS = ((5, 1.0), (20, 0.5))
 TARGETS = (1.0, 3.0, 6.0)
 
 
-def rows() -> list[str]:
-    """One line for each setting and target."""
+def rows() -> list[list[str]]:
+    """For each setting and target: noise multiplier and epsilon, on average to at most, three times."""
     rate = BATCH_SIZE / EXAMPLES
     lines = []
     for rounds, fraction in SETTINGS:
@@ -36,18 +37,20 @@ def rows() -> list[str]:
                 calibrate_noise(target, DELTA, fraction * rate, most),
                 calibrate_noise(target, DELTA, 1 / math.ceil(EXAMPLES / BATCH_SIZE), mean),
             )
-            told = [
-                f"{epsilon_spent(noise, rate, steps, DELTA):.2f}"
-                for noise in noises
-                for steps in (mean, most)
-            ]
-            cells = [f"{noise:.3f}, {told[2 * i]} to {told[2 * i + 1]}" for i, noise in enumerate(noises)]
-            lines.append(f"| {rounds}, {fraction:g} | {target:g} | {' | '.join(cells)} |")
+            spent = [_spent(noise, rate, mean, most) for noise in noises]
+            lines.append([f"{rounds}, {fraction:g}", f"{target:g}", *spent])
     return lines
 
 
+def accounting_table() -> str:
+    """The same in Markdown."""
+    return markdown(["rounds, fraction", "target", "ledger", "code until January 2026", "code since"], rows())
+
+
+def _spent(noise: float, rate: float, mean: int, most: int) -> str:
+    on_average, at_most = (epsilon_spent(noise, rate, steps, DELTA) for steps in (mean, most))
+    return f"{noise:.3f}, {on_average:.2f} to {at_most:.2f}"
+
+
 if __name__ == "__main__":
-    print(
-        "| rounds, fraction | target | ledger | code until January 2026 | code since |\n|---|---|---|---|---|"
-    )
-    print("\n".join(rows()))
+    print(accounting_table())

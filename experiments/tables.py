@@ -1,21 +1,24 @@
 """Rewrites the tables of ``experiments/published/*/README.md``: ``python -m experiments.tables``.
 
 A text says between which marks it wants which table: ``accuracy`` (a method a line, a setting a column),
-``claims`` (the comparisons that the study declares) or ``rates`` (the trials that tuned it). All are made of
-the cells that are kept there.
+``claims`` (the comparisons that the study declares) or ``rates`` (the trials that tuned it), all made of the
+cells that are kept there; or ``accounting``, see `experiments.released_accounting`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from experiments.marked import markdown, marks, remade
 from experiments.publish import unpack
+from experiments.released_accounting import accounting_table
 from fedlora.config import RunConfig, read_config
 from fedlora.files import write_atomic
+from fedlora.study import claims
 from fedlora.study.absent import applicable
 from fedlora.study.cells import Cell, expand
 from fedlora.study.comparisons import Comparison, compare
@@ -25,8 +28,8 @@ from fedlora.study.tuning import Trial, Tuning, choose, reported, trials
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"
-MARKED = re.compile(r"(<!-- (\w+) -->\n).*?(\n<!-- /\2 -->)", re.S)
-CLAIM = ("setting", "difference", "points (95 %)", "ahead on", "p", "p, Holm", "detectable", "verdict")
+SHOWN = ("Claim", "Difference in points", "Holm p", "Verdict")
+"""Of a decided claim, in the README."""
 ALL_SHOWN = 4
 """So few seeds are shown one by one."""
 
@@ -62,8 +65,8 @@ def kept(name: str) -> Kept:
 
 def rewritten(text: str, found: Kept) -> str:
     """A text with what stands between its marks made anew."""
-    make = {"accuracy": accuracy_table, "claims": claims_table, "rates": rates_table}
-    return MARKED.sub(lambda mark: f"{mark[1]}{make[mark[2]](found)}{mark[3]}", text)
+    tables = {"accuracy": accuracy_table, "claims": claims_table, "rates": rates_table}
+    return remade(text, {"accounting": accounting_table} | {n: partial(t, found) for n, t in tables.items()})
 
 
 def accuracy_table(found: Kept) -> str:
@@ -74,25 +77,29 @@ def accuracy_table(found: Kept) -> str:
         [f"`{method}`", *(_accuracy(by_place.get((method, setting))) for setting in settings)]
         for method in dict.fromkeys(row.method for row in found.rows)
     ]
-    return _table(["", *settings], lines)
+    return markdown(["", *settings], lines)
 
 
 def claims_table(found: Kept) -> str:
-    """The declared comparisons, points of accuracy, seed by seed."""
-    return _table(CLAIM, map(_claim, found.comparisons))
+    """The declared comparisons as the report has them: points of accuracy, seed by seed."""
+    return markdown(claims.HEADER, map(claims.line, found.comparisons))
 
 
 def decided_table(names: Iterable[str]) -> str:
     """What the kept cells of some studies have decided: one comparison a line."""
-    shown = ("setting", "difference", "points (95 %)", "p, Holm", "verdict")
-    lines = []
-    for name in names:
-        for comparison in kept(name).comparisons:
-            if comparison.verdict != "undecided":
-                claim = dict(zip(CLAIM, _claim(comparison), strict=True))
-                text = f"[{name}](experiments/published/{name}/README.md)"
-                lines.append([text, *(claim[column] for column in shown)])
-    return _table(["study", *shown], lines)
+    decided = [
+        (name, dict(zip(claims.HEADER, claims.line(comparison), strict=True)))
+        for name in names
+        for comparison in kept(name).comparisons
+        if comparison.verdict != "undecided"
+    ]
+    return markdown(
+        ["Study", *SHOWN],
+        (
+            [f"[{name}](experiments/published/{name}/README.md)", *(claim[column] for column in SHOWN)]
+            for name, claim in decided
+        ),
+    )
 
 
 def rates_table(found: Kept) -> str:
@@ -104,7 +111,7 @@ def rates_table(found: Kept) -> str:
         shown = {rate: "failed" if a is None else f"{100 * a:.1f}" for rate, a in tuned.tried.items()}
         cells = [f"**{shown[rate]}**" if rate == tuned.rate else shown.get(rate, "") for rate in rates]
         lines.append([f"`{tuned.group}`", *cells])
-    return _table(["", *(f"{rate:g}" for rate in rates)], lines)
+    return markdown(["", *(f"{rate:g}" for rate in rates)], lines)
 
 
 def _accuracy(row: Row | None) -> str:
@@ -116,31 +123,9 @@ def _accuracy(row: Row | None) -> str:
     return f"{100 * seen.value:.1f} ({100 * seen.low:.1f} to {100 * seen.high:.1f}, n = {len(values)})"
 
 
-def _claim(found: Comparison) -> list[str]:
-    mean = found.mean
-    points = f"{100 * mean.value:+.1f}"
-    if mean.low is not None and mean.high is not None:
-        points += f" ({100 * mean.low:+.1f} to {100 * mean.high:+.1f})"
-    return [
-        found.setting,
-        f"`{found.method}` - `{found.baseline}`",
-        points,
-        f"{found.wins} of {len(found.differences)}",
-        "-" if found.p_value is None else f"{found.p_value:.3f}",
-        "-" if found.p_holm is None else f"{found.p_holm:.2f}",
-        "-" if found.detectable is None else f"{100 * found.detectable:.1f}",
-        found.verdict,
-    ]
-
-
-def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [header, ["---"] * len(header), *lines]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
 def texts() -> list[Path]:
     """The published texts that have such tables."""
-    return [page for page in sorted(PUBLISHED.glob("*/README.md")) if MARKED.search(page.read_text())]
+    return [page for page in sorted(PUBLISHED.glob("*/README.md")) if marks(page.read_text())]
 
 
 if __name__ == "__main__":
