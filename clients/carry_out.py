@@ -19,6 +19,7 @@ from clients.canaries import Canaries
 from clients.evaluation import evaluate
 from clients.holdings import Holdings
 from clients.orders import Opened, open_order
+from clients.packed import packed_base
 from clients.resident import Resident, resident
 from clients.training import LocalResult, train_local
 from fedlora import wire
@@ -254,15 +255,16 @@ def _train(
         return train_within_budget(
             worker, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )
-    result = train_local(
-        worker.model,
-        worker.data.train,
-        worker.data.indices(node.partition_id),
-        worker.data.pad_token_id,
-        config.train,
-        local_steps=config.local_steps_of(node.partition_id),
-        seed=seed,
-    )
+    with packed_base(worker.model, worker.model.precision):
+        result = train_local(
+            worker.model,
+            worker.data.train,
+            worker.data.indices(node.partition_id),
+            worker.data.pad_token_id,
+            config.train,
+            local_steps=config.local_steps_of(node.partition_id),
+            seed=seed,
+        )
     return result, None
 
 

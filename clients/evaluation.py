@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from clients.batches import Indices, load_batch
+from clients.packed import packed_base
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
@@ -101,7 +103,8 @@ def evaluate(
     """
     module, task = (model.module, model.task) if isinstance(model, AdaptedModel) else (model, task)
     places = cut(examples, indices, batch_size, task.most_tokens)
-    outcomes = [run_batch(module, task, examples, indices[chosen], pad_token_id) for chosen in places]
+    with packed_base(model) if isinstance(model, AdaptedModel) else nullcontext():
+        outcomes = [run_batch(module, task, examples, indices[chosen], pad_token_id) for chosen in places]
     return assemble(examples, indices, places, outcomes)
 
 

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clients.cohort.packed import Forward, frozen_forwards
+from clients.packed import Forward, between, frozen_forwards, frozen_layers
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.models.layers import LinearLayer, head_tensors
 from fedlora.models.recomputed import recomputed
 
 Dropout = Callable[[Tensor], Tensor]
@@ -69,7 +68,7 @@ def row_wise(model: AdaptedModel, route: Route) -> Iterator[None]:
     """Inside, the model computes row-wise, in evaluation mode; afterwards it is as it was."""
     network = model.module
     layers = frozen_layers(model)
-    forwards = frozen_forwards(network, layers, pack=model.precision == torch.float32)
+    forwards = frozen_forwards(model, layers, model.precision)
     replaced: dict[str, Callable[..., Tensor]] = {}
     for name in layers:
         replaced[name] = _adapted(name, forwards[name], route) if name in model.modules else forwards[name]
@@ -79,24 +78,12 @@ def row_wise(model: AdaptedModel, route: Route) -> Iterator[None]:
     try:
         for name, forward in replaced.items():
             network.get_submodule(name).forward = forward
-        with recomputed(network, model.checkpointing):
+        with recomputed(network, model.checkpointing), between(model, model.precision):
             yield
     finally:
         for name in replaced:
             vars(network.get_submodule(name)).pop("forward", None)
         route.passage = None
-
-
-def frozen_layers(model: AdaptedModel) -> dict[str, LinearLayer]:
-    """The linear layers of the base by the names that they had before any adapter."""
-    head = {name.rpartition(".")[0] for name in head_tensors(model.module)}
-    found: dict[str, LinearLayer] = {}
-    inside: tuple[str, ...] = tuple(f"{name}." for name in model.modules)
-    for name, module in model.module.named_modules():
-        layer: Any = getattr(module, "base_layer", module) if name in model.modules else module
-        if isinstance(layer, LinearLayer) and name not in head and not name.startswith(inside):
-            found[name] = layer
-    return found
 
 
 def _adapted(name: str, frozen: Forward, route: Route) -> Callable[..., Tensor]:

@@ -102,13 +102,15 @@ class ClientWorker:
             batches: indices of test examples.
         """
         from clients.evaluation import run_batch
+        from clients.packed import packed_base
         from fedlora.engines.lending import borrow
 
         worker = borrow(loan)
         worker.model.load(*model)
         data = worker.data
         module, task = worker.model.module, worker.model.task
-        return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
+        with packed_base(worker.model):
+            return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
 
     def base_hashes(self, loan: Loan) -> Hashes:
         """See `fedlora.engines.lending.base_hashes`."""

@@ -10,8 +10,8 @@ from torch import nn
 
 from clients.cohort import private, train_cohort
 from clients.cohort.check import check_cohort
-from clients.cohort.layers import frozen_layers, why_alone
-from clients.cohort.packed import PackedLinear, frozen_forwards, packed
+from clients.cohort.layers import why_alone
+from clients.packed import PackedLinear, frozen_forwards, frozen_layers, packed
 from clients.training import train_local
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
@@ -84,7 +84,7 @@ def test_packed_layers_are_the_layers(tmp_path: Any) -> None:
     ):
         layers = frozen_layers(network)
         assert set(network.modules) < set(layers)
-        for name, forward in frozen_forwards(network.module, layers).items():
+        for name, forward in frozen_forwards(network, layers, torch.float32).items():
             width = network.modules[name].in_features if name in network.modules else None
             layer = layers[name]
             width = width or min(layer.weight.shape[::-1], key=lambda n: _fits(layer, n))
@@ -124,7 +124,7 @@ class Doubling(nn.Linear):
 def test_other_kinds_of_linear_layers_compute_what_they_compute() -> None:
     network = model(torch.float32)
     layer, x = Doubling(32, 32), torch.randn(2, 3, 32)
-    forward = frozen_forwards(network.module, {"layer": layer})["layer"]
+    forward = frozen_forwards(network, {"layer": layer}, torch.float32)["layer"]
     assert torch.equal(forward(x), layer(x))
 
 
