@@ -23,6 +23,10 @@ KEEP_ROUNDS = 2
 """Versions of a personal tensor set that are kept."""
 
 
+_verified: dict[Path, tuple[int, int]] = {}
+"""Files that this process has found whole, each with its time and size then."""
+
+
 class Holdings:
     """A client machine's store for one run; parts are also kept in memory once read."""
 
@@ -45,11 +49,23 @@ class Holdings:
             write_atomic(path, save({k: t.contiguous() for k, t in tensors.items()}))
         self._parts[name] = tensors
 
+    def has(self, name: str) -> bool:
+        """Whether `get` gives the part of that digest.
+
+        A file that this process has read before and that nobody has touched since is not read again: a base
+        that moves in every round has as many parts as rounds.
+        """
+        if name in self._parts:
+            return True
+        path = self._part(name)
+        stamp = _stamp(path)
+        return stamp is not None and (_verified.get(path) == stamp or _whole(path, name) is not None)
+
     def get(self, name: str) -> Tensors | None:
         """The part of that digest, or None if it is not here or damaged."""
         if name not in self._parts:
-            tensors = _read(self._part(name))
-            if tensors is None or digest(tensors) != name:
+            tensors = _whole(self._part(name), name)
+            if tensors is None:
                 return None
             self._parts[name] = tensors
         return self._parts[name]
@@ -73,6 +89,23 @@ class Holdings:
 
     def _personal(self, partition_id: int) -> Path:
         return self.directory / "personal" / str(partition_id)
+
+
+def _whole(path: Path, name: str) -> Tensors | None:
+    """The part in a file, or None if it has not that digest."""
+    stamp, tensors = _stamp(path), _read(path)
+    if stamp is None or tensors is None or digest(tensors) != name:
+        return None
+    _verified[path] = stamp
+    return tensors
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def _read(path: Path) -> Tensors | None:

@@ -59,7 +59,7 @@ def open_order(order: wire.TrainOrder, holdings: Holdings) -> Opened | wire.Repl
                 holdings.keep(name, tensors)
     except ValueError as error:
         raise UpdateRefused(str(error)) from None
-    missing = tuple(name for name in order.needs.digests if holdings.get(name) is None)
+    missing = tuple(name for name in order.needs.digests if not holdings.has(name))
     if missing:
         return wire.Reply(status=wire.MISSING, missing=missing)
     held = Tensors()

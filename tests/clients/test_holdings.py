@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from clients import holdings
 from clients.holdings import Holdings
 from fedlora.updates import digest
 
@@ -35,6 +36,23 @@ def test_a_damaged_part_counts_as_missing(damage: object, tmp_path: Path) -> Non
     (path,) = tmp_path.rglob("*.safetensors")
     path.write_bytes(damage(path.read_bytes()))  # type: ignore[operator]
     assert Holdings(tmp_path).get(digest(PART)) is None
+
+
+def test_a_part_is_read_once_as_long_as_its_file_is_untouched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each message has a store of its own; a base that has moved a hundred times has a hundred parts."""
+    name = digest(PART)
+    Holdings(tmp_path).keep(name, PART)
+    assert Holdings(tmp_path).has(name)
+    with monkeypatch.context() as patched:
+        patched.setattr(holdings, "_read", lambda _: pytest.fail("was read again"))
+        assert Holdings(tmp_path).has(name)
+    (file,) = (tmp_path / "parts").iterdir()
+    file.write_bytes(file.read_bytes()[:-1])
+    assert not Holdings(tmp_path).has(name)
+    file.unlink()
+    assert not Holdings(tmp_path).has(name)
 
 
 def test_a_round_that_is_run_again_starts_from_the_same_own_tensors(tmp_path: Path) -> None:

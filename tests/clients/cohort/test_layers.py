@@ -11,7 +11,6 @@ from torch import nn
 from clients.cohort import private, train_cohort
 from clients.cohort.check import check_cohort
 from clients.cohort.layers import why_alone
-from clients.packed import PackedLinear, frozen_forwards, frozen_layers, packed
 from clients.training import train_local
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
@@ -76,56 +75,12 @@ def test_a_base_that_moved_is_the_one_that_is_used() -> None:
     assert same_bits(before[0], again[0])
 
 
-def test_packed_layers_are_the_layers(tmp_path: Any) -> None:
-    """nn.Linear and Conv1D, forwards and backwards."""
-    for network in (
-        model(torch.float32),
-        model(torch.float32, name=str(save_tiny_gpt2(tmp_path)), targets="c_attn"),
-    ):
-        layers = frozen_layers(network)
-        assert set(network.modules) < set(layers)
-        for name, forward in frozen_forwards(network, layers, torch.float32).items():
-            width = network.modules[name].in_features if name in network.modules else None
-            layer = layers[name]
-            width = width or min(layer.weight.shape[::-1], key=lambda n: _fits(layer, n))
-            x = torch.randn(3, 5, width, requires_grad=True)
-            y, wanted = forward(x), type(layer).forward(layer, x)
-            assert type(y.grad_fn).__name__ == f"{PackedLinear.__name__}Backward"
-            torch.testing.assert_close(y, wanted, rtol=1e-5, atol=1e-5)
-            g = torch.randn_like(y)
-            back = [torch.autograd.grad(out, x, g)[0] for out in (y, wanted)]
-            torch.testing.assert_close(*back, rtol=1e-5, atol=1e-5)
-            assert packed(layer) is packed(layer)
-
-
-def _fits(layer: Any, width: int) -> int:
-    try:
-        type(layer).forward(layer, torch.zeros(1, width))
-    except RuntimeError:
-        return 1
-    return 0
-
-
 def test_a_head_that_is_not_linear_trains_alone() -> None:
     network = model(torch.float32)
     assert why_alone(network) == ""
     network.module.classifier = nn.LayerNorm(32)
     head = AdaptedModel(network.module, list(network.modules))
     assert why_alone(head) == "the head's classifier is a LayerNorm, not a linear layer"
-
-
-class Doubling(nn.Linear):
-    """A kind of linear layer that computes something else."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * super().forward(x)
-
-
-def test_other_kinds_of_linear_layers_compute_what_they_compute() -> None:
-    network = model(torch.float32)
-    layer, x = Doubling(32, 32), torch.randn(2, 3, 32)
-    forward = frozen_forwards(network, {"layer": layer}, torch.float32)["layer"]
-    assert torch.equal(forward(x), layer(x))
 
 
 @pytest.mark.parametrize(
