@@ -42,8 +42,8 @@ STUDIES = (
     Study(
         name="flora",
         claim="FLoRA (Wang et al., NeurIPS 2024): with mixed ranks exact stacking beats averages of "
-        "the factors and zero-padding. Beside it: what starting anew in each round costs where local "
-        "steps are few.",
+        "the factors and zero-padding. Beside it: what starting anew in each round costs, where local "
+        "steps are many and where they are few.",
     ),
     Study(
         name="lora_fair",

@@ -185,7 +185,8 @@ class TrainConfig:
     max_grad_norm: float = 0.0
     """Clip the batch gradient to this norm (not DP); 0 means never."""
     precision: str = "float32"
-    """``float32``, or ``bfloat16``: forward and backward passes in half precision; factors stay float32."""
+    """``float32``, or ``bfloat16``: passes in half precision, on a CPU its products with the frozen base;
+    factors stay float32."""
     gradient_checkpointing: bool = False
     """Keep the inputs of a transformer's blocks alone and compute the rest again: less memory, more time."""
     proximal_mu: float = 0.0
