@@ -113,7 +113,7 @@ def progress(name: str) -> tuple[int, int]:
 def hours(name: str) -> float:
     """What the kept cells of a study took, one after the other, whatever else the machine did."""
     results = (json.loads(files["result.json"]) for files in read(PUBLISHED / name).values())
-    return sum(result["seconds"] for result in results) / 3600
+    return sum(float(result["seconds"]) for result in results) / 3600
 
 
 def _communication() -> str:

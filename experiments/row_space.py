@@ -21,7 +21,11 @@ from strategies.registry import make_rule
 from strategies.rule import Rule
 
 SIZE, TRUE_RANK, RANK, CLIENTS, ROUNDS, STEPS, RATE = 64, 8, 4, 4, 60, 20, 0.1
-RULES = (("ffa", {"init_a": "orthonormal"}), ("fedsvd", {"init_a": "orthonormal"}), ("fedsvd-renew", {}))
+RULES: tuple[tuple[str, dict[str, str]], ...] = (
+    ("ffa", {"init_a": "orthonormal"}),
+    ("fedsvd", {"init_a": "orthonormal"}),
+    ("fedsvd-renew", {}),
+)
 RESULT = Path(__file__).parent / "published" / "adaptive" / "row_space.json"
 
 
@@ -61,7 +65,8 @@ def _trained(rule: Rule, state: State, client: int, wanted: torch.Tensor) -> Cli
 
 def _matrix(seed: int, name: str, rank: int) -> torch.Tensor:
     g = torch_stream(seed, "row-space", name)
-    return torch.randn(SIZE, rank, generator=g) @ torch.randn(rank, SIZE, generator=g) / SIZE**0.5
+    left, right = torch.randn(SIZE, rank, generator=g), torch.randn(rank, SIZE, generator=g)
+    return torch.div(torch.mm(left, right), SIZE**0.5)
 
 
 if __name__ == "__main__":
