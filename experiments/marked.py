@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-MARKED = re.compile(r"(<!-- (\w+)\b[^\n]*-->\n).*?(\n<!-- /\2 -->)", re.S)
+MARKED = re.compile(r"(<!-- (\w+)\b[^\n]*-->\n)(?:.*?\n)??(<!-- /\2 -->)", re.S)
 
 
 def marks(text: str) -> list[str]:
@@ -15,7 +15,7 @@ def marks(text: str) -> list[str]:
 
 def remade(text: str, make: Mapping[str, Callable[[], str]]) -> str:
     """A text with everything that stands between marks made anew, each by the function of its name."""
-    return MARKED.sub(lambda found: f"{found[1]}{make[found[2]]()}{found[3]}", text)
+    return MARKED.sub(lambda found: f"{found[1]}{make[found[2]]()}\n{found[3]}", text)
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
