@@ -56,9 +56,9 @@ STUDIES = (
         name="exact",
         claim="Exact aggregation is better (FedEx-LoRA, FLoRA, FedMomentum; FlexLoRA's SVD) than FedIT, at "
         "the same total of local steps: 100 rounds of 1, 10 of 10, 2 of 50.",
-        found="2026-11-23, ten seeds: nowhere certain. Averaging is the less exact the less often one averages, "
-        "but only in two rounds of 50 are FedEx (+0.9) and FLoRA (+0.8) ahead, not certain after Holm's "
-        "correction; FlexLoRA is alike there, FLoRA alike FedEx.",
+        found="2026-11-23, ten seeds: nowhere certain. Averaging is the less exact the less often one "
+        "averages, but only in two rounds of 50 are FedEx (+0.9) and FLoRA (+0.8) ahead, not certain after "
+        "Holm's correction; FlexLoRA is alike there, FLoRA alike FedEx.",
     ),
     Study(
         name="privacy",
