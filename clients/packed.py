@@ -22,7 +22,8 @@ from fedlora.models import AdaptedModel
 from fedlora.models.layers import LinearLayer, head_tensors, is_transposed
 
 MOST_BYTES = 256 * 2**20
-"""Weights of a model that are laid out at most: each is kept twice more, for either direction."""
+"""Weights of a model that are laid out at most: each is kept twice more, for either direction, and half as
+much again where training is in bfloat16, evaluation in float32."""
 ROWS = 512
 """Tokens of a pass for which the layout is chosen."""
 Forward = Callable[[Tensor], Tensor]
@@ -36,12 +37,14 @@ def packed_base(model: AdaptedModel, precision: torch.dtype = torch.float32) -> 
         model: any; where packing does not pay, nothing changes.
         precision: of passes, as in `AdaptedModel.computing`.
     """
+    if not packs(model, precision):
+        yield
+        return
     layers = frozen_layers(model)
-    forwards = frozen_forwards(model, layers, precision)
     try:
-        for name, forward in forwards.items():
+        for name, forward in frozen_forwards(model, layers, precision).items():
             vars(layers[name])["forward"] = forward
-        with between(model, precision):
+        with model.computing(torch.float32):
             yield
     finally:
         for layer in layers.values():

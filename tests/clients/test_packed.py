@@ -129,6 +129,7 @@ def test_where_nothing_is_packed_the_precision_is_that_of_the_pass(monkeypatch: 
     layer = frozen_layers(network)[next(iter(network.modules))]
     layer.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
     with packed_base(network, network.precision), network.computing():
+        assert _overlaid(network) == []
         network.module(
             **{name: torch.ones(1, 4, dtype=torch.long) for name in ("input_ids", "attention_mask")}
         )
