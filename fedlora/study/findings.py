@@ -95,7 +95,8 @@ def _contest(rows: Sequence[Row]) -> Contest:
 
 
 def _joined(sentences: Iterable[Markup]) -> Markup:
-    return Markup(" ").join(filter(None, sentences))
+    """One after the other; what is said of several settings in the same words is said once."""
+    return Markup(" ").join(dict.fromkeys(filter(None, sentences)))
 
 
 def _name(row: Row) -> Markup:

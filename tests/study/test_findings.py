@@ -60,6 +60,14 @@ def test_without_the_control_nothing_is_claimed_about_it() -> None:
     assert not findings.failing
 
 
+def test_what_holds_for_several_settings_in_the_same_words_is_said_once() -> None:
+    settings = ("many", "few")
+    findings = found(
+        *(result(name, setting=s, accuracy=0.8) for name in ("fedavg", "flora") for s in settings)
+    )
+    assert text(findings.verdict).count("head-only was not run") == 1
+
+
 def test_strategies_too_close_to_tell_are_named() -> None:
     assert found(*study()).rivals == "This study does not tell lora-fair apart from fedavg (81.7%)."
     assert not found(result("flora", accuracy=0.8), result("ffa", accuracy=0.7)).rivals
