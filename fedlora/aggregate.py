@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models.adapter_group import AdapterGroup, gather
-from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, global_product, write_adapter
+from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, write_adapter
 from fedlora.models.merged import Base, open_base, write_merged
 from fedlora.models.peft_files import read_adapter
 from fedlora.models.plain_lora import CONFIG_FILE
@@ -133,7 +133,7 @@ def _write(
             **group.identity,
         )  # fmt: skip
         return tuple(sorted({factors.rank for factors in adapters.values()})), []
-    products = {name: global_product(state, name) for name in state.adapters}
+    products = {name: state.product(name) for name in state.adapters}
     lost = write_merged(out, base, products, state.head)
     dtype = str(base.model.dtype).removeprefix("torch.")
     note = f"the base is {dtype}: rounding changed the update by {100 * lost:.2g} % of its norm"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 
+from flwr.app import ArrayRecord
+
 from clients.resident import Resident
 from fedlora.client_level import client_mechanism
 from fedlora.config import RunConfig
@@ -18,6 +20,13 @@ from fedlora.updates import ClientSpec, Template
 from strategies.courier import ClientSettings
 from strategies.flower import FactorStrategy
 from strategies.rule import Rule
+
+
+class OwnStrategy(FactorStrategy):
+    """The strategy of a fedlora run, which writes the adapter from the state: nobody is given arrays."""
+
+    def arrays(self) -> ArrayRecord:
+        return ArrayRecord()
 
 
 def assemble(
@@ -51,7 +60,7 @@ def assemble(
         worker.model.check_rank(rank)
     if config.train.gradient_checkpointing:
         blocks(worker.model.module)
-    strategy = FactorStrategy(
+    strategy = OwnStrategy(
         rule,
         fraction_train=config.fraction_train,
         min_train_nodes=config.min_train_nodes,

@@ -145,6 +145,16 @@ def scale(factor: float, product: Product) -> Product:
     return Product(product.left, factor * product.right)
 
 
+def bounded(product: Product) -> Product:
+    """The same matrix at a rank of min(out, in) at most: itself, or the smaller identity times the matrix."""
+    out_features, in_features = product.left.shape[0], product.right.shape[1]
+    if product.rank_bound <= min(out_features, in_features):
+        return product
+    if out_features < in_features:
+        return Product(torch.eye(out_features, dtype=product.left.dtype), product.dense())
+    return Product(product.dense(), torch.eye(in_features, dtype=product.left.dtype))
+
+
 def inner(p: Product, q: Product) -> float:
     """Frobenius inner product ``<P, Q> = sum[(L_P^T L_Q) * (R_P R_Q^T)]``, in float64.
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import Tensor
 
 from fedlora.errors import FactorShapeError
-from fedlora.factors import AdapterSet, Product, Tensors
+from fedlora.factors import AdapterSet, Product, Tensors, add, as_product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,3 +184,14 @@ class State:
     base: tuple[Patch, ...] = ()
     memory: Tensors = field(default_factory=dict)
     seed: int = 0
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """The layers whose base weight a patch has changed."""
+        return frozenset(name for patch in self.base for name in patch.products)
+
+    def product(self, name: str) -> Product:
+        """What the global model adds to one layer of the pristine base: its patches and its adapter."""
+        patches = [patch.products[name] for patch in self.base if name in patch.products]
+        adapter = self.adapters[name]
+        return add(*patches, as_product(adapter)) if adapter.B.any() or not patches else add(*patches)

@@ -31,7 +31,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fedlora.factors import LoraFactors, Product
+from fedlora.factors import LoraFactors, Product, bounded
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged, Weighted, mean_a, mean_b
 from strategies.rule import Rule
@@ -75,19 +75,9 @@ def residual(clients: Sequence[Weighted], mean: LoraFactors) -> Product:
         right = (client.weight * mean.scaling) * (f.A - _sized(common, f.rank))
         lefts.append(left[:, vanishes:])
         rights.append(right[vanishes:])
-    return _small(Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0)))
+    return bounded(Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0)))
 
 
 def _sized(rows: Tensor, rank: int) -> Tensor:
     """The leading ``rank`` rows, zeros where there are fewer."""
     return torch.nn.functional.pad(rows[:rank], (0, 0, 0, max(0, rank - rows.shape[0])))
-
-
-def _small(p: Product) -> Product:
-    """The same matrix at a rank of min(out, in) at most."""
-    out_features, in_features = p.left.shape[0], p.right.shape[1]
-    if p.rank_bound <= min(out_features, in_features):
-        return p
-    if out_features < in_features:
-        return Product(torch.eye(out_features, dtype=p.left.dtype), p.dense())
-    return Product(p.dense(), torch.eye(in_features, dtype=p.left.dtype))

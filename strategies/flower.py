@@ -23,6 +23,7 @@ from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefus
 from fedlora.updates import ClientSpec, ClientUpdate, State, Template
 from strategies.client_dp import ClientDP
 from strategies.courier import ClientSettings, Courier
+from strategies.global_adapter import stacked_adapters
 from strategies.intake import NUM_EXAMPLES, accept
 from strategies.metrics import mean_loss, mean_metrics
 from strategies.report import RoundReport
@@ -118,8 +119,7 @@ class FactorStrategy(Strategy):
         """Run the rounds after ``self.state.round`` up to ``num_rounds``; arguments as in Flower.
 
         Returns:
-            Flower's Result; its ``arrays`` are the global adapter under PEFT's keys. For rules that
-            move the base, the patches are in ``self.state.base``.
+            Flower's Result; its ``arrays`` are `arrays` after the last round.
 
         Raises:
             RunFailed: too few clients connected, or too few valid updates in a round.
@@ -127,19 +127,20 @@ class FactorStrategy(Strategy):
         if self.state is None:
             self.state = self.begin(template_of(initial_arrays, self.scaling, self.rule.init_a))
         self.summary()
-        result = Result()
+        result, arrays = Result(), self.arrays()
         for server_round in range(self.state.round + 1, num_rounds + 1):
             self.report = RoundReport(server_round=server_round)
-            self._train_round(server_round, grid, timeout, train_config or ConfigRecord(), result)
+            train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+            arrays = self._train_round(server_round, arrays, grid, timeout, train, result)
             if self.clients_evaluate(server_round):
-                self._evaluate_round(server_round, grid, timeout, evaluate_config or ConfigRecord(), result)
+                self._evaluate_round(server_round, arrays, grid, timeout, evaluate, result)
             if evaluate_fn is not None:
-                metrics = evaluate_fn(server_round, self.arrays())
+                metrics = evaluate_fn(server_round, arrays)
                 if metrics is not None:
                     result.evaluate_metrics_serverapp[server_round] = metrics
             if self.on_round is not None:
                 self.on_round(self.report)
-        result.arrays = self.arrays()
+        result.arrays = arrays
         return result
 
     def begin(self, template: Template) -> State:
@@ -147,19 +148,22 @@ class FactorStrategy(Strategy):
         return rounded_state(self.rule.init(template, self.seed), self._dtype)
 
     def _train_round(
-        self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
-    ) -> None:
-        messages = self.configure_train(server_round, self.arrays(), config, grid)
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
+        result: Result,
+    ) -> ArrayRecord:  # fmt: skip
+        messages = self.configure_train(server_round, arrays, config, grid)
         sent = _config(config, server_round)
         replies = self.courier.exchange(grid, messages, MessageType.TRAIN, sent, timeout)
-        _, metrics = self.aggregate_train(server_round, replies)
+        after, metrics = self.aggregate_train(server_round, replies)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
+        return arrays if after is None else after
 
     def _evaluate_round(
-        self, server_round: int, grid: Grid, timeout: float, config: ConfigRecord, result: Result
-    ) -> None:
-        messages = self.configure_evaluate(server_round, self.arrays(), config, grid)
+        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
+        result: Result,
+    ) -> None:  # fmt: skip
+        messages = self.configure_evaluate(server_round, arrays, config, grid)
         sent = _config(config, server_round)
         replies = self.courier.exchange(grid, messages, MessageType.EVALUATE, sent, timeout)
         metrics = self.aggregate_evaluate(server_round, replies)
@@ -237,10 +241,14 @@ class FactorStrategy(Strategy):
     # --- pieces ---------------------------------------------------------------------------------------
 
     def arrays(self) -> ArrayRecord:
-        """The global adapter and head under PEFT's keys; a core is folded into A, as PEFT has none."""
+        """The whole global model over the pristine base: adapter and head under PEFT's keys.
+
+        Base patches are in it, see `strategies.global_adapter`: after them a layer's rank may be any up to
+        min(out, in), and its scaling is ``self.scaling`` as before. `strategies.arrays` loads such arrays
+        into a PEFT model and writes PEFT's directories.
+        """
         assert self.state is not None
-        adapters = {name: factors.folded() for name, factors in self.state.adapters.items()}
-        return wire.to_record(wire.to_peft(adapters, self.state.head))
+        return wire.to_record(wire.to_peft(stacked_adapters(self.state), self.state.head))
 
     def _default_spec(self, partition_id: int) -> ClientSpec:
         assert self.state is not None

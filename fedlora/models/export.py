@@ -21,7 +21,7 @@ from fedlora.built_in import RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.decompositions import svd
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors, add, as_product
+from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
 from fedlora.peft_keys import to_peft
@@ -152,22 +152,17 @@ def _identity(card: AdapterCard) -> dict[str, Any]:
     return {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(card)}
 
 
-def global_product(state: State, name: str) -> Product:
-    """What the global model adds to one layer of the pristine base: its patches and its adapter."""
-    patches = (patch.products[name] for patch in state.base if name in patch.products)
-    return add(*patches, as_product(state.adapters[name]))
-
-
 def global_adapters(state: State) -> AdapterSet:
     """Adapters that make the global model from the pristine base, ranks differing by layer if need be.
 
     Where the base never moved this is the state's own adapter, bit for bit (a core is folded into A). A
     layer with patches gets the SVD of patches + adapter, at most min(out, in) directions, with scaling 1.
     """
-    moved = {name for patch in state.base for name in patch.products}
 
     def whole(name: str) -> LoraFactors:
-        return _recompressed(global_product(state, name)) if name in moved else state.adapters[name].folded()
+        if name in state.moved:
+            return _recompressed(state.product(name))
+        return state.adapters[name].folded()
 
     return dict(zip(state.adapters, side_by_side(whole, state.adapters), strict=True))
 
