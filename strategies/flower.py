@@ -98,7 +98,7 @@ class FactorStrategy(Strategy):
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
-        self.roster = Roster()
+        self.roster = Roster(closed=partitions is not None)
         self.courier = Courier(rule.init_a, wire_dtype, packed=packed, client_settings=client_settings)
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
         self.on_round: Callable[[RoundReport], None] | None = None

@@ -2,7 +2,11 @@
 
 A Grid that knows its partitions says so (``grid.partition_ids``). Elsewhere nodes not yet known are
 asked by a ``query`` message, again every round, because nodes join, leave and return. A node whose
-ClientApp has no answer (an app that is not fedlora's) is numbered by its place among the sorted node ids.
+ClientApp has no answer (an app that is not fedlora's) gets the next number that nobody has had, in the order
+of node ids: it keeps it for as long as it keeps its node id, and a node that comes back under another id is a
+new client. So does a second node that claims a partition which another connected node holds. Where the
+partitions are a closed list (``closed``, or a roll), numbers are not given away: a node without an answer
+takes no part, unless no node has one, and of two nodes with one partition the first one keeps it.
 Where a roll says which node stands for which partition, a node that claims another one takes no part.
 """
 
@@ -31,14 +35,17 @@ class Roster:
 
     Args:
         roll: which node stands for which partition; None takes the nodes' word.
+        closed: the partitions are a fixed list, of which no number is given to a node that claims none.
 
     Attributes:
         refused: partition id -> why the node that stands for it takes no part; as of the last `refresh`.
     """
 
-    def __init__(self, roll: Roll | None = None) -> None:
+    def __init__(self, roll: Roll | None = None, *, closed: bool = False) -> None:
         self._partition_of: dict[int, int] = {}
+        self._numbered: set[int] = set()
         self._roll = roll
+        self._closed = closed or roll is not None
         self._stands_for: Mapping[int, int | None] = {}
         self._strangers: set[int] = set()
         self.refused: dict[int, str] = {}
@@ -47,26 +54,29 @@ class Roster:
         """Node id by partition id of everybody connected, once at least ``minimum`` are.
 
         Raises:
-            RunFailed: fewer connected within ``timeout`` seconds, or two nodes claim one partition.
+            RunFailed: fewer connected within ``timeout`` seconds, or, where the partitions are a closed
+                list, two nodes that were not known before claim one of them.
         """
         known = getattr(grid, "partition_ids", None)
         nodes = _wait_for(lambda: self._connected(grid), minimum, timeout)
+        earlier = set(self._partition_of)
         if known is not None:
             self._partition_of = dict(known)
         else:
-            self._ask(grid, [node for node in nodes if node not in self._partition_of])
-        present: dict[int, int] = {}
+            unknown = [node for node in nodes if node not in self._partition_of]
+            self._partition_of |= _ask(grid, unknown)
+            self._number([node for node in unknown if node not in self._partition_of])
         self.refused = {}
-        for node in nodes:
+        present: dict[int, int] = {}
+        for node in sorted(nodes, key=lambda node: (node not in earlier, node not in self._numbered, node)):
             partition = self._partition_of.get(node)
             if partition is None or self._lies(node, partition):
                 continue
             if partition in present:
-                raise RunFailed(
-                    f"two connected nodes claim partition {partition}: give each its own partition-id"
-                )
-            present[partition] = node
-        return present
+                partition = self._second(node, partition, first=present[partition], earlier=earlier)
+            if partition is not None:
+                present[partition] = node
+        return dict(sorted(present.items()))
 
     def _connected(self, grid: Grid) -> list[int]:
         """The connected nodes, sorted; those that are not on the roll are named once and left out."""
@@ -87,23 +97,51 @@ class Roster:
         self.refused[partition] = f"its node claims partition {claimed}, but its key stands for {partition}"
         return True
 
-    def _ask(self, grid: Grid, unknown: list[int]) -> None:
-        if not unknown:
+    def _number(self, silent: list[int]) -> None:
+        """Numbers for nodes that do not say their partition, where none of a closed list is given away."""
+        if not silent or self._roll is not None:
             return
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
-        for reply in grid.send_and_receive(questions, timeout=QUERY_TIMEOUT):
-            if reply.has_content() and "config" in reply.content.config_records:
-                answer = reply.content.config_records["config"].get("partition-id")
-                if isinstance(answer, int):
-                    self._partition_of[reply.metadata.src_node_id] = answer
-        silent = sorted(node for node in unknown if node not in self._partition_of)
-        if silent and not self._partition_of and self._roll is None:
-            log(
-                WARNING,
-                "%s nodes do not say their partition: numbered by node id, not reproducible",
-                len(silent),
-            )
-            self._partition_of = {node: index for index, node in enumerate(silent)}
+        if self._closed and self._partition_of.keys() - self._numbered:
+            return
+        log(
+            WARNING, "%s nodes do not say their partition: numbered by node id, not reproducible", len(silent)
+        )
+        for node in sorted(silent):
+            self._give_number(node)
+
+    def _give_number(self, node: int) -> int:
+        self._numbered.add(node)
+        self._partition_of[node] = max(self._partition_of.values(), default=-1) + 1
+        return self._partition_of[node]
+
+    def _second(self, node: int, partition: int, *, first: int, earlier: set[int]) -> int | None:
+        """The number of a node whose partition is another's, or None where it takes no part."""
+        if not self._closed:
+            self._partition_of.pop(node)
+            number = self._give_number(node)
+            log(WARNING, "two nodes claim partition %s: one takes part as %s", partition, number)
+            return number
+        if first in earlier:
+            self._partition_of.pop(node)  # asked again: the other one may have left by then
+            log(WARNING, "node %s takes no part: partition %s is another connected node's", node, partition)
+            return None
+        raise RunFailed(f"two connected nodes claim partition {partition}: give each its own partition-id")
+
+
+def _ask(grid: Grid, nodes: list[int]) -> dict[int, int]:
+    """The partitions that these nodes say they hold; nodes without an answer are left out."""
+    if not nodes:
+        return {}
+    questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found = {}
+    for reply in grid.send_and_receive(questions, timeout=QUERY_TIMEOUT):
+        if reply.has_error():
+            continue
+        for config in reply.content.config_records.values():
+            answer = config.get("partition-id")
+            if type(answer) is int and answer >= 0:
+                found[reply.metadata.src_node_id] = answer
+    return found
 
 
 def _wait_for(connected: Callable[[], list[int]], minimum: int, timeout: float) -> list[int]:
