@@ -56,7 +56,8 @@ def _data(data: Prepared) -> list[object]:
 
 def _examples(examples: Examples) -> list[str | None]:
     arrays = (getattr(examples, name) for name in ("tokens", "offsets", "labels", "domains", "counted"))
-    return [repr(examples.image), *(None if array is None else _array(array) for array in arrays)]
+    found = [repr(examples.image), *(None if array is None else _array(array) for array in arrays)]
+    return found if examples.types is None else [*found, _array(examples.types)]
 
 
 def _array(array: np.ndarray) -> str:

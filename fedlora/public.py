@@ -72,7 +72,7 @@ def first_inputs(worker: Resident, config: RunConfig, number: int) -> InputMomen
                 moments.add(name, x[mask.bool()] if mask is not None and tokens else x.flatten(0, -2))
 
             with model.base.watched_inputs(see):
-                model.module(**inputs(batch))
+                model.module(**inputs(model.module, batch))
     return moments
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +44,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         del os.environ["FEDLORA_CACHE"]
     else:
         os.environ["FEDLORA_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The directory of a tiny random model of a family, see `tests.models.families`; each made once."""
+    home = tmp_path_factory.mktemp("families")
+
+    def directory(family: str, kind: str = "SequenceClassification", **more: Any) -> Path:
+        from tests.models.families import save
+
+        path = home / "-".join([family, kind, *(f"{name}={value}" for name, value in more.items())])
+        return path if path.exists() else save(path, family, kind, **more)
+
+    return directory

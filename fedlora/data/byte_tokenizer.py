@@ -20,12 +20,12 @@ class ByteTokenizer:
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> Sequence[Sequence[int]]:
+    ) -> tuple[Sequence[Sequence[int]], None]:
         """Token ids of each text (and the end token, and its pair), cut to ``max_length``."""
         ids = self.pieces(texts)
         if pairs is not None:
             ids = [[*a, END, *b] for a, b in zip(ids, self.pieces(pairs), strict=True)]
-        return [[*row[: max_length - 1], END] for row in ids]
+        return [[*row[: max_length - 1], END] for row in ids], None
 
     def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
         """Token ids of each text, whole and without specials."""

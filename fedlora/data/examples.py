@@ -29,6 +29,7 @@ class Examples:
         labels: int64, shape (examples,).
         domains: index into the domain names, -1 where there are none, int32, shape (examples,).
         counted: for each token whether the loss counts it, uint8; None where that goes without saying.
+        types: the type of each token (which text of a pair it is of), uint8; None where all are 0.
         image: the form of the images; None where the examples are texts.
     """
 
@@ -37,6 +38,7 @@ class Examples:
     labels: np.ndarray
     domains: np.ndarray
     counted: np.ndarray | None = None
+    types: np.ndarray | None = None
     image: ImageFormat | None = None
 
     def __len__(self) -> int:
@@ -51,6 +53,7 @@ class Examples:
         return replace(
             self, tokens=self.tokens[:0], offsets=self.offsets[:1], labels=self.labels[:0],
             domains=self.domains[:0], counted=None if self.counted is None else self.counted[:0],
+            types=None if self.types is None else self.types[:0],
         )  # fmt: skip
 
     @property
@@ -76,7 +79,8 @@ def open_examples(path: Path) -> Examples:
         offsets=_view(ids, np.int64, rows + 1),
         labels=_view(batch.column("label"), np.int64, rows),
         domains=_view(batch.column("domain"), np.int32, rows),
-        counted=_counted(batch),
+        counted=_by_token(batch, "counted"),
+        types=_by_token(batch, "types"),
         image=None if form is None else ImageFormat(**json.loads(form)),
     )
 
@@ -86,11 +90,11 @@ def with_form(batch: pa.RecordBatch, form: ImageFormat | None) -> pa.RecordBatch
     return batch if form is None else batch.replace_schema_metadata({IMAGE: json.dumps(asdict(form))})
 
 
-def _counted(batch: pa.RecordBatch) -> np.ndarray | None:
-    if "counted" not in batch.schema.names:
+def _by_token(batch: pa.RecordBatch, column: str) -> np.ndarray | None:
+    if column not in batch.schema.names:
         return None
-    marks = batch.column("counted").values
-    return _view(marks, np.uint8, len(marks))
+    numbers = batch.column(column).values
+    return _view(numbers, np.uint8, len(numbers))
 
 
 def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
@@ -102,7 +106,8 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
     """One batch: input_ids and attention_mask of shape (batch, longest), labels of shape (batch,), int64.
 
     Of images pixel_values of shape (batch, channels, height, width), float32, and labels.
-    And, where the examples say it, ``counted`` of shape (batch, longest): whether the loss counts a token.
+    And, where the examples say it, of shape (batch, longest) and 0 in the padding: ``counted``, whether the
+    loss counts a token, and ``token_type_ids``.
     The longest is the longest of this batch; no indices give shape (0, 1).
     """
     if examples.image is not None:
@@ -120,12 +125,13 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
         "attention_mask": torch.from_numpy(attention_mask),
         "labels": torch.from_numpy(labels),
     }
-    if examples.counted is not None:
-        counted = np.zeros(shape, dtype=np.int64)
-        for number, index in enumerate(indices):
-            marks = examples.counted[examples.offsets[index] : examples.offsets[index + 1]]
-            counted[number, : len(marks)] = marks
-        batch["counted"] = torch.from_numpy(counted)
+    for name, numbers in (("counted", examples.counted), ("token_type_ids", examples.types)):
+        if numbers is not None:
+            padded = np.zeros(shape, dtype=np.int64)
+            for number, index in enumerate(indices):
+                own = numbers[examples.offsets[index] : examples.offsets[index + 1]]
+                padded[number, : len(own)] = own
+            batch[name] = torch.from_numpy(padded)
     return batch
 
 

@@ -29,7 +29,7 @@ from fedlora.tasks import CLASSIFICATION, Task, task_named
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMAT = 2
+FORMAT = 3
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
 
@@ -195,7 +195,8 @@ def tokenised(
 ) -> Any:
     """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural.
 
-    And ``counted``, as long as input_ids, where the task says which tokens count.
+    And, as long as input_ids, ``counted`` where the task says which tokens count, and ``types`` where the
+    tokens are not all of type 0.
     """
     encoded = task.encode(_tracked(table.iter(BATCH), -(-len(table) // BATCH), line), tokenizer, max_length)
     rows = encoded.rows
@@ -211,8 +212,9 @@ def tokenised(
             if column in table.column_names
         },
     }
-    if encoded.counted is not None:
-        columns["counted"] = pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.counted))
+    for name, by_token in (("counted", encoded.counted), ("types", encoded.types)):
+        if by_token is not None:
+            columns[name] = pa.LargeListArray.from_arrays(offsets, np.concatenate(by_token))
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     return with_form(batch, encoded.image)
 
@@ -236,7 +238,7 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    by_token = [name for name in ("input_ids", "counted") if name in table.column_names]
+    by_token = [name for name in ("input_ids", "counted", "types") if name in table.column_names]
     parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed)
     offsets = np.cumsum([0, *map(len, parts)])
     np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=offsets)

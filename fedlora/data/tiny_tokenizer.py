@@ -23,13 +23,12 @@ class TinyTokenizer:
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> Sequence[Sequence[int]]:
+    ) -> tuple[Sequence[Sequence[int]], None]:
         """Token ids of each text (with its pair), cut to ``max_length``, which counts CLS and SEP."""
         if pairs is None:
-            return [_framed([_ids(text)], max_length) for text in texts]
-        return [
-            _framed([_ids(text), _ids(pair)], max_length) for text, pair in zip(texts, pairs, strict=True)
-        ]
+            return [_framed([_ids(text)], max_length) for text in texts], None
+        both = zip(texts, pairs, strict=True)
+        return [_framed([_ids(text), _ids(pair)], max_length) for text, pair in both], None
 
     def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
         """Token ids of each text, whole and without specials."""

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from fedlora.assets import file_sha256
 from fedlora.built_in import BUILT_IN_MODELS, model_directory
@@ -24,6 +24,10 @@ TOKENIZER_FILES = (
 """What a tokenizer is read from; the model's config.json says of which kind it is."""
 
 
+Framed: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]] | None]
+"""Token ids of each text; token types of each, or None where the tokenizer gives none."""
+
+
 class Tokenizer(Protocol):
     """What preparing needs of a tokenizer."""
 
@@ -35,10 +39,8 @@ class Tokenizer(Protocol):
     def pad_token_id(self) -> int:
         """Fills up a batch."""
 
-    def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> Sequence[Sequence[int]]:
-        """Token ids of each text (with its pair), specials added, cut to ``max_length``, not padded."""
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Framed:
+        """Token ids and types of each text (with its pair), specials added, cut to ``max_length``."""
 
     @property
     def end_token_id(self) -> int:
@@ -95,10 +97,11 @@ class PretrainedTokenizer:
             )
         return int(eos if pad is None else pad)
 
-    def encode(
-        self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> Sequence[Sequence[int]]:
+    def encode(self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int) -> Framed:
         """Token ids of each text (with its pair), specials added, cut to ``max_length``, not padded.
+
+        And their types where transformers' own pipeline would give them to the model: where they are among
+        the tokenizer's ``model_input_names``.
 
         Raises:
             ConfigError: the model takes only shorter sequences.
@@ -109,8 +112,7 @@ class PretrainedTokenizer:
         encoded = self._loaded(
             list(texts), None if pairs is None else list(pairs), truncation=True, max_length=max_length
         )
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
+        return encoded["input_ids"], encoded.get("token_type_ids")
 
     @property
     def end_token_id(self) -> int:

@@ -25,6 +25,7 @@ from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError, first_line
 from fedlora.heads import draw_head
+from fedlora.models.fit import pad_in_front
 from fedlora.models.four_bit import quantise
 from fedlora.models.layers import head_tensors
 from fedlora.seeding import drawn_from
@@ -55,10 +56,13 @@ class MeanPooledClassifier(nn.Module):
         self.classifier = nn.Linear(self.config.hidden_size, num_labels)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None, **more: Tensor
     ) -> SequenceClassifierOutput:
-        """The logits (batch, num_labels), and the mean cross entropy if there are labels."""
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        """The logits (batch, num_labels), and the mean cross entropy if there are labels.
+
+        ``more`` (``token_type_ids``) goes to the transformer.
+        """
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         logits = self.classifier(pooled)
@@ -183,6 +187,8 @@ def _with_own_head(name: str, num_labels: int) -> nn.Module:
         model.bert.load_state_dict(_tiny_backbone().state_dict(), strict=False)
     else:
         model = _pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels)
+    if getattr(model.config, "summary_type", "") == "last" and hasattr(model, "sequence_summary"):
+        pad_in_front(model.base_model)
     if model.config.pad_token_id is None:  # decoders need one to find the last token of a padded batch
         model.config.pad_token_id = model.config.eos_token_id
     head: nn.Module = model

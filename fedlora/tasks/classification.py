@@ -33,23 +33,26 @@ class Classification(TextTask):
             ConfigError: a text without any token.
         """
         values: list[np.ndarray] = []
+        types: list[np.ndarray] = []
         for batch in batches:
-            ids = tokenizer.encode(batch["text"], batch.get("text_pair"), max_length)
+            ids, kinds = tokenizer.encode(batch["text"], batch.get("text_pair"), max_length)
             for text, row in zip(batch["text"], ids, strict=True):
                 if not len(row):
                     raise ConfigError(f"data: the text {text!r} has no token for this model's tokenizer")
                 values.append(np.asarray(row, dtype=np.int32))
-        return Encoded(values, np.arange(len(values)))
+            types += [np.asarray(row, dtype=np.uint8) for row in kinds or ()]
+        typed = any(row.any() for row in types)
+        return Encoded(values, np.arange(len(values)), types=types if typed else None)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
         """The cross entropy of each label."""
-        logits = module(**inputs(batch)).logits
+        logits = module(**inputs(module, batch)).logits
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(exact, batch["labels"], reduction=reduction)
 
     def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
         """One unit for each example."""
-        logits = module(**inputs(batch)).logits
+        logits = module(**inputs(module, batch)).logits
         losses = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
         right = (logits.argmax(dim=-1) == batch["labels"]).long().cpu().numpy()
         return Judged(losses, np.ones_like(right), right)

@@ -77,7 +77,7 @@ def token_losses(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
         Of shape (rows, tokens - 1) each: the negative log-likelihood in float32 or better, 0 where the token
         does not count; whether it counts; the most likely token.
     """
-    logits = module(**inputs(batch)).logits[:, :-1]
+    logits = module(**inputs(module, batch)).logits[:, :-1]
     counted = batch.get("counted", batch["attention_mask"])[:, 1:].bool()
     targets = torch.where(counted, batch["input_ids"][:, 1:], IGNORED)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
@@ -32,12 +33,14 @@ class Encoded:
         values: what the model sees of each example, token ids int32 or pixels uint8.
         rows: the row from which each example has its label, domain, group and client.
         counted: for each value whether the loss counts it, uint8; None where the task needs no such thing.
+        types: of each token which text of a pair it is of, uint8; None where all are 0.
         image: the form of the images; None where the examples are texts.
     """
 
     values: list[np.ndarray]
     rows: np.ndarray
     counted: list[np.ndarray] | None = None
+    types: list[np.ndarray] | None = None
     image: ImageFormat | None = None
 
 
@@ -150,6 +153,23 @@ class Task(Protocol):
         """
 
 
-def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch goes into the model."""
-    return {name: tensor for name, tensor in batch.items() if name not in ("labels", "counted")}
+def inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch goes into a model: token types where it takes them."""
+    left_out = {"labels", "counted"}
+    if "token_type_ids" in batch and not takes_types(module):
+        left_out.add("token_type_ids")
+    return {name: tensor for name, tensor in batch.items() if name not in left_out}
+
+
+def takes_types(module: Any) -> bool:
+    """Whether a model tells token types apart: its forward names them, its config has more than one.
+
+    A RoBERTa, whose config has one, would be given a number that its embedding lacks.
+    """
+    if hasattr(module, "get_base_model"):  # a PeftModel
+        module = module.get_base_model()
+    network = getattr(module, "backbone", module)  # a mean-pooled classifier hands on what its own takes
+    return (
+        "token_type_ids" in inspect.signature(network.forward).parameters
+        and getattr(network.config, "type_vocab_size", 2) > 1
+    )

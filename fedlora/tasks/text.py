@@ -44,13 +44,26 @@ class TextTask:
 
 
 def made_up_text(number: int, config: Any, pad_token_id: int) -> Examples:
-    """A few examples of unequal length, the labels in turn."""
+    """A few examples of unequal length, the labels in turn.
+
+    Those of an encoder with a decoder end with its end token and have it nowhere else: T5 and BART classify by
+    it. Where tokens have types, the second half of each example is of type 1.
+    """
     rng = stream(0, "self-test", "examples")
     lengths = rng.integers(4, 16, number)
+    offsets = np.cumsum([0, *lengths])
     tokens = rng.integers(0, config.get_text_config().vocab_size, lengths.sum()).astype(np.int32)
+    end = config.eos_token_id if config.is_encoder_decoder else None
+    kept = {pad_token_id, end}
+    tokens = np.where(np.isin(tokens, [t for t in kept if t is not None]), min({0, 1, 2} - kept), tokens)
+    if end is not None:
+        tokens[offsets[1:] - 1] = end
+    places = np.arange(len(tokens)) - np.repeat(offsets[:-1], lengths)
+    typed = getattr(config, "type_vocab_size", 0) > 1
     return Examples(
-        tokens=np.where(tokens == pad_token_id, (pad_token_id + 1) % 2, tokens),
-        offsets=np.cumsum([0, *lengths]),
+        tokens=tokens,
+        offsets=offsets,
         labels=np.arange(number) % config.num_labels,
         domains=np.zeros(number, dtype=np.int32),
+        types=(2 * places >= np.repeat(lengths, lengths)).astype(np.uint8) if typed else None,
     )

@@ -33,7 +33,7 @@ class Broken(TinyTokenizer):
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-    ) -> Sequence[Sequence[int]]:
+    ) -> tuple[Sequence[Sequence[int]], None]:
         self.calls += 1
         if self.calls > 1:
             raise RuntimeError("power cut")
@@ -50,7 +50,7 @@ def test_what_was_loaded_comes_back() -> None:
     assert data.label_names == raw.label_names
     assert data.num_labels == len(raw.label_names)
     for examples, table in ((data.train, raw.train), (data.test, raw.test)):
-        ids = TinyTokenizer().encode(table["text"][:], None, 10)
+        ids, _ = TinyTokenizer().encode(table["text"][:], None, 10)
         assert [examples.input_ids(i).tolist() for i in range(len(examples))] == list(ids)
         assert examples.lengths.tolist() == [len(row) for row in ids]
         assert examples.lengths.max() == 10
@@ -149,8 +149,8 @@ def test_texts_without_tokens_are_refused() -> None:
     class Empty(TinyTokenizer):
         def encode(
             self, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
-        ) -> Sequence[Sequence[int]]:
-            return [[] for _ in texts]
+        ) -> tuple[Sequence[Sequence[int]], None]:
+            return [[] for _ in texts], None
 
     with pytest.raises(ConfigError, match="has no token"):
         prepare(config(), Empty())

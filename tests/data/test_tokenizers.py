@@ -18,8 +18,8 @@ TINY = TinyTokenizer()
 @settings(deadline=None)
 @given(st.text(max_size=40), st.text(max_size=40), st.integers(8, 20))
 def test_tiny_frames_and_cuts(text: str, pair: str, max_length: int) -> None:
-    [single] = TINY.encode([text], None, max_length)
-    [double] = TINY.encode([text], [pair], max_length)
+    [single], _ = TINY.encode([text], None, max_length)
+    [double], _ = TINY.encode([text], [pair], max_length)
     for ids, ends in ((single, 1), (double, 2)):
         assert len(ids) <= max_length
         assert (ids[0], ids[-1]) == (CLS, SEP)
@@ -34,13 +34,13 @@ def test_tiny_cuts_the_end_of_the_longest_part() -> None:
 
 
 def test_tiny_ids_are_the_same_in_every_process() -> None:
-    assert TINY.encode(["Quiet pond!"], None, 16) == [[1, 753, 379, 599, 2]]
+    assert TINY.encode(["Quiet pond!"], None, 16) == ([[1, 753, 379, 599, 2]], None)
 
 
 def test_tiny_tells_the_synthetic_words_of_each_mood_apart() -> None:
     mood_of: dict[int, set[str]] = {}
     for mood, words in [*MOODS.items(), ("", " ".join([*DOMAINS.values(), NEUTRAL]))]:
-        [ids] = TINY.encode([words], None, 10_000)
+        [ids], _ = TINY.encode([words], None, 10_000)
         for token in ids[1:-1]:
             mood_of.setdefault(token, set()).add(mood)
     assert all(len(moods) == 1 for moods in mood_of.values())
@@ -67,8 +67,8 @@ def trained(directory: Path, *, pad: bool = True, eos: bool = True, longest: int
 def test_a_directory_gives_its_tokenizer(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(trained(tmp_path))
     assert tokenizer.pad_token_id == 1
-    assert tokenizer.encode(["good bad good", "odd"], None, 2) == [[3, 4], [0]]
-    assert tokenizer.encode(["good"], ["bad bad"], 8) == [[3, 4, 4]]
+    assert tokenizer.encode(["good bad good", "odd"], None, 2) == ([[3, 4], [0]], None)
+    assert tokenizer.encode(["good"], ["bad bad"], 8) == ([[3, 4, 4]], None)
 
 
 def test_without_padding_token_the_end_token_pads_with_one_warning(tmp_path: Path) -> None:
@@ -113,6 +113,7 @@ def test_a_directory_without_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.real("minilm")
 def test_minilm() -> None:
     tokenizer = load_tokenizer("minilm")
-    [ids] = tokenizer.encode(["A good day."], None, 16)
+    [ids], types = tokenizer.encode(["A good day."], None, 16)
     assert ids == [101, 1037, 2204, 2154, 1012, 102]
+    assert types == [[0] * 6]
     assert tokenizer.pad_token_id == 0

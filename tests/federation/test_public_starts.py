@@ -99,7 +99,7 @@ def test_evas_inputs_are_those_of_the_public_tokens_without_padding(moods: Path)
             worker.model.base.watched_inputs(lambda name, x: wanted.add(name, x.flatten(0, 1))),
             torch.no_grad(),
         ):
-            worker.model.module(**inputs(batch))
+            worker.model.module(**inputs(worker.model.module, batch))
     assert found.count == wanted.count == dict.fromkeys(found.count, int(examples.lengths_of(chosen).sum()))
     for name in worker.model.modules:
         overlap = torch.linalg.svdvals(found.directions(name, 4) @ wanted.directions(name, 4).T)
