@@ -46,8 +46,8 @@ class TextTask:
 def made_up_text(number: int, config: Any, pad_token_id: int) -> Examples:
     """A few examples of unequal length, the labels in turn.
 
-    Those of an encoder with a decoder end with its end token and have it nowhere else: T5 and BART classify by
-    it. Where tokens have types, the second half of each example is of type 1.
+    Those of an encoder with a decoder end with its end token and have it nowhere else: T5 and BART classify
+    by it. Where tokens have types, the second half of each example is of type 1.
     """
     rng = stream(0, "self-test", "examples")
     lengths = rng.integers(4, 16, number)
