@@ -1,47 +1,48 @@
-"""A Flower mod that lets anybody's PEFT ClientApp work with strategies that move the base.
+"""A Flower mod that lets anybody's PEFT ClientApp work with every strategy, those that move the base too.
 
-    app = ClientApp(mods=[base_mod(move_base, Path("state"))])
+    app = ClientApp(mods=[base_mod(lambda context: resident_model(), Path("state"))])
 
-The mod stores base patches and frozen factors, asks for those that are missing, hands the app a complete
-PEFT state dict under ``arrays``, and acknowledges in the reply what the client holds.
+The mod stores base patches and frozen factors, asks for those that are missing, moves the base of the app's
+own model, refuses an order whose ranks or scaling are not the model's, hands the app a complete PEFT state
+dict under ``arrays``, and acknowledges in the reply what the client holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
+from peft import PeftModel
 
 from clients.holdings import Holdings
 from clients.orders import open_order
 from fedlora import wire
-from fedlora.updates import Patch
+from fedlora.errors import FedLoraError, first_line
+from fedlora.models.peft_model import check_fits, moving_base
 
 
-def base_mod(move_base: Callable[[Sequence[Patch]], None], state_dir: Path) -> Mod:
+def base_mod(model: Callable[[Context], PeftModel], state_dir: Path) -> Mod:
     """The mod; use it for the ``train`` and ``evaluate`` functions of a ClientApp.
 
     Args:
-        move_base: called before each message with all patches P_1 .. P_v in order; it must leave the
-            base weights at ``W_0 + P_1 + .. + P_v``. `fedlora.models.moving.MovingBase.move` does that
-            and skips what is applied already.
+        model: gives the PEFT model that the app trains and evaluates, the same object for every message
+            (``functools.cache``): its base weights are brought to ``W_0 + P_1 + .. + P_v`` in place.
         state_dir: where parts are kept between messages.
     """
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if (
-            wire.CONFIG not in message.content
-            or "needs-frozen" not in message.content.config_records[wire.CONFIG]
-        ):
+        config = message.content.config_records.get(wire.CONFIG, ConfigRecord())
+        if "needs-frozen" not in config:
             return call_next(message, context)
-        order = wire.decode_order(message.content)
-        opened = open_order(order, Holdings(state_dir / str(order.config.get("run-key", context.run_id))))
-        if isinstance(opened, wire.Reply):
-            return Message(wire.encode_reply(opened), reply_to=message)
-        move_base([opened.patch(name) for name in order.needs.base])
-        message.content[wire.ARRAYS] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
+        try:
+            order = wire.decode_order(message.content)
+            refusal = _prepared(order, message, context)
+        except FedLoraError as error:
+            refusal = wire.Reply(status=wire.DECLINED, reason=first_line(error))
+        if refusal is not None:
+            return Message(wire.encode_reply(refusal), reply_to=message)
         reply = call_next(message, context)
         if reply.has_content():
             reply.content[wire.CONFIG] = ConfigRecord(
@@ -49,7 +50,32 @@ def base_mod(move_base: Callable[[Sequence[Patch]], None], state_dir: Path) -> M
             )
         return reply
 
+    def _prepared(order: wire.TrainOrder, message: Message, context: Context) -> wire.Reply | None:
+        """Bring base and arrays to what the order says; or the reply that says what is lacking."""
+        opened = open_order(order, Holdings(state_dir / str(order.config.get("run-key", context.run_id))))
+        if isinstance(opened, wire.Reply):
+            return opened
+        own = model(context)
+        if model(context) is not own:
+            reason = "base_mod: the model must be the same object for every message, use functools.cache"
+            return wire.Reply(status=wire.DECLINED, reason=reason)
+        check_fits(own, opened.adapters)
+        moving_base(own).move_to([opened.patch(name) for name in order.needs.base])
+        message.content[wire.ARRAYS] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
+        return None
+
     return mod
+
+
+def identify(message: Message, context: Context) -> Message:
+    """Answer which partition this node holds; ``app.query()(identify)`` makes runs reproducible.
+
+    Clients draw their first A by partition, and ``client_spec`` gives ranks by partition. Nodes that do not
+    say theirs are numbered by their random node ids.
+    """
+    partition = int(context.node_config["partition-id"])
+    answer = ConfigRecord({"partition-id": partition})
+    return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
 
 
 def _holds(order: wire.TrainOrder) -> dict[str, list[str]]:

@@ -64,6 +64,12 @@ class MovingBase:
                     "in the weights: reset the base first"
                 )
 
+    def move_to(self, patches: Sequence[Patch]) -> None:
+        """Bring the weights to ``W_0 + P_1 + .. + P_v``, from W_0 where other patches are in them."""
+        if [patch.digest() for patch in patches[: self.version]] != self._applied:
+            self.reset()
+        self.move(patches)
+
     @property
     def moved_weights(self) -> dict[str, Tensor]:
         """W_v of the layers that a patch has changed, float32, as it is stored."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,6 @@ from flwr.clientapp import ClientApp
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import BertConfig, BertForSequenceClassification
 
-from clients.mod import base_mod
-from fedlora.models.moving import MovingBase
-from fedlora.updates import Patch
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, LoRAFAIR
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid
@@ -23,7 +21,8 @@ RANK, ALPHA, CLIENTS = 4, 8, 3
 INPUTS = torch.arange(24).reshape(4, 6) % 50
 
 
-def peft_model() -> PeftModel:
+def peft_model(**options: Any) -> PeftModel:
+    """A tiny random classifier with LoRA; ``options`` are of ``LoraConfig``."""
     torch.manual_seed(0)
     size = {
         "initializer_range": 0.4,
@@ -33,10 +32,8 @@ def peft_model() -> PeftModel:
         "intermediate_size": 24,
     }
     base = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **size)).eval()
-    lora = LoraConfig(
-        r=RANK, lora_alpha=ALPHA, target_modules=["query", "value"], modules_to_save=["classifier"]
-    )
-    return get_peft_model(base, lora).eval()
+    own = {"r": RANK, "lora_alpha": ALPHA, "target_modules": ["query", "value"], **options}
+    return get_peft_model(base, LoraConfig(**own, modules_to_save=["classifier"])).eval()
 
 
 def plain_app(model: PeftModel, frozen: str, mods: list[Callable[..., Message]]) -> ClientApp:
@@ -91,34 +88,6 @@ def test_a_plain_peft_app_works_and_its_model_takes_the_result(
     assert all(report.refused == {} for report in reports)
     set_peft_model_state_dict(model, arrays.to_torch_state_dict())
     assert (model(input_ids=INPUTS).logits - before).abs().max() > 1e-3
-
-
-def test_flora_with_the_base_mod_moves_the_base_of_a_plain_app(tmp_path: Path) -> None:
-    """After the run, base + patches computes what stacking says, in PEFT's own forward pass."""
-    model = peft_model()
-    prefix = "base_model.model."
-    layers = {
-        name.removeprefix(prefix): module.base_layer
-        for name, module in model.named_modules()
-        if name.endswith(("query", "value"))
-    }
-    base = MovingBase(layers)
-    pristine = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    seen: list[int] = []
-
-    def move_base(patches: Sequence[Patch]) -> None:
-        seen.append(len(patches))
-        base.move(patches)
-
-    strategy = FLoRA(scaling=ALPHA / RANK)
-    federate(strategy, plain_app(model, "", [base_mod(move_base, tmp_path)]), model, rounds=3)
-    assert seen == [0] * CLIENTS + [1] * CLIENTS + [2] * CLIENTS
-    assert strategy.state is not None
-    base.move(strategy.state.base)
-    for name, layer in layers.items():
-        total = sum(patch.products[name].dense() for patch in strategy.state.base)
-        assert torch.allclose(layer.weight, pristine[name] + total, atol=1e-6)
-        assert total.abs().max() > 1e-4
 
 
 def test_flora_refuses_a_plain_app_without_the_mod(tmp_path: Path) -> None:

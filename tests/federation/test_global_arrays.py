@@ -28,7 +28,7 @@ class DenseServer:
 
     def __init__(self, strategy: FactorStrategy) -> None:
         self.rule = strategy.rule
-        self.moved: dict[str, oracles.Array] = {n: np.zeros(shape) for n, shape in MODULES.items()}
+        self.moved: dict[str, oracles.Array] = {}
         self.total: dict[str, oracles.Array] = {}
         self._aggregate = self.rule.aggregate
         object.__setattr__(self.rule, "aggregate", self.aggregate)
@@ -37,7 +37,7 @@ class DenseServer:
         chosen = list(self.rule.choose(sorted(updates, key=lambda u: u.partition_id)))
         for name in state.adapters:
             _, _, outcome = by_oracle(self.rule, state, chosen, name)
-            self.moved[name] = self.moved[name] + outcome.into_base
+            self.moved[name] = self.moved.get(name, 0.0) + outcome.into_base
             self.total[name] = self.moved[name] + outcome.adapter.delta()
         return self._aggregate(state, updates, **options)
 
