@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from fedlora.errors import ConfigError, RunFailed
+from fedlora.errors import ConfigError, system_errors_in_words
+from fedlora.files import check_place
 from fedlora.models.adapter_group import AdapterGroup, gather
 from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, write_adapter
 from fedlora.models.merged import Base, open_base, write_merged
@@ -94,7 +92,7 @@ def aggregate(request: Request) -> Outcome:
     check_weights(weights, group)
     base = _base(request, group)
     state, diagnostics = one_round(rule, group, weights)
-    with _one_line(request.out):
+    with system_errors_in_words():
         ranks_out, rounding = _write(request.out, group, state, base if request.merge else None)
     return Outcome(
         strategy=rule.facts.name,
@@ -151,12 +149,11 @@ def _notes(request: Request, group: AdapterGroup, weights: Sequence[float]) -> I
 
 
 def _check_out(request: Request) -> None:
-    """Refuse a directory whose replacement would lose something."""
+    """Refuse a directory that cannot be written, or whose replacement would lose something."""
     out = request.out
+    check_place("--out", out)
     if not out.exists():
         return
-    if not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file, name a directory")
     here = out.resolve()
     for source in (*request.adapters, *([request.base] if request.base else [])):
         if here in (source.resolve(), *source.resolve().parents):
@@ -167,14 +164,3 @@ def _check_out(request: Request) -> None:
         raise ConfigError(
             f"--out {out}: is not empty (it has {other}): only a bare adapter is replaced by another"
         )
-
-
-@contextmanager
-def _one_line(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise ConfigError(f"--out {out}: {error.strerror}") from None
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RunFailed(f"--out {out}: could not be written ({reason})") from None

@@ -24,7 +24,8 @@ from typing import IO
 
 from filelock import FileLock
 
-from fedlora.errors import AssetError
+from fedlora.errors import AssetError, ConfigError
+from fedlora.files import check_place, naming
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +129,18 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """Where fetched and prepared things are kept: ``FEDLORA_CACHE``, else the user's cache directory."""
-    if os.environ.get("FEDLORA_CACHE"):
-        return Path(os.environ["FEDLORA_CACHE"]).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "fedlora"
+    """Where fetched and prepared things are kept: ``FEDLORA_CACHE``, else the user's cache directory.
+
+    Raises:
+        ConfigError: a user whose home directory nobody knows.
+    """
+    given = os.environ.get("FEDLORA_CACHE")
+    base = given or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        place = Path(base).expanduser().absolute()
+    except RuntimeError:
+        raise ConfigError(f"FEDLORA_CACHE = {given or ''!r}: there is no home directory for {base}") from None
+    return place if given else place / "fedlora"
 
 
 def is_cached(name: str) -> bool:
@@ -166,9 +174,19 @@ def create_directory(final: Path, fill: Callable[[Path], None]) -> None:
     """Make a directory under its final name only once ``fill(draft)`` has succeeded, else not at all.
 
     Does nothing where it exists. A file lock makes a second process wait and then find it ready.
+
+    Raises:
+        ConfigError: nothing can be written there, which is found out before ``fill`` begins.
+        OSError: the system refuses later.
     """
     if final.is_dir():
         return
+    check_place("FEDLORA_CACHE:" if final.is_relative_to(cache_dir()) else "prepared data", final)
+    with naming(final):
+        _create(final, fill)
+
+
+def _create(final: Path, fill: Callable[[Path], None]) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{final}.lock"):
         if final.is_dir():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class FedLoraError(Exception):
     """Base of every error that fedlora raises on purpose."""
@@ -67,3 +71,41 @@ def named_line(error: BaseException) -> str:
     'ValueError: a'
     """
     return f"{type(error).__name__}: {first_line(error, 'no message')}"
+
+
+WRONG_PLACE = frozenset(
+    {
+        errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+        errno.ELOOP, errno.ENAMETOOLONG,
+    }
+)  # fmt: skip
+"""What the system answers where another place would do; anything else (a full disk) went wrong on the way."""
+
+
+def of_the_system(error: OSError) -> FedLoraError:
+    """An error of the operating system as one of ours: its file, and the reason in the system's words.
+
+    >>> str(of_the_system(OSError(errno.ENOSPC, "No space left on device", "runs/a/rounds.jsonl")))
+    'runs/a/rounds.jsonl: No space left on device; what was written before is kept'
+    """
+    if error.errno is None:
+        return RunFailed(named_line(error))
+    place = "" if error.filename is None else f"{error.filename}: "
+    reason = error.strerror or named_line(error)
+    if error.errno in WRONG_PLACE:
+        return ConfigError(f"{place}{reason}")
+    return RunFailed(f"{place}{reason}; what was written before is kept")
+
+
+@contextmanager
+def system_errors_in_words() -> Iterator[None]:
+    """Turn what the operating system refuses inside into errors of ours, see `of_the_system`.
+
+    A closed pipe stays what it is: whoever read our output has had enough.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise of_the_system(error) from error

@@ -1,7 +1,11 @@
-"""Writing so that a crash never leaves a half file or directory under a final name."""
+"""Writing so that a crash never leaves a half file or directory under a final name.
+
+Every failure is an OSError that names the final path, whatever library met it (a full disk raises several).
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import tempfile
@@ -9,24 +13,86 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from fedlora.errors import ConfigError
+
 FILE_MODE = 0o644
 """mkstemp makes files for the owner alone; results are for reading."""
+TRIAL_BYTES = 4096
+"""Written and removed again to see that a disk takes anything at all: one block."""
+
+
+def check_place(key: str, path: Path) -> None:
+    """See that a directory can be written into, or can be made where it does not exist; nothing stays.
+
+    Args:
+        key: what the user set, for the message.
+        path: the directory.
+
+    Raises:
+        ConfigError: a file or a broken link is in the way, or the system refuses, with its reason.
+    """
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{key} {path}: is a link to {os.readlink(path)}, which is not there")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{key} {path}: is a file, name a directory")
+    there = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
+    try:
+        with tempfile.TemporaryFile(dir=there, prefix=".fedlora-") as trial:
+            trial.write(bytes(TRIAL_BYTES))
+            trial.flush()
+    except OSError as error:
+        where = "" if there == path else f" in {there}"
+        reason = error.strerror or error
+        raise ConfigError(f"{key} {path}: cannot be written{where} ({reason})") from None
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of writing name a path, in place of none or of a temporary neighbour."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    except OSError as error:
+        own = error.filename is None or f".{path.name}" in str(error.filename)
+        if error.errno is None or not own:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Write a whole file: into a temporary neighbour, flushed to disk, then renamed over ``path``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data.encode() if isinstance(data, str) else data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, FILE_MODE)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write a whole file: into a temporary neighbour, flushed to disk, then renamed over ``path``.
+
+    Raises:
+        OSError: the system refuses; what was there before is still there.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data.encode() if isinstance(data, str) else data)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.chmod(temporary, FILE_MODE)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, flushed to disk.
+
+    Raises:
+        OSError: the system refuses; a part of the line may stand there.
+    """
+    with naming(path), path.open("a") as stream:
+        stream.write(line + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -36,18 +102,19 @@ def new_directory(path: Path) -> Iterator[Path]:
     An existing ``path`` is replaced, so that at every moment the name holds a complete directory
     or none.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        old = None
-        if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
-            os.replace(path, old / path.name)
-        os.replace(temporary, path)
-        if old is not None:
-            shutil.rmtree(old)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-"))
+        try:
+            temporary.chmod(0o755)
+            yield temporary
+            old = None
+            if path.exists():
+                old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}-old-"))
+                os.replace(path, old / path.name)
+            os.replace(temporary, path)
+            if old is not None:
+                shutil.rmtree(old)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise

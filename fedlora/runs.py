@@ -19,7 +19,6 @@ resumed run drops at most the line of a round that was not checkpointed.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +31,7 @@ from filelock import FileLock, Timeout
 from fedlora.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.errors import ConfigError
-from fedlora.files import write_atomic
+from fedlora.files import append_line, check_place, write_atomic
 from fedlora.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.provenance import check_schema, provenance, read_provenance
 
@@ -58,14 +57,13 @@ class RunDirectory:
         resume: go on with what is there.
 
     Raises:
-        ConfigError: the directory holds something and ``resume`` is off, a run of another schema, or one that
-            was condemned.
+        ConfigError: the directory cannot be written, holds something and ``resume`` is off, a run of another
+            schema, or one that was condemned.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
-        if path.exists() and not path.is_dir():
-            raise ConfigError(f"--out {path}: is a file, name a directory")
+        check_place("--out", path)
         if path.is_dir() and any(path.iterdir()) and not resume:
             raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
         path.mkdir(parents=True, exist_ok=True)
@@ -134,10 +132,7 @@ class RunDirectory:
 
     def append_round(self, record: dict[str, Any]) -> None:
         """Add one line to ``rounds.jsonl``, flushed to disk."""
-        with (self.path / "rounds.jsonl").open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        append_line(self.path / "rounds.jsonl", json.dumps(record))
 
     def rounds(self) -> list[dict[str, Any]]:
         """The records so far; a half-written last line is left out."""
@@ -168,8 +163,9 @@ def held(path: Path) -> Iterator[None]:
     """Inside, nobody else who asks writes results into a directory; the system frees it on any death.
 
     Raises:
-        ConfigError: somebody else does.
+        ConfigError: somebody else does, or nobody can.
     """
+    check_place("--out", path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -14,7 +15,7 @@ from fedlora.config import RunConfig
 from fedlora.deployment.layout import FAILURE, roll_of
 from fedlora.deployment.polling import PollingGrid
 from fedlora.deployment.roll import Roll
-from fedlora.errors import ConfigError, FedLoraError
+from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.federation import Federation
 from fedlora.files import write_atomic
 from fedlora.runs import RunDirectory
@@ -33,10 +34,12 @@ def main(grid: Grid, context: Context) -> None:
     path = Path(config.output_dir or f"runs/flwr-{context.run_id}").absolute()
     directory = RunDirectory(path, resume=config.resume)
     try:
-        _federation(config, directory).run(PollingGrid(grid))
+        with system_errors_in_words():
+            _federation(config, directory).run(PollingGrid(grid))
     except FedLoraError as error:
         failure = {"wrong-request": isinstance(error, ConfigError), "reason": str(error)}
-        write_atomic(path / FAILURE, json.dumps(failure) + "\n")
+        with suppress(OSError):  # on a full disk the log alone has the reason
+            write_atomic(path / FAILURE, json.dumps(failure) + "\n")
         raise
 
 

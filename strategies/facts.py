@@ -31,6 +31,8 @@ class Facts:
         inits: the values of ``init_a`` that the rule accepts.
         inits_why: why not the others, to follow the rule's name.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
+        deviation: where it differs from the paper or the authors' code, and what of them could not be
+            verified; one line, empty where nothing is known to differ.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Facts:
     inits_why: str = ""
     up: str
     down: str
+    deviation: str = ""
 
     @property
     def personal(self) -> bool:

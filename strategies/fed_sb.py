@@ -24,8 +24,10 @@ and A, so they decide what can be learnt (``subspace``):
 Deviations. The authors' private runs take G from the clients' pooled training data, neither clipped nor
 noised, so that their epsilon does not cover B and A; here ``public`` never sees a client's example. Their
 delta is one over the number of batches, here it is ``privacy.target-delta``. They average R uniformly, here
-with p_k; their SVD is randomised, here exact; their s is 1, here R absorbs any s. Their eta is the learning
-rate over the number of (warm-up) steps, here an option.
+with p_k; their SVD is randomised, here exact. Their eta is the learning rate over the number of (warm-up)
+steps, here an option. Their s is 1; here R can become the same with any s, but its gradients are s times
+theirs, so that a learning rate of the paper holds at alpha = r (a step of the product is s times as long with
+Adam, s^2 times with SGD).
 
 A given adapter that is not empty is where a run starts: its SVD gives B, R and A (``private``: as it is). So
 ``init_a = "pissa"`` gives the principal directions of W_0; what is drawn says nothing here.
@@ -88,6 +90,8 @@ class FedSBRule(MeanRule):
         inits_why="finds an A of its own where the first product is empty",
         up="r^2",
         down="r^2 (A and B once)",
+        deviation="subspace = 'random' is not the paper's start, 'public' is; R's gradients scale with s = "
+        "alpha / r, which is 1 in the paper, so its learning rates hold at alpha = r",
     )
 
     def __post_init__(self) -> None:

@@ -54,6 +54,8 @@ class FedExRule(Rule):
         secure_sum=False,
         up="r_k(o+i)",
         down="r_k(o+i)+(R-r)(o+i) for each round missed",
+        deviation="clients count by their examples, in the paper alike; the released code adds the residual "
+        "transposed, here it is not",
     )
 
     def merge(self, layer: Layer) -> Merged:

@@ -43,6 +43,8 @@ class FedMomentumRule(Rule):
         secure_sum=False,
         up="r_k(o+i)",
         down="r_k(o+i)+(R-r)(o+i) for each round missed",
+        deviation="read in the abstract alone: how A and B share the singular values could not be verified, "
+        "here B has them all; the SVD is exact, not randomised",
     )
 
     def merge(self, layer: Layer) -> Merged:

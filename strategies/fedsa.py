@@ -37,4 +37,5 @@ class FedSARule(MeanRule):
         secure_sum=True,
         up="r*i",
         down="r*i (start of B once)",
+        deviation="the head is averaged, in the paper it stays at the client (model.head = 'local')",
     )

@@ -8,6 +8,9 @@
 Exact: all clients share one frozen A, and the refactorisation keeps the product. The paper takes the
 SVD of the (out, in) matrix; here it is the QR core of the factors, the same result at O((o + i) r^2).
 
+The paper freezes the head, a random one, with everything else; here that is ``model.head = "freeze"``,
+and by default the head is trained and averaged as under the other rules, which changes GLUE numbers a lot.
+
 What it is not: A' = W^T orth(A) for an r x r rotation W, so A never leaves the row space of its random
 start. Under SGD (clipped or not) the trajectory of B A equals FFA-LoRA's from an orthonormal A;
 with Adam-like optimisers, or before the first refactorisation of a Kaiming start, it differs.
@@ -51,6 +54,8 @@ class FedSVDRule(MeanRule):
         secure_sum=True,
         up="r*o",
         down="r(o+i)",
+        deviation="the head is trained, in the paper it is frozen (model.head = 'freeze'); the SVD is exact, "
+        "also where the paper's is randomised",
     )
 
     def __post_init__(self) -> None:

@@ -51,6 +51,8 @@ class FedSVDRenewRule(FedSVDRule):
         paper="variant of arXiv 2505.12805, this project",
         moves_base=True,
         down="(r+n)(o+i)",
+        deviation="A takes up fresh directions, in the paper it never leaves the row space of its start; the "
+        "head as for fedsvd",
     )
 
     def __post_init__(self) -> None:

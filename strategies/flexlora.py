@@ -43,6 +43,8 @@ class FlexLoRARule(Rule):
         secure_sum=False,
         up="r_k(o+i)",
         down="r_k(o+i)",
+        deviation="each client's own alpha counts, where the released code has 16 written in; directions "
+        "that the mean lacks are filled at B = 0, of which the paper says nothing",
     )
 
     def merge(self, layer: Layer) -> Merged:

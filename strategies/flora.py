@@ -47,6 +47,7 @@ class FLoRARule(Rule):
         inits_why="draws a new A each round",
         up="r_k(o+i)",
         down="R(o+i) for each round missed",
+        deviation="each client's own scaling is in its part of the stack; the released code has one for all",
     )
 
     def init(self, template: Template, seed: int) -> State:

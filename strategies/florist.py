@@ -8,7 +8,9 @@ Large Language Models", MLSys 2026 (arXiv 2506.09199).
 
 As in the authors' code clients merge the p directions into their base and start a new adapter, B_k = 0.
 ``threshold`` is the paper's tau; 0.9 is the code's default, the paper reports 0.80 to 0.99. p is chosen
-for each layer and round. The code has one common scaling, here each s_k is inside T.
+for each layer and round. Not verified: which threshold made the paper's tables. The code has further ways
+to choose p (Gavish-Donoho, ScreeNOT), which are not here. It has one common scaling, here each s_k is
+inside T.
 
 Not exact: up to a share of 1 - threshold of T's energy is dropped in every layer, for good (diagnostics:
 ``energy_lost``). With threshold = 1 it is FLoRA, sent as rank(T) directions instead of R.
@@ -54,6 +56,8 @@ class FLoRISTRule(FLoRARule):
         inits_why=FLoRARule.facts.inits_why,
         up="r_k(o+i)",
         down="R(o+i) at most for each round missed",
+        deviation="which threshold made the paper's tables could not be verified; of the released code's "
+        "ways to choose it, only the share of energy is here",
     )
 
     def __post_init__(self) -> None:

@@ -9,8 +9,9 @@ Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundatio
     server: A' = sum_k w_k A_k,  B' = sum_k w_k (s_k / s) B_k,  zero-padded to rank r,
             w_k = s_k ||B_k A_k||_F / sum_j s_j ||B_j A_j||_F      (sparsity-weighted)
 
-w_k is taken for each layer, by Gram matrices wherever these are the smaller ones. As in the paper the
-numbers of examples do not enter: p_k counts for the head alone, and where all products vanish.
+w_k is taken for each layer, by Gram matrices wherever these are the smaller ones; whether the paper means
+that or the norm of the whole model could not be verified. As in the paper the numbers of examples do not
+enter: p_k counts for the head alone, and where all products vanish.
 
 Choices: the paper prunes at the client before it sends; here the server compares what it sent with what
 came back, so the tail of that round still counts and the next broadcast is smaller. A pruned rank stays
@@ -71,6 +72,9 @@ class HetLoRARule(Rule):
         inits_why="prunes ranks, and with them what was taken out of the base",
         up="r_k(o+i)",
         down="r_k(o+i)",
+        deviation="the server decides on pruning, a round late; weights are by norms of each layer, whether "
+        "the paper's are of the whole model could not be verified; gamma, lam and min_rank are a "
+        "reimplementation's",
     )
 
     def __post_init__(self) -> None:

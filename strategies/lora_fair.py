@@ -66,6 +66,8 @@ class LoRAFAIRRule(Rule):
         secure_sum=False,
         up="r(o+i)",
         down="r(o+i)",
+        deviation="the penalty is squared, which the paper prints plain; the cosine is of the whole layer "
+        "and dB starts at zero; no code of the authors could be had to verify it",
     )
 
     def __post_init__(self) -> None:

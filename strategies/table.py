@@ -20,6 +20,17 @@ def fact_rows() -> list[dict[str, Any]]:
     return rows
 
 
+def deviations() -> dict[str, str]:
+    """Where rules differ from their papers, by name; rules that are not known to differ are left out."""
+    return {name: rule.facts.deviation for name, rule in RULES.items() if rule.facts.deviation}
+
+
+def deviations_table() -> str:
+    """The table of deviations in ``docs/strategy.md``."""
+    rows = [f"| `{name}` | {text} |" for name, text in deviations().items()]
+    return "\n".join(["| name | differs from its paper or the authors' code |", "|---|---|", *rows])
+
+
 def markdown_table() -> str:
     """The README's table of strategies."""
     lines = [

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
+from fedlora.files import append_line
 from fedlora.runs import held
 
 ROOT = Path(__file__).parent.parent
@@ -98,6 +99,54 @@ def test_a_directory_that_another_process_writes_into_is_refused(command: str, t
     assert "another fedlora writes there" in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not out.exists()
+
+
+WRITING: dict[str, tuple[str, ...]] = {
+    "run": ("run", TINY, "--out", "PLACE"),
+    "compare": ("compare", TINY, "--out", "PLACE"),
+    "aggregate": ("aggregate", "--strategy", "fedavg", "--out", "PLACE", "a"),
+    "federation init": ("federation", "init", "PLACE", "--nodes", "1"),
+    "privacy new-dataset": ("privacy", "new-dataset", "--ledger", "PLACE", "--id", "a", "--reason", "b"),
+}
+
+
+@pytest.mark.parametrize("place", ["file/below", "link/below", "/proc/below"])
+@pytest.mark.parametrize("command", WRITING)
+def test_a_place_that_cannot_be_written_is_one_line(command: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    (tmp_path / "link").symlink_to("nowhere")
+    result = fedlora(*(str(tmp_path / place) if word == "PLACE" else word for word in WRITING[command]))
+    assert (result.exit_code, result.exception.__class__) == (2, SystemExit)
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert str(tmp_path / place) in line
+    assert {entry.name for entry in tmp_path.iterdir()} == {"file", "link"}
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("keep")
+    monkeypatch.setenv("FEDLORA_CACHE", str(tmp_path / "file" / "cache"))
+    result = fedlora("pretrain", "vit")
+    assert result.exit_code == 2
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith(f"error: FEDLORA_CACHE: {tmp_path / 'file' / 'cache'}")
+    assert line.endswith(f"cannot be written in {tmp_path / 'file'} (Not a directory)")
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any moment of a command."""
+
+    def full(*_: object, **__: object) -> None:
+        append_line(tmp_path / "rounds.jsonl", "{}")
+
+    (tmp_path / "rounds.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("fedlora.engines.simulate.simulate", full)
+    result = fedlora("run", TINY, "--out", str(tmp_path / "out"))
+    assert result.exit_code == 1
+    expected = f"error: {tmp_path / 'rounds.jsonl'}: No space left on device; what was written before is kept"
+    assert result.stderr.strip() == expected
 
 
 @pytest.mark.parametrize("text", ["", "[model", "\x00"])

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from experiments.readme import main, with_tables
 from fedlora.cli import cli
-from strategies.table import markdown_table
+from strategies.table import deviations, deviations_table, markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,6 +42,14 @@ def test_the_command_shows_the_same_facts_as_the_table() -> None:
         assert row.split()[1:4] == [exact, mixed, moves]
         assert up in row
         assert down in row
+
+
+def test_what_differs_from_the_papers_is_shown_and_documented() -> None:
+    shown = CliRunner().invoke(cli, ["strategies"]).stdout.splitlines()
+    assert {"fedrot", "hetlora", "fed-sb", "fedsa", "fedsvd", "florist", "fedmomentum"} <= set(deviations())
+    for name, text in deviations().items():
+        assert f"{name}: {text}" in shown
+    assert deviations_table() in (ROOT / "docs" / "strategy.md").read_text()
 
 
 def test_every_link_leads_to_a_file() -> None:

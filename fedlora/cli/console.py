@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
-from fedlora.errors import ConfigError, FedLoraError
+from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
@@ -19,12 +19,16 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def one_line_errors(command: Command) -> Command:
-    """Turn fedlora's errors into one line on standard error and the exit code that belongs to them."""
+    """Turn fedlora's errors into one line on standard error and the exit code that belongs to them.
+
+    The operating system's are among them, see `fedlora.errors.of_the_system`.
+    """
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with system_errors_in_words():
+                command(*args, **kwargs)
         except FedLoraError as error:
             err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False)
             sys.exit(2 if isinstance(error, ConfigError) else 1)

@@ -12,7 +12,7 @@ from rich.table import Table
 from fedlora.cli.console import one_line_errors, out
 
 COLUMNS = ("name", "exact", "mixed_ranks", "moves_base", "client_dp", "up", "down", "paper")
-"""Facts that ``fedlora strategies`` shows; ``--json`` has all of them."""
+"""Facts that ``fedlora strategies`` shows in columns; ``--json`` has all of them."""
 
 
 @one_line_errors
@@ -23,7 +23,7 @@ def strategies(
 
     Example: fedlora strategies --json
     """
-    from strategies.table import fact_rows
+    from strategies.table import deviations, fact_rows
 
     rows = fact_rows()
     if as_json:
@@ -35,6 +35,9 @@ def strategies(
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in COLUMNS))
     out.print(table)
+    out.print("\n[bold]Where they differ from their papers or the authors' code[/bold]")
+    for name, text in deviations().items():
+        out.print(f"{name}: {text}", highlight=False, markup=False)
 
 
 def _cell(value: Any) -> str:

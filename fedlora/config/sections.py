@@ -226,7 +226,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         one_of("engine.device", self.device, ("auto", "cpu", "cuda", "mps"))
-        require(self.num_cpus > 0, "engine.num-cpus", self.num_cpus, "must be > 0")
+        accepted = "must be >= 0.0001, what Ray counts in"
+        require(1e-4 <= self.num_cpus < math.inf, "engine.num-cpus", self.num_cpus, accepted)
+        possible = 1e-4 <= self.num_gpus <= 1 or (self.num_gpus >= 0 and float(self.num_gpus).is_integer())
+        require(
+            possible, "engine.num-gpus", self.num_gpus, "must be 0, a share from 0.0001 to 1, or whole GPUs"
+        )
         for name in ("num_actors", "num_gpus", "cohort_size", "max_retries"):
             value = getattr(self, name)
             require(value >= 0, f"engine.{kebab(name)}", value, "must be >= 0")

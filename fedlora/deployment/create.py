@@ -20,7 +20,7 @@ from fedlora.deployment.scripts import (
     unit,
 )
 from fedlora.errors import ConfigError
-from fedlora.files import new_directory, write_atomic
+from fedlora.files import check_place, new_directory, write_atomic
 
 FOLDER, SCRIPT = 0o700, 0o755
 _HOST = re.compile(r"[0-9A-Za-z]([0-9A-Za-z.:-]*[0-9A-Za-z])?")
@@ -61,6 +61,7 @@ def create(
 def _refuse(path: Path, nodes: int, hosts: Sequence[str], port: int, data: Sequence[str]) -> None:
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ConfigError(f"{path}: is there and not empty, name a new directory")
+    check_place("DIR", path)
     if nodes < 1:
         raise ConfigError(f"--nodes {nodes}: must be >= 1")
     if not 1 <= port <= 65534:

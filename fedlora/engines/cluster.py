@@ -10,7 +10,7 @@ import sys
 import warnings
 from typing import Any
 
-from fedlora.errors import ConfigError, first_line
+from fedlora.errors import ConfigError, RunFailed, first_line
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -65,6 +65,23 @@ def join(address: str) -> None:
 
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def put(value: Any) -> Any:
+    """A reference to a value in Ray's object store.
+
+    Raises:
+        RunFailed: neither the memory for it nor the disk behind it has room.
+    """
+    import ray
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError
+
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise RunFailed(
+            f"Ray's object store is full, and so is the disk behind it: {first_line(error)}"
+        ) from None
 
 
 def check_address(address: str) -> None:

@@ -1,10 +1,13 @@
 """Jobs to actors, in the given order, each to whoever is free first; what dies is done again.
 
-Nothing polls: the driver sleeps until an actor answers, dies, or the deadline passes.
+The driver sleeps until an actor answers, dies, or the deadline passes; only while nobody works does it look
+now and then whether an actor can still start.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -13,6 +16,9 @@ from typing import Any
 
 from fedlora.engines.ray_pool import RayPool
 from fedlora.errors import RunFailed, first_line
+
+PATIENCE = 30.0
+"""Seconds in which actors usually start; after them it is said what they wait for."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,21 +57,18 @@ class Dispatcher:
 
         Raises:
             RunFailed: a job whose process died more than ``engine.max-retries`` times, actors that die as
-                often while they start, or a job that raised.
+                often while they start or that no machine of the cluster holds any more, or a job that raised.
         """
-        import ray
-
         self._waiting = deque(jobs)
         self._muster()
         finished = []
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             while self._hand_out():
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                done, _ = ray.wait(list(self._busy), num_returns=1, timeout=left)
-                if not done:
+                answered = self._next_answer(deadline)
+                if answered is None:
                     break
-                finished += self._take_in(done[0])
+                finished += self._take_in(answered)
         finally:
             for job, actor in self._busy.values():
                 if job is not None:
@@ -83,6 +86,26 @@ class Dispatcher:
             job, actor = self._waiting.popleft(), self._free.popleft()
             self._busy[getattr(actor, job.method).remote(*job.arguments)] = (job, actor)
         return bool(self._waiting) or any(job is not None for job, _ in self._busy.values())
+
+    def _next_answer(self, deadline: float | None) -> Any:
+        """The reference of whoever answers first, None past the deadline.
+
+        Where nobody works, because no actor has found a place or has started, it is said once what for.
+        """
+        import ray
+
+        told = False
+        while True:
+            left = math.inf if deadline is None else max(0.0, deadline - time.monotonic())
+            idle = all(job is None for job, _ in self._busy.values())
+            look = min(left, PATIENCE) if idle else left
+            done, _ = ray.wait(list(self._busy), timeout=None if look == math.inf else look)
+            if done or look == left:
+                return done[0] if done else None
+            line = self._pool.waits_for()
+            if not told:
+                logging.getLogger("fedlora").warning(line)
+            told = True
 
     def _take_in(self, reference: Any) -> list[tuple[Job, Any]]:
         """The finished job, if that is what the reference stands for."""

@@ -11,6 +11,7 @@ from typing import Any
 from clients.batches import Indices
 from clients.evaluation import Evaluation, assemble, cut
 from fedlora.data.prepared import Prepared
+from fedlora.engines.cluster import put
 from fedlora.engines.dispatch import Dispatcher, Job
 from fedlora.engines.lending import Lender
 from fedlora.engines.ray_pool import RayPool
@@ -39,10 +40,8 @@ class SharedEvaluation:
         Raises:
             RunFailed: a process that died more often than ``engine.max-retries`` allows.
         """
-        import ray
-
         loan = self._lender.move_to(state.base)
-        model = ray.put((dict(state.adapters), dict(state.head)))
+        model = put((dict(state.adapters), dict(state.head)))
         places = cut(self._data.test, indices, most_tokens=task_named(self._data.task).most_tokens)
         packs = self._packed(len(places))
         jobs = [

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clients.resident import Key, Parts, Resident, key_of, parts_of, resident_of
 from fedlora.config import RunConfig
+from fedlora.engines.cluster import put
 from fedlora.errors import RunFailed
 from fedlora.models import pick_device
 from fedlora.models.shared import bytes_of, typed
@@ -56,12 +57,10 @@ class Lender:
     """
 
     def __init__(self, config: RunConfig, parts: Parts | None = None) -> None:
-        import ray
-
         if not config.engine.address:
             pick_device(config.engine.device)  # on a cluster its nodes decide
         parts = parts or parts_of(config, with_data=bool(config.engine.address))
-        self.loan = Loan(key_of(config), config.engine.device, ray.put(parts))
+        self.loan = Loan(key_of(config), config.engine.device, put(parts))
         del parts  # the driver maps it, too
         self.worker = borrow(Loan(self.loan.key, "cpu", self.loan.parts))
         self._pristine = self.worker.model.base_digests()
@@ -69,15 +68,13 @@ class Lender:
 
     def move_to(self, patches: Sequence[Patch]) -> Loan:
         """The loan of the base with these patches in it; the weights of the one before are let go."""
-        import ray
-
         by_name = {patch.digest(): patch for patch in patches}
         chain = tuple(by_name)
         if chain != self.loan.chain:
             loan, worker = self.loan, self.worker
             worker.move_to(chain, by_name.__getitem__)
             moved = {n: (tuple(w.shape), bytes_of(w)) for n, w in worker.model.base.moved_weights.items()}
-            reference = ray.put(moved) if moved else None
+            reference = put(moved) if moved else None
             self.loan = Loan(loan.key, loan.device, loan.parts, chain, reference)
             if moved:
                 worker.model.base.adopt(chain, _weights(reference))

@@ -15,6 +15,7 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedlora.config import FlatConfig
+from fedlora.engines.cluster import put
 from fedlora.engines.cohorts import Work, cohorts, equal_work
 from fedlora.engines.dispatch import Dispatcher, Job
 from fedlora.engines.lending import Lender
@@ -117,8 +118,6 @@ class RayGrid(LocalGrid):
 
 def _put_shared(messages: Sequence[Message]) -> Callable[[Message], dict[str, Any]]:
     """Put every record that several messages share into the object store, once; the records of a message."""
-    import ray
-
     uses: dict[int, int] = {}
     for message in messages:
         message.metadata.__dict__["_message_id"] = str(uuid4())
@@ -129,7 +128,7 @@ def _put_shared(messages: Sequence[Message]) -> Callable[[Message], dict[str, An
     def records(message: Message) -> dict[str, Any]:
         for record in message.content.values():
             if uses[id(record)] > 1 and id(record) not in references:
-                references[id(record)] = ray.put(record)
+                references[id(record)] = put(record)
         return {name: references.get(id(r), r) for name, r in message.content.items()}
 
     return records

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import EngineConfig, RunConfig
 from fedlora.engines.cluster import QUIET, connect
+from fedlora.engines.places import actors_of, places, resources_of
 from fedlora.engines.worker import FEDLORA_APP, ClientWorker
 from fedlora.errors import ConfigError, RunFailed
 
@@ -30,7 +29,8 @@ class RayPool:
         failed_starts: how many died in a row before they were ready.
 
     Raises:
-        ConfigError: the cluster does not answer, or no machine has the resources of one actor.
+        ConfigError: the cluster does not answer, no machine has the resources of one actor, or fewer
+            actors fit than ``engine.num-actors``; none was started.
     """
 
     def __init__(self, engine: EngineConfig, client_app: str = FEDLORA_APP) -> None:
@@ -39,7 +39,7 @@ class RayPool:
         self.engine = engine
         self.client_app = client_app
         connect(engine.address)
-        self.size = engine.num_actors or capacity(engine, [n for n in ray.nodes() if n["Alive"]])
+        self.size = actors_of(engine, resources_of(ray.nodes()))
         self.starting: dict[Any, Any] = {}
         self.restarts = self.failed_starts = 0
         self.actors = [self._spawn() for _ in range(self.size)]
@@ -88,6 +88,27 @@ class RayPool:
         self.starting.pop(actor, None)
         self.failed_starts = 0
 
+    def waits_for(self) -> str:
+        """What actors that do not start are waiting for, in one line.
+
+        Raises:
+            RunFailed: the cluster lost every machine that one actor fits on.
+        """
+        import ray
+
+        try:
+            places(self.engine, resources_of(ray.nodes()))
+        except ConfigError as error:
+            raise RunFailed(f"the cluster has shrunk: {error}") from None
+        have, free = ray.cluster_resources(), ray.available_resources()
+        there = ", ".join(
+            f"{free.get(kind, 0.0):g} of {have.get(kind, 0.0):g} {kind}s free" for kind in ("CPU", "GPU")
+        )
+        return (
+            f"waiting for one of {len(self.actors)} client processes to start: each takes engine.num-cpus = "
+            f"{self.engine.num_cpus:g} and engine.num-gpus = {self.engine.num_gpus:g}; {there}"
+        )
+
     def close(self) -> None:
         """Stop the actors and leave Ray."""
         import ray
@@ -105,30 +126,3 @@ class RayPool:
         actor = ray.remote(ClientWorker).options(**options).remote(self.client_app)
         self.starting[actor] = actor.ready.remote()
         return actor
-
-
-def capacity(engine: EngineConfig, nodes: Iterable[Mapping[str, Any]]) -> int:
-    """How many actors some machines hold, each on one machine.
-
-    Raises:
-        ConfigError: not even one.
-    """
-    resources = [node["Resources"] for node in nodes]
-    total = 0
-    for have in resources:
-        fits = have.get("CPU", 0.0) / engine.num_cpus
-        if engine.num_gpus:
-            fits = min(fits, _shares(have.get("GPU", 0.0), engine.num_gpus))
-        total += math.floor(fits + 1e-9)
-    if total < 1:
-        cpus, gpus = (sum(have.get(kind, 0.0) for have in resources) for kind in ("CPU", "GPU"))
-        raise ConfigError(
-            f"engine.num-cpus = {engine.num_cpus}, engine.num-gpus = {engine.num_gpus}: no machine has them "
-            f"(in all {cpus:g} CPUs, {gpus:g} GPUs)"
-        )
-    return total
-
-
-def _shares(gpus: float, share: float) -> float:
-    """Actors on so many GPUs: one GPU holds whole shares only, as Ray places them."""
-    return gpus * math.floor(1 / share + 1e-9) if share < 1 else gpus / share

@@ -1,11 +1,13 @@
 """One run in simulation: check, start the engine, run, and always leave the engine tidy.
 
-Starting takes seconds, nearly all of it imports. So the driver reads the model while Ray starts, and the
-actors import while it does; modules that import transformers or Ray are imported where they are needed.
+Starting takes seconds, nearly all of it imports. So the driver imports while Ray starts, and the actors
+import while it reads the model; modules that import transformers or Ray are imported where they are needed.
+Nothing is read or prepared before the actors are known to fit.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -47,15 +49,16 @@ def start(config: RunConfig) -> RayPool:
     """Actors for a configuration, and its model and data in the object store.
 
     Raises:
-        ConfigError: a model, data or partition that cannot be had, or no place for the actors.
+        ConfigError: no place for the actors, then nothing was read; or a model, data or partition that
+            cannot be had.
     """
     from fedlora.engines.ray_pool import RayPool
 
     with ThreadPoolExecutor(1) as aside:
-        reading = aside.submit(_read, config)
+        aside.submit(_import_models)
         pool = RayPool(config.engine)
         try:
-            pool.lender(config, reading.result())
+            pool.lender(config, aside.submit(_read, config).result())
         except BaseException:
             pool.close()
             raise
@@ -102,6 +105,10 @@ def quiet() -> None:
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.ERROR)
     logger.propagate = False
+
+
+def _import_models() -> None:
+    importlib.import_module("clients.resident")
 
 
 def _read(config: RunConfig) -> Parts:

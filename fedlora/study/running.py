@@ -12,6 +12,7 @@ from fedlora.config import RunConfig
 from fedlora.engines import cluster
 from fedlora.engines.ray_pool import RayPool
 from fedlora.engines.simulate import simulate_on, start
+from fedlora.errors import system_errors_in_words
 from fedlora.runs import RunDirectory
 from fedlora.study.absent import FAILED, write_failure
 from fedlora.study.cells import Cell
@@ -72,7 +73,8 @@ def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
     """Run one cell, or go on with it; why it failed, or None."""
     (home / FAILED).unlink(missing_ok=True)
     try:
-        simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title, alone=engine.alone)
+        with system_errors_in_words():
+            simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title, alone=engine.alone)
     except Exception as error:
         engine.close()
         reason = write_failure(home, error)

@@ -86,7 +86,7 @@ def test_a_write_that_fails_leaves_what_was_there(
     monkeypatch.setattr(fedlora.models.export, "save_file", full)
     result = aggregate("--strategy", "fedavg", "--out", out, *alike["llama"][:2])
     assert result.exit_code == 1
-    assert result.stderr.strip() == f"error: --out {out}: could not be written (No space left on device)"
+    assert result.stderr.strip() == f"error: {out}: No space left on device; what was written before is kept"
     assert contents(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -13,11 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clients.resident import resident
-from fedlora.config import EngineConfig
 from fedlora.engines.cohorts import cohorts, predicted_work, with_cohort_size
 from fedlora.engines.local_grid import LocalGrid
-from fedlora.engines.ray_pool import capacity
-from fedlora.errors import ConfigError
 from fedlora.runs import RunDirectory
 from tests.conftest import tiny_config
 
@@ -86,30 +83,3 @@ def test_the_size_is_settled_before_a_run_and_kept_by_it(tmp_path: Path) -> None
     directory = RunDirectory(tmp_path / "run")
     directory.open(replace(config, engine=replace(config.engine, cohort_size=3)))
     assert with_cohort_size(config, directory.path, worker).engine.cohort_size == 3
-
-
-def nodes(*resources: dict[str, float]) -> list[dict[str, Any]]:
-    return [{"Resources": each} for each in resources]
-
-
-@pytest.mark.parametrize(
-    ("engine", "have", "expected"),
-    [
-        ({}, [{"CPU": 64.0}], 64),
-        ({"num_cpus": 0.1}, [{"CPU": 8.0}], 80),
-        ({"num_cpus": 3.0}, [{"CPU": 4.0}, {"CPU": 4.0}], 2),
-        ({"num_gpus": 1.0}, [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 2.0, "GPU": 4.0}], 6),
-        ({"num_gpus": 0.25}, [{"CPU": 64.0, "GPU": 2.0}], 8),
-        ({"num_gpus": 0.3}, [{"CPU": 64.0, "GPU": 2.0}], 6),
-        ({"num_gpus": 0.6}, [{"CPU": 64.0, "GPU": 2.0}], 2),
-        ({"num_gpus": 2.0}, [{"CPU": 64.0, "GPU": 3.0}, {"CPU": 64.0}], 1),
-    ],
-)
-def test_what_machines_hold(engine: dict[str, float], have: list[dict[str, float]], expected: int) -> None:
-    assert capacity(EngineConfig(**engine), nodes(*have)) == expected  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("engine", [{"num_cpus": 5.0}, {"num_gpus": 1.0}])
-def test_resources_of_no_machine_are_one_line(engine: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"no machine has them \(in all 8 CPUs, 0 GPUs\)$"):
-        capacity(EngineConfig(**engine), nodes({"CPU": 4.0}, {"CPU": 4.0}))  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import pytest
 import ray
 
 from fedlora.config import EngineConfig
+from fedlora.engines import dispatch
 from fedlora.engines.ray_grid import RayGrid
 from fedlora.engines.ray_pool import RayPool
 from fedlora.errors import RunFailed
@@ -147,3 +148,40 @@ def test_an_actor_that_finds_no_place_holds_up_nobody(pool: RayPool, tmp_path: P
         pool.actors.remove(nowhere)
         pool.starting.pop(nowhere)
         ray.kill(nowhere)
+
+
+def test_a_wait_says_what_it_waits_for_and_goes_on_when_there_is_room(
+    pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both GPUs belong to the other actors, which is no mistake: they may end."""
+    monkeypatch.setattr(dispatch, "PATIENCE", 1.0)
+    late = RayPool(EngineConfig(num_cpus=0.5, num_gpus=1.0, num_actors=1), LIGHT)
+    grid = grid_of(late, tmp_path)
+    try:
+        assert list(grid.send_and_receive([order(grid, 0)], timeout=2.5)) == []
+        assert [r.getMessage().partition(";")[2] for r in caplog.records] == [
+            " 1 of 3 CPUs free, 0 of 2 GPUs free"
+        ]
+        assert (
+            "waiting for one of 1 client processes to start: each takes engine.num-cpus = 0.5" in caplog.text
+        )
+        pool.replace(pool.actors[0])
+        assert partitions_of(list(grid.send_and_receive([order(grid, 0)], timeout=120))) == [0]
+    finally:
+        for actor in late.actors:
+            ray.kill(actor)
+
+
+def test_a_cluster_that_loses_the_machines_for_its_actors_ends_the_run(
+    pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dispatch, "PATIENCE", 1.0)
+    late = RayPool(EngineConfig(num_gpus=1.0, num_actors=1), LIGHT)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    grid = grid_of(late, tmp_path)
+    try:
+        with pytest.raises(RunFailed, match=r"^the cluster has shrunk: .*no machine has them"):
+            grid.send_and_receive([order(grid, 0)])
+    finally:
+        for actor in late.actors:
+            ray.kill(actor)

@@ -41,6 +41,7 @@ VARIANTS: Mapping[str, Rule] = (
         "lora-fair-both": make_rule("lora-fair", {"correct": "both", "lam": 1.0}),
         "hetlora-pruning": make_rule("hetlora", {"gamma": 0.5, "min_rank": 1}),
         "fedrot-hard": make_rule("fedrot", {"lam": 1.0}),
+        "fedrot-released": make_rule("fedrot", {"lam": 1.5}),
         "fedrot-soft": make_rule("fedrot", {"lam": 0.2}),
         "florist-half": make_rule("florist", {"threshold": 0.5}),
         "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),

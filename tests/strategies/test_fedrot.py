@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
 from fedlora.errors import ConfigError
@@ -20,7 +21,7 @@ from strategies.registry import make_rule
 from tests.oracles import best_rotation, soft_rotation
 from tests.strategies.federations import Federation, effective, federations, numpy, one_layer, relative
 
-LAMBDAS = (0.0, 0.2, 0.5, 0.8, 1.0)
+LAMBDAS = (0.0, 0.2, 0.5, 0.8, 1.0, 1.5)
 every_lambda = pytest.mark.parametrize("lam", LAMBDAS)
 every_factor = pytest.mark.parametrize("to_a", [True, False], ids=["A", "B"])
 HARD = make_rule("fedrot", {"lam": 1.0})
@@ -198,7 +199,52 @@ def test_the_first_round_of_a_fresh_adapter_is_fedavgs() -> None:
     assert relative(effective(mine)["layer"], effective(theirs)["layer"]) < 1e-6
 
 
-@pytest.mark.parametrize("lam", [-0.1, 1.1, float("nan"), float("inf")])
+@pytest.mark.parametrize("lam", [-0.1, float("nan"), float("inf")])
 def test_an_impossible_lambda_is_refused(lam: float) -> None:
-    with pytest.raises(ConfigError, match=r"^strategy.options lam = .*: must be in \[0, 1\]$"):
+    with pytest.raises(ConfigError, match=r"^strategy.options lam = .*: must be in \[0, 1\], or above .*"):
         FedRotRule(lam=lam)
+
+
+# --- the released default -----------------------------------------------------------------------------------
+
+RELEASED = make_rule("fedrot", {"lam": 1.5})
+"""The authors' code with its default: lambda > 1 calls the alignment without a check of the determinant."""
+
+
+def turned_over(update: ClientUpdate, seed: int) -> ClientUpdate:
+    """The same client model in a basis of its own, of determinant -1."""
+    adapters = {}
+    for name, f in update.adapters.items():
+        Q = turn(f.rank, seed + update.partition_id)
+        Q[:, 0] *= -1
+        adapters[name] = LoraFactors(Q.T @ f.A, f.B @ Q, f.scaling)
+    return replace(update, adapters=adapters)
+
+
+@pytest.mark.parametrize("server_round", [1, 2])
+@given(seed=SEEDS)
+def test_at_the_released_lambda_the_clients_own_reflections_do_not_matter(
+    server_round: int, seed: int
+) -> None:
+    """Rotations alone cannot undo them."""
+    federation = one_layer(seed)
+    state = replace(federation.start(RELEASED), round=server_round - 1)
+    updates = federation.updates(RELEASED, state)
+    others = [turned_over(u, seed) for u in updates]
+    after, again = (RELEASED.aggregate(state, given)[0] for given in (updates, others))
+    assert relative(effective(again)["layer"], effective(after)["layer"]) < 1e-8
+    proper, other = (HARD.aggregate(state, given)[0] for given in (updates, others))
+    assert relative(effective(other)["layer"], effective(proper)["layer"]) > 1e-3
+
+
+@every_factor
+@given(seed=SEEDS, rank=RANKS, size=st.integers(6, 9))
+def test_the_released_alignment_is_plain_procrustes(to_a: bool, seed: int, rank: int, size: int) -> None:
+    """Against SciPy's, whatever the sign of the determinant."""
+    A, B = normal(rank, size, seed=seed), normal(size, rank, seed=seed + 1)
+    reference = LoraFactors(normal(rank, size, seed=seed + 2), normal(size, rank, seed=seed + 3), 1.0)
+    mine = align(A, B, reference, 1.5, to_a=to_a)
+    R, _ = orthogonal_procrustes(numpy(A.T if to_a else B), numpy(reference.A.T if to_a else reference.B))
+    assert np.allclose(numpy(mine[0]), R.T @ numpy(A), atol=1e-8)
+    assert np.allclose(numpy(mine[1]), numpy(B) @ R, atol=1e-8)
+    assert all(torch.equal(f, g) for f, g in zip(mine, align(A, B, reference, 7.0, to_a=to_a), strict=True))
