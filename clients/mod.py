@@ -1,6 +1,6 @@
 """A Flower mod that lets anybody's PEFT ClientApp work with every strategy, those that move the base too.
 
-    app = ClientApp(mods=[base_mod(lambda context: resident_model(), Path("state"))])
+    app = ClientApp(mods=[base_mod(lambda context: own_model(), "~/state")])
 
 The mod stores base patches and frozen factors, asks for those that are missing, moves the base of the app's
 own model, refuses an order whose ranks or scaling are not the model's, hands the app a complete PEFT state
@@ -23,14 +23,15 @@ from fedlora.errors import FedLoraError, first_line
 from fedlora.models.peft_model import check_fits, moving_base
 
 
-def base_mod(model: Callable[[Context], PeftModel], state_dir: Path) -> Mod:
+def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mod:
     """The mod; use it for the ``train`` and ``evaluate`` functions of a ClientApp.
 
     Args:
         model: gives the PEFT model that the app trains and evaluates, the same object for every message
             (``functools.cache``): its base weights are brought to ``W_0 + P_1 + .. + P_v`` in place.
-        state_dir: where parts are kept between messages.
+        state_dir: where parts are kept between messages; ``~`` is the home directory.
     """
+    root = Path(state_dir).expanduser()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         config = message.content.config_records.get(wire.CONFIG, ConfigRecord())
@@ -52,7 +53,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path) -> Mod:
 
     def _prepared(order: wire.TrainOrder, message: Message, context: Context) -> wire.Reply | None:
         """Bring base and arrays to what the order says; or the reply that says what is lacking."""
-        opened = open_order(order, Holdings(state_dir / str(order.config.get("run-key", context.run_id))))
+        opened = open_order(order, Holdings(root / str(order.config.get("run-key", context.run_id))))
         if isinstance(opened, wire.Reply):
             return opened
         own = model(context)

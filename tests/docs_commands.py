@@ -136,4 +136,6 @@ def keys_in_prose(text: str) -> Iterator[str]:
 def tables(text: str) -> Iterator[FlatConfig]:
     """The ``toml`` blocks of a page as flat configurations."""
     for body in blocks(text, "toml"):
-        yield flatten(tomllib.loads(body))
+        found = tomllib.loads(body)
+        if "project" not in found:  # the pyproject.toml of an app of one's own
+            yield flatten(found)
