@@ -17,13 +17,12 @@ from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.models import (
     AdaptedModel,
     build_model,
-    check_length,
-    check_padding,
+    check_fit,
     pick_device,
     resolve_targets,
 )
 from fedlora.models.shared import put_together, take_apart
-from fedlora.tasks import CLASSIFICATION, task_named
+from fedlora.tasks import task_named
 from fedlora.updates import Patch
 
 Key: TypeAlias = tuple[Any, ...]
@@ -168,9 +167,7 @@ def _read(
     else:
         path, data = own.home, own_data(own, config.model.name, config.data.max_length, task)
     network = build_model(config.model, data.num_labels, config.seed, task.network)
-    check_length(config.model.name, network, config.data.max_length)
-    if task is CLASSIFICATION:
-        check_padding(config.model, network, data.pad_token_id)
+    check_fit(config.model, network, data, config.data.max_length)
     return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}
 
 

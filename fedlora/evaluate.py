@@ -12,7 +12,7 @@ from clients.evaluation import evaluate
 from fedlora.config import DataConfig, RunConfig
 from fedlora.data.prepared import open_prepared, prepare
 from fedlora.errors import ConfigError
-from fedlora.models import AdapterCard, load_adapter
+from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.summaries import summary
 from fedlora.tasks import task_named
 
@@ -46,6 +46,7 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         translation = np.array([_label_number(label, card, name) for label in prepared.label_names])
         test = dataclasses.replace(test, labels=translation[test.labels])
     model, _ = load_adapter(adapter)
+    check_fit(card.model, model, prepared, card.max_length)
     outcome = evaluate(model, test, np.arange(len(test)), prepared.pad_token_id, task=task)
     return summary(outcome, prepared.domain_names, task)
 

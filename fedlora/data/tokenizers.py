@@ -158,8 +158,8 @@ class PretrainedTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            return AutoTokenizer.from_pretrained(self.directory)
-        except (OSError, ValueError, KeyError) as error:
+            return AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        except Exception as error:  # of somebody's files
             raise ConfigError(
                 f"model.name = {self.name!r}: its tokenizer cannot be read ({first_line(error)})"
             ) from None

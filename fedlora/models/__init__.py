@@ -4,8 +4,9 @@ Importing this package imports transformers and PEFT (seconds); do it where a mo
 """
 
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.build import TINY_VOCAB_SIZE, build_model, check_length, check_padding, pick_device
+from fedlora.models.build import TINY_VOCAB_SIZE, build_model, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter
+from fedlora.models.fit import check_fit, check_length, check_padding
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
 from fedlora.models.trainable import Trainable
 
@@ -15,6 +16,7 @@ __all__ = [
     "AdapterCard",
     "Trainable",
     "build_model",
+    "check_fit",
     "check_length",
     "check_padding",
     "head_tensors",

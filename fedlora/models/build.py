@@ -10,7 +10,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -23,8 +22,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
-from fedlora.errors import ConfigError, first_line
+from fedlora.errors import ConfigError
 from fedlora.heads import draw_head
+from fedlora.loading import pretrained
 from fedlora.models.fit import pad_in_front
 from fedlora.models.four_bit import quantise
 from fedlora.models.layers import head_tensors
@@ -87,34 +87,6 @@ def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = 
         if config.quantization == "4bit":
             quantise(model, config.name)
     return model.requires_grad_(False).eval()
-
-
-def check_padding(config: ModelConfig, network: nn.Module, pad_token_id: int) -> None:
-    """Refuse a head of the model's own that takes another token for padding than batches are filled with.
-
-    Decoders' heads look for the last token before the padding, and would read a wrong one.
-
-    Raises:
-        ConfigError: the two tokens differ.
-    """
-    model: Any = network
-    if config.pooling == "model" and model.config.pad_token_id != pad_token_id:
-        raise ConfigError(
-            f"model.name = {config.name!r}: its config.json has pad_token_id = {model.config.pad_token_id}, "
-            f'its tokenizer pads with {pad_token_id}; make them equal or use model.pooling = "mean"'
-        )
-
-
-def check_length(name: str, network: nn.Module, max_length: int) -> None:
-    """Refuse sequences that are longer than the model has positions for.
-
-    Raises:
-        ConfigError: they are.
-    """
-    model: Any = network
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and max_length > most:
-        raise ConfigError(f"data.max-length = {max_length}: {name!r} takes at most {most} tokens")
 
 
 def pick_device(name: str) -> torch.device:
@@ -186,7 +158,7 @@ def _with_own_head(name: str, num_labels: int) -> nn.Module:
         model = AutoModelForSequenceClassification.from_config(_tiny_config(num_labels))
         model.bert.load_state_dict(_tiny_backbone().state_dict(), strict=False)
     else:
-        model = _pretrained(AutoModelForSequenceClassification, name, num_labels=num_labels)
+        model = _pretrained(AutoModelForSequenceClassification, name, num_labels)
     if getattr(model.config, "summary_type", "") == "last" and hasattr(model, "sequence_summary"):
         pad_in_front(model.base_model)
     if model.config.pad_token_id is None:  # decoders need one to find the last token of a padded batch
@@ -197,18 +169,13 @@ def _with_own_head(name: str, num_labels: int) -> nn.Module:
     return head
 
 
-def _pretrained(kind: Any, name: str, **arguments: Any) -> Any:
+def _pretrained(kind: Any, name: str, labels: int = 0) -> Any:
     """The pretrained weights in float32 from a built-in asset, a directory or the hub."""
-    source = model_directory(name) or name
-    try:
-        config = AutoConfig.from_pretrained(source, **arguments)
-        return kind.from_pretrained(source, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"model.name = {name!r}: accepted are {', '.join(BUILT_IN_MODELS)}, a directory with a "
-            f"transformers model that fits the task and a Hugging Face id ({reason})"
-        ) from None
+    accepted = (
+        f"accepted are {', '.join(BUILT_IN_MODELS)}, a directory with a transformers model that fits the "
+        "task and a Hugging Face id"
+    )
+    return pretrained(kind, model_directory(name) or name, f"model.name = {name!r}", accepted, labels=labels)
 
 
 def _tiny_config(num_labels: int = 2) -> BertConfig:

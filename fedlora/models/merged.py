@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.factors import Product, Tensors
 from fedlora.files import new_directory
+from fedlora.loading import check_finite, one_line
 from fedlora.models.adapter_group import AdapterGroup, check_complete
 from fedlora.models.build import quiet
 from fedlora.models.layers import LinearLayer, layer_spec, oriented
@@ -61,14 +61,8 @@ def open_base(path: Path, group: AdapterGroup, *, weights: bool) -> Base:
         ConfigError: no such model, or a layer that it lacks, that has another size, or that an adapter
             says it adapts and does not.
     """
-    try:
-        with quiet():
-            base = _opened(path, group, weights)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"--base {path}: not a transformers model with safetensors ({reason})") from None
+    with quiet(), one_line(f"--base {path}", "not a transformers model with safetensors"):
+        base = _opened(path, group, weights)
     layers = dict(base.model.named_modules())
     for name, spec in group.modules.items():
         layer = layers.get(name)
@@ -153,7 +147,9 @@ def _opened(path: Path, group: AdapterGroup, weights: bool) -> Base:
     )
     for name, *_ in report["mismatched_keys"]:
         raise ConfigError(f"--base {path}: {name} has another shape in its files than its config.json says")
-    return Base(path, model.eval(), frozenset(report["missing_keys"]))
+    drawn = frozenset(report["missing_keys"])
+    check_finite(model, f"--base {path}")
+    return Base(path, model.eval(), drawn)
 
 
 def _class_of(path: Path, config: Any, group: AdapterGroup) -> Any:

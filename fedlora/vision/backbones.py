@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -23,8 +22,9 @@ from transformers import (
 )
 
 from fedlora.assets import cache_dir
-from fedlora.errors import ConfigError, first_line
+from fedlora.errors import ConfigError
 from fedlora.heads import draw_head
+from fedlora.loading import one_line, pretrained
 from fedlora.seeding import drawn_from
 from fedlora.vision.built_in import NATIVE, SOURCES, source_identity
 from fedlora.vision.images import ImageFormat
@@ -135,22 +135,14 @@ def _tiny(name: str, num_labels: int) -> Any:
 
 
 def _loaded(name: str, num_labels: int) -> Any:
-    config, source = _config(name), _source(name)
-    config.num_labels = num_labels
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            source, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise _refused(name, error) from None
+    return pretrained(
+        AutoModelForImageClassification, _source(name), *_accepted(name), labels=num_labels, new_head=True
+    )
 
 
 def _config(name: str) -> Any:
-    source = _source(name)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise _refused(name, error) from None
+    with one_line(*_accepted(name)):
+        return AutoConfig.from_pretrained(_source(name), trust_remote_code=False)
 
 
 def _source(name: str) -> str:
@@ -167,11 +159,13 @@ def _source(name: str) -> str:
     return str(home)
 
 
-def _refused(name: str, error: Exception) -> ConfigError:
+def _accepted(name: str) -> tuple[str, str]:
+    """What a refusal names: the key, and what is accepted."""
     known = ", ".join([*PRETRAINED, *TINY])
-    return ConfigError(
-        f"model.name = {name!r}: accepted for images are {known}, a directory with a transformers image "
-        f"classifier and a Hugging Face id ({first_line(error)})"
+    return (
+        f"model.name = {name!r}",
+        f"accepted for images are {known}, a directory with a transformers image classifier and a Hugging "
+        "Face id",
     )
 
 
