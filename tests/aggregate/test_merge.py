@@ -104,7 +104,7 @@ def with_config(**fields: Any) -> Callable[[Path], None]:
 
 BAD_BASES: Mapping[str, tuple[Callable[[Path], Any], str]] = {
     "a parameter that nobody brings": (without_pooler, "bring bert.pooler.dense"),
-    "a truncated file": (cut, "not a transformers model with safetensors"),
+    "a truncated file": (cut, "half a download look like this"),
     "pickles": (pickled, "no file named model.safetensors"),
     "nothing in it": (lambda base: (base / "config.json").unlink(), "not a transformers model"),
     "no JSON": (lambda base: (base / "config.json").write_text("{"), "not a valid JSON"),
