@@ -17,7 +17,7 @@ from clients.batches import Indices
 from clients.budget import Plan, plan_release, train_within_budget
 from clients.canaries import Canaries
 from clients.evaluation import evaluate
-from clients.holdings import Holdings
+from clients.holdings import OWN, Holdings
 from clients.orders import Opened, open_order
 from clients.packed import packed_base
 from clients.resident import Resident, resident
@@ -32,8 +32,6 @@ from fedlora.privacy.types import PrivacySpent
 from fedlora.seeding import derive
 from fedlora.updates import digest
 
-OWN = "own"
-"""What a client keeps to itself: a local head, factors that it trains and does not ship."""
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
 NUM_UNITS = "num-units"
 """What was judged, where that is not the examples."""

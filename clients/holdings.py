@@ -19,6 +19,8 @@ from fedlora.factors import Tensors
 from fedlora.files import write_atomic
 from fedlora.updates import digest
 
+OWN = "own"
+"""What a client keeps to itself: a local head, factors that it trains and does not ship."""
 KEEP_ROUNDS = 2
 """Versions of a personal tensor set that are kept."""
 

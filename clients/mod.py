@@ -34,8 +34,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
     root = Path(state_dir).expanduser()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        config = message.content.config_records.get(wire.CONFIG, ConfigRecord())
-        if "needs-frozen" not in config:
+        if wire.order_settings(message.content) is None:
             return call_next(message, context)
         try:
             order = wire.decode_order(message.content)
@@ -62,7 +61,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             return wire.Reply(status=wire.DECLINED, reason=reason)
         check_fits(own, opened.adapters)
         moving_base(own).move_to([opened.patch(name) for name in order.needs.base])
-        message.content[wire.ARRAYS] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
+        message.content[order.named] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
         return None
 
     return mod

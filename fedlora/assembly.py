@@ -71,11 +71,13 @@ def assemble(
         partitions=frozenset(partitions),
         max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
         max_update_norm=config.strategy.max_update_norm,
+        fraction_evaluate=None,
         clients_evaluate=clients_evaluate,
         diagnostics=config.strategy.diagnostics,
         client_dp=client_mechanism(config, seeded=seeded),
         wire_dtype=config.wire_dtype,
         packed=packed,
+        keep_ranks=False,
         client_settings=client_settings,
     )
     strategy.state = strategy.begin(_template(rule, config, worker, max(ranks)))

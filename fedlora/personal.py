@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from clients.carry_out import OWN
-from clients.holdings import Holdings
+from clients.holdings import OWN, Holdings
 from fedlora.factors import Tensors
 from fedlora.peft_keys import from_peft
 from fedlora.updates import ClientSpec, State

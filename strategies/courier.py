@@ -9,7 +9,7 @@ rested at a client in one round (RoLoRA) need not travel when it is trained in t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlora import wire
-from fedlora.errors import UpdateRefused
+from fedlora.errors import ConfigError, UpdateRefused
 from fedlora.factors import Tensors
 from fedlora.updates import Broadcast, Patch, digest
 
@@ -38,6 +38,8 @@ class Parcel:
         node_id: where it goes.
         broadcast: what it says.
         needs: what the client must hold for it.
+        rank: of the adapter that the rule wants, where it travels padded to a larger one; else 0.
+        half: it travels in half precision.
         reply: the decoded reply, once there is one.
         failure: why there is none.
         identity: of the order, once it is sent.
@@ -49,6 +51,8 @@ class Parcel:
     node_id: int
     broadcast: Broadcast
     needs: wire.Needs
+    rank: int = 0
+    half: bool = False
     reply: wire.Reply | None = None
     failure: str = "no reply before the deadline"
     identity: str = ""
@@ -69,6 +73,10 @@ class Courier:
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
         packed: each record travels as one array, which only fedlora's own clients read.
         client_settings: partition -> further plain settings of its orders.
+        arrayrecord_key, configrecord_key: names of the records in the orders.
+
+    Raises:
+        ConfigError: names of records that are not different.
     """
 
     def __init__(
@@ -78,8 +86,17 @@ class Courier:
         *,
         packed: bool = False,
         client_settings: ClientSettings = lambda partition_id: {},
+        arrayrecord_key: str = wire.ARRAYS,
+        configrecord_key: str = wire.CONFIG,
     ) -> None:
+        if len({arrayrecord_key, configrecord_key, wire.PARTS}) < 3:
+            raise ConfigError(
+                f"arrayrecord_key = {arrayrecord_key!r}, configrecord_key = {configrecord_key!r}: must "
+                f"be two names, neither of them {wire.PARTS!r}"
+            )
         self.init_a, self.wire_dtype = init_a, wire_dtype
+        self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
+        self._places: dict[str, int] = {}
         self.packed, self.client_settings = packed, client_settings
         self.holdings: Holdings = {}
         self.parcels: list[Parcel] = []
@@ -89,13 +106,22 @@ class Courier:
         self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
         self._parts: dict[tuple[str, ...], ArrayRecord] = {}
 
+    def arrange(self, names: Iterable[str]) -> None:
+        """Arrays travel in this order of their names, which Flower's clipping mods compare."""
+        self._places = {name: place for place, name in enumerate(names)}
+
+    def arranged(self, tensors: Tensors) -> Tensors:
+        """The same tensors, in the order of `arrange`."""
+        last = len(self._places)
+        return {name: tensors[name] for name in sorted(tensors, key=lambda n: self._places.get(n, last))}
+
     def open(self, base: tuple[Patch, ...]) -> None:
         """Begin a round of orders over this base; the last round's payloads are forgotten."""
         self._records, self._digests, self._parts, self.parcels, self._by_node = {}, {}, {}, [], {}
         self._patches = {patch.digest(): patch for patch in base}
 
-    def add(self, partition_id: int, node_id: int, broadcast: Broadcast) -> None:
-        """Another client's order, with everything it must hold for it."""
+    def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> None:
+        """Another client's order, with everything it must hold for it; ``rank`` as in `Parcel`."""
         frozen = self._digest(wire.frozen_tensors(broadcast))
         known = {*self._patches, frozen}
         others = self.holdings.get(partition_id, set()) - known  # without any, moving factors are not hashed
@@ -103,19 +129,27 @@ class Courier:
         needs = wire.Needs(
             base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
         )
-        parcel = Parcel(partition_id, node_id, broadcast, needs)
+        parcel = Parcel(partition_id, node_id, broadcast, needs, rank, self.wire_dtype == "float16")
         self.parcels.append(parcel)
         self._by_node[node_id] = parcel
 
     def messages(self, message_type: str, config: Mapping[str, Any]) -> list[Message]:
-        """The messages of all orders; ``config`` holds at least ``server-round``."""
+        """The messages of all orders; ``config`` holds at least ``server-round``.
+
+        Raises:
+            ConfigError: a name in ``config`` that the orders' own settings have.
+        """
+        if taken := sorted(wire.ORDER_KEYS & config.keys()):
+            raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
         return [self._message(parcel, message_type, config) for parcel in self.parcels]
 
     def exchange(
-        self, grid: Grid, messages: Iterable[Message], message_type: str, config: Mapping[str, Any],
+        self, grid: Grid, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
         timeout: float,
     ) -> list[Message]:  # fmt: skip
         """Send the orders; clients that lack a part are served once more within ``timeout`` seconds."""
+        if not messages:
+            return []
         deadline = time.monotonic() + timeout
         replies = list(grid.send_and_receive(messages, timeout=timeout))
         again = self._fuller(replies, message_type, config)
@@ -140,15 +174,28 @@ class Courier:
             again.append(self._message(parcel, message_type, config))
         return again
 
-    def settle(self, replies: Iterable[Message]) -> None:
-        """Put each reply into its parcel and note what its client holds now."""
+    def settle(self, replies: Iterable[Message], *, trained: bool = True) -> dict[int, RecordDict]:
+        """Put each reply into its parcel and note what its client holds now.
+
+        Args:
+            replies: to the orders of this round.
+            trained: they answer orders to train, so that they must hold arrays.
+
+        Returns:
+            Partition id -> content of its reply, in the order of partitions.
+        """
+        contents = {}
         for message in replies:
             parcel = self._parcel_of(message)
-            if parcel is None:
+            reply = None if parcel is None else _read(parcel, message, trained=trained)
+            if parcel is None or reply is None:
                 continue
-            reply = _read(parcel, message)
-            if reply is not None and reply.status == wire.OK:
+            contents[parcel.partition_id] = message.content
+            if reply.status == wire.OK:
                 self.holdings[parcel.partition_id] = set(reply.holds) & set(parcel.needs.digests)
+            elif reply.status == wire.MISSING:  # where the loop serves nobody twice, the next order has it
+                self.holdings.setdefault(parcel.partition_id, set()).difference_update(reply.missing)
+        return dict(sorted(contents.items()))
 
     def _parcel_of(self, reply: Message) -> Parcel | None:
         node = reply.metadata.src_node_id
@@ -171,15 +218,16 @@ class Courier:
         travels |= wire.head_tensors(parcel.broadcast)
         if parcel.needs.frozen not in held:
             travels |= wire.frozen_tensors(parcel.broadcast)
+        own = wire.order_config(parcel.broadcast, parcel.needs, self.init_a)
         settings = {
             **config,
             **self.client_settings(parcel.partition_id),
-            **wire.order_config(parcel.broadcast, parcel.needs, self.init_a),
+            **{key: value for key, value in own.items() if value != []},
         }
         content = RecordDict(
             {
-                wire.ARRAYS: self._record(travels),
-                wire.CONFIG: ConfigRecord({k: v for k, v in settings.items() if v != []}),
+                self.arrayrecord_key: self._record(self.arranged(travels)),
+                self.configrecord_key: ConfigRecord(settings),
             }
         )
         lacks = tuple(name for name in parcel.needs.base if name not in held)
@@ -232,14 +280,14 @@ def says_missing(reply: Message) -> bool:
     return config.get("status") == wire.MISSING
 
 
-def _read(parcel: Parcel, message: Message) -> wire.Reply | None:
+def _read(parcel: Parcel, message: Message, *, trained: bool) -> wire.Reply | None:
     """Put the decoded reply, or the reason why it cannot be used, into its parcel."""
     if message.has_error():
         parcel.failure = (message.error.reason or f"error {message.error.code}").strip().splitlines()[-1]
         return None
     parcel.bytes_up += wire.payload_bytes(message.content)
     try:
-        reply = wire.decode_reply(message.content)
+        reply = wire.decode_reply(message.content, trained=trained)
         if reply.answers not in ("", parcel.identity):
             raise UpdateRefused(f"answers {reply.answers}, not {parcel.identity}")
         parcel.reply = reply

@@ -7,55 +7,62 @@ patches: fedlora's ClientApp, or the mod in ``clients.mod`` in an app of one's o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from logging import INFO, WARNING
-from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
-from fedlora.updates import ClientSpec, ClientUpdate, State, Template
+from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.client_dp import ClientDP
 from strategies.courier import ClientSettings, Courier
-from strategies.global_adapter import stacked_adapters
-from strategies.intake import NUM_EXAMPLES, accept
-from strategies.metrics import mean_loss, mean_metrics
+from strategies.intake import NUM_EXAMPLES, accept, evaluated
+from strategies.loop import Rounds, settings_of
+from strategies.metrics import MetricsFn, mean_loss, mean_metrics
 from strategies.report import RoundReport
 from strategies.roster import Roster
 from strategies.rule import Rule
 from strategies.sampling import Selection
-from strategies.starting import template_of
-from strategies.travel import rounded_broadcast, rounded_state
+from strategies.travel import padded, rounded_broadcast, rounded_state
+from strategies.wrapped import watch_flowers_wrappers
 
 CONNECT_TIMEOUT = 600.0
 """Seconds to wait for ``min_available_nodes``."""
 
 
-class FactorStrategy(Strategy):
+class FactorStrategy(Rounds):
     """Federated LoRA by a `Rule`, as a Flower strategy.
 
     Args:
         rule: how adapters are aggregated.
-        fraction_train, min_train_nodes, partitions, max_participations: who trains, see
-            `strategies.sampling.Selection`; a round with fewer valid updates raises `RunFailed`, too.
+        fraction_train, min_train_nodes, fraction_evaluate, min_evaluate_nodes, partitions,
+            max_participations: who trains and evaluates, see `strategies.sampling.Selection`; a round with
+            fewer valid updates than ``min_train_nodes`` raises `RunFailed`, too.
         min_available_nodes: the run waits for so many clients.
+        weighted_by_key: the metric that weighs clients; None weighs them equally.
+        arrayrecord_key, configrecord_key: names of the records in the orders.
+        train_metrics_aggr_fn, evaluate_metrics_aggr_fn: what makes one record of the clients' metrics, as in
+            Flower; by default `strategies.metrics.mean_metrics`.
         scaling: alpha / r of the adapters in ``initial_arrays``.
         seed: root of the sampling and of drawn adapters.
-        weighted_by_key: the metric that weighs clients; None weighs them equally.
         client_spec: what is settled for each partition; by default everybody has the global rank.
         max_update_norm: an update that moved further is refused; 0 means none is for that.
-        clients_evaluate: after which rounds the sampled clients evaluate, each with what it keeps to itself.
+        clients_evaluate: after which rounds clients evaluate, each with what it keeps to itself.
+        keep_ranks: a client whose rank a rule prunes is sent zeros there, as a PEFT model keeps its rank.
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
         wire_dtype: ``float32`` or ``float16``, see `strategies.travel`.
         packed, client_settings: see `strategies.courier.Courier`.
+
+    Raises:
+        ConfigError: a value out of range, or settings that exclude each other.
     """
 
     def __init__(
@@ -63,26 +70,35 @@ class FactorStrategy(Strategy):
         rule: Rule,
         *,
         fraction_train: float = 1.0,
+        fraction_evaluate: float | None = 1.0,
         min_train_nodes: int = 1,
+        min_evaluate_nodes: int = 1,
         min_available_nodes: int = 1,
+        weighted_by_key: str | None = NUM_EXAMPLES,
+        arrayrecord_key: str = wire.ARRAYS,
+        configrecord_key: str = wire.CONFIG,
+        train_metrics_aggr_fn: MetricsFn | None = None,
+        evaluate_metrics_aggr_fn: MetricsFn | None = None,
         scaling: float = 1.0,
         seed: int = 0,
-        weighted_by_key: str | None = NUM_EXAMPLES,
         client_spec: Callable[[int], ClientSpec] | None = None,
         partitions: Collection[int] | None = None,
         max_participations: int = 0,
         max_update_norm: float = 0.0,
-        clients_evaluate: Callable[[int], bool] = lambda server_round: False,
+        clients_evaluate: Callable[[int], bool] = lambda server_round: True,
         diagnostics: bool = True,
         client_dp: ClientDP | None = None,
         wire_dtype: str = "float32",
         packed: bool = False,
+        keep_ranks: bool = True,
         client_settings: ClientSettings = lambda partition_id: {},
     ) -> None:
         self.rule = rule
         self.selection = Selection(
             fraction_train=fraction_train,
             min_train_nodes=min_train_nodes,
+            fraction_evaluate=fraction_evaluate,
+            min_evaluate_nodes=min_evaluate_nodes,
             seed=seed,
             partitions=partitions,
             max_participations=max_participations,
@@ -90,7 +106,17 @@ class FactorStrategy(Strategy):
         self.min_available_nodes = min_available_nodes
         self.scaling = scaling
         self.seed = seed
-        self._accept = partial(accept, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm)
+        self.weighted_by_key = weighted_by_key
+        if weighted_by_key is None and (train_metrics_aggr_fn or evaluate_metrics_aggr_fn):
+            raise ConfigError(
+                "weighted_by_key = None: functions that aggregate metrics are given a key, name one"
+            )
+        self.train_metrics_aggr_fn = train_metrics_aggr_fn
+        self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
+        self._accept = partial(
+            accept, facts=rule.facts, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm
+        )
+        self.own_specs = client_spec is not None
         self.client_spec = client_spec or self._default_spec
         self.clients_evaluate = clients_evaluate
         if client_dp is not None and not rule.facts.client_dp:
@@ -99,88 +125,31 @@ class FactorStrategy(Strategy):
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
         self.roster = Roster(closed=partitions is not None)
-        self.courier = Courier(rule.init_a, wire_dtype, packed=packed, client_settings=client_settings)
+        self.keep_ranks = keep_ranks
+        self.courier = Courier(
+            rule.init_a, wire_dtype, packed=packed, client_settings=client_settings,
+            arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
+        )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
-        self.on_round: Callable[[RoundReport], None] | None = None
+        self._released: ArrayRecord | None = None
         self.report = RoundReport(server_round=0)
-
-    # --- Flower's loop ----------------------------------------------------------------------------
-
-    def start(
-        self,
-        grid: Grid,
-        initial_arrays: ArrayRecord,
-        num_rounds: int = 3,
-        timeout: float = 3600,
-        train_config: ConfigRecord | None = None,
-        evaluate_config: ConfigRecord | None = None,
-        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
-    ) -> Result:
-        """Run the rounds after ``self.state.round`` up to ``num_rounds``; arguments as in Flower.
-
-        Returns:
-            Flower's Result; its ``arrays`` are `arrays` after the last round.
-
-        Raises:
-            RunFailed: too few clients connected, or too few valid updates in a round.
-        """
-        if self.state is None:
-            self.state = self.begin(template_of(initial_arrays, self.scaling, self.rule.init_a))
-        self.summary()
-        result, arrays = Result(), self.arrays()
-        for server_round in range(self.state.round + 1, num_rounds + 1):
-            self.report = RoundReport(server_round=server_round)
-            train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
-            arrays = self._train_round(server_round, arrays, grid, timeout, train, result)
-            if self.clients_evaluate(server_round):
-                self._evaluate_round(server_round, arrays, grid, timeout, evaluate, result)
-            if evaluate_fn is not None:
-                metrics = evaluate_fn(server_round, arrays)
-                if metrics is not None:
-                    result.evaluate_metrics_serverapp[server_round] = metrics
-            if self.on_round is not None:
-                self.on_round(self.report)
-        result.arrays = arrays
-        return result
-
-    def begin(self, template: Template) -> State:
-        """The state before round 1."""
-        return rounded_state(self.rule.init(template, self.seed), self._dtype)
-
-    def _train_round(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
-        result: Result,
-    ) -> ArrayRecord:  # fmt: skip
-        messages = self.configure_train(server_round, arrays, config, grid)
-        sent = _config(config, server_round)
-        replies = self.courier.exchange(grid, messages, MessageType.TRAIN, sent, timeout)
-        after, metrics = self.aggregate_train(server_round, replies)
-        if metrics is not None:
-            result.train_metrics_clientapp[server_round] = metrics
-        return arrays if after is None else after
-
-    def _evaluate_round(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
-        result: Result,
-    ) -> None:  # fmt: skip
-        messages = self.configure_evaluate(server_round, arrays, config, grid)
-        sent = _config(config, server_round)
-        replies = self.courier.exchange(grid, messages, MessageType.EVALUATE, sent, timeout)
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[server_round] = metrics
 
     # --- Flower's hooks -----------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The orders of one round; ``arrays`` is ignored, ``self.state`` is what counts."""
-        present = self.roster.refresh(grid, self.min_available_nodes, CONNECT_TIMEOUT)
+        """The orders of one round. They are made from ``self.state``, into which changed arrays are taken."""
+        self.report = RoundReport(server_round=server_round)
+        self._take(arrays)
+        if self.selection.fraction_train == 0:
+            return self._orders([], {}, MessageType.TRAIN, server_round, config)
+        present = self._present(grid, self.selection.min_train_nodes)
         for partition_id, reason in self.roster.refused.items():
             self.report.refused[partition_id] = reason
             log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
         chosen = self.selection.choose(present, server_round)
+        log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
         return self._orders(chosen, present, MessageType.TRAIN, server_round, config)
 
     def aggregate_train(
@@ -188,17 +157,23 @@ class FactorStrategy(Strategy):
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Aggregate the valid updates; the others are counted in ``self.report.refused``.
 
+        Returns:
+            The global arrays, and the means of the clients' metrics over the valid updates; None and None
+            where nobody was asked, or nobody answered and ``min_train_nodes`` is 0.
+
         Raises:
             RunFailed: fewer valid updates than ``min_train_nodes``.
         """
-        updates = self._accepted(replies)
+        contents = self.courier.settle(replies)
+        updates = self._accepted()
         wanted = self.selection.min_train_nodes
-        if len(updates) < wanted:
-            reasons = "; ".join(f"partition {p}: {r}" for p, r in self.report.refused.items())
+        if self.courier.parcels and len(updates) < wanted:
             raise RunFailed(
                 f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
-                f"{wanted} ({reasons or 'no replies'})"
+                f"{wanted} ({self.report.refusals() or 'no replies'})"
             )
+        if not updates:
+            return None, None
         assert self.state is not None
         counted = updates
         if self.client_dp is not None:
@@ -210,50 +185,66 @@ class FactorStrategy(Strategy):
         self.state = rounded_state(state, self._dtype)
         self.report.participants = [update.partition_id for update in updates]
         self.report.train_loss = mean_loss(self.courier.parcels, updates)
-        measured = self.report.diagnostics.as_dict() if self.report.diagnostics else {}
-        return self.arrays(), MetricRecord({**measured, "num-updates": len(updates)})
+        self._released = self.arrays()
+        counted_in = [contents[partition] for partition in sorted(self.report.participants)]
+        return self._released, self._means(self.train_metrics_aggr_fn, counted_in)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Orders to evaluate the new global model, for the clients of this round's training."""
-        present = {parcel.partition_id: parcel.node_id for parcel in self.courier.parcels}
-        return self._orders(sorted(present), present, MessageType.EVALUATE, server_round, config)
+        """Orders to evaluate the new global model; nobody is asked where ``clients_evaluate`` says no."""
+        self._take(arrays)
+        chosen, present = list[int](), {p.partition_id: p.node_id for p in self.courier.parcels}
+        if self.clients_evaluate(server_round):
+            chosen = sorted(present)
+            if self.selection.fraction_evaluate is not None:
+                present = {}
+                if self.selection.fraction_evaluate > 0:
+                    present = self._present(grid, self.selection.min_evaluate_nodes)
+                chosen = self.selection.evaluators(present, server_round)
+        return self._orders(chosen, present, MessageType.EVALUATE, server_round, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Each client's metrics go into the report; returned are the means of those that all have."""
-        self.courier.settle(replies)
+        """Each client's metrics go into the report where all are finite; returned are their means."""
+        contents = self.courier.settle(replies, trained=False)
         self._count_bytes()
-        answers = {p.partition_id: p.reply for p in self.courier.parcels if p.reply is not None}
+        measured = {}
+        for parcel in self.courier.parcels:
+            try:
+                measured[parcel.partition_id] = evaluated(parcel, self.weighted_by_key)
+            except UpdateRefused as error:
+                log(WARNING, "\tpartition %s does not evaluate: %s", parcel.partition_id, error)
         self.report.client_metrics = {
-            partition: reply.metrics for partition, reply in answers.items() if NUM_EXAMPLES in reply.metrics
+            partition: metrics
+            for partition, metrics in measured.items()
+            if NUM_EXAMPLES in metrics and all(map(math.isfinite, metrics.values()))
         }
-        means = mean_metrics(list(self.report.client_metrics.values()))
-        return MetricRecord({**means}) if means else None
+        counted_in = [contents[partition] for partition in sorted(measured)]
+        return self._means(self.evaluate_metrics_aggr_fn, counted_in) if counted_in else None
 
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
         facts = self.rule.facts
         log(INFO, "\t├──> %s (%s)", facts.title, facts.paper)
         log(INFO, "\t├──> %s", self.rule)
-        log(INFO, "\t└──> %s", self.selection)
+        log(INFO, "\t├──> %s, available %s", self.selection, self.min_available_nodes)
+        log(INFO, "\t├──> weighted by: %r", self.weighted_by_key)
+        keys = self.courier.arrayrecord_key, self.courier.configrecord_key
+        log(INFO, "\t└──> keys in records: arrays %r, config %r", *keys)
 
     # --- pieces ---------------------------------------------------------------------------------------
-
-    def arrays(self) -> ArrayRecord:
-        """The whole global model over the pristine base: adapter and head under PEFT's keys.
-
-        Base patches are in it, see `strategies.global_adapter`: after them a layer's rank may be any up to
-        min(out, in), and its scaling is ``self.scaling`` as before. `strategies.arrays` loads such arrays
-        into a PEFT model and writes PEFT's directories.
-        """
-        assert self.state is not None
-        return wire.to_record(wire.to_peft(stacked_adapters(self.state), self.state.head))
 
     def _default_spec(self, partition_id: int) -> ClientSpec:
         assert self.state is not None
         first = next(iter(self.state.adapters.values()))
         return ClientSpec(partition_id=partition_id, rank=first.rank, scaling=self.scaling)
+
+    def _present(self, grid: Grid, wanted: int) -> dict[int, int]:
+        """Who is connected; where anybody may take part the run waits for as many as a round wants."""
+        minimum = self.min_available_nodes
+        if self.selection.partitions is None:
+            minimum = max(minimum, wanted)
+        return self.roster.refresh(grid, minimum, CONNECT_TIMEOUT)
 
     def _orders(
         self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
@@ -262,13 +253,16 @@ class FactorStrategy(Strategy):
         assert self.state is not None
         self.courier.open(self.state.base)
         for partition_id in chosen:
-            broadcast = self.rule.broadcast(self.state, self.client_spec(partition_id))
-            broadcast = rounded_broadcast(broadcast, self._dtype)
-            self.courier.add(partition_id, present[partition_id], broadcast)
-        return self.courier.messages(message_type, _config(config, server_round))
+            client = self.client_spec(partition_id)
+            broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
+            rank = next(iter(broadcast.adapters.values())).rank
+            if self.keep_ranks and rank < client.rank:
+                self.courier.add(partition_id, present[partition_id], padded(broadcast, client.rank), rank)
+            else:
+                self.courier.add(partition_id, present[partition_id], broadcast)
+        return self.courier.messages(message_type, settings_of(config, server_round))
 
-    def _accepted(self, replies: Iterable[Message]) -> list[ClientUpdate]:
-        self.courier.settle(replies)
+    def _accepted(self) -> list[ClientUpdate]:
         self._count_bytes()
         updates = []
         for parcel in self.courier.parcels:
@@ -281,10 +275,14 @@ class FactorStrategy(Strategy):
             self.report.note(parcel.partition_id, parcel.reply)
         return updates
 
+    def _means(self, function: MetricsFn | None, contents: list[RecordDict]) -> MetricRecord:
+        if function is None or self.weighted_by_key is None:
+            return mean_metrics(contents, self.weighted_by_key)
+        return function(contents, self.weighted_by_key)
+
     def _count_bytes(self) -> None:
         self.report.bytes_up += sum(parcel.bytes_up for parcel in self.courier.parcels)
         self.report.bytes_down += sum(parcel.bytes_down for parcel in self.courier.parcels)
 
 
-def _config(config: ConfigRecord, server_round: int) -> dict[str, Any]:
-    return {**config, "server-round": server_round}
+watch_flowers_wrappers(lambda strategy: isinstance(strategy, FactorStrategy))

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedlora import wire
 from fedlora.errors import UpdateRefused
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.factors import PLAIN, AdapterSet, LoraFactors, Tensors, resize
 from fedlora.updates import Broadcast, ClientUpdate
+from strategies import client_side
 from strategies.courier import Parcel
+from strategies.facts import Facts
+from strategies.metrics import checked_weight
 
 NUM_EXAMPLES = "num-examples"
 
 
-def accept(parcel: Parcel, *, weighted_by_key: str | None, max_update_norm: float = 0.0) -> ClientUpdate:
+def accept(
+    parcel: Parcel, facts: Facts, *, weighted_by_key: str | None, max_update_norm: float = 0.0
+) -> ClientUpdate:
     """The update in a parcel's reply; factors that were not shipped are as they were broadcast.
 
     Args:
         parcel: the order and its reply.
+        facts: of the rule, for what a client that is not fedlora's must do.
         weighted_by_key: metric that weighs the clients; None weighs them equally.
         max_update_norm: the furthest that all tensors together may have moved; 0 means any distance.
 
@@ -34,32 +41,52 @@ def accept(parcel: Parcel, *, weighted_by_key: str | None, max_update_norm: floa
         raise UpdateRefused(parcel.failure)
     if reply.status != wire.OK:
         raise UpdateRefused(reply.reason or f"answered {reply.status!r} (lacks {len(reply.missing)} parts)")
+    shipped = wire.from_peft(reply.arrays)
+    plain = not (reply.answers or reply.holds)
+    if plain and facts.moves_base:
+        raise UpdateRefused(client_side.needs_base_mod(facts))
+    if plain and not facts.trains <= PLAIN and not shipped.R:
+        raise UpdateRefused(client_side.needs_core(facts))
     unacknowledged = set(parcel.needs.base) - set(reply.holds)
     if unacknowledged:
         raise UpdateRefused(
-            f"does not acknowledge {len(unacknowledged)} base patches; "
-            "a rule that moves the base needs fedlora's ClientApp or its base mod"
+            f"does not acknowledge {len(unacknowledged)} base patches, which {facts.title} moved the base by"
         )
-    shipped = wire.from_peft(reply.arrays)
+    factor = partial(_factor, facts=facts, broadcast=parcel.broadcast, half=reply.half and not parcel.half)
     adapters = {
         name: LoraFactors(
-            A=_factor("A", name, start.A, shipped.A, parcel.broadcast),
-            B=_factor("B", name, start.B, shipped.B, parcel.broadcast),
+            A=factor("A", name, start.A, shipped.A),
+            B=factor("B", name, start.B, shipped.B),
             scaling=start.scaling,
-            R=None if start.R is None else _factor("R", name, start.R, shipped.R, parcel.broadcast),
+            R=None if start.R is None else factor("R", name, start.R, shipped.R),
         )
         for name, start in parcel.broadcast.adapters.items()
     }
     _refuse_foreign(parcel.broadcast.adapters, shipped)
+    if parcel.rank:
+        adapters = {name: resize(f, parcel.rank, f.scaling) for name, f in adapters.items()}
     update = ClientUpdate(
         partition_id=parcel.partition_id,
         adapters=adapters,
         head=_head(parcel.broadcast.head, shipped.head),
-        weight=_weight(reply.metrics, weighted_by_key),
+        weight=checked_weight(reply.metrics, weighted_by_key),
     )
     if max_update_norm > 0:
         _check_distance(update, parcel.broadcast, max_update_norm)
     return update
+
+
+def evaluated(parcel: Parcel, weighted_by_key: str | None) -> dict[str, float]:
+    """The metrics in a parcel's reply to an order to evaluate.
+
+    Raises:
+        UpdateRefused: no usable reply, or no weight.
+    """
+    reply = parcel.reply
+    if reply is None or reply.status != wire.OK:
+        raise UpdateRefused(parcel.failure if reply is None else reply.reason or f"answered {reply.status!r}")
+    checked_weight(reply.metrics, weighted_by_key)
+    return reply.metrics
 
 
 def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None:
@@ -73,7 +100,10 @@ def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None
         raise UpdateRefused(f"moved by {distance:.3g}, strategy.max-update-norm = {most:g}")
 
 
-def _factor(factor: str, module: str, start: Tensor, shipped: Tensors, broadcast: Broadcast) -> Tensor:
+def _factor(
+    factor: str, module: str, start: Tensor, shipped: Tensors, *, facts: Facts, broadcast: Broadcast,
+    half: bool,
+) -> Tensor:  # fmt: skip
     expected = factor in broadcast.ships and module in broadcast.modules
     if module not in shipped:
         if expected:
@@ -81,11 +111,25 @@ def _factor(factor: str, module: str, start: Tensor, shipped: Tensors, broadcast
         return start
     tensor = shipped[module]
     _check(f"{module}: lora_{factor}", tensor, start)
-    if not expected:
-        if not torch.equal(tensor, start):
-            raise UpdateRefused(f"{module}: lora_{factor} came back changed, but it is not trained here")
-        return start
-    return tensor
+    if expected:
+        return tensor
+    if half and (factor in facts.trains or facts.turns):
+        raise UpdateRefused(client_side.needs_precision(facts, factor, "float16"))
+    if not torch.equal(tensor, start):
+        raise UpdateRefused(f"{module}: {_why_changed(factor, module, tensor, start, facts, broadcast)}")
+    return start
+
+
+def _why_changed(
+    factor: str, module: str, tensor: Tensor, start: Tensor, facts: Facts, broadcast: Broadcast
+) -> str:
+    """What a client did that sent another value for a factor which it should not send."""
+    if factor in broadcast.trains and module in broadcast.modules:
+        return client_side.needs_own_mod(facts, factor)
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(tensor, start.to(dtype).to(start.dtype)):
+            return client_side.needs_precision(facts, factor, str(dtype).removeprefix("torch."))
+    return client_side.needs_freezing(facts, factor)
 
 
 def _head(start: Tensors, shipped: Tensors) -> Tensors:
@@ -115,12 +159,3 @@ def _refuse_foreign(adapters: AdapterSet, shipped: wire.PeftTensors) -> None:
     for name in sorted(shipped.R):
         if adapters[name].R is None:
             raise UpdateRefused(f"{name}: lora_R came back, but the adapter has no core")
-
-
-def _weight(metrics: dict[str, float], key: str | None) -> float:
-    if key is None:
-        return 1.0
-    weight = metrics.get(key)
-    if weight is None or not math.isfinite(weight) or weight < 0:
-        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, finite and >= 0")
-    return weight

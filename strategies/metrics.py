@@ -1,32 +1,86 @@
-"""Means of the numbers that clients release."""
+"""Means of the numbers that clients release, as Flower's strategies take them.
+
+Each metric is the mean over the clients that report it, weighted by ``weighted_by_key``; that metric itself
+is left out. Lists are averaged entry by entry. Beyond Flower, which takes replies with the same keys only and
+averages a NaN into everything: a client that lacks a metric, or whose value is not finite (the AUC of one
+class), does not count for it, and where nobody has a finite value the mean is NaN. A metric that is a list
+at some clients, or lists of different lengths, has no mean and is left out with a warning.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
+from logging import WARNING
 
+import numpy as np
+from flwr.app import MetricRecord, RecordDict
+from flwr.common.logger import log
+
+from fedlora import wire
+from fedlora.errors import UpdateRefused
 from fedlora.updates import ClientUpdate
 from strategies.courier import Parcel
-from strategies.intake import NUM_EXAMPLES
 
 TRAIN_LOSS = "train-loss"
 
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+"""Flower's: the contents of the replies and the key that weighs them."""
+
 
 def mean_loss(parcels: Sequence[Parcel], updates: Sequence[ClientUpdate]) -> float | None:
-    """The training losses weighted as the updates are; None where nobody released one."""
+    """The finite training losses weighted as the updates are; None where nobody released one."""
     weight_of = {update.partition_id: update.weight for update in updates}
     losses = [
         (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
         for p in parcels
-        if p.partition_id in weight_of and p.reply is not None and TRAIN_LOSS in p.reply.metrics
+        if p.partition_id in weight_of
+        and p.reply is not None
+        and math.isfinite(p.reply.metrics.get(TRAIN_LOSS, math.nan))
     ]
     total = sum(weight for weight, _ in losses)
     return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
 
 
-def mean_metrics(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics that all clients have, weighted by their examples; empty where there are none."""
-    total = sum(m[NUM_EXAMPLES] for m in measured)
-    if total == 0:
-        return {}
-    keys = [k for k in measured[0] if k != NUM_EXAMPLES and all(k in m for m in measured)]
-    return {k: sum(m[NUM_EXAMPLES] * m[k] for m in measured) / total for k in keys}
+def mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str | None) -> MetricRecord:
+    """The weighted mean of each metric over the clients that have it; see the module.
+
+    Args:
+        contents: of the replies, each with a valid weight.
+        weighted_by_key: the metric that weighs the clients; None weighs them equally.
+    """
+    measured = [wire.metrics_in(content) for content in contents]
+    weights = [1.0 if weighted_by_key is None else float(m[weighted_by_key]) for m in measured]  # type: ignore[arg-type]
+    means = MetricRecord()
+    for name in dict.fromkeys(name for m in measured for name in m if name != weighted_by_key):
+        found = [(weight, m[name]) for weight, m in zip(weights, measured, strict=True) if name in m]
+        if len({np.shape(value) for _, value in found}) > 1:
+            log(WARNING, "metric %r has no mean: its values are not of one length", name)
+            continue
+        means[name] = _mean(found)
+    return means
+
+
+def checked_weight(metrics: dict[str, float], key: str | None) -> float:
+    """The weight of a client; 1 for everybody without a key.
+
+    Raises:
+        UpdateRefused: the metric is not there, is no single number, or is not finite and >= 0.
+    """
+    if key is None:
+        return 1.0
+    weight = metrics.get(key)
+    if weight is None or not math.isfinite(weight) or weight < 0:
+        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, one number, finite and >= 0")
+    return weight
+
+
+def _mean(found: Sequence[tuple[float, float | int | list[float] | list[int]]]) -> float | list[float]:
+    """The mean over the finite values, entry by entry for lists; NaN where there is none of any weight."""
+    numbers = np.array([value for _, value in found], dtype=np.float64)
+    finite = np.isfinite(numbers)
+    weights = np.array([weight for weight, _ in found]).reshape(-1, *[1] * (numbers.ndim - 1)) * finite
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (weights * np.where(finite, numbers, 0.0)).sum(axis=0) / weights.sum(axis=0)
+    result: float | list[float] = mean.tolist()
+    return result

@@ -36,6 +36,13 @@ class RoundReport:
     halved: list[int] = field(default_factory=list)
     client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
 
+    def refusals(self) -> str:
+        """Who was refused why, on one line; those of one reason together."""
+        partitions: dict[str, list[int]] = {}
+        for partition, reason in self.refused.items():
+            partitions.setdefault(reason, []).append(partition)
+        return "; ".join(f"partition {', '.join(map(str, p))}: {reason}" for reason, p in partitions.items())
+
     def note(self, partition_id: int, reply: Reply | None) -> None:
         """What an accepted reply says besides its arrays."""
         if reply is not None and reply.privacy is not None:

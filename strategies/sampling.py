@@ -1,4 +1,7 @@
-"""Which clients take part in a round: partitions are sampled, never node ids, from a seeded stream."""
+"""Which clients take part in a round: partitions are sampled, never node ids, from a seeded stream.
+
+The numbers are Flower's: ``max(min_nodes, int(fraction * connected))``, and a fraction of 0 asks nobody.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,13 @@ from fedlora.seeding import stream
 
 @dataclass(slots=True, kw_only=True)
 class Selection:
-    """Who trains in a round, and how often each client has been asked to.
+    """Who trains and who evaluates in a round, and how often each client has been asked to train.
 
     Attributes:
-        fraction_train: share of the clients that may train, in (0, 1].
+        fraction_train: share of the clients that may train, in [0, 1]; 0 trains nobody.
         min_train_nodes: a round for fewer clients raises `RunFailed`.
+        fraction_evaluate: share of the clients that evaluate, in [0, 1]; None: those that trained.
+        min_evaluate_nodes: at least so many evaluate, of as many as there are.
         seed: root of the draws.
         partitions: those that may take part; None means all that are connected.
         max_participations: rounds that one client may be asked for; 0 means any number.
@@ -24,17 +29,26 @@ class Selection:
 
     fraction_train: float = 1.0
     min_train_nodes: int = 1
+    fraction_evaluate: float | None = 1.0
+    min_evaluate_nodes: int = 1
     seed: int = 0
     partitions: Collection[int] | None = None
     max_participations: int = 0
     participations: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 < self.fraction_train <= 1:
-            raise ConfigError(f"fraction_train = {self.fraction_train}: must be in (0, 1]")
+        for key in ("fraction_train", "fraction_evaluate"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value <= 1:
+                raise ConfigError(f"{key} = {value}: must be in [0, 1]")
+        for key in ("min_train_nodes", "min_evaluate_nodes"):
+            if getattr(self, key) < 0:
+                raise ConfigError(f"{key} = {getattr(self, key)}: must be >= 0")
 
     def __str__(self) -> str:
-        return f"fraction_train {self.fraction_train}, min_train_nodes {self.min_train_nodes}"
+        evaluate = "the same clients" if self.fraction_evaluate is None else f"{self.fraction_evaluate:.2f}"
+        least = f"train {self.min_train_nodes}, evaluate {self.min_evaluate_nodes}"
+        return f"fraction: train {self.fraction_train:.2f}, evaluate {evaluate}; minimum nodes: {least}"
 
     def choose(self, connected: Iterable[int], server_round: int) -> list[int]:
         """The sorted partition ids of one round; each is counted as asked.
@@ -55,6 +69,12 @@ class Selection:
             self.participations[partition] = self.participations.get(partition, 0) + 1
         return chosen
 
+    def evaluators(self, connected: Iterable[int], server_round: int) -> list[int]:
+        """The sorted partition ids that evaluate a round, drawn apart from those that train."""
+        allowed = [p for p in connected if self.partitions is None or p in self.partitions]
+        share, least = self.fraction_evaluate or 0.0, self.min_evaluate_nodes
+        return sample_partitions(allowed, share, least, self.seed, server_round, "evaluating")
+
     def _may_train(self, partition: int) -> bool:
         if self.partitions is not None and partition not in self.partitions:
             return False
@@ -63,16 +83,17 @@ class Selection:
 
 
 def sample_partitions(
-    available: Iterable[int], fraction: float, minimum: int, seed: int, server_round: int
-) -> list[int]:
+    available: Iterable[int], fraction: float, minimum: int, seed: int, server_round: int,
+    purpose: str = "sampling",
+) -> list[int]:  # fmt: skip
     """The sorted partition ids of one round: ``max(minimum, floor(fraction * n))`` of the available.
 
-    The draw depends on the seed, the round and the set of available partitions only.
+    The draw depends on the seed, the purpose, the round and the set of available partitions only.
 
     >>> sample_partitions(range(10), 0.3, 1, seed=0, server_round=1)
     [2, 4, 6]
     """
     everyone = sorted(available)
     count = min(len(everyone), max(minimum, int(fraction * len(everyone) + 1e-9)))
-    shuffled = stream(seed, "sampling", server_round).permutation(len(everyone))
+    shuffled = stream(seed, purpose, server_round).permutation(len(everyone))
     return sorted(everyone[i] for i in shuffled[:count])

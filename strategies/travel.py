@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.factors import AdapterSet, LoraFactors, Tensors, resize
 from fedlora.updates import Broadcast, Patch, State
 
 
@@ -37,6 +37,15 @@ def rounded_broadcast(broadcast: Broadcast, dtype: torch.dtype) -> Broadcast:
     fresh = broadcast.fresh_seed is not None
     adapters = broadcast.adapters if fresh else _adapters(broadcast.adapters, dtype)
     return replace(broadcast, adapters=adapters, head=_tensors(broadcast.head, dtype))
+
+
+def padded(broadcast: Broadcast, rank: int) -> Broadcast:
+    """The broadcast with adapters of this rank, zeros beyond their own, where no gradient ever moves them.
+
+    For models that keep the rank which they were built with, like PEFT's.
+    """
+    adapters = {name: resize(factors, rank, factors.scaling) for name, factors in broadcast.adapters.items()}
+    return replace(broadcast, adapters=adapters)
 
 
 def _patch(patch: Patch, dtype: torch.dtype) -> Patch:

@@ -15,6 +15,7 @@ Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 
 from fedlora.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
 from fedlora.wire.orders import (
+    ORDER_KEYS,
     Needs,
     TrainOrder,
     complete_adapters,
@@ -25,11 +26,22 @@ from fedlora.wire.orders import (
     identity,
     moving_part,
     moving_tensors,
+    names,
     order_config,
+    order_settings,
     parts_record,
 )
 from fedlora.wire.records import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
-from fedlora.wire.replies import DECLINED, MISSING, OK, Reply, decode_reply, encode_reply
+from fedlora.wire.replies import (
+    DECLINED,
+    MISSING,
+    OK,
+    Reply,
+    array_record,
+    decode_reply,
+    encode_reply,
+    metrics_in,
+)
 
 __all__ = [
     "ARRAYS",
@@ -38,12 +50,14 @@ __all__ = [
     "METRICS",
     "MISSING",
     "OK",
+    "ORDER_KEYS",
     "PARTS",
     "PREFIX",
     "Needs",
     "PeftTensors",
     "Reply",
     "TrainOrder",
+    "array_record",
     "complete_adapters",
     "decode_order",
     "decode_reply",
@@ -55,10 +69,13 @@ __all__ = [
     "head_tensors",
     "identity",
     "key_of",
+    "metrics_in",
     "moving_part",
     "moving_tensors",
+    "names",
     "nbytes",
     "order_config",
+    "order_settings",
     "parts_record",
     "payload_bytes",
     "to_peft",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
 from fedlora.errors import FactorShapeError, UpdateRefused
@@ -50,6 +50,7 @@ class TrainOrder:
         needs: everything the client must hold.
         config: the plain settings (rank, scaling, trains, ...).
         packed: its tensors travelled in one array, and so may those of the reply.
+        named: the name of the record that holds the arrays.
     """
 
     server_round: int
@@ -58,6 +59,7 @@ class TrainOrder:
     needs: Needs
     config: dict[str, Any]
     packed: bool = False
+    named: str = ARRAYS
 
     @property
     def identity(self) -> str:
@@ -113,6 +115,13 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
     return to_peft({}, broadcast.head)
 
 
+ORDER_KEYS = frozenset(
+    {"rank", "scaling", "trains", "ships", "modules", "needs-base", "needs-frozen", "needs-moving"}
+    | {"tail-weight", "tail-start", "fresh"}
+)
+"""The settings that `order_config` writes: nobody else's may have these names."""
+
+
 def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:
     """The plain settings of an order, as a ConfigRecord can carry them."""
     first = next(iter(broadcast.adapters.values()))
@@ -151,9 +160,10 @@ def decode_order(content: RecordDict) -> TrainOrder:
     Raises:
         UpdateRefused: a record is missing, an array cannot be decoded, or a setting is not one.
     """
-    if ARRAYS not in content.array_records or CONFIG not in content.config_records:
+    arrays, settings = _names(content)
+    if arrays not in content.array_records or settings not in content.config_records:
         raise UpdateRefused(f"the message lacks a record {ARRAYS!r} or {CONFIG!r}")
-    config: dict[str, Any] = dict(content.config_records[CONFIG])
+    config: dict[str, Any] = dict(content.config_records[settings])
     check_settings(config)
     parts: dict[str, Tensors] = {}
     if PARTS in content.array_records:
@@ -162,7 +172,7 @@ def decode_order(content: RecordDict) -> TrainOrder:
             parts.setdefault(part, {})[name] = tensor
     return TrainOrder(
         server_round=config["server-round"],
-        arrays=from_record(content.array_records[ARRAYS]),
+        arrays=from_record(content.array_records[arrays]),
         parts=parts,
         needs=Needs(
             base=tuple(config.get("needs-base", [])),
@@ -170,8 +180,21 @@ def decode_order(content: RecordDict) -> TrainOrder:
             moving=config.get("needs-moving", ""),
         ),
         config=config,
-        packed=is_packed(content.array_records[ARRAYS]),
+        packed=is_packed(content.array_records[arrays]),
+        named=arrays,
     )
+
+
+def order_settings(content: RecordDict) -> ConfigRecord | None:
+    """The settings of the order in a message, whatever their record is called; None where there is none."""
+    return next((r for r in content.config_records.values() if "needs-frozen" in r), None)
+
+
+def _names(content: RecordDict) -> tuple[str, str]:
+    """What the records of arrays and of settings are called: the usual names, or those of the app."""
+    arrays = [name for name in content.array_records if name != PARTS]
+    settings = [name for name, record in content.config_records.items() if "needs-frozen" in record]
+    return (arrays[0], settings[0]) if len(arrays) == len(settings) == 1 else (ARRAYS, CONFIG)
 
 
 def frozen_part(order: TrainOrder) -> Tensors:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedlora.errors import UpdateRefused
 from fedlora.factors import Tensors
@@ -24,13 +24,14 @@ class Reply:
     Attributes:
         status: ``ok``, ``missing`` or ``declined``.
         arrays: what was shipped, in PEFT's spelling.
-        metrics: numbers that the client released.
+        metrics: single numbers that the client released, not all of them need be finite.
         missing: digests that it lacks, with status ``missing``.
         holds: digests that it now holds, which need not be sent again.
         reason: why it declined.
         privacy: what it has spent, or None; the fields of `PrivacySpent`.
         answers: which order it answers, see `TrainOrder.identity`; empty from other people's apps.
         cohort_halved: it trained in a smaller cohort than was meant, so that its bits are not the run's.
+        half: some array travelled in half precision.
     """
 
     status: str
@@ -42,6 +43,7 @@ class Reply:
     privacy: dict[str, Any] | None = None
     answers: str = ""
     cohort_halved: bool = False
+    half: bool = False
 
 
 def encode_reply(reply: Reply, dtype: str = "float32", *, packed: bool = False) -> RecordDict:
@@ -64,23 +66,24 @@ def encode_reply(reply: Reply, dtype: str = "float32", *, packed: bool = False) 
     )
 
 
-def decode_reply(content: RecordDict) -> Reply:
-    """A reply, whether from fedlora's ClientApp or from anybody's PEFT ClientApp (``arrays`` only).
+def decode_reply(content: RecordDict, *, trained: bool = True) -> Reply:
+    """A reply, whether from fedlora's ClientApp or from anybody's PEFT ClientApp (arrays and metrics).
+
+    Args:
+        content: the records; the arrays may have any name where there is one such record only.
+        trained: it answers an order to train, so that it must hold arrays.
 
     Raises:
         UpdateRefused: there is no record ``arrays``, or something in it cannot be decoded.
     """
-    if ARRAYS not in content.array_records:
+    arrays = array_record(content)
+    if arrays is None and trained:
         raise UpdateRefused(f"the reply has no record {ARRAYS!r}")
     config = content.config_records.get(CONFIG, ConfigRecord())
-    metrics = content.metric_records.get(METRICS, MetricRecord())
-    numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-    for name, value in numbers.items():
-        if not math.isfinite(value):
-            raise UpdateRefused(f"metric {name!r} = {value}: must be finite")
+    numbers = {k: float(v) for k, v in metrics_in(content).items() if isinstance(v, (int, float))}
     return Reply(
-        status=str(config.get("status", OK)),
-        arrays=from_record(content.array_records[ARRAYS]),
+        status=_status(config),
+        arrays={} if arrays is None else from_record(arrays),
         metrics=numbers,
         missing=_strings(config.get("missing", [])),
         holds=_strings(config.get("holds", [])),
@@ -88,7 +91,26 @@ def decode_reply(content: RecordDict) -> Reply:
         privacy=_privacy(config.get("privacy", "null")),
         answers=str(config.get("answers", "")),
         cohort_halved=config.get("cohort-halved") is True,
+        half=arrays is not None and any(array.dtype == "float16" for array in arrays.values()),
     )
+
+
+def array_record(content: RecordDict) -> ArrayRecord | None:
+    """The arrays of a reply: the record of the usual name, or the only one there is."""
+    if ARRAYS in content.array_records or len(content.array_records) != 1:
+        return content.array_records.get(ARRAYS)
+    return next(iter(content.array_records.values()))
+
+
+def metrics_in(content: RecordDict) -> dict[str, float | int | list[float] | list[int]]:
+    """All metrics of a reply, whatever the names of their records."""
+    return {k: v for record in content.metric_records.values() for k, v in record.items()}
+
+
+def _status(config: ConfigRecord) -> str:
+    """What the reply says that came of the order; other people's apps may say anything under that key."""
+    status = str(config.get("status", OK))
+    return status if "answers" in config or status in (OK, MISSING, DECLINED) else OK
 
 
 def _privacy(text: object) -> dict[str, Any] | None:

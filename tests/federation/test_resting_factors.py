@@ -69,7 +69,7 @@ class Watched:
 
 def test_who_was_away_receives_what_it_lacks_in_the_same_round(tmp_path: Path) -> None:
     """Partition 1 is away in round 3, partition 2 in rounds 2 to 4."""
-    strategy = RoLoRA(scaling=2.0)
+    strategy = RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     client = Watched(tmp_path, strategy, {(3, 1), (2, 2), (3, 2), (4, 2)})
     grid, reports = run(strategy, client, 6)
     assert down(grid, 0) == {1: [A + B], 2: [B], 3: [A], 4: [B], 5: [A], 6: [B]}
@@ -81,7 +81,7 @@ def test_who_was_away_receives_what_it_lacks_in_the_same_round(tmp_path: Path) -
 
 @pytest.mark.parametrize("lost_in", [2, 3])
 def test_a_client_that_lost_its_disk_is_served_in_the_same_round(tmp_path: Path, lost_in: int) -> None:
-    strategy = RoLoRA(scaling=2.0)
+    strategy = RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     watched, lost = Watched(tmp_path, strategy, set()), []
 
     def client(message: Message, partition: int) -> Message | None:
@@ -100,7 +100,7 @@ def test_a_client_that_lost_its_disk_is_served_in_the_same_round(tmp_path: Path,
 
 
 def test_a_damaged_part_is_sent_again(tmp_path: Path) -> None:
-    strategy = RoLoRA(scaling=2.0)
+    strategy = RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     watched = Watched(tmp_path, strategy, set())
 
     def client(message: Message, partition: int) -> Message | None:
@@ -116,13 +116,13 @@ def test_a_damaged_part_is_sent_again(tmp_path: Path) -> None:
 
 def test_an_evaluation_brings_what_the_next_round_rests_on(tmp_path: Path) -> None:
     """The orders to evaluate carry the new factor; the round after it then needs no factor at all."""
-    strategy = RoLoRA(scaling=2.0, clients_evaluate=lambda t: t == 2)
+    strategy = RoLoRA(scaling=2.0, fraction_evaluate=None, clients_evaluate=lambda t: t == 2)
     grid, _ = run(strategy, Watched(tmp_path, strategy, set()), 4)
     assert down(grid, 0) == {1: [A + B], 2: [B, A], 3: [0], 4: [B]}
 
 
 def test_what_was_acknowledged_survives_a_restart_of_the_server(tmp_path: Path) -> None:
-    first, second = RoLoRA(scaling=2.0), RoLoRA(scaling=2.0)
+    first, second = RoLoRA(scaling=2.0, fraction_evaluate=0.0), RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     run(first, ToyClient(tmp_path), 2)
     second.state, second.courier.holdings = first.state, first.courier.holdings
     grid, _ = run(second, Watched(tmp_path, second, set()), 4)
@@ -139,7 +139,7 @@ def test_who_acknowledges_nothing_receives_everything(tmp_path: Path) -> None:
         del reply.content["config"]
         return reply
 
-    grid, reports = run(RoLoRA(scaling=2.0), client, 3)
+    grid, reports = run(RoLoRA(scaling=2.0, fraction_evaluate=0.0), client, 3)
     assert down(grid, 0) == {t: [A + B] for t in (1, 2, 3)}
     assert all(report.refused == {} for report in reports)
 
@@ -160,7 +160,7 @@ def test_moving_factors_are_hashed_only_for_who_holds_something_else(
         return digest(tensors)
 
     monkeypatch.setattr(courier_module, "digest", counting)
-    run(named(scaling=2.0), ToyClient(tmp_path), 3)
+    run(named(scaling=2.0, fraction_evaluate=0.0), ToyClient(tmp_path), 3)
     assert set(seen) == hashed
     assert all(seen.count(factor) <= 3 for factor in hashed)
 

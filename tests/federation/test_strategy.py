@@ -56,7 +56,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "R": len(MODULES) * rank**2,
     }
     head = 12
-    strategy = named(scaling=2.0)
+    strategy = named(scaling=2.0, fraction_evaluate=0.0)
     reports = []
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(clients), ToyClient(tmp_path)), initial_arrays(rank), num_rounds=3)
@@ -106,7 +106,7 @@ class TestMovingBase:
             reply = toy(message, partition)
             return None if (server_round, partition) in lost else reply
 
-        strategy = FLoRA(scaling=2.0, fraction_train=0.5, seed=1)
+        strategy = FLoRA(scaling=2.0, fraction_train=0.5, fraction_evaluate=0.0, seed=1)
         seen: list[list[int]] = []
         strategy.on_round = lambda report: seen.append(report.participants)
         strategy.start(FakeGrid(range(4), client), initial_arrays(), num_rounds=6, timeout=5)
@@ -133,7 +133,7 @@ class TestMovingBase:
                 shutil.rmtree(tmp_path / "2")
             return toy(message, partition)
 
-        strategy = FLoRA(scaling=2.0)
+        strategy = FLoRA(scaling=2.0, fraction_evaluate=0.0)
         reports = []
         strategy.on_round = reports.append
         strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=4)
@@ -148,6 +148,7 @@ class TestMovingBase:
         ranks = {0: 2, 1: 4, 2: 1}
         strategy = FLoRA(
             scaling=1.0,
+            fraction_evaluate=0.0,
             client_spec=lambda p: ClientSpec(partition_id=p, rank=ranks[p], scaling=1.0 / ranks[p]),
         )
         strategy.start(FakeGrid(range(3), toy), initial_arrays(4), num_rounds=1)
@@ -166,10 +167,10 @@ class TestMovingBase:
         def forgetful(message: Message, partition: int) -> Message | None:
             reply = toy(message, partition)
             if reply is not None and partition == 1:
-                del reply.content["config"]
+                reply.content["config"].pop("holds", None)
             return reply
 
-        strategy = FLoRA(scaling=2.0)
+        strategy = FLoRA(scaling=2.0, fraction_evaluate=0.0)
         reports = []
         strategy.on_round = reports.append
         strategy.start(FakeGrid(range(3), forgetful), initial_arrays(), num_rounds=2)

@@ -269,7 +269,7 @@ def test_clients_really_get_smaller_adapters(tmp_path: Path) -> None:
         for n, (o, i) in modules.items()
     }
     client = ShrinkingClient(tmp_path, {(2, 0), (3, 0), (3, 1)})
-    strategy = HetLoRA(scaling=2.0, gamma=0.75, lam=0.2)
+    strategy = HetLoRA(scaling=2.0, gamma=0.75, lam=0.2, keep_ranks=False, fraction_evaluate=0.0)
     reports: list[Any] = []
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(2), client), wire.to_record(wire.to_peft(adapters, {})), num_rounds=5)

@@ -19,6 +19,7 @@ from fedlora.factors import LoraFactors, Product
 from fedlora.seeding import stream
 from fedlora.updates import Broadcast, ClientUpdate, Patch
 from strategies.courier import Courier, Parcel
+from strategies.fedavg import FedAvgRule
 from strategies.intake import accept
 from tests.wire.mutations import TOUCHED, mutate
 
@@ -69,7 +70,7 @@ def test_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
         assert wire.payload_bytes(content) >= 0
         try:
             parcel.reply = wire.decode_reply(content)
-            update = accept(parcel, weighted_by_key="num-examples")
+            update = accept(parcel, FedAvgRule.facts, weighted_by_key="num-examples")
         except UpdateRefused as error:
             outcomes["refused" if is_one_line(error) else f"{how}: {error}"] += 1
             continue
