@@ -50,6 +50,7 @@ class FactorStrategy(Rounds):
         train_metrics_aggr_fn, evaluate_metrics_aggr_fn: what makes one record of the clients' metrics, as in
             Flower; by default `strategies.metrics.mean_metrics`.
         scaling: alpha / r of the adapters in ``initial_arrays``.
+        rank: of the adapters that clients train; 0 is that of ``initial_arrays``.
         seed: root of the sampling and of drawn adapters.
         client_spec: what is settled for each partition; by default everybody has the global rank.
         max_update_norm: an update that moved further is refused; 0 means none is for that.
@@ -80,6 +81,7 @@ class FactorStrategy(Rounds):
         train_metrics_aggr_fn: MetricsFn | None = None,
         evaluate_metrics_aggr_fn: MetricsFn | None = None,
         scaling: float = 1.0,
+        rank: int = 0,
         seed: int = 0,
         client_spec: Callable[[int], ClientSpec] | None = None,
         partitions: Collection[int] | None = None,
@@ -104,7 +106,7 @@ class FactorStrategy(Rounds):
             max_participations=max_participations,
         )
         self.min_available_nodes = min_available_nodes
-        self.scaling = scaling
+        self.scaling, self.rank = scaling, rank
         self.seed = seed
         self.weighted_by_key = weighted_by_key
         if weighted_by_key is None and (train_metrics_aggr_fn or evaluate_metrics_aggr_fn):

@@ -37,6 +37,7 @@ class Rounds(Strategy):
     Attributes:
         rule: how adapters are aggregated.
         scaling: alpha / r of the adapters.
+        rank: of the adapters that clients train, 0 for that of the initial arrays.
         seed: root of drawn adapters.
         state: between two rounds; None before the first.
         courier: of this round's orders.
@@ -46,6 +47,7 @@ class Rounds(Strategy):
 
     rule: Rule
     scaling: float
+    rank: int
     seed: int
     state: State | None = None
     courier: Courier
@@ -61,7 +63,8 @@ class Rounds(Strategy):
     def open(self, initial_arrays: ArrayRecord) -> tuple[int, ArrayRecord]:
         """Begin with these arrays, or go on from ``self.state``."""
         if self.state is None:
-            self.state = self.begin(template_of(initial_arrays, self.scaling, self.rule.init_a))
+            template = template_of(initial_arrays, self.scaling, self.rule, self.rank, self.seed)
+            self.state = self.begin(template)
             self.courier.arrange(initial_arrays)
         self._released = self.arrays()
         return self.state.round, self._released

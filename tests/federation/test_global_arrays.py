@@ -7,9 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import ArrayRecord
 
 from fedlora import wire
+from fedlora.errors import ConfigError
 from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
@@ -17,7 +19,7 @@ from tests import oracles
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import MODULES, initial_arrays
 from tests.strategies.federations import relative
-from tests.strategies.test_exactness import by_oracle
+from tests.strategies.test_exactness import asked, by_oracle
 
 RANK, SCALING, CLIENTS, ROUNDS = 3, 2.0, 3, 3
 HEAD = "base_model.model.classifier.weight"
@@ -82,3 +84,76 @@ def test_result_and_evaluate_fn_get_the_dense_computation(name: str, tmp_path: P
         assert rank <= max(RANK, min(MODULES[layer]))
     assert strategy.state is not None
     assert np.array_equal(result.arrays[HEAD].numpy(), strategy.state.head["classifier.weight"].numpy())
+
+
+MOVING = [name for name, rule in RULES.items() if rule.facts.moves_base]
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_run_goes_on_from_the_arrays_of_another_at_the_clients_rank(name: str, tmp_path: Path) -> None:
+    """The second run starts from the first one's global model, and its round adds to that."""
+    grid = FakeGrid(range(CLIENTS), ToyClient(tmp_path))
+    arrays = strategy_of(name).start(grid, initial_arrays(RANK), num_rounds=2).arrays
+    if len({a.shape[0] for n, a in arrays.items() if "lora_A" in n}) > 1:
+        with pytest.raises(ConfigError, match=r"initial_arrays has ranks .* need rank="):
+            strategy_of(name).start(grid, arrays)
+    resumed = strategy_of(name, rank=RANK)
+    before, again = dense(arrays), dense(resumed.start(grid, arrays, num_rounds=0).arrays)
+    assert all(relative(again[layer], delta) < 1e-5 for layer, delta in before.items())
+    assert resumed.state is not None
+    assert {f.rank for f in resumed.state.adapters.values()} == {RANK}
+    if resumed.rule.facts.exact:
+        wanted: dict[str, oracles.Array] = {}
+        aggregate = resumed.rule.aggregate
+
+        def recorded(state: State, updates: list[ClientUpdate], **options: Any) -> Any:
+            wanted.update({layer: before[layer] + asked(state, updates, layer) for layer in before})
+            return aggregate(state, updates, **options)
+
+        object.__setattr__(resumed.rule, "aggregate", recorded)
+        after = dense(resumed.start(grid, arrays, num_rounds=1).arrays)
+        assert all(relative(after[layer], delta) < 1e-5 for layer, delta in wanted.items())
+
+
+def test_a_rule_that_keeps_the_base_refuses_what_it_would_lose(tmp_path: Path) -> None:
+    grid = FakeGrid(range(CLIENTS), ToyClient(tmp_path))
+    arrays = strategy_of("flora").start(grid, initial_arrays(RANK), num_rounds=2).arrays
+    with pytest.raises(ConfigError, match=r"encoder\.q has rank 8, fedavg would lose what is over rank = 3"):
+        strategy_of("fedavg", rank=3).start(grid, arrays)
+    padded = dense(strategy_of("fedavg", rank=8).start(grid, arrays, num_rounds=0).arrays)
+    assert all(relative(padded[layer], delta) < 1e-5 for layer, delta in dense(arrays).items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "base_model.model.encoder.q.lora_magnitude_vector",
+            torch.ones(12),
+            r"vector: only lora_A",
+        ),
+        ("base_model.model.e.lora_embedding_A", torch.ones(3, 9), r"e\.lora_embedding_A: only lora_A"),
+        ("base_model.model.q.lora_A.default.weight", torch.ones(3, 9), r"get_peft_model_state_dict"),
+        ("encoder.q.lora_A.weight", torch.ones(3, 8), r"names begin with base_model\.model\."),
+        ("base_model.model.c.lora_A.weight", torch.ones(3, 9, 1, 1), r"no pairs of lora_A and lora_B"),
+        ("base_model.model.encoder.q.lora_A.weight", torch.ones(3, 8, 1, 1), r"encoder\.q: .*only linear"),
+        (
+            "base_model.model.classifier.weight",
+            torch.full((2, 6), torch.nan),
+            r"weight holds a NaN",
+        ),
+    ],
+)
+def test_initial_arrays_that_are_no_plain_adapter_are_refused_by_name(
+    key: str, value: torch.Tensor, message: str, tmp_path: Path
+) -> None:
+    arrays = {**initial_arrays().to_torch_state_dict(), key: value}
+    with pytest.raises(ConfigError, match=message):
+        strategy_of("flora").start(FakeGrid([0], ToyClient(tmp_path)), ArrayRecord(arrays))
+
+
+@pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scaling_that_is_none_is_refused(scaling: float, tmp_path: Path) -> None:
+    strategy = FactorStrategy(make_rule("flora"), scaling=scaling)
+    with pytest.raises(ConfigError, match=r"scaling = .*: must be alpha / r"):
+        strategy.start(FakeGrid([0], ToyClient(tmp_path)), initial_arrays())
