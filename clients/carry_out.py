@@ -170,6 +170,8 @@ def gather_parts(
     count = worker.data.num_partitions
     if not 0 <= node.partition_id < count:
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")
+    if node.partition_id in worker.data.left_out:
+        raise ConfigError(f"partition-id = {node.partition_id}: {worker.data.left_out[node.partition_id]}")
     opened = open_order(order, Holdings(node.state_dir / run_key(order)))
     if isinstance(opened, wire.Reply):
         return opened

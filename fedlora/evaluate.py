@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from clients.evaluation import evaluate
 from fedlora.config import DataConfig, RunConfig
+from fedlora.data.columns import label_codes
 from fedlora.data.prepared import open_prepared, prepare
-from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.summaries import summary
 from fedlora.tasks import task_named
@@ -24,10 +25,10 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         adapter: a directory that `save_adapter` wrote.
         name: a built-in dataset or hub id (its test examples), or a file (all its rows).
         text_column: column with the text.
-        label_column: column with the label: the adapter's label names, or their numbers.
+        label_column: column with the label: the adapter's label names, or in all rows their numbers.
 
     Raises:
-        ConfigError: no adapter there, no such data, or labels that the adapter does not know.
+        ConfigError: no adapter there, no such data, or a label that the adapter does not know.
     """
     card = AdapterCard.read(adapter)
     data = DataConfig(
@@ -40,22 +41,17 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         max_length=card.max_length,
     )
     task = task_named(card.task)
-    prepared = open_prepared(prepare(RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)))
+    config = RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)
+    prepared = open_prepared(prepare(config, trained=False))
     test = prepared.test
     if task.labelled:
-        translation = np.array([_label_number(label, card, name) for label in prepared.label_names])
-        test = dataclasses.replace(test, labels=translation[test.labels])
+        names = pa.chunked_array(
+            [pa.array(prepared.label_names, pa.large_string()).take(pa.array(test.labels))]
+        )
+        where = f"data.label-column = {label_column!r}: {name!r}"
+        codes = label_codes(names, card.label_names, where, "the adapter has")
+        test = dataclasses.replace(test, labels=codes.to_numpy())
     model, _ = load_adapter(adapter)
     check_fit(card.model, model, prepared, card.max_length)
     outcome = evaluate(model, test, np.arange(len(test)), prepared.pad_token_id, task=task)
     return summary(outcome, prepared.domain_names, task)
-
-
-def _label_number(label: str, card: AdapterCard, where: str) -> int:
-    if label in card.label_names:
-        return card.label_names.index(label)
-    if label.isdigit() and int(label) < len(card.label_names):
-        return int(label)
-    raise ConfigError(
-        f"{where}: label {label!r} is unknown to the adapter, it knows {', '.join(card.label_names)}"
-    )

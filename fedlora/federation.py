@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +94,24 @@ class Federation:
     @property
     def partitions(self) -> Collection[int]:
         """The partitions that may take part."""
-        there = range(self.worker.data.num_partitions) if self.nodes is None else sorted(self.nodes)
+        there = self.worker.data.clients if self.nodes is None else sorted(self.nodes)
         chosen = int_list("partitions", self.config.partitions)
+        for partition in sorted({*chosen} & {*self.left_out}):
+            raise ConfigError(
+                f"partitions = {self.config.partitions!r}: partition {partition} cannot take part, "
+                f"{self.left_out[partition]}"
+            )
         if not all(partition in there for partition in chosen):
             whose = "the data has" if self.nodes is None else "the nodes are"
             raise ConfigError(
                 f"partitions = {self.config.partitions!r}: {whose} partitions {there[0]} to {there[-1]}"
             )
         return chosen or there
+
+    @property
+    def left_out(self) -> Mapping[int, str]:
+        """Partitions of the data here that have no example to train on, and why."""
+        return self.worker.data.left_out if self.nodes is None else {}
 
     def run(self, grid: Grid) -> dict[str, Any]:
         """All remaining rounds, then the whole test set and the adapter; returns the result record.
@@ -200,6 +210,7 @@ class Federation:
         self.ledger_heads |= {p: str(spent.get("ledger_head", "")) for p, spent in report.privacy.items()}
         now = time.monotonic()
         record = round_record(config, report, measured, now - self._began)
+        record |= {"left_out": {str(p): why for p, why in self.left_out.items()}} if self.left_out else {}
         self._began = now
         self.directory.append_round(record)
         self._tracking.log_round(record)

@@ -142,6 +142,7 @@ def result_record(
         "bytes_down": sum(r["bytes_down"] for r in records),
         "seconds": round(sum(r["seconds"] for r in records), 3),
         "labels": list(data.label_names),
+        **({"left_out": {str(p): why for p, why in data.left_out.items()}} if data.left_out else {}),
         **_reproducible(records),
     }
 

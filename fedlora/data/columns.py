@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedlora.config import DataConfig, name_list
+from fedlora.data.values import as_names, as_texts, class_names, described, python_values, refuse_empty
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ class Columns:
 
 
 def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
-    """The parts in use under our names: strings without blanks, labels still as they are.
+    """The parts in use under our names, large strings: texts as they stand, names without blanks around them.
 
     Raises:
-        ConfigError: no rows, a missing column, an empty value, a text column that is not text.
+        ConfigError: no rows, a missing column, an empty value, one that is no text or no name.
     """
     if len(table) == 0:
         raise ConfigError(f"data: {where} holds no examples")
@@ -115,11 +116,15 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
         values = arrow[column]
         if name in TEXTS and columns.conversations and len(columns.texts) == 1:
             values = _as_json(values, key, column, where)
-        if name in TEXTS and not _is_text(values.type):
-            raise ConfigError(f"{key} = {column!r}: holds {values.type} in {where}, must be text")
-        parts[name] = values if name == "label" else _as_text(values, key, column, where)
-        _refuse_empty(parts[name], key, column, where)
+        parts[name] = _read(values, name, table, key, column, where)
+        refuse_empty(parts[name], key, column, where)
     return pa.table(parts)
+
+
+def names_in(table: pa.Table) -> dict[str, tuple[str, ...]]:
+    """Part -> its names in order: the clients that there can be, whatever becomes of their rows."""
+    parts = ("label", "domain", "group", NATURAL)
+    return {part: tuple(in_order(table[part].to_pylist())) for part in parts if part in table.column_names}
 
 
 def encode_labels(
@@ -127,29 +132,70 @@ def encode_labels(
 ) -> tuple[list[pa.Table], tuple[str, ...]]:
     """The tables with labels 0 .. K-1, and the K names; the first table decides which labels exist.
 
-    A dataset that names its classes keeps its own order, else names are sorted.
+    A dataset that names its classes keeps its own order, and test examples may hold their numbers; else names
+    are sorted.
 
     Raises:
-        ConfigError: fewer than two labels, fractional labels, a label unknown to the first table.
+        ConfigError: a label unknown to the first table.
     """
-    feature = source.features[columns.label]
-    own = getattr(feature, "names", None)  # of a ClassLabel
-    texts = [label_texts(table["label"], columns.label, where) for table in tables]
-    names = [str(code) for code in range(len(own))] if own else in_order(texts[0].to_pylist())
-    if len(names) < 2:
-        raise ConfigError(f"data.label-column = {columns.label!r}: {where} has one label only, {names[0]!r}")
+    own = _class_names(source, columns.label)
+    names = own or in_order(tables[0]["label"].to_pylist())
+    key = f"data.label-column = {columns.label!r}"
     encoded = []
-    for table, text in zip(tables, texts, strict=True):
-        codes = pc.index_in(text, pa.array(names, pa.large_string()))
-        if codes.null_count:
-            odd = text[pc.index(pc.is_null(codes), True).as_py()].as_py()
-            raise ConfigError(
-                f"data.label-column = {columns.label!r}: {odd!r} in {where} is none of the "
-                f"{len(names)} labels known from the training examples"
-            )
-        index = table.column_names.index("label")
-        encoded.append(table.set_column(index, "label", codes.cast(pa.int64())))
-    return encoded, tuple(own or names)
+    for table in tables:
+        codes = label_codes(
+            table["label"], names, f"{key}: {where}", "the training examples have", by_number=bool(own)
+        )
+        encoded.append(table.set_column(table.column_names.index("label"), "label", codes))
+    return encoded, tuple(names)
+
+
+def label_codes(
+    labels: pa.ChunkedArray, names: Sequence[str], where: str, source: str, *, by_number: bool = True
+) -> pa.Array:
+    """The number of each label, int64: all labels are names, or all are the numbers 0 .. K-1 of names.
+
+    Numbers are never read so where a name is a number itself, for then they could mean either.
+
+    Args:
+        labels: what a file says.
+        names: the K names that are known, in order.
+        where: the file, as an error begins.
+        source: who knows the names, in an error.
+        by_number: whether labels may be numbers of names.
+
+    Raises:
+        ConfigError: a label is neither, with its row.
+    """
+    numbers = [str(number) for number in range(len(names))]
+    found = pc.unique(labels).to_pylist()
+    known = numbers if by_number and not any(map(_is_number, names)) and {*found} <= {*numbers} else names
+    codes = pc.index_in(labels, pa.array(known, pa.large_string()))
+    if codes.null_count:
+        row = pc.index(pc.is_null(codes), True).as_py()
+        raise ConfigError(
+            f"{where} holds {labels[row].as_py()!r} in row {row + 1}, {source} {len(names)} labels: "
+            f"{shown(names)}"
+        )
+    return codes.cast(pa.int64())
+
+
+def _is_number(name: str) -> bool:
+    try:
+        int(name)
+    except ValueError:
+        return False
+    return True
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names in a message, the first twenty.
+
+    >>> shown(["a", "b"])
+    "'a', 'b'"
+    """
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more
 
 
 def in_order(values: Iterable[str]) -> list[str]:
@@ -171,47 +217,30 @@ def codes_of(values: Sequence[Any], names: Sequence[str]) -> np.ndarray:
     return np.array([position[str(value)] for value in values], dtype=np.int32)
 
 
-def _is_text(kind: Any) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+def _class_names(table: Dataset, column: str) -> list[str]:
+    """The names of a column's classes, where the dataset stores them by number; else none."""
+    return list(getattr(table.features[column], "names", None) or ())
 
 
-def _as_text(values: pa.ChunkedArray, key: str, column: str, where: str) -> pa.ChunkedArray:
-    try:
-        return values.cast(pa.large_string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        raise ConfigError(
-            f"{key} = {column!r}: holds {values.type} in {where}, must be whole numbers or names"
-        ) from None
+def _read(values: pa.ChunkedArray, name: str, table: Dataset, key: str, column: str, where: str) -> Any:
+    """A column in one of our parts as large strings."""
+    if name in TEXTS:
+        return as_texts(values, key, column, where)
+    if classes := _class_names(table, column):
+        return class_names(values, classes, key, column, where)
+    return as_names(values, key, column, where)
 
 
 def _as_json(values: pa.ChunkedArray, key: str, column: str, where: str) -> pa.ChunkedArray:
     """Messages as JSON text; without any they are empty."""
-    kind = values.type
-    if not ((pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)):
-        raise ConfigError(
-            f"{key} = {column!r}: holds {kind} in {where}, must be lists of messages with role and content"
-        )
-    texts = [json.dumps(messages) if messages else "" for messages in values.to_pylist()]
-    return pa.chunked_array([pa.array(texts, pa.large_string())])
-
-
-def _refuse_empty(values: pa.ChunkedArray, key: str, column: str, where: str) -> None:
-    empty = pc.is_null(values, nan_is_null=True)
-    if _is_text(values.type):
-        empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True))
-    count = pc.sum(empty).as_py()
-    if count:
-        row = pc.index(empty, True).as_py()
-        raise ConfigError(f"{key} = {column!r}: {count} empty in {where}, the first is example {row}")
-
-
-def label_texts(values: pa.ChunkedArray, column: str, where: str) -> pa.ChunkedArray:
-    """Labels as strings; whole numbers stored as floats lose their .0."""
-    key = "data.label-column"
-    if pa.types.is_floating(values.type):
-        if not pc.all(pc.equal(pc.floor(values), values)).as_py():
+    texts = []
+    for row, messages in enumerate(python_values(values), start=1):
+        if messages is not None and not (
+            isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
+        ):
             raise ConfigError(
-                f"{key} = {column!r}: holds fractions in {where}, must be whole numbers or names"
+                f"{key} = {column!r}: row {row} of {where} holds {described(messages)}, must be a list of "
+                "messages with role and content"
             )
-        values = values.cast(pa.int64())
-    return _as_text(values, key, column, where)
+        texts.append(json.dumps(messages) if messages else "")
+    return pa.chunked_array([pa.array(texts, pa.large_string())])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,10 +21,11 @@ import pyarrow as pa
 
 from fedlora.assets import create_directory
 from fedlora.config import DataConfig, name_list
-from fedlora.data.columns import Columns, label_texts
+from fedlora.data.columns import Columns
 from fedlora.data.examples import open_examples
-from fedlora.data.prepared import FORMAT, Prepared, file_stamps, tokenised
+from fedlora.data.prepared import FORMAT, META, Prepared, file_stamps, tokenised
 from fedlora.data.split import split_table
+from fedlora.data.values import is_text
 from fedlora.errors import ConfigError, OwnDataRefused
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 
@@ -112,7 +113,7 @@ def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICAT
         for name, part in ((TRAIN, table.train), (TEST, table.test)):
             if part is not None:
                 _write(draft / name, part, own, reader, max_length, task)
-        (draft / "meta.json").write_text(json.dumps({"pad_token_id": reader.pad_token_id}))
+        (draft / META).write_text(json.dumps({"pad_token_id": reader.pad_token_id}))
 
     create_directory(home, write)
     return _open(home, own, task.name)
@@ -126,7 +127,7 @@ def _open(home: Path, own: OwnData, task: str) -> Prepared:
         test=open_examples(home / TEST) if (home / TEST).exists() else train.none(),
         label_names=own.labels,
         domain_names=(),
-        pad_token_id=json.loads((home / "meta.json").read_text())["pad_token_id"],
+        pad_token_id=json.loads((home / META).read_text())["pad_token_id"],
         flat=np.arange(len(train)),
         offsets=np.array([0] * (own.partition_id + 1) + [len(train)]),
         declared=own.dataset_id,
@@ -148,7 +149,7 @@ def _read(own: OwnData, task: Task | None, reader: Any) -> Table:
     columns = _columns(own, config, served)
 
     def named(part: Dataset, where: str) -> pa.Table:
-        return _named(served.rows(part, columns, config, reader, where), part, columns, where)
+        return served.rows(part, columns, config, reader, where)
 
     train = named(source, repr(own.path))
     test = None if own_test is None else named(own_test, f"the test examples of {own.path!r}")
@@ -166,7 +167,11 @@ def _served(own: OwnData, source: Dataset) -> Task:
         return task_named("image-classification")
     if own.label_column:
         return CLASSIFICATION
-    lists = any(hasattr(source.features.get(name), "feature") for name in texts)
+    lists = any(
+        not is_text(source.features.arrow_schema.field(name).type)
+        for name in texts
+        if name in source.features
+    )
     return task_named("instruction" if lists or len(texts) > 1 else "causal-lm")
 
 
@@ -175,20 +180,6 @@ def _columns(own: OwnData, config: DataConfig, task: Task) -> Columns:
     if task.labelled and not own.label_column:
         raise ConfigError(f"label-column = '': {task.name} learns labels, name their column")
     return replace(task.columns(config), domain="", group="", natural="")
-
-
-def _named(table: pa.Table, source: Dataset, columns: Columns, where: str) -> pa.Table:
-    """The rows with each label, if there are any, by its name."""
-    if not columns.label:
-        return table
-    texts = label_texts(table["label"], columns.label, where)
-    names: Sequence[str] | None = getattr(source.features[columns.label], "names", None)
-    if names:
-        codes = [int(code) for code in texts.to_pylist()]
-        if not all(0 <= code < len(names) for code in codes):
-            raise ConfigError(f"label-column = {columns.label!r}: {where} has examples without a label")
-        texts = pa.chunked_array([pa.array([names[code] for code in codes])])
-    return table.set_column(table.column_names.index("label"), "label", texts)
 
 
 def _write(path: Path, table: pa.Table, own: OwnData, reader: Any, max_length: int, task: Task) -> None:
@@ -206,15 +197,16 @@ def _write(path: Path, table: pa.Table, own: OwnData, reader: Any, max_length: i
 def _coded(table: pa.Table, own: OwnData) -> pa.Table:
     """With the run's number for each label."""
     codes: Mapping[str, int] = {name: code for code, name in enumerate(own.labels)}
-    unknown = sorted(set(table["label"].to_pylist()) - codes.keys())
-    if unknown:
-        known = f"the run's labels are {', '.join(own.labels)}"
+    labels = table["label"].to_pylist()
+    row = next((row for row, label in enumerate(labels) if label not in codes), None)
+    if row is not None:
+        odd, known = f"{labels[row]!r} in row {row + 1}", f"the run's labels are {', '.join(own.labels)}"
         raise OwnDataRefused(
-            f"label-column = {own.label_column!r}: {own.path} holds {unknown[0]!r}, {known}",
+            f"label-column = {own.label_column!r}: {own.path} holds {odd}, {known}",
             f"this node's data has labels that the run does not know, {known}",
         )
-    labels = pa.array([codes[name] for name in table["label"].to_pylist()], pa.int64())
-    return table.set_column(table.column_names.index("label"), "label", labels)
+    numbers = pa.array([codes[label] for label in labels], pa.int64())
+    return table.set_column(table.column_names.index("label"), "label", numbers)
 
 
 def _in_own_terms(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.columns import NATURAL, codes_of, in_order
+from fedlora.data.columns import BY_NATURE, NATURAL, codes_of, in_order
 from fedlora.errors import ConfigError
 from fedlora.seeding import derive, stream
 
@@ -23,8 +23,13 @@ SHARDS_PER_PARTITION = 2
 """As in McMahan et al., Communication-Efficient Learning (AISTATS 2017)."""
 
 
-def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]:
+def partition(
+    train: Dataset, config: DataConfig, seed: int, known: Mapping[str, np.ndarray] | None = None
+) -> list[np.ndarray]:
     """The training examples of each client: sorted int64 indices, disjoint and together all of them.
+
+    ``known`` says by column which values there are, sorted; else those of the examples. A value without an
+    example keeps its number: a client of nature with no indices.
 
     ``natural`` makes each value of ``data.partition-by`` a client. With ``data.num-partitions`` set
     it deals whole values, domain by domain where it can, to that many clients of similar size; where
@@ -54,10 +59,10 @@ def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]
         )
     labels = np.asarray(train["label"][:])
     if config.partitioner == "natural":
-        clients = _natural_clients(train, config, seed)
-        parts = np.split(np.argsort(clients, kind="stable"), np.cumsum(np.bincount(clients))[:-1])
+        clients, count = _natural_clients(train, config, seed, known or {})
+        parts = _grouped(clients, count)
     elif config.partitioner == "natural-dirichlet":
-        parts = _skewed_within_values(train, labels, config, seed)
+        parts = _skewed_within_values(train, labels, config, seed, known or {})
     else:
         order = stream(seed, "partition-order").permutation(len(train))
         parts = [np.sort(order[rows]) for rows in _rows(labels[order], config, seed)]
@@ -65,12 +70,18 @@ def partition(train: Dataset, config: DataConfig, seed: int) -> list[np.ndarray]
     return parts
 
 
+def _grouped(clients: np.ndarray, count: int) -> list[np.ndarray]:
+    """The examples of each of ``count`` clients."""
+    ends = np.cumsum(np.bincount(clients, minlength=count))[:-1]
+    return np.split(np.argsort(clients, kind="stable"), ends)
+
+
 def _skewed_within_values(
-    train: Dataset, labels: np.ndarray, config: DataConfig, seed: int
+    train: Dataset, labels: np.ndarray, config: DataConfig, seed: int, known: Mapping[str, np.ndarray]
 ) -> list[np.ndarray]:
     """The clients of one natural value after those of another."""
-    values = _natural_values(train, config)
-    sizes = np.bincount(values)
+    values, count = _natural_values(train, config, known)
+    sizes = np.bincount(values, minlength=count)
     if config.num_partitions < len(sizes):
         raise ConfigError(
             f"data.num-partitions = {config.num_partitions}: natural-dirichlet needs one or more for each of "
@@ -85,9 +96,21 @@ def _skewed_within_values(
     return parts
 
 
-def _natural_values(train: Dataset, config: DataConfig) -> np.ndarray:
-    """The number of each example's natural value."""
-    return _codes(train, NATURAL if NATURAL in train.column_names else config.partition_by)
+def _natural_values(
+    train: Dataset, config: DataConfig, known: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, int]:
+    """The number of each example's natural value, and how many values there are."""
+    column = natural_column(train.column_names, config)
+    if column not in known:
+        values = _codes(train, column)
+        return values, int(values.max()) + 1
+    values = np.searchsorted(known[column], np.asarray(train[column][:]))
+    return values, len(known[column])
+
+
+def natural_column(names: Collection[str], config: DataConfig) -> str:
+    """The column whose values are the clients."""
+    return NATURAL if NATURAL in names else config.partition_by
 
 
 def _rows(labels: np.ndarray, config: DataConfig, seed: int) -> list[Sequence[int] | np.ndarray]:
@@ -144,7 +167,8 @@ def _partitioner(config: DataConfig, num_examples: int, seed: int) -> Any:
 
 def _check_parts(parts: Sequence[np.ndarray], labels: np.ndarray, config: DataConfig) -> None:
     sizes = [len(part) for part in parts]
-    smallest = int(np.argmin(sizes))
+    natural = config.partitioner in BY_NATURE
+    smallest = min(range(len(parts)), key=lambda p: len(parts[p]) or (len(labels) if natural else 0))
     if sizes[smallest] < config.min_partition_size:
         raise ConfigError(
             f"data.min-partition-size = {config.min_partition_size}: partition {smallest} of {len(parts)} "
@@ -158,21 +182,22 @@ def _check_parts(parts: Sequence[np.ndarray], labels: np.ndarray, config: DataCo
         )
 
 
-def _natural_clients(train: Dataset, config: DataConfig, seed: int) -> np.ndarray:
-    """The client of each example under ``natural``, shape (examples,)."""
-    values = _natural_values(train, config)
-    num_values = int(values.max()) + 1
+def _natural_clients(
+    train: Dataset, config: DataConfig, seed: int, known: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, int]:
+    """The client of each example under ``natural``, shape (examples,), and the number of clients."""
+    values, num_values = _natural_values(train, config, known)
     count = config.num_partitions or num_values
     rng = stream(seed, "partition-natural")
     if count == num_values:
-        return values
+        return values, count
     if count > num_values:
         groups = _codes(train, "group") if "group" in train.column_names else values
         enough = len(np.unique(np.stack([values, groups]), axis=1).T) >= count
-        return _deal(values, groups if enough else np.arange(len(values)), count, rng)
-    _, first = np.unique(values, return_index=True)
+        return _deal(values, groups if enough else np.arange(len(values)), count, rng), count
+    _, first, present = np.unique(values, return_index=True, return_inverse=True)
     domains = _codes(train, "domain") if "domain" in train.column_names else np.zeros_like(values)
-    return _deal(domains[first][values], values, count, rng)
+    return _deal(domains[first][present], values, count, rng), count
 
 
 def _codes(train: Dataset, column: str) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Prepared data: tokenised once for a model, partitioned once for a seed, opened by memory map.
 
 ``<cache>/prepared/<key>/`` holds train.arrow, test.arrow and meta.json, shared by all partitionings;
-``<key>/<partition key>/`` holds partitions.npz and is the path that `prepare` returns.
+``<key>/<partition key>/`` holds partitions.npz and left_out.json and is the path that `prepare` returns.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fedlora.assets import ASSETS, asset_identity, cache_dir, create_directory
 from fedlora.config import DataConfig, RunConfig
+from fedlora.data.clients import named_clients, why_left_out
 from fedlora.data.columns import NATURAL, codes_of, in_order
 from fedlora.data.examples import Examples, open_examples, with_form
 from fedlora.data.tokenizers import Tokenizer
@@ -29,6 +30,7 @@ from fedlora.tasks import CLASSIFICATION, Task, task_named
 if TYPE_CHECKING:
     from datasets import Dataset
 
+META, LEFT_OUT = "meta.json", "left_out.json"
 FORMAT = 3
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
@@ -53,6 +55,7 @@ class Prepared:
         offsets: partition i is ``flat[offsets[i]:offsets[i + 1]]``, int64.
         declared: the owner's name for the data where it is a node's own, see `fedlora.data.own`.
         task: what the examples were prepared for.
+        left_out: partition -> why it has no example; it takes no part, and no other has its number.
     """
 
     train: Examples
@@ -64,6 +67,12 @@ class Prepared:
     offsets: np.ndarray
     declared: str = ""
     task: str = CLASSIFICATION.name
+    left_out: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def clients(self) -> tuple[int, ...]:
+        """The partitions that have examples."""
+        return tuple(p for p in range(self.num_partitions) if p not in self.left_out)
 
     @property
     def num_labels(self) -> int:
@@ -95,7 +104,7 @@ def open_prepared(path: Path | str) -> Prepared:
     home = Path(path)
     if not (home / "partitions.npz").is_file():
         raise ConfigError(f"prepared data {str(home)!r}: not there, or not a prepared directory")
-    meta = json.loads((home.parent / "meta.json").read_text())
+    meta = json.loads((home.parent / META).read_text())
     with np.load(home / "partitions.npz", allow_pickle=False) as arrays:
         flat, offsets = arrays["indices"], arrays["offsets"]
     return Prepared(
@@ -107,13 +116,19 @@ def open_prepared(path: Path | str) -> Prepared:
         flat=flat,
         offsets=offsets,
         task=meta.get("task", CLASSIFICATION.name),
+        left_out={int(p): why for p, why in json.loads((home / LEFT_OUT).read_text()).items()},
     )
 
 
-def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
+def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, *, trained: bool = True) -> Path:
     """The prepared directory of a configuration, written on first use and then found again.
 
-    The tokenizer is that of ``model.name`` unless given. The seed decides the partitioning only.
+    The seed decides the partitioning only.
+
+    Args:
+        config: of the run.
+        tokenizer: that of ``model.name`` unless given.
+        trained: a model is to learn the labels, so that there must be two; one alone can be evaluated.
 
     Raises:
         ConfigError: data, tokenizer or partitioning cannot be had as asked.
@@ -123,9 +138,18 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None) -> Path:
     tokenizer = tokenizer or task.reader(config.model.name)
     home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task)
     create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft))
+    if trained and task.labelled:
+        _check_labels(config.data, json.loads((home / META).read_text())["label_names"])
     path = home / _partition_key(config)
     create_directory(path, lambda draft: _write_partitions(config, home, draft))
     return path
+
+
+def _check_labels(config: DataConfig, names: Sequence[str]) -> None:
+    if len(names) < 2:
+        raise ConfigError(
+            f"data.label-column = {config.label_column!r}: {config.name!r} has one label only, {names[0]!r}"
+        )
 
 
 def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICATION) -> str:
@@ -163,7 +187,7 @@ def _write_examples(task: Task, config: DataConfig, tokenizer: Tokenizer, draft:
     for column in ("domain", "group", NATURAL):
         if column in raw.train.column_names:
             tested = raw.test[column][:] if column in raw.test.column_names else ()
-            names[column] = in_order({*raw.train[column][:], *tested})
+            names[column] = in_order({*raw.train[column][:], *tested, *raw.names.get(column, ())})
     for part, table in (("train", raw.train), ("test", raw.test)):
         line = f"encoding {len(table):,} {part} examples of {config.name}"
         batch = tokenised(table, tokenizer, config.max_length, names, line, task)
@@ -181,8 +205,14 @@ def _write_examples(task: Task, config: DataConfig, tokenizer: Tokenizer, draft:
         "num_test": counts["test"],
         "max_length": config.max_length,
         "tokenizer": tokenizer.identity,
+        "clients": {
+            part: named_clients(
+                known, raw.label_names if part == "label" else names[part], raw.train[part][:]
+            )
+            for part, known in raw.names.items()
+        },
     }
-    (draft / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (draft / META).write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def tokenised(
@@ -234,11 +264,17 @@ def _tracked(batches: Iterable[Any], total: int, line: str) -> Iterable[Any]:
 def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
     from datasets import Dataset
 
-    from fedlora.data.partition import partition
+    from fedlora.data.partition import natural_column, partition
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    by_token = [name for name in ("input_ids", "counted", "types") if name in table.column_names]
-    parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed)
+    by_token = [name for name in ("input_ids", "counted") if name in table.column_names]
+    clients = json.loads((home / META).read_text())["clients"]
+    known = {column: np.array(of["codes"]) for column, of in clients.items()}
+    parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed, known)
     offsets = np.cumsum([0, *map(len, parts)])
     np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=offsets)
+    column = natural_column(table.column_names, config.data)
+    held = table[column].unique().to_pylist() if column in clients else []
+    left_out = why_left_out(parts, clients.get(column, {}), held, config.data)
+    (draft / LEFT_OUT).write_text(json.dumps(left_out) + "\n")

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import (
     Dataset,
     DatasetDict,
+    DownloadManager,
     disable_progress_bars,
     load_dataset,
     load_dataset_builder,
@@ -25,15 +24,22 @@ from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedlora.assets import cache_dir
 from fedlora.config import DataConfig
-from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, standard
+from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, names_in, standard
 from fedlora.data.newsgroups import newsgroups_tables
 from fedlora.data.novels import novels_table
 from fedlora.data.sentiment import sentiment_table
 from fedlora.data.split import split_table, split_texts
 from fedlora.data.synthetic import synthetic_table
+from fedlora.data.text_files import DELIMITERS, JSON, kind_of, read_text_files
+from fedlora.data.values import python_values
 from fedlora.errors import AssetError, ConfigError, first_line
 
-FILE_KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+PARQUET = ".parquet"
+FILE_KINDS = (*JSON, *DELIMITERS, PARQUET)
+HIDDEN = (None, "", "-1", -1)
+"""What stands for a label that is kept back."""
+GUESSED = ("csv", "json")
+"""Kinds of files for which datasets guesses types, piece by piece of a file."""
 GLUE_SPLITS = {"train.tsv": "train", "dev.tsv": "validation", "dev_matched.tsv": "validation"}
 """Files of a directory as GLUE ships it; its test.tsv has no labels."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,11 +54,13 @@ class RawData:
             are any, and natural: the column of ``data.partition-by`` where that is another one.
         test: the same columns.
         label_names: name of each label; empty where examples have none.
+        names: label, domain, group and natural -> the names in the training rows before any were held out.
     """
 
     train: Dataset
     test: Dataset
     label_names: tuple[str, ...]
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData:
@@ -84,7 +92,7 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     )
     if config.validation_fraction:
         train, test_table = split(train, config.validation_fraction, "data.validation-fraction")
-    return RawData(Dataset(train), Dataset(test_table), names)
+    return RawData(Dataset(train), Dataset(test_table), names, names_in(parts[0]))
 
 
 def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:
@@ -110,7 +118,7 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
             return novels_table(), None
     if path.is_dir():
         return _own_splits(_read_directory(path), config, labelled)
-    if path.is_file() or path.suffix in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
+    if path.is_file() or kind_of(path) in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
         return _read_file(path, "data.name"), None
     return _own_splits(_from_hub(config), config, labelled)
 
@@ -122,21 +130,21 @@ def _read_file(path: Path, key: str) -> Dataset:
             f"{key} = {str(path)!r}: no such file (accepted are {', '.join(BUILT_IN)}, a "
             f"{'/'.join(FILE_KINDS)} file, a directory, a hub id)"
         )
-    if path.suffix not in FILE_KINDS:
-        raise ConfigError(f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}")
+    if kind_of(path) not in FILE_KINDS:
+        raise ConfigError(
+            f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}, all but the last may be .gz"
+        )
     return _loaded(f"{key} = {str(path)!r}", lambda: _files({"train": path})["train"])
 
 
 def _files(splits: Mapping[str, Path]) -> Any:
     """Files of one kind as the splits of a dataset."""
-    first = next(iter(splits.values()))
-    kind = FILE_KINDS[first.suffix]
-    # Without this pandas reads texts such as "None" and "NA" as missing.
-    options: dict[str, Any] = {"keep_default_na": False} if kind == "csv" else {}
-    if first.suffix == ".tsv":
-        options |= {"sep": "\t", "quoting": csv.QUOTE_NONE}  # a quote is a character like others there
-    files = {split: str(path) for split, path in splits.items()}
-    return load_dataset(kind, data_files=files, cache_dir=str(cache_dir() / "datasets"), **options)
+    if kind_of(next(iter(splits.values()))) == PARQUET:
+        files = {split: str(path) for split, path in splits.items()}
+        return load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "datasets"))
+    return DatasetDict(
+        {split: Dataset(read_text_files([(kind_of(path), path)])) for split, path in splits.items()}
+    )
 
 
 def _read_directory(path: Path) -> Any:
@@ -145,27 +153,50 @@ def _read_directory(path: Path) -> Any:
         return _loaded(f"data.name = {str(path)!r}", lambda: _files(glue))
     saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
     return _loaded(
-        f"data.name = {str(path)!r}", lambda: load_from_disk(str(path)) if saved else _loose_files(path)
+        f"data.name = {str(path)!r}",
+        lambda: (
+            load_from_disk(str(path))
+            if saved
+            else _loose_files(str(path), cache=str(cache_dir() / "datasets"))
+        ),
     )
 
 
-def _loose_files(path: Path) -> Any:
-    """Files of one kind in a directory; datasets gives pictures no label where all are in one directory."""
-    cache = str(cache_dir() / "datasets")
-    builder = load_dataset_builder(str(path), cache_dir=cache)
+def _loose_files(name: str, subset: str | None = None, cache: str | None = None) -> Any:
+    """A hub dataset, or files of one kind in a directory.
+
+    Text files whose columns have no declared types are read as others are. datasets gives pictures no label
+    where all are in one directory.
+    """
+    builder = load_dataset_builder(name, subset, cache_dir=cache)
     options: dict[str, Any] = {}
+    if builder.name in GUESSED and builder.info.features is None:
+        found = {split: _text_files(files) for split, files in builder.config.data_files.items()}
+        if all(found.values()):
+            return DatasetDict(
+                {str(split): Dataset(read_text_files(files)) for split, files in found.items()}
+            )
     if isinstance(builder, ImageFolder):
         files = [Path(file) for part in builder.config.data_files.values() for file in part]
         depths = {len(file.parts) for file in files if file.suffix.lower() in builder.EXTENSIONS}
         options = {"drop_labels": False} if len(depths) == 1 else {}
-    return load_dataset(str(path), cache_dir=cache, **options)
+    return load_dataset(name, subset, cache_dir=cache, **options)
+
+
+def _text_files(files: Sequence[str]) -> list[tuple[str, Path]]:
+    """Kind and place of each file, fetched where it is not here; none if one is of a kind of its own."""
+    kinds = [kind_of(file) for file in files]
+    if not all(kind in (*DELIMITERS, *JSON) for kind in kinds):
+        return []
+    places = DownloadManager().download(list(files))
+    return [(kind, Path(place)) for kind, place in zip(kinds, places, strict=True)]
 
 
 def _from_hub(config: DataConfig) -> Any:
     subset = f" with data.subset = {config.subset!r}" if config.subset else ""
     where = f"data.name = {config.name!r}{subset}"
     try:
-        return _loaded(where, lambda: load_dataset(config.name, config.subset or None))
+        return _loaded(where, lambda: _loose_files(config.name, config.subset or None))
     except ConnectionError as error:
         raise AssetError(
             f"{where}: not built in ({', '.join(BUILT_IN)}), no file or directory, and the hub cannot be "
@@ -197,9 +228,8 @@ def _own_splits(loaded: Any, config: DataConfig, labelled: bool) -> tuple[Datase
 
 
 def _labelled(table: Dataset, column: str) -> bool:
-    """Whether the labels are there; hidden ones are -1 or empty by custom."""
+    """Whether the labels are there."""
     if column not in table.column_names:
         return False
     labels = table.with_format("arrow").select_columns(column)[:][column]
-    hidden = pc.equal(labels.cast(pa.string()), "-1")
-    return not pc.all(pc.fill_null(hidden, True)).as_py()
+    return any(value not in HIDDEN for value in python_values(labels))

@@ -86,7 +86,7 @@ def with_cohort_size(config: RunConfig, path: Path, worker: Resident | None = No
 
 
 def _chosen(config: RunConfig, worker: Resident) -> int:
-    clients = len(int_list("partitions", config.partitions)) or worker.data.num_partitions
+    clients = len(int_list("partitions", config.partitions)) or len(worker.data.clients)
     head = worker.model.initial_head.values() if config.model.head != "freeze" else ()
     device = config.engine.device
     return cohort_size(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -53,8 +54,17 @@ class RoundProgress:
     ) -> None:
         self._bar.stop()
 
-    def begin(self, finished: int) -> None:
-        """Clients are about to be asked; ``finished`` rounds were done before."""
+    def begin(self, finished: int, left_out: Mapping[int, str] | None = None) -> None:
+        """Clients are about to be asked.
+
+        Args:
+            finished: rounds that were done before.
+            left_out: partitions that take no part, and why.
+        """
+        for partition, why in (left_out or {}).items():
+            self._console.print(
+                f"{self._title}: partition {partition} is left out, {why}", highlight=False, markup=False
+            )
         self._bar.update(self._task, completed=finished, status="training")
         if self._lines:
             self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)

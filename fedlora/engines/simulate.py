@@ -92,7 +92,7 @@ def simulate_on(
             cohort_size=config.engine.cohort_size,
             work=predicted_work(config, federation.worker.data),
         )
-        progress.begin(federation.state.round)
+        progress.begin(federation.state.round, federation.left_out)
         with PeakMemory() as memory:
             result = federation.run(grid)
     result["peak_memory_bytes"] = memory.peak_bytes

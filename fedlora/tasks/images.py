@@ -57,7 +57,8 @@ class ImageClassification(Classification):
         from fedlora.data.sources import RawData
 
         data = self.images(config, reader.form)
-        return RawData(_table(data.train, data, data.natural), _table(data.test, data, ()), data.label_names)
+        train, test = _table(data.train, data, data.natural), _table(data.test, data, ())
+        return RawData(train, test, data.label_names, data.names)
 
     def images(self, config: DataConfig, form: ImageFormat) -> ImageData:
         """All pictures of a run, training and test.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class ImageData:
         domain_names: name of each domain, empty where there are none.
         natural: for each training image the value of ``data.partition-by``, where that is neither label nor
             domain; else empty.
+        names: as in `fedlora.data.sources.RawData`.
     """
 
     train: Images
@@ -58,6 +59,7 @@ class ImageData:
     label_names: tuple[str, ...]
     domain_names: tuple[str, ...]
     natural: tuple[str, ...] = ()
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from fedlora.config import DataConfig
-from fedlora.data.columns import NATURAL, Columns, codes_of, encode_labels, in_order, standard
+from fedlora.data.columns import NATURAL, Columns, codes_of, encode_labels, in_order, names_in, standard
 from fedlora.data.sources import open_source
 from fedlora.data.split import held_out, linked_rows
 from fedlora.errors import ConfigError, first_line
@@ -52,13 +52,14 @@ def own_images(config: DataConfig, form: ImageFormat, image_column: str = "image
     ]
     natural = np.array(_column(tables[0], NATURAL) or _grouped(tables[0], columns, config), dtype=object)
     groups = _column(tables[0], "group")
+    names = names_in(checked[0]) | ({NATURAL: tuple(in_order(natural))} if len(natural) else {})
     if own_test is not None:
-        data = ImageData(parts[0], parts[1], label_names, tuple(domain_names), tuple(natural))
+        data = ImageData(parts[0], parts[1], label_names, tuple(domain_names), tuple(natural), names)
         return held_apart(data, config, groups)
     test = _held_out(parts[0], groups, config.test_fraction, "data.test-fraction")
     train = parts[0].take(~test)
     clients = tuple(natural[~test]) if len(natural) else ()
-    data = ImageData(train, parts[0].take(test), label_names, tuple(domain_names), clients)
+    data = ImageData(train, parts[0].take(test), label_names, tuple(domain_names), clients, names)
     return held_apart(data, config, [group for group, out in zip(groups, test, strict=False) if not out])
 
 

@@ -162,7 +162,10 @@ def test_a_directory_of_files(tmp_path: Path) -> None:
     [
         ({"text_column": "txt"}, "data.text-column = 'txt': no such column in .*body, mood, writer, place"),
         ({"text_column": "a,b,c"}, "data.text-column = 'a,b,c'"),
-        ({"text_column": "writer"}, "data.text-column = 'writer': holds int64"),
+        (
+            {"text_column": "writer"},
+            "data.text-column = 'writer': row 1 of .* holds the number 0, must be text",
+        ),
         ({"label_column": "lab"}, "data.label-column = 'lab': no such column"),
         ({"group_column": "grp"}, "data.group-column = 'grp': no such column"),
         ({"partition_by": "shop"}, "data.partition-by = 'shop': no such column"),
@@ -181,11 +184,10 @@ def test_refusals_name_key_value_and_way_out(tmp_path: Path, change: dict[str, A
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([0.5, 1.5, 0.5], "holds fractions"),
-        (["a", "a", "a"], "has one label only, 'a'"),
-        (["a", "b", None], "1 empty in .*the first is example 2"),
-        (["a", " ", "b"], "1 empty in .*the first is example 1"),
-        ([[1], [2], [1]], "holds list"),
+        ([1, 1.5, 1], "row 2 of .* holds the number 1.5"),
+        (["a", "b", None], "1 empty in .*the first in row 3"),
+        (["a", " ", "b"], "1 empty in .*the first in row 2"),
+        ([[1], [2], [1]], r"row 1 of .* holds the list \[1\]"),
     ],
 )
 def test_labels_that_are_none(tmp_path: Path, values: list[Any], said: str) -> None:

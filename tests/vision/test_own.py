@@ -155,12 +155,9 @@ def test_a_column_without_images_is_refused(tmp_path: Path) -> None:
     )
 
 
-def test_missing_columns_and_labels_are_refused(tmp_path: Path) -> None:
+def test_a_missing_label_column_is_refused(tmp_path: Path) -> None:
     name = parquet(tmp_path / "a.parquet", rows())
     assert "data.label-column = 'animal'" in refusal(DataConfig(name=name, label_column="animal", **TOGETHER))
-    columns = rows()
-    columns["label"] = ["cat"] * 40
-    assert "one label only" in refusal(DataConfig(name=parquet(tmp_path / "b.parquet", columns), **TOGETHER))
 
 
 def test_equal_pictures_only_cannot_be_split(tmp_path: Path) -> None:
