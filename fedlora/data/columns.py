@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -122,9 +124,22 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
 
 
 def names_in(table: pa.Table) -> dict[str, tuple[str, ...]]:
-    """Part -> its names in order: the clients that there can be, whatever becomes of their rows."""
-    parts = ("label", "domain", "group", NATURAL)
-    return {part: tuple(in_order(table[part].to_pylist())) for part in parts if part in table.column_names}
+    """Part -> its names in order: the clients that there can be, whatever becomes of their rows.
+
+    Two names that differ in nothing but how Unicode writes them stay two, and are told of.
+    """
+    parts = [part for part in ("label", "domain", "group", NATURAL) if part in table.column_names]
+    names = {part: tuple(in_order(table[part].to_pylist())) for part in parts}
+    for part, found in names.items():
+        alike: dict[str, str] = {}
+        for name in found:
+            other = alike.setdefault(unicodedata.normalize("NFKC", name), name)
+            if other != name:
+                warnings.warn(
+                    f"data: the {part} names {other!a} and {name!a} look alike, they are taken for two",
+                    stacklevel=2,
+                )
+    return names
 
 
 def encode_labels(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 META, LEFT_OUT = "meta.json", "left_out.json"
-FORMAT = 3
+FORMAT = 4
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
 
@@ -268,13 +268,13 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    by_token = [name for name in ("input_ids", "counted") if name in table.column_names]
+    by_token = [name for name in ("input_ids", "counted", "types") if name in table.column_names]
     clients = json.loads((home / META).read_text())["clients"]
     known = {column: np.array(of["codes"]) for column, of in clients.items()}
     parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed, known)
     offsets = np.cumsum([0, *map(len, parts)])
     np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=offsets)
     column = natural_column(table.column_names, config.data)
-    held = table[column].unique().to_pylist() if column in clients else []
+    held = set(table[column].unique().to_pylist()) if column in clients else set()
     left_out = why_left_out(parts, clients.get(column, {}), held, config.data)
     (draft / LEFT_OUT).write_text(json.dumps(left_out) + "\n")

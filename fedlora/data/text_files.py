@@ -195,7 +195,8 @@ def _lines(path: Path) -> Iterator[str]:
     """The lines with their ends, UTF-8, or UTF-16 where the file begins with its byte order mark."""
     with _opened(path) as file:
         if file.peek(2)[:2] in _UTF_16:
-            yield from io.TextIOWrapper(file, encoding="utf-16", newline="\n")
+            with io.TextIOWrapper(file, encoding="utf-16", newline="\n") as text:
+                yield from text
             return
         for number, line in enumerate(file, start=1):
             try:

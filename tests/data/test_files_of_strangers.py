@@ -1,0 +1,311 @@
+"""The law of data files: what a file says is what is trained, or the run is refused with the row."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedlora.config import DataConfig
+from fedlora.data.sources import RawData, load_examples
+from fedlora.errors import ConfigError
+
+LAW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+KEYS: dict[str, Any] = {"partition_by": "who", "test_fraction": 0.01}
+PIECE = 10_000
+
+
+def read(path: Path, **more: Any) -> RawData:
+    return load_examples(DataConfig(name=str(path), test=str(path), **{**KEYS, **more}))
+
+
+def said(raw: RawData) -> list[tuple[str, str, str]]:
+    """Text, label and client of each row, as they are trained."""
+    table = raw.train
+    labels = [raw.label_names[label] for label in table["label"]]
+    return list(zip(table["text"][:], labels, table["natural"][:], strict=True))
+
+
+def refused(path: Path, **more: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(path, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def csv_file(path: Path, rows: list[list[str]], **options: Any) -> Path:
+    text = io.StringIO(newline="")
+    csv.writer(text, **options).writerows([["text", "label", "who"], *rows])
+    path.write_bytes(text.getvalue().encode())
+    return path
+
+
+def rows(labels: list[Any]) -> list[dict[str, Any]]:
+    return [{"text": f"text {i}", "label": label, "who": "ab"[i % 2]} for i, label in enumerate(labels)]
+
+
+# --- laws ----------------------------------------------------------------------------------------------
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=12)
+words = texts.filter(lambda text: text.strip() and pa.compute.utf8_trim_whitespace(text).as_py())
+looks_typed = st.sampled_from(
+    ["07", "7", "1.0", "1", "True", "true", "NA", "null", "None", "inf", "nan", "1e3", "-1"]
+)
+names = st.one_of(looks_typed, words)
+blanks = st.sampled_from(["", " ", "\t", "\u00a0", "  \u3000"])
+records = st.lists(st.tuples(words, names, names), min_size=1, max_size=8)
+
+
+def trimmed(name: str) -> str:
+    found: str = pa.compute.utf8_trim_whitespace(name).as_py()
+    return found
+
+
+@LAW
+@given(
+    records, st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), st.sampled_from(["\n", "\r\n"]), blanks,
+    st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.booleans(),
+)  # fmt: skip
+def test_a_csv_file_says_what_is_trained(
+    tmp_path: Path, cache: Path,
+    found: list[tuple[str, str, str]], encoding: str, end: str, blank: str, quoting: Any, packed: bool,
+) -> None:  # fmt: skip
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator=end, quoting=quoting)
+    writer.writerows([["text", "label", "who"], *([t, blank + a, b + blank] for t, a, b in found)])
+    content = text.getvalue().encode(encoding)
+    path = tmp_path / ("a.csv.gz" if packed else "a.csv")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert said(read(path)) == [(t, trimmed(a), trimmed(b)) for t, a, b in found]
+
+
+values = st.one_of(
+    names, st.integers(-5, 5), st.integers(10**17, 10**19), st.just([]),
+    st.sampled_from([1.0, 2.0, 0.5, True, False, None]), st.just({"a": 1}), blanks,
+)  # fmt: skip
+
+
+def name_of(value: Any) -> tuple[str, str] | None:
+    """Kind and name of a JSON value as `docs/tasks.md` has it; None where it is no name."""
+    if isinstance(value, str):
+        return ("text", trimmed(value)) if trimmed(value) else None
+    if isinstance(value, bool):
+        return "truth", str(value).lower()
+    if isinstance(value, int | float) and value == int(value):
+        return "number", str(int(value))
+    return None
+
+
+@LAW
+@given(st.lists(st.tuples(values, values, values), min_size=1, max_size=5), st.booleans())
+def test_a_json_file_says_what_is_trained_or_is_refused_with_the_row(
+    tmp_path: Path, cache: Path, found: list[tuple[Any, Any, Any]], lines: bool
+) -> None:
+    written = [{"text": t, "label": a, "who": b, "else": t} for t, a, b in found]
+    written = [{key: value for key, value in row.items() if value is not None} for row in written]
+    path = tmp_path / "a.json"
+    path.write_text(
+        "".join(json.dumps(r) + "\n\n" for r in written) if lines else json.dumps(written, indent=1)
+    )
+    columns = [[name_of(row[column]) for row in found] for column in (1, 2)]
+    one_kind = all(
+        len({name[0] if name else "" for name in column}) == 1 and all(column) for column in columns
+    )
+    if one_kind and all(isinstance(t, str) and trimmed(t) for t, _, _ in found):
+        expected = [(row[0], a[1], b[1]) for row, a, b in zip(found, *columns, strict=True) if a and b]
+        assert said(read(path)) == expected
+    else:
+        assert re.search(r"row [1-5]\b|no such column", refused(path))
+
+
+@LAW
+@given(st.permutations([str(n) for n in range(6)] + ["07", "7.0", "A"]))
+def test_the_order_of_rows_decides_nothing(tmp_path: Path, cache: Path, order: list[str]) -> None:
+    path = csv_file(tmp_path / "a.csv", [[f"text {label}", label, label] for label in order])
+    raw = read(path)
+    assert set(raw.label_names) == set(order)
+    assert {text.removeprefix("text "): label for text, label, _ in said(raw)} == {n: n for n in order}
+
+
+# --- the kinds -------------------------------------------------------------------------------------------
+
+
+def test_the_types_of_a_csv_file_are_not_guessed_piece_by_piece(tmp_path: Path, cache: Path) -> None:
+    first, then = [["07", "True", "1.0", "A3"][i % 4] for i in range(PIECE)], ["07", "True", "1.0"] * 50
+    path = csv_file(tmp_path / "a.csv", [[f"t {i}", label, label] for i, label in enumerate([*first, *then])])
+    raw = read(path)
+    assert raw.label_names == ("07", "1.0", "A3", "True")
+    assert set(raw.train["natural"]) == {"07", "1.0", "A3", "True"}
+
+
+def test_one_odd_value_far_down_does_not_change_the_others(tmp_path: Path, cache: Path) -> None:
+    many = rows(["neg", "pos"] * (PIECE // 2 + 20))
+    many[PIECE + 10]["else"] = {"a": 1}
+    assert said(read(jsonl(tmp_path / "a.jsonl", many)))[0] == ("text 0", "neg", "a")
+    many[PIECE + 10]["label"] = 1
+    assert f"row {PIECE + 11} of" in refused(jsonl(tmp_path / "b.jsonl", many))
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["neg", "pos", 1], "row 3 .* holds the number 1, before it are texts"),
+        ([1, "1"], "row 2 .* holds the text '1', before it are whole numbers"),
+        ([True, "true"], "row 2 .* holds the text 'true', before it are truth values"),
+        ([1, True], "row 2 .* holds the truth value true, before it are whole numbers"),
+        (["a", ["b"]], r"row 2 .* holds the list \[\"b\"\]"),
+        ([1, 0.5], "row 2 .* holds the number 0.5"),
+        ([1, 1e300], "row 2 .* holds the number 1e"),
+        (["a", "\ud800"], "row 2 .* holds half of a surrogate pair"),
+        (["a", "\u00a0"], "1 empty in .*, the first in row 2"),
+        ([1, float("nan")], "1 empty in .*, the first in row 2"),
+    ],
+)
+@pytest.mark.parametrize("column", ["label", "who"])
+def test_what_is_no_name_is_refused_with_its_row(
+    labels: list[Any], message: str, column: str, tmp_path: Path, cache: Path
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "t", "label": "x", "who": "y", column: v} for v in labels])
+    with pytest.raises(ConfigError, match=message):
+        read(path)
+
+
+@pytest.mark.parametrize("odd", [404, 1.5, True, ["a"], {"a": 1}])
+def test_what_is_no_text_is_refused_with_its_row(odd: Any, tmp_path: Path, cache: Path) -> None:
+    path = jsonl(tmp_path / "a.jsonl", [*rows(["a", "b"] * 4), {"text": odd, "label": "a", "who": "a"}])
+    assert "data.text-column = 'text': row 9 of" in refused(path)
+
+
+def test_whole_numbers_and_truth_values_are_names(tmp_path: Path, cache: Path) -> None:
+    for values, names in (([2, 1.0, 10, 1], ("1", "2", "10")), ([True, False], ("false", "true"))):
+        raw = read(jsonl(tmp_path / "a.jsonl", rows(values)))
+        assert raw.label_names == names
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"text,label,who\na,b\n", "line 2 has 2 fields, the header has 3"),
+        ("a.csv", b"text,label,who\na,b,c,d\n", "line 2 has 4 fields"),
+        ("a.csv", b'text,label,who\n"a,b,c\nd,e,f\n', "line 3: unexpected end"),
+        (
+            "a.csv",
+            b"text,label,label,who\na,b,c,d\n",
+            r"no such column .* label \(column 2\), label \(column 3\)",
+        ),
+        ("a.csv", b"", "the file is empty"),
+        ("a.csv", "text,label,who\na,b,c\né,b,c\n".encode("latin-1"), "line 3 is not UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": "b", "who": "c"}\n{"text": "a", "la', "line 2: "),
+        ("a.jsonl", b'\n{"text": "a"}\n[1]\n', "line 3 is no object"),
+        ("a.jsonl", b'{"text": "a", "label": "b", "label": "c"}\n', "line 1: names the key 'label' twice"),
+        ("a.jsonl", b"[" * 100_000, "nested too deeply"),
+        ("a.json", b'[{"text": "a"}, 3]', "entry 2 is no object"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500)[:-20], "cannot be read"),
+        ("a.csv.gz", b"text,label,who\n", "cannot be read"),
+    ],
+)
+def test_files_that_are_broken_are_refused_with_the_line(
+    name: str, content: bytes, message: str, tmp_path: Path, cache: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path / name)
+
+
+def test_keys_that_nobody_needs_are_ignored(tmp_path: Path, cache: Path) -> None:
+    odd = [1, "a", [1], {"b": [None]}, None, 10**400, float("nan"), "\ud800"]
+    many = [
+        {**row, "else": value, f"own {i}": 1}
+        for i, (row, value) in enumerate(zip(rows(["x", "y"] * 4), odd, strict=True))
+    ]
+    assert [row[1] for row in said(read(jsonl(tmp_path / "a.jsonl", many)))] == ["x", "y"] * 4
+
+
+def test_huge_fields_and_line_ends_within_texts(tmp_path: Path, cache: Path) -> None:
+    long, broken = "word " * 100_000, 'a "quoted"\r\nline\u2028and\x85more, with commas'
+    path = csv_file(tmp_path / "a.csv", [[long, "x", "1"], [broken, "y", "2"]])
+    assert [row[0] for row in said(read(path))] == [long, broken]
+    path = jsonl(
+        tmp_path / "a.jsonl",
+        [{"text": t, "label": "xy"[i], "who": "1"} for i, t in enumerate([long, broken])],
+    )
+    assert [row[0] for row in said(read(path))] == [long, broken]
+
+
+def test_names_that_look_alike_are_two(tmp_path: Path, cache: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    path = jsonl(tmp_path / "a.jsonl", rows([composed, decomposed]))
+    with pytest.warns(UserWarning, match="look alike"):
+        assert len(read(path).label_names) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "names"),
+    [
+        (pa.array([2, 10, 2]), ("2", "10")),
+        (pa.array([2.0, 10.0, 2.0], pa.float16()), ("2", "10")),
+        (pa.array(["b", "a", "b "]).dictionary_encode(), ("a", "b")),
+        (pa.array(["b", "a", "b"], pa.large_string()), ("a", "b")),
+        (pa.array(["b", "a", "b"], pa.string_view()), ("a", "b")),
+        (pa.array([True, False, True]), ("false", "true")),
+        (pa.array([1, 2, 1], pa.decimal128(5, 2)), ("1.00", "2.00")),
+        (pa.array([0, 86400, 0], pa.timestamp("s")).cast(pa.date32()), ("1970-01-01", "1970-01-02")),
+        (pa.nulls(3), "3 empty in .*, the first in row 1"),
+        (pa.array([1.0, float("nan"), 1.0]), "1 empty in .*, the first in row 2"),
+        (pa.array([1.0, float("inf"), 1.0]), "row 2 of .* holds inf"),
+        (pa.array([1.0, 1.5, 1.0]), "row 2 of .* holds 1.5"),
+        (pa.array([[1], [2], [1]]), "holds list<"),
+        (pa.array([b"a", b"\xff", b"a"]), "holds binary"),
+    ],
+)
+def test_types_of_parquet_columns(column: pa.Array, names: Any, tmp_path: Path, cache: Path) -> None:
+    table = pa.table({"text": ["a", "b", "c"], "label": column, "who": ["x", "y", "x"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    if isinstance(names, tuple):
+        assert read(tmp_path / "a.parquet").label_names == names
+    else:
+        with pytest.raises(ConfigError, match=names):
+            read(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_files_of_a_directory_are_read_as_a_file_is(kind: str, tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for part in ("train", "test"):
+        path = tmp_path / "d" / f"{part}.{kind}"
+        if kind == "csv":
+            csv_file(path, [["a", "07", "01"], ["b", "7", "1"]])
+        else:
+            jsonl(
+                path,
+                [
+                    {"text": "a", "label": "07", "who": "01", "n": 1},
+                    {"text": "b", "label": "7", "who": "1", "n": "x"},
+                ],
+            )
+    raw = load_examples(DataConfig(name=str(tmp_path / "d"), **KEYS))
+    assert said(raw) == [("a", "07", "01"), ("b", "7", "1")]
+
+
+def test_a_test_split_without_labels_is_none(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "d").mkdir()
+    csv_file(tmp_path / "d" / "train.csv", [[f"t {i}", "xy"[i % 2], "ab"[i % 2]] for i in range(20)])
+    csv_file(tmp_path / "d" / "test.csv", [["a", "", "a"], ["b", "-1", "b"]])
+    raw = load_examples(DataConfig(name=str(tmp_path / "d"), **{**KEYS, "test_fraction": 0.5}))
+    assert len(raw.train) + len(raw.test) == 20
