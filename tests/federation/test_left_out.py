@@ -150,5 +150,5 @@ def test_a_client_of_several_partitions_keeps_its_place(tmp_path: Path, cache: P
 
 def test_a_smallest_size_is_for_clients_that_take_part(tmp_path: Path, cache: Path) -> None:
     assert open_prepared(prepare(texts(tmp_path, **{"data.min-partition-size": 20}))).left_out == {1: HELD}
-    with pytest.raises(ConfigError, match="data.min-partition-size = 21: partition 0"):
+    with pytest.raises(ConfigError, match=r"data\.min-partition-size = 21: partition 0"):
         prepare(texts(tmp_path, **{"data.min-partition-size": 21}))
