@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ def test_a_run_leaves_it_out_and_says_so(
         node = Node(partition_id=partition, state_dir=tmp_path / "clients", simulation=True)
         reply = train_order(wire.decode_order(message.content), federation.config, node)
         ranks[partition] = min(min(tensor.shape) for name, tensor in reply.arrays.items() if "lora_A" in name)
-        return Message(wire.encode_reply(reply), reply_to=message)
+        answered = replace(reply, answers=wire.decode_order(message.content).identity)
+        return Message(wire.encode_reply(answered), reply_to=message)
 
     result = federation.run(FakeGrid(federation.partitions, client))
     assert ranks == {0: 2, 2: 8}

@@ -239,7 +239,7 @@ def test_what_a_task_excludes(keys: dict[str, Any], says: str) -> None:
 
 def test_messages_must_be_messages(cache: Path, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", [{"messages": "hello", "domain": "x"}] * 4)
-    with pytest.raises(ConfigError, match=r"data\.text-column = 'messages': holds .*string"):
+    with pytest.raises(ConfigError, match=r"data\.text-column = 'messages': row 1 of .* the text 'hello'"):
         prepared(task="instruction", **{"data.name": path})
 
 
