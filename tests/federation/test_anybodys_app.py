@@ -58,7 +58,9 @@ def plain_app(model: PeftModel, frozen: str, mods: list[Callable[..., Message]])
     return app
 
 
-def federate(strategy: FactorStrategy, app: ClientApp, model: PeftModel, rounds: int) -> ArrayRecord:
+def federate(
+    strategy: FactorStrategy, app: Callable[..., Message], model: PeftModel, rounds: int
+) -> ArrayRecord:
     def client(message: Message, partition: int) -> Message:
         context = Context(
             run_id=1,

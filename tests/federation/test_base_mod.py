@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import ArrayRecord, Context, Message
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from clients.mod import base_mod
 from fedlora.errors import RunFailed
 from fedlora.models.peft_model import moving_base
+from fedlora.updates import ClientSpec
 from strategies import FedAvg, FedExLoRA, FedMomentum, FedSB, FedSVDRenew, FLoRA, FLoRIST
 from strategies.arrays import load_arrays
 from strategies.flower import FactorStrategy
@@ -144,3 +145,32 @@ def test_another_rank_than_the_models_is_refused_in_round_1(tmp_path: Path) -> N
 def test_a_core_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="PEFT has no core between A and B: use fedlora's ClientApp"):
         with_mod(FedSB(scaling=SCALING), tmp_path, peft_model())
+
+
+@pytest.mark.parametrize("named", [FLoRA, FedExLoRA, FedMomentum])
+def test_mixed_ranks_in_a_plain_app_are_the_dense_computation(
+    named: type[FactorStrategy], tmp_path: Path
+) -> None:
+    """Each node makes its PEFT model by its partition, alpha alike, so that each has a scaling of its own."""
+    ranks = (4, 1, 3)
+    models = [peft_model(r=rank) for rank in ranks]
+    apps = [
+        plain_app(model, "", [base_mod(lambda context, model=model: model, tmp_path / str(k))])
+        for k, model in enumerate(models)
+    ]
+    strategy = named(
+        scaling=SCALING,
+        client_spec=lambda p: ClientSpec(partition_id=p, rank=ranks[p], scaling=ALPHA / ranks[p]),
+    )
+    server = DenseServer(strategy)
+
+    def app(message: Message, context: Context) -> Message:
+        return apps[int(context.node_config["partition-id"])](message, context)
+
+    arrays = federate(strategy, app, models[0], 3)
+    assert strategy.report.refused == {}
+    assert strategy.state is not None
+    fresh = peft_model()
+    load_arrays(fresh, arrays)
+    wanted = dense_logits(server, strategy.state.head)
+    torch.testing.assert_close(logits(fresh), wanted, rtol=1e-4, atol=1e-4)

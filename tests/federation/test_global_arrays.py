@@ -157,3 +157,16 @@ def test_a_scaling_that_is_none_is_refused(scaling: float, tmp_path: Path) -> No
     strategy = FactorStrategy(make_rule("flora"), scaling=scaling)
     with pytest.raises(ConfigError, match=r"scaling = .*: must be alpha / r"):
         strategy.start(FakeGrid([0], ToyClient(tmp_path)), initial_arrays())
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.facts.moves_base])
+def test_one_scaling_for_all_cancels_out_where_no_base_moves(name: str, tmp_path: Path) -> None:
+    """Which is why these rules do not need it right from a client that uses no mod."""
+    given = [
+        FactorStrategy(make_rule(name), scaling=scaling).start(
+            FakeGrid(range(CLIENTS), ToyClient(tmp_path / str(scaling))), initial_arrays(RANK), num_rounds=2
+        )
+        for scaling in (1.0, 2.0)
+    ]
+    one, two = (dense(result.arrays, 1.0) for result in given)
+    assert all(relative(one[layer], two[layer]) < 1e-5 for layer in one)
