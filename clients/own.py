@@ -1,9 +1,9 @@
 """What an app with a plain PEFT client adds for strategies that freeze factors or leave them with a client.
 
     train_as_ordered(model, message)                            (in the train function, before training)
-    app = ClientApp(mods=[own_mod(Path("state"))])
+    app = ClientApp(mods=[own_mod("~/state")])
 
-The rules that need which are in the table of ``docs/apps.md``; `clients.mod` is for those that move the base.
+Which rules need which is in the table of ``docs/flower.md``; those that move the base need `clients.mod`.
 """
 
 from __future__ import annotations
@@ -37,12 +37,13 @@ def train_as_ordered(model: nn.Module, message: Message) -> None:
                 parameter.requires_grad_(factor in trains and module in modules)
 
 
-def own_mod(state_dir: Path) -> Mod:
+def own_mod(state_dir: Path | str) -> Mod:
     """The mod for FedSA-LoRA: factors that are trained and not sent stay in ``state_dir``, by partition.
 
     The app finds its own ones among the arrays of each message. A node that does not say its
     ``partition-id`` is known by its node id; one that lost its files begins again from the start.
     """
+    root = Path(state_dir).expanduser()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
         settings = wire.order_settings(message.content)
@@ -51,7 +52,7 @@ def own_mod(state_dir: Path) -> Mod:
         order = wire.decode_order(message.content)
         endings = tuple(f".lora_{factor}.weight" for factor in order.trains - order.ships)
         who = int(context.node_config.get("partition-id", context.node_id))
-        holdings = Holdings(state_dir / str(order.config.get("run-key", context.run_id)))
+        holdings = Holdings(root / str(order.config.get("run-key", context.run_id)))
         trains = not message.metadata.message_type.startswith(MessageType.EVALUATE)
         held = holdings.personal(who, OWN, order.server_round + (0 if trains else 1)) or {}
         message.content[order.named] = wire.to_record({**order.arrays, **held})
