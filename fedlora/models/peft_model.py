@@ -29,7 +29,8 @@ def lora_layers(model: Any) -> dict[str, Any]:
     """The layers that the active adapter changes, by their name in the base model.
 
     Raises:
-        ConfigError: not a PEFT model with one active LoRA adapter, or a layer that is no linear one.
+        ConfigError: not a PEFT model with one active LoRA adapter, a layer that is no linear one, or more in
+            it than ``s B A``.
     """
     if not isinstance(model, PeftModel) or not isinstance(model.active_adapter, str):
         raise ConfigError(f"{type(model).__name__}: not a PeftModel with one active adapter")
@@ -40,6 +41,8 @@ def lora_layers(model: Any) -> dict[str, Any]:
     for name, layer in layers.items():
         if adapter not in layer.lora_A or not isinstance(layer.get_base_layer(), LinearLayer):
             raise ConfigError(f"{name}: only linear layers can be federated, not {type(layer).__name__}")
+        if layer.lora_variant.get(adapter) is not None or layer.lora_bias.get(adapter):
+            raise ConfigError(f"{name}: only plain LoRA can be federated, no use_dora, no lora_bias")
     return layers
 
 

@@ -44,6 +44,12 @@ class Network(nn.Module):
         return self.block(self.q(x))
 
 
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.q = nn.Embedding(5, 6), nn.Linear(6, 6)
+
+
 SHAPES = {"q": (6, 6), "block.q": (5, 6), "block.inner.q": (4, 5), "block.turned": (7, 4)}
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
@@ -138,6 +144,11 @@ def test_what_a_model_has_no_place_for_is_refused_by_name() -> None:
         load_arrays(network(), {**tensors, "base_model.model.block.other.weight": X})
     with pytest.raises(ConfigError, match="Network: not a PeftModel"):
         load_arrays(Network(), tensors)  # type: ignore[arg-type]
+    for more in ({"use_dora": True}, {"lora_bias": True}):
+        with pytest.raises(ConfigError, match=r"q: only plain LoRA can be federated"):
+            load_arrays(network(**more), tensors)
+    with pytest.raises(ConfigError, match=r"words: only linear layers can be federated, not Embedding"):
+        load_arrays(get_peft_model(Words(), LoraConfig(target_modules=["words", "q"])), tensors)
     merged = network()
     merged.merge_adapter()
     with pytest.raises(ConfigError, match="merged"):
