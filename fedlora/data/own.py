@@ -41,7 +41,7 @@ class OwnData:
     """Where a node's examples are, in its owner's words; see `fedlora.deployment.node`.
 
     Attributes:
-        path: a jsonl, csv or parquet file, a dataset directory, or one of pictures.
+        path: a jsonl, csv, tsv or parquet file, a dataset directory, or one of pictures.
         text_column, image_column, label_column: as in ``data`` of a run; an empty label column for examples
             that have none.
         test_fraction: share kept from training where the dataset has no test split of its own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +170,7 @@ def _loose_files(name: str, subset: str | None = None, cache: str | None = None)
     """
     builder = load_dataset_builder(name, subset, cache_dir=cache)
     options: dict[str, Any] = {}
-    if builder.name in GUESSED and builder.info.features is None:
+    if builder.name in GUESSED and not _declares(builder):
         found = {split: _text_files(files) for split, files in builder.config.data_files.items()}
         if all(found.values()):
             return DatasetDict(
@@ -181,6 +181,20 @@ def _loose_files(name: str, subset: str | None = None, cache: str | None = None)
         depths = {len(file.parts) for file in files if file.suffix.lower() in builder.EXTENSIONS}
         options = {"drop_labels": False} if len(depths) == 1 else {}
     return load_dataset(name, subset, cache_dir=cache, **options)
+
+
+def _declares(builder: Any) -> bool:
+    """Whether a dataset says how its text files are to be read: types of columns, a delimiter or other."""
+    plain, about = type(builder.config)(), ("name", "version", "data_dir", "data_files", "description")
+    said = {
+        key.name
+        for key in fields(plain)
+        if key.name not in about and getattr(builder.config, key.name) != getattr(plain, key.name)
+    }
+    files = [file for part in builder.config.data_files.values() for file in part]
+    if {DELIMITERS.get(kind_of(file)) for file in files} == {getattr(builder.config, "sep", None)}:
+        said.discard("sep")
+    return bool(said) or builder.info.features is not None
 
 
 def _text_files(files: Sequence[str]) -> list[tuple[str, Path]]:

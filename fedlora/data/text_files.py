@@ -26,6 +26,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON = (".jsonl", ".json", ".ndjson")
 PIECE = 10_000
 """Rows that are held as Python objects at a time."""
+_FORM = "must be an object in each line, or a list of objects"
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
@@ -153,7 +154,7 @@ def _objects(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{where} is no object; must be an object in each line, or a list of objects")
+        raise ValueError(f"{where} is no object; {_FORM}")
     return value
 
 
@@ -163,6 +164,10 @@ def _parsed(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats, parse_constant=lambda _: None)
     except RecursionError:
         raise ValueError(f"{where}is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        if not where:
+            raise
+        raise ValueError(f"{where}{error.msg} at character {error.colno}; {_FORM}") from None
     except ValueError as error:
         raise ValueError(f"{where}{first_line(error)}") from None
 

@@ -309,3 +309,24 @@ def test_a_test_split_without_labels_is_none(tmp_path: Path, cache: Path) -> Non
     csv_file(tmp_path / "d" / "test.csv", [["a", "", "a"], ["b", "-1", "b"]])
     raw = load_examples(DataConfig(name=str(tmp_path / "d"), **{**KEYS, "test_fraction": 0.5}))
     assert len(raw.train) + len(raw.test) == 20
+
+
+def test_a_directory_that_says_how_its_files_are_read_is_read_so(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "d").mkdir()
+    about = "configs:\n- config_name: default\n  data_files: [{split: train, path: a.csv}]\n  sep: ';'\n"
+    (tmp_path / "d" / "README.md").write_text(f"---\n{about}---\n")
+    (tmp_path / "d" / "a.csv").write_text("text;label;who\n" + "a, b;x;1\nc;y;2\n")
+    config = DataConfig(
+        name=str(tmp_path / "d"), test=str(csv_file(tmp_path / "t.csv", [["t", "x", "1"]])), **KEYS
+    )
+    assert said(load_examples(config)) == [("a, b", "x", "1"), ("c", "y", "2")]
+
+
+def test_a_directory_of_tabs(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "d").mkdir()
+    for part in ("train", "test"):
+        (tmp_path / "d" / f"{part}-0.tsv").write_text('text\tlabel\twho\n"a\t07\tx\nb\t7\tx\n')
+    assert said(load_examples(DataConfig(name=str(tmp_path / "d"), **KEYS))) == [
+        ('"a', "07", "x"),
+        ("b", "7", "x"),
+    ]

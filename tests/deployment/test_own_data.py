@@ -63,6 +63,16 @@ def test_a_node_without_some_of_the_labels_keeps_the_runs_numbers(tmp_path: Path
     assert mine.num_labels == 2
 
 
+def test_a_csv_file_with_some_of_the_labels_agrees_with_the_run(tmp_path: Path, cache: Path) -> None:
+    """Its cells alone look like numbers; the run's labels show that they are not."""
+    (tmp_path / "own.csv").write_text("text,label\n" + "a film,07\nanother film, 12\n" * 4)
+    labels = ("07", "12", "7", "A3")
+    mine = OwnData(
+        path=str(tmp_path / "own.csv"), dataset_id="x", partition_id=0, labels=labels, home=tmp_path / "home"
+    )
+    assert own_data(mine, "tiny", 64).train.labels.tolist() == [0, 1] * 4
+
+
 def test_a_label_that_the_run_does_not_know_is_refused_and_only_its_owner_is_told_which(
     tmp_path: Path, cache: Path
 ) -> None:
