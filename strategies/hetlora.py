@@ -18,7 +18,8 @@ came back, so the tail of that round still counts and the next broadcast is smal
 pruned, over rounds that the client sits out, too; its scaling stays, so that the leading product keeps its
 value. The paper's own gamma, lam and least rank were not at hand; 0.99, 0.01 and 2 are those of a public
 reimplementation. The penalty's gradient needs no data and is added after the noise in private training.
-A ClientApp that is not fedlora's trains without it.
+A ClientApp that is not fedlora's trains without it, and its model keeps its rank: under `keep_ranks` what is
+pruned travels as zeros in A and B, which have no gradient, and is cut off again (`strategies.travel.padded`).
 
 Not exact, even for equal A: padding shrinks what only some clients have.
 """
