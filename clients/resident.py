@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fedlora.config import RunConfig, from_flat
+from fedlora.data.chat_template import chat_settings
 from fedlora.data.own import OwnData, own_data
 from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.models import (
@@ -165,7 +166,10 @@ def _read(
         path = prepare(config)
         data = open_prepared(path)
     else:
-        path, data = own.home, own_data(own, config.model.name, config.data.max_length, task)
+        path, data = (
+            own.home,
+            own_data(own, config.model.name, config.data.max_length, task, chat_settings(config)),
+        )
     network = build_model(config.model, data.num_labels, config.seed, task.network)
     check_fit(config.model, network, data, config.data.max_length)
     return path, data, network, {target: resolve_targets(network, target) for target in _targets(config)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedlora.config import RunConfig, StrategyConfig
+from fedlora.data.chat_template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.initial import FROM_DATA, TAKEN_OUT
 from fedlora.tasks import task_named
@@ -82,6 +83,7 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     """
     task = task_named(config.task)
     task.columns(config.data)
+    check_chat(config)
     if not task.labelled and config.model.head == "local":
         raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")
     if not task.labelled and not rule.facts.trains:

@@ -39,6 +39,7 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         partitioner="iid",
         num_partitions=1,
         max_length=card.max_length,
+        assistant_loss=card.assistant_loss,
     )
     task = task_named(card.task)
     config = RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)

@@ -48,6 +48,7 @@ def _save(directory: Path, config: RunConfig, worker: Resident, state: State) ->
         max_length=config.data.max_length,
         seed=config.seed,
         task=config.task,
+        assistant_loss=config.data.assistant_loss,
     )
     model = worker.model
     save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)

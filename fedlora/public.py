@@ -104,6 +104,7 @@ def public_data(data: DataConfig) -> DataConfig:
         text_column=data.text_column,
         image_column=data.image_column,
         label_column=data.label_column,
+        assistant_loss=data.assistant_loss,
     )
 
 

@@ -14,7 +14,8 @@ from fedlora.errors import ConfigError
 def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     """The configuration in a TOML file, with ``--set`` overrides on top.
 
-    ``privacy.ledger`` becomes an absolute path, so that it is one place for every process and command.
+    ``privacy.ledger`` becomes an absolute path, so that it is one place for every process and command;
+    ``model.chat-template`` the text of the file that it names, so that it is the same on every node.
 
     Raises:
         ConfigError: no such file, not TOML, or a key or value that is not accepted.
@@ -29,7 +30,17 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     ledger = flat.get("privacy.ledger")
     if isinstance(ledger, str) and ledger:
         flat["privacy.ledger"] = str(Path(ledger).expanduser().absolute())
+    template = flat.get("model.chat-template")
+    if isinstance(template, str) and template and "{" not in template:
+        flat["model.chat-template"] = _text_of("model.chat-template", template)
     return from_flat(flat)
+
+
+def _text_of(key: str, name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key} = {name!r}: neither a template nor a file of one ({error})") from None
 
 
 def parse_overrides(assignments: list[str]) -> FlatConfig:

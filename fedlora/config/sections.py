@@ -23,12 +23,23 @@ class ModelConfig:
 
     quantization: str = "none"
     """``none``, or ``4bit``: the base's linear layers as NF4 by bitsandbytes (QLoRA)."""
+    chat_template: str = ""
+    """Of conversations: a Jinja template, or for fedlora's own commands a file with one; empty means the
+    tokenizer's own."""
+    chat_template_kwargs: str = ""
+    """JSON object of variables for the chat template, for instance ``{"enable_thinking": false}``."""
 
     def __post_init__(self) -> None:
         one_of("model.quantization", self.quantization, ("none", "4bit"))
         require(bool(self.name), "model.name", self.name, "must name a model or a directory")
         one_of("model.pooling", self.pooling, ("mean", "model"))
         one_of("model.head", self.head, ("train", "freeze", "local"))
+        require(
+            not self.chat_template or "{" in self.chat_template,
+            "model.chat-template", self.chat_template,
+            "is no file that can be read here, and no Jinja template",
+        )  # fmt: skip
+        parse_json("model.chat-template-kwargs", self.chat_template_kwargs, dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +130,8 @@ class DataConfig:
     """Examples that each client draws, with replacement, under ``bootstrap``, >= 1."""
     max_length: int = 64
     """Longest sequence in tokens; the rest is cut, >= 8."""
+    assistant_loss: str = "all"
+    """Of conversations: ``all`` answers are learned, or the ``last`` one of each."""
     evaluate_examples: int = 600
     """Test examples evaluated each round, stratified by domain; 0 means all."""
 
@@ -154,6 +167,7 @@ class DataConfig:
             "data.partition-size", self.partition_size, f"must be >= {fewest}",
         )  # fmt: skip
         require(self.max_length >= 8, "data.max-length", self.max_length, "must be >= 8")
+        one_of("data.assistant-loss", self.assistant_loss, ("all", "last"))
         require(
             self.evaluate_examples >= 0,
             "data.evaluate-examples", self.evaluate_examples, "must be >= 0",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedlora.data.conversations import Turn, plainly
+from fedlora.data.built_in_tokenizer import BuiltInTokenizer
 
 PAD, END = 0, 1
 _NUM_SPECIAL = 2
 VOCAB_SIZE = _NUM_SPECIAL + 256
 
 
-class ByteTokenizer:
+class ByteTokenizer(BuiltInTokenizer):
     """The UTF-8 bytes of a text; the end token after it where a sequence is framed."""
 
     identity = "bytes"
@@ -27,13 +27,9 @@ class ByteTokenizer:
             ids = [[*a, END, *b] for a, b in zip(ids, self.pieces(pairs), strict=True)]
         return [[*row[: max_length - 1], END] for row in ids], None
 
-    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
-        """Token ids of each text, whole and without specials."""
-        return [[_NUM_SPECIAL + byte for byte in text.encode()] for text in texts]
-
-    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them count."""
-        return plainly(turns, self)
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, whole and without specials."""
+        return [_NUM_SPECIAL + byte for byte in text.encode()]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text; specials are left out."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedlora.config import DataConfig, name_list
-from fedlora.data.values import as_names, as_texts, class_names, described, python_values, refuse_empty
+from fedlora.data.chat_columns import KEY, conversation_texts, usual_columns
+from fedlora.data.values import as_names, as_texts, class_names, refuse_empty
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ TEXTS = ("text", "text_pair")
 PICTURE = "image"
 """Pixels in the form of a model, as bytes."""
 DEFAULT_TEXTS = ("text",)
+ROW = "row"
+"""The number of a conversation in its table, counted from 1, by which an error names it."""
 NATURAL = "natural"
 BY_NATURE = (NATURAL, "natural-dirichlet")
 """Partitioners that go by the values of ``data.partition-by``."""
@@ -43,12 +45,13 @@ class Columns:
     """Which column of a dataset plays which part; empty where there is none.
 
     Attributes:
-        texts: one column, or two for sentence pairs.
+        texts: one column, or two for sentence pairs; of conversations up to three.
         label: the label; empty where examples have none.
         domain: by what accuracy is also reported.
         group: what must not be split between train and test.
         natural: the column whose values are the clients, where that is none of the other parts.
-        conversations: the text is a column of messages, or two columns, a prompt and its response.
+        conversations: the texts are conversations, see `fedlora.data.conversations`: a column of messages, or
+            prompt and response, or prompt, input and response.
     """
 
     texts: tuple[str, ...]
@@ -59,7 +62,7 @@ class Columns:
     conversations: bool = False
 
     @classmethod
-    def of(cls, config: DataConfig, *, labelled: bool = True) -> Columns:
+    def of(cls, config: DataConfig, *, labelled: bool = True, conversations: bool = False) -> Columns:
         """The columns that a configuration names; a built-in dataset brings its own domain and group.
 
         Where examples have no label their clients are always a part of their own, since one example may be
@@ -69,7 +72,7 @@ class Columns:
             ConfigError: no text column, or more than two.
         """
         texts = name_list(config.text_column)
-        if len(texts) not in (1, 2):
+        if len(texts) not in (1, 2, *([3] if conversations else [])):
             raise ConfigError(
                 f"data.text-column = {config.text_column!r}: must name one column, or two for sentence pairs"
             )
@@ -77,7 +80,7 @@ class Columns:
         by = config.partition_by if config.partitioner in BY_NATURE else ""
         if not labelled:
             natural = "" if by == "domain" and domain else (by == "group" and group) or by
-            return cls(texts, "", domain, group, natural=natural)
+            return cls(texts, "", domain, group, natural=natural, conversations=conversations)
         known = {"label": config.label_column, "domain": domain, "group": group}.get(by)
         return cls(texts, config.label_column, domain, group, natural="" if known else by)
 
@@ -85,11 +88,11 @@ class Columns:
         """With the texts of conversations by their usual names, where the configuration names none."""
         if not self.conversations or self.texts != DEFAULT_TEXTS:
             return self
-        return replace(self, texts=("messages",) if "messages" in names else ("prompt", "response"))
+        return replace(self, texts=usual_columns(names) or self.texts)
 
     def parts(self) -> dict[str, tuple[str, str]]:
         """Our name -> (the key that names the dataset's column, that column); parts in use only."""
-        parts = {name: ("data.text-column", text) for name, text in zip(TEXTS, self.texts, strict=False)}
+        parts = {name: (KEY, text) for name, text in zip(TEXTS, self.texts, strict=False)}
         parts["label"] = ("data.label-column", self.label)
         parts["domain"] = ("data.domain-column", self.domain)
         parts["group"] = ("data.group-column", self.group)
@@ -100,26 +103,34 @@ class Columns:
 def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
     """The parts in use under our names, large strings: texts as they stand, names without blanks around them.
 
+    Of conversations also `ROW`, the number of each.
+
     Raises:
-        ConfigError: no rows, a missing column, an empty value, one that is no text or no name.
+        ConfigError: no rows, a missing column, an empty value, one that is no text or no name, a row that is
+            no conversation.
     """
     if len(table) == 0:
         raise ConfigError(f"data: {where} holds no examples")
     columns = columns.settled(table.column_names)
     used = columns.parts()
-    for key, column in used.values():
+    for key, column in [*used.values(), *((KEY, text) for text in columns.texts)]:
         if column not in table.column_names:
             raise ConfigError(
                 f"{key} = {column!r}: no such column in {where}, it has {', '.join(table.column_names)}"
             )
+    texts: dict[str, pa.ChunkedArray] = {}
+    if columns.conversations:
+        texts = conversation_texts(table, columns.texts, where)
+        columns = replace(columns, texts=tuple(texts))
+        used = columns.parts()
     arrow: pa.Table = table.with_format("arrow").select_columns(sorted({c for _, c in used.values()}))[:]
     parts = {}
     for name, (key, column) in used.items():
-        values = arrow[column]
-        if name in TEXTS and columns.conversations and len(columns.texts) == 1:
-            values = _as_json(values, key, column, where)
+        values = texts[column] if name in TEXTS and texts else arrow[column]
         parts[name] = _read(values, name, table, key, column, where)
         refuse_empty(parts[name], key, column, where)
+    if texts:
+        parts[ROW] = pa.chunked_array([np.arange(1, len(table) + 1)])
     return pa.table(parts)
 
 
@@ -244,18 +255,3 @@ def _read(values: pa.ChunkedArray, name: str, table: Dataset, key: str, column: 
     if classes := _class_names(table, column):
         return class_names(values, classes, key, column, where)
     return as_names(values, key, column, where)
-
-
-def _as_json(values: pa.ChunkedArray, key: str, column: str, where: str) -> pa.ChunkedArray:
-    """Messages as JSON text; without any they are empty."""
-    texts = []
-    for row, messages in enumerate(python_values(values), start=1):
-        if messages is not None and not (
-            isinstance(messages, list) and all(isinstance(message, dict) for message in messages)
-        ):
-            raise ConfigError(
-                f"{key} = {column!r}: row {row} of {where} holds {described(messages)}, must be a list of "
-                "messages with role and content"
-            )
-        texts.append(json.dumps(messages) if messages else "")
-    return pa.chunked_array([pa.array(texts, pa.large_string())])

@@ -21,6 +21,8 @@ import pyarrow as pa
 
 from fedlora.assets import create_directory
 from fedlora.config import DataConfig, name_list
+from fedlora.data.chat_columns import usual_columns
+from fedlora.data.chat_template import ChatSettings
 from fedlora.data.columns import Columns
 from fedlora.data.examples import open_examples
 from fedlora.data.prepared import FORMAT, META, Prepared, file_stamps, tokenised
@@ -99,13 +101,21 @@ def read_own(own: OwnData, task: Task | None = None, reader: Any = None) -> Tabl
         raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
 
 
-def own_data(own: OwnData, model: str, max_length: int, task: Task = CLASSIFICATION) -> Prepared:
+def own_data(
+    own: OwnData,
+    model: str,
+    max_length: int,
+    task: Task = CLASSIFICATION,
+    chat: ChatSettings | None = None,
+) -> Prepared:
     """The examples encoded for a model: all in partition ``own.partition_id``, the others are empty.
+
+    ``chat`` is how the run writes conversations.
 
     Raises:
         OwnDataRefused: they cannot be read, or have a label that the run does not know.
     """
-    reader = task.reader(model)
+    reader = task.reader(model, chat)
     home = own.home / _key(own, task, max_length, reader.identity)
 
     def write(draft: Path) -> None:
@@ -167,6 +177,8 @@ def _served(own: OwnData, source: Dataset) -> Task:
         return task_named("image-classification")
     if own.label_column:
         return CLASSIFICATION
+    if not set(texts) <= set(source.column_names) and usual_columns(source.column_names):
+        return task_named("instruction")
     lists = any(
         not is_text(source.features.arrow_schema.field(name).type)
         for name in texts

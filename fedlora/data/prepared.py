@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fedlora.assets import ASSETS, asset_identity, cache_dir, create_directory
 from fedlora.config import DataConfig, RunConfig
+from fedlora.data.chat_template import chat_settings
 from fedlora.data.clients import named_clients, why_left_out
 from fedlora.data.columns import NATURAL, codes_of, in_order
 from fedlora.data.examples import Examples, open_examples, with_form
@@ -135,7 +136,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, *, trained: b
         AssetError: something could not be fetched.
     """
     task = task_named(config.task)
-    tokenizer = tokenizer or task.reader(config.model.name)
+    tokenizer = tokenizer or task.reader(config.model.name, chat_settings(config))
     home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task)
     create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft))
     if trained and task.labelled:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from zlib import crc32
 
-from fedlora.data.conversations import Turn, plainly
+from fedlora.data.built_in_tokenizer import BuiltInTokenizer
 
 VOCAB_SIZE = 1000
 PAD, CLS, SEP = 0, 1, 2
@@ -14,7 +14,7 @@ _NUM_SPECIAL = 3
 _TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
-class TinyTokenizer:
+class TinyTokenizer(BuiltInTokenizer):
     """``[CLS] text [SEP]`` or ``[CLS] text [SEP] pair [SEP]``; the same word has the same id everywhere."""
 
     identity = f"tiny-{VOCAB_SIZE}"
@@ -30,13 +30,9 @@ class TinyTokenizer:
         both = zip(texts, pairs, strict=True)
         return [_framed([_ids(text), _ids(pair)], max_length) for text, pair in both], None
 
-    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
-        """Token ids of each text, whole and without specials."""
-        return [_ids(text) for text in texts]
-
-    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them count."""
-        return plainly(turns, self)
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text, whole and without specials."""
+        return _ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The ids: hashes cannot be undone."""

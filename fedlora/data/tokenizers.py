@@ -5,30 +5,33 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 from fedlora.assets import file_sha256
 from fedlora.built_in import BUILT_IN_MODELS, model_directory
 from fedlora.data.byte_tokenizer import ByteTokenizer
-from fedlora.data.conversations import Turn, by_template, plainly
+from fedlora.data.chat import Chats, ChatTokenizer
+from fedlora.data.chat_template import ChatSettings
 from fedlora.data.tiny_tokenizer import TinyTokenizer
 from fedlora.errors import AssetError, ConfigError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "*.model", "special_tokens_map.json", "added_tokens.json",
-    "config.json", "chat_template*",
+    "config.json", "chat_template*", "additional_chat_templates/*",
 )  # fmt: skip
 """What a tokenizer is read from; the model's config.json says of which kind it is."""
+_MASKED = ("input_ids", "special_tokens_mask")
 
 
 Framed: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]] | None]
 """Token ids of each text; token types of each, or None where the tokenizer gives none."""
 
 
-class Tokenizer(Protocol):
+class Tokenizer(ChatTokenizer, Protocol):
     """What preparing needs of a tokenizer."""
 
     @property
@@ -46,26 +49,21 @@ class Tokenizer(Protocol):
     def end_token_id(self) -> int:
         """Ends a text of a language model."""
 
-    def pieces(self, texts: Sequence[str]) -> Sequence[list[int]]:
-        """Token ids of each text, whole and without specials."""
-
-    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and which of them are the assistant's."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids; specials are left out."""
+    def documents(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Token ids of each text with what the tokenizer puts before it, and the end token after it."""
 
 
-class PretrainedTokenizer:
+class PretrainedTokenizer(Chats):
     """A tokenizer of transformers in a directory; transformers is imported when first needed."""
 
-    def __init__(self, directory: Path, name: str) -> None:
+    def __init__(self, directory: Path, name: str, settings: ChatSettings | None = None) -> None:
         self.directory = directory
         self.name = name
+        self.settings = settings or ChatSettings()
 
     @cached_property
     def identity(self) -> str:
-        """A hash over the tokenizer's files.
+        """A hash over the tokenizer's files, and how it is to write conversations.
 
         Raises:
             ConfigError: the directory holds no tokenizer.
@@ -78,6 +76,7 @@ class PretrainedTokenizer:
         digest = hashlib.sha256()
         for file in files:
             digest.update(f"{file.name} {file_sha256(file)}\n".encode())
+        digest.update(self.settings.identity.encode())
         return digest.hexdigest()
 
     @property
@@ -131,27 +130,71 @@ class PretrainedTokenizer:
         ids: list[list[int]] = found["input_ids"]
         return ids
 
-    def chat(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
-        """By the chat template, else plainly; see `fedlora.data.conversations`."""
-        if self._loaded.chat_template is None:
-            return plainly(turns, self)
-        return by_template(turns, self._template, self, f"model.name = {self.name!r}")
+    def documents(self, texts: Sequence[str]) -> Sequence[list[int]]:
+        """Token ids of each text with what the tokenizer puts before it, once, and the end token after it."""
+        opening, end = self.opening, self.end_token_id
+        return [
+            [*([] if ids[: len(opening)] == opening else opening), *ids, end] for ids in self.pieces(texts)
+        ]
+
+    @cached_property
+    def opening(self) -> list[int]:
+        """The ids that the tokenizer itself puts before a text, for instance that of its first token."""
+        framed = self._loaded("a", return_special_tokens_mask=True)
+        special = takewhile(lambda pair: pair[1], zip(*map(framed.get, _MASKED), strict=True))
+        return [int(token) for token, _ in special]
+
+    @property
+    def end_text(self) -> str:
+        """The end-of-sequence token as text.
+
+        Raises:
+            ConfigError: the tokenizer has none.
+        """
+        if self._loaded.eos_token is None:
+            raise ConfigError(
+                f"model.name = {self.name!r}: its tokenizer has neither a chat template nor an end token, "
+                "set model.chat-template"
+            )
+        return str(self._loaded.eos_token)
+
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """The ids of the special and of the added tokens."""
+        return frozenset([*self._loaded.all_special_ids, *self._loaded.get_added_vocab().values()])
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """The special tokens by name."""
+        named: dict[str, Any] = self._loaded.special_tokens_map
+        return named
+
+    def template(self, tools: bool) -> str | None:
+        """The tokenizer's chat template; of several the default, or that for tools.
+
+        Raises:
+            ConfigError: it has several and no default.
+        """
+        if not self._loaded.chat_template:
+            return None
+        try:
+            return str(self._loaded.get_chat_template(tools=[] if tools else None))
+        except ValueError as error:
+            raise ConfigError(
+                f"model.name = {self.name!r}: {first_line(error)}; set model.chat-template"
+            ) from None
+
+    def spans(self, text: str) -> Sequence[tuple[int, int]] | None:
+        """First and one past the last character of each token; None where the tokenizer is a slow one."""
+        if not self._loaded.is_fast:
+            return None
+        found = self._loaded(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans: list[tuple[int, int]] = found["offset_mapping"]
+        return spans
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids; specials are left out."""
         return str(self._loaded.decode(list(ids), skip_special_tokens=True))
-
-    def _template(self, turns: Sequence[Turn], ask: bool) -> str:
-        from jinja2 import TemplateError
-
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        try:
-            text = self._loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
-        except (TemplateError, ValueError, TypeError) as error:
-            raise ConfigError(
-                f"model.name = {self.name!r}: its chat template refuses a conversation ({first_line(error)})"
-            ) from None
-        return str(text)
 
     @cached_property
     def _loaded(self) -> Any:
@@ -165,23 +208,25 @@ class PretrainedTokenizer:
             ) from None
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, settings: ChatSettings | None = None) -> Tokenizer:
     """The tokenizer of ``model.name``: a built-in model, a directory, or a hub id.
+
+    ``settings`` say how it writes conversations; without them as it does by itself.
 
     Raises:
         ConfigError: no such directory, or no tokenizer in it.
         AssetError: it could not be fetched.
     """
     if name == "tiny":
-        return TinyTokenizer()
+        return TinyTokenizer(settings)
     if name == "tiny-lm":
-        return ByteTokenizer()
+        return ByteTokenizer(settings)
     directory = model_directory(name) or Path(name).expanduser()
     if directory.is_dir():
-        return PretrainedTokenizer(directory, name)
+        return PretrainedTokenizer(directory, name, settings)
     if name.startswith((".", "~", os.sep)) or name.count("/") > 1:
         raise ConfigError(f"model.name = {name!r}: no such directory")
-    return PretrainedTokenizer(_from_hub(name), name)
+    return PretrainedTokenizer(_from_hub(name), name, settings)
 
 
 def _from_hub(name: str) -> Path:

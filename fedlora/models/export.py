@@ -43,6 +43,7 @@ class AdapterCard:
         max_length: longest sequence in tokens.
         seed: the seed of `build_model`, for weights that neither checkpoint nor adapter bring.
         task: what it was trained for.
+        assistant_loss: of conversations, which answers it was trained on.
     """
 
     model: ModelConfig
@@ -50,6 +51,7 @@ class AdapterCard:
     max_length: int
     seed: int
     task: str = CLASSIFICATION.name
+    assistant_loss: str = "all"
 
     def write(self, directory: Path) -> None:
         """Write ``fedlora.json``."""
@@ -71,6 +73,7 @@ class AdapterCard:
                 max_length=fields["max_length"],
                 seed=fields["seed"],
                 task=fields.get("task", CLASSIFICATION.name),
+                assistant_loss=fields.get("assistant_loss", "all"),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None

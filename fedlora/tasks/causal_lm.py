@@ -17,8 +17,9 @@ from fedlora.tasks.task import Encoded, Rows
 class CausalLM(LanguageTask):
     """``data.text-column`` names one column of texts.
 
-    The texts of one natural client and domain follow each other, the end token after each, and are cut into
-    blocks of ``data.max-length`` tokens; a block is an example. Its first token is given, not predicted.
+    The texts of one natural client and domain follow each other, each with the token that the tokenizer
+    itself puts first, if any, and with the end token, and are cut into blocks of ``data.max-length`` tokens;
+    a block is an example. Its first token is given, not predicted.
     """
 
     name = "causal-lm"
@@ -45,9 +46,9 @@ class CausalLM(LanguageTask):
         for batch in batches:
             texts = batch["text"]
             owners = [batch[name] for name in ("domain", NATURAL) if name in batch]
-            for row, ids in enumerate(tokenizer.pieces(texts)):
+            for row, ids in enumerate(tokenizer.documents(texts)):
                 owner = tuple(str(column[row]) for column in owners)
-                runs.setdefault(owner, _Run()).append(first + row, [*ids, tokenizer.end_token_id])
+                runs.setdefault(owner, _Run()).append(first + row, ids)
             first += len(texts)
         cut = [block for run in runs.values() for block in run.blocks(max_length)]
         if not cut:

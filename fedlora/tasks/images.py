@@ -46,7 +46,7 @@ class ImageClassification(Classification):
         """The label; the pictures are decoded on their way."""
         return replace(Columns.of(config), texts=())
 
-    def reader(self, model: str) -> Any:
+    def reader(self, model: str, chat: Any = None) -> Any:
         """The form of the model's images."""
         from fedlora.vision.backbones import image_format
 

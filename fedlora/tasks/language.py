@@ -33,6 +33,7 @@ class LanguageTask(TextTask):
     name: str
     network = "language-model"
     labelled = False
+    conversations = False
     unit = "token"
     most_tokens = 1024
 
@@ -47,7 +48,7 @@ class LanguageTask(TextTask):
                 f"data.partitioner = {config.partitioner!r}: goes by labels, {self.name} has none; accepted "
                 "are natural, iid, linear, square, exponential, bootstrap"
             )
-        return Columns.of(config, labelled=False)
+        return Columns.of(config, labelled=False, conversations=self.conversations)
 
     def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
         """Mean negative log-likelihood of each example's counted tokens, (rows,)."""

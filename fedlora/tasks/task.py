@@ -12,6 +12,7 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from fedlora.config import DataConfig
+from fedlora.data.chat_template import ChatSettings
 from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
 from fedlora.vision.images import ImageFormat
@@ -86,10 +87,11 @@ class Task(Protocol):
             ConfigError: too many of them, or a partitioner that needs what the examples do not have.
         """
 
-    def reader(self, model: str) -> Any:
+    def reader(self, model: str, chat: ChatSettings | None = None) -> Any:
         """What a model wants its examples made by: its tokenizer, or the form of its images.
 
-        It has an ``identity``, which changes with what it makes, and a ``pad_token_id``.
+        ``chat`` says how conversations are written, None as the tokenizer does by itself. What is returned
+        has an ``identity``, which changes with what it makes, and a ``pad_token_id``.
 
         Raises:
             ConfigError: the model has none.

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.config import DataConfig
+from fedlora.data.chat_template import ChatSettings
 from fedlora.data.columns import Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer, load_tokenizer
@@ -26,9 +27,9 @@ class TextTask:
         """Texts and label."""
         return Columns.of(config)
 
-    def reader(self, model: str) -> Tokenizer:
+    def reader(self, model: str, chat: ChatSettings | None = None) -> Tokenizer:
         """The model's tokenizer."""
-        return load_tokenizer(model)
+        return load_tokenizer(model, chat)
 
     def load(self, config: DataConfig, reader: Tokenizer) -> RawData:
         """The rows of the columns that the task reads."""
