@@ -32,7 +32,7 @@ def samples(worker: Resident, config: RunConfig) -> list[dict[str, Any]]:
     for index in evaluation_subset(test, NUMBER).tolist():
         ids = test.input_ids(index).tolist()
         given = _given(test, index)
-        end = _end(test, index) if test.counted is not None else tokenizer.end_token_id
+        end = tokenizer.end_token_id if test.counted is None else _end(test, test.counted, index)
         written = continued(worker.model.module, ids[:given], end)
         parts = {"prompt": ids[:given], "written": written, "text": ids[given : given + WRITTEN]}
         found.append({name: tokenizer.decode(part) for name, part in parts.items()})
@@ -54,10 +54,10 @@ def continued(module: nn.Module, prompt: Sequence[int], end: int) -> list[int]:
     return written
 
 
-def _end(examples: Examples, index: int) -> int:
+def _end(examples: Examples, marks: np.ndarray, index: int) -> int:
     """The last token of the first answer: its end mark, unless the answer was cut."""
     start, end = examples.offsets[index : index + 2]
-    counted = np.flatnonzero(examples.counted[start:end])
+    counted = np.flatnonzero(marks[start:end])
     run = np.flatnonzero(np.diff(counted, append=end) > 1)
     return int(examples.tokens[start + counted[run[0] if len(run) else -1]])
 

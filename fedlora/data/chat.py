@@ -34,7 +34,7 @@ class ChatTokenizer(Protocol):
         """What `pieces` reads as the token that ends a text."""
 
     @property
-    def opening(self) -> list[int]:
+    def opening(self) -> Sequence[int]:
         """The ids that the tokenizer itself puts before a text."""
 
     @property
@@ -117,7 +117,7 @@ def sequences(
     return [tokens for tokens in found if any(tokens.counted)]
 
 
-def _writer(conversation: Conversation, tokenizer: ChatTokenizer, where: str) -> tuple[Render, list[int]]:
+def _writer(conversation: Conversation, tokenizer: ChatTokenizer, where: str) -> tuple[Render, Sequence[int]]:
     """What writes the conversation's turns, and the ids before the text; what it would leave out is refused.
 
     A template writes the first token itself where the model wants one.
@@ -212,7 +212,7 @@ def _written(part: str, text: str) -> bool:
     return bare in text or json.dumps(bare, ensure_ascii=False)[1:-1] in text
 
 
-def _tokens(text: _Text, tokenizer: ChatTokenizer, opening: list[int]) -> ChatTokens:
+def _tokens(text: _Text, tokenizer: ChatTokenizer, opening: Sequence[int]) -> ChatTokens:
     ids = tokenizer.pieces([text.whole])[0]
     found = ChatTokens(ids=[*opening, *ids], counted=[False] * (len(opening) + len(ids)))
     for asked, before, answered in text.answers:

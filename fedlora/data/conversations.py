@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedlora.data.values import described
 from fedlora.errors import ConfigError
 
 ROLES = {
@@ -84,7 +85,7 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
     listed = _parsed(messages)
     if not isinstance(listed, list) or not all(isinstance(message, Mapping) for message in listed):
         raise ConfigError(
-            f"{where}: holds {_kind(listed)}, must be a list of messages with role and content, or from and "
+            f"{where}: holds {described(listed)}, must be a list of messages with role and content, or from and "
             "value"
         )
     turns = tuple(_turn(message, f"{where}: message {n}") for n, message in enumerate(listed, start=1))
@@ -125,10 +126,6 @@ def _parsed(cell: Any) -> Any:
         except json.JSONDecodeError:
             return cell
     return cell
-
-
-def _kind(value: Any) -> str:
-    return f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _role(message: Mapping[str, Any]) -> str | None:
@@ -190,5 +187,5 @@ def _tools(cell: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if not tools:
         return ()
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConfigError(f"{where}: tools holds {_kind(tools)}, must be a list of JSON schemas of functions")
+        raise ConfigError(f"{where}: tools holds {described(tools)}, must be a list of JSON schemas of functions")
     return tuple(tools)

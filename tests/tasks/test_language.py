@@ -15,7 +15,6 @@ from clients.evaluation import evaluate
 from fedlora.checks import check
 from fedlora.config import RunConfig
 from fedlora.data.byte_tokenizer import ByteTokenizer
-from fedlora.data.conversations import Turn, by_template, plainly
 from fedlora.data.examples import collate
 from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.errors import ConfigError
@@ -28,12 +27,6 @@ from tests.models.language import adapted_lm
 from tests.models.samples import random_adapters
 
 TOKENIZER = ByteTokenizer()
-TALK = [
-    {"role": "user", "content": "Two and two?"},
-    {"role": "assistant", "content": "Four."},
-    {"role": "user", "content": "And two?"},
-    {"role": "assistant", "content": "Six."},
-]
 
 
 def lm_config(task: str = "causal-lm", **overrides: Any) -> RunConfig:
@@ -152,29 +145,6 @@ def test_evaluation_passes_are_bounded_in_tokens(monkeypatch: pytest.MonkeyPatch
 # --- conversations -----------------------------------------------------------------------------------
 
 
-def template(turns: Any, ask: bool) -> str:
-    return "".join(f"<{t.role}>{t.content}</>" for t in turns) + ("<assistant>" if ask else "")
-
-
-def test_only_the_assistants_turns_count() -> None:
-    turns = [Turn(**message) for message in TALK]
-    ids, counted = by_template(turns, template, TOKENIZER, "model")
-    assert TOKENIZER.decode(ids) == template(turns, False)
-    assert TOKENIZER.decode([i for i, c in zip(ids, counted, strict=True) if c]) == "Four.</>Six.</>"
-    ids, counted = plainly(turns, TOKENIZER)
-    said = [i for i, c in zip(ids, counted, strict=True) if c]
-    assert TOKENIZER.decode(said) == " Four. Six."
-    assert said.count(TOKENIZER.end_token_id) == 2
-
-
-def test_a_template_that_rewrites_what_was_said_is_refused() -> None:
-    def forgetful(turns: Any, ask: bool) -> str:
-        return template(turns[-2:], ask)
-
-    with pytest.raises(ConfigError, match="rewrites earlier turns"):
-        by_template([Turn(**message) for message in TALK], forgetful, TOKENIZER, "model")
-
-
 @pytest.mark.parametrize("form", ["messages", "prompt"])
 def test_conversations_from_a_file(form: str, cache: Path, tmp_path: Path) -> None:
     def row(number: int) -> dict[str, Any]:
@@ -210,7 +180,7 @@ def test_a_conversation_without_a_counted_token_is_left_out_with_one_warning() -
     ("messages", "says"),
     [
         ([{"role": "robot", "content": "hi"}], "role 'robot'"),
-        ([{"role": "user", "content": None}], "content of type NoneType"),
+        ([{"role": "user", "content": None}], "message 1 has content of type NoneType"),
         ([{"role": "user", "content": "hi"}], "no turn of the assistant"),
     ],
 )
