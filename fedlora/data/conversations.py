@@ -85,8 +85,8 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
     listed = _parsed(messages)
     if not isinstance(listed, list) or not all(isinstance(message, Mapping) for message in listed):
         raise ConfigError(
-            f"{where}: holds {described(listed)}, must be a list of messages with role and content, or from and "
-            "value"
+            f"{where}: holds {described(listed)}, must be a list of messages with role and content, "
+            "or from and value"
         )
     turns = tuple(_turn(message, f"{where}: message {n}") for n, message in enumerate(listed, start=1))
     if not any(turn.role == "assistant" and turn.learned for turn in turns):
@@ -187,5 +187,7 @@ def _tools(cell: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if not tools:
         return ()
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ConfigError(f"{where}: tools holds {described(tools)}, must be a list of JSON schemas of functions")
+        raise ConfigError(
+            f"{where}: tools holds {described(tools)}, must be a list of JSON schemas of functions"
+        )
     return tuple(tools)

@@ -235,7 +235,7 @@ def test_the_date_is_the_same_every_day(make: Make) -> None:
         ("mistral", [SYSTEM, *TALK], r"row 7: the chat template refuses it \(only user"),
         ("mistral", [TALK[0], *TALK], "roles must alternate"),
         (
-            "{% for m in messages %}{% if m.role != 'system' %}{{ m.content + '</s>' }}{% endif %}{% endfor %}",
+            "{% for m in messages if m.role != 'system' %}{{ m.content + '</s>' }}{% endfor %}",
             [SYSTEM, *TALK],
             "row 7, message 1: the chat template leaves it out, a message of role 'system'",
         ),
