@@ -135,7 +135,7 @@ def test_a_json_file_says_what_is_trained_or_is_refused_with_the_row(
 
 
 @LAW
-@given(st.permutations([str(n) for n in range(6)] + ["07", "7.0", "A"]))
+@given(st.permutations([str(n) for n in range(6)] + ["07", "7.0"]))
 def test_the_order_of_rows_decides_nothing(tmp_path: Path, cache: Path, order: list[str]) -> None:
     path = csv_file(tmp_path / "a.csv", [[f"text {label}", label, label] for label in order])
     raw = read(path)
@@ -146,12 +146,15 @@ def test_the_order_of_rows_decides_nothing(tmp_path: Path, cache: Path, order: l
 # --- the kinds -------------------------------------------------------------------------------------------
 
 
-def test_the_types_of_a_csv_file_are_not_guessed_piece_by_piece(tmp_path: Path, cache: Path) -> None:
-    first, then = [["07", "True", "1.0", "A3"][i % 4] for i in range(PIECE)], ["07", "True", "1.0"] * 50
-    path = csv_file(tmp_path / "a.csv", [[f"t {i}", label, label] for i, label in enumerate([*first, *then])])
+@pytest.mark.parametrize("name", ["07", "True", "1.0"])
+def test_the_types_of_a_csv_file_are_not_guessed_piece_by_piece(
+    name: str, tmp_path: Path, cache: Path
+) -> None:
+    labels = [[name, "A3"][i % 2] for i in range(PIECE)] + [name] * 50
+    path = csv_file(tmp_path / "a.csv", [[f"t {i}", label, label] for i, label in enumerate(labels)])
     raw = read(path)
-    assert raw.label_names == ("07", "1.0", "A3", "True")
-    assert set(raw.train["natural"]) == {"07", "1.0", "A3", "True"}
+    assert set(raw.label_names) == {name, "A3"}
+    assert set(raw.train["natural"]) == {name, "A3"}
 
 
 def test_one_odd_value_far_down_does_not_change_the_others(tmp_path: Path, cache: Path) -> None:
