@@ -60,6 +60,8 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             reason = "base_mod: the model must be the same object for every message, use functools.cache"
             return wire.Reply(status=wire.DECLINED, reason=reason)
         check_fits(own, opened.adapters)
+        if order.config.get("moves-base"):
+            moving_base(own).check_whole()
         moving_base(own).move_to([opened.patch(name) for name in order.needs.base])
         message.content[order.named] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
         return None

@@ -137,6 +137,7 @@ class Broadcast:
         head: the other trained tensors.
         fresh_seed: where set, ``adapters`` is ``fresh_adapters(..., fresh_seed)`` and need not travel.
         tail: where set, what the client adds to its loss.
+        moves_base: later rounds will send base patches.
     """
 
     adapters: AdapterSet
@@ -146,6 +147,7 @@ class Broadcast:
     head: Tensors
     fresh_seed: int | None = None
     tail: TailPenalty | None = None
+    moves_base: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

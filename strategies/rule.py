@@ -114,6 +114,7 @@ class Rule:
             ships=self.shipped(state.round + 1),
             modules=trained_modules(state, client),
             head=state.head,
+            moves_base=self.facts.moves_base,
         )
 
     def aggregate(

@@ -64,6 +64,15 @@ class MovingBase:
                     "in the weights: reset the base first"
                 )
 
+    def check_whole(self) -> None:
+        """Refuse weights that take no patch, before there is one.
+
+        Raises:
+            RunFailed: a layer that is held in 4 or 8 bits.
+        """
+        for name in self._layers:
+            self._check_whole(name)
+
     def move_to(self, patches: Sequence[Patch]) -> None:
         """Bring the weights to ``W_0 + P_1 + .. + P_v``, from W_0 where other patches are in them."""
         if [patch.digest() for patch in patches[: self.version]] != self._applied:

@@ -117,7 +117,7 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
 
 ORDER_KEYS = frozenset(
     {"rank", "scaling", "trains", "ships", "modules", "needs-base", "needs-frozen", "needs-moving"}
-    | {"tail-weight", "tail-start", "fresh"}
+    | {"tail-weight", "tail-start", "fresh", "moves-base"}
 )
 """The settings that `order_config` writes: nobody else's may have these names."""
 
@@ -136,6 +136,8 @@ def order_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, A
     }
     if needs.moving:
         config["needs-moving"] = needs.moving
+    if broadcast.moves_base:
+        config["moves-base"] = True
     if broadcast.tail is not None:
         config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
     if broadcast.fresh_seed is not None:

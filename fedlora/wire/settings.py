@@ -44,6 +44,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
         and isinstance(config.get("tail-start", 0), int)
         and config.get("tail-start", 0) >= 0
         and ("tail-weight" in config) == ("tail-start" in config),
+        "moves-base": isinstance(config.get("moves-base", False), bool),
         "fresh": _is_fresh(config.get("fresh")),
     }
     for keys, holds in sound.items():

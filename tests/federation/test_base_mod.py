@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import ArrayRecord, Context, Message
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from tests.federation.test_anybodys_app import ALPHA, INPUTS, RANK, federate, pe
 from tests.federation.test_global_arrays import DenseServer
 
 SCALING = ALPHA / RANK
+ATTENTION = "bert.encoder.layer.0.attention.self.query"
 MOVING = [FLoRA, FLoRIST, FedExLoRA, FedMomentum, FedSVDRenew]
 
 
@@ -90,7 +91,6 @@ def test_a_second_run_with_the_same_model_starts_from_its_pristine_base(tmp_path
     assert all((first[k].numpy() == second[k].numpy()).all() for k in first)
 
 
-ATTENTION = "bert.encoder.layer.0.attention.self.query"
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "forgotten": ({}, {}, r"scaling is 2 \(lora_alpha 8, r 4\), the strategy's 1: set scaling=2 in"),
     "wrong": ({}, {"scaling": 4.0}, r"scaling is 2 .*, the strategy's 4: set scaling=2 in"),
@@ -174,3 +174,26 @@ def test_mixed_ranks_in_a_plain_app_are_the_dense_computation(
     load_arrays(fresh, arrays)
     wanted = dense_logits(server, strategy.state.head)
     torch.testing.assert_close(logits(fresh), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_that_takes_no_patch_is_refused_in_round_1(tmp_path: Path) -> None:
+    """Of a rule that moves it; another one trains over it."""
+    model = peft_model()
+    layer = model.get_base_model().get_submodule(ATTENTION).base_layer
+    layer.weight = torch.nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    seen: list[str] = []
+
+    def app(message: Message, context: Context) -> Message:
+        def train(message: Message, context: Context) -> Message:
+            seen.append(message.metadata.message_type)
+            arrays = message.content["arrays"]
+            metrics = MetricRecord({"num-examples": 1})
+            return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+        return base_mod(lambda context: model, tmp_path)(message, context, train)
+
+    with pytest.raises(RunFailed, match=rf"^round 1: .*{ATTENTION} is held in 4 bits"):
+        federate(FLoRA(scaling=SCALING), app, model, 1)
+    assert seen == []
+    federate(FedAvg(scaling=SCALING), app, model, 1)
+    assert seen.count("train") == 3
