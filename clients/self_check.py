@@ -20,7 +20,7 @@ from clients.batches import load_batch
 from clients.mechanism import Mechanism, PrivateSteps, private_steps
 from clients.training import batch_loss
 from fedlora.data.examples import Examples
-from fedlora.errors import RunFailed
+from fedlora.errors import RunFailed, named_line
 from fedlora.models import AdaptedModel
 from fedlora.seeding import torch_stream
 
@@ -73,7 +73,7 @@ def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
         RunFailed: one of them does not hold.
     """
     examples = made_up(model, pad_token_id)
-    with prepared(model) as named:
+    with _in_words(model, mechanism), prepared(model) as named:
         alone = one_by_one(model, named, examples, pad_token_id)
         _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
         norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
@@ -196,8 +196,29 @@ def negligible(error: Tensor, reference: Tensor) -> bool:
     return bool(error.abs().max() <= TOLERANCE * reference.abs().max())
 
 
-def _refuse(reason: str) -> None:
-    raise RunFailed(f"privacy self-test: {reason}, nothing was trained")
+@contextmanager
+def _in_words(model: AdaptedModel, mechanism: Mechanism) -> Iterator[None]:
+    """Inside, whatever Opacus raises over a model becomes a refusal that says what of it is in the way."""
+    try:
+        yield
+    except (RunFailed, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        head = sorted({name.rpartition(".")[0] for name in model.initial_head})
+        kinds = {name: type(model.module.get_submodule(name)).__name__ for name in head}
+        odd = ", ".join(f"{name} is a {kind}" for name, kind in kinds.items() if kind != "Linear")
+        ways = ["model.pooling = 'mean'", "model.head = 'freeze'"] if odd else []
+        if not odd and mechanism.grad_sample_mode == "ghost":
+            ways = ["privacy.grad-sample-mode = 'hooks'"]
+        _refuse(
+            f"Opacus cannot take the gradient of each example ({named_line(error)}"
+            f"{f'; of the head {odd}' if odd else ''})",
+            f"; try {' or '.join(ways)}" if ways else "",
+        )
+
+
+def _refuse(reason: str, way_out: str = "") -> None:
+    raise RunFailed(f"privacy self-test: {reason}, nothing was trained{way_out}")
 
 
 def made_up(model: AdaptedModel, pad_token_id: int) -> Examples:

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from clients.rehearsal import rehearse
 from clients.resident import Resident, resident
 from fedlora.assembly import assemble
 from fedlora.checkpoint import Checkpoint
@@ -80,6 +81,8 @@ class Federation:
             packed=self.nodes is not None,
             client_settings=self._known_head,
         )
+        begun = self.state
+        rehearse(self.worker, self.config, begun.adapters, begun.head, rule.trained(1))
         checkpoint = self.directory.load_checkpoint()
         if self.config.privacy.private and self.stores is not None:
             from clients.accounts import check_ledgers, ledger_directory

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -93,6 +94,7 @@ def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
     """
     layers, config = linear_layers(model), _config(model)
     if target_modules.strip() == ALL_LINEAR:
+        _tell_experts(model, layers)
         return tuple(layers)
     endings = name_list(target_modules) or _default_endings(config.model_type, layers)
     chosen: set[str] = set()
@@ -100,12 +102,51 @@ def resolve_targets(model: nn.Module, target_modules: str) -> tuple[str, ...]:
         matches = [name for name in layers if name == ending or name.endswith(f".{ending}")]
         if not matches:
             known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+            why = _why_not(model, ending)
             raise ConfigError(
                 f"lora.target-modules = {target_modules!r}: no linear layer is called {ending!r}, "
-                f"{config.model_type} has {known}"
+                f"{config.model_type} has {known}{f' ({why})' if why else ''}"
             )
         chosen.update(matches)
     return tuple(name for name in layers if name in chosen)
+
+
+def _experts(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The weights of all experts of a layer as one tensor (experts, out, in), as transformers keeps them."""
+    return {name: p for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in name}
+
+
+def _tell_experts(model: nn.Module, layers: Mapping[str, ModuleSpec]) -> None:
+    """Warn where the experts, which are no linear layers, hold weights that `ALL_LINEAR` leaves alone."""
+    experts = _experts(model)
+    if not experts:
+        return
+    total = sum(p.numel() for p in model.parameters())
+    taken = sum(spec.out_features * spec.in_features for spec in layers.values())
+    left = sum(p.numel() for p in experts.values())
+    names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+    warnings.warn(
+        f"lora.target-modules = 'all-linear': takes {names}, {100 * taken / total:.0f} % of the weights; the "
+        f"experts, {100 * left / total:.0f} %, are no linear layers and stay frozen",
+        stacklevel=3,
+    )
+
+
+def _why_not(model: nn.Module, ending: str) -> str:
+    """What stands under a name that is no linear layer of the base; empty where nothing does."""
+    under = [name for name in _experts(model) if f".{ending}." in f".{name}."]
+    if under:
+        return (
+            f"{under[0]} holds all experts of a layer in one tensor; PEFT's target_parameters are not carried "
+            "through a federation, so experts stay frozen"
+        )
+    if any(c in ending for c in "*+?[](){}^$|\\"):
+        return "names and their endings are accepted, no regular expression"
+    for name, module in model.named_modules():
+        if name == ending or name.endswith(f".{ending}"):
+            linear = isinstance(module, LinearLayer)
+            return f"{name} {'is no part of the base' if linear else f'is a {type(module).__name__}'}"
+    return ""
 
 
 def _default_endings(model_type: str, layers: Collection[str]) -> tuple[str, ...]:

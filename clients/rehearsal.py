@@ -1,0 +1,63 @@
+"""Rehearses a client's step on nobody's data before a run: what all clients would be refused for, once.
+
+The clients' own processes ask the same again before they train, see `clients.self_check` and
+`clients.cohort.check`; there it would be a line for each client, after the run has been begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from clients.cohort.check import check_cohort
+from clients.cohort.layers import why_alone
+from clients.mechanism import Mechanism
+from clients.resident import Resident
+from clients.self_check import check_steps
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.factors import AdapterSet
+
+
+def rehearse(
+    worker: Resident,
+    config: RunConfig,
+    adapters: AdapterSet,
+    head: Mapping[str, Tensor],
+    trains: frozenset[str],
+) -> None:
+    """A step as the clients will take it: in a cohort, or privately one by one; plain steps need no asking.
+
+    Args:
+        worker: the run's model and data; the model is left loaded with these values.
+        config: the run, ``engine.cohort-size`` decided.
+        adapters: what the first round begins with.
+        head: likewise.
+        trains: the factors that it trains.
+
+    Raises:
+        ConfigError: the step does not compute what it claims on this model.
+    """
+    model, privacy = worker.model, config.privacy
+    together = config.engine.cohort_size > 1 and not why_alone(model)
+    model.load(adapters, head, trains=trains, train_head=config.model.head != "freeze")
+    if not (together or privacy.private) or not model.trainable().all:
+        return
+    mechanism = None
+    if privacy.private:
+        mechanism = Mechanism(
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+            clipping=privacy.clipping,
+            grad_sample_mode=privacy.grad_sample_mode,
+            max_physical_batch_size=privacy.max_physical_batch_size,
+        )
+    try:
+        if together:
+            check_cohort(model, worker.data.pad_token_id, mechanism)
+        elif mechanism is not None:
+            check_steps(model, worker.data.pad_token_id, mechanism)
+    except RunFailed as error:
+        raise ConfigError(f"model.name = {config.model.name!r}: {error}") from None
