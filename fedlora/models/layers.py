@@ -137,8 +137,8 @@ def _why_not(model: nn.Module, ending: str) -> str:
     under = [name for name in _experts(model) if f".{ending}." in f".{name}."]
     if under:
         return (
-            f"{under[0]} holds all experts of a layer in one tensor; PEFT's target_parameters are not carried "
-            "through a federation, so experts stay frozen"
+            f"{under[0]} holds all experts of a layer in one tensor; PEFT's target_parameters are not "
+            "carried through a federation, so experts stay frozen"
         )
     if any(c in ending for c in "*+?[](){}^$|\\"):
         return "names and their endings are accepted, no regular expression"
