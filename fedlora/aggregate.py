@@ -11,14 +11,17 @@ from fedlora.errors import ConfigError, system_errors_in_words
 from fedlora.files import check_place
 from fedlora.models.adapter_group import AdapterGroup, gather
 from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, write_adapter
-from fedlora.models.merged import Base, open_base, write_merged
+from fedlora.models.merged import Base, of_base, open_base, write_merged
 from fedlora.models.peft_files import read_adapter
+from fedlora.models.peft_names import WRAPPERS
 from fedlora.models.plain_lora import CONFIG_FILE
-from fedlora.one_round import check_rule, check_weights, one_round
+from fedlora.models.same_base import NAME, absolute
+from fedlora.one_round import Round, check_rule, check_weights, one_round
 from fedlora.threads import one_thread
 from fedlora.updates import State
 from strategies.diagnostics import Diagnostics
 from strategies.registry import make_rule
+from strategies.rule import Rule
 
 NOTICEABLE = 1e-3
 """A merged model that loses more of the update than this share to rounding says so."""
@@ -55,7 +58,9 @@ class Outcome:
 
     Attributes:
         strategy: the rule.
-        weights: normalised, in the order of the adapters.
+        own_weights: the rule weighs the adapters by itself.
+        weights: with which the adapters counted, in their order, summing to 1; where the rule weighs each
+            layer for itself, the mean over layers.
         ranks_in: the ranks of each adapter's modules, ascending.
         ranks_out: the ranks of the written adapter's modules, ascending; empty for a merged model.
         modules: how many layers are adapted.
@@ -65,6 +70,7 @@ class Outcome:
     """
 
     strategy: str
+    own_weights: bool
     weights: Sequence[float]
     ranks_in: Sequence[tuple[int, ...]]
     ranks_out: tuple[int, ...]
@@ -91,25 +97,26 @@ def aggregate(request: Request) -> Outcome:
     weights = list(request.weights if request.weights is not None else [1.0] * len(group.members))
     check_weights(weights, group)
     base = _base(request, group)
-    state, diagnostics = one_round(rule, group, weights)
+    done = one_round(rule, group, weights)
     with system_errors_in_words():
-        ranks_out, rounding = _write(request.out, group, state, base if request.merge else None)
+        ranks_out, rounding = _write(request, group, done.state, base)
     return Outcome(
         strategy=rule.facts.name,
-        weights=[weight / sum(weights) for weight in weights],
+        own_weights=rule.facts.own_weights,
+        weights=[sum(used) / len(done.used) for used in zip(*done.used.values(), strict=True)],
         ranks_in=[member.ranks for member in group.members],
         ranks_out=ranks_out,
         modules=len(group.modules),
-        head=sorted(state.head),
-        diagnostics=diagnostics,
-        notes=[*_notes(request, group, weights), *rounding],
+        head=sorted(done.state.head),
+        diagnostics=done.diagnostics,
+        notes=[*_weighing(rule, request, done), *_notes(request, group, weights), *rounding],
     )
 
 
 def _base(request: Request, group: AdapterGroup) -> Base | None:
     path = request.base
     if path is None and request.merge:
-        named = group.identity["base_model_name_or_path"]
+        named = group.identity[NAME]
         if not named or not Path(named).is_dir():
             raise ConfigError(
                 f"--merge: the adapters name {named!r} as their base, no local directory: give --base"
@@ -119,28 +126,52 @@ def _base(request: Request, group: AdapterGroup) -> Base | None:
 
 
 def _write(
-    out: Path, group: AdapterGroup, state: State, base: Base | None
+    request: Request, group: AdapterGroup, state: State, base: Base | None
 ) -> tuple[tuple[int, ...], list[str]]:
-    """Write the adapter, or the merged model where a base is given; the ranks written, and notes."""
-    if base is None:
+    """Write the adapter, or the merged model; the ranks written, and notes."""
+    if base is None or not request.merge:
         adapters = global_adapters(state)
         write_adapter(
-            out, adapters, state.head, group.card,
+            request.out, adapters, state.head, group.card,
+            embeddings=group.embeddings,
+            frozen=group.frozen,
+            base=None if base is None else base.model,
             modules_to_save=group.modules_to_save or None,
             fan_in_fan_out=group.fan_in_fan_out,
             **group.identity,
         )  # fmt: skip
         return tuple(sorted({factors.rank for factors in adapters.values()})), []
     products = {name: state.product(name) for name in state.adapters}
-    lost = write_merged(out, base, products, state.head)
+    lost = write_merged(request.out, base, products, state.head, of_base(group.frozen))
     dtype = str(base.model.dtype).removeprefix("torch.")
     note = f"the base is {dtype}: rounding changed the update by {100 * lost:.2g} % of its norm"
     return (), [note] if lost > NOTICEABLE else []
 
 
+def _weighing(rule: Rule, request: Request, done: Round) -> Iterator[str]:
+    """What a user may believe of the weights or of the rule that is not so."""
+    facts = rule.facts
+    if facts.own_weights:
+        ranges = [f"{min(used):.4f} to {max(used):.4f}" for used in zip(*done.used.values(), strict=True)]
+        given = "--weights do not count" if request.weights is not None else "nothing else counts"
+        heads = ", but for heads" if done.state.head else ""
+        yield (
+            f"{facts.name} weighs each layer by the norm of its update, {given}{heads}; "
+            f"over layers: {', '.join(ranges)}"
+        )
+    if facts.first_round:
+        yield f"one round of {facts.name} from zero is {facts.first_round}"
+
+
 def _notes(request: Request, group: AdapterGroup, weights: Sequence[float]) -> Iterator[str]:
-    if len({member.config.identity["base_model_name_or_path"] for member in group.members}) > 1:
+    if len({absolute(member.config.identity[NAME]) for member in group.members}) > 1:
         yield f"the adapters name different bases: all were taken to belong to {request.base}"
+    for path, wrappers in group.wrapped.items():
+        what = ", ".join(f"{WRAPPERS.get(name, 'DDP')} ({name}.)" for name in wrappers)
+        yield f"{path}: taken off the names of its modules: {what}"
+    named = group.identity[NAME]
+    if named and named[0] in "./~" and not Path(named).is_dir():
+        yield f"the adapters name {named!r} as their base, no directory from here: so does the result"
     for path, count in group.partial.items():
         yield f"{path} lacks {count} of {len(group.modules)} modules: no change there, its weight stays"
     for member, weight in zip(group.members, weights, strict=True):

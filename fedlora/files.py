@@ -62,6 +62,21 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
+def user_path(name: str | Path) -> Path:
+    """A path as a person writes it: ``~`` is a home directory, whether a shell has seen it or not.
+
+    Raises:
+        ConfigError: ``~NAME`` of nobody.
+
+    >>> user_path("a/~b").as_posix()
+    'a/~b'
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{name}: there is no such home directory") from None
+
+
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Write a whole file: into a temporary neighbour, flushed to disk, then renamed over ``path``.
 

@@ -9,7 +9,8 @@ adapter of this rank.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from fedlora.factors import PLAIN, AdapterSet, LoraFactors
 from fedlora.models.adapter_group import AdapterGroup
 from fedlora.updates import ClientUpdate, State, Template
 from strategies.diagnostics import Diagnostics
-from strategies.layer import weighted_sum
+from strategies.layer import Layer, Weighted, weighted_sum
 from strategies.registry import RULES
 from strategies.rule import Rule
 
@@ -48,8 +49,23 @@ def check_rule(rule: Rule) -> None:
         raise ConfigError(f"{key}: clients send no B, so a round from a zero product leaves a zero product")
 
 
-def one_round(rule: Rule, group: AdapterGroup, weights: Sequence[float]) -> tuple[State, Diagnostics]:
-    """The state after the round, and what the round did.
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What the round left behind.
+
+    Attributes:
+        state: after the round.
+        diagnostics: what it did, see `strategies.diagnostics`.
+        used: module -> the weight with which each adapter counted in it; 0 where it was left out.
+    """
+
+    state: State
+    diagnostics: Diagnostics
+    used: Mapping[str, Sequence[float]]
+
+
+def one_round(rule: Rule, group: AdapterGroup, weights: Sequence[float]) -> Round:
+    """The adapters after one round of the rule.
 
     Args:
         rule: one that `check_rule` accepts.
@@ -80,12 +96,21 @@ def one_round(rule: Rule, group: AdapterGroup, weights: Sequence[float]) -> tupl
         head=group.members[0].head,
         adapters=start,
     )
+    before = rule.init(template, seed=0)
     try:
-        state, diagnostics = rule.aggregate(rule.init(template, seed=0), updates)
+        state, diagnostics = rule.aggregate(before, updates)
     except FactorShapeError as error:
         raise ConfigError(f"--strategy {rule.facts.name}: {error}") from None
     assert diagnostics is not None
-    return state, diagnostics
+    return Round(state, diagnostics, {name: _used(rule, before, name, updates) for name in start})
+
+
+def _used(rule: Rule, before: State, name: str, updates: Sequence[ClientUpdate]) -> list[float]:
+    counted = [update for update in updates if update.weight > 0]
+    total = sum(update.weight for update in counted)
+    clients = [Weighted(update.weight / total, update.adapters[name]) for update in counted]
+    used = iter(rule.weights(Layer(name, before.adapters[name], clients, server_round=1)))
+    return [next(used) if update.weight > 0 else 0.0 for update in updates]
 
 
 def _start(group: AdapterGroup, weights: Sequence[float]) -> AdapterSet:

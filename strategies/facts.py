@@ -26,6 +26,7 @@ class Facts:
         mean: the aggregate is a mean of what is shipped, so that client-level DP, a server optimiser
             and robust aggregation make sense.
         own_weights: the factors are averaged with weights of the rule's own; p_k counts for the head alone.
+        first_round: what its first round from B = 0 amounts to, where that is another rule.
         turns: the server writes the global product in another basis after each round.
         secure_sum: the server only needs sums of what is shipped.
         inits: the values of ``init_a`` that the rule accepts.
@@ -47,6 +48,7 @@ class Facts:
     keeps_one: bool = True
     mean: bool
     own_weights: bool = False
+    first_round: str = ""
     turns: bool = False
     secure_sum: bool
     inits: tuple[str, ...] = INIT_A

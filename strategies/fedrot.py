@@ -63,6 +63,7 @@ class FedRotRule(Rule):
         paper="Zhang et al., ICML 2026, arXiv 2602.23638",
         exact=False,
         mean=False,
+        first_round="FedAvg: B = 0 gives no direction to rotate to",
         secure_sum=False,
         up="r(o+i)",
         down="r(o+i)",

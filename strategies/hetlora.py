@@ -27,7 +27,7 @@ Not exact, even for equal A: padding shrinks what only some clients have.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -87,11 +87,14 @@ class HetLoRARule(Rule):
         if self.min_rank < 1:
             raise ConfigError(f"strategy.options min_rank = {self.min_rank}: must be >= 1")
 
-    def merge(self, layer: Layer) -> Merged:
-        s, rank = layer.start.scaling, layer.start.rank
+    def weights(self, layer: Layer) -> Sequence[float]:
         sizes = [norm(as_product(c.factors)) for c in layer.clients]
         total = sum(sizes)
-        weights = [size / total for size in sizes] if total > 0 else layer.weights
+        return [size / total for size in sizes] if total > 0 else layer.weights
+
+    def merge(self, layer: Layer) -> Merged:
+        s, rank = layer.start.scaling, layer.start.rank
+        weights = self.weights(layer)
         padded = [resize(c.factors, rank, s) for c in layer.clients]
         A = weighted_sum(weights, (f.A for f in padded))
         B = weighted_sum(weights, (f.B for f in padded))

@@ -62,6 +62,10 @@ class Rule:
         """One layer's aggregation."""
         raise NotImplementedError
 
+    def weights(self, layer: Layer) -> Sequence[float]:
+        """What each client counts in one layer, summing to 1: its p_k."""
+        return layer.weights
+
     def trained(self, server_round: int) -> frozenset[str]:
         """The factors that clients train in a round."""
         return self.facts.trains

@@ -114,7 +114,7 @@ def summary_lines(adapters: Sequence[Path], outcome: Outcome, *, equal: bool) ->
     found = outcome.diagnostics
     lines = [
         f"{outcome.strategy} over {len(adapters)} adapters of {outcome.modules} modules"
-        + (", equal weights (no --weights)" if equal else "")
+        + (", equal weights (no --weights)" if equal and not outcome.own_weights else "")
     ]
     for path, weight, ranks in zip(adapters, outcome.weights, outcome.ranks_in, strict=True):
         lines.append(f"  weight {weight:.4f}  rank {_ranks(ranks):8} {path}")

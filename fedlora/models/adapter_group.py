@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
+from fedlora.factors import LoraFactors, Tensors
 from fedlora.models.export import AdapterCard
 from fedlora.models.peft_files import PeftAdapter
-from fedlora.models.plain_lora import IDENTITY
+from fedlora.models.same_base import common_identity
 from fedlora.updates import ModuleSpec
-
-NAMES = ("base_model_name_or_path", "revision")
-"""How a base is called: one model may have several names, which only its user can know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,12 +25,16 @@ class AdapterGroup:
     Attributes:
         members: the adapters, in the order of the request.
         modules: every layer that one of them adapts, sorted by name.
+        embeddings: those of the modules that are embeddings.
+        frozen: weights of the base that PEFT saved with the adapters, the same in all of them.
         identity: the base, in PEFT's fields.
         card: the base, where fedlora wrote the adapters.
     """
 
     members: Sequence[PeftAdapter]
     modules: Mapping[str, ModuleSpec]
+    embeddings: frozenset[str]
+    frozen: Tensors
     identity: Mapping[str, Any]
     card: AdapterCard | None
 
@@ -55,6 +58,11 @@ class AdapterGroup:
         """PEFT's flag for Conv1D; it warns and corrects it where it is wrong."""
         return any(m.config.fan_in_fan_out for m in self.members)
 
+    @property
+    def wrapped(self) -> dict[str, tuple[str, ...]]:
+        """The adapters of wrapped models, by name, with the wrappers."""
+        return {str(m.path): m.wrappers for m in self.members if m.wrappers}
+
 
 def gather(members: Sequence[PeftAdapter], base: Path | None) -> AdapterGroup:
     """The adapters as a group.
@@ -67,11 +75,18 @@ def gather(members: Sequence[PeftAdapter], base: Path | None) -> AdapterGroup:
         ConfigError: different bases, layers of different sizes, a module that an adapter should have, or
             heads that do not match.
     """
-    identity = _common_identity(members, base)
+    identity = common_identity(members, base)
     shapes = _common_shapes(members)
     check_complete(members, shapes)
     _check_heads(members)
-    return AdapterGroup(members=members, modules=shapes, identity=identity, card=members[0].card)
+    return AdapterGroup(
+        members=members,
+        modules=shapes,
+        embeddings=_common_embeddings(members),
+        frozen=_common_frozen(members),
+        identity=identity,
+        card=members[0].card,
+    )
 
 
 def check_complete(members: Sequence[PeftAdapter], layers: Collection[str]) -> None:
@@ -82,37 +97,6 @@ def check_complete(members: Sequence[PeftAdapter], layers: Collection[str]) -> N
                 raise ConfigError(
                     f"{member.path}: its configuration targets {name}, but it holds no factors of that module"
                 )
-
-
-def _common_identity(members: Sequence[PeftAdapter], base: Path | None) -> Mapping[str, Any]:
-    first = members[0]
-    identity = dict(first.config.identity)
-    for other in members[1:]:
-        for key in IDENTITY:
-            mine, others = first.config.identity[key], other.config.identity[key]
-            if mine == others:
-                continue
-            if key not in NAMES:
-                raise ConfigError(_differ(first, other, key, mine, others))
-            if base is None:
-                hint = " (if that is one model, name it with --base)"
-                raise ConfigError(_differ(first, other, key, mine, others) + hint)
-            identity |= {"base_model_name_or_path": str(base), "revision": None}
-        if first.card != other.card:
-            raise ConfigError(_cards_differ(first, other))
-    return identity
-
-
-def _differ(first: PeftAdapter, other: PeftAdapter, key: str, mine: object, others: object) -> str:
-    return f"adapters of different base models: {key} is {mine!r} in {first.path}, {others!r} in {other.path}"
-
-
-def _cards_differ(first: PeftAdapter, other: PeftAdapter) -> str:
-    if first.card is None or other.card is None:
-        return _differ(first, other, "fedlora.json", first.card and "there", other.card and "there")
-    mine, others = dataclasses.asdict(first.card), dataclasses.asdict(other.card)
-    key = next(key for key in mine if mine[key] != others[key])
-    return _differ(first, other, f"{key} in fedlora.json", mine[key], others[key])
 
 
 def _common_shapes(members: Sequence[PeftAdapter]) -> dict[str, ModuleSpec]:
@@ -127,6 +111,47 @@ def _common_shapes(members: Sequence[PeftAdapter]) -> dict[str, ModuleSpec]:
                     f"{_size(spec)} in {member.path}"
                 )
     return {name: shapes[name][0] for name in sorted(shapes)}
+
+
+def _common_embeddings(members: Sequence[PeftAdapter]) -> frozenset[str]:
+    found = frozenset[str]().union(*(m.embeddings for m in members))
+    for member in members:
+        for name in sorted(found & (member.adapters.keys() - member.embeddings)):
+            owner = next(m for m in members if name in m.embeddings)
+            raise ConfigError(
+                f"adapters of different base models: {name} is an embedding in {owner.path}, "
+                f"a linear layer in {member.path}"
+            )
+    return found
+
+
+def _common_frozen(members: Sequence[PeftAdapter]) -> Tensors:
+    """The weights of the base that came with adapters.
+
+    That of an adapted layer may be missing in some, any other must be in all.
+    """
+    found: Tensors = {}
+    for name in sorted({name for m in members for name in m.frozen}):
+        holders = [m for m in members if name in m.frozen]
+        for member in members:
+            if name not in member.frozen and ".base_layer." not in name:
+                raise ConfigError(
+                    f"{holders[0].path}: {name} is neither a LoRA factor nor part of modules_to_save, and "
+                    f"{member.path} lacks it (embeddings that PEFT added: save with "
+                    "save_embedding_layers=False)"
+                )
+        for other in holders[1:]:
+            if not _equal(holders[0].frozen[name], other.frozen[name]):
+                raise ConfigError(
+                    f"{name}, saved beside the adapters but not adapted, differs between {holders[0].path} "
+                    f"and {other.path}: it can only be passed on where it is the same"
+                )
+        found[name] = holders[0].frozen[name]
+    return found
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.float(), other.float())
 
 
 def _check_heads(members: Sequence[PeftAdapter]) -> None:

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from fedlora.built_in import RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.decompositions import svd
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, LoraFactors, Product, Tensors
+from fedlora.factors import PLAIN, AdapterSet, LoraFactors, Product, Tensors
 from fedlora.files import new_directory
 from fedlora.models.build import build_model
-from fedlora.peft_keys import to_peft
+from fedlora.models.reloaded import check_reloads
+from fedlora.peft_keys import PREFIX, key_of, to_peft
 from fedlora.tasks import CLASSIFICATION, task_named
 from fedlora.threads import side_by_side
 from fedlora.updates import State
@@ -101,20 +104,43 @@ def save_adapter(
 
 
 def write_adapter(
-    directory: Path, adapters: AdapterSet, head: Tensors, card: AdapterCard | None, **fields: Any
+    directory: Path,
+    adapters: AdapterSet,
+    head: Tensors,
+    card: AdapterCard | None,
+    *,
+    embeddings: Collection[str] = (),
+    frozen: Tensors | None = None,
+    base: nn.Module | None = None,
+    **fields: Any,
 ) -> None:
     """Write adapters and head in PEFT's format, replacing what was there at once.
+
+    PEFT loads it, without values, before it gets its name.
 
     Args:
         directory: created or replaced.
         adapters: without cores.
         head: the tensors of ``modules_to_save``.
         card: written beside the adapter, if there is one.
+        embeddings: those of the modules that are embeddings.
+        frozen: weights of the base that are kept beside the adapter.
+        base: the base, on the meta device, for PEFT to load the adapter into; changed by that.
         fields: more of PEFT's ``LoraConfig``.
+
+    Raises:
+        RunFailed: PEFT would not load it, or not as it was meant; nothing is written then.
     """
+    others = [] if base is None else [name for name, _ in base.named_modules()]
+    tensors = peft_tensors(adapters, head, embeddings) | {
+        PREFIX + name: tensor.contiguous() for name, tensor in (frozen or {}).items()
+    }
     with new_directory(directory) as fresh:
-        peft_config(adapters, head, **fields).save_pretrained(fresh)
-        save_file(peft_tensors(adapters, head), fresh / TENSORS_FILE, {"format": "pt"})
+        config = peft_config(adapters, head, **fields)
+        config.target_modules = targets_of(adapters, [*others, *head])
+        config.save_pretrained(fresh)
+        save_file(tensors, fresh / TENSORS_FILE, {"format": "pt"})
+        check_reloads(fresh, TENSORS_FILE, adapters, embeddings, base)
         if card is not None:
             card.write(fresh)
 
@@ -178,18 +204,50 @@ def peft_config(adapters: AdapterSet, head: Tensors, **fields: Any) -> PeftLoraC
     own: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "target_modules": list(adapters),
+        "rank_pattern": {exactly(name): r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {exactly(name): a for name, a in alphas.items() if a != alpha},
+        "target_modules": sorted(adapters),
         "modules_to_save": sorted({name.partition(".")[0] for name in head}) or None,
         "inference_mode": True,
     }
     return PeftLoraConfig(**own | fields)
 
 
-def peft_tensors(adapters: AdapterSet, head: Tensors) -> Tensors:
+def exactly(name: str) -> str:
+    r"""The pattern by which PEFT finds this module, and none whose name ends so or looks like it.
+
+    >>> exactly("layers.1.proj")
+    '^layers\\.1\\.proj'
+    """
+    return "^" + re.escape(name)
+
+
+def targets_of(adapters: Collection[str], others: Collection[str]) -> list[str] | str:
+    r"""``target_modules`` of exactly these modules: their names, or a pattern where names would take more.
+
+    PEFT takes every module whose name ends with ``.`` and a listed name; a name without a dot ends many.
+
+    Args:
+        adapters: the adapted modules.
+        others: names of other modules, or of tensors in them, as far as they are known.
+
+    >>> targets_of(["a.q", "a.v"], []), targets_of(["a.q"], ["b.a.q"]), targets_of(["q"], [])
+    (['a.q', 'a.v'], '(?:a\\.q)', '(?:q)')
+    """
+    names = sorted(adapters)
+    parts = (other.split(".") for other in others if other not in adapters)
+    ends = {".".join(split[start:end]) for split in parts for start in range(1, len(split))
+            for end in (len(split), len(split) - 1)}  # fmt: skip
+    loose = ends.intersection(names) or any("." not in name for name in names)
+    return f"(?:{'|'.join(map(re.escape, names))})" if loose else names
+
+
+def peft_tensors(adapters: AdapterSet, head: Tensors, embeddings: Collection[str] = ()) -> Tensors:
     """The tensors of PEFT's checkpoint format, each with memory of its own."""
     tensors = to_peft(adapters, head)
+    for name in embeddings:
+        for factor in PLAIN:
+            tensors[f"{PREFIX}{name}.lora_embedding_{factor}"] = tensors.pop(key_of(name, factor))
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 

@@ -61,17 +61,17 @@ def linear_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     }
 
 
-def is_transposed(layer: LinearLayer) -> bool:
-    """Whether the weight is stored (in, out), as in transformers' Conv1D."""
-    return isinstance(layer, Conv1D)
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the weight is stored (in, out), as in transformers' Conv1D and in embeddings."""
+    return isinstance(layer, Conv1D | nn.Embedding)
 
 
-def oriented(layer: LinearLayer, matrix: Tensor) -> Tensor:
+def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:
     """An (out, in) matrix in the orientation of the layer's weight."""
     return matrix.T if is_transposed(layer) else matrix
 
 
-def layer_spec(layer: LinearLayer) -> ModuleSpec:
+def layer_spec(layer: LinearLayer | nn.Embedding) -> ModuleSpec:
     """The layer's size in nn.Linear orientation."""
     if isinstance(layer, nn.Linear):  # its weight may be packed
         return ModuleSpec(out_features=layer.out_features, in_features=layer.in_features)

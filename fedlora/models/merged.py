@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from fedlora.errors import ConfigError, RunFailed
@@ -64,23 +64,41 @@ def open_base(path: Path, group: AdapterGroup, *, weights: bool) -> Base:
     with quiet(), one_line(f"--base {path}", "not a transformers model with safetensors"):
         base = _opened(path, group, weights)
     layers = dict(base.model.named_modules())
+    what = f"--base {path}: {type(base.model).__name__}"
     for name, spec in group.modules.items():
         layer = layers.get(name)
-        what = f"--base {path}: {type(base.model).__name__}"
         if layer is None:
             raise ConfigError(f"{what} has no layer {name}, which the adapters adapt")
-        if not isinstance(layer, LinearLayer):
-            raise ConfigError(f"{what}: {name} is a {type(layer).__name__}, not a linear layer")
+        kind = nn.Embedding if name in group.embeddings else LinearLayer
+        if not isinstance(layer, kind):
+            wanted = "an embedding" if name in group.embeddings else "a linear layer"
+            raise ConfigError(f"{what}: {name} is a {type(layer).__name__}, not {wanted}")
         if (own := layer_spec(layer)) != spec:
             raise ConfigError(
                 f"{what}: {name} is {own.out_features} x {own.in_features}, the adapters' is "
                 f"{spec.out_features} x {spec.in_features}"
             )
-    check_complete(group.members, [n for n, layer in layers.items() if isinstance(layer, LinearLayer)])
+    weights_of = dict(base.model.named_parameters(remove_duplicate=False))
+    for name, tensor in of_base(group.frozen).items():
+        shape = tuple(weights_of[name].shape) if name in weights_of else None
+        if shape != tuple(tensor.shape):
+            raise ConfigError(
+                f"{what}: {name} is {shape or 'missing'}, the adapters bring {tuple(tensor.shape)} "
+                "(a vocabulary that grew: name the model that has it)"
+            )
+    takes = LinearLayer | nn.Embedding
+    check_complete(group.members, [n for n, layer in layers.items() if isinstance(layer, takes)])
     return base
 
 
-def write_merged(directory: Path, base: Base, products: Mapping[str, Product], head: Tensors) -> float:
+def of_base(frozen: Tensors) -> Tensors:
+    """Saved weights of a base under the names that the base has for them."""
+    return {name.replace(".base_layer.", "."): tensor for name, tensor in frozen.items()}
+
+
+def write_merged(
+    directory: Path, base: Base, products: Mapping[str, Product], head: Tensors, frozen: Tensors
+) -> float:
     """Add the products to the base's weights, set its head, and write it with safetensors and tokenizer.
 
     Sums are float32, the result has the base's dtype.
@@ -90,6 +108,7 @@ def write_merged(directory: Path, base: Base, products: Mapping[str, Product], h
         base: opened with its weights; changed in place.
         products: the update by layer.
         head: tensors that take the place of the base's own.
+        frozen: weights to which the products are added, in place of the base's own.
 
     Returns:
         What rounding to the base's dtype lost, relative to the update: 0 for float32.
@@ -102,9 +121,11 @@ def write_merged(directory: Path, base: Base, products: Mapping[str, Product], h
     tensors = dict(base.model.named_parameters(remove_duplicate=False))
     tensors |= dict(base.model.named_buffers(remove_duplicate=False))
     _check_tied(tensors, [*(f"{layer}.weight" for layer in products), *head])
-    _check_head(base, tensors, head)
+    _check_head(base, tensors, head | frozen)
     lost = asked = 0.0
     with torch.no_grad():
+        for name, tensor in frozen.items():
+            tensors[name].copy_(tensor)
         for name, product in products.items():
             layer = base.model.get_submodule(name)
             change = oriented(layer, product.dense())

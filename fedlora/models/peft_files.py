@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fedlora.errors import ConfigError
 from fedlora.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.models.export import CARD_FILE, TENSORS_FILE, AdapterCard
+from fedlora.models.peft_names import plain_names
 from fedlora.models.plain_lora import PlainLora
 from fedlora.peft_keys import PREFIX, from_peft
 
 PICKLE_FILE = "adapter_model.bin"
+EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")
+EMBEDDINGS_OF_THE_BASE = tuple(EMBEDDING_LAYER_NAMES)
+"""Ends of modules whose weights PEFT saves where the vocabulary grew, or where it adapts them."""
 LARGEST = 1e18
 """Norm of ``s B A`` whose square is still a float32."""
 
@@ -29,14 +35,20 @@ class PeftAdapter:
         path: as the user wrote it; messages name the adapter so.
         config: what ``adapter_config.json`` says.
         adapters: the factors by module, float32 (mapped from the file where they are stored so).
+        embeddings: the modules among them that are embeddings: A is (r, tokens), B is (features, r).
         head: the tensors of ``modules_to_save``.
+        frozen: weights of the base that PEFT saved beside them, as they are in the file.
+        wrappers: what was taken off the names of its tensors.
         card: which base it is, where fedlora wrote the adapter.
     """
 
     path: Path
     config: PlainLora
     adapters: AdapterSet
+    embeddings: frozenset[str]
     head: Tensors
+    frozen: Tensors
+    wrappers: tuple[str, ...]
     card: AdapterCard | None
 
     @property
@@ -54,24 +66,32 @@ def read_adapter(path: Path) -> PeftAdapter:
     """
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory (an adapter is a directory that save_pretrained wrote)")
-    config = PlainLora.read(path)
-    tensors = dict(_tensors(path))
+    PlainLora.read(path)  # what is no LoRA at all is refused before its tensors are looked at
+    tensors, wrappers = _tensors(path)
+    config = PlainLora.read(path, wrappers)
     try:
+        tensors, embeddings = _as_linear(tensors)
         parts = from_peft(tensors)
         if parts.R:
             raise ConfigError(f"{min(parts.R)}: a core (lora_R) is fedlora's own, PEFT's adapters have none")
+        adapters = _factors(_float(parts.A), _float(parts.B), config)
+        head, frozen = _heads(parts.head, adapters, config)
         return PeftAdapter(
             path=path,
             config=config,
-            adapters=_factors(parts.A, parts.B, config),
-            head=_head(parts.head, config),
+            adapters=adapters,
+            embeddings=embeddings,
+            head=_float(head),
+            frozen=frozen,
+            wrappers=wrappers,
             card=AdapterCard.read(path) if (path / CARD_FILE).exists() else None,
         )
     except ConfigError as error:
         raise ConfigError(f"{path / TENSORS_FILE}: {error}") from None
 
 
-def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+def _tensors(path: Path) -> tuple[Tensors, tuple[str, ...]]:
+    """The tensors under their plain names, and the wrappers that were taken off."""
     file = path / TENSORS_FILE
     if not file.is_file():
         if (path / PICKLE_FILE).exists():
@@ -79,26 +99,38 @@ def _tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
                 f"{path / PICKLE_FILE}: a pickle can run any code when it is opened, so it is not read; "
                 f"save the adapter again as {TENSORS_FILE} (save_pretrained(..., safe_serialization=True))"
             )
-        raise ConfigError(f"{path}: it has no {TENSORS_FILE}")
+        pieces = next(iter(sorted(path.glob("*.safetensors*"))), None)
+        found = "" if pieces is None else f", only {pieces.name}, which PEFT does not read"
+        raise ConfigError(f"{path}: it has no {TENSORS_FILE}{found}")
     try:
         with safe_open(file, framework="pt") as opened:
-            for key in sorted(opened.keys()):
-                yield key, _checked(file, key, opened.get_tensor(key))
-    except ConfigError:
-        raise
+            names, wrappers = plain_names(opened.keys())
+            return {name: _checked(key, opened.get_tensor(key)) for key, name in names.items()}, wrappers
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError) as error:
         raise ConfigError(f"{file}: not a whole safetensors file ({error})") from None
 
 
-def _checked(file: Path, key: str, tensor: Tensor) -> Tensor:
-    if not key.startswith(PREFIX):
-        raise ConfigError(f"{file}: {key}: PEFT's names begin with {PREFIX}")
+def _checked(key: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
-        raise ConfigError(f"{file}: {key} is {tensor.dtype}: only floating point can be averaged")
-    tensor = tensor.float()
-    if not torch.isfinite(tensor).all():
-        raise ConfigError(f"{file}: {key} holds a NaN or an infinity")
+        raise ConfigError(f"{key} is {tensor.dtype}: only floating point can be averaged")
+    if not torch.isfinite(tensor.float()).all():
+        raise ConfigError(f"{key} holds a NaN or an infinity")
     return tensor
+
+
+def _float(tensors: Tensors) -> Tensors:
+    return {name: tensor.float() for name, tensor in tensors.items()}
+
+
+def _as_linear(tensors: Tensors) -> tuple[Tensors, frozenset[str]]:
+    """The tensors with an embedding's factors under a linear layer's names, and which modules those are."""
+    renamed = {name: EMBEDDING.sub(r".lora_\1.weight", name) for name in tensors}
+    modules = {
+        name.removeprefix(PREFIX).partition(".lora_")[0] for name, new in renamed.items() if name != new
+    }
+    return {renamed[name]: tensor for name, tensor in tensors.items()}, frozenset(modules)
 
 
 def _factors(A: Tensors, B: Tensors, config: PlainLora) -> AdapterSet:
@@ -112,7 +144,7 @@ def _factors(A: Tensors, B: Tensors, config: PlainLora) -> AdapterSet:
 def _pair(name: str, A: Tensor, B: Tensor, config: PlainLora) -> LoraFactors:
     shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
     if A.ndim != 2 or B.ndim != 2:
-        raise ConfigError(f"{name}: {shapes}: only linear layers can be aggregated")
+        raise ConfigError(f"{name}: {shapes}: only linear layers and embeddings can be aggregated")
     rank = config.rank_of(name)
     if A.shape[0] != rank or B.shape[1] != rank or 0 in (*A.shape, *B.shape):
         raise ConfigError(f"{name}: {shapes} are not of the rank {rank} that the configuration says")
@@ -123,13 +155,20 @@ def _pair(name: str, A: Tensor, B: Tensor, config: PlainLora) -> LoraFactors:
     return factors
 
 
-def _head(tensors: Tensors, config: PlainLora) -> Tensors:
-    for name in tensors:
+def _heads(tensors: Tensors, adapted: Collection[str], config: PlainLora) -> tuple[Tensors, Tensors]:
+    """What is trained whole, and what PEFT saved of the base."""
+    head: Tensors = {}
+    frozen: Tensors = {}
+    for name, tensor in tensors.items():
+        module = name.rpartition(".")[0]
         if any(part.startswith("lora_") for part in name.split(".")):
-            raise ConfigError(f"{name}: only lora_A and lora_B of linear layers can be aggregated")
-        if config.saver(name) is None:
             raise ConfigError(
-                f"{name} is neither a LoRA factor nor part of modules_to_save "
-                "(embeddings that PEFT added: save with save_embedding_layers=False)"
+                f"{name}: only lora_A and lora_B of linear layers and embeddings can be averaged"
             )
-    return tensors
+        if config.saver(name) is not None:
+            head[name] = tensor
+        elif module.removesuffix(".base_layer") in adapted or module.endswith(EMBEDDINGS_OF_THE_BASE):
+            frozen[name] = tensor
+        else:
+            raise ConfigError(f"{name} is neither a LoRA factor nor part of modules_to_save")
+    return head, frozen

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from fedlora.errors import ConfigError
+from fedlora.models.peft_names import plain_fields
 
 CONFIG_FILE = "adapter_config.json"
 IDENTITY = ("base_model_name_or_path", "revision", "task_type", "auto_mapping")
@@ -63,8 +64,12 @@ class PlainLora:
     selection: PeftLoraConfig
 
     @classmethod
-    def read(cls, directory: Path) -> PlainLora:
-        """The configuration of an adapter directory.
+    def read(cls, directory: Path, wrappers: Iterable[str] = ()) -> PlainLora:
+        """The configuration of an adapter directory, without wrappers in its names.
+
+        Args:
+            directory: the adapter's.
+            wrappers: those that the names of its tensors had.
 
         Raises:
             ConfigError: no such file, no JSON object, a value of a wrong kind, or not plain LoRA.
@@ -73,14 +78,16 @@ class PlainLora:
         try:
             fields = json.loads(path.read_bytes())
         except OSError:
-            raise ConfigError(f"{directory}: no adapter is there (it has no {CONFIG_FILE})") from None
+            inside = sorted(f.parent.name for f in directory.glob(f"*/{CONFIG_FILE}"))
+            hint = f"; name one of its own: {', '.join(inside)}" if inside else ""
+            raise ConfigError(f"{directory}: no adapter is there (it has no {CONFIG_FILE}{hint})") from None
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: not JSON ({error})") from None
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: not a JSON object")
         _refuse_other_methods(path, fields)
         try:
-            return cls._of(fields)
+            return cls._of(plain_fields(fields, wrappers))
         except (KeyError, TypeError, ValueError, OverflowError, re.error) as error:
             raise ConfigError(f"{path}: not what PEFT writes ({_reason(error)})") from None
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -231,3 +232,38 @@ def test_another_name_of_the_base_needs_base(
     refused(aggregate(*request), "different base models", "/elsewhere/llama", "--base")
     result = aggregate(*request, "--base", bases["llama"])
     assert f"all were taken to belong to {bases['llama']}" in result.stdout
+
+
+def test_a_rule_with_weights_of_its_own_shows_those(
+    bases: Mapping[str, Path], alike: Mapping[str, list[Path]], tmp_path: Path
+) -> None:
+    given = alike["llama"]
+    result = aggregate("--strategy", "hetlora", "--weights=98,1,1", "--json", "--out", tmp_path / "a", *given)
+    found = json.loads(result.stdout)
+    sizes = [deltas(loaded("llama", bases["llama"], d)) for d in given]
+    used = [
+        sum(
+            float(np.linalg.norm(own[name])) / sum(float(np.linalg.norm(each[name])) for each in sizes)
+            for name in own
+        )
+        / len(own)
+        for own in sizes
+    ]
+    assert found["weights"] == pytest.approx(used, rel=1e-5)
+    assert "--weights do not count" in found["notes"][0]
+    shown = aggregate("--strategy", "hetlora", "--out", tmp_path / "b", *given)
+    assert "equal weights" not in shown.stdout
+    assert f"weight {used[0]:.4f}" in shown.stdout
+
+
+def test_a_rule_that_is_another_in_its_first_round_says_so(
+    alike: Mapping[str, list[Path]], tmp_path: Path
+) -> None:
+    shown = aggregate("--strategy", "fedrot", "--out", tmp_path / "fedrot", *alike["llama"])
+    assert "note: one round of fedrot from zero is FedAvg" in shown.stdout
+    assert (
+        "from zero is"
+        not in aggregate("--strategy", "fedavg", "--out", tmp_path / "fedavg", *alike["llama"]).stdout
+    )
+    one, two = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("fedrot", "fedavg"))
+    torch.testing.assert_close(one, two)

@@ -16,7 +16,7 @@ from fedlora.errors import ConfigError
 from fedlora.factors import Product, add, as_product, norm, scale
 from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel, AdapterCard, build_model, load_adapter, save_adapter
-from fedlora.models.export import global_adapters
+from fedlora.models.export import exactly, global_adapters
 from fedlora.updates import Patch, State
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
 
@@ -111,8 +111,9 @@ def test_unequal_ranks_become_patterns(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     _, *rest = model.modules
     assert config["r"] == 9
-    assert config["rank_pattern"] == dict.fromkeys(rest, 4)
-    assert config["alpha_pattern"] == dict.fromkeys(rest, 8.0)
+    assert config["rank_pattern"] == dict.fromkeys(map(exactly, rest), 4)
+    assert config["alpha_pattern"] == dict.fromkeys(map(exactly, rest), 8.0)
+    assert config["target_modules"] == sorted(model.modules)
     assert config["modules_to_save"] == ["classifier"]
 
 
