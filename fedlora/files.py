@@ -59,7 +59,7 @@ def naming(path: Path) -> Iterator[None]:
         own = error.filename is None or f".{path.name}" in str(error.filename)
         if error.errno is None or not own:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
 def user_path(name: str | Path) -> Path:

@@ -1,7 +1,7 @@
 """The one place that touches Flower's private task identity.
 
 Outside a Flower process a `Message` cannot be built until the process says which run and node it
-speaks for. Flower has no public way to say so (checked on flwr 1.41); a test holds this module
+speaks for. Flower has no public way to say so (checked on flwr 1.41 and 1.42); a test holds this module
 against the installed version.
 """
 

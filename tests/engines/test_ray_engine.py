@@ -160,7 +160,7 @@ def test_clients_past_the_deadline_are_left_out(pool: RayPool, tmp_path: Path) -
 
 def test_resources_that_no_machine_has_are_refused(pool: RayPool) -> None:
     with pytest.raises(ConfigError, match="no machine has them"):
-        RayPool(EngineConfig(num_gpus=1.0))
+        RayPool(EngineConfig(num_gpus=1.0, num_actors=1))
 
 
 def test_a_local_head_stays_at_the_client(pool: RayPool, tmp_path: Path) -> None:
