@@ -54,8 +54,11 @@ def test_what_differs_from_the_papers_is_shown_and_documented() -> None:
 
 def test_every_link_leads_to_a_file() -> None:
     for target in re.findall(r"\]\(([^)]+)\)", README):
+        file, _, anchor = target.partition("#")
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            assert (ROOT / file).exists(), target
+            titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / file).read_text()) if anchor else []
+            assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], target
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:

@@ -45,7 +45,7 @@ changes = st.fixed_dictionaries(
         "train.optimizer": st.sampled_from(["sgd", "adamw"]),
         "strategy.options": st.sampled_from(["", "{}", '{"lam": 0.1}']),
         "privacy.target-delta": st.floats(1e-12, 0.5),
-        "engine.num-gpus": st.floats(0.0, 8.0),
+        "engine.num-gpus": st.sampled_from([0.0, 0.25, 1.0, 8.0]),
     },
 )
 
@@ -83,14 +83,14 @@ def test_nested_tables_become_dotted_keys() -> None:
 # --- refusals -----------------------------------------------------------------------------------------
 
 ABOVE_ZERO = ("lora.alpha", "train.learning-rate", "privacy.target-epsilon", "privacy.max-grad-norm",
-              "engine.num-cpus", "round-timeout", "data.dirichlet-alpha")  # fmt: skip
+              "round-timeout", "data.dirichlet-alpha")  # fmt: skip
 FROM_ONE = ("num-server-rounds", "min-train-nodes", "min-available-nodes", "evaluate-every", "lora.rank",
             "train.local-steps", "train.batch-size", "data.classes-per-partition",
             "data.min-partition-size")  # fmt: skip
 FROM_ZERO = ("seed", "train.head-learning-rate", "train.weight-decay", "train.local-epochs",
              "train.max-grad-norm", "train.proximal-mu", "data.num-partitions", "data.evaluate-examples",
              "privacy.noise-multiplier", "privacy.max-participations", "engine.num-actors",
-             "engine.num-gpus", "engine.max-retries")  # fmt: skip
+             "engine.max-retries")  # fmt: skip
 CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.optimizer", "privacy.mode",
            "privacy.accountant", "engine.device")  # fmt: skip
 
@@ -102,6 +102,9 @@ BAD: list[tuple[str, Any, str]] = [
     *((key, 0, "must be >= 1") for key in FROM_ONE),
     *((key, -1, "must be >= 0") for key in FROM_ZERO),
     *((key, "nonsense", "accepted are") for key in CHOICES),
+    ("engine.num-cpus", 0.0, "must be >= 0.0001"),
+    ("engine.num-gpus", -1, "must be 0, a share from 0.0001 to 1, or whole GPUs"),
+    ("engine.num-gpus", 1.5, "must be 0, a share from 0.0001 to 1, or whole GPUs"),
     ("fraction-train", 0.0, "must be in (0, 1]"),
     ("fraction-train", 1.5, "must be in (0, 1]"),
     ("lora.dropout", 1.0, "must be in [0, 1)"),

@@ -143,18 +143,21 @@ def rolora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
 def fedrot(start: Adapter, clients: Sequence[Client], t: int, lam: float = 0.5) -> Outcome:
     """FedRot-LoRA (arXiv 2602.23638): rotate (B_k R, R^T A_k) towards the last A or B in turn, average.
 
-    The paper's rounds count from 0, so that A is the reference in our rounds 2, 4, ...
+    The paper's rounds count from 0, so that A is the reference in our rounds 2, 4, ... The released code's
+    lam > 1 takes the best matrix of O(r) as it is.
     """
     aligned = []
     for k in clients:
         M = start.B.T @ k.B if t % 2 else start.A @ k.A.T
-        R = soft_rotation(best_rotation(M), lam)
+        R = best_rotation(M, reflections=True) if lam > 1 else soft_rotation(best_rotation(M), lam)
         aligned.append(Client(k.p, k.B @ R, R.T @ k.A, k.s))
     return kept(mean_b(start, aligned), mean_a(aligned), start.s)
 
 
-def best_rotation(M: Array) -> Array:
+def best_rotation(M: Array, *, reflections: bool = False) -> Array:
     """``V diag(1, .., 1, det(U V^T)) U^T`` with U S V^T = SVD(M), M = reference times client.
+
+    With ``reflections`` the determinant may be -1: ``V U^T``.
 
     Where M leaves directions open, they follow the identity: the limit of M + eps I.
     """
@@ -163,7 +166,7 @@ def best_rotation(M: Array) -> Array:
         M = M + 1e-9 * (float(np.linalg.norm(M)) or 1.0) * np.eye(r)
     U, _, Vt = np.linalg.svd(M)
     signs = np.ones(r)
-    signs[-1] = np.sign(np.linalg.det(U @ Vt))
+    signs[-1] = 1.0 if reflections else np.sign(np.linalg.det(U @ Vt))
     return np.asarray(Vt.T @ np.diag(signs) @ U.T)
 
 
