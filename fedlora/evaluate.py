@@ -13,6 +13,7 @@ from clients.evaluation import evaluate
 from fedlora.config import DataConfig, RunConfig
 from fedlora.data.columns import label_codes
 from fedlora.data.prepared import open_prepared, prepare
+from fedlora.files import user_path
 from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.summaries import summary
 from fedlora.tasks import task_named
@@ -31,6 +32,7 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         ConfigError: no adapter there, no such data, or a label that the adapter does not know.
     """
     card = AdapterCard.read(adapter)
+    name = str(user_path(name)) if name.startswith("~") else name
     data = DataConfig(
         name=name,
         test=name if Path(name).is_file() else "",

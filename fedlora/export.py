@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from clients.resident import Resident
 from fedlora.assembly import client_spec
-from fedlora.config import RunConfig
+from fedlora.built_in import BUILT_IN_MODELS
+from fedlora.config import ModelConfig, RunConfig
 from fedlora.factors import Tensors
 from fedlora.models import AdapterCard, save_adapter
+from fedlora.models.same_base import absolute
 from fedlora.personal import mean_model, model_of
 from fedlora.updates import State
+from fedlora.vision.backbones import PRETRAINED, TINY
 
 
 def export(
@@ -43,7 +47,7 @@ def export(
 
 def _save(directory: Path, config: RunConfig, worker: Resident, state: State) -> None:
     card = AdapterCard(
-        model=config.model,
+        model=_from_anywhere(config.model),
         label_names=tuple(worker.data.label_names),
         max_length=config.data.max_length,
         seed=config.seed,
@@ -52,3 +56,10 @@ def _save(directory: Path, config: RunConfig, worker: Resident, state: State) ->
     )
     model = worker.model
     save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)
+
+
+def _from_anywhere(model: ModelConfig) -> ModelConfig:
+    """The base by a name that leads to it from any working directory."""
+    if model.name in (*BUILT_IN_MODELS, *PRETRAINED, *TINY):
+        return model
+    return replace(model, name=str(absolute(model.name)))

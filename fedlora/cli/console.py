@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
 
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
+from fedlora.files import user_path
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
@@ -28,7 +30,7 @@ def one_line_errors(command: Command) -> Command:
     def guarded(*args: Any, **kwargs: Any) -> None:
         try:
             with system_errors_in_words():
-                command(*args, **kwargs)
+                command(*map(_at_home, args), **{name: _at_home(value) for name, value in kwargs.items()})
         except FedLoraError as error:
             err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
@@ -37,6 +39,13 @@ def one_line_errors(command: Command) -> Command:
             sys.exit(1)
 
     return guarded  # type: ignore[return-value]
+
+
+def _at_home(value: Any) -> Any:
+    """An argument with ``~`` in its paths written out, which a shell leaves in quotes and after ``=``."""
+    if isinstance(value, list):
+        return [_at_home(each) for each in value]
+    return user_path(value) if isinstance(value, Path) else value
 
 
 def percent(value: float | None) -> str:

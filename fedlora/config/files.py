@@ -9,6 +9,10 @@ from typing import Any
 from fedlora.config.flat import FlatConfig, flatten, from_flat, to_flat
 from fedlora.config.run import RunConfig
 from fedlora.errors import ConfigError
+from fedlora.files import user_path
+
+PLACES = ("model.name", "data.name", "data.test", "data.public", "output-dir")
+"""Keys that may name a place on this machine; one that begins with ``~`` does."""
 
 
 def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
@@ -29,7 +33,11 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     flat = {**flatten(table), **(overrides or {})}
     ledger = flat.get("privacy.ledger")
     if isinstance(ledger, str) and ledger:
-        flat["privacy.ledger"] = str(Path(ledger).expanduser().absolute())
+        flat["privacy.ledger"] = str(user_path(ledger).absolute())
+    for key in PLACES:
+        value = flat.get(key)
+        if isinstance(value, str) and value.startswith("~"):
+            flat[key] = str(user_path(value))
     template = flat.get("model.chat-template")
     if isinstance(template, str) and template and "{" not in template:
         flat["model.chat-template"] = _text_of("model.chat-template", template)

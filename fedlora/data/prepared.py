@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 META, LEFT_OUT = "meta.json", "left_out.json"
-FORMAT = 4
+FORMAT = 5
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
 

@@ -97,3 +97,13 @@ def test_brackets_in_a_name_are_printed_as_they_are(alike: Mapping[str, list[Pat
     assert str(odd) in aggregate("--strategy", "fedavg", "--out", tmp_path / "out", odd).stdout
     missing = tmp_path / "c[" / "d]"
     refused(aggregate("--strategy", "fedavg", "--out", tmp_path / "no", missing), f"{missing}: no such")
+
+
+def test_a_home_directory_in_quotes_is_the_home_directory(
+    alike: Mapping[str, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    aggregate("--strategy", "fedavg", "--out", "~/out", *alike["llama"][:2])
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    assert not (tmp_path / "~").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,6 +24,7 @@ from fedlora.config import (
     sections,
     to_flat,
 )
+from fedlora.config.files import read_config
 from fedlora.errors import ConfigError
 
 DEFAULTS = to_flat(RunConfig())
@@ -254,3 +256,16 @@ def test_all_sections_are_frozen_and_keyword_only() -> None:
             with pytest.raises(dataclasses.FrozenInstanceError):
                 setattr(part, first, getattr(part, first))
             assert all(f.kw_only for f in dataclasses.fields(part))
+
+
+def test_a_home_directory_is_written_out_in_keys_that_name_places(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.toml"
+    file.write_text('output-dir = "~/out"\n[data]\nname = "~/a.jsonl"\n[model]\nname = "~/model"\n')
+    config = read_config(file)
+    places = (config.output_dir, config.data.name, config.model.name)
+    assert places == tuple(str(tmp_path / name) for name in ("out", "a.jsonl", "model"))
+    with pytest.raises(ConfigError, match="~nobody-there/x: there is no such home directory"):
+        read_config(file, {"data.name": "~nobody-there/x"})
