@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from clients.accounts import Books, ledger_of
-from clients.canaries import Canaries
-from clients.mechanism import Mechanism
-from clients.private import check_private, train_private
-from clients.resident import Resident
-from clients.self_check import self_test
-from clients.training import LocalResult
+from clients.ledger_ref import LedgerRef, ledger_of
+from clients.runtime import ClientRuntime
+from clients.training.canaries import Canaries
+from clients.training.dp_sgd import check_private, train_private
+from clients.training.dp_step import Mechanism
+from clients.training.self_test import self_test
+from clients.training.train import LocalResult
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import calibrate_noise
 from fedlora.privacy.entries import Release, Standing
@@ -33,7 +33,7 @@ BOOKKEEPING = ("target_epsilon", "target_delta", "max_participations", "accounta
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class PlannedRelease:
     """A release that is decided but neither charged nor made.
 
     Attributes:
@@ -57,7 +57,7 @@ class Plan:
 
         Raises:
             BudgetExceeded: it would cost more than is left.
-            LedgerRefused: the ledger cannot be relied upon, or must not be opened for this data.
+            LedgerRefused: the ledger cannot be relied upon, or must not be resolved for this data.
         """
         privacy = self.config.privacy
         standing = self.ledger.reserve(
@@ -78,9 +78,9 @@ class Plan:
 
 
 def plan_release(
-    worker: Resident,
+    runtime: ClientRuntime,
     config: RunConfig,
-    books: Books,
+    ledger_ref: LedgerRef,
     *,
     partition_id: int,
     server_round: int,
@@ -88,16 +88,16 @@ def plan_release(
     seed: int | None,
     start: str = "",
     cohort: Sequence[int] = (),
-) -> Plan:
+) -> PlannedRelease:
     """One round of DP-SGD, decided.
 
     The noise is calibrated on the client's own example count, for the most rounds that the server lets
     it take part in (``privacy.max-participations``, else all of them), as if nothing was spent before.
 
     Args:
-        worker: the model and the data.
+        runtime: the model and the data.
         config: the run.
-        books: where the client keeps its ledger, and for which run.
+        ledger_ref: where the client keeps its ledger, and for which run.
         partition_id: whose budget.
         server_round: names the release.
         local_steps: steps of this round.
@@ -110,14 +110,14 @@ def plan_release(
         ConfigError: a configuration that DP-SGD does not cover.
     """
     privacy = config.privacy
-    indices = worker.data.indices(partition_id)
+    indices = runtime.data.indices(partition_id)
     check_private(config.train, len(indices))
     rate = config.train.batch_size / len(indices)
     noise = noise_of(config, rate, local_steps)
-    ledger = ledger_of(books.directory, config, worker.data, partition_id)
-    settings = [*_settings(config), worker.model.device, *cohort]
+    ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
+    settings = [*_settings(config), runtime.model.device, *cohort]
     release = Release(
-        run_key=books.run_key,
+        run_key=ledger_ref.run_key,
         server_round=server_round,
         partition_id=partition_id,
         noise_multiplier=noise,
@@ -134,41 +134,41 @@ def plan_release(
         max_physical_batch_size=privacy.max_physical_batch_size,
         secure=seed is None,
     )
-    return Plan(
+    return PlannedRelease(
         config=config,
         ledger=ledger,
         release=release,
         mechanism=mechanism,
-        known_head=books.known_head,
-        max_epsilon=books.max_epsilon,
+        known_head=ledger_ref.known_head,
+        max_epsilon=ledger_ref.max_epsilon,
     )
 
 
 def train_within_budget(
-    worker: Resident, plan: Plan, *, seed: int | None, canaries: Canaries | None = None
+    runtime: ClientRuntime, plan: PlannedRelease, *, seed: int | None, canaries: Canaries | None = None
 ) -> tuple[LocalResult, PrivacySpent]:
     """Carry out a plan with the loaded model, and say what the client has spent by then.
 
     The self-test comes before the charge: a model that fails it costs nobody anything.
 
     Args:
-        worker: the model, loaded, and the data.
+        runtime: the model, loaded, and the data.
         plan: what is decided.
         seed: as for the plan.
         canaries: what an audit hides among the examples.
 
     Raises:
-        BudgetExceeded, LedgerRefused: see `Plan.reserve`.
+        BudgetExceeded, LedgerRefused: see `PlannedRelease.reserve`.
         RunFailed: a private step does not compute what it claims on this model.
     """
-    self_test(worker.model, worker.data.pad_token_id, plan.mechanism)
+    self_test(runtime.model, runtime.data.pad_token_id, plan.mechanism)
     spent = plan.reserve()
     mechanism, config = plan.mechanism, plan.config
     result = train_private(
-        worker.model,
-        worker.data.train,
-        worker.data.indices(plan.release.partition_id),
-        worker.data.pad_token_id,
+        runtime.model,
+        runtime.data.train,
+        runtime.data.indices(plan.release.partition_id),
+        runtime.data.pad_token_id,
         config.train,
         local_steps=plan.release.steps,
         noise_multiplier=mechanism.noise_multiplier,

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from clients.batches import Indices, load_batch
-from clients.packed import packed_base
+from clients.training.batches import Indices, load_batch
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from fedlora.tasks import CLASSIFICATION, Judged, Task
+from fedlora.models.packed_linear import packed_base
+from fedlora.tasks import CLASSIFICATION, ExampleMetrics, Task
 
 BATCH_SIZE = 64
 
@@ -141,17 +141,17 @@ def cut(
 
 def run_batch(
     module: nn.Module, task: Task, examples: Examples, indices: Indices, pad_token_id: int
-) -> Judged:
+) -> ExampleMetrics:
     """What the model makes of one batch."""
     module.eval()
     with torch.inference_mode():
-        return task.judge(
+        return task.evaluate_batch(
             module, load_batch(examples, indices, pad_token_id, next(module.parameters()).device)
         )
 
 
 def assemble(
-    examples: Examples, indices: Indices, places: Sequence[Indices], outcomes: Iterable[Judged]
+    examples: Examples, indices: Indices, places: Sequence[Indices], outcomes: Iterable[ExampleMetrics]
 ) -> Evaluation:
     """The outcomes of all batches of `cut`, put where they belong."""
     losses = np.empty(len(indices), dtype=np.float32)

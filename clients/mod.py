@@ -16,8 +16,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from peft import PeftModel
 
-from clients.holdings import Holdings
-from clients.orders import open_order
+from clients.store import ClientStore, resolve
 from fedlora import wire
 from fedlora.errors import FedLoraError, first_line
 from fedlora.models.peft_model import check_fits, moving_base
@@ -37,7 +36,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
         if wire.order_settings(message.content) is None:
             return call_next(message, context)
         try:
-            order = wire.decode_order(message.content)
+            order = wire.decode_instruction(message.content)
             refusal = _prepared(order, message, context)
         except FedLoraError as error:
             refusal = wire.Reply(status=wire.DECLINED, reason=first_line(error))
@@ -50,20 +49,20 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             )
         return reply
 
-    def _prepared(order: wire.TrainOrder, message: Message, context: Context) -> wire.Reply | None:
+    def _prepared(order: wire.TrainInstruction, message: Message, context: Context) -> wire.Reply | None:
         """Bring base and arrays to what the order says; or the reply that says what is lacking."""
-        opened = open_order(order, Holdings(root / str(order.config.get("run-key", context.run_id))))
-        if isinstance(opened, wire.Reply):
-            return opened
+        resolved = resolve(order, ClientStore(root / str(order.config.get("run-key", context.run_id))))
+        if isinstance(resolved, wire.Reply):
+            return resolved
         own = model(context)
         if model(context) is not own:
             reason = "base_mod: the model must be the same object for every message, use functools.cache"
             return wire.Reply(status=wire.DECLINED, reason=reason)
-        check_fits(own, opened.adapters)
+        check_fits(own, resolved.adapters)
         if order.config.get("moves-base"):
             moving_base(own).check_whole()
-        moving_base(own).move_to([opened.patch(name) for name in order.needs.base])
-        message.content[order.named] = wire.to_record(wire.to_peft(opened.adapters, opened.head))
+        moving_base(own).move_to([resolved.patch(name) for name in order.needs.base])
+        message.content[order.named] = wire.to_record(wire.to_peft(resolved.adapters, resolved.head))
         return None
 
     return mod
@@ -80,5 +79,5 @@ def identify(message: Message, context: Context) -> Message:
     return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
 
 
-def _holds(order: wire.TrainOrder) -> dict[str, list[str]]:
+def _holds(order: wire.TrainInstruction) -> dict[str, list[str]]:
     return {"holds": list(order.needs.digests)} if order.needs.digests else {}

@@ -1,7 +1,7 @@
 """Rehearses a client's step on nobody's data before a run: what all clients would be refused for, once.
 
-The clients' own processes ask the same again before they train, see `clients.self_check` and
-`clients.cohort.check`; there it would be a line for each client, after the run has been begun.
+The clients' own processes ask the same again before they train, see `clients.training.self_test` and
+`clients.training.batched.self_test`; there it would be a line for each client, after the run has been begun.
 """
 
 from __future__ import annotations
@@ -10,38 +10,38 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from clients.cohort.check import check_cohort
-from clients.cohort.layers import why_alone
-from clients.mechanism import Mechanism
-from clients.resident import Resident
-from clients.self_check import check_steps
+from clients.runtime import ClientRuntime
+from clients.training.batched.layers import why_alone
+from clients.training.batched.self_test import check_cohort
+from clients.training.dp_step import Mechanism
+from clients.training.self_test import check_steps
 from fedlora.config import RunConfig
+from fedlora.core.factors import AdapterSet
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.factors import AdapterSet
 
 
 def rehearse(
-    worker: Resident,
+    runtime: ClientRuntime,
     config: RunConfig,
     adapters: AdapterSet,
     head: Mapping[str, Tensor],
-    trains: frozenset[str],
+    trained: frozenset[str],
 ) -> None:
     """A step as the clients will take it: in a cohort, or privately one by one; plain steps need no asking.
 
     Args:
-        worker: the run's model and data; the model is left loaded with these values.
+        runtime: the run's model and data; the model is left loaded with these values.
         config: the run, ``engine.cohort-size`` decided.
         adapters: what the first round begins with.
         head: likewise.
-        trains: the factors that it trains.
+        trained: the factors that it trains.
 
     Raises:
         ConfigError: the step does not compute what it claims on this model.
     """
-    model, privacy = worker.model, config.privacy
+    model, privacy = runtime.model, config.privacy
     together = config.engine.cohort_size > 1 and not why_alone(model)
-    model.load(adapters, head, trains=trains, train_head=config.model.head != "freeze")
+    model.load(adapters, head, trained=trained, train_head=config.model.head != "freeze")
     if not (together or privacy.private) or not model.trainable().all:
         return
     mechanism = None
@@ -56,8 +56,8 @@ def rehearse(
         )
     try:
         if together:
-            check_cohort(model, worker.data.pad_token_id, mechanism)
+            check_cohort(model, runtime.data.pad_token_id, mechanism)
         elif mechanism is not None:
-            check_steps(model, worker.data.pad_token_id, mechanism)
+            check_steps(model, runtime.data.pad_token_id, mechanism)
     except RunFailed as error:
         raise ConfigError(f"model.name = {config.model.name!r}: {error}") from None

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from fedlora.vision.built_in import built_in_images
-from fedlora.vision.images import ImageData
+from fedlora.data.builtin.image_sets import built_in_images
+from fedlora.data.images import ImageData
 
 ZOOM, GAP, MARGIN, EACH = 2, 2, 80, 2
 

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.marked import remade
 from experiments.publish import CELLS, read
 from experiments.tables import HERE, PUBLISHED, planned
-from fedlora.files import write_atomic
+from fedlora.core.files import write_atomic
 
 README = HERE / "README.md"
 NOT_RUN = "Not run yet."

@@ -15,8 +15,8 @@ import json
 import sys
 from pathlib import Path
 
-from fedlora.files import write_atomic
-from fedlora.study.results import FILES, RESULT
+from fedlora.core.files import write_atomic
+from fedlora.study.analyse.results import FILES, RESULT
 
 CELLS = "cells.jsonl"
 

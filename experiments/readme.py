@@ -7,8 +7,8 @@ from pathlib import Path
 
 from experiments.marked import marks, remade
 from experiments.tables import decided_table, texts
-from fedlora.files import write_atomic
-from strategies.table import markdown_table
+from fedlora.core.files import write_atomic
+from strategies.registry import markdown_table
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from fedlora.factors import LoraFactors
-from fedlora.seeding import torch_stream
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State, Template
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State, Template
 from strategies.registry import make_rule
 from strategies.rule import Rule
 

@@ -17,14 +17,14 @@ from experiments.marked import markdown, marks, remade
 from experiments.publish import unpack
 from experiments.released_accounting import accounting_table
 from fedlora.config import RunConfig, read_config
-from fedlora.files import write_atomic
-from fedlora.study import claims
-from fedlora.study.absent import applicable
-from fedlora.study.cells import Cell, expand
-from fedlora.study.comparisons import Comparison, compare
-from fedlora.study.results import finished, load_results
-from fedlora.study.summary import Row, summarise
-from fedlora.study.tuning import Trial, Tuning, choose, reported, trials
+from fedlora.core.files import write_atomic
+from fedlora.study.analyse.comparisons import Comparison, compare
+from fedlora.study.analyse.results import finished, load_results
+from fedlora.study.analyse.summary import Row, summarise
+from fedlora.study.analyse.tuning import Trial, Tuning, choose, reported, trials
+from fedlora.study.plan.absent import applicable
+from fedlora.study.plan.cells import Cell, expand
+from fedlora.study.report import claims
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"

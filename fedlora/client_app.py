@@ -12,8 +12,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
-from fedlora.deployment.ask import ask, start
-from fedlora.deployment.node import node_settings
+from clients.node_settings import node_settings
+from fedlora.deployment.node.model_client import ask, start
 
 app = ClientApp()
 
@@ -44,12 +44,12 @@ def evaluate_message(message: Message, context: Context) -> Message:
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message | str]:
-    """Carry out orders to train for several simulated nodes in this process; see `clients.cohort`.
+    """Carry out orders to train for several simulated nodes in this process; see `clients.training.batched`.
 
     Returns:
         The replies, in the order of the messages; of a node that failed its one-line error.
     """
-    from fedlora.deployment.handle import handle_together
+    from clients.handler import handle_together
 
     replies = handle_together(
         [message.content for message in messages],
@@ -68,6 +68,6 @@ def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
         reply = ask(kind, message.content, context.run_config, context.node_config, settings)
         if reply is not None:
             return reply
-    from fedlora.deployment.handle import handle
+    from clients.handler import handle
 
     return handle(kind, message.content, context.run_config, context.node_config)

@@ -10,16 +10,16 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from clients.resident import configured
+from clients.runtime import configured
 from fedlora.config import RunConfig
-from fedlora.deployment.layout import FAILURE, roll_of
-from fedlora.deployment.polling import PollingGrid
-from fedlora.deployment.roll import Roll
+from fedlora.core.files import write_atomic
+from fedlora.deployment.operator.layout import FAILURE, roll_of
+from fedlora.deployment.superlink.node_keys import NodeKeys
+from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
-from fedlora.federation import Federation
-from fedlora.files import write_atomic
-from fedlora.runs import RunDirectory
-from strategies.roster import Roster
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from strategies.nodes import NodeDirectory
 
 FEDERATION = "FEDLORA_FEDERATION"
 """Names the server's ``federation.toml`` in a deployment that ``fedlora federation init`` made."""
@@ -43,12 +43,12 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _federation(config: RunConfig, directory: RunDirectory) -> Federation:
+def _federation(config: RunConfig, directory: RunDirectory) -> FederatedRun:
     """The run; where keys stand for partitions, their nodes are the only ones that take part."""
     file = os.environ.get(FEDERATION)
     if not file:
-        return Federation(config, directory)
-    roll = Roll(roll_of(Path(file)))
-    federation = Federation(config, directory, nodes=sorted(roll.partitions.values()))
-    federation.strategy.roster = Roster(roll)
+        return FederatedRun(config, directory)
+    roll = NodeKeys(roll_of(Path(file)))
+    federation = FederatedRun(config, directory, nodes=sorted(roll.partitions.values()))
+    federation.strategy.node_directory = NodeDirectory(roll)
     return federation

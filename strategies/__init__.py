@@ -5,7 +5,7 @@
 True
 """
 
-from strategies.public import (
+from strategies.named import (
     FedAvg,
     FedExLoRA,
     FedMomentum,

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from fedlora.updates import ClientUpdate
+from fedlora.core.state import ClientUpdate
 from strategies.layer import weighted_sum
 
 

@@ -27,11 +27,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
 from fedlora.privacy.entropy import system_normal
-from fedlora.seeding import torch_stream
-from fedlora.updates import Broadcast, ClientUpdate
 
 ABSENT = -1
 """Partition id of the clients that did not answer, as one zero update."""
@@ -106,7 +106,7 @@ def _changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:
     changes = {
         f"{factor} {name}": update.adapters[name].tensors()[factor] - sent.tensors()[factor]
         for name, sent in start.adapters.items()
-        for factor in sorted(start.ships)
+        for factor in sorted(start.uploaded)
     }
     return changes | {f"head {name}": update.head[name] - start.head[name] for name in sorted(start.head)}
 

@@ -19,7 +19,7 @@ def needs_own_mod(facts: Facts, factor: str) -> str:
     """To a client that sends back what it should keep."""
     return (
         f"{facts.title} leaves lora_{factor} with its client: give the ClientApp "
-        "mods=[own_mod(directory)] from clients.own"
+        "mods=[own_mod(directory)] from clients.plain_client"
     )
 
 
@@ -27,7 +27,7 @@ def needs_freezing(facts: Facts, factor: str) -> str:
     """To a client that trained a factor which rests in this round."""
     return (
         f"lora_{factor} came back changed, but {facts.title} does not train it in this round: call "
-        "train_as_ordered(model, message) from clients.own before training"
+        "train_as_ordered(model, message) from clients.plain_client before training"
     )
 
 

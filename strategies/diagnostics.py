@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fedlora.factors import LoraFactors, Product, add, as_product, norm, scale
+from fedlora.core.factors import LoraFactors, Product, add, as_product, norm, scale
 from strategies.layer import Layer, Merged
 
 RESOLUTION = 1e-6

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedlora.factors import PLAIN
-from fedlora.initial import INIT_A
+from fedlora.core.factors import PLAIN
+from fedlora.core.init_drawn import INIT_A
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,20 +16,20 @@ class Facts:
         name: the key of ``strategy.name``.
         title: the name in the paper.
         paper: citation.
-        trains: the factors that clients train, over all rounds.
-        ships: the trained factors that come back, over all rounds.
+        trained: the factors that clients train, over all rounds.
+        uploaded: the trained factors that come back, over all rounds.
         exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
         mixed_ranks: clients may have different ranks.
-        moves_base: the rule adds patches to the base weights.
-        of_products: the global model depends on the clients' s_k B_k A_k alone, not on how each is split.
-        keeps_one: the product of a client that is alone, at the global rank, becomes the global model.
+        updates_base: the rule adds patches to the base weights.
+        product_invariant: the global model depends on the s_k B_k A_k alone, not on how each is split.
+        single_client_exact: the product of a client alone, at the global rank, becomes the global model.
         mean: the aggregate is a mean of what is shipped, so that client-level DP, a server optimiser
             and robust aggregation make sense.
-        own_weights: the factors are averaged with weights of the rule's own; p_k counts for the head alone.
+        custom_weights: the rule weighs the factors itself; p_k counts for the head alone.
         first_round: what its first round from B = 0 amounts to, where that is another rule.
-        turns: the server writes the global product in another basis after each round.
+        rotates_basis: the server writes the global product in another basis after each round.
         secure_sum: the server only needs sums of what is shipped.
-        inits: the values of ``init_a`` that the rule accepts.
+        supported_inits: the values of ``init_a`` that the rule accepts.
         inits_why: why not the others, to follow the rule's name.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
         deviation: where it differs from the paper or the authors' code, and what of them could not be
@@ -39,19 +39,19 @@ class Facts:
     name: str
     title: str
     paper: str
-    trains: frozenset[str] = PLAIN
-    ships: frozenset[str] = PLAIN
+    trained: frozenset[str] = PLAIN
+    uploaded: frozenset[str] = PLAIN
     exact: bool
     mixed_ranks: bool = False
-    moves_base: bool = False
-    of_products: bool = False
-    keeps_one: bool = True
+    updates_base: bool = False
+    product_invariant: bool = False
+    single_client_exact: bool = True
     mean: bool
-    own_weights: bool = False
+    custom_weights: bool = False
     first_round: str = ""
-    turns: bool = False
+    rotates_basis: bool = False
     secure_sum: bool
-    inits: tuple[str, ...] = INIT_A
+    supported_inits: tuple[str, ...] = INIT_A
     inits_why: str = ""
     up: str
     down: str
@@ -60,12 +60,12 @@ class Facts:
     @property
     def personal(self) -> bool:
         """Clients keep a trained factor to themselves: there is no global model."""
-        return not self.trains <= self.ships
+        return not self.trained <= self.uploaded
 
     @property
     def global_adapter(self) -> bool:
         """Adapters are aggregated, and into a global one: else the diagnostics mean nothing."""
-        return bool(self.ships) and not self.personal
+        return bool(self.uploaded) and not self.personal
 
     @property
     def client_dp(self) -> bool:

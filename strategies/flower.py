@@ -1,7 +1,7 @@
 """The one Flower `Strategy` around all rules: it knows messages and rounds, and no LoRA algebra.
 
 ``FLoRA(fraction_train=0.5).start(grid, initial_arrays=ArrayRecord(get_peft_model_state_dict(model)))``
-works in anybody's ServerApp. Rules that move the base (see `Facts.moves_base`) need clients that apply
+works in anybody's ServerApp. Rules that move the base (see `Facts.updates_base`) need clients that apply
 patches: fedlora's ClientApp, or the mod in ``clients.mod`` in an app of one's own.
 """
 
@@ -18,18 +18,24 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora import wire
+from fedlora.core.state import ClientSpec, ClientUpdate, State
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
-from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.client_dp import ClientDP
-from strategies.courier import ClientSettings, Courier
-from strategies.intake import NUM_EXAMPLES, accept, evaluated
 from strategies.loop import Rounds, settings_of
-from strategies.metrics import MetricsFn, mean_loss, mean_metrics
-from strategies.report import RoundReport
-from strategies.roster import Roster
+from strategies.nodes import NodeDirectory
+from strategies.precision import padded, rounded_broadcast, rounded_state
+from strategies.replies import (
+    NUM_EXAMPLES,
+    MetricsFn,
+    RoundReport,
+    evaluated,
+    mean_loss,
+    mean_metrics,
+    validate_reply,
+)
 from strategies.rule import Rule
 from strategies.sampling import Selection
-from strategies.travel import padded, rounded_broadcast, rounded_state
+from strategies.transport import ClientSettings, Transport
 from strategies.wrapped import watch_flowers_wrappers
 
 CONNECT_TIMEOUT = 600.0
@@ -48,7 +54,7 @@ class FactorStrategy(Rounds):
         weighted_by_key: the metric that weighs clients; None weighs them equally.
         arrayrecord_key, configrecord_key: names of the records in the orders.
         train_metrics_aggr_fn, evaluate_metrics_aggr_fn: what makes one record of the clients' metrics, as in
-            Flower; by default `strategies.metrics.mean_metrics`.
+            Flower; by default `strategies.replies.mean_metrics`.
         scaling: alpha / r of the adapters in ``initial_arrays``.
         rank: of the adapters that clients train; 0 is that of ``initial_arrays``.
         seed: root of the sampling and of drawn adapters.
@@ -59,8 +65,8 @@ class FactorStrategy(Rounds):
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
-        wire_dtype: ``float32`` or ``float16``, see `strategies.travel`.
-        packed, client_settings: see `strategies.courier.Courier`.
+        wire_dtype: ``float32`` or ``float16``, see `strategies.precision`.
+        packed, client_settings: see `strategies.transport.Transport`.
 
     Raises:
         ConfigError: a value out of range, or settings that exclude each other.
@@ -116,7 +122,7 @@ class FactorStrategy(Rounds):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
         self._accept = partial(
-            accept, facts=rule.facts, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm
+            validate_reply, facts=rule.facts, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm
         )
         self.own_specs = client_spec is not None
         self.client_spec = client_spec or self._default_spec
@@ -126,9 +132,9 @@ class FactorStrategy(Rounds):
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
-        self.roster = Roster(closed=partitions is not None)
+        self.node_directory = NodeDirectory(closed=partitions is not None)
         self.keep_ranks = keep_ranks
-        self.courier = Courier(
+        self.transport = Transport(
             rule.init_a, wire_dtype, packed=packed, client_settings=client_settings,
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
@@ -147,7 +153,7 @@ class FactorStrategy(Rounds):
         if self.selection.fraction_train == 0:
             return self._orders([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
-        for partition_id, reason in self.roster.refused.items():
+        for partition_id, reason in self.node_directory.refused.items():
             self.report.refused[partition_id] = reason
             log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
         chosen = self.selection.choose(present, server_round)
@@ -166,10 +172,10 @@ class FactorStrategy(Rounds):
         Raises:
             RunFailed: fewer valid updates than ``min_train_nodes``.
         """
-        contents = self.courier.settle(replies)
+        contents = self.transport.settle(replies)
         updates = self._accepted()
         wanted = self.selection.min_train_nodes
-        if self.courier.parcels and len(updates) < wanted:
+        if self.transport.requests and len(updates) < wanted:
             raise RunFailed(
                 f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
                 f"{wanted} ({self.report.refusals() or 'no replies'})"
@@ -179,14 +185,14 @@ class FactorStrategy(Rounds):
         assert self.state is not None
         counted = updates
         if self.client_dp is not None:
-            sent = {parcel.partition_id: parcel.broadcast for parcel in self.courier.parcels}
+            sent = {request.partition_id: request.broadcast for request in self.transport.requests}
             counted = self.client_dp.privatise(updates, sent, len(sent), server_round)
         state, self.report.diagnostics = self.rule.aggregate(
             self.state, counted, diagnostics=self.diagnostics
         )
         self.state = rounded_state(state, self._dtype)
         self.report.participants = [update.partition_id for update in updates]
-        self.report.train_loss = mean_loss(self.courier.parcels, updates)
+        self.report.train_loss = mean_loss(self.transport.requests, updates)
         self._released = self.arrays()
         counted_in = [contents[partition] for partition in sorted(self.report.participants)]
         return self._released, self._means(self.train_metrics_aggr_fn, counted_in)
@@ -196,7 +202,7 @@ class FactorStrategy(Rounds):
     ) -> Iterable[Message]:
         """Orders to evaluate the new global model; nobody is asked where ``clients_evaluate`` says no."""
         self._take(arrays)
-        chosen, present = list[int](), {p.partition_id: p.node_id for p in self.courier.parcels}
+        chosen, present = list[int](), {p.partition_id: p.node_id for p in self.transport.requests}
         if self.clients_evaluate(server_round):
             chosen = sorted(present)
             if self.selection.fraction_evaluate is not None:
@@ -208,14 +214,14 @@ class FactorStrategy(Rounds):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Each client's metrics go into the report where all are finite; returned are their means."""
-        contents = self.courier.settle(replies, trained=False)
+        contents = self.transport.settle(replies, trained=False)
         self._count_bytes()
         measured = {}
-        for parcel in self.courier.parcels:
+        for request in self.transport.requests:
             try:
-                measured[parcel.partition_id] = evaluated(parcel, self.weighted_by_key)
+                measured[request.partition_id] = evaluated(request, self.weighted_by_key)
             except UpdateRefused as error:
-                log(WARNING, "\tpartition %s does not evaluate: %s", parcel.partition_id, error)
+                log(WARNING, "\tpartition %s does not evaluate: %s", request.partition_id, error)
         self.report.client_metrics = {
             partition: metrics
             for partition, metrics in measured.items()
@@ -231,7 +237,7 @@ class FactorStrategy(Rounds):
         log(INFO, "\t├──> %s", self.rule)
         log(INFO, "\t├──> %s, available %s", self.selection, self.min_available_nodes)
         log(INFO, "\t├──> weighted by: %r", self.weighted_by_key)
-        keys = self.courier.arrayrecord_key, self.courier.configrecord_key
+        keys = self.transport.arrayrecord_key, self.transport.configrecord_key
         log(INFO, "\t└──> keys in records: arrays %r, config %r", *keys)
 
     # --- pieces ---------------------------------------------------------------------------------------
@@ -246,35 +252,35 @@ class FactorStrategy(Rounds):
         minimum = self.min_available_nodes
         if self.selection.partitions is None:
             minimum = max(minimum, wanted)
-        return self.roster.refresh(grid, minimum, CONNECT_TIMEOUT)
+        return self.node_directory.refresh(grid, minimum, CONNECT_TIMEOUT)
 
     def _orders(
         self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
         config: ConfigRecord,
     ) -> list[Message]:  # fmt: skip
         assert self.state is not None
-        self.courier.open(self.state.base)
+        self.transport.open(self.state.base)
         for partition_id in chosen:
             client = self.client_spec(partition_id)
             broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
             rank = next(iter(broadcast.adapters.values())).rank
             if self.keep_ranks and rank < client.rank:
-                self.courier.add(partition_id, present[partition_id], padded(broadcast, client.rank), rank)
+                self.transport.add(partition_id, present[partition_id], padded(broadcast, client.rank), rank)
             else:
-                self.courier.add(partition_id, present[partition_id], broadcast)
-        return self.courier.messages(message_type, settings_of(config, server_round))
+                self.transport.add(partition_id, present[partition_id], broadcast)
+        return self.transport.messages(message_type, settings_of(config, server_round))
 
     def _accepted(self) -> list[ClientUpdate]:
         self._count_bytes()
         updates = []
-        for parcel in self.courier.parcels:
+        for request in self.transport.requests:
             try:
-                updates.append(self._accept(parcel))
+                updates.append(self._accept(request))
             except (UpdateRefused, FactorShapeError) as error:
-                self.report.refused[parcel.partition_id] = str(error)
-                log(WARNING, "\tpartition %s refused: %s", parcel.partition_id, error)
+                self.report.refused[request.partition_id] = str(error)
+                log(WARNING, "\tpartition %s refused: %s", request.partition_id, error)
                 continue
-            self.report.note(parcel.partition_id, parcel.reply)
+            self.report.note(request.partition_id, request.reply)
         return updates
 
     def _means(self, function: MetricsFn | None, contents: list[RecordDict]) -> MetricRecord:
@@ -283,8 +289,8 @@ class FactorStrategy(Rounds):
         return function(contents, self.weighted_by_key)
 
     def _count_bytes(self) -> None:
-        self.report.bytes_up += sum(parcel.bytes_up for parcel in self.courier.parcels)
-        self.report.bytes_down += sum(parcel.bytes_down for parcel in self.courier.parcels)
+        self.report.bytes_up += sum(request.bytes_up for request in self.transport.requests)
+        self.report.bytes_down += sum(request.bytes_down for request in self.transport.requests)
 
 
 watch_flowers_wrappers(lambda strategy: isinstance(strategy, FactorStrategy))

@@ -9,8 +9,8 @@ that it can be had every round. `fedlora.models.export.global_adapters` takes th
 
 from __future__ import annotations
 
-from fedlora.factors import AdapterSet, LoraFactors, Product, bounded
-from fedlora.updates import State
+from fedlora.core.factors import AdapterSet, LoraFactors, Product, bounded
+from fedlora.core.state import State
 
 
 def stacked_adapters(state: State) -> AdapterSet:

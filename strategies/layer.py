@@ -9,9 +9,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedlora.core.factors import LoraFactors, Product, Tensors, stack
+from fedlora.core.seeding import torch_stream
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Product, Tensors, stack
-from fedlora.seeding import torch_stream
 
 
 @dataclass(frozen=True, slots=True)

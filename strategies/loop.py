@@ -17,14 +17,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
+from fedlora.core.state import State, Template
 from fedlora.errors import ConfigError
-from fedlora.updates import State, Template
-from strategies.courier import Courier
 from strategies.global_adapter import stacked_adapters
-from strategies.report import RoundReport
+from strategies.precision import rounded_state
+from strategies.replies import RoundReport
 from strategies.rule import Rule
 from strategies.starting import template_of
-from strategies.travel import rounded_state
+from strategies.transport import Transport
 from strategies.wrapped import no_plain_mean, with_arrays
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
@@ -32,7 +32,7 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Rounds(Strategy):
-    """A strategy with a state between rounds, whose orders a `Courier` carries.
+    """A strategy with a state between rounds, whose orders a `Transport` carries.
 
     Attributes:
         rule: how adapters are aggregated.
@@ -40,7 +40,7 @@ class Rounds(Strategy):
         rank: of the adapters that clients train, 0 for that of the initial arrays.
         seed: root of drawn adapters.
         state: between two rounds; None before the first.
-        courier: of this round's orders.
+        transport: of this round's orders.
         report: of this round.
         on_round: called with each round's report.
     """
@@ -50,7 +50,7 @@ class Rounds(Strategy):
     rank: int
     seed: int
     state: State | None = None
-    courier: Courier
+    transport: Transport
     report: RoundReport
     on_round: Callable[[RoundReport], None] | None = None
     _dtype: torch.dtype
@@ -65,7 +65,7 @@ class Rounds(Strategy):
         if self.state is None:
             template = template_of(initial_arrays, self.scaling, self.rule, self.rank, self.seed)
             self.state = self.begin(template)
-            self.courier.arrange(initial_arrays)
+            self.transport.arrange(initial_arrays)
         self._released = self.arrays()
         return self.state.round, self._released
 
@@ -90,12 +90,12 @@ class Rounds(Strategy):
         """The whole global model over the pristine base: adapter and head under PEFT's keys.
 
         Base patches are in it, see `strategies.global_adapter`: after them a layer's rank may be any up to
-        min(out, in), and its scaling is ``self.scaling`` as before. `strategies.arrays` loads such arrays
+        min(out, in), and its scaling is ``self.scaling`` as before. `fedlora.models.arrays` loads such arrays
         into a PEFT model and writes PEFT's directories.
         """
         assert self.state is not None
         tensors = wire.to_peft(stacked_adapters(self.state), self.state.head)
-        return wire.to_record(self.courier.arranged(tensors))
+        return wire.to_record(self.transport.arranged(tensors))
 
     def start(
         self,
@@ -138,7 +138,7 @@ class Rounds(Strategy):
     ) -> ArrayRecord:  # fmt: skip
         messages = self.configure_train(server_round, arrays, config, grid)
         sent = settings_of(config, server_round)
-        replies = self.courier.exchange(grid, list(messages), MessageType.TRAIN, sent, timeout)
+        replies = self.transport.exchange(grid, list(messages), MessageType.TRAIN, sent, timeout)
         after, metrics = self.aggregate_train(server_round, replies)
         if metrics is not None:
             result.train_metrics_clientapp[server_round] = metrics
@@ -150,7 +150,7 @@ class Rounds(Strategy):
     ) -> None:  # fmt: skip
         messages = self.configure_evaluate(server_round, arrays, config, grid)
         sent = settings_of(config, server_round)
-        replies = self.courier.exchange(grid, list(messages), MessageType.EVALUATE, sent, timeout)
+        replies = self.transport.exchange(grid, list(messages), MessageType.EVALUATE, sent, timeout)
         metrics = self.aggregate_evaluate(server_round, replies)
         if metrics is not None:
             result.evaluate_metrics_clientapp[server_round] = metrics

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Tensors
-from fedlora.updates import ClientUpdate, State
 from strategies.center import Center
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule, check_heads
@@ -40,7 +40,7 @@ class MeanRule(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.facts.turns and self.optimizer.name == "fedadam":
+        if self.facts.rotates_basis and self.optimizer.name == "fedadam":
             raise ConfigError(
                 f"strategy.server-optimizer = 'fedadam': {self.facts.name} turns the basis of the factors "
                 "each round, accepted are none, fedavgm"

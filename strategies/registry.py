@@ -15,27 +15,27 @@ from typing import Any
 
 from fedlora.errors import ConfigError, NotApplicable, named_line
 from strategies.center import Center
-from strategies.fed_sb import FedSBRule
-from strategies.fedavg import FedAvgRule
-from strategies.fedex import FedExRule
-from strategies.fedmomentum import FedMomentumRule
-from strategies.fedrot import FedRotRule
-from strategies.fedsa import FedSARule
-from strategies.fedsvd import FedSVDRule
-from strategies.fedsvd_renew import FedSVDRenewRule
-from strategies.ffa import FFALoRARule
-from strategies.flexlora import FlexLoRARule
-from strategies.flora import FLoRARule
-from strategies.florist import FLoRISTRule
-from strategies.head_only import HeadOnlyRule
-from strategies.hetlora import HetLoRARule
-from strategies.local_only import LocalOnlyRule
-from strategies.lora_fair import LoRAFAIRRule
 from strategies.mean import MeanRule
-from strategies.rolora import RoLoRARule
 from strategies.rule import Rule
+from strategies.rules.fed_sb import FedSBRule
+from strategies.rules.fedavg import FedAvgRule
+from strategies.rules.fedex import FedExRule
+from strategies.rules.fedmomentum import FedMomentumRule
+from strategies.rules.fedrot import FedRotRule
+from strategies.rules.fedsa import FedSARule
+from strategies.rules.fedsvd import FedSVDRule
+from strategies.rules.fedsvd_renew import FedSVDRenewRule
+from strategies.rules.ffa import FFALoRARule
+from strategies.rules.flexlora import FlexLoRARule
+from strategies.rules.flora import FLoRARule
+from strategies.rules.florist import FLoRISTRule
+from strategies.rules.head_only import HeadOnlyRule
+from strategies.rules.hetlora import HetLoRARule
+from strategies.rules.local_only import LocalOnlyRule
+from strategies.rules.lora_fair import LoRAFAIRRule
+from strategies.rules.rolora import RoLoRARule
+from strategies.rules.zero_padding import ZeroPaddingRule
 from strategies.server_optimizer import ServerOptimizer
-from strategies.zero_padding import ZeroPaddingRule
 
 LISTED: tuple[type[Rule], ...] = (
     FedAvgRule,
@@ -145,3 +145,39 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
                 f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able})"
             )
     return {}
+
+
+def fact_rows() -> list[dict[str, Any]]:
+    """One row for each rule: its `Facts` as plain values, and its options with their defaults."""
+    rows = []
+    for rule in RULES.values():
+        row = dataclasses.asdict(rule.facts)
+        row |= {key: sorted(row[key]) for key in ("trained", "uploaded")}
+        row["client_dp"] = rule.facts.client_dp
+        row["options"] = {name: field.default for name, field in option_fields(rule).items()}
+        rows.append(row)
+    return rows
+
+
+def deviations() -> dict[str, str]:
+    """Where rules differ from their papers, by name; rules that are not known to differ are left out."""
+    return {name: rule.facts.deviation for name, rule in RULES.items() if rule.facts.deviation}
+
+
+def deviations_table() -> str:
+    """The table of deviations in ``docs/strategy.md``."""
+    rows = [f"| `{name}` | {text} |" for name, text in deviations().items()]
+    return "\n".join(["| name | differs from its paper or the authors' code |", "|---|---|", *rows])
+
+
+def markdown_table() -> str:
+    """The README's table of strategies."""
+    lines = [
+        "| name | method | exact | mixed ranks | base moves | up | down | paper |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in fact_rows():
+        marks = ["yes" if row[key] else "no" for key in ("exact", "mixed_ranks", "updates_base")]
+        cells = [f"`{row['name']}`", row["title"], *marks, row["up"], row["down"], row["paper"]]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)

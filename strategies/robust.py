@@ -23,8 +23,8 @@ from flwr.serverapp.strategy.fedtrimmedavg import trim_mean
 from flwr.serverapp.strategy.multikrum import select_multikrum
 from torch import Tensor
 
+from fedlora.core.state import ClientUpdate
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.updates import ClientUpdate
 from fedlora.wire import to_peft, to_record
 from strategies.center import Center
 

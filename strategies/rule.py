@@ -20,11 +20,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from fedlora.core.factors import LoraFactors, Tensors, check_same_modules, resize
+from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
+from fedlora.core.parallel import parallel_map
+from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable
-from fedlora.factors import LoraFactors, Tensors, check_same_modules, resize
-from fedlora.initial import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
-from fedlora.threads import side_by_side
-from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged, Weighted, weighted_sum
@@ -50,10 +50,10 @@ class Rule:
     def __post_init__(self) -> None:
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
-        if self.init_a not in self.facts.inits:
+        if self.init_a not in self.facts.supported_inits:
             raise NotApplicable(
                 f"strategy.init-a = {self.init_a!r}: {self.facts.name} {self.facts.inits_why}, "
-                f"accepted are {', '.join(self.facts.inits)}"
+                f"accepted are {', '.join(self.facts.supported_inits)}"
             )
 
     # --- what a rule may define -------------------------------------------------------------------
@@ -68,11 +68,11 @@ class Rule:
 
     def trained(self, server_round: int) -> frozenset[str]:
         """The factors that clients train in a round."""
-        return self.facts.trains
+        return self.facts.trained
 
     def shipped(self, server_round: int) -> frozenset[str]:
         """The factors that come back in a round."""
-        return self.trained(server_round) & self.facts.ships
+        return self.trained(server_round) & self.facts.uploaded
 
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """The updates that count, in partition order."""
@@ -114,11 +114,11 @@ class Rule:
         """What this client starts the next round from: the global adapter at its rank and scaling."""
         return Broadcast(
             adapters={name: at_rank(factors, client) for name, factors in state.adapters.items()},
-            trains=self.trained(state.round + 1),
-            ships=self.shipped(state.round + 1),
+            trained=self.trained(state.round + 1),
+            uploaded=self.shipped(state.round + 1),
             modules=trained_modules(state, client),
             head=state.head,
-            moves_base=self.facts.moves_base,
+            updates_base=self.facts.updates_base,
         )
 
     def aggregate(
@@ -149,7 +149,7 @@ class Rule:
             merged = self.merge(layer)
             return merged, measure(layer, merged) if diagnostics else None
 
-        done = dict(zip(state.adapters, side_by_side(of, state.adapters), strict=True))
+        done = dict(zip(state.adapters, parallel_map(of, state.adapters), strict=True))
         merged = {name: m for name, (m, _) in done.items()}
         head, head_memory = self.merge_head(state, counted, weights)
         moved = {name: m.into_base for name, m in merged.items() if m.into_base is not None}

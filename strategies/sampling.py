@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
+from fedlora.core.seeding import stream
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.seeding import stream
 
 
 @dataclass(slots=True, kw_only=True)

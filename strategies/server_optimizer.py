@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedlora.core.factors import Tensors
 from fedlora.errors import ConfigError
-from fedlora.factors import Tensors
 
 SERVER_OPTIMIZERS = ("none", "fedavgm", "fedadam")
 FIRST, SECOND = "momentum", "second-moment"

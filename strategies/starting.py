@@ -9,11 +9,11 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedlora import wire
-from fedlora.decompositions import completed, split
+from fedlora.core.decompositions import completed, split
+from fedlora.core.factors import AdapterSet, LoraFactors, Product, as_product
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ModuleSpec, Patch, Template
 from fedlora.errors import ConfigError, FactorShapeError, UpdateRefused
-from fedlora.factors import AdapterSet, LoraFactors, Product, as_product
-from fedlora.seeding import torch_stream
-from fedlora.updates import ModuleSpec, Patch, Template
 from strategies.rule import Rule
 
 WHERE_FROM = "pass ArrayRecord(get_peft_model_state_dict(model))"
@@ -70,7 +70,7 @@ def _going_on(template: Template, given: AdapterSet, rule: Rule, seed: int) -> T
             adapters[name] = completed(best, factors.A, torch_stream(seed, "going-on", name))
             if rest.rank_bound:
                 over[name] = rest
-    if over and not rule.facts.moves_base:
+    if over and not rule.facts.updates_base:
         name = next(iter(over))
         raise ConfigError(
             f"initial_arrays: {name} has rank {given[name].rank}, {rule.facts.name} would lose what is over "

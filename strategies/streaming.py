@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 import torch
 
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.parallel import one_thread
+from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Tensors
-from fedlora.threads import one_thread
-from fedlora.updates import ClientUpdate, State
 from strategies.center import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule, check_heads

@@ -24,9 +24,9 @@ from flwr.serverapp.strategy import (
 )
 
 from fedlora import wire
+from fedlora.core.factors import PLAIN
+from fedlora.core.state import State
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.factors import PLAIN
-from fedlora.updates import State
 from strategies.mean import MeanRule
 from strategies.rule import Rule
 
@@ -45,11 +45,11 @@ def no_plain_mean(rule: Rule) -> str:
     facts = rule.facts
     if not facts.mean:
         return "its aggregate is no mean of what clients ship"
-    if facts.moves_base:
+    if facts.updates_base:
         return "a part of the mean moves into the base"
-    if facts.personal or not facts.trains <= PLAIN:
+    if facts.personal or not facts.trained <= PLAIN:
         return "not all that clients train is in the arrays"
-    if facts.turns:
+    if facts.rotates_basis:
         return "it writes the mean in another basis, which one client may move by more than its share"
     if isinstance(rule, MeanRule) and (rule.center.name, rule.optimizer.name) != ("mean", "none"):
         return "a robust centre or a server optimiser is no plain mean"
@@ -68,7 +68,7 @@ def check_wrapped(strategy: FactorStrategy, wrapper: str) -> None:
             "client_dp = strategies.client_dp.ClientDP(...)" if rule.facts.client_dp else "another strategy"
         )
         raise ConfigError(f"{wrapper} around {rule.facts.title}: {why}, use {instead}")
-    if rule.init_a != "kaiming" or strategy.courier.wire_dtype != "float32" or strategy.own_specs:
+    if rule.init_a != "kaiming" or strategy.transport.wire_dtype != "float32" or strategy.own_specs:
         raise ConfigError(
             f"{wrapper} around {rule.facts.title}: updates are clipped against the global arrays, so that "
             "all clients must start from these: leave out init_a, wire_dtype and client_spec"

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import assets
-from fedlora.assets import ASSETS, Asset, asset_identity, asset_path, cache_dir, create_directory
+from fedlora.assets import fetch
+from fedlora.assets.fetch import ASSETS, Asset, asset_identity, asset_path, cache_dir, create_directory
 from fedlora.errors import AssetError
 
 CONTENT = b"twelve bytes"
@@ -150,7 +150,7 @@ def test_failure_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 def test_a_killed_process_leaves_no_final_directory(tmp_path: Path) -> None:
     final = tmp_path / "made"
     code = (
-        "import os, pathlib, sys; from fedlora.assets import create_directory\n"
+        "import os, pathlib, sys; from fedlora.assets.fetch import create_directory\n"
         "def fill(draft):\n    (draft / 'half').touch()\n    os._exit(9)\n"
         "create_directory(pathlib.Path(sys.argv[1]), fill)"
     )
@@ -193,7 +193,7 @@ def test_every_pin_is_a_sha256() -> None:
 @pytest.mark.parametrize("name", ["minilm", "sentiment", "newsgroups"])
 def test_the_cached_files_have_their_pinned_hashes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    if not assets.is_cached(name):
+    if not fetch.is_cached(name):
         pytest.skip(f"{ASSETS[name].requirement} is not in the cache (asset_path({name!r}) fetches it)")
     home = asset_path(name)
-    assert {file: assets.file_sha256(home / file) for file in ASSETS[name].files} == ASSETS[name].files
+    assert {file: fetch.file_sha256(home / file) for file in ASSETS[name].files} == ASSETS[name].files

@@ -9,8 +9,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
-from fedlora.files import append_line
-from fedlora.runs import held
+from fedlora.core.files import append_line
+from fedlora.server.directory import held
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.toml")
@@ -142,7 +142,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
         append_line(tmp_path / "rounds.jsonl", "{}")
 
     (tmp_path / "rounds.jsonl").symlink_to("/dev/full")
-    monkeypatch.setattr("fedlora.engines.simulate.simulate", full)
+    monkeypatch.setattr("fedlora.simulation.simulate.simulate", full)
     result = fedlora("run", TINY, "--out", str(tmp_path / "out"))
     assert result.exit_code == 1
     expected = f"error: {tmp_path / 'rounds.jsonl'}: No space left on device; what was written before is kept"
@@ -167,7 +167,9 @@ def test_a_config_that_is_not_there_is_refused(tmp_path: Path) -> None:
 def test_the_facts_are_json() -> None:
     rows = json.loads(fedlora("strategies", "--json").stdout)
     assert {"fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only"} <= {row["name"] for row in rows}
-    assert all({"exact", "mixed_ranks", "trains", "ships", "paper", "inits"} <= row.keys() for row in rows)
+    assert all(
+        {"exact", "mixed_ranks", "trained", "uploaded", "paper", "inits"} <= row.keys() for row in rows
+    )
 
 
 @pytest.mark.parametrize(

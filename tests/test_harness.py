@@ -22,8 +22,8 @@ from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
 from fedlora.config import ModelConfig
+from fedlora.core.state import State
 from fedlora.models import AdapterCard, save_adapter
-from fedlora.updates import State
 from tests.models.language import VOCABULARY, adapted_lm, save_tiny_lm
 from tests.models.samples import logits, random_adapters, token_batch
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from experiments.readme import main, with_tables
 from fedlora.cli import cli
-from strategies.table import deviations, deviations_table, markdown_table
+from strategies.registry import deviations, deviations_table, markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

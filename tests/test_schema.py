@@ -23,10 +23,10 @@ def test_the_default_run_config_is_the_dataclasses() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_config_is_accepted(path: Path) -> None:
-    from fedlora.checks import check
-    from fedlora.study.absent import applicable
-    from fedlora.study.cells import expand
-    from fedlora.study.tuning import check_tuning, trials
+    from fedlora.server.validate import check
+    from fedlora.study.analyse.tuning import check_tuning, trials
+    from fedlora.study.plan.absent import applicable
+    from fedlora.study.plan.cells import expand
 
     config = read_config(path)
     check(config)

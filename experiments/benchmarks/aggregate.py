@@ -62,7 +62,7 @@ def methods(*, mixed: bool) -> list[str]:
     """Names of the rules that have something to do on the server."""
     from strategies.registry import RULES
 
-    return [n for n, r in RULES.items() if r.facts.ships and (r.facts.mixed_ranks or not mixed)]
+    return [n for n, r in RULES.items() if r.facts.uploaded and (r.facts.mixed_ranks or not mixed)]
 
 
 def cell(kind: str, name: str, shape: dict[str, Any]) -> dict[str, Any] | None:

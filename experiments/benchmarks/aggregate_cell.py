@@ -14,9 +14,9 @@ import psutil
 import torch
 
 from experiments.benchmarks.naive import NAIVE
-from fedlora.factors import LoraFactors
-from fedlora.seeding import torch_stream
-from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from strategies.streaming import aggregate_stream, streams
@@ -81,7 +81,7 @@ def _moved(given: Broadcast, name: str, client: int) -> LoraFactors:
     start = given.adapters[name]
     generator = torch_stream(1, name, client)
     moved = {
-        factor: t + 0.01 * torch.randn(t.shape, generator=generator) if factor in given.trains else t
+        factor: t + 0.01 * torch.randn(t.shape, generator=generator) if factor in given.trained else t
         for factor, t in start.tensors().items()
     }
     return LoraFactors(scaling=start.scaling, **moved)

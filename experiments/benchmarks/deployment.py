@@ -23,14 +23,14 @@ from typing import Any
 
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import RunConfig, read_config
-from fedlora.deployment.create import create
-from fedlora.deployment.layout import CONNECTION, Layout
-from fedlora.deployment.loopback import Loopback
-from fedlora.deployment.operate import flwr, run_status
-from fedlora.deployment.submit import COMPLETED, submit
-from fedlora.engines.simulate import simulate
-from fedlora.files import write_atomic
-from fedlora.runs import RunDirectory
+from fedlora.core.files import write_atomic
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.operator.layout import CONNECTION, Layout
+from fedlora.deployment.operator.loopback import Loopback
+from fedlora.deployment.operator.operate import flwr, run_status
+from fedlora.deployment.operator.submit import COMPLETED, submit
+from fedlora.server.directory import RunDirectory
+from fedlora.simulation.simulate import simulate
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -29,8 +29,8 @@ from experiments.benchmarks.engine_table import table
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import read_config
 from fedlora.errors import ConfigError
-from fedlora.identity import SOURCES, source_digest
 from fedlora.models import pick_device
+from fedlora.server.identity import SOURCES, source_digest
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]

@@ -33,7 +33,7 @@ from experiments.benchmarks.engine_cells import (
     STOCK,
     STOCK_SIMULATION,
 )
-from fedlora.engines.memory import PeakMemory, memory_now
+from fedlora.simulation.memory import PeakMemory, memory_now
 
 LOOK_SECONDS, CHILDREN_SECONDS = 0.02, 1.0
 APP = Path(__file__).parent / "stock"

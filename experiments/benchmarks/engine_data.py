@@ -16,13 +16,13 @@ import tomli_w
 from safetensors.torch import save_file
 
 from experiments.benchmarks.engine_cells import HOME, Regime
-from fedlora.assets import asset_path
+from fedlora.assets.fetch import asset_path
 from fedlora.config import FlatConfig, from_flat, unflatten
-from fedlora.data.prepared import open_prepared, prepare
-from fedlora.initial import fresh_adapters
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.peft_keys import to_peft
+from fedlora.core.seeding import stream
 from fedlora.models import AdaptedModel, build_model, resolve_targets
-from fedlora.peft_keys import to_peft
-from fedlora.seeding import stream
+from fedlora.prepared.cache import open_prepared, prepare
 
 MAX_LENGTH = {"fixed": 32, "real": 64}
 WORDS = 40
@@ -114,7 +114,7 @@ def write_texts(regime: Regime) -> Path:
     folder = HOME / "texts" / (f"{regime.text}-{number}" if number else regime.text)
     if (folder / "train.jsonl").is_file():
         return folder
-    from fedlora.data.sentiment import sentiment_table
+    from fedlora.data.builtin.sentiment import sentiment_table
 
     folder.mkdir(parents=True, exist_ok=True)
     table = sentiment_table()

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForSequenceClassification
 
-from clients.batches import load_batch, poisson_batches, shuffled_batches
-from fedlora.data.prepared import Prepared, open_prepared
+from clients.training.batches import load_batch, poisson_batches, shuffled_batches
+from fedlora.core.seeding import derive, stream
 from fedlora.models import pick_device
-from fedlora.seeding import derive, stream
+from fedlora.prepared.cache import Prepared, open_prepared
 from strategies.sampling import sample_partitions
 
 Setting = dict[str, Any]
@@ -93,7 +93,7 @@ def one_round(
 
 
 def plain_steps(model: nn.Module, setting: Setting) -> Steps:
-    """AdamW on the batches of `clients.batches.shuffled_batches`."""
+    """AdamW on the batches of `clients.training.batches.shuffled_batches`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     device = parameters[0].device
 

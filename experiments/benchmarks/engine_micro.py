@@ -22,12 +22,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from clients.cohort.members import Member
-from clients.cohort.train import Task, train_cohort
-from clients.training import train_local
+from clients.training.batched.members import Member
+from clients.training.batched.train import BatchSettings, train_cohort
+from clients.training.train import train_local
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import Examples
-from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel, build_model, pick_device, resolve_targets
 
 TOKENS, PARTITION_SIZE, RANK, SEED = 32, 32, 8, 0
@@ -143,18 +143,18 @@ def trainers(model: str, clients: int, batch: int, device: torch.device) -> dict
 
     def one_by_one(steps: int) -> None:
         for client in range(clients):
-            adapted.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+            adapted.load(adapters, {}, trained=frozenset("AB"), train_head=True)
             train_local(adapted, examples, own(client), 0, config, local_steps=steps, seed=client)
 
     def together(steps: int) -> None:
         members = [
             Member(
-                adapters=adapters, head={}, trains=frozenset("AB"), modules=frozenset(adapters),
+                adapters=adapters, head={}, trained=frozenset("AB"), modules=frozenset(adapters),
                 train_head=True, indices=own(client), steps=steps, seed=client,
             )
             for client in range(clients)
         ]  # fmt: skip
-        train_cohort(adapted, members, Task(examples=examples, pad_token_id=0, config=config))
+        train_cohort(adapted, members, BatchSettings(examples=examples, pad_token_id=0, config=config))
 
     def step_of(train: Callable[[int], None]) -> float:
         short = timed(lambda: train(SHORT), device)

@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 from experiments.benchmarks.engine_cells import HOME
 from fedlora.config import ModelConfig, RunConfig, read_config
+from fedlora.core.parallel import one_thread
+from fedlora.core.peft_keys import from_peft
 from fedlora.data.examples import collate
-from fedlora.data.prepared import open_prepared
 from fedlora.models import AdaptedModel, build_model, resolve_targets
-from fedlora.peft_keys import from_peft
-from fedlora.threads import one_thread
+from fedlora.prepared.cache import open_prepared
 
 
 def probe(regime: str, out: Path) -> dict[str, Any]:

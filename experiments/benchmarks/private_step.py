@@ -23,13 +23,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from clients.batches import load_batch
-from clients.mechanism import Mechanism, private_steps
-from clients.training import batch_loss, make_optimizer
+from clients.training.batches import load_batch
+from clients.training.dp_step import Mechanism, private_steps
+from clients.training.train import batch_loss, make_optimizer
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import Examples
-from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel, build_model, resolve_targets
 
 RANK, TOKENS, SEED = 8, (28, 36), 0
@@ -101,7 +101,7 @@ def step_of(way: str, model_name: str, batch_size: int) -> Iterator[Step]:
     network = build_model(ModelConfig(name=model_name), 2, SEED)
     model = AdaptedModel(network, resolve_targets(network, ""))
     adapters = fresh_adapters(model.modules, RANK, LoraConfig(rank=RANK).scaling(RANK), SEED)
-    model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+    model.load(adapters, {}, trained=frozenset("AB"), train_head=True)
     examples = sentences(8 * batch_size, network.config.vocab_size)
     batches = np.arange(len(examples)).reshape(-1, batch_size)
     taken = iter(range(10**9))

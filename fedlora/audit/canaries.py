@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.batches import Indices
-from clients.canaries import Rows
+from clients.training.batches import Indices
+from clients.training.canaries import Rows
 from fedlora.audit.attack import Coins
-from fedlora.factors import Tensors
-from fedlora.seeding import stream, torch_stream
+from fedlora.core.factors import Tensors
+from fedlora.core.seeding import stream, torch_stream
 
 FACTORS, HEAD = "factors", "head"
 LOUDNESS = 10.0
@@ -68,18 +68,18 @@ def _orthonormal(seed: int, name: str, count: int, dimension: int) -> Tensor:
 
 @dataclass(slots=True)
 class ClientCanaries:
-    """A client's canaries in one round, as `clients.canaries` wants them.
+    """A client's canaries in one round, as `clients.training.canaries` wants them.
 
     Attributes:
         design: all canaries.
         partition: whose these are.
-        ships: the factors that come back; canaries push along nothing else.
+        uploaded: the factors that come back; canaries push along nothing else.
         names: group -> the tensors that its canaries push along, known once the round is trained.
     """
 
     design: Design
     partition: int
-    ships: frozenset[str]
+    uploaded: frozenset[str]
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def members(self) -> Indices:
@@ -88,8 +88,8 @@ class ClientCanaries:
         return np.flatnonzero(np.concatenate(coins))
 
     def rows(self, trained: Mapping[str, Tensor]) -> Rows:
-        """See `clients.canaries.Canaries`."""
-        self.names = named_groups(trained, self.ships, self.design.counts)
+        """See `clients.training.canaries.Canaries`."""
+        self.names = named_groups(trained, self.uploaded, self.design.counts)
         length = LOUDNESS * self.design.max_grad_norm
         spread: dict[str, Tensor] = {}
         for group, names in self.names.items():
@@ -115,12 +115,12 @@ class ClientCanaries:
 
 
 def named_groups(
-    trained: Mapping[str, Tensor], ships: frozenset[str], groups: Mapping[str, object]
+    trained: Mapping[str, Tensor], uploaded: frozenset[str], groups: Mapping[str, object]
 ) -> dict[str, tuple[str, ...]]:
     """The trained tensors of each group that a client sends, factors as ``query.A``."""
     factors = [name for name in trained if _is_factor(name)]
     tensors = {
-        FACTORS: tuple(name for name in factors if name.rpartition(".")[2] in ships),
+        FACTORS: tuple(name for name in factors if name.rpartition(".")[2] in uploaded),
         HEAD: tuple(name for name in trained if not _is_factor(name)),
     }
     return {group: tensors[group] for group in groups}

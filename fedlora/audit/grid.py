@@ -9,15 +9,15 @@ from uuid import uuid4
 
 from flwr.app import Message, MessageType
 
-from clients.carry_out import Node, evaluate_order, load, set_up, train_order
-from clients.private import train_private
+from clients.execute import Node, evaluate_order, load, set_up, train_instruction
+from clients.training.dp_sgd import train_private
 from fedlora import wire
 from fedlora.audit.canaries import ClientCanaries, Design
 from fedlora.audit.views import ServerView, tensors_of
 from fedlora.config import RunConfig
-from fedlora.engines.local_grid import LocalGrid
-from fedlora.factors import Tensors
-from fedlora.seeding import derive
+from fedlora.core.factors import Tensors
+from fedlora.core.seeding import derive
+from fedlora.simulation.local_grid import LocalGrid
 
 LARGER = 4
 """Batches of the rehearsal / those of the client: the expected step is the same, and nearer to its mean."""
@@ -47,7 +47,7 @@ class AuditGrid(LocalGrid):
         replies = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-            order = wire.decode_order(message.content)
+            order = wire.decode_instruction(message.content)
             node = Node(
                 partition_id=self.partition_ids[message.metadata.dst_node_id],
                 state_dir=self._state_dir,
@@ -60,29 +60,29 @@ class AuditGrid(LocalGrid):
             replies.append(Message(wire.encode_reply(reply), reply_to=message))
         return replies
 
-    def _train(self, order: wire.TrainOrder, node: Node) -> wire.Reply:
-        canaries = ClientCanaries(self._design, node.partition_id, order.ships)
-        reply = train_order(order, self._config, replace(node, canaries=canaries))
+    def _train(self, order: wire.TrainInstruction, node: Node) -> wire.Reply:
+        canaries = ClientCanaries(self._design, node.partition_id, order.uploaded)
+        reply = train_instruction(order, self._config, replace(node, canaries=canaries))
         if reply.status == wire.OK:
             self._view.see(canaries, tensors_of(reply.arrays), rehearsal(order, self._config, node))
         return reply
 
 
-def rehearsal(order: wire.TrainOrder, config: RunConfig, node: Node) -> Tensors:
+def rehearsal(order: wire.TrainInstruction, config: RunConfig, node: Node) -> Tensors:
     """What a client would send without canaries and without noise, by larger batches of the attacker's own.
 
     Under differential privacy the attacker may know everything but the coin, the other examples included.
     """
     ready = set_up(order, config, node)
     assert not isinstance(ready, wire.Reply)  # the client has just carried out the same order
-    worker, opened = ready
-    modules = load(worker, opened, order, config)
-    privacy, indices = config.privacy, worker.data.indices(node.partition_id)
+    runtime, resolved = ready
+    modules = load(runtime, resolved, order, config)
+    privacy, indices = config.privacy, runtime.data.indices(node.partition_id)
     result = train_private(
-        worker.model,
-        worker.data.train,
+        runtime.model,
+        runtime.data.train,
         indices,
-        worker.data.pad_token_id,
+        runtime.data.pad_token_id,
         replace(config.train, batch_size=min(len(indices), LARGER * config.train.batch_size)),
         local_steps=config.local_steps_of(node.partition_id),
         noise_multiplier=0.0,
@@ -91,4 +91,4 @@ def rehearsal(order: wire.TrainOrder, config: RunConfig, node: Node) -> Tensors:
         clipping=privacy.clipping,
         max_physical_batch_size=privacy.max_physical_batch_size,
     )
-    return tensors_of(wire.to_peft(result.adapters, result.head, order.ships, modules))
+    return tensors_of(wire.to_peft(result.adapters, result.head, order.uploaded, modules))

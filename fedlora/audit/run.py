@@ -23,13 +23,13 @@ from fedlora.audit.canaries import FACTORS, HEAD, Design
 from fedlora.audit.grid import AuditGrid
 from fedlora.audit.membership import Membership, membership
 from fedlora.audit.views import ServerView, final_scores
-from fedlora.checks import check
 from fedlora.config import RunConfig
-from fedlora.engines.simulate import quiet
+from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.federation import Federation
-from fedlora.runs import RunDirectory
-from fedlora.updates import State
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.server.validate import check
+from fedlora.simulation.simulate import quiet
 
 SERVER, FINAL = "server", "final-model"
 CANARIES = 512
@@ -100,7 +100,7 @@ def audit(
     quiet()
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
         home = Path(directory)
-        federation = Federation(config, RunDirectory(home / "run"), progress, home / "clients")
+        federation = FederatedRun(config, RunDirectory(home / "run"), progress, home / "clients")
         design = design_of(federation, canaries)
         view = ServerView(design, _exposure(federation))
         before = federation.state
@@ -134,7 +134,7 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
             f"privacy.grad-sample-mode = {config.privacy.grad_sample_mode!r}: an audit adds gradients of its "
             'own to those of the examples, which only "hooks" keeps'
         )
-    if not rule.facts.ships and config.model.head != "train":
+    if not rule.facts.uploaded and config.model.head != "train":
         raise ConfigError(f"strategy.name = {config.strategy.name!r}: clients send nothing, so nothing leaks")
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
@@ -153,7 +153,7 @@ def audited(config: RunConfig) -> RunConfig:
     )
 
 
-def design_of(federation: Federation, canaries: int) -> Design:
+def design_of(federation: FederatedRun, canaries: int) -> Design:
     """So many canaries in each group over all clients, as far as the shipped tensors have dimensions."""
     config, clients = federation.config, sorted(federation.partitions)
     each = -(-canaries // len(clients))
@@ -166,7 +166,7 @@ def design_of(federation: Federation, canaries: int) -> Design:
     )
 
 
-def _dimensions(federation: Federation) -> dict[str, int]:
+def _dimensions(federation: FederatedRun) -> dict[str, int]:
     """The fewest numbers of each group that a client ships in a round."""
     config, rule, state = federation.config, federation.strategy.rule, federation.state
     broadcasts = [
@@ -175,32 +175,32 @@ def _dimensions(federation: Federation) -> dict[str, int]:
         for done in range(config.num_server_rounds)
     ]
     factors = [
-        sum(b.adapters[n].tensors()[x].numel() for n in b.modules for x in b.ships & b.trains)
+        sum(b.adapters[n].tensors()[x].numel() for n in b.modules for x in b.uploaded & b.trained)
         for b in broadcasts
     ]
     head = sum(tensor.numel() for tensor in state.head.values())
     return {FACTORS: min(factors), HEAD: head}
 
 
-def _exposure(federation: Federation) -> dict[int, float]:
-    config, data = federation.config, federation.worker.data
+def _exposure(federation: FederatedRun) -> dict[int, float]:
+    config, data = federation.config, federation.runtime.data
     return {
         p: config.local_steps_of(p) * config.train.batch_size / len(data.indices(p))
         for p in federation.partitions
     }
 
 
-def unmeasured(federation: Federation) -> str:
+def unmeasured(federation: FederatedRun) -> str:
     """Why the final model cannot be attacked along the clients' directions; empty if it can."""
     facts, config = federation.strategy.rule.facts, federation.config
     ranks = {config.rank_of(p) for p in federation.partitions}
-    if not facts.mean or facts.turns or len(ranks) > 1:
+    if not facts.mean or facts.rotates_basis or len(ranks) > 1:
         return f"{facts.name} publishes no mean of what is shipped, in the clients' own coordinates"
     return ""
 
 
 def _bounds(
-    federation: Federation, view: ServerView, before: State, confidence: float
+    federation: FederatedRun, view: ServerView, before: State, confidence: float
 ) -> dict[str, dict[str, Bound]]:
     groups = list(view.design.counts)
     views = [SERVER] if unmeasured(federation) else [SERVER, FINAL]
@@ -216,14 +216,14 @@ def _bounds(
     return bounds
 
 
-def _membership(federation: Federation) -> Membership:
+def _membership(federation: FederatedRun) -> Membership:
     """By the loss of the final model; the clients' examples are the members."""
-    worker, state = federation.worker, federation.state
+    runtime, state = federation.runtime, federation.state
     patches = {patch.digest(): patch for patch in state.base}
-    worker.move_to(tuple(patches), patches.__getitem__)
-    worker.model.load(state.adapters, state.head)
-    data = worker.data
+    runtime.move_to(tuple(patches), patches.__getitem__)
+    runtime.model.load(state.adapters, state.head)
+    data = runtime.data
     members = np.concatenate([data.indices(p) for p in sorted(federation.partitions)])
-    inside = evaluate(worker.model, data.train, members, data.pad_token_id)
-    outside = evaluate(worker.model, data.test, np.arange(len(data.test)), data.pad_token_id)
+    inside = evaluate(runtime.model, data.train, members, data.pad_token_id)
+    outside = evaluate(runtime.model, data.test, np.arange(len(data.test)), data.pad_token_id)
     return membership(-inside.losses, -outside.losses)

@@ -14,8 +14,8 @@ import numpy as np
 from fedlora import wire
 from fedlora.audit.attack import Coins, Scores
 from fedlora.audit.canaries import ClientCanaries, Design, flat
-from fedlora.factors import Tensors
-from fedlora.updates import State
+from fedlora.core.factors import Tensors
+from fedlora.core.state import State
 
 
 @dataclass(slots=True)

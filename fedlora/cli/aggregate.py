@@ -16,7 +16,7 @@ from fedlora.cli.console import one_line_errors, out
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
-    from fedlora.aggregate import Outcome
+    from fedlora.merge.aggregate import Outcome
 
 
 @one_line_errors
@@ -48,8 +48,8 @@ def aggregate(
 
     Example: fedlora aggregate --strategy flora --weights 3,1 --out global clients/a clients/b
     """
-    from fedlora.aggregate import Request
-    from fedlora.aggregate import aggregate as carry_out
+    from fedlora.merge.aggregate import Request
+    from fedlora.merge.aggregate import aggregate as carry_out
 
     request = Request(
         adapters=adapters,
@@ -114,7 +114,7 @@ def summary_lines(adapters: Sequence[Path], outcome: Outcome, *, equal: bool) ->
     found = outcome.diagnostics
     lines = [
         f"{outcome.strategy} over {len(adapters)} adapters of {outcome.modules} modules"
-        + (", equal weights (no --weights)" if equal and not outcome.own_weights else "")
+        + (", equal weights (no --weights)" if equal and not outcome.custom_weights else "")
     ]
     for path, weight, ranks in zip(adapters, outcome.weights, outcome.ranks_in, strict=True):
         lines.append(f"  weight {weight:.4f}  rank {_ranks(ranks):8} {path}")

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.markup import escape
 
+from fedlora.core.files import user_path
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
-from fedlora.files import user_path
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)

@@ -40,7 +40,7 @@ def init(
 
     Example: fedlora federation init hospitals --nodes 3 --host fl.example.org
     """
-    from fedlora.deployment.create import create
+    from fedlora.deployment.operator.create import create
 
     layout = create(directory, nodes, host, port=port, data=data)
     out.print(f"[bold]{escape(str(directory))}[/bold]: {nodes} nodes, server {layout.host}:{layout.port}")
@@ -59,8 +59,8 @@ def up(
 
     Example: fedlora federation up hospitals
     """
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.loopback import Loopback
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.loopback import Loopback
 
     layout = open_layout(directory)
     if detach:
@@ -84,8 +84,8 @@ def down(directory: Directory) -> None:
 
     Example: fedlora federation down hospitals
     """
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.loopback import bring_down
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.loopback import bring_down
 
     bring_down(open_layout(directory))
     _say("stopped")
@@ -97,9 +97,9 @@ def status(directory: Directory) -> None:
 
     Example: fedlora federation status hospitals
     """
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.operate import node_states
-    from fedlora.deployment.running import control_port
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.operate import node_states
+    from fedlora.deployment.operator.running import control_port
 
     layout = open_layout(directory)
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -119,9 +119,9 @@ def register(directory: Directory) -> None:
 
     Example: fedlora federation register hospitals
     """
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.operate import node_states
-    from fedlora.deployment.operate import register as register_all
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.operate import node_states
+    from fedlora.deployment.operator.operate import register as register_all
 
     layout = open_layout(directory)
     register_all(layout)
@@ -136,8 +136,8 @@ def check(
 
     Example: fedlora federation check hospitals/nodes/node-0
     """
-    from fedlora.data.own import read_own
-    from fedlora.deployment.node import own_of, read_node
+    from clients.node_settings import own_of, read_node
+    from fedlora.prepared.node_data import read_own
 
     settings = read_node(directory)
     own = own_of(settings)
@@ -167,7 +167,7 @@ def gate(
     control_port: Annotated[int, typer.Option("--control-port", help="The SuperLink's own port.")] = 8001,
 ) -> None:
     """Let SuperNodes through to the SuperLink, and nobody else; ``gate.sh`` calls it."""
-    from fedlora.deployment.gate import serve_gate
+    from fedlora.deployment.superlink.proxy import serve_gate
 
     serve_gate(directory, host, port, control_port)
 
@@ -178,8 +178,8 @@ def _detached(directory: Path, port: int) -> None:
     Raises:
         RunFailed: it ended before.
     """
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.running import is_ready, supervisor
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.running import is_ready, supervisor
     from fedlora.errors import ConfigError, RunFailed
 
     layout = open_layout(directory)

@@ -24,9 +24,9 @@ def pretrain(
 
     Example: fedlora pretrain vit --data fashion-mnist
     """
-    from fedlora.vision.backbones import PRETRAINED
-    from fedlora.vision.pretraining import CARD
-    from fedlora.vision.pretraining import pretrain as carry_out
+    from fedlora.data.image_reader import PRETRAINED
+    from fedlora.models.vision.pretraining import CARD
+    from fedlora.models.vision.pretraining import pretrain as carry_out
 
     line = f"pretraining {kind} on {data}"
     home, facts = carry_out(kind, data, lambda steps: _tracked(steps, line))

@@ -37,7 +37,7 @@ def audit(
     from fedlora.audit.run import audit as carry_out
     from fedlora.audit.run import check_audit
     from fedlora.config import parse_overrides, read_config
-    from fedlora.engines.progress import RoundProgress
+    from fedlora.server.progress import RoundProgress
 
     settings = read_config(config, parse_overrides(set_))
     check_audit(settings, canaries, confidence)

@@ -10,7 +10,7 @@ from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
-    from fedlora.vision.probe import Probe
+    from fedlora.models.vision.probe import Probe
 
 
 @one_line_errors
@@ -31,10 +31,10 @@ def probe(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
 
 
 def _probed(settings: RunConfig) -> Probe:
+    from fedlora.data.image_reader import image_format
     from fedlora.models import build_model
+    from fedlora.models.vision.probe import linear_probe
     from fedlora.tasks.images import ImageClassification
-    from fedlora.vision.backbones import image_format
-    from fedlora.vision.probe import linear_probe
 
     if settings.task != ImageClassification.name:
         raise ConfigError(

@@ -84,7 +84,7 @@ def compare(
     Example: fedlora compare experiments/demo.toml --out runs/demo
     """
     from fedlora.config import parse_overrides, read_config
-    from fedlora.study.runner import run_study
+    from fedlora.study.execute.runner import run_study
 
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(f"runs/{config.stem}")
@@ -117,7 +117,7 @@ def evaluate(
     if lm_eval:
         _by_harness(adapter, lm_eval, limit, as_json)
         return
-    from fedlora.evaluate import evaluate_adapter
+    from fedlora.evaluation.adapter import evaluate_adapter
 
     result = evaluate_adapter(adapter, data, text_column=text_column, label_column=label_column)
     if as_json:
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def _by_harness(adapter: Path, tasks: str, limit: int, as_json: bool) -> None:
-    from fedlora.harness import evaluate_by_harness
+    from fedlora.evaluation.lm_eval import evaluate_by_harness
 
     result = evaluate_by_harness(adapter, tasks, limit=limit)
     if as_json:
@@ -146,15 +146,15 @@ def _measured(result: dict[str, Any]) -> str:
 
 
 def _simulated(settings: RunConfig, path: Path, resume: bool) -> dict[str, Any]:
-    from fedlora.engines.simulate import simulate
+    from fedlora.simulation.simulate import simulate
 
     return simulate(settings, path, resume=resume)
 
 
 def _deployed(settings: RunConfig, path: Path, resume: bool, federation: Path) -> dict[str, Any]:
-    from fedlora.deployment.layout import open_layout
-    from fedlora.deployment.submit import submit
-    from fedlora.engines.progress import RoundProgress
+    from fedlora.deployment.operator.layout import open_layout
+    from fedlora.deployment.operator.submit import submit
+    from fedlora.server.progress import RoundProgress
 
     layout = open_layout(federation)
     with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedlora.cli.console import one_line_errors, out
 
-COLUMNS = ("name", "exact", "mixed_ranks", "moves_base", "client_dp", "up", "down", "paper")
+COLUMNS = ("name", "exact", "mixed_ranks", "updates_base", "client_dp", "up", "down", "paper")
 """Facts that ``fedlora strategies`` shows in columns; ``--json`` has all of them."""
 
 
@@ -23,7 +23,7 @@ def strategies(
 
     Example: fedlora strategies --json
     """
-    from strategies.table import deviations, fact_rows
+    from strategies.registry import deviations, fact_rows
 
     rows = fact_rows()
     if as_json:

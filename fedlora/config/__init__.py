@@ -6,8 +6,15 @@ only booleans, integers, floats and strings, so lists are comma strings and stru
 """
 
 from fedlora.config.checks import Scalar, float_list, int_list, name_list
-from fedlora.config.files import parse_overrides, read_config, unflatten
-from fedlora.config.flat import FlatConfig, flatten, from_flat, to_flat
+from fedlora.config.files import (
+    FlatConfig,
+    flatten,
+    from_flat,
+    parse_overrides,
+    read_config,
+    to_flat,
+    unflatten,
+)
 from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.run import ClientGroup, RunConfig
 from fedlora.config.sections import (

@@ -256,7 +256,7 @@ class TrackingConfig:
     """Who else is told about each round; it changes no result."""
 
     tool: str = "none"
-    """``none``, ``tensorboard``, ``wandb`` (offline), ``mlflow`` or ``trackio``; see `fedlora.tracking`."""
+    """``none``, ``tensorboard``, ``wandb`` (offline), ``mlflow``, ``trackio``; `fedlora.server.tracking`."""
 
     def __post_init__(self) -> None:
         one_of("tracking.tool", self.tool, ("none", "tensorboard", "wandb", "mlflow", "trackio"))

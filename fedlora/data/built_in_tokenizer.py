@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedlora.data.chat import Chats
-from fedlora.data.chat_template import ChatSettings
+from fedlora.data.chat.template import ChatSettings
+from fedlora.data.chat.tokenise import Chats
 
 
 class BuiltInTokenizer(Chats):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedlora.config import DataConfig, name_list
-from fedlora.data.chat_columns import KEY, conversation_texts, usual_columns
+from fedlora.data.chat.columns import KEY, conversation_texts, usual_columns
 from fedlora.data.values import as_names, as_texts, class_names, refuse_empty
 from fedlora.errors import ConfigError
 
@@ -50,8 +50,8 @@ class Columns:
         domain: by what accuracy is also reported.
         group: what must not be split between train and test.
         natural: the column whose values are the clients, where that is none of the other parts.
-        conversations: the texts are conversations, see `fedlora.data.conversations`: a column of messages, or
-            prompt and response, or prompt, input and response.
+        conversations: the texts are conversations, see `fedlora.data.chat.conversations`: a column of
+            messages, or prompt and response, or prompt, input and response.
     """
 
     texts: tuple[str, ...]

@@ -12,8 +12,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from fedlora.seeding import stream
-from fedlora.vision.images import ImageFormat, Images, image_batch
+from fedlora.core.seeding import stream
+from fedlora.data.images import ImageFormat, Images, image_batch
 
 IMAGE = b"image"
 """In an Arrow file's metadata: the form of its images as JSON."""

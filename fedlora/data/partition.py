@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedlora.config import DataConfig
+from fedlora.core.seeding import derive, stream
 from fedlora.data.columns import BY_NATURE, NATURAL, codes_of, in_order
 from fedlora.errors import ConfigError
-from fedlora.seeding import derive, stream
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,14 +22,14 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
-from fedlora.assets import cache_dir
+from fedlora.assets.fetch import cache_dir
 from fedlora.config import DataConfig
+from fedlora.data.builtin.newsgroups import newsgroups_tables
+from fedlora.data.builtin.novels import novels_table
+from fedlora.data.builtin.sentiment import sentiment_table
+from fedlora.data.builtin.synthetic import synthetic_table
 from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, names_in, standard
-from fedlora.data.newsgroups import newsgroups_tables
-from fedlora.data.novels import novels_table
-from fedlora.data.sentiment import sentiment_table
 from fedlora.data.split import split_table, split_texts
-from fedlora.data.synthetic import synthetic_table
 from fedlora.data.text_files import DELIMITERS, JSON, kind_of, read_text_files
 from fedlora.data.values import python_values
 from fedlora.errors import AssetError, ConfigError, first_line

@@ -9,9 +9,9 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 import pyarrow as pa
 
+from fedlora.core.seeding import stream
 from fedlora.data.columns import PICTURE, TEXTS
 from fedlora.errors import ConfigError
-from fedlora.seeding import stream
 
 _WORD = re.compile(r"\w+")
 PARAGRAPH = "\n\n"

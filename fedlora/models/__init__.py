@@ -3,12 +3,11 @@
 Importing this package imports transformers and PEFT (seconds); do it where a model is needed.
 """
 
-from fedlora.models.adapted import AdaptedModel
+from fedlora.models.adapted import AdaptedModel, Trainable
 from fedlora.models.build import TINY_VOCAB_SIZE, build_model, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter
 from fedlora.models.fit import check_fit, check_length, check_padding
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
-from fedlora.models.trainable import Trainable
 
 __all__ = [
     "TINY_VOCAB_SIZE",

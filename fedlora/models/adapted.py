@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,16 +13,28 @@ from peft import LoraConfig as PeftLoraConfig
 from peft.functional import inject_adapter_in_model, set_adapter
 from torch import Tensor, nn
 
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
+from fedlora.core.state import ModuleSpec, RankRegularizer, Template
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
-from fedlora.models.core import CoredOutput
+from fedlora.models.base_weights import PatchedBase
+from fedlora.models.cored import CoredOutput
+from fedlora.models.gradient_checkpointing import recomputed
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers
-from fedlora.models.moving import MovingBase
-from fedlora.models.recomputed import recomputed
-from fedlora.models.shared import hashes
-from fedlora.models.trainable import Trainable
+from fedlora.models.shared_memory import hashes
 from fedlora.tasks import CLASSIFICATION, Task
-from fedlora.updates import ModuleSpec, TailPenalty, Template
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """The parameters that a client trains; ``query.A`` is the factor A of ``query``."""
+
+    factors: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+    tail: RankRegularizer | None = None
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return [*self.factors.values(), *self.head.values()]
 
 
 class AdaptedModel:
@@ -37,7 +50,8 @@ class AdaptedModel:
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
         precision: what training passes are computed in, see `computing`.
-        checkpointing: whether they keep only the inputs of blocks, see `fedlora.models.recomputed`.
+        checkpointing: whether they keep only the inputs of blocks, see
+        `fedlora.models.gradient_checkpointing`.
     """
 
     def __init__(self, module: nn.Module, modules: Collection[str], task: Task = CLASSIFICATION) -> None:
@@ -51,7 +65,7 @@ class AdaptedModel:
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}
         self.initial_head: Tensors = {n: _copy(p) for n, p in head_tensors(module).items()}
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
-        self.base = MovingBase(layers)
+        self.base = PatchedBase(layers)
         self._head = head_tensors(module)
         for parameter in self._head.values():
             parameter.data = parameter.data.clone()
@@ -64,7 +78,7 @@ class AdaptedModel:
         self.checkpointing = False
         self._adapters: set[str] = set()
         self._active = ""
-        self._tail: TailPenalty | None = None
+        self._tail: RankRegularizer | None = None
 
     @property
     def device(self) -> torch.device:
@@ -97,18 +111,18 @@ class AdaptedModel:
         adapters: AdapterSet,
         head: Mapping[str, Tensor],
         *,
-        trains: frozenset[str] = frozenset(),
+        trained: frozenset[str] = frozenset(),
         modules: frozenset[str] | None = None,
         dropout: float = 0.0,
         train_head: bool = False,
-        tail: TailPenalty | None = None,
+        tail: RankRegularizer | None = None,
     ) -> None:
         """Make these values the model's own; nothing of the last client remains.
 
         Args:
             adapters: factors of one rank for every adapted layer.
             head: head tensors; those not given take their initial values.
-            trains: the factors that will be trained, a subset of {"A", "B", "R"}.
+            trained: the factors that will be trained, a subset of {"A", "B", "R"}.
             modules: the layers whose factors will be trained; None means all.
             dropout: on the adapter's input, while training.
             train_head: whether the head will be trained.
@@ -126,9 +140,9 @@ class AdaptedModel:
             layer = self._lora(name)
             layer.scaling[self._active] = factors.scaling
             layer.lora_dropout[self._active].p = dropout
-            trained = modules is None or name in modules
+            chosen = modules is None or name in modules
             for letter, parameter in self._factors(name).items():
-                _assign(parameter, factors.tensors()[letter], trained and letter in trains)
+                _assign(parameter, factors.tensors()[letter], chosen and letter in trained)
         for name, parameter in self._head.items():
             _assign(parameter, head.get(name, self.initial_head[name]), train_head)
         self.module.eval()

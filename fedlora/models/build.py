@@ -20,16 +20,16 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedlora.built_in import BUILT_IN_MODELS, model_directory
+from fedlora.assets.loading import pretrained
+from fedlora.assets.models import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
+from fedlora.core.heads import draw_head
+from fedlora.core.seeding import drawn_from
 from fedlora.errors import ConfigError
-from fedlora.heads import draw_head
-from fedlora.loading import pretrained
 from fedlora.models.fit import pad_in_front
-from fedlora.models.four_bit import quantise
 from fedlora.models.layers import head_tensors
-from fedlora.seeding import drawn_from
-from fedlora.vision.backbones import image_classifier
+from fedlora.models.quantized import quantise
+from fedlora.models.vision.backbones import image_classifier
 
 TINY_VOCAB_SIZE = 1000
 TINY_LM_VOCAB_SIZE = 258

@@ -19,18 +19,18 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from fedlora.built_in import RANDOM_MODELS, model_directory
+from fedlora.assets.models import RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
-from fedlora.decompositions import svd
+from fedlora.core.decompositions import svd
+from fedlora.core.factors import PLAIN, AdapterSet, LoraFactors, Product, Tensors
+from fedlora.core.files import new_directory
+from fedlora.core.parallel import parallel_map
+from fedlora.core.peft_keys import PREFIX, key_of, to_peft
+from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.factors import PLAIN, AdapterSet, LoraFactors, Product, Tensors
-from fedlora.files import new_directory
 from fedlora.models.build import build_model
 from fedlora.models.reloaded import check_reloads
-from fedlora.peft_keys import PREFIX, key_of, to_peft
 from fedlora.tasks import CLASSIFICATION, task_named
-from fedlora.threads import side_by_side
-from fedlora.updates import State
 
 CARD_FILE = "fedlora.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -193,7 +193,7 @@ def global_adapters(state: State) -> AdapterSet:
             return _recompressed(state.product(name))
         return state.adapters[name].folded()
 
-    return dict(zip(state.adapters, side_by_side(whole, state.adapters), strict=True))
+    return dict(zip(state.adapters, parallel_map(whole, state.adapters), strict=True))
 
 
 def peft_config(adapters: AdapterSet, head: Tensors, **fields: Any) -> PeftLoraConfig:

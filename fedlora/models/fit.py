@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from fedlora.config import ModelConfig
 from fedlora.data.examples import Examples, collate
-from fedlora.data.prepared import Prepared
 from fedlora.errors import ConfigError, named_line
+from fedlora.prepared.cache import Prepared
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 from fedlora.tasks.task import inputs, takes_types
 

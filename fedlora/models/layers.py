@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.config import name_list
+from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError
-from fedlora.updates import ModuleSpec
 
 LinearLayer: TypeAlias = nn.Linear | Conv1D
 """A layer that can take an adapter."""

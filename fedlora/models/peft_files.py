@@ -12,12 +12,12 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.core.peft_keys import PREFIX, from_peft
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.models.export import CARD_FILE, TENSORS_FILE, AdapterCard
+from fedlora.models.peft_config import PlainLora
 from fedlora.models.peft_names import plain_names
-from fedlora.models.plain_lora import PlainLora
-from fedlora.peft_keys import PREFIX, from_peft
 
 PICKLE_FILE = "adapter_model.bin"
 EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")

@@ -13,13 +13,13 @@ from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from fedlora.core.factors import AdapterSet, check_same_modules
+from fedlora.core.peft_keys import from_peft
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, check_same_modules
+from fedlora.models.base_weights import PatchedBase
 from fedlora.models.layers import LinearLayer
-from fedlora.models.moving import MovingBase
-from fedlora.peft_keys import from_peft
 
-_moving: WeakKeyDictionary[nn.Module, MovingBase] = WeakKeyDictionary()
+_moving: WeakKeyDictionary[nn.Module, PatchedBase] = WeakKeyDictionary()
 """Models whose base this process moves."""
 SAME = 1e-6
 """Relative difference up to which two scalings are one."""
@@ -87,14 +87,14 @@ def _origin(model: Any, layer: Any) -> str:
     return f"lora_alpha {alpha:g}, r {rank}" + (", use_rslora" if layer.use_rslora.get(adapter) else "")
 
 
-def moving_base(model: Any) -> MovingBase:
+def moving_base(model: Any) -> PatchedBase:
     """The base weights under the model's LoRA layers, always the same object for the same model.
 
     Raises:
         ConfigError: as `lora_layers`.
     """
     if model not in _moving:
-        _moving[model] = MovingBase({n: layer.get_base_layer() for n, layer in lora_layers(model).items()})
+        _moving[model] = PatchedBase({n: layer.get_base_layer() for n, layer in lora_layers(model).items()})
     return _moving[model]
 
 

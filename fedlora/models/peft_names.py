@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fedlora.core.peft_keys import PREFIX
 from fedlora.errors import ConfigError
-from fedlora.peft_keys import PREFIX
 
 WRAPPERS = {
     "_orig_mod": "torch.compile",

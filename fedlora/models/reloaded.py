@@ -13,9 +13,9 @@ from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch import nn
 
+from fedlora.core.factors import AdapterSet
+from fedlora.core.peft_keys import PREFIX
 from fedlora.errors import RunFailed, first_line
-from fedlora.factors import AdapterSet
-from fedlora.peft_keys import PREFIX
 
 CLOSE = 1e-6
 FAILED = "PEFT does not load what was to be written"

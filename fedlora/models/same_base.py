@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
+from fedlora.core.files import user_path
 from fedlora.errors import ConfigError
-from fedlora.files import user_path
 from fedlora.models.peft_files import PeftAdapter
 
 NAME = "base_model_name_or_path"

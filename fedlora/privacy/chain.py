@@ -19,8 +19,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from fedlora.core.files import write_atomic
 from fedlora.errors import LedgerRefused
-from fedlora.files import write_atomic
 
 LOCK_SECONDS = 60.0
 """The lock is held for milliseconds, and the system frees it when its holder dies."""

@@ -5,6 +5,6 @@
 
 from fedlora.tasks.classification import CLASSIFICATION
 from fedlora.tasks.registry import TASKS, task_named
-from fedlora.tasks.task import Encoded, Judged, Task
+from fedlora.tasks.task import Encoded, ExampleMetrics, Task
 
-__all__ = ["CLASSIFICATION", "TASKS", "Encoded", "Judged", "Task", "task_named"]
+__all__ = ["CLASSIFICATION", "TASKS", "Encoded", "ExampleMetrics", "Task", "task_named"]

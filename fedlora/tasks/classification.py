@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
-from fedlora.tasks.task import Encoded, Judged, Rows, inputs
+from fedlora.tasks.task import Encoded, ExampleMetrics, Rows, inputs
 from fedlora.tasks.text import TextTask, made_up_text
 
 
@@ -50,14 +50,14 @@ class Classification(TextTask):
         exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(exact, batch["labels"], reduction=reduction)
 
-    def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
+    def evaluate_batch(self, module: nn.Module, batch: Mapping[str, Tensor]) -> ExampleMetrics:
         """One unit for each example."""
         logits = module(**inputs(module, batch)).logits
         losses = cross_entropy(logits.float(), batch["labels"], reduction="none").cpu().numpy()
         right = (logits.argmax(dim=-1) == batch["labels"]).long().cpu().numpy()
-        return Judged(losses, np.ones_like(right), right)
+        return ExampleMetrics(losses, np.ones_like(right), right)
 
-    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+    def synthetic_examples(self, number: int, config: Any, pad_token_id: int) -> Examples:
         """Texts of unequal length, the labels in turn."""
         return made_up_text(number, config, pad_token_id)
 

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.config import DataConfig
+from fedlora.core.seeding import stream
 from fedlora.data.columns import NATURAL, PICTURE, Columns, standard
 from fedlora.data.examples import Examples
-from fedlora.seeding import stream
+from fedlora.data.images import ImageData, ImageFormat, Images
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Encoded, Rows
-from fedlora.vision.images import ImageData, ImageFormat, Images
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +48,7 @@ class ImageClassification(Classification):
 
     def reader(self, model: str, chat: Any = None) -> Any:
         """The form of the model's images."""
-        from fedlora.vision.backbones import image_format
+        from fedlora.data.image_reader import image_format
 
         return ImageReader(image_format(model))
 
@@ -66,8 +66,8 @@ class ImageClassification(Classification):
         Raises:
             ConfigError: no such data or column, a picture that cannot be decoded, labels that do not fit.
         """
-        from fedlora.vision.built_in import SOURCES, built_in_images
-        from fedlora.vision.own import held_apart, own_images
+        from fedlora.data.builtin.image_sets import SOURCES, built_in_images
+        from fedlora.data.image_files import held_apart, own_images
 
         if config.name in SOURCES:
             return held_apart(built_in_images(config.name, form), config)
@@ -77,8 +77,8 @@ class ImageClassification(Classification):
         self, source: Dataset, columns: Columns, config: DataConfig, reader: Any, where: str
     ) -> pa.Table:
         """The label, and the pictures in the model's form, as bytes; without a reader in that of NATIVE."""
-        from fedlora.vision.built_in import NATIVE
-        from fedlora.vision.own import decoded
+        from fedlora.data.builtin.image_sets import NATIVE
+        from fedlora.data.image_files import decoded
 
         table = standard(source, columns, where)
         form = NATIVE if reader is None else reader.form
@@ -89,7 +89,7 @@ class ImageClassification(Classification):
         values = [np.frombuffer(pixels, dtype=np.uint8) for batch in batches for pixels in batch[PICTURE]]
         return Encoded(values, np.arange(len(values)), image=reader.form)
 
-    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+    def synthetic_examples(self, number: int, config: Any, pad_token_id: int) -> Examples:
         """Noise, the labels in turn."""
         form = ImageFormat(
             size=config.image_size, channels=config.num_channels,

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from fedlora.data.chat import sequences
-from fedlora.data.chat_template import TODAY, writes_date
+from fedlora.data.chat.conversations import Conversation, prompted
+from fedlora.data.chat.template import TODAY, writes_date
+from fedlora.data.chat.tokenise import sequences
 from fedlora.data.columns import ROW
-from fedlora.data.conversations import Conversation, prompted
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
 from fedlora.tasks.language import LanguageTask
@@ -18,11 +18,12 @@ from fedlora.tasks.task import Encoded, Rows
 
 
 class Instruction(LanguageTask):
-    """Conversations in one of the forms of `fedlora.data.conversations`.
+    """Conversations in one of the forms of `fedlora.data.chat.conversations`.
 
     ``data.text-column`` names the columns where they are called otherwise: one for messages, two for prompt
     and response, three with an input between them. A conversation is an example, or several where the chat
-    template rewrites earlier turns, see `fedlora.data.chat`; each is cut to ``data.max-length`` tokens.
+    template rewrites earlier turns, see `fedlora.data.chat.tokenise`; each is cut to ``data.max-length``
+    tokens.
     """
 
     name = "instruction"

@@ -19,7 +19,7 @@ from fedlora.config import DataConfig
 from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
-from fedlora.tasks.task import Judged, inputs
+from fedlora.tasks.task import ExampleMetrics, inputs
 from fedlora.tasks.text import TextTask, made_up_text
 
 IGNORED = -100
@@ -58,15 +58,15 @@ class LanguageTask(TextTask):
             return means
         return means.mean() if reduction == "mean" else means.sum()
 
-    def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
+    def evaluate_batch(self, module: nn.Module, batch: Mapping[str, Tensor]) -> ExampleMetrics:
         """One unit for each counted token; a hit is a token that was the most likely one."""
         losses, counted, likeliest = token_losses(module, batch)
         units = counted.sum(dim=1)
         right = ((likeliest == batch["input_ids"][:, 1:]) & counted).sum(dim=1)
         means = (losses.sum(dim=1) / units).float()
-        return Judged(means.cpu().numpy(), units.cpu().numpy(), right.cpu().numpy())
+        return ExampleMetrics(means.cpu().numpy(), units.cpu().numpy(), right.cpu().numpy())
 
-    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+    def synthetic_examples(self, number: int, config: Any, pad_token_id: int) -> Examples:
         """Texts of unequal length, of which every token but the first counts."""
         return made_up_text(number, config, pad_token_id)
 

@@ -12,10 +12,10 @@ import pyarrow as pa
 from torch import Tensor, nn
 
 from fedlora.config import DataConfig
-from fedlora.data.chat_template import ChatSettings
+from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import Columns
 from fedlora.data.examples import Examples
-from fedlora.vision.images import ImageFormat
+from fedlora.data.images import ImageFormat
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ class Encoded:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ExampleMetrics:
     """What a model makes of a batch, example by example.
 
     Attributes:
@@ -142,10 +142,10 @@ class Task(Protocol):
             reduction: ``none``, ``mean`` or ``sum``, over examples.
         """
 
-    def judge(self, module: nn.Module, batch: Mapping[str, Tensor]) -> Judged:
+    def evaluate_batch(self, module: nn.Module, batch: Mapping[str, Tensor]) -> ExampleMetrics:
         """Loss, units and hits of each example."""
 
-    def made_up(self, number: int, config: Any, pad_token_id: int) -> Examples:
+    def synthetic_examples(self, number: int, config: Any, pad_token_id: int) -> Examples:
         """A few examples of nobody, of unequal length where examples can have that, always the same.
 
         Args:

@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.config import DataConfig
-from fedlora.data.chat_template import ChatSettings
+from fedlora.core.seeding import stream
+from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer, load_tokenizer
-from fedlora.seeding import stream
 
 if TYPE_CHECKING:
     from datasets import Dataset

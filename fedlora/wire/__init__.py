@@ -4,7 +4,7 @@ A training message holds, under Flower's usual names,
 
 * ``arrays``: the factors and head tensors that travel, under PEFT's state-dict keys, so that any
   PEFT ClientApp can load them and answer in the same form; or all of them in one array, see
-  `fedlora.wire.records`;
+  `fedlora.wire.arrays`;
 * ``parts``: base patches that the client is not known to hold, named by their digest;
 * ``config``: the round, which factors to train and to send back, and the digests of everything the
   client must hold (`Needs`). A client that lacks one answers ``missing`` and is served in the same round.
@@ -13,26 +13,26 @@ A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` wit
 Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 """
 
-from fedlora.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
-from fedlora.wire.orders import (
+from fedlora.core.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
+from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
+from fedlora.wire.instruction import (
     ORDER_KEYS,
     Needs,
-    TrainOrder,
+    TrainInstruction,
     complete_adapters,
-    decode_order,
+    decode_instruction,
     frozen_part,
     frozen_tensors,
     head_tensors,
     identity,
+    instruction_config,
     moving_part,
     moving_tensors,
     names,
-    order_config,
     order_settings,
     parts_record,
 )
-from fedlora.wire.records import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
-from fedlora.wire.replies import (
+from fedlora.wire.reply import (
     DECLINED,
     MISSING,
     OK,
@@ -56,10 +56,10 @@ __all__ = [
     "Needs",
     "PeftTensors",
     "Reply",
-    "TrainOrder",
+    "TrainInstruction",
     "array_record",
     "complete_adapters",
-    "decode_order",
+    "decode_instruction",
     "decode_reply",
     "encode_reply",
     "from_peft",
@@ -68,13 +68,13 @@ __all__ = [
     "frozen_tensors",
     "head_tensors",
     "identity",
+    "instruction_config",
     "key_of",
     "metrics_in",
     "moving_part",
     "moving_tensors",
     "names",
     "nbytes",
-    "order_config",
     "order_settings",
     "parts_record",
     "payload_bytes",

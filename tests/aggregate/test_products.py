@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedlora.factors import PLAIN
+from fedlora.core.factors import PLAIN
 from fedlora.models import load_adapter as load_exported
 from fedlora.models import save_adapter as export
 from strategies.registry import RULES, make_rule

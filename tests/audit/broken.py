@@ -11,7 +11,8 @@ import torch
 from opacus.optimizers import DPOptimizer
 from torch import Tensor
 
-from clients import budget, private
+from clients import budget
+from clients.training import dp_sgd
 from strategies.rule import Rule
 
 Patch = pytest.MonkeyPatch
@@ -79,5 +80,5 @@ def no_clipping(patch: Patch) -> None:
 def _unchecked(patch: Patch) -> None:
     """The self-test would refuse to train; the audit has to find it by itself."""
     nothing: Callable[..., None] = lambda *arguments, **options: None  # noqa: E731
-    for module in (private, budget):
+    for module in (dp_sgd, budget):
         patch.setattr(module, "self_test", nothing)

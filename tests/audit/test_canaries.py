@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from clients import private
-from clients.private import train_private
+from clients.training import dp_sgd
+from clients.training.dp_sgd import train_private
 from fedlora.audit.canaries import ClientCanaries, Design
 from fedlora.config import TrainConfig
 from tests.clients.measures import same_bits, tensors, values
@@ -81,13 +81,13 @@ def test_canaries_push_along_nothing_that_is_not_shipped() -> None:
 
 def test_canaries_are_drawn_as_examples_are_at_the_same_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[np.ndarray, float]] = []
-    real = private.poisson_batches
+    real = dp_sgd.poisson_batches
 
     def recorded(indices: np.ndarray, rate: float, steps: int, rng: Any) -> Any:
         seen.append((indices, rate))
         return real(indices, rate, steps, rng)
 
-    monkeypatch.setattr(private, "poisson_batches", recorded)
+    monkeypatch.setattr(dp_sgd, "poisson_batches", recorded)
     canaries = ClientCanaries(design(), 3, frozenset("AB"))
     train(canaries)
     (indices, rate), members = seen[0], canaries.members()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clients.training import LocalResult
+from clients.training.train import LocalResult
 from fedlora.models import AdaptedModel
 
 

@@ -34,7 +34,7 @@ def everyone(data: Examples) -> np.ndarray[Any, np.dtype[np.int64]]:
 def loaded(
     rank: int = 4,
     *,
-    trains: frozenset[str] = BOTH,
+    trained: frozenset[str] = BOTH,
     modules: frozenset[str] | None = None,
     dropout: float = 0.0,
     train_head: bool = True,
@@ -42,7 +42,7 @@ def loaded(
 ) -> AdaptedModel:
     """The tiny model with a random adapter, ready to train."""
     model = adapted(pooling=pooling)
-    reload(model, rank, trains=trains, modules=modules, dropout=dropout, train_head=train_head)
+    reload(model, rank, trained=trained, modules=modules, dropout=dropout, train_head=train_head)
     return model
 
 
@@ -50,10 +50,10 @@ def reload(
     model: AdaptedModel,
     rank: int = 4,
     *,
-    trains: frozenset[str] = BOTH,
+    trained: frozenset[str] = BOTH,
     modules: frozenset[str] | None = None,
     dropout: float = 0.0,
     train_head: bool = True,
 ) -> None:
     adapters = random_adapters(model.modules, rank)
-    model.load(adapters, {}, trains=trains, modules=modules, dropout=dropout, train_head=train_head)
+    model.load(adapters, {}, trained=trained, modules=modules, dropout=dropout, train_head=train_head)

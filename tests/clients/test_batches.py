@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.batches import load_batch, num_steps, poisson_batches, shuffled_batches
+from clients.training.batches import load_batch, num_steps, poisson_batches, shuffled_batches
 from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError
 from tests.clients.samples import examples

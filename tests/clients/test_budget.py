@@ -12,21 +12,28 @@ import pytest
 import torch
 
 from clients import budget
-from clients.accounts import Books, check_disjoint, check_ledgers, fingerprint, ledger_directory, name_of
 from clients.budget import noise_of, plan_release, train_within_budget
-from clients.carry_out import Node, train_order
-from clients.resident import resident
+from clients.execute import Node, train_instruction
+from clients.ledger_ref import (
+    LedgerRef,
+    check_disjoint,
+    check_ledgers,
+    fingerprint,
+    ledger_directory,
+    name_of,
+)
+from clients.runtime import client_runtime
 from fedlora import wire
-from fedlora.checkpoint import Checkpoint
 from fedlora.config import RunConfig, read_config
+from fedlora.core.factors import LoraFactors
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import State
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
-from fedlora.factors import LoraFactors
-from fedlora.initial import fresh_adapters
 from fedlora.privacy.calibration import epsilon_spent
 from fedlora.privacy.ledger import read_ledgers
 from fedlora.privacy.types import PrivacySpent
-from fedlora.runs import RunDirectory
-from fedlora.updates import State
+from fedlora.server.checkpoint import Checkpoint
+from fedlora.server.directory import RunDirectory
 from tests.clients.samples import examples
 from tests.conftest import tiny_config
 
@@ -34,17 +41,17 @@ PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.ac
 
 
 def train(
-    config: RunConfig, directory: Path, server_round: int, seed: int | None = None, **books: str
+    config: RunConfig, directory: Path, server_round: int, seed: int | None = None, **ledger_ref: str
 ) -> PrivacySpent:
     """One round of partition 0 from the same start."""
-    worker = resident(config)
-    adapters = fresh_adapters(worker.model.modules, 4, 2.0, 0)
-    worker.model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+    runtime = client_runtime(config)
+    adapters = fresh_adapters(runtime.model.modules, 4, 2.0, 0)
+    runtime.model.load(adapters, {}, trained=frozenset("AB"), train_head=True)
     plan = plan_release(
-        worker, config, Books(directory=directory, **{"run_key": "run", **books}),
+        runtime, config, LedgerRef(directory=directory, **{"run_key": "run", **ledger_ref}),
         partition_id=0, server_round=server_round, local_steps=3, seed=seed, start="same",
     )  # fmt: skip
-    return train_within_budget(worker, plan, seed=seed)[1]
+    return train_within_budget(runtime, plan, seed=seed)[1]
 
 
 def test_noise_is_for_the_most_rounds_that_the_server_allows() -> None:
@@ -122,7 +129,7 @@ def test_the_release_is_on_the_ledger_before_training_begins(
 
 def test_a_ledger_without_the_head_that_the_server_knows_is_refused(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**PRIVATE)
-    data = resident(config).data
+    data = client_runtime(config).data
     head = train(config, tmp_path, 1).ledger_head
     check_ledgers(config, data, [0, 1], tmp_path, {0: head})
     train(config, tmp_path, 2, known_head=head)
@@ -136,19 +143,21 @@ def test_a_ledger_without_the_head_that_the_server_knows_is_refused(tmp_path: Pa
 
 def test_an_order_is_the_same_release_only_from_the_same_start(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**PRIVATE)
-    model = resident(config).model
+    model = client_runtime(config).model
     head = model.template(4, 2.0, share_head=True).head
 
     def ordered(seed: int = 0, **settings: Any) -> wire.Reply:
         given = {
-            "scaling": 2.0, "rank": 4, "trains": "A,B", "ships": "A,B",
+            "scaling": 2.0, "rank": 4, "trained": "A,B", "uploaded": "A,B",
             "modules": json.dumps(sorted(model.modules)), "run-key": "run", **settings,
         }  # fmt: skip
         arrays = wire.to_peft(fresh_adapters(model.modules, 4, 2.0, seed), head)
-        order = wire.TrainOrder(server_round=1, arrays=arrays, parts={}, needs=wire.Needs(), config=given)
-        return train_order(order, config, Node(partition_id=0, state_dir=tmp_path, simulation=True))
+        order = wire.TrainInstruction(
+            server_round=1, arrays=arrays, parts={}, needs=wire.Needs(), config=given
+        )
+        return train_instruction(order, config, Node(partition_id=0, state_dir=tmp_path, simulation=True))
 
-    replies = [ordered(), ordered(), ordered(1), ordered(trains="B")]
+    replies = [ordered(), ordered(), ordered(1), ordered(trained="B")]
     assert [reply.privacy and reply.privacy["releases"] for reply in replies] == [1, 1, 2, 3]
     for declined, why in (
         (ordered(2), "target-epsilon = 3.0"),
@@ -212,7 +221,7 @@ def test_a_fingerprint_is_of_the_clients_own_texts_and_labels() -> None:
 
 def test_partitions_that_share_examples_are_refused(cache: Path) -> None:
     config = tiny_config(**PRIVATE)
-    data = resident(config).data
+    data = client_runtime(config).data
     check_disjoint(config, data, range(data.num_partitions))
     shared = data.flat.copy()
     shared[data.offsets[2]] = shared[0]

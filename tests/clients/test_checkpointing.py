@@ -10,20 +10,20 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from clients.carry_out import Node, train_order
-from clients.cohort import train_cohort
-from clients.resident import resident
-from clients.self_check import check_steps
-from clients.training import LocalResult, train_local
+from clients.execute import Node, train_instruction
+from clients.runtime import client_runtime
+from clients.training.batched import train_cohort
+from clients.training.self_test import check_steps
+from clients.training.train import LocalResult, train_local
 from fedlora import wire
-from fedlora.checks import check
 from fedlora.config import RunConfig, TrainConfig, from_flat
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
-from fedlora.federation import Federation
-from fedlora.models import AdaptedModel, recomputed
-from fedlora.models.recomputed import blocks
-from fedlora.runs import RunDirectory
+from fedlora.models import AdaptedModel, gradient_checkpointing
+from fedlora.models.gradient_checkpointing import blocks
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.server.validate import check
 from tests.clients.cohort.samples import mechanism, member, task
 from tests.clients.samples import BOTH, PAD, examples
 from tests.conftest import tiny_config
@@ -38,14 +38,14 @@ def classifier(kind: str, directory: Path) -> tuple[AdaptedModel, Examples]:
     name, pooling = CLASSIFIERS[kind]
     if name == "gpt2":
         model = adapted(str(save_tiny_gpt2(directory / name)), pooling)
-        return model, model.task.made_up(24, model.module.config, PAD)
+        return model, model.task.synthetic_examples(24, model.module.config, PAD)
     return adapted(name, pooling), examples(24)
 
 
 def trained(model: AdaptedModel, data: Examples, checkpointing: bool) -> tuple[LocalResult, int]:
     """The result of three steps with dropout, and how often the last adapted layer ran."""
     model.checkpointing, calls = checkpointing, []
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, dropout=0.2, train_head=True)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, dropout=0.2, train_head=True)
     layer = model.module.get_submodule(list(model.modules)[-1])
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
     config = TrainConfig(learning_rate=0.05, batch_size=8)
@@ -68,7 +68,7 @@ def assert_same_bits(model: AdaptedModel, data: Examples) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_language_models_keep_their_bits(architecture: str, tmp_path: Path) -> None:
     model = adapted_lm(str(save_tiny_lm(tmp_path / architecture, architecture)))
-    assert_same_bits(model, model.task.made_up(24, model.module.config, PAD))
+    assert_same_bits(model, model.task.synthetic_examples(24, model.module.config, PAD))
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
@@ -95,7 +95,7 @@ def test_cohorts_keep_their_bits() -> None:
 def test_opacus_does_not_stand_it(mode: str) -> None:
     """Why private training refuses it: the self-test passes without, and not with it."""
     model = adapted()
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=True)
     check_steps(model, PAD, mechanism(grad_sample_mode=mode))
     model.checkpointing = True
     with pytest.raises((ValueError, NotImplementedError), match=r"Per sample gradient|Parameter tying"):
@@ -131,12 +131,12 @@ def test_a_run_does_as_it_is_told_with_the_same_bits(tmp_path: Path, cache: Path
     for on in (False, True):
         keys = {"train.gradient-checkpointing": on, "num-server-rounds": 1, "engine.device": "cpu"}
         config = tiny_config(**keys)
-        federation = Federation(config, RunDirectory(tmp_path / str(on), resume=True))
+        federation = FederatedRun(config, RunDirectory(tmp_path / str(on), resume=True))
 
         def client(message: Message, partition: int, config: RunConfig = config) -> Message:
             node = Node(partition_id=partition, state_dir=tmp_path / "clients", simulation=True)
-            reply = train_order(wire.decode_order(message.content), config, node)
-            assert resident(config).model.checkpointing == config.train.gradient_checkpointing
+            reply = train_instruction(wire.decode_instruction(message.content), config, node)
+            assert client_runtime(config).model.checkpointing == config.train.gradient_checkpointing
             return Message(wire.encode_reply(reply), reply_to=message)
 
         federation.run(FakeGrid(federation.partitions, client))
@@ -148,6 +148,6 @@ def test_a_run_of_a_model_without_blocks_does_not_begin(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny_config(**{"train.gradient-checkpointing": True, "engine.device": "cpu"})
-    monkeypatch.setattr(recomputed, "GradientCheckpointingLayer", torch.nn.Bilinear)
+    monkeypatch.setattr(gradient_checkpointing, "GradientCheckpointingLayer", torch.nn.Bilinear)
     with pytest.raises(ConfigError, match=r"true: MeanPooledClassifier has no blocks"):
-        Federation(config, RunDirectory(tmp_path, resume=True))
+        FederatedRun(config, RunDirectory(tmp_path, resume=True))

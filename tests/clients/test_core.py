@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from clients.batches import load_batch
-from clients.mechanism import Mechanism, private_steps
-from clients.private import train_private
-from clients.training import batch_loss, train_local
+from clients.training.batches import load_batch
+from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism, private_steps
+from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
 from fedlora.models import AdaptedModel
 from tests.clients.samples import PAD, everyone, examples
@@ -23,7 +23,7 @@ CORE = frozenset("R")
 
 def loaded(train_head: bool = True) -> AdaptedModel:
     model = adapted()
-    model.load(cored_adapters(model.modules, 4), {}, trains=CORE, train_head=train_head)
+    model.load(cored_adapters(model.modules, 4), {}, trained=CORE, train_head=train_head)
     return model
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from clients import mechanism, private
-from clients.carry_out import Node, train_order
-from clients.resident import resident
+from clients.execute import Node, train_instruction
+from clients.runtime import client_runtime
+from clients.training import dp_sgd, dp_step
 from fedlora import wire
 from fedlora.config import RunConfig
-from fedlora.initial import fresh_adapters
-from fedlora.updates import Broadcast
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import Broadcast
 from tests.conftest import tiny_config
 
 PRIVATE: dict[str, Any] = {
@@ -29,13 +29,19 @@ COUNTS = ("num-examples", "sample_rate", "noise_multiplier")
 """Each of them tells how many examples the client holds."""
 
 
-def order(config: RunConfig) -> wire.TrainOrder:
+def order(config: RunConfig) -> wire.TrainInstruction:
     """The first order of a run, as it arrives."""
-    adapters = fresh_adapters(resident(config).model.modules, 4, 2.0, 0)
+    adapters = fresh_adapters(client_runtime(config).model.modules, 4, 2.0, 0)
     both = frozenset("AB")
-    broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
-    settings = {"server-round": 1, "run-key": "run", **wire.order_config(broadcast, wire.Needs(), "kaiming")}
-    return wire.decode_order(
+    broadcast = Broadcast(
+        adapters=adapters, trained=both, uploaded=both, modules=frozenset(adapters), head={}
+    )
+    settings = {
+        "server-round": 1,
+        "run-key": "run",
+        **wire.instruction_config(broadcast, wire.Needs(), "kaiming"),
+    }
+    return wire.decode_instruction(
         RecordDict(
             {
                 wire.ARRAYS: wire.to_record(wire.moving_tensors(broadcast)),
@@ -46,7 +52,7 @@ def order(config: RunConfig) -> wire.TrainOrder:
 
 
 def train(config: RunConfig, state_dir: Path, *, simulation: bool = False) -> wire.Reply:
-    reply = train_order(
+    reply = train_instruction(
         order(config), config, Node(partition_id=0, state_dir=state_dir, simulation=simulation)
     )
     assert reply.status == wire.OK, reply.reason
@@ -60,7 +66,7 @@ class Recorder:
         self.draws: list[list[int]] = []
         self.noise: list[list[float]] = []
         self.seeds: list[int] = []
-        batches, normal, bits = private.poisson_batches, mechanism.system_normal, private.secrets.randbits
+        batches, normal, bits = dp_sgd.poisson_batches, dp_step.system_normal, dp_sgd.secrets.randbits
 
         def drawn(*arguments: Any) -> Any:
             self.noise.clear()  # what the self-test drew
@@ -77,9 +83,9 @@ class Recorder:
             self.seeds.append(bits(number))
             return self.seeds[-1]
 
-        patch.setattr(private, "poisson_batches", drawn)
-        patch.setattr(mechanism, "system_normal", noisy)
-        patch.setattr(private.secrets, "randbits", seeded)
+        patch.setattr(dp_sgd, "poisson_batches", drawn)
+        patch.setattr(dp_step, "system_normal", noisy)
+        patch.setattr(dp_sgd.secrets, "randbits", seeded)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])

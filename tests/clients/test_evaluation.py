@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from clients.batches import load_batch
 from clients.evaluation import evaluate
+from clients.training.batches import load_batch
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from tests.clients.samples import PAD, examples, loaded

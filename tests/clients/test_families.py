@@ -16,12 +16,12 @@ import pytest
 import torch
 import transformers as tf
 
-from clients.batches import load_batch
-from clients.cohort.check import check_cohort
-from clients.cohort.layers import why_alone
-from clients.mechanism import Mechanism
-from clients.self_check import check_steps
-from clients.training import batch_loss
+from clients.training.batched.layers import why_alone
+from clients.training.batched.self_test import check_cohort
+from clients.training.batches import load_batch
+from clients.training.dp_step import Mechanism
+from clients.training.self_test import check_steps
+from clients.training.train import batch_loss
 from fedlora.config import ModelConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
@@ -58,7 +58,7 @@ ALONE = {"modernbert": "the head's head.norm is a LayerNorm"}
 def adapted(model: Path) -> AdaptedModel:
     module = build_model(ModelConfig(name=str(model), pooling="model"), LABELS, 0)
     made = AdaptedModel(module, resolve_targets(module, "all-linear"))
-    made.load(random_adapters(made.modules, RANK), {}, trains=frozenset("AB"), train_head=True)
+    made.load(random_adapters(made.modules, RANK), {}, trained=frozenset("AB"), train_head=True)
     return made
 
 

@@ -10,15 +10,15 @@ import torch
 from opacus.optimizers import get_optimizer_class
 from torch import Tensor
 
-from clients import mechanism
-from clients.batches import load_batch, poisson_batches
-from clients.mechanism import Mechanism, physical_batches, private_steps
-from clients.private import train_private
-from clients.training import batch_loss
+from clients.training import dp_step
+from clients.training.batches import load_batch, poisson_batches
+from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism, physical_batches, private_steps
+from clients.training.train import batch_loss
 from fedlora.config import PrivacyConfig, TrainConfig
+from fedlora.core.seeding import stream
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from fedlora.seeding import stream
 from tests.clients.samples import PAD, everyone, examples, loaded
 
 DATA = examples()
@@ -87,16 +87,16 @@ def naive(model: AdaptedModel, clipping: str) -> tuple[list[Tensor], list[int], 
 
 
 @pytest.mark.parametrize("most", [0, 1, 4])
-@pytest.mark.parametrize("trains", [frozenset("AB"), frozenset("B")])
+@pytest.mark.parametrize("trained", [frozenset("AB"), frozenset("B")])
 @pytest.mark.parametrize(("mode", "clipping"), WAYS)
 def test_each_step_is_the_clipped_sum_over_the_expected_batch_size(
-    mode: str, clipping: str, trains: frozenset[str], most: int
+    mode: str, clipping: str, trained: frozenset[str], most: int
 ) -> None:
     """On batches whose size differs from the expected one; some examples are clipped, some are not."""
-    wanted, sizes, factors = naive(doubled(trains=trains), clipping)
+    wanted, sizes, factors = naive(doubled(trained=trained), clipping)
     assert len(set(sizes)) > 1
     assert 0 < sum(f < 1 for f in factors) < len(factors)
-    assert close(train(doubled(trains=trains), mode, clipping, most), wanted)
+    assert close(train(doubled(trained=trained), mode, clipping, most), wanted)
 
 
 def test_per_layer_clipping_is_another_mechanism() -> None:
@@ -115,7 +115,7 @@ def test_chunks_do_not_change_what_is_drawn_or_added(
         sizes.append(len(arguments[1]))
         return load_batch(*arguments)
 
-    monkeypatch.setattr(mechanism, "load_batch", recorded)
+    monkeypatch.setattr(dp_step, "load_batch", recorded)
     results = []
     for most in (0, 2):
         model = doubled()

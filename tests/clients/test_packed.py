@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from clients import packed as packing
-from clients.cohort import train_cohort
 from clients.evaluation import evaluate
-from clients.packed import PackedLinear, frozen_forwards, frozen_layers, packed, packed_base
-from clients.training import train_local
+from clients.training.batched import train_cohort
+from clients.training.train import train_local
 from fedlora.models import AdaptedModel
+from fedlora.models import packed_linear as packing
+from fedlora.models.packed_linear import PackedLinear, frozen_forwards, frozen_layers, packed, packed_base
 from tests.clients.cohort.samples import DATA, member, model, task
 from tests.clients.samples import PAD
 from tests.models.samples import save_tiny_gpt2
@@ -111,7 +111,7 @@ def test_bfloat16_is_that_of_the_products_alone(products: list[torch.dtype]) -> 
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda *_: between.append(torch.is_autocast_enabled("cpu")))
     one = member(network, 0)
-    network.load(one.adapters, one.head, trains=one.trains, train_head=True)
+    network.load(one.adapters, one.head, trained=one.trained, train_head=True)
     with packed_base(network, network.precision):
         train_local(network, DATA, one.indices, PAD, task().config, local_steps=2, seed=1)
     assert network.precision == torch.bfloat16

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from clients.training import LocalResult, batch_loss, train_local
-from fedlora.checks import check
+from clients.training.train import LocalResult, batch_loss, train_local
 from fedlora.config import TrainConfig, from_flat
 from fedlora.data.examples import collate
 from fedlora.errors import ConfigError
+from fedlora.server.validate import check
 from tests.clients.cohort.samples import assert_same, member, task
 from tests.clients.samples import BOTH, examples
 from tests.models.samples import adapted, random_adapters
@@ -21,7 +21,7 @@ DATA = examples(24)
 def trained(precision: torch.dtype) -> LocalResult:
     model = adapted()
     model.precision = precision
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=True)
     config = TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=8)
     return train_local(model, DATA, np.arange(24), 0, config, local_steps=3, seed=1)
 
@@ -41,7 +41,7 @@ def test_near_to_float32_and_kept_in_float32() -> None:
 def test_the_activations_are_half_precision() -> None:
     model, seen = adapted(), []
     model.precision = torch.bfloat16
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=True)
     layer = model.module.get_submodule(next(iter(model.modules)))
     layer.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
     loss = batch_loss(model, collate(DATA, range(4), 0))

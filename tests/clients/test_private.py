@@ -8,9 +8,9 @@ import pytest
 import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
-from clients import mechanism, private
-from clients.private import train_private
-from clients.training import batch_loss, train_local
+from clients.training import dp_sgd, dp_step
+from clients.training.dp_sgd import train_private
+from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
@@ -60,7 +60,7 @@ def train(
     )
 
 
-@pytest.mark.parametrize(("trains", "pooling"), [("AB", "mean"), ("A", "model"), ("B", "model")])
+@pytest.mark.parametrize(("trained", "pooling"), [("AB", "mean"), ("A", "model"), ("B", "model")])
 @pytest.mark.parametrize(
     "config",
     [
@@ -73,12 +73,12 @@ def train(
 )
 @pytest.mark.parametrize("how", HOWS[:3], ids=["hooks", "ghost", "per-layer"])
 def test_huge_clip_and_no_noise_is_plain_training(
-    how: dict[str, Any], config: Any, trains: str, pooling: str
+    how: dict[str, Any], config: Any, trained: str, pooling: str
 ) -> None:
     """At a sample rate of 1 both trainers see every example in every step."""
-    model = loaded(trains=frozenset(trains), pooling=pooling)
+    model = loaded(trained=frozenset(trained), pooling=pooling)
     ours = train(model, batch_size=24, how=how, **config)
-    reload(model, trains=frozenset(trains))
+    reload(model, trained=frozenset(trained))
     plain = train_local(model, DATA, ALL, PAD, TrainConfig(batch_size=24, **config), local_steps=3, seed=1)
     start = values(loaded(pooling=pooling))
     for name, tensor in tensors(plain).items():
@@ -126,7 +126,7 @@ def test_the_noise_has_the_promised_size(secure: bool, how: dict[str, Any]) -> N
 def test_an_empty_draw_is_a_step_of_noise_alone(
     secure: bool, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(private, "poisson_batches", lambda indices, rate, steps, rng: [indices[:0]] * steps)
+    monkeypatch.setattr(dp_sgd, "poisson_batches", lambda indices, rate, steps, rng: [indices[:0]] * steps)
     chosen: dict[str, Any] = {**SGD, "learning_rate": 1.0, "secure": secure, "how": how}
     model = loaded(rank=16)
     result = train(model, noise=2.0, clip=0.5, local_steps=4, batch_size=8, **chosen)
@@ -139,7 +139,7 @@ def test_an_empty_draw_is_a_step_of_noise_alone(
 
 @every_how
 def test_noise_falls_on_exactly_what_is_trained(how: dict[str, Any]) -> None:
-    model = loaded(trains=frozenset("B"), train_head=False)
+    model = loaded(trained=frozenset("B"), train_head=False)
     before = values(model)
     train(model, noise=1.0, how=how)
     changed = {name for name, t in values(model).items() if not torch.equal(t, before[name])}
@@ -166,14 +166,14 @@ def test_the_noise_depends_on_the_seed() -> None:
 def test_secure_training_ignores_the_seed(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the noise nor the draw can be repeated by somebody who knows the seed."""
     draws: list[list[int]] = []
-    real = private.poisson_batches
+    real = dp_sgd.poisson_batches
 
     def recorded(*arguments: Any) -> Any:
         for drawn in real(*arguments):
             draws[-1].extend(map(int, drawn))
             yield drawn
 
-    monkeypatch.setattr(private, "poisson_batches", recorded)
+    monkeypatch.setattr(dp_sgd, "poisson_batches", recorded)
     results = []
     for _ in range(2):
         draws.append([])
@@ -188,7 +188,7 @@ def test_secure_noise_comes_from_the_operating_system(
     how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Equal batches and equal seeds for everything else, and still two different results."""
-    monkeypatch.setattr(private.secrets, "randbits", lambda _: 5)
+    monkeypatch.setattr(dp_sgd.secrets, "randbits", lambda _: 5)
     chosen: dict[str, Any] = {"secure": True, "batch_size": 24, "how": how}
     assert not same_bits(*(train(loaded(), noise=1.0, **chosen) for _ in range(2)))
     assert same_bits(*(train(loaded(), noise=0.0, **chosen) for _ in range(2)))
@@ -199,11 +199,11 @@ def test_secure_noise_has_more_entropy_than_a_torch_seed() -> None:
     one, other = (torch.randn(3, generator=torch.Generator().manual_seed(s)) for s in (5, 5 + 2**32))
     assert torch.equal(one, other)
     shape = torch.Size((50_000,))
-    drawn = mechanism.system_normal(shape)
+    drawn = dp_step.system_normal(shape)
     assert drawn.dtype == torch.float64
     assert torch.isfinite(drawn).all()
     assert float(drawn.std()) == pytest.approx(1.0, rel=0.02)
-    assert not torch.equal(drawn, mechanism.system_normal(shape))
+    assert not torch.equal(drawn, dp_step.system_normal(shape))
 
 
 @every_how
@@ -242,7 +242,7 @@ def test_a_failing_step_leaves_the_model_clean_too(
         return call
 
     if where == "forward":
-        monkeypatch.setattr(mechanism, "batch_loss", failing(batch_loss))
+        monkeypatch.setattr(dp_step, "batch_loss", failing(batch_loss))
     else:
         monkeypatch.setitem(samplers, torch.nn.Linear, failing(samplers[torch.nn.Linear]))
     with pytest.raises(MemoryError):

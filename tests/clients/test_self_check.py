@@ -16,10 +16,10 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping, DPPerLayerOptimizer
 from torch import Tensor
 
-import clients.self_check
-from clients.mechanism import Mechanism, SystemNoise
-from clients.private import train_private
-from clients.self_check import FALSE_ALARM, NOISE_DRAWS, plausible, self_test
+import clients.training.self_test
+from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism, SystemNoise
+from clients.training.self_test import FALSE_ALARM, NOISE_DRAWS, plausible, self_test
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
@@ -46,9 +46,9 @@ def check(model: AdaptedModel, mechanism: Mechanism) -> None:
 
 
 @pytest.mark.parametrize("mechanism", [*WAYS.values(), *SECURE.values()], ids=[*WAYS, *SECURE])
-@pytest.mark.parametrize("trains", ["AB", "B", ""])
-def test_it_passes_and_leaves_no_trace(trains: str, mechanism: Mechanism) -> None:
-    model = loaded(trains=frozenset(trains), dropout=0.5)
+@pytest.mark.parametrize("trained", ["AB", "B", ""])
+def test_it_passes_and_leaves_no_trace(trained: str, mechanism: Mechanism) -> None:
+    model = loaded(trained=frozenset(trained), dropout=0.5)
     before, state = values(model), torch.get_rng_state()
     check(model, mechanism)
     assert all(torch.equal(t, before[name]) for name, t in values(model).items())
@@ -63,17 +63,17 @@ def test_it_passes_on_other_architectures(mechanism: Mechanism, tmp_path: Path) 
         network = build_model(ModelConfig(name=name, pooling=pooling), 3, 0)
         model = AdaptedModel(network, resolve_targets(network, ""))
         adapters = random_adapters(model.modules, 2)
-        model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+        model.load(adapters, {}, trained=frozenset("AB"), train_head=True)
         self_test(model, int(model.module.config.pad_token_id), mechanism)
 
 
 @pytest.mark.parametrize("mechanism", [HOOKS, GHOST, LAYERS], ids=["hooks", "ghost", "per-layer"])
-@pytest.mark.parametrize("trains", ["R", "ABR"])
-def test_it_passes_with_a_core_between_the_factors(trains: str, mechanism: Mechanism) -> None:
+@pytest.mark.parametrize("trained", ["R", "ABR"])
+def test_it_passes_with_a_core_between_the_factors(trained: str, mechanism: Mechanism) -> None:
     model = loaded()
     core = torch.eye(4) + 0.1
     adapters = {name: replace(f, R=core) for name, f in random_adapters(model.modules, 4).items()}
-    model.load(adapters, {}, trains=frozenset(trains), train_head=True)
+    model.load(adapters, {}, trained=frozenset(trained), train_head=True)
     check(model, mechanism)
 
 
@@ -222,13 +222,13 @@ def test_no_private_training_without_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     for name in ("check_steps", "check_noise"):
-        real = getattr(clients.self_check, name)
+        real = getattr(clients.training.self_test, name)
 
         def counted(*arguments: Any, name: str = name, real: Any = real) -> None:
             asked.append(name.removeprefix("check_"))
             real(*arguments)
 
-        monkeypatch.setattr(clients.self_check, name, counted)
+        monkeypatch.setattr(clients.training.self_test, name, counted)
     model = loaded()
 
     def newly(**changes: Any) -> list[str]:
@@ -250,7 +250,7 @@ def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch
         assert newly(**{key: value}) == both
     reload(model, rank=2)
     assert newly() == both
-    reload(model, trains=frozenset("B"))
+    reload(model, trained=frozenset("B"))
     assert newly() == both
     reload(model)
     assert newly() == []
@@ -258,10 +258,10 @@ def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch
 
 def test_what_passed_is_forgotten_with_the_model() -> None:
     check(model := loaded(), HOOKS)
-    count = len(clients.self_check._passed)
+    count = len(clients.training.self_test._passed)
     del model
     gc.collect()
-    assert len(clients.self_check._passed) < count
+    assert len(clients.training.self_test._passed) < count
 
 
 def test_the_noise_bounds_are_those_of_normal_numbers() -> None:

@@ -10,17 +10,17 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
-from clients.batches import load_batch, shuffled_batches
-from clients.carry_out import Node, train_order
-from clients.private import train_private
-from clients.resident import resident
-from clients.training import Penalties, TailGradient, batch_loss, train_local
+from clients.execute import Node, train_instruction
+from clients.runtime import client_runtime
+from clients.training.batches import load_batch, shuffled_batches
+from clients.training.dp_sgd import train_private
+from clients.training.train import Penalties, TailGradient, batch_loss, train_local
 from fedlora import wire
 from fedlora.config import TrainConfig
-from fedlora.factors import LoraFactors
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import stream
+from fedlora.core.state import Broadcast, RankRegularizer
 from fedlora.models import AdaptedModel, Trainable
-from fedlora.seeding import stream
-from fedlora.updates import Broadcast, TailPenalty
 from tests.clients.measures import tensors, values
 from tests.clients.samples import BOTH, PAD, everyone, examples, loaded
 from tests.conftest import tiny_config
@@ -29,17 +29,17 @@ from tests.models.samples import random_adapters
 DATA = examples()
 ALL = everyone(DATA)
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
-TAIL = TailPenalty(weight=0.5, start=3)
+TAIL = RankRegularizer(weight=0.5, start=3)
 
 
-def with_tail(tail: TailPenalty | None, **settings: Any) -> AdaptedModel:
+def with_tail(tail: RankRegularizer | None, **settings: Any) -> AdaptedModel:
     """The tiny model with a random adapter of rank 4 and this penalty."""
     model = loaded()
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True, tail=tail, **settings)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=True, tail=tail, **settings)
     return model
 
 
-def penalty(factors: dict[str, Any], tail: TailPenalty) -> torch.Tensor:
+def penalty(factors: dict[str, Any], tail: RankRegularizer) -> torch.Tensor:
     """The definition."""
     layers = [name[:-2] for name in factors if name.endswith(".A")]
     terms = [
@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_definition(start: int) -> None:
         for name in ("q", "v")
         for letter, shape in (("A", (4, 7)), ("B", (5, 4)))
     }
-    tail = TailPenalty(weight=0.7, start=start)
+    tail = RankRegularizer(weight=0.7, start=start)
     wanted = torch.autograd.grad(penalty(factors, tail), list(factors.values()), allow_unused=True)
     for parameter in factors.values():
         parameter.grad = torch.ones_like(parameter)
@@ -71,7 +71,7 @@ def test_a_tail_of_zero_gives_and_gets_no_gradient() -> None:
     factors = {"q.A": nn.Parameter(torch.ones(2, 3)), "q.B": nn.Parameter(torch.zeros(4, 2))}
     for parameter in factors.values():
         parameter.grad = torch.zeros_like(parameter)
-    TailGradient(factors, TailPenalty(weight=1.0, start=1)).add_gradient()
+    TailGradient(factors, RankRegularizer(weight=1.0, start=1)).add_gradient()
     assert all(not parameter.grad.any() for parameter in factors.values())
 
 
@@ -98,7 +98,7 @@ def test_it_shrinks_the_tail_and_leaves_the_next_client_alone() -> None:
     sizes, model = [], loaded()
     for tail in (None, TAIL, None):
         adapters = random_adapters(model.modules, 4)
-        model.load(adapters, {}, trains=BOTH, train_head=True, **({} if tail is None else {"tail": tail}))
+        model.load(adapters, {}, trained=BOTH, train_head=True, **({} if tail is None else {"tail": tail}))
         found = tensors(train_local(model, DATA, ALL, PAD, TrainConfig(**SGD), local_steps=4, seed=1))
         factors = {name: tensor for name, tensor in found.items() if name[-2:] in (".A", ".B")}
         sizes.append(float(penalty(factors, TAIL)))
@@ -106,7 +106,7 @@ def test_it_shrinks_the_tail_and_leaves_the_next_client_alone() -> None:
     assert sizes[2] == sizes[0]
 
 
-def private(tail: TailPenalty | None, **settings: Any) -> dict[str, torch.Tensor]:
+def private(tail: RankRegularizer | None, **settings: Any) -> dict[str, torch.Tensor]:
     chosen: dict[str, Any] = {"noise": 0.0, "clip": 1e6, "steps": 1, **settings}
     result = train_private(
         with_tail(tail), DATA, ALL, PAD, TrainConfig(batch_size=8, **SGD),
@@ -128,7 +128,7 @@ def test_in_private_training_it_is_added_after_clipping_and_noise(noise: float, 
 
 def test_the_proximal_term_and_the_tail_add_up() -> None:
     A, B = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4, 2))
-    trained = Trainable({"q.A": A, "q.B": B}, {}, TailPenalty(weight=1.0, start=1))
+    trained = Trainable({"q.A": A, "q.B": B}, {}, RankRegularizer(weight=1.0, start=1))
     penalties = Penalties(trained, TrainConfig(proximal_mu=2.0))
     with torch.no_grad():
         A += 1.0
@@ -140,12 +140,14 @@ def test_the_proximal_term_and_the_tail_add_up() -> None:
     torch.testing.assert_close(A.grad[1], 2.0 + 2.0 * torch.full((3,), 3**-0.5))
 
 
-@pytest.mark.parametrize("tail", [None, TailPenalty(weight=0.25, start=3)])
-def test_it_travels_in_the_order(tail: TailPenalty | None) -> None:
+@pytest.mark.parametrize("tail", [None, RankRegularizer(weight=0.25, start=3)])
+def test_it_travels_in_the_order(tail: RankRegularizer | None) -> None:
     factors = {"q": LoraFactors(torch.ones(4, 3), torch.ones(2, 4), 2.0)}
-    sent = Broadcast(adapters=factors, trains=BOTH, ships=BOTH, modules=frozenset({"q"}), head={}, tail=tail)
-    config = wire.order_config(sent, wire.Needs(), "kaiming")
-    order = wire.TrainOrder(server_round=1, arrays={}, parts={}, needs=wire.Needs(), config=config)
+    sent = Broadcast(
+        adapters=factors, trained=BOTH, uploaded=BOTH, modules=frozenset({"q"}), head={}, tail=tail
+    )
+    config = wire.instruction_config(sent, wire.Needs(), "kaiming")
+    order = wire.TrainInstruction(server_round=1, arrays={}, parts={}, needs=wire.Needs(), config=config)
     assert order.tail == tail
     assert ("tail-weight" in config) == (tail is not None)
 
@@ -154,20 +156,20 @@ def test_it_travels_in_the_order(tail: TailPenalty | None) -> None:
 def test_a_client_that_is_ordered_to_shrink_its_tail_does(mode: str, tmp_path: Path, cache: Path) -> None:
     """From the order to the reply, in plain and in private training."""
     config = tiny_config(**{"privacy.mode": mode, "privacy.accountant": "rdp"})
-    adapters = random_adapters(resident(config).model.modules, 4)
+    adapters = random_adapters(client_runtime(config).model.modules, 4)
     sizes = []
     for weight in (0.0, 20.0):
         sent = Broadcast(
-            adapters=adapters, trains=BOTH, ships=BOTH, modules=frozenset(adapters), head={},
-            tail=TailPenalty(weight=weight, start=3),
+            adapters=adapters, trained=BOTH, uploaded=BOTH, modules=frozenset(adapters), head={},
+            tail=RankRegularizer(weight=weight, start=3),
         )  # fmt: skip
-        settings = {"server-round": 1, **wire.order_config(sent, wire.Needs(), "kaiming")}
+        settings = {"server-round": 1, **wire.instruction_config(sent, wire.Needs(), "kaiming")}
         record = ConfigRecord({key: value for key, value in settings.items() if value != []})
         content = RecordDict({wire.ARRAYS: wire.to_record(wire.moving_tensors(sent)), wire.CONFIG: record})
         node = Node(partition_id=0, state_dir=tmp_path / str(weight), simulation=True)
-        reply = train_order(wire.decode_order(content), config, node)
+        reply = train_instruction(wire.decode_instruction(content), config, node)
         assert reply.status == wire.OK, reply.reason
         trained = wire.from_peft(reply.arrays).adapters(2.0)
         factors = {f"{name}.{x}": t for name, f in trained.items() for x, t in f.tensors().items()}
-        sizes.append(float(penalty(factors, TailPenalty(weight=1.0, start=3))))
+        sizes.append(float(penalty(factors, RankRegularizer(weight=1.0, start=3))))
     assert sizes[1] < 0.98 * sizes[0]

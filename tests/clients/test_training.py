@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from clients.batches import load_batch, shuffled_batches
-from clients.training import batch_loss, train_local
+from clients.training.batches import load_batch, shuffled_batches
+from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
+from fedlora.core.seeding import stream
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from fedlora.seeding import stream
 from tests.clients.measures import distance, same_bits, tensors, values
 from tests.clients.samples import PAD, everyone, examples, loaded, reload
 
@@ -143,15 +143,15 @@ def test_training_learns() -> None:
     assert after < 0.5 * before
 
 
-@pytest.mark.parametrize("trains", [frozenset("A"), frozenset("B"), frozenset()])
-def test_what_is_not_trained_keeps_its_bits(trains: frozenset[str]) -> None:
-    for train_head in {True, bool(not trains)}:
-        model = loaded(trains=trains, train_head=train_head)
+@pytest.mark.parametrize("trained", [frozenset("A"), frozenset("B"), frozenset()])
+def test_what_is_not_trained_keeps_its_bits(trained: frozenset[str]) -> None:
+    for train_head in {True, bool(not trained)}:
+        model = loaded(trained=trained, train_head=train_head)
         before = values(model)
         train(model)
         changed = {name for name, t in values(model).items() if not torch.equal(t, before[name])}
         head = set(model.initial_head) if train_head else set()
-        assert changed == {f"{name}.{letter}" for name in model.modules for letter in trains} | head
+        assert changed == {f"{name}.{letter}" for name in model.modules for letter in trained} | head
 
 
 def test_only_the_chosen_modules_are_trained() -> None:
@@ -209,7 +209,7 @@ def test_the_reported_loss_is_the_mean_over_the_examples_seen() -> None:
 
 def test_nothing_to_train_is_refused() -> None:
     with pytest.raises(ConfigError, match="nothing is trained"):
-        train(loaded(trains=frozenset(), train_head=False))
+        train(loaded(trained=frozenset(), train_head=False))
     with pytest.raises(ConfigError, match="no training example"):
         train(loaded(), indices=ALL[:0])
 

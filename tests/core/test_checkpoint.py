@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.checkpoint import Checkpoint
 from fedlora.config import EngineConfig, RunConfig
+from fedlora.core.factors import LoraFactors, Product
+from fedlora.core.state import Patch, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, Product
-from fedlora.runs import RunDirectory
-from fedlora.updates import Patch, State
+from fedlora.server.checkpoint import Checkpoint
+from fedlora.server.directory import RunDirectory
 
 
 def patch(seed: int) -> Patch:

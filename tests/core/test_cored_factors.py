@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.checkpoint import Checkpoint
+from fedlora.core.factors import LoraFactors, as_product, resize, stack
+from fedlora.core.peft_keys import from_peft, key_of, to_peft
+from fedlora.core.state import State
 from fedlora.errors import FactorShapeError
-from fedlora.factors import LoraFactors, as_product, resize, stack
-from fedlora.peft_keys import from_peft, key_of, to_peft
-from fedlora.runs import RunDirectory
-from fedlora.updates import State
+from fedlora.server.checkpoint import Checkpoint
+from fedlora.server.directory import RunDirectory
 from fedlora.wire import frozen_tensors, moving_tensors
-from fedlora.wire.orders import Broadcast
+from fedlora.wire.instruction import Broadcast
 
 OUT, IN, RANK = 6, 5, 3
 
@@ -109,16 +109,16 @@ def test_factors_in_place_of_others_leave_the_rest() -> None:
 
 def test_every_factor_of_an_order_is_either_frozen_or_moving() -> None:
     adapters = {"x": cored()}
-    for trains in ({"R"}, {"A"}, {"B", "R"}, {"A", "B"}):
+    for trained in ({"R"}, {"A"}, {"B", "R"}, {"A", "B"}):
         sent = Broadcast(
             adapters=adapters,
-            trains=frozenset(trains),
-            ships=frozenset(trains),
+            trained=frozenset(trained),
+            uploaded=frozenset(trained),
             modules=frozenset(adapters),
             head={},
         )
-        assert set(moving_tensors(sent)) == {key_of("x", x) for x in trains}
-        assert set(frozen_tensors(sent)) == {key_of("x", x) for x in {"A", "B", "R"} - trains}
+        assert set(moving_tensors(sent)) == {key_of("x", x) for x in trained}
+        assert set(frozen_tensors(sent)) == {key_of("x", x) for x in {"A", "B", "R"} - trained}
 
 
 def test_a_checkpoint_keeps_cores_and_their_absence(tmp_path: Path) -> None:

@@ -12,9 +12,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from fedlora.decompositions import compact_svd, completed, split, svd, truncate
-from fedlora.errors import FactorShapeError
-from fedlora.factors import (
+from fedlora.core.decompositions import compact_svd, completed, split, svd, truncate
+from fedlora.core.factors import (
     LoraFactors,
     Product,
     add,
@@ -26,6 +25,7 @@ from fedlora.factors import (
     scale,
     stack,
 )
+from fedlora.errors import FactorShapeError
 
 Array = NDArray[np.float64]
 SCALINGS = st.sampled_from([0.25, 1.0, 2.0, 16.0])

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from fedlora.assets import cache_dir, create_directory
+from fedlora.assets.fetch import cache_dir, create_directory
+from fedlora.core.files import append_line, check_place, naming, new_directory, write_atomic
 from fedlora.errors import ConfigError, RunFailed, of_the_system, system_errors_in_words
-from fedlora.files import append_line, check_place, naming, new_directory, write_atomic
 
 FULL = Path("/dev/full")
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")

@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from fedlora import identity
 from fedlora.config import Scalar, from_flat, to_flat
-from fedlora.identity import APART, SOURCES, Identity, code_digest, config_digest, recorded, source_digest
-from fedlora.runs import PROVENANCE, RunDirectory
+from fedlora.server import identity
+from fedlora.server.directory import PROVENANCE, RunDirectory
+from fedlora.server.identity import (
+    APART,
+    SOURCES,
+    Identity,
+    code_digest,
+    config_digest,
+    recorded,
+    source_digest,
+)
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.init_drawn import DRAWN, fresh_adapters, initial_a
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError
-from fedlora.initial import DRAWN, fresh_adapters, initial_a
-from fedlora.seeding import torch_stream
-from fedlora.updates import ModuleSpec
 
 MODULES = {f"layer.{i}": ModuleSpec(out_features=5 + i, in_features=7) for i in range(4)}
 

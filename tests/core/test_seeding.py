@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.seeding import derive, stream, torch_stream
+from fedlora.core.seeding import derive, stream, torch_stream
 
 NAMES = st.lists(st.one_of(st.integers(-5, 10**9), st.sampled_from(["client", "init-a", "x"])), max_size=4)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.assets import ASSETS, is_cached
+from fedlora.assets.fetch import ASSETS, is_cached
 
 
 @pytest.fixture(autouse=True)

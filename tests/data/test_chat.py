@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from fedlora.data.chat import ChatTokens, sequences
-from fedlora.data.chat_template import TODAY, ChatSettings
-from fedlora.data.conversations import conversation
+from fedlora.data.chat.conversations import conversation
+from fedlora.data.chat.template import TODAY, ChatSettings
+from fedlora.data.chat.tokenise import ChatTokens, sequences
 from fedlora.data.tokenizers import PretrainedTokenizer
 from fedlora.errors import ConfigError
 from tests.data.chat_models import ALTERNATING, KINDS, TEMPLATES, saved

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from fedlora.data.chat_columns import conversation_texts, usual_columns
-from fedlora.data.conversations import Conversation
+from fedlora.data.chat.columns import conversation_texts, usual_columns
+from fedlora.data.chat.conversations import Conversation
 from fedlora.errors import ConfigError
 
 ASKED, ANSWERED = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Four."}

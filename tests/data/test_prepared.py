@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedlora.assets import cache_dir
+from fedlora.assets.fetch import cache_dir
 from fedlora.config import RunConfig, from_flat
-from fedlora.data import prepared as module
-from fedlora.data.prepared import open_prepared, prepare
 from fedlora.data.sources import load_examples
 from fedlora.data.tiny_tokenizer import TinyTokenizer
 from fedlora.errors import ConfigError
+from fedlora.prepared import cache as module
+from fedlora.prepared.cache import open_prepared, prepare
 
 TINY = {"model.name": "tiny", "data.name": "synthetic"}
 
@@ -165,7 +165,7 @@ def test_opening_imports_no_framework_and_maps_the_file() -> None:
     path = prepare(config())
     code = (
         "import sys\n"
-        "from fedlora.data.prepared import open_prepared\n"
+        "from fedlora.prepared.cache import open_prepared\n"
         "from fedlora.data.examples import collate\n"
         f"data = open_prepared({str(path)!r})\n"
         "collate(data.train, data.indices(0)[:4], data.pad_token_id)\n"
@@ -181,7 +181,7 @@ def test_finding_it_again_imports_no_framework() -> None:
     code = (
         "import sys\n"
         "from fedlora.config import from_flat\n"
-        "from fedlora.data.prepared import prepare\n"
+        "from fedlora.prepared.cache import prepare\n"
         f"prepare(from_flat({TINY!r}))\n"
         "print(*[m for m in ('datasets', 'transformers', 'flwr_datasets') if m in sys.modules])"
     )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.synthetic import DOMAINS, MOODS, NEUTRAL
+from fedlora.data.builtin.synthetic import DOMAINS, MOODS, NEUTRAL
 from fedlora.data.tiny_tokenizer import CLS, SEP, VOCAB_SIZE, TinyTokenizer
 from fedlora.data.tokenizers import PretrainedTokenizer, load_tokenizer
 from fedlora.errors import ConfigError

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from fedlora.cli import cli
-from fedlora.deployment.create import create
-from fedlora.deployment.layout import open_layout
-from fedlora.deployment.running import control_port, is_ready, supervisor
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.operator.layout import open_layout
+from fedlora.deployment.operator.running import control_port, is_ready, supervisor
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,10 +16,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes, uses_nist_ec_curve
 
-from fedlora.deployment.create import create
-from fedlora.deployment.keys import fingerprint
-from fedlora.deployment.layout import Layout, open_layout, roll_of
-from fedlora.deployment.scripts import RESTART_SECONDS
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.operator.keys import fingerprint
+from fedlora.deployment.operator.layout import Layout, open_layout, roll_of
+from fedlora.deployment.operator.scripts import RESTART_SECONDS
 from fedlora.errors import ConfigError
 
 HOSTS = ("fl.example.org", "192.0.2.7")

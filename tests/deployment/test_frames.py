@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedlora.deployment.frames import receive_frame, send_frame
+from fedlora.deployment.node.ipc import receive_frame, send_frame
 from fedlora.errors import UpdateRefused
 
 CONTENT = RecordDict(

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from fedlora.deployment import gate
-from fedlora.deployment.create import create
-from fedlora.deployment.gate import PULL, Gate
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.superlink import proxy
+from fedlora.deployment.superlink.proxy import PULL, Gate
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -90,7 +90,7 @@ def test_a_request_of_a_supernode_is_passed_on_with_its_signature_alone(authorit
 def test_a_question_for_messages_is_held_until_there_is_one(
     authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(proxy, "IDLE_SECONDS", 0.01)
     answers = iter([b"", b"", b"", b"message"])
     reply = asked(authority, lambda _: httpx.Response(200, content=next(answers)), PULL)
     assert reply == (200, b"message")
@@ -99,10 +99,10 @@ def test_a_question_for_messages_is_held_until_there_is_one(
 def test_a_held_question_is_answered_in_the_end_and_a_refusal_at_once(
     authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "IDLE_SECONDS", 0.01)
-    monkeypatch.setattr(gate, "HOLD_SECONDS", 0.05)
+    monkeypatch.setattr(proxy, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(proxy, "HOLD_SECONDS", 0.05)
     assert asked(authority, lambda _: httpx.Response(200), PULL) == (200, b"")
-    monkeypatch.setattr(gate, "HOLD_SECONDS", 60.0)
+    monkeypatch.setattr(proxy, "HOLD_SECONDS", 60.0)
     assert asked(authority, lambda _: httpx.Response(401, content=b""), PULL) == (401, b"")
 
 
@@ -110,7 +110,7 @@ def test_of_a_supernode_that_hung_up_nothing_more_is_asked(
     authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A message that is fetched for nobody would be lost."""
-    monkeypatch.setattr(gate, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(proxy, "IDLE_SECONDS", 0.02)
     count = 0
 
     def superlink(_: httpx.Request) -> httpx.Response:

@@ -16,13 +16,13 @@ import psutil
 import pytest
 import torch
 
+from clients.handler import TRAIN, handle
+from clients.node_settings import node_settings
 from fedlora import wire
 from fedlora.config import to_flat
-from fedlora.deployment import ask as asking
-from fedlora.deployment.ask import FAILED, SOCKET, ask, start
-from fedlora.deployment.frames import receive_frame, send_frame
-from fedlora.deployment.handle import TRAIN, handle
-from fedlora.deployment.node import node_settings
+from fedlora.deployment.node import model_client as asking
+from fedlora.deployment.node.ipc import receive_frame, send_frame
+from fedlora.deployment.node.model_client import FAILED, SOCKET, ask, start
 from fedlora.errors import RunFailed
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import order

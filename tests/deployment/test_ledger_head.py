@@ -9,15 +9,15 @@ from uuid import uuid4
 import pytest
 from flwr.app import Message
 
-from clients import accounts
+from clients import ledger_ref
+from clients.handler import TRAIN, handle
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
-from fedlora.deployment.handle import TRAIN, handle
-from fedlora.engines.local_grid import LocalGrid
 from fedlora.errors import RunFailed
-from fedlora.federation import Federation
-from fedlora.runs import RunDirectory
-from fedlora.wire.records import is_packed
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.simulation.local_grid import LocalGrid
+from fedlora.wire.arrays import is_packed
 from tests.conftest import tiny_config
 
 NODES = range(3)
@@ -44,12 +44,12 @@ class Nodes(LocalGrid):
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
             partition = self.partition_ids[message.metadata.dst_node_id]
-            order = wire.decode_order(message.content)
+            order = wire.decode_instruction(message.content)
             self.heads[-1][partition] = order.config.get("ledger-head", "")
             if partition == 0 and order.server_round == self.set_back_before:
                 lines = self.ledger(0).read_bytes().splitlines(keepends=True)
                 self.ledger(0).write_bytes(b"".join(lines[:-2]))
-                accounts._ledger.cache_clear()  # the node's next message has a process of its own
+                ledger_ref._ledger.cache_clear()  # the node's next message has a process of its own
             node_config = {"partition-id": partition, "state-dir": str(self.state_dir / str(partition))}
             answer = handle(TRAIN, message.content, to_flat(self.config), node_config)
             records = (message.content.array_records[wire.ARRAYS], answer.array_records[wire.ARRAYS])
@@ -62,7 +62,7 @@ def run(tmp_path: Path, set_back_before: int = 0, **overrides: object) -> Nodes:
     keys = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
     config = tiny_config(**keys, **overrides)
     grid = Nodes(config, tmp_path / "nodes", set_back_before)
-    Federation(config, RunDirectory(tmp_path / "run", resume=True), nodes=NODES).run(grid)
+    FederatedRun(config, RunDirectory(tmp_path / "run", resume=True), nodes=NODES).run(grid)
     return grid
 
 

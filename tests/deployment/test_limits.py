@@ -10,15 +10,15 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.resident import resident
+from clients.handler import TRAIN, handle
+from clients.node_settings import node_settings, read_node
+from clients.runtime import client_runtime
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
-from fedlora.deployment.handle import TRAIN, handle
-from fedlora.deployment.node import node_settings, read_node
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import Broadcast
 from fedlora.errors import ConfigError
-from fedlora.initial import fresh_adapters
 from fedlora.privacy.ledger import read_ledgers
-from fedlora.updates import Broadcast
 from tests.conftest import tiny_config
 
 PRIVATE: dict[str, Any] = {
@@ -34,10 +34,12 @@ LABELS = ("neg", "pos")
 
 
 def order(config: RunConfig, server_round: int, labels: Sequence[str] = LABELS) -> RecordDict:
-    adapters = fresh_adapters(resident(config).model.modules, 4, 2.0, 0)
+    adapters = fresh_adapters(client_runtime(config).model.modules, 4, 2.0, 0)
     both = frozenset("AB")
-    broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
-    about = wire.order_config(broadcast, wire.Needs(), "kaiming")
+    broadcast = Broadcast(
+        adapters=adapters, trained=both, uploaded=both, modules=frozenset(adapters), head={}
+    )
+    about = wire.instruction_config(broadcast, wire.Needs(), "kaiming")
     settings = {"server-round": server_round, "run-key": "run", "labels": list(labels), **about}
     return RecordDict(
         {

@@ -11,10 +11,10 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from clients.evaluation import evaluate
-from clients.resident import resident
-from fedlora.data.own import OwnData, own_data, read_own
-from fedlora.data.prepared import open_prepared, prepare
+from clients.runtime import client_runtime
 from fedlora.errors import ConfigError, OwnDataRefused
+from fedlora.prepared.cache import open_prepared, prepare
+from fedlora.prepared.node_data import OwnData, own_data, read_own
 from fedlora.tasks import task_named
 from tests.conftest import tiny_config
 
@@ -138,10 +138,10 @@ def test_examples_are_held_out_only_where_the_owner_says_so(tmp_path: Path, cach
 
 
 def test_without_test_examples_a_personal_model_cannot_be_measured(tmp_path: Path, cache: Path) -> None:
-    worker = resident(tiny_config(), own(tmp_path, ROWS))
-    assert worker.data.declared == "mine"
+    runtime = client_runtime(tiny_config(), own(tmp_path, ROWS))
+    assert runtime.data.declared == "mine"
     with pytest.raises(ConfigError, match="no example to evaluate on"):
-        evaluate(worker.model, worker.data.test, np.arange(len(worker.data.test)), 0)
+        evaluate(runtime.model, runtime.data.test, np.arange(len(runtime.data.test)), 0)
 
 
 TALKS: list[dict[str, Any]] = [
@@ -171,7 +171,7 @@ def test_texts_and_talks_are_what_the_same_rows_are_as_a_run(
     whole = open_prepared(prepare(config))
     theirs = own(tmp_path, rows, labels=(), text_column=columns, label_column="")
     assert read_own(theirs).labels == {}
-    mine = resident(config, theirs).data
+    mine = client_runtime(config, theirs).data
     assert mine.label_names == ()
     assert mine.task == task
     assert len(mine.train) == len(whole.train) > 2
@@ -202,7 +202,7 @@ def test_a_talk_that_is_none_is_named_to_its_owner_alone(tmp_path: Path, cache: 
     with pytest.raises(OwnDataRefused, match="role 'patient'"):
         read_own(own(tmp_path, rows, text_column="messages", label_column=""))
     with pytest.raises(OwnDataRefused, match="role 'patient'") as refused:
-        resident(config, own(tmp_path, rows, text_column="messages", label_column=""))
+        client_runtime(config, own(tmp_path, rows, text_column="messages", label_column=""))
     assert "patient" not in refused.value.told
 
 

@@ -13,14 +13,14 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from typer.testing import CliRunner
 
-from clients.resident import resident
+from clients.runtime import client_runtime
 from fedlora.cli import cli
-from fedlora.data.own import OwnData, own_data, read_own
-from fedlora.data.prepared import Prepared, open_prepared, prepare
-from fedlora.deployment.create import create
+from fedlora.data.images import fitted
+from fedlora.deployment.operator.create import create
 from fedlora.errors import OwnDataRefused
+from fedlora.prepared.cache import Prepared, open_prepared, prepare
+from fedlora.prepared.node_data import OwnData, own_data, read_own
 from fedlora.tasks import task_named
-from fedlora.vision.images import fitted
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import reply
 from tests.vision.samples import shaded
@@ -83,7 +83,7 @@ def test_own_pictures_are_what_the_same_files_are_as_a_run(tmp_path: Path) -> No
         **{"task": TASK.name, "model.name": "tiny-vit", "data.name": str(home), **keys},
     )
     whole = open_prepared(prepare(config))
-    mine = resident(config, own(home, tmp_path)).data
+    mine = client_runtime(config, own(home, tmp_path)).data
     assert (mine.label_names, mine.domain_names, mine.declared) == (whole.label_names, (), "mine")
     assert np.array_equal(pixels(mine), pixels(whole))
     assert np.array_equal(mine.train.labels, whole.train.labels)

@@ -13,16 +13,16 @@ from typing import Any
 import httpx
 import pytest
 
-from fedlora.assets import asset_path
+from fedlora.assets.fetch import asset_path
 from fedlora.config import DataConfig, EngineConfig, RunConfig, from_flat
 from fedlora.data.sources import load_examples
-from fedlora.deployment.create import create
-from fedlora.deployment.loopback import Loopback
-from fedlora.deployment.submit import submit
-from fedlora.engines.ray_pool import RayPool
-from fedlora.engines.simulate import simulate_on
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.operator.loopback import Loopback
+from fedlora.deployment.operator.submit import submit
 from fedlora.errors import AssetError, ConfigError
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
+from fedlora.simulation.ray_pool import RayPool
+from fedlora.simulation.simulate import simulate_on
 
 pytestmark = [pytest.mark.deployed, pytest.mark.real, pytest.mark.timeout(1500)]
 

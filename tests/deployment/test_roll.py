@@ -10,12 +10,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedlora.deployment.keys import fingerprint
-from fedlora.deployment.roll import Roll
+from fedlora.deployment.operator.keys import fingerprint
+from fedlora.deployment.superlink.node_keys import NodeKeys
 from fedlora.errors import RunFailed
 from strategies import FedAvg
 from strategies.flower import FactorStrategy
-from strategies.roster import Roster
+from strategies.nodes import NodeDirectory
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays
 
@@ -49,7 +49,7 @@ class KeyedGrid(FakeGrid):
 
 def strategy(on_roll: int, **options: int) -> FactorStrategy:
     made: FactorStrategy = FedAvg(scaling=2.0, **options)
-    made.roster = Roster(Roll({fingerprint(KEYS[k]): k for k in range(on_roll)}))
+    made.node_directory = NodeDirectory(NodeKeys({fingerprint(KEYS[k]): k for k in range(on_roll)}))
     return made
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from fedlora.deployment import submit
+from fedlora.deployment.operator import submit
 from fedlora.errors import RunFailed
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
 from tests.conftest import tiny_config
 
 

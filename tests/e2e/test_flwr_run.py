@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedlora.built_in import converted_home
+from fedlora.assets.models import converted_home
 from fedlora.config import ModelConfig
-from fedlora.data.conversations import Turn
-from fedlora.data.novels import is_cached, novels_table
+from fedlora.data.builtin.novels import is_cached, novels_table
+from fedlora.data.chat.conversations import Turn
 from fedlora.data.tokenizers import load_tokenizer
 from fedlora.models import build_model
 

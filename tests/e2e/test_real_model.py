@@ -12,18 +12,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from clients.evaluation import evaluate
-from clients.resident import resident
-from clients.training import train_local
-from fedlora.assets import asset_path
+from clients.runtime import client_runtime
+from clients.training.train import train_local
+from fedlora.assets.fetch import asset_path
 from fedlora.config import EngineConfig, RunConfig, TrainConfig, from_flat
+from fedlora.core.factors import AdapterSet, LoraFactors
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import evaluation_subset
-from fedlora.engines.ray_pool import RayPool
-from fedlora.engines.simulate import simulate_on
 from fedlora.errors import AssetError
-from fedlora.factors import AdapterSet, LoraFactors
-from fedlora.initial import fresh_adapters
 from fedlora.models import build_model
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
+from fedlora.simulation.ray_pool import RayPool
+from fedlora.simulation.simulate import simulate_on
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 
@@ -99,19 +99,19 @@ def test_one_and_two_actors_end_on_the_same_adapter_which_peft_loads(tmp_path: P
 def test_zeroing_the_trained_factors_lowers_the_accuracy() -> None:
     """What the adapter learnt is in the factors, not only in the head that was trained with them."""
     config = from_flat({**KEYS, "lora.ranks": "", "data.partitioner": "iid", "data.num-partitions": 1})
-    worker = resident(config)
-    adapters = fresh_adapters(worker.model.modules, 8, 2.0, seed=1)
+    runtime = client_runtime(config)
+    adapters = fresh_adapters(runtime.model.modules, 8, 2.0, seed=1)
     train = TrainConfig(learning_rate=3e-3, batch_size=8)
-    worker.model.load(adapters, {}, trains=frozenset("AB"), train_head=True)
+    runtime.model.load(adapters, {}, trained=frozenset("AB"), train_head=True)
     result = train_local(
-        worker.model, worker.data.train, worker.data.indices(0), worker.data.pad_token_id, train,
+        runtime.model, runtime.data.train, runtime.data.indices(0), runtime.data.pad_token_id, train,
         local_steps=100, seed=1,
     )  # fmt: skip
-    subset = evaluation_subset(worker.data.test, 600)
+    subset = evaluation_subset(runtime.data.test, 600)
 
     def accuracy(adapters: AdapterSet) -> float:
-        worker.model.load(adapters, result.head)
-        return evaluate(worker.model, worker.data.test, subset, worker.data.pad_token_id).accuracy
+        runtime.model.load(adapters, result.head)
+        return evaluate(runtime.model, runtime.data.test, subset, runtime.data.pad_token_id).accuracy
 
     zeroed = {n: LoraFactors(f.A, torch.zeros_like(f.B), f.scaling) for n, f in result.adapters.items()}
     assert accuracy(result.adapters) > accuracy(zeroed) + 0.02

@@ -18,11 +18,11 @@ import pytest
 import tomli_w
 
 from fedlora.config import RunConfig, from_flat
-from fedlora.deployment import submit as submitting
-from fedlora.deployment.create import create
-from fedlora.deployment.layout import Layout
-from fedlora.deployment.loopback import Loopback
-from fedlora.runs import RunDirectory
+from fedlora.deployment.operator import submit as submitting
+from fedlora.deployment.operator.create import create
+from fedlora.deployment.operator.layout import Layout
+from fedlora.deployment.operator.loopback import Loopback
+from fedlora.server.directory import RunDirectory
 
 NODES = 3
 KEYS: dict[str, Any] = {

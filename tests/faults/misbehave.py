@@ -11,8 +11,8 @@ from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from sabotage import PLAN  # type: ignore[import-not-found]
 
+from clients.node_settings import node_settings
 from fedlora.client_app import identify, train_message
-from fedlora.deployment.node import node_settings
 from fedlora.wire import from_record, to_record
 
 SLOW_SECONDS = 90.0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.deployment.layout import Layout
+from fedlora.deployment.operator.layout import Layout
 from tests.faults.deployed import Up, federation, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1200)]

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedlora.deployment.operate import node_states
+from fedlora.deployment.operator.operate import node_states
 from fedlora.errors import RunFailed
 from tests.faults.deployed import NODES, Up, adapter, federation, run
 

@@ -11,12 +11,11 @@ import torch
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from clients.holdings import Holdings
-from clients.orders import open_order
+from clients.store import ClientStore, resolve
 from fedlora import wire
-from fedlora.engines.identity import speak_as_server
-from fedlora.factors import AdapterSet, LoraFactors, Tensors
-from fedlora.seeding import torch_stream
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.core.seeding import torch_stream
+from fedlora.simulation.flower_identity import speak_as_server
 
 Client = Callable[[Message, int], Message | None]
 
@@ -80,8 +79,8 @@ class ToyClient:
         self.starts: dict[int, AdapterSet] = {}
 
     def __call__(self, message: Message, partition: int) -> Message | None:
-        order = wire.decode_order(message.content)
-        opened = open_order(order, Holdings(self.root / str(partition)))
+        order = wire.decode_instruction(message.content)
+        opened = resolve(order, ClientStore(self.root / str(partition)))
         if isinstance(opened, wire.Reply):
             return Message(wire.encode_reply(opened), reply_to=message)
         self.bases[partition] = [opened.patch(name).tensors() for name in order.needs.base]
@@ -90,7 +89,7 @@ class ToyClient:
         head = {name: t + 0.1 * (partition + 1) for name, t in opened.head.items()}
         reply = wire.Reply(
             status=wire.OK,
-            arrays=wire.to_peft(moved, head, order.ships),
+            arrays=wire.to_peft(moved, head, order.uploaded),
             metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
             holds=order.needs.digests,
             answers=order.identity,
@@ -98,12 +97,12 @@ class ToyClient:
         return Message(wire.encode_reply(reply), reply_to=message)
 
     @staticmethod
-    def moved(f: LoraFactors, order: wire.TrainOrder, partition: int, name: str) -> LoraFactors:
+    def moved(f: LoraFactors, order: wire.TrainInstruction, partition: int, name: str) -> LoraFactors:
         g = torch_stream(0, "toy", order.server_round, partition, name)
         moved = {
             x: t + 0.1 * torch.randn(t.shape, generator=g)
             for x, t in f.tensors().items()
-            if x in order.trains
+            if x in order.trained
         }
         return replace(f, **moved)
 

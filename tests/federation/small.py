@@ -6,7 +6,7 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedlora import wire
-from fedlora.factors import LoraFactors
+from fedlora.core.factors import LoraFactors
 from strategies.flower import FactorStrategy
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}

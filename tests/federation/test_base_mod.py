@@ -13,11 +13,11 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
 from clients.mod import base_mod
+from fedlora.core.state import ClientSpec
 from fedlora.errors import RunFailed
+from fedlora.models.arrays import load_arrays
 from fedlora.models.peft_model import moving_base
-from fedlora.updates import ClientSpec
 from strategies import FedAvg, FedExLoRA, FedMomentum, FedSB, FedSVDRenew, FLoRA, FLoRIST
-from strategies.arrays import load_arrays
 from strategies.flower import FactorStrategy
 from tests.federation.test_anybodys_app import ALPHA, INPUTS, RANK, federate, peft_model, plain_app
 from tests.federation.test_global_arrays import DenseServer

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.engines.simulate import simulate
 from fedlora.models import AdapterCard, load_adapter
+from fedlora.simulation.simulate import simulate
 from tests.conftest import tiny_config
 from tests.models.families import save
 

@@ -13,20 +13,21 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from clients.batches import load_batch
-from clients.carry_out import Node, train_order
-from clients.resident import resident
-from clients.training import batch_loss
-from fedlora import public, wire
+from clients.execute import Node, train_instruction
+from clients.runtime import client_runtime
+from clients.training.batches import load_batch
+from clients.training.train import batch_loss
+from fedlora import wire
 from fedlora.config import RunConfig
-from fedlora.data.prepared import open_prepared, prepare
-from fedlora.data.synthetic import MOODS, NEUTRAL, synthetic_table
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.seeding import stream
+from fedlora.data.builtin.synthetic import MOODS, NEUTRAL, synthetic_table
 from fedlora.errors import ConfigError
-from fedlora.federation import Federation
-from fedlora.initial import fresh_adapters
 from fedlora.models import load_adapter
-from fedlora.runs import RunDirectory
-from fedlora.seeding import stream
+from fedlora.prepared.cache import open_prepared, prepare
+from fedlora.server import public_data
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
@@ -42,7 +43,7 @@ def moods(cache: Path) -> Path:
         mood = list(MOODS)[number % len(MOODS)]
         words = [*rng.choice(MOODS[mood].split(), 2), *rng.choice(NEUTRAL.split(), 5)]
         rows.append({"text": " ".join(words), "label": mood})
-    return written(cache / "public.jsonl", rows)
+    return written(cache / "public_data.jsonl", rows)
 
 
 def written(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -57,13 +58,13 @@ def config_of(subspace: str, moods: Path, **keys: Any) -> RunConfig:
     return tiny_config(**{**settings, "data.public": str(moods), **keys})
 
 
-def run(config: RunConfig, path: Path, stop_after: int = 0) -> Federation:
+def run(config: RunConfig, path: Path, stop_after: int = 0) -> FederatedRun:
     """The rounds that are left, in this process; ``stop_after`` breaks it off."""
-    federation = Federation(config, RunDirectory(path, resume=True))
+    federation = FederatedRun(config, RunDirectory(path, resume=True))
 
     def client(message: Message, partition: int) -> Message:
         node = Node(partition_id=partition, state_dir=path / "clients", simulation=True)
-        reply = train_order(wire.decode_order(message.content), config, node)
+        reply = train_instruction(wire.decode_instruction(message.content), config, node)
         return Message(wire.encode_reply(reply), reply_to=message)
 
     def progress(record: dict[str, Any]) -> None:
@@ -80,7 +81,7 @@ def test_a_run_ships_what_is_declared_and_exports_its_last_model(
     subspace: str, moods: Path, tmp_path: Path
 ) -> None:
     federation = run(config_of(subspace, moods), tmp_path)
-    modules, head = federation.worker.model.modules, sum(t.numel() for t in federation.state.head.values())
+    modules, head = federation.runtime.model.modules, sum(t.numel() for t in federation.state.head.values())
     numbers = {
         "A": RANK * sum(m.in_features for m in modules.values()),
         "B": RANK * sum(m.out_features for m in modules.values()),
@@ -94,7 +95,7 @@ def test_a_run_ships_what_is_declared_and_exports_its_last_model(
     assert all(r["gap"] < 1e-5 and r["update_norm"] > 0 and r["refused"] == {} for r in records)
 
     exported, _ = load_adapter(tmp_path / "adapter")
-    model = federation.worker.model
+    model = federation.runtime.model
     model.load(federation.state.adapters, federation.state.head)
     batch = token_batch()
     torch.testing.assert_close(logits(exported, batch), logits(model.module, batch), rtol=1e-4, atol=1e-5)
@@ -133,16 +134,16 @@ def test_the_private_subspace_is_paid_for(moods: Path, tmp_path: Path) -> None:
 def test_the_first_gradient_is_that_of_the_mean_loss_at_the_base(moods: Path) -> None:
     """Whatever a client left in the model: adapter, head and base patches."""
     config = config_of("public", moods)
-    worker = resident(config)
-    model, patch = worker.model, random_patch(worker.model.modules, 2, 0)
-    worker.move_to((patch.digest(),), lambda _: patch)
+    runtime = client_runtime(config)
+    model, patch = runtime.model, random_patch(runtime.model.modules, 2, 0)
+    runtime.move_to((patch.digest(),), lambda _: patch)
     model.load(random_adapters(model.modules, 3), {n: t + 1 for n, t in model.initial_head.items()})
-    found = public.first_gradients(worker, config, 30)
-    examples = open_prepared(prepare(replace(config, data=public.public_data(config.data)))).train
+    found = public_data.first_gradients(runtime, config, 30)
+    examples = open_prepared(prepare(replace(config, data=public_data.public_data(config.data)))).train
     chosen = stream(config.seed, "public").permutation(len(examples))[:30]
-    pristine = adapted(num_labels=worker.data.num_labels, seed=config.seed)
+    pristine = adapted(num_labels=runtime.data.num_labels, seed=config.seed)
     pristine.load(fresh_adapters(model.modules, 1, 1.0, 0), {})
-    batch = load_batch(examples, chosen, worker.data.pad_token_id, pristine.device)
+    batch = load_batch(examples, chosen, runtime.data.pad_token_id, pristine.device)
     with pristine.base.gradients() as gradients_of:
         wanted = gradients_of(batch_loss(pristine, batch))
     assert set(found) == set(model.modules)
@@ -156,14 +157,14 @@ def test_no_example_of_the_run_itself_is_public(moods: Path, tmp_path: Path) -> 
     copy = written(tmp_path / "copy.jsonl", own)
     config = config_of("public", copy)
     with pytest.raises(ConfigError, match=r"^data\.public = .*: has 0 training examples that are not in"):
-        public.first_gradients(resident(config), config, 1)
+        public_data.first_gradients(client_runtime(config), config, 1)
 
 
 def test_public_examples_with_other_labels_or_none_are_refused(tmp_path: Path, cache: Path) -> None:
     rows = [{"text": f"note {i} of many", "label": ("good", "bad")[i % 2]} for i in range(60)]
     other = config_of("public", written(tmp_path / "other.jsonl", rows))
     with pytest.raises(ConfigError, match=r"its labels are bad, good, the run has calm"):
-        public.first_gradients(resident(other), other, 1)
+        public_data.first_gradients(client_runtime(other), other, 1)
     nowhere = config_of("public", tmp_path / "nowhere.jsonl")
     with pytest.raises(ConfigError, match=r"^data\.public = .*nowhere.jsonl': no such file"):
-        public.first_gradients(resident(nowhere), nowhere, 1)
+        public_data.first_gradients(client_runtime(nowhere), nowhere, 1)

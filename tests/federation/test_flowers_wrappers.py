@@ -60,8 +60,8 @@ class PlainClient:
         self.sent[kind, int(config["server-round"])] = message.content["arrays"]
         content = RecordDict({"metrics": MetricRecord({"num-examples": 4, "loss": 1.0})})
         if kind == "train":
-            trains = str(config.get("trains", "A,B")).split(",")
-            rests = tuple(f"lora_{x}.weight" for x in "AB" if x not in trains)
+            trained = str(config.get("trained", "A,B")).split(",")
+            rests = tuple(f"lora_{x}.weight" for x in "AB" if x not in trained)
             tensors = message.content["arrays"].to_torch_state_dict()
             moved = {k: t + (0.0 if k.endswith(rests) else 0.1) for k, t in tensors.items()}
             content["arrays"] = ArrayRecord(moved)

@@ -11,8 +11,8 @@ import torch
 from flwr.app import ArrayRecord
 
 from fedlora import wire
+from fedlora.core.state import ClientSpec, ClientUpdate, State
 from fedlora.errors import ConfigError
-from fedlora.updates import ClientSpec, ClientUpdate, State
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
 from tests import oracles
@@ -52,7 +52,7 @@ def dense(arrays: ArrayRecord, scaling: float = SCALING) -> dict[str, oracles.Ar
 
 def strategy_of(name: str, **options: Any) -> FactorStrategy:
     rule = make_rule(name)
-    if rule.facts.mixed_ranks and rule.facts.trains:
+    if rule.facts.mixed_ranks and rule.facts.trained:
         options["client_spec"] = lambda p: ClientSpec(
             partition_id=p, rank=(3, 1, 2)[p], scaling=(2.0, 6.0, 3.0)[p]
         )
@@ -86,7 +86,7 @@ def test_result_and_evaluate_fn_get_the_dense_computation(name: str, tmp_path: P
     assert np.array_equal(result.arrays[HEAD].numpy(), strategy.state.head["classifier.weight"].numpy())
 
 
-MOVING = [name for name, rule in RULES.items() if rule.facts.moves_base]
+MOVING = [name for name, rule in RULES.items() if rule.facts.updates_base]
 
 
 @pytest.mark.parametrize("name", MOVING)
@@ -159,7 +159,7 @@ def test_a_scaling_that_is_none_is_refused(scaling: float, tmp_path: Path) -> No
         strategy.start(FakeGrid([0], ToyClient(tmp_path)), initial_arrays())
 
 
-@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.facts.moves_base])
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.facts.updates_base])
 def test_one_scaling_for_all_cancels_out_where_no_base_moves(name: str, tmp_path: Path) -> None:
     """Which is why these rules do not need it right from a client that uses no mod."""
     given = [

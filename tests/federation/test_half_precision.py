@@ -10,9 +10,9 @@ from flwr.app import Message
 
 import strategies
 from fedlora import wire
-from fedlora.updates import ClientSpec
+from fedlora.core.state import ClientSpec
 from strategies.flower import FactorStrategy
-from strategies.travel import rounded_state
+from strategies.precision import rounded_state
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays
 
@@ -58,10 +58,10 @@ def test_half_the_bytes_and_the_same_start_everywhere(name: str, tmp_path: Path)
     for module, factors in small.state.adapters.items():
         for letter, tensor in factors.tensors().items():
             assert torch.equal(again.adapters[module].tensors()[letter], tensor)
-    for parcel in small.courier.parcels:
-        for module, factors in half.starts[parcel.partition_id].items():
+    for request in small.transport.parcels:
+        for module, factors in half.starts[request.partition_id].items():
             for letter, tensor in factors.tensors().items():
-                assert torch.equal(parcel.broadcast.adapters[module].tensors()[letter], tensor)
+                assert torch.equal(request.broadcast.adapters[module].tensors()[letter], tensor)
     for patches in half.bases.values():
         sent = [patch.tensors() for patch in small.state.base[: len(patches)]]
         assert all(torch.equal(p[k], s[k]) for p, s in zip(patches, sent, strict=True) for k in p)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from clients.resident import resident
-from fedlora.runs import RunDirectory
-from fedlora.summaries import result_record, round_record
+from clients.runtime import client_runtime
+from fedlora.server.directory import RunDirectory
+from fedlora.server.records import result_record, round_record
 from strategies import FedAvg
-from strategies.report import RoundReport
+from strategies.replies import RoundReport
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays
@@ -37,7 +37,7 @@ def test_the_report_names_who_trained_in_a_halved_cohort(tmp_path: Path) -> None
 def test_the_result_says_so_whichever_process_wrote_it(tmp_path: Path) -> None:
     """The mark is in the round's line, so that a run that was resumed after it has it too."""
     config, directory = tiny_config(), RunDirectory(tmp_path / "run")
-    data = resident(config).data
+    data = client_runtime(config).data
     measured = {"accuracy": 0.5, "loss": 0.7}
     for number, halved in ((1, [4]), (2, [])):
         report = RoundReport(server_round=number, halved=halved)

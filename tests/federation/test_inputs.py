@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from clients.resident import Resident, resident
-from fedlora.inputs import inputs_digest
+from clients.runtime import ClientRuntime, client_runtime
+from fedlora.server.inputs import inputs_digest
 from tests.conftest import tiny_config
 
 
 def digest(**keys: Any) -> str | None:
     config = tiny_config(**keys)
-    return inputs_digest(config, resident(config))
+    return inputs_digest(config, client_runtime(config))
 
 
 def test_the_same_names_with_the_same_content_are_the_same(cache: Path) -> None:
@@ -35,12 +35,12 @@ def test_head_examples_partitions_and_cohorts_count(keys: dict[str, Any], cache:
 
 def test_one_weight_of_the_base_counts(cache: Path) -> None:
     config = tiny_config()
-    worker: Resident = resident(config)
-    before = inputs_digest(config, worker)
-    weight = next(p for n, p in worker.model.module.named_parameters() if "query" in n)
+    runtime: ClientRuntime = client_runtime(config)
+    before = inputs_digest(config, runtime)
+    weight = next(p for n, p in runtime.model.module.named_parameters() if "query" in n)
     with torch.no_grad():
         weight.view(-1)[0] += 1
-        assert inputs_digest(config, worker) != before
+        assert inputs_digest(config, runtime) != before
         weight.view(-1)[0] -= 1
 
 
@@ -73,4 +73,4 @@ def test_public_examples_count(cache: Path, tmp_path: Path) -> None:
 )
 def test_what_is_not_known_here_is_not_guessed(keys: dict[str, Any], cache: Path) -> None:
     config = tiny_config()
-    assert inputs_digest(tiny_config(**keys), resident(config)) is None
+    assert inputs_digest(tiny_config(**keys), client_runtime(config)) is None

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from clients.carry_out import own_test_indices
 from clients.evaluation import Evaluation
+from clients.execute import own_test_indices
 from fedlora.data.examples import Examples
-from fedlora.data.prepared import Prepared
-from fedlora.per_client import accuracy_by_client, spread, worst_decile
+from fedlora.prepared.cache import Prepared
+from fedlora.server.records import accuracy_by_client, spread, worst_decile
 
 
 def examples(domains: list[int]) -> Examples:

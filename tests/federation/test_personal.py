@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import load_peft_weights
 
-from fedlora.checks import check
 from fedlora.config import from_flat
-from fedlora.engines.simulate import simulate
+from fedlora.core.factors import LoraFactors
+from fedlora.core.peft_keys import to_peft
+from fedlora.core.state import ClientSpec, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
-from fedlora.peft_keys import to_peft
-from fedlora.personal import mean_model, model_of, own_tensors
-from fedlora.updates import ClientSpec, State
+from fedlora.server.export import mean_model, model_of, own_tensors
+from fedlora.server.validate import check
+from fedlora.simulation.simulate import simulate
 from tests.conftest import tiny_config
 
 

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import torch
 
-from clients.batches import load_batch
-from clients.resident import resident
-from fedlora import public
-from fedlora.assembly import assemble
-from fedlora.checks import check
+from clients.runtime import client_runtime
+from clients.training.batches import load_batch
 from fedlora.config import RunConfig
-from fedlora.data.prepared import open_prepared, prepare
-from fedlora.data.synthetic import MOODS, NEUTRAL
+from fedlora.core.init_eva import InputMoments
+from fedlora.core.seeding import stream
+from fedlora.core.state import State
+from fedlora.data.builtin.synthetic import MOODS, NEUTRAL
 from fedlora.errors import ConfigError
-from fedlora.models.from_inputs import InputMoments
-from fedlora.seeding import stream
+from fedlora.prepared.cache import open_prepared, prepare
+from fedlora.server import public_data
+from fedlora.server.build import assemble
+from fedlora.server.validate import check
 from fedlora.tasks.task import inputs
-from fedlora.updates import State
 from tests.conftest import tiny_config
 from tests.models.samples import logits, random_patch, token_batch
 
@@ -50,11 +50,11 @@ def config_of(kind: str, moods: Path | str, **keys: object) -> RunConfig:
 
 def begun(config: RunConfig) -> State:
     """The state before round 1, as the server makes it."""
-    worker = resident(config)
+    runtime = client_runtime(config)
     strategy = assemble(
         check(config),
         config,
-        worker,
+        runtime,
         range(2),
         clients_evaluate=lambda _: False,
         seeded=True,
@@ -69,18 +69,18 @@ def begun(config: RunConfig) -> State:
 def test_the_server_starts_from_the_function_of_the_base(kind: str, moods: Path) -> None:
     """Whatever was left in the process's model, and with the same bits for the same configuration."""
     config = config_of(kind, moods)
-    model = resident(config).model
+    model = client_runtime(config).model
     state, batch = begun(config), token_batch()
     model.load({n: replace(f, B=torch.zeros_like(f.B)) for n, f in state.adapters.items()}, {})
     before = logits(model.module, batch)
-    worker, patch = resident(config), random_patch(model.modules, 2, 0)
-    worker.move_to((patch.digest(),), lambda _: patch)
+    runtime, patch = client_runtime(config), random_patch(model.modules, 2, 0)
+    runtime.move_to((patch.digest(),), lambda _: patch)
     again = begun(config)
     assert all(
         again.adapters[n].A.equal(f.A) and again.adapters[n].B.equal(f.B) for n, f in state.adapters.items()
     )
     patches = {p.digest(): p for p in state.base}
-    worker.move_to(tuple(patches), patches.__getitem__)
+    runtime.move_to(tuple(patches), patches.__getitem__)
     model.load(state.adapters, {})
     torch.testing.assert_close(logits(model.module, batch), before, rtol=1e-4, atol=1e-5)
     assert len(state.base) == (kind == "lora-ga")
@@ -88,20 +88,20 @@ def test_the_server_starts_from_the_function_of_the_base(kind: str, moods: Path)
 
 def test_evas_inputs_are_those_of_the_public_tokens_without_padding(moods: Path) -> None:
     config = config_of("eva", moods)
-    worker = resident(config)
-    found = public.first_inputs(worker, config, 20)
-    examples = open_prepared(prepare(replace(config, data=public.public_data(config.data)))).train
+    runtime = client_runtime(config)
+    found = public_data.first_inputs(runtime, config, 20)
+    examples = open_prepared(prepare(replace(config, data=public_data.public_data(config.data)))).train
     chosen = stream(config.seed, "public").permutation(len(examples))[:20]
-    wanted = InputMoments(worker.model.modules)
+    wanted = InputMoments(runtime.model.modules)
     for index in chosen:  # one by one there is no padding
-        batch = load_batch(examples, np.array([index]), worker.data.pad_token_id, worker.model.device)
+        batch = load_batch(examples, np.array([index]), runtime.data.pad_token_id, runtime.model.device)
         with (
-            worker.model.base.watched_inputs(lambda name, x: wanted.add(name, x.flatten(0, 1))),
+            runtime.model.base.watched_inputs(lambda name, x: wanted.add(name, x.flatten(0, 1))),
             torch.no_grad(),
         ):
-            worker.model.module(**inputs(worker.model.module, batch))
+            runtime.model.module(**inputs(runtime.model.module, batch))
     assert found.count == wanted.count == dict.fromkeys(found.count, int(examples.lengths_of(chosen).sum()))
-    for name in worker.model.modules:
+    for name in runtime.model.modules:
         overlap = torch.linalg.svdvals(found.directions(name, 4) @ wanted.directions(name, 4).T)
         assert overlap.min() > 0.999
 

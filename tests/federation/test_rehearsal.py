@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.federation import Federation
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
 from tests.conftest import tiny_config
 from tests.models.families import words
 
@@ -40,7 +40,7 @@ def test_before_the_run_in_one_line(
     )  # fmt: skip
     out = tmp_path / "run"
     with pytest.raises(ConfigError) as error:
-        Federation(config, RunDirectory(out), stores=out / "clients")
+        FederatedRun(config, RunDirectory(out), stores=out / "clients")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert not [path for path in out.rglob("*") if path.is_file()]

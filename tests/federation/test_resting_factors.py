@@ -9,15 +9,14 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from clients.holdings import Holdings
-from clients.orders import open_order
+from clients.store import ClientStore, resolve
 from fedlora import wire
+from fedlora.core.state import digest
 from fedlora.errors import UpdateRefused
-from fedlora.updates import digest
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA
-from strategies import courier as courier_module
+from strategies import transport as courier_module
 from strategies.flower import FactorStrategy
-from strategies.report import RoundReport
+from strategies.replies import RoundReport
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
 from tests.federation.test_strategy import MODULES, initial_arrays
 
@@ -124,7 +123,7 @@ def test_an_evaluation_brings_what_the_next_round_rests_on(tmp_path: Path) -> No
 def test_what_was_acknowledged_survives_a_restart_of_the_server(tmp_path: Path) -> None:
     first, second = RoLoRA(scaling=2.0, fraction_evaluate=0.0), RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     run(first, ToyClient(tmp_path), 2)
-    second.state, second.courier.holdings = first.state, first.courier.holdings
+    second.state, second.transport.acknowledged = first.state, first.transport.acknowledged
     grid, _ = run(second, Watched(tmp_path, second, set()), 4)
     assert down(grid, 0) == {3: [A], 4: [B]}
 
@@ -168,9 +167,9 @@ def test_moving_factors_are_hashed_only_for_who_holds_something_else(
 def test_an_order_that_lies_about_a_moving_factor_is_refused(tmp_path: Path) -> None:
     tensors = wire.from_record(initial_arrays(RANK))
     settings = {
-        "server-round": 1, "rank": RANK, "scaling": 2.0, "trains": "A", "ships": "A", "modules": "[]",
+        "server-round": 1, "rank": RANK, "scaling": 2.0, "trained": "A", "uploaded": "A", "modules": "[]",
         "needs-frozen": "", "needs-moving": "0" * 64,
     }  # fmt: skip
     content = RecordDict({"arrays": wire.to_record(tensors), "config": ConfigRecord(settings)})
     with pytest.raises(UpdateRefused, match="does not have the content"):
-        open_order(wire.decode_order(content), Holdings(tmp_path))
+        resolve(wire.decode_instruction(content), ClientStore(tmp_path))

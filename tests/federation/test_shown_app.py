@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedlora.initial import fresh_adapters
-from fedlora.seeding import derive
-from fedlora.updates import ModuleSpec
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.seeding import derive
+from fedlora.core.state import ModuleSpec
 from tests.docs_commands import ROOT, blocks
 from tests.e2e.test_flwr_run import flower as flower
 from tests.e2e.test_flwr_run import wait_for_status

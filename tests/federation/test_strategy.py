@@ -12,9 +12,9 @@ from flwr.serverapp.strategy import Strategy
 
 import strategies
 from fedlora import wire
+from fedlora.core.factors import stack
+from fedlora.core.state import ClientSpec
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.factors import stack
-from fedlora.updates import ClientSpec
 from strategies import FedAvg, FLoRA
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
@@ -61,8 +61,8 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
     strategy.on_round = reports.append
     strategy.start(FakeGrid(range(clients), ToyClient(tmp_path)), initial_arrays(rank), num_rounds=3)
     facts = strategy.rule.facts
-    ships = [strategy.rule.shipped(t) for t in (1, 2, 3)]
-    up = [4 * clients * (sum(numbers[f] for f in factors) + head) for factors in ships]
+    uploaded = [strategy.rule.shipped(t) for t in (1, 2, 3)]
+    up = [4 * clients * (sum(numbers[f] for f in factors) + head) for factors in uploaded]
     assert [r.bytes_up for r in reports] == up
     both = 4 * (numbers["A"] + numbers["B"])
     stacked = 4 * clients * (numbers["A"] + numbers["B"])  # one patch: R = 2 r
@@ -153,8 +153,12 @@ class TestMovingBase:
         )
         strategy.start(FakeGrid(range(3), toy), initial_arrays(4), num_rounds=1)
         assert strategy.state is not None
-        order = wire.TrainOrder(
-            server_round=1, arrays={}, parts={}, needs=wire.Needs(), config={"trains": "A,B", "ships": "A,B"}
+        order = wire.TrainInstruction(
+            server_round=1,
+            arrays={},
+            parts={},
+            needs=wire.Needs(),
+            config={"trained": "A,B", "uploaded": "A,B"},
         )
         for name in MODULES:
             moved = {p: toy.moved(toy.starts[p][name], order, p, name) for p in ranks}

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from fedlora import tracking
-from fedlora.checks import check
 from fedlora.config import RunConfig
-from fedlora.engines.simulate import simulate
 from fedlora.errors import ConfigError
-from fedlora.runs import RunDirectory
-from fedlora.tracking import Tracking, check_tracking, numbers
+from fedlora.server import tracking
+from fedlora.server.directory import RunDirectory
+from fedlora.server.tracking import Tracking, check_tracking, numbers
+from fedlora.server.validate import check
+from fedlora.simulation.simulate import simulate
 from tests.conftest import tiny_config
 
 ROUNDS = [

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
 from fedlora.config import ModelConfig
-from fedlora.factors import AdapterSet, LoraFactors, Product
+from fedlora.core.factors import AdapterSet, LoraFactors, Product
+from fedlora.core.state import ModuleSpec, Patch
 from fedlora.models import AdaptedModel, build_model, resolve_targets
-from fedlora.updates import ModuleSpec, Patch
 
 
 def adapted(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedlora.core.factors import AdapterSet, LoraFactors
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.factors import AdapterSet, LoraFactors
-from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel
 from tests.models.samples import adapted, logits, random_adapters, token_batch
 
@@ -28,7 +28,7 @@ def test_clients_of_mixed_ranks_equal_fresh_models() -> None:
         head = {"classifier.bias": torch.tensor([0.1 * seed, -0.3])}
         results = []
         for model in (resident, adapted()):
-            model.load(adapters, head, trains=BOTH, train_head=True)
+            model.load(adapters, head, trained=BOTH, train_head=True)
             results.append((logits(model.module, token_batch()), gradients(model)))
         (ours, our_gradients), (fresh, fresh_gradients) = results
         assert torch.equal(ours, fresh)
@@ -40,9 +40,9 @@ def test_a_stale_adapter_reaches_neither_forward_nor_gradients() -> None:
     model = adapted()
     model.load(fresh_adapters(model.modules, 2, 1.0, 0), {})
     base = logits(model.module, token_batch())
-    model.load(random_adapters(model.modules, 8), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 8), {}, trained=BOTH, train_head=True)
     gradients(model)
-    model.load(fresh_adapters(model.modules, 4, 1.0, 0), {}, trains=BOTH)
+    model.load(fresh_adapters(model.modules, 4, 1.0, 0), {}, trained=BOTH)
     assert torch.equal(logits(model.module, token_batch()), base)
     gradients(model)
     trainable = {id(p) for p in model.trainable().all}
@@ -75,29 +75,29 @@ def test_a_head_that_is_not_given_is_the_initial_one() -> None:
     assert all(torch.equal(head[name], t) for name, t in model.initial_head.items())
 
 
-@pytest.mark.parametrize("trains", [frozenset(), frozenset("A"), frozenset("B"), BOTH])
+@pytest.mark.parametrize("trained", [frozenset(), frozenset("A"), frozenset("B"), BOTH])
 @pytest.mark.parametrize("train_head", [False, True])
-def test_exactly_what_is_asked_for_is_trained(trains: frozenset[str], train_head: bool) -> None:
+def test_exactly_what_is_asked_for_is_trained(trained: frozenset[str], train_head: bool) -> None:
     model = adapted()
     first = next(iter(model.modules))
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=not train_head)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=not train_head)
     model.load(
         random_adapters(model.modules, 4),
         {},
-        trains=trains,
+        trained=trained,
         modules=frozenset({first}),
         train_head=train_head,
     )
-    trained = model.trainable()
-    assert set(trained.factors) == {f"{first}.{letter}" for letter in trains}
-    assert set(trained.head) == (set(model.initial_head) if train_head else set())
-    assert sum(p.requires_grad for p in model.module.parameters()) == len(trained.all)
+    trainable = model.trainable()
+    assert set(trainable.factors) == {f"{first}.{letter}" for letter in trained}
+    assert set(trainable.head) == (set(model.initial_head) if train_head else set())
+    assert sum(p.requires_grad for p in model.module.parameters()) == len(trainable.all)
 
 
 def test_only_lora_dropout_is_active_in_training() -> None:
     model = adapted()
     adapters = random_adapters(model.modules, 4)
-    model.load(adapters, {}, trains=BOTH, dropout=0.5)
+    model.load(adapters, {}, trained=BOTH, dropout=0.5)
     plain = logits(model.module, token_batch())
     with model.training():
         active = [m for m in model.module.modules() if isinstance(m, torch.nn.Dropout) and m.training]
@@ -105,7 +105,7 @@ def test_only_lora_dropout_is_active_in_training() -> None:
         assert len(active) == len(model.modules)
         assert not torch.equal(logits(model.module, token_batch()), plain)
     assert torch.equal(logits(model.module, token_batch()), plain)
-    model.load(adapters, {}, trains=BOTH, dropout=0.0)
+    model.load(adapters, {}, trained=BOTH, dropout=0.0)
     with model.training():
         assert torch.equal(logits(model.module, token_batch()), plain)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, T5Config, T5Model
 
-from fedlora.assets import is_cached
+from fedlora.assets.fetch import is_cached
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError
 from fedlora.models import build_model, check_padding, head_tensors, pick_device
@@ -141,7 +141,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def test_minilm_tells_related_sentences_from_others() -> None:
     from transformers import AutoTokenizer
 
-    from fedlora.assets import asset_path
+    from fedlora.assets.fetch import asset_path
 
     tokenizer = AutoTokenizer.from_pretrained(asset_path("minilm"))
     model = build_model(ModelConfig(name="minilm"), 2, 0)

@@ -9,13 +9,13 @@ import torch
 from peft import PeftModel
 
 from fedlora.config import ModelConfig
+from fedlora.core.factors import AdapterSet
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import State
 from fedlora.errors import FactorShapeError
-from fedlora.factors import AdapterSet
-from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel, AdapterCard, build_model, save_adapter
-from fedlora.models.core import CoredOutput
+from fedlora.models.cored import CoredOutput
 from fedlora.models.layers import oriented
-from fedlora.updates import State
 from tests.models.samples import adapted, cored_adapters, logits, random_adapters, random_patch, token_batch
 
 KINDS = ("linear", "conv1d")
@@ -58,7 +58,7 @@ def test_only_the_core_is_trained_and_its_gradient_is_that_of_the_dense_weight(k
     """dL/dR = s B^T (dL/dW) A^T."""
     model = model_of(kind, gpt2)
     adapters = cored_adapters(model.modules, rank=3)
-    model.load(adapters, {}, trains=CORE)
+    model.load(adapters, {}, trained=CORE)
     found = gradients(model)
     assert set(found) == {f"{name}.R" for name in model.modules}
     assert sum(p.requires_grad for p in model.module.parameters()) == len(found)
@@ -100,10 +100,10 @@ def test_a_model_with_and_without_a_core_in_turn_equals_fresh_models() -> None:
         adapters: AdapterSet = (cored_adapters if cored else random_adapters)(
             resident.modules, rank, 2.0, seed
         )
-        trains = CORE if cored else frozenset("AB")
+        trained = CORE if cored else frozenset("AB")
         results = []
         for model in (resident, adapted()):
-            model.load(adapters, {}, trains=trains)
+            model.load(adapters, {}, trained=trained)
             results.append((logits(model.module, token_batch()), gradients(model), model.read()[0]))
             assert {id(p) for p in model.module.parameters() if p.requires_grad} == {
                 id(p) for p in model.trainable().all

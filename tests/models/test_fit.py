@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from clients.resident import parts_of
+from clients.runtime import parts_of
 from fedlora.config import ModelConfig
 from fedlora.data.examples import Examples
-from fedlora.data.prepared import Prepared
 from fedlora.errors import ConfigError
 from fedlora.models import build_model, check_fit
+from fedlora.prepared.cache import Prepared
 from tests.conftest import tiny_config
 from tests.models import families
 from tests.models.families import CLASSIFIERS, LABELS, POSITIONS, SEP, VOCABULARY

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel
 
-from clients.cohort import train_cohort
-from clients.training import train_local
-from fedlora.checks import check
+from clients.training.batched import train_cohort
+from clients.training.train import train_local
 from fedlora.config import ModelConfig, TrainConfig, from_flat
+from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel, AdapterCard, build_model, load_adapter, resolve_targets, save_adapter
-from fedlora.models.four_bit import FourBitLinear
-from fedlora.models.shared import put_together, take_apart
-from fedlora.updates import State
+from fedlora.models.quantized import FourBitLinear
+from fedlora.models.shared_memory import put_together, take_apart
+from fedlora.server.validate import check
 from strategies.registry import RULES
 from tests.clients.cohort.samples import member, task
 from tests.clients.samples import BOTH, PAD, examples
@@ -62,7 +62,7 @@ def test_other_quantisations_are_refused() -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_what_moves_the_base_is_refused(name: str) -> None:
     config = from_flat({"model.quantization": "4bit", "strategy.name": name})
-    if not RULES[name].facts.moves_base:
+    if not RULES[name].facts.updates_base:
         check(config)
         return
     with pytest.raises(
@@ -121,7 +121,7 @@ def test_it_computes_what_the_rounded_weights_compute(tmp_path: Path) -> None:
 def test_training_sharing_and_export_work_on_it(tmp_path: Path) -> None:
     """Alone and in a cohort the same; in another process's memory the same bits; the export opens again."""
     model, data, batch = four_bit(tmp_path / "base"), examples(60, seed=3), token_batch()
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH, train_head=True)
     before = logits(model.module, batch)
     result = train_local(model, data, np.arange(24), PAD, TrainConfig(), local_steps=3, seed=1)
     model.load(result.adapters, result.head)

@@ -10,12 +10,12 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import LoraGAConfig, get_peft_model
 from peft.tuners.lora import preprocess_loraga
 
-from fedlora.checks import check
 from fedlora.config import LoraConfig, RunConfig, StrategyConfig
+from fedlora.core.factors import LoraFactors
+from fedlora.core.init_svd import KINDS, subtract_from_base
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, Template
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
-from fedlora.models.from_base import KINDS, taken_out
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, Template
+from fedlora.server.validate import check
 from strategies.registry import make_rule
 from tests.models.samples import adapted, logits, random_adapters, save_tiny_gpt2, token_batch
 
@@ -28,7 +28,7 @@ def test_the_model_computes_what_it_computed_before(layer: str, kind: str, tmp_p
     name = "tiny" if layer == "linear" else str(save_tiny_gpt2(tmp_path / "gpt2"))
     model, batch = adapted(name), token_batch(200)
     state = make_rule("ffa", {"init_a": kind}).init(
-        taken_out(model.template(2, 4.0), model.base.pristine, kind), seed=0
+        subtract_from_base(model.template(2, 4.0), model.base.pristine, kind), seed=0
     )
     model.load(random_adapters(model.modules, 2), {})
     empty = {n: LoraFactors(f.A, torch.zeros_like(f.B), f.scaling) for n, f in state.adapters.items()}
@@ -54,7 +54,7 @@ def test_the_factors_are_pefts(kind: str) -> None:
         )
     theirs = get_peft_model(layer, config)
     spec = {"x": ModuleSpec(out_features=7, in_features=9)}
-    template = taken_out(
+    template = subtract_from_base(
         Template(modules=spec, rank=3, scaling=2.0), lambda _: gradient if kind == "lora-ga" else W, kind
     )
     assert template.adapters is not None
@@ -83,7 +83,9 @@ def test_a_round_in_which_nobody_moves_is_no_change(kind: str) -> None:
     spec = {"x": ModuleSpec(out_features=7, in_features=9)}
     for name in ("ffa", "fedavg", "fedsvd"):
         rule = make_rule(name, {"init_a": kind})
-        before = rule.init(taken_out(Template(modules=spec, rank=2, scaling=1.0), lambda _: W, kind), 0)
+        before = rule.init(
+            subtract_from_base(Template(modules=spec, rank=2, scaling=1.0), lambda _: W, kind), 0
+        )
         client = ClientSpec(partition_id=0, rank=2, scaling=1.0)
         sent = rule.broadcast(before, client)
         update = ClientUpdate(partition_id=0, adapters=sent.adapters, head={}, weight=1.0)
@@ -104,4 +106,4 @@ def test_mixed_ranks_are_refused() -> None:
 def test_lora_ga_needs_twice_the_rank() -> None:
     spec = {"x": ModuleSpec(out_features=7, in_features=9)}
     with pytest.raises(ConfigError, match=r"^lora\.rank = 4: .* takes 2 r directions .*\(7, 9\) has 7$"):
-        taken_out(Template(modules=spec, rank=4, scaling=1.0), lambda _: torch.ones(7, 9), "lora-ga")
+        subtract_from_base(Template(modules=spec, rank=4, scaling=1.0), lambda _: torch.ones(7, 9), "lora-ga")

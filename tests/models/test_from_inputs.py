@@ -9,9 +9,9 @@ import torch
 from peft import EvaConfig, get_eva_state_dict
 from peft import LoraConfig as PeftLoraConfig
 
+from fedlora.core.init_eva import InputMoments, most_varied
+from fedlora.core.state import ModuleSpec, Template
 from fedlora.errors import ConfigError
-from fedlora.models.from_inputs import InputMoments, most_varied
-from fedlora.updates import ModuleSpec, Template
 from tests.models.samples import adapted, logits, random_adapters, save_tiny_gpt2, token_batch
 
 SPEC = {"x": ModuleSpec(out_features=5, in_features=6)}

@@ -11,14 +11,14 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import BertConfig, BertLMHeadModel
 
-from clients.private import train_private
-from clients.training import train_local
+from clients.training.dp_sgd import train_private
+from clients.training.train import train_local
 from fedlora.config import ModelConfig, TrainConfig
+from fedlora.core.state import State
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, check_length, load_adapter, save_adapter
 from fedlora.models.build import build_model
-from fedlora.updates import State
 from tests.clients.cohort.samples import assert_same, member, privately, task
 from tests.clients.samples import BOTH, examples
 from tests.models.language import ARCHITECTURES, VOCABULARY, adapted_lm, save_tiny_lm
@@ -38,7 +38,7 @@ def test_trained_exported_and_loaded_by_peft_alone(architecture: str, tmp_path: 
     model = adapted_lm(str(base))
     assert model.initial_head == {}
     assert not any("lm_head" in name or "embed" in name for name in model.modules)
-    model.load(random_adapters(model.modules, 4), {}, trains=BOTH)
+    model.load(random_adapters(model.modules, 4), {}, trained=BOTH)
     frozen = {n: p.clone() for n, p in model.module.named_parameters() if not p.requires_grad}
     begun = model.read()[0]
     data = small()
@@ -80,7 +80,7 @@ def test_a_cohort_trains_as_one_by_one(architecture: str, private: bool, tmp_pat
 @every_architecture
 def test_private_training_passes_its_self_test(architecture: str, mode: str, tmp_path: Path) -> None:
     model = adapted_lm(str(save_tiny_lm(tmp_path, architecture)))
-    model.load(random_adapters(model.modules, 2), {}, trains=BOTH)
+    model.load(random_adapters(model.modules, 2), {}, trained=BOTH)
     train_private(
         model, small(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1, noise_multiplier=1.0,
         max_grad_norm=1.0, seed=0, grad_sample_mode=mode,

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, ViTConfig
 
+from fedlora.assets.loading import pretrained
 from fedlora.config import ModelConfig
 from fedlora.errors import ConfigError
-from fedlora.evaluate import evaluate_adapter
-from fedlora.loading import pretrained
+from fedlora.evaluation.adapter import evaluate_adapter
+from fedlora.merge.group import gather
+from fedlora.merge.merged_model import open_base
 from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_adapter
-from fedlora.models.adapter_group import gather
-from fedlora.models.merged import open_base
 from fedlora.models.peft_files import read_adapter
-from fedlora.vision.backbones import image_classifier
+from fedlora.models.vision.backbones import image_classifier
 from tests.models.families import LABELS
 from tests.models.test_export import state_of
 

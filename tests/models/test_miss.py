@@ -11,11 +11,11 @@ from peft import MissConfig, get_peft_model
 
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.config.methods import NOT_HERE
+from fedlora.core.init_drawn import initial_a
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientSpec, ClientUpdate
 from fedlora.errors import ConfigError
-from fedlora.initial import initial_a
 from fedlora.models import AdapterCard, build_model, load_adapter, save_adapter
-from fedlora.seeding import torch_stream
-from fedlora.updates import ClientSpec, ClientUpdate
 from strategies.registry import make_rule
 from tests.models.samples import adapted, logits, token_batch
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora.core.factors import LoraFactors, Product, as_product
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import Patch
 from fedlora.errors import FactorShapeError, RunFailed
-from fedlora.factors import LoraFactors, Product, as_product
-from fedlora.initial import fresh_adapters
 from fedlora.models import AdaptedModel
 from fedlora.models.layers import oriented
-from fedlora.updates import Patch
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
 
 

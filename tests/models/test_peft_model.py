@@ -15,9 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedlora.core.peft_keys import key_of
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.peft_keys import key_of
-from strategies.arrays import load_arrays, save_arrays
+from fedlora.models.arrays import load_arrays, save_arrays
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from fedlora.config import LoraConfig, ModelConfig
-from fedlora.factors import LoraFactors
+from fedlora.core.factors import LoraFactors
 from fedlora.models import build_model, resolve_targets
 from fedlora.models.layers import oriented
 from tests.models.samples import adapted, logits, random_adapters, token_batch

@@ -16,9 +16,9 @@ from transformers import (
 )
 
 from fedlora.config import ModelConfig
-from fedlora.initial import fresh_adapters
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.models import AdaptedModel, build_model, resolve_targets
-from fedlora.models.shared import hashes, put_together, take_apart
+from fedlora.models.shared_memory import hashes, put_together, take_apart
 
 SIZES: dict[str, Any] = {"vocab_size": 50, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -90,7 +90,7 @@ def test_training_and_serving_clients_never_write_into_the_arrays() -> None:
     model = AdaptedModel(network, resolve_targets(network, ""))
     template = model.template(2, 1.0)
     adapters = fresh_adapters(template.modules, 2, 1.0, 0)
-    model.load(adapters, template.head, trains=frozenset("AB"), train_head=True)
+    model.load(adapters, template.head, trained=frozenset("AB"), train_head=True)
     ids = torch.arange(3, 15).reshape(2, 6)
     with model.training() as trained:
         optimizer = torch.optim.SGD(trained.all, lr=1.0)

@@ -13,8 +13,8 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 import fedlora.models.export
+from fedlora.core.factors import AdapterSet, LoraFactors
 from fedlora.errors import RunFailed
-from fedlora.factors import AdapterSet, LoraFactors
 from fedlora.models.export import write_adapter
 from fedlora.models.peft_files import read_adapter
 

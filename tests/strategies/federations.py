@@ -15,9 +15,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedlora.factors import LoraFactors, Tensors
-from fedlora.seeding import torch_stream
-from fedlora.updates import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, ModuleSpec, State, Template
 from strategies.facts import Facts
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
@@ -69,7 +69,7 @@ class Federation:
 
         So it does where nothing is trained: a warm start cut to a lower rank would count as a change.
         """
-        if facts.mixed_ranks and facts.trains:
+        if facts.mixed_ranks and facts.trained:
             return self
         clients = tuple(replace(c, rank=self.rank) for c in self.clients)
         return replace(self, clients=clients)
@@ -113,7 +113,7 @@ class Federation:
 
     def _trained(self, given: Broadcast, name: str, who: tuple[int, int]) -> LoraFactors:
         factors = given.adapters[name]
-        trained = given.trains if name in given.modules else frozenset()
+        trained = given.trained if name in given.modules else frozenset()
         values = {factor: tensor.to(self.dtype) for factor, tensor in factors.tensors().items()}
         for factor in trained:
             tensor = values[factor]

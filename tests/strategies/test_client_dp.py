@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from fedlora.checks import check
-from fedlora.client_level import client_mechanism, clients_spent
 from fedlora.config import ModelConfig, PrivacyConfig, RunConfig, StrategyConfig
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.server.client_privacy import client_mechanism, clients_spent
+from fedlora.server.validate import check
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests.strategies.federations import Federation, numpy
 
-MEANS = [n for n, r in RULES.items() if r.facts.client_dp and r.facts.ships]
+MEANS = [n for n, r in RULES.items() if r.facts.client_dp and r.facts.uploaded]
 FEDERATION = Federation(
     modules={
         "a": ModuleSpec(out_features=30, in_features=40),

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.diagnostics import Diagnostics
 from strategies.registry import make_rule
 from tests.strategies.federations import Federation, effective, federations, numpy

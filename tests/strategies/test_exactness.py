@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.updates import ClientUpdate, State
+from fedlora.core.state import ClientUpdate, State
 from strategies.registry import option_fields
 from strategies.rule import Rule
 from tests import oracles
@@ -33,8 +33,8 @@ from tests.strategies.federations import (
 of_listed_rules = pytest.mark.skipif(bool(OWN), reason="of the listed rules alone")
 every_rule = pytest.mark.parametrize("rule", VARIANTS.values(), ids=list(VARIANTS))
 exact = {name: rule for name, rule in VARIANTS.items() if rule.facts.exact}
-moving = {name: rule for name, rule in exact.items() if rule.facts.trains}
-whole = {name: rule for name, rule in VARIANTS.items() if rule.facts.ships == {"A", "B"}}
+moving = {name: rule for name, rule in exact.items() if rule.facts.trained}
+whole = {name: rule for name, rule in VARIANTS.items() if rule.facts.uploaded == {"A", "B"}}
 
 
 def by_oracle(
@@ -170,12 +170,12 @@ def test_the_gap_of_exact_rules_is_rounding_in_float32(rule: Rule, federation: F
     assert diagnostics.gap * diagnostics.update_norm <= 1e-6 * size
 
 
-keeping = {name: rule for name, rule in whole.items() if rule.facts.keeps_one}
+keeping = {name: rule for name, rule in whole.items() if rule.facts.single_client_exact}
 
 
 def _comparable(rule: Rule, federation: Federation) -> Federation:
     """Rules on factors at the global rank: below it the rest of the global adapter is theirs to keep."""
-    if rule.facts.of_products:
+    if rule.facts.product_invariant:
         return federation
     return replace(federation, clients=tuple(replace(c, rank=federation.rank) for c in federation.clients))
 
@@ -225,11 +225,11 @@ def _turned(update: ClientUpdate, federation: Federation, common: bool) -> Clien
     return replace(update, adapters=adapters)
 
 
-of_products = {n: r for n, r in whole.items() if r.facts.of_products}
-of_factors = {n: r for n, r in whole.items() if not r.facts.of_products}
+product_invariant = {n: r for n, r in whole.items() if r.facts.product_invariant}
+of_factors = {n: r for n, r in whole.items() if not r.facts.product_invariant}
 
 
-@pytest.mark.parametrize("rule", of_products.values(), ids=list(of_products))
+@pytest.mark.parametrize("rule", product_invariant.values(), ids=list(product_invariant))
 @given(federation=federations(min_clients=2))
 def test_rules_on_products_do_not_see_the_clients_bases(rule: Rule, federation: Federation) -> None:
     """An exact rule in which both factors are trained at once cannot depend on how a product is split."""

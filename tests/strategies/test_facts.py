@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedlora.factors import FACTORS, LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.core.factors import FACTORS, LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests import oracles
@@ -57,14 +57,14 @@ def test_every_rule_is_listed_under_its_own_name_with_an_oracle() -> None:
 @every_rule
 def test_only_trained_factors_are_shipped(rule: Rule) -> None:
     facts = rule.facts
-    assert facts.ships <= facts.trains <= FACTORS
+    assert facts.uploaded <= facts.trained <= FACTORS
     start = FEDERATION.start(rule)
     given = [rule.broadcast(replace(start, round=t), FEDERATION.clients[0]) for t in range(4)]
     for t, sent in enumerate(given):
-        assert sent.ships <= sent.trains
-        assert (sent.trains, sent.ships) == (rule.trained(t + 1), rule.shipped(t + 1))
-    assert frozenset().union(*(sent.trains for sent in given)) == facts.trains
-    assert frozenset().union(*(sent.ships for sent in given)) == facts.ships
+        assert sent.uploaded <= sent.trained
+        assert (sent.trained, sent.uploaded) == (rule.trained(t + 1), rule.shipped(t + 1))
+    assert frozenset().union(*(sent.trained for sent in given)) == facts.trained
+    assert frozenset().union(*(sent.uploaded for sent in given)) == facts.uploaded
 
 
 @every_rule
@@ -111,7 +111,7 @@ def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: R
 @every_rule
 def test_the_base_moves_where_declared(rule: Rule) -> None:
     state, updates = replies(rule)
-    assert (len(rule.aggregate(state, updates)[0].base) > len(state.base)) == rule.facts.moves_base
+    assert (len(rule.aggregate(state, updates)[0].base) > len(state.base)) == rule.facts.updates_base
 
 
 # --- bytes --------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ModuleSpec, State, Template
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ModuleSpec, State, Template
-from strategies.fed_sb import FedSBRule
 from strategies.registry import make_rule
+from strategies.rules.fed_sb import FedSBRule
 from strategies.server_optimizer import ServerOptimizer
 from tests import oracles
 from tests.strategies.federations import (

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, Template
-from strategies.fedex import FedExRule, residual
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, Template
 from strategies.layer import Weighted
+from strategies.rules.fedex import FedExRule, residual
 from tests import oracles
 from tests.models.samples import adapted, logits, random_adapters, save_tiny_gpt2, token_batch
 from tests.strategies.federations import (

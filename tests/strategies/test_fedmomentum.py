@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 
-from strategies.fedmomentum import FedMomentumRule
+from strategies.rules.fedmomentum import FedMomentumRule
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

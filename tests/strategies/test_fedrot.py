@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientUpdate, State
-from strategies.fedrot import FedRotRule, align, rotation, softened
 from strategies.registry import make_rule
+from strategies.rules.fedrot import FedRotRule, align, rotation, softened
 from tests.oracles import best_rotation, soft_rotation
 from tests.strategies.federations import Federation, effective, federations, numpy, one_layer, relative
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.updates import State
-from strategies.fedsvd import FedSVDRule, refactored
 from strategies.registry import make_rule
+from strategies.rules.fedsvd import FedSVDRule, refactored
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

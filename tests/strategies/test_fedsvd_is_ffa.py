@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedlora.factors import LoraFactors
-from fedlora.seeding import torch_stream
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from tests import oracles

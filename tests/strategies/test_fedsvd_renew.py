@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given
 
-from fedlora.decompositions import outside
+from fedlora.core.decompositions import outside
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientSpec, ModuleSpec, State
 from fedlora.errors import ConfigError
-from fedlora.seeding import torch_stream
-from fedlora.updates import ClientSpec, ModuleSpec, State
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from tests.strategies.federations import Federation, effective, federations, numpy, relative

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from fedlora.updates import State
+from fedlora.core.state import State
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from tests.strategies.federations import Federation, assert_same_bits, federations

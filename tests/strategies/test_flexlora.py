@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.updates import ClientSpec, ModuleSpec
-from strategies.flexlora import FlexLoRARule
+from fedlora.core.state import ClientSpec, ModuleSpec
 from strategies.registry import make_rule
+from strategies.rules.flexlora import FlexLoRARule
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from torch.nn.functional import linear
 
-from fedlora.initial import fresh_adapters
-from fedlora.updates import State
-from strategies.flora import FLoRARule
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import State
 from strategies.layer import Layer, Merged, Weighted
 from strategies.registry import make_rule
+from strategies.rules.flora import FLoRARule
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

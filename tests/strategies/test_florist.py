@@ -10,10 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec
 from fedlora.errors import ConfigError
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec
-from strategies.florist import FLoRISTRule, directions
 from strategies.registry import make_rule
+from strategies.rules.florist import FLoRISTRule, directions
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

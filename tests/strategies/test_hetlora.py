@@ -13,15 +13,14 @@ from flwr.app import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.holdings import Holdings
-from clients.orders import open_order
+from clients.store import ClientStore, resolve
 from fedlora import wire
+from fedlora.core.factors import LoraFactors, as_product, norm
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, RankRegularizer, State
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors, as_product, norm
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State, TailPenalty
 from strategies import HetLoRA
-from strategies.hetlora import HetLoRARule, tail, tail_shrank
 from strategies.registry import make_rule
+from strategies.rules.hetlora import HetLoRARule, tail, tail_shrank
 from tests.federation.fake_grid import FakeGrid
 from tests.strategies.federations import (
     Federation,
@@ -209,7 +208,7 @@ def test_the_next_rank(gamma: float, min_rank: int, rank: int, pruned: int) -> N
 def test_the_tail_is_what_the_client_is_told_to_shrink() -> None:
     rule = HetLoRARule(gamma=0.5, lam=0.3, min_rank=1)
     given = rule.broadcast(FEDERATION.start(rule), FEDERATION.clients[1])
-    assert given.tail == TailPenalty(weight=0.3, start=2)
+    assert given.tail == RankRegularizer(weight=0.3, start=2)
     f = given.adapters["layer.a"]
     expected = np.linalg.norm(numpy(f.B)[:, 2:]) * np.linalg.norm(numpy(f.A)[2:])
     assert tail(f, 2) == pytest.approx(float(expected))
@@ -239,11 +238,11 @@ class ShrinkingClient:
     def __init__(self, root: Path, shrinks: set[tuple[int, int]]) -> None:
         self.root, self.shrinks = root, shrinks
         self.ranks: dict[tuple[int, int], int] = {}
-        self.tails: dict[tuple[int, int], TailPenalty | None] = {}
+        self.tails: dict[tuple[int, int], RankRegularizer | None] = {}
 
     def __call__(self, message: Message, partition: int) -> Message:
-        order = wire.decode_order(message.content)
-        opened = open_order(order, Holdings(self.root / str(partition)))
+        order = wire.decode_instruction(message.content)
+        opened = resolve(order, ClientStore(self.root / str(partition)))
         assert not isinstance(opened, wire.Reply)
         at = (order.server_round, partition)
         self.ranks[at] = next(iter(opened.adapters.values())).rank
@@ -255,7 +254,7 @@ class ShrinkingClient:
             B[:, start:] *= 0.5 if at in self.shrinks else 1.5
             moved[name] = LoraFactors(f.A, B, f.scaling)
         reply = wire.Reply(
-            status=wire.OK, arrays=wire.to_peft(moved, {}, order.ships), metrics={"num-examples": 1.0},
+            status=wire.OK, arrays=wire.to_peft(moved, {}, order.uploaded), metrics={"num-examples": 1.0},
             holds=order.needs.digests,
         )  # fmt: skip
         return Message(wire.encode_reply(reply), reply_to=message)
@@ -275,8 +274,8 @@ def test_clients_really_get_smaller_adapters(tmp_path: Path) -> None:
     strategy.start(FakeGrid(range(2), client), wire.to_record(wire.to_peft(adapters, {})), num_rounds=5)
     assert [client.ranks[t, 0] for t in range(1, 6)] == [8, 8, 6, 4, 4]
     assert [client.ranks[t, 1] for t in range(1, 6)] == [8, 8, 8, 6, 6]
-    assert client.tails[1, 0] == TailPenalty(weight=0.2, start=6)
-    assert client.tails[4, 0] == TailPenalty(weight=0.2, start=3)
+    assert client.tails[1, 0] == RankRegularizer(weight=0.2, start=6)
+    assert client.tails[4, 0] == RankRegularizer(weight=0.2, start=3)
     numbers = sum(o + i for o, i in modules.values())
     assert [r.bytes_down for r in reports] == [4 * r * numbers for r in (16, 16, 14, 10, 10)]
     assert [r.bytes_up for r in reports] == [r.bytes_down for r in reports]

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientUpdate, State
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientUpdate, State
 from strategies.rule import Rule
 from tests.strategies.federations import (
     DEFAULTS,
@@ -78,10 +78,10 @@ def test_weights_matter(rule: Rule, federation: Federation) -> None:
     first, second = two.updates(rule, before)
     after = rule.aggregate(before, [first, second])[0]
     other = rule.aggregate(before, [replace(first, weight=3.0), replace(second, weight=1.0)])[0]
-    if rule.facts.ships and not rule.facts.own_weights:
+    if rule.facts.uploaded and not rule.facts.custom_weights:
         moved = {n for n in effective(after) if relative(effective(other)[n], effective(after)[n]) > 1e-3}
         assert moved == rule.broadcast(before, one).modules
-    if rule.facts.own_weights:
+    if rule.facts.custom_weights:
         assert all(relative(delta, effective(after)[n]) < tolerance for n, delta in effective(other).items())
     for name, tensor in after.head.items():
         assert relative(numpy(other.head[name]), numpy(tensor)) > 1e-3
@@ -190,12 +190,12 @@ def test_what_moves_into_the_base_has_the_declared_rank(rule: Rule, federation: 
     before, _, after = played(rule, federation)
     patches = after.base[len(before.base) :]
     assert after.base[: len(before.base)] == before.base
-    assert len(patches) <= int(rule.facts.moves_base)
+    assert len(patches) <= int(rule.facts.updates_base)
     for patch in patches:
         assert all(p.rank_bound <= sum(c.rank for c in federation.clients) for p in patch.products.values())
     for name, delta in effective(after).items():
         rank = np.linalg.matrix_rank(delta)
-        if not rule.facts.moves_base:
+        if not rule.facts.updates_base:
             assert rank <= federation.rank, name
 
 
@@ -229,7 +229,7 @@ def test_everybody_starts_from_the_same_frozen_factor(rule: Rule, federation: Fe
     starts = [rule.broadcast(state, client) for client in clients]
     for sent in starts:
         for name, factors in sent.adapters.items():
-            for factor in factors.tensors().keys() - sent.trains:
+            for factor in factors.tensors().keys() - sent.trained:
                 first = getattr(starts[0].adapters[name], factor)
                 assert_same_bits({name: getattr(factors, factor)}, {name: first})
 

@@ -11,11 +11,11 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from fedlora.core.factors import AdapterSet, LoraFactors, Product
 from fedlora.errors import ConfigError
-from fedlora.factors import AdapterSet, LoraFactors, Product
-from strategies.fair_solver import cosine_correction, ridge_correction
-from strategies.lora_fair import LoRAFAIRRule
 from strategies.registry import make_rule
+from strategies.rules.fair_solver import cosine_correction, ridge_correction
+from strategies.rules.lora_fair import LoRAFAIRRule
 from tests.oracles import Array, cosine, fair_correction, fair_gradient, fair_objective, mean_update
 from tests.strategies.federations import (
     Federation,

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.factors import LoraFactors, Tensors
-from fedlora.updates import ClientUpdate, State
 from strategies.registry import RULES, make_rule
 from strategies.robust import MultiKrum, make_center
 from strategies.rule import Rule
@@ -123,7 +123,7 @@ def test_the_momentum_of_fedsvd_turns_with_its_basis() -> None:
         assert relative(effective(states[0])["layer"], effective(states[1])["layer"]) < 1e-10
 
 
-@pytest.mark.parametrize("name", [n for n in MEANS if RULES[n].facts.turns])
+@pytest.mark.parametrize("name", [n for n in MEANS if RULES[n].facts.rotates_basis])
 def test_fedadam_is_refused_where_the_basis_turns(name: str) -> None:
     with pytest.raises(ConfigError, match=f"strategy.server-optimizer = 'fedadam': {name} turns"):
         make_rule(name, optimizer=ServerOptimizer(name="fedadam"))

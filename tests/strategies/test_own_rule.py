@@ -66,7 +66,7 @@ def test_a_rule_is_found_where_one_stands(tmp_path: Path, monkeypatch: pytest.Mo
     ("name", "words"),
     [
         ("no_such_module:Rule", "cannot be imported .*no_such_module"),
-        ("strategies.fedavg:Nobody", "cannot be imported .*Nobody"),
+        ("strategies.rules.fedavg:Nobody", "cannot be imported .*Nobody"),
         ("strategies.facts:Facts", "is no subclass"),
         ("strategies.rule:Rule", "is no subclass"),
         (":", "cannot be imported"),

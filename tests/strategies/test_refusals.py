@@ -9,9 +9,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from fedlora.errors import ConfigError, FactorShapeError, FedLoraError
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.rule import Rule
 from tests.strategies.federations import DEFAULTS, Federation
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.init_drawn import DRAWN, INIT_A
+from fedlora.core.state import ModuleSpec, Template
 from fedlora.errors import ConfigError
-from fedlora.factors import LoraFactors
-from fedlora.initial import DRAWN, INIT_A
-from fedlora.updates import ModuleSpec, Template
 from strategies.registry import RULES, make_rule
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.factors import Tensors
-from fedlora.updates import ClientSpec, ModuleSpec, State
+from fedlora.core.factors import Tensors
+from fedlora.core.state import ClientSpec, ModuleSpec, State
 from strategies.registry import make_rule
 from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer
@@ -49,7 +49,7 @@ def played(rule: Rule, federation: Federation, rounds: int) -> list[State]:
 def test_one_factor_moves_and_the_other_keeps_its_bits_beginning_with_b(federation: Federation) -> None:
     states = played(RULE, federation.suited(RULE.facts), len(TURNS))
     for trained, before, after in zip(TURNS, states, states[1:], strict=False):
-        assert RULE.broadcast(before, federation.clients[0]).trains == {trained}
+        assert RULE.broadcast(before, federation.clients[0]).trained == {trained}
         assert_same_bits(factor(after, other(trained)), factor(before, other(trained)))
         moved = set().union(*(RULE.broadcast(before, c).modules for c in federation.clients))
         for name, tensor in factor(after, trained).items():

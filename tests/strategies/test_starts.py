@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedlora.core.init_drawn import DRAWN, INIT_A, fresh_adapters
+from fedlora.core.init_svd import KINDS, subtract_from_base
+from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from fedlora.initial import DRAWN, INIT_A, fresh_adapters
-from fedlora.models.from_base import KINDS, taken_out
-from fedlora.updates import ClientUpdate, State
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests import oracles
@@ -23,7 +23,7 @@ from tests.strategies.federations import DEFAULTS, Federation, effective, one_la
 FEDERATION = replace(one_layer(head_shapes=((2,),)), dtype=torch.float32)
 TOLERANCE = 1e-4
 """Of float32 weights of size 1 to 10; LoRA-FAIR stops a little before its minimum."""
-PAIRS = [(rule, kind) for rule in DEFAULTS.values() for kind in rule.facts.inits]
+PAIRS = [(rule, kind) for rule in DEFAULTS.values() for kind in rule.facts.supported_inits]
 EXACT = [(rule, kind) for rule, kind in PAIRS if rule.facts.exact]
 
 
@@ -39,7 +39,7 @@ def started(rule: Rule, kind: str, federation: Federation = FEDERATION) -> tuple
     rule, template = replace(rule, init_a=kind), replace(federation.template(), adapters=None)
     if kind in KINDS:
         shapes = {n: (m.out_features, m.in_features) for n, m in federation.modules.items()}
-        template = taken_out(template, lambda n: federation.normal(shapes[n], "weight", n), kind)
+        template = subtract_from_base(template, lambda n: federation.normal(shapes[n], "weight", n), kind)
     if kind == "eva":
         adapters = fresh_adapters(federation.modules, federation.rank, federation.scaling, 0, "orthonormal")
         template = replace(template, adapters=adapters)
@@ -93,11 +93,11 @@ def test_exact_rules_lose_nothing_of_the_updates(rule: Rule, kind: str) -> None:
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_starts_from_what_is_drawn_and_says_why_not_from_the_rest(name: str) -> None:
     facts = RULES[name].facts
-    assert set(DRAWN) <= set(facts.inits) <= set(INIT_A)
-    for kind in set(INIT_A) - set(facts.inits):
+    assert set(DRAWN) <= set(facts.supported_inits) <= set(INIT_A)
+    for kind in set(INIT_A) - set(facts.supported_inits):
         with pytest.raises(ConfigError) as error:
             make_rule(name, {"init_a": kind})
-        accepted = ", ".join(facts.inits)
+        accepted = ", ".join(facts.supported_inits)
         assert facts.inits_why
         assert str(error.value) == (
             f"strategy.init-a = {kind!r}: {name} {facts.inits_why}, accepted are {accepted}"

@@ -11,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given
 
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientUpdate
 from fedlora.errors import ConfigError, FedLoraError
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientUpdate
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.streaming import aggregate_stream, streams

@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.factors import LoraFactors
-from fedlora.updates import ClientSpec, ClientUpdate, ModuleSpec, State
+from fedlora.core.factors import LoraFactors
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from strategies.registry import make_rule
 from strategies.robust import make_center
+from strategies.rules.zero_padding import ZeroPaddingRule
 from strategies.server_optimizer import ServerOptimizer
-from strategies.zero_padding import ZeroPaddingRule
 from tests import oracles
 from tests.strategies.federations import (
     Federation,

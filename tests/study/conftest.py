@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedlora.study import running
+from fedlora.study.execute import cell
 from tests.study.simulation import Simulation
 
 
@@ -12,7 +12,7 @@ from tests.study.simulation import Simulation
 def simulation(monkeypatch: pytest.MonkeyPatch) -> Simulation:
     """Studies run on it instead of an engine."""
     simulation = Simulation()
-    monkeypatch.setattr(running, "start", simulation.start)
-    monkeypatch.setattr(running, "simulate_on", simulation.simulate_on)
-    monkeypatch.setattr(running.Engine, "inputs", lambda engine, config, home: simulation.inputs(config))
+    monkeypatch.setattr(cell, "start", simulation.start)
+    monkeypatch.setattr(cell, "simulate_on", simulation.simulate_on)
+    monkeypatch.setattr(cell.Engine, "inputs", lambda engine, config, home: simulation.inputs(config))
     return simulation

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedlora.config import Scalar, from_flat
-from fedlora.per_client import spread
-from fedlora.seeding import stream
-from fedlora.study.cells import Kind
-from fedlora.study.results import CellResult
+from fedlora.core.seeding import stream
+from fedlora.server.records import spread
+from fedlora.study.analyse.results import CellResult
+from fedlora.study.plan.cells import Kind
 
 DOMAINS = {"amazon": 0.02, "movies": -0.03, "nyt": -0.05, "tweets": 0.06}
 TEST_SIZE, EVALUATED = 2400, 600

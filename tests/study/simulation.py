@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from fedlora.config import RunConfig, from_flat
-from fedlora.runs import RunDirectory
+from fedlora.server.directory import RunDirectory
 from tests.study.made_up import result
 
 KEYS: dict[str, Any] = {"model.name": "tiny", "data.name": "synthetic", "num-server-rounds": 2}
@@ -28,8 +28,8 @@ class Simulation:
     def start(self, config: RunConfig) -> Any:
         self.started += 1
         data = SimpleNamespace(num_partitions=4)
-        lender = SimpleNamespace(worker=SimpleNamespace(data=data))
-        return SimpleNamespace(lender=lambda config: lender, close=lambda: None, size=4)
+        shared_model = SimpleNamespace(runtime=SimpleNamespace(data=data))
+        return SimpleNamespace(shared_model=lambda config: shared_model, close=lambda: None, size=4)
 
     def simulate_on(
         self, pool: Any, config: RunConfig, directory: RunDirectory, title: str, *, alone: bool

@@ -15,10 +15,10 @@ import pytest
 
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.study import beside, turns
-from fedlora.study.beside import DIED, CellProcess, run_beside, shares
-from fedlora.study.runner import run_study
-from fedlora.study.running import Engine, run_cell
+from fedlora.study.execute import parallel, scheduler
+from fedlora.study.execute.cell import Engine, run_cell
+from fedlora.study.execute.parallel import DIED, CellProcess, run_beside, shares
+from fedlora.study.execute.runner import run_study
 from tests.study import light
 from tests.study.simulation import Simulation, study
 
@@ -81,7 +81,7 @@ def test_an_interruption_stops_every_runner(tmp_path: Path) -> None:
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[CellProcess]:
-    monkeypatch.setattr(beside, "serve", light.serve)
+    monkeypatch.setattr(parallel, "serve", light.serve)
     process = CellProcess(from_flat({}), "nowhere")
     yield process
     process.close()
@@ -132,7 +132,7 @@ def divided(simulation: Simulation, monkeypatch: pytest.MonkeyPatch) -> list[lis
         once = SimpleNamespace(run=lambda *order: run_cell(engine, *order), close=engine.close)
         yield [once]
 
-    monkeypatch.setattr(turns, "processes", processes)
+    monkeypatch.setattr(scheduler, "processes", processes)
     return asked
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from matplotlib import rc_context
 
-from fedlora.study.canvas import Canvas
-from fedlora.study.svg import SETTINGS
-from fedlora.study.wording import significant
+from fedlora.study.report.figure import Canvas
+from fedlora.study.report.format import significant
+from fedlora.study.report.svg import SETTINGS
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from fedlora.config import FlatConfig, RunConfig, StudyConfig, from_flat, to_flat
 from fedlora.errors import ConfigError
-from fedlora.study.cells import Cell, expand
+from fedlora.study.plan.cells import Cell, expand
 
 
 def study(num_partitions: int = 4, **keys: Any) -> list[Cell]:

@@ -8,11 +8,11 @@ from typing import Any
 import pyarrow.csv
 import pytest
 
-from fedlora.per_client import spread
-from fedlora.study.charts import draw_charts
-from fedlora.study.report import render, write_report
-from fedlora.study.results import CellResult
-from fedlora.study.summary import over_seeds, summarise
+from fedlora.server.records import spread
+from fedlora.study.analyse.results import CellResult
+from fedlora.study.analyse.summary import over_seeds, summarise
+from fedlora.study.report.charts import draw_charts
+from fedlora.study.report.report import render, write_report
 from tests.study.made_up import result
 
 CLIENTS = {str(k): 0.6 + 0.01 * k for k in range(20)}

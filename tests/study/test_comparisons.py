@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import ttest_rel
 
 from fedlora.errors import ConfigError
-from fedlora.study.claims import sentence
-from fedlora.study.comparisons import Comparison, compare, declared, sign_flip
-from fedlora.study.summary import Row, summarise
+from fedlora.study.analyse.comparisons import Comparison, compare, declared, sign_flip
+from fedlora.study.analyse.summary import Row, summarise
+from fedlora.study.report.claims import sentence
 from tests.study.made_up import result
 
 SEEDS = range(10)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.study.findings import Findings, find
-from fedlora.study.summary import summarise
+from fedlora.study.analyse.summary import summarise
+from fedlora.study.report.findings import Findings, find
 from tests.study.made_up import result, study
 
 

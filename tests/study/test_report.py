@@ -12,11 +12,11 @@ import pyarrow.parquet
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.study.charts import draw_charts
-from fedlora.study.report import render, write_report
-from fedlora.study.results import CellResult
-from fedlora.study.styles import styles_of
-from fedlora.study.summary import summarise
+from fedlora.study.analyse.results import CellResult
+from fedlora.study.analyse.summary import summarise
+from fedlora.study.report.charts import draw_charts
+from fedlora.study.report.figure import styles_of
+from fedlora.study.report.report import render, write_report
 from tests.study.made_up import result, study
 
 VOID = {"meta", "link", "br"}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fedlora.study.report import write_report
+from fedlora.study.report.report import write_report
 from tests.study.made_up import large, study
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")

@@ -10,9 +10,9 @@ import pytest
 
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.runs import RunDirectory
-from fedlora.study.cells import Cell
-from fedlora.study.results import load_results
+from fedlora.server.directory import RunDirectory
+from fedlora.study.analyse.results import load_results
+from fedlora.study.plan.cells import Cell
 from tests.study.made_up import result
 
 

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from fedlora.cli import cli
 from fedlora.config import from_flat
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
-from fedlora.runs import RunDirectory
-from fedlora.study import runner
-from fedlora.study.runner import run_study
+from fedlora.server.directory import RunDirectory
+from fedlora.study.execute import runner
+from fedlora.study.execute.runner import run_study
 from tests.study.simulation import KEYS, Simulation, study
 
 

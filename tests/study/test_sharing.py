@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from fedlora.cli import cli
 from fedlora.config import from_flat, to_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.study import sharing
-from fedlora.study.runner import run_study
+from fedlora.study.execute import reuse
+from fedlora.study.execute.runner import run_study
 from tests.study.simulation import Simulation, study
 
 SAME = '{"mean": {"strategy.name": "fedavg"}}'
@@ -106,7 +106,7 @@ def test_trials_are_shared_too(shared: Simulation, tmp_path: Path) -> None:
 
 
 def _other_code(shared: Simulation, monkeypatch: pytest.MonkeyPatch, one: Path) -> None:
-    monkeypatch.setattr(sharing, "code_digest", lambda: "tomorrow's")
+    monkeypatch.setattr(reuse, "code_digest", lambda: "tomorrow's")
 
 
 def _other_weights(shared: Simulation, monkeypatch: pytest.MonkeyPatch, one: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
-from fedlora.study.summary import (
+from fedlora.study.analyse.summary import (
     beats,
     difference,
     of_examples,

@@ -11,7 +11,7 @@ import pytest
 
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.study.runner import run_study
+from fedlora.study.execute.runner import run_study
 from tests.study.simulation import KEYS, Simulation
 
 BEST = {"fedavg": 0.01, "flora": 0.03}

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from fedlora.config import ModelConfig
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.evaluate import evaluate_adapter
-from fedlora.initial import fresh_adapters
+from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.models import AdapterCard, save_adapter
-from fedlora.updates import State
 from tests.models.samples import adapted
 
 
@@ -80,7 +80,7 @@ def test_labels_that_are_numbers_are_read_by_name(adapter: Callable[..., Path], 
 
 
 def test_a_run_still_needs_two_labels(cache: Path, tmp_path: Path) -> None:
-    from fedlora.data.prepared import prepare
+    from fedlora.prepared.cache import prepare
     from tests.conftest import tiny_config
 
     rows = [{"text": f"film number {i}", "label": "a"} for i in range(9)]

@@ -11,18 +11,18 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from clients.private import train_private
+from clients.training.dp_sgd import train_private
 from fedlora.cli import cli
 from fedlora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora.data.examples import Examples, collate
-from fedlora.data.prepared import open_prepared, prepare
-from fedlora.engines.simulate import simulate
+from fedlora.data.images import ImageData, ImageFormat
 from fedlora.errors import ConfigError
-from fedlora.evaluate import evaluate_adapter
+from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.models import AdaptedModel, build_model, load_adapter, resolve_targets
+from fedlora.prepared.cache import open_prepared, prepare
+from fedlora.simulation.simulate import simulate
 from fedlora.tasks import task_named
 from fedlora.tasks.images import ImageReader
-from fedlora.vision.images import ImageData, ImageFormat
 from tests.clients.cohort.samples import assert_same, member, privately, task
 from tests.clients.samples import BOTH
 from tests.conftest import tiny_config
@@ -38,7 +38,7 @@ def adapted(name: str) -> AdaptedModel:
     return AdaptedModel(module, resolve_targets(module, ""), TASK)
 
 
-def made_up(number: int = 60) -> Examples:
+def synthetic_examples(number: int = 60) -> Examples:
     images = shaded(number)
     form = ImageFormat(size=28, channels=1, mean=(0.5,), std=(0.5,), tokens=16)
     return Examples(
@@ -89,7 +89,7 @@ def test_built_in_pictures_have_a_validation_part_too(cache: Path, monkeypatch: 
     images = shaded(120)
     train, test = images.take(np.arange(90)), images.take(np.arange(90, 120))
     made = ImageData(train, test, ("a", "b", "c", "d"), ())
-    monkeypatch.setattr("fedlora.vision.built_in.built_in_images", lambda *_: made)
+    monkeypatch.setattr("fedlora.data.builtin.image_sets.built_in_images", lambda *_: made)
     form = ImageReader(ImageFormat(size=28, channels=1, mean=(0.5,), std=(0.5,)))
     whole = TASK.load(DataConfig(name="digits"), form)
     tuned = TASK.load(DataConfig(name="digits", validation_fraction=0.2), form)
@@ -118,7 +118,7 @@ def test_a_run_learns_and_its_adapter_loads_in_peft(
 def test_a_cohort_trains_as_one_by_one(name: str, private: bool) -> None:
     model = adapted(name)
     model.module.to(torch.float64)
-    data = made_up()
+    data = synthetic_examples()
     members = [member(model, 0, steps=2), member(model, 1, rank=2, size=7, steps=3)]
     assert_same(model, privately(members) if private else members, task(data, dropout=0.2))
 
@@ -127,10 +127,10 @@ def test_a_cohort_trains_as_one_by_one(name: str, private: bool) -> None:
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
 def test_private_training_passes_its_self_test(name: str, mode: str) -> None:
     model = adapted(name)
-    model.load(random_adapters(model.modules, 2), {}, trains=BOTH, train_head=True)
+    model.load(random_adapters(model.modules, 2), {}, trained=BOTH, train_head=True)
     train_private(
-        model, made_up(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1, noise_multiplier=1.0,
-        max_grad_norm=1.0, seed=0, grad_sample_mode=mode,
+        model, synthetic_examples(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1,
+        noise_multiplier=1.0, max_grad_norm=1.0, seed=0, grad_sample_mode=mode,
     )  # fmt: skip
 
 

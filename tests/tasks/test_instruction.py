@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from fedlora.checks import check
 from fedlora.config import from_flat, read_config
 from fedlora.data.byte_tokenizer import ByteTokenizer
-from fedlora.data.chat_template import ChatSettings, chat_settings
-from fedlora.data.own import OwnData, own_data
-from fedlora.data.prepared import Prepared, open_prepared, prepare
+from fedlora.data.chat.template import ChatSettings, chat_settings
 from fedlora.errors import ConfigError, OwnDataRefused
+from fedlora.prepared.cache import Prepared, open_prepared, prepare
+from fedlora.prepared.node_data import OwnData, own_data
+from fedlora.server.validate import check
 from fedlora.tasks import task_named
 from fedlora.tasks.instruction import Instruction
 from tests.data.chat_models import QWEN_THINKING

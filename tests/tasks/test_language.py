@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from clients.evaluation import evaluate
-from fedlora.checks import check
 from fedlora.config import RunConfig
 from fedlora.data.byte_tokenizer import ByteTokenizer
 from fedlora.data.examples import collate
-from fedlora.data.prepared import Prepared, open_prepared, prepare
 from fedlora.errors import ConfigError
-from fedlora.summaries import perplexity, summary
+from fedlora.prepared.cache import Prepared, open_prepared, prepare
+from fedlora.server.records import perplexity, summary
+from fedlora.server.validate import check
 from fedlora.tasks import TASKS
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.instruction import Instruction
@@ -88,7 +88,7 @@ def test_clients_hold_blocks_of_their_own_texts(cache: Path, tmp_path: Path) -> 
 def examples_and_model() -> Any:
     model = adapted_lm()
     model.load(random_adapters(model.modules, 2), {})
-    return model, model.task.made_up(4, model.module.config, 0)
+    return model, model.task.synthetic_examples(4, model.module.config, 0)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -129,13 +129,13 @@ def test_evaluation_passes_are_bounded_in_tokens(monkeypatch: pytest.MonkeyPatch
     model, data = examples_and_model()
     whole = evaluate(model, data, np.arange(4), 0)
     seen: list[tuple[int, ...]] = []
-    judge = type(model.task).judge
+    evaluate_batch = type(model.task).evaluate_batch
 
     def watched(self: Any, module: Any, batch: Any) -> Any:
         seen.append(tuple(batch["input_ids"].shape))
-        return judge(self, module, batch)
+        return evaluate_batch(self, module, batch)
 
-    monkeypatch.setattr(type(model.task), "judge", watched)
+    monkeypatch.setattr(type(model.task), "evaluate_batch", watched)
     monkeypatch.setattr(type(model.task), "most_tokens", 20)
     again = evaluate(model, data, np.arange(4), 0)
     assert all(rows * tokens <= 20 or rows == 1 for rows, tokens in seen)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fedlora.config import ModelConfig
 from fedlora.data.examples import Examples, collate, open_examples
-from fedlora.data.prepared import tokenised
 from fedlora.data.tokenizers import load_tokenizer
 from fedlora.models import build_model
+from fedlora.prepared.cache import tokenised
 from fedlora.tasks.task import inputs
 from tests.models import families
 from tests.models.families import CLASSIFIERS, LABELS, POSITIONS, words

@@ -9,20 +9,20 @@ from typing import Any
 import pytest
 
 from fedlora.config import RunConfig
-from fedlora.data.novels import novels_table
+from fedlora.data.builtin.novels import novels_table
 from fedlora.data.split import last_part
 from fedlora.errors import AssetError
-from fedlora.evaluate import evaluate_adapter
-from fedlora.runs import RunDirectory
-from fedlora.study.findings import find
-from fedlora.study.report import render
-from fedlora.study.summary import summarise
+from fedlora.evaluation.adapter import evaluate_adapter
+from fedlora.server.directory import RunDirectory
+from fedlora.study.analyse.summary import summarise
+from fedlora.study.report.findings import find
+from fedlora.study.report.report import render
 from tests.study.made_up import result
 from tests.tasks.test_language import jsonl, lm_config
 
 
 def run(config: RunConfig, path: Path) -> dict[str, Any]:
-    from fedlora.engines.simulate import simulate
+    from fedlora.simulation.simulate import simulate
 
     return simulate(config, path)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedlora.vision.images import Images
+from fedlora.data.images import Images
 
 
 def shaded(count: int, num_labels: int = 4, seed: int = 0) -> Images:

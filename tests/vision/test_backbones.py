@@ -13,18 +13,12 @@ from torch import nn
 from torch.nn.functional import gelu
 from transformers import AutoModelForImageClassification, BertConfig
 
+from fedlora.core.heads import HEAD_STD
+from fedlora.data.image_reader import PRETRAINED, SIZES, TINY, image_format
 from fedlora.errors import ConfigError
-from fedlora.heads import HEAD_STD
 from fedlora.models import AdaptedModel, head_tensors, linear_layers, resolve_targets
-from fedlora.vision.backbones import (
-    PRETRAINED,
-    SIZES,
-    TINY,
-    fresh_classifier,
-    image_classifier,
-    image_format,
-)
-from fedlora.vision.mixer import MlpMixerConfig, MlpMixerForImageClassification
+from fedlora.models.vision.backbones import fresh_classifier, image_classifier
+from fedlora.models.vision.mixer import MlpMixerConfig, MlpMixerForImageClassification
 
 X = torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedlora.assets import cache_dir, is_cached
+from fedlora.assets.fetch import cache_dir, is_cached
+from fedlora.data.builtin import fashion_mnist, image_sets
+from fedlora.data.builtin.image_domains import DOMAINS
+from fedlora.data.builtin.image_sets import SOURCES, built_in_images, distinct, image_parts, source_identity
+from fedlora.data.images import ImageFormat, Images
 from fedlora.errors import AssetError, ConfigError
-from fedlora.vision import built_in, fashion_mnist
-from fedlora.vision.built_in import SOURCES, built_in_images, distinct, image_parts, source_identity
-from fedlora.vision.domains import DOMAINS
-from fedlora.vision.images import ImageFormat, Images
 
 RNG = np.random.default_rng(0)
 
@@ -39,8 +39,8 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     digits[50], digits[77] = digits[0], digits[1]
     labels = np.arange(100) % 10
     rows = [",".join(map(str, [*image.ravel(), label])) for image, label in zip(digits, labels, strict=True)]
-    (tmp_path / built_in.DIGITS_FILE).write_bytes(gzip.compress("\n".join(rows).encode()))
-    monkeypatch.setattr(built_in, "asset_path", lambda _: tmp_path)
+    (tmp_path / image_sets.DIGITS_FILE).write_bytes(gzip.compress("\n".join(rows).encode()))
+    monkeypatch.setattr(image_sets, "asset_path", lambda _: tmp_path)
     train, test = drawing(300, 40)
     train[3], train[9] = test[5], train[8]
     for part, images in (("train", train), ("t10k", test)):
@@ -83,7 +83,7 @@ def test_the_parts_of_the_real_images(name: str, sizes: tuple[int, int, int]) ->
         assert np.ptp(np.bincount(part.labels)) == 0
 
 
-def vars_of(parts: built_in.Parts) -> list[Images]:
+def vars_of(parts: image_sets.Parts) -> list[Images]:
     return [parts.pretrain, parts.train, parts.test]
 
 

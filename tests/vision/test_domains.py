@@ -7,8 +7,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from fedlora.vision.domains import DOMAINS, NOISE, dealt, in_domains
-from fedlora.vision.images import Images
+from fedlora.data.builtin.image_domains import DOMAINS, NOISE, dealt, in_domains
+from fedlora.data.images import Images
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (70, 1, 9, 9)).astype(np.uint8)

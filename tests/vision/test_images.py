@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from fedlora.data.images import ImageFormat, Images, fitted, image_batch, refitted
 from fedlora.errors import ConfigError
-from fedlora.vision.images import ImageFormat, Images, fitted, image_batch, refitted
 
 GREY = ImageFormat(size=4, channels=1, mean=(0.5,), std=(0.25,))
 COLOUR = ImageFormat(size=4, channels=3, mean=(0.1, 0.2, 0.3), std=(1.0, 0.5, 0.25))

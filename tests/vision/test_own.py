@@ -12,9 +12,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from fedlora.config import DataConfig
+from fedlora.data.image_files import own_images
+from fedlora.data.images import ImageFormat, fitted
 from fedlora.errors import ConfigError
-from fedlora.vision.images import ImageFormat, fitted
-from fedlora.vision.own import own_images
 
 TOGETHER: dict[str, Any] = {"partitioner": "iid", "num_partitions": 1}
 FORM = ImageFormat(size=8, channels=1, mean=(0.5,), std=(0.5,))

@@ -10,14 +10,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
-from fedlora import threads
 from fedlora.cli import cli
+from fedlora.core import parallel
+from fedlora.data.builtin.image_sets import NATIVE, Parts
+from fedlora.data.image_reader import TINY
+from fedlora.data.images import image_batch
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.vision import pretraining
-from fedlora.vision.backbones import TINY, fresh_classifier, image_classifier
-from fedlora.vision.built_in import NATIVE, Parts
-from fedlora.vision.images import image_batch
-from fedlora.vision.pretraining import Recipe, pretrain, read_facts, shifted, trained
+from fedlora.models.vision import pretraining
+from fedlora.models.vision.backbones import fresh_classifier, image_classifier
+from fedlora.models.vision.pretraining import Recipe, pretrain, read_facts, shifted, trained
 from tests.vision.samples import shaded
 
 RECIPE = Recipe(steps=60, batch_size=16, warmup=4, shift=0, learning_rate=1e-2)
@@ -66,7 +67,7 @@ def test_only_the_part_for_pretraining_is_seen(monkeypatch: pytest.MonkeyPatch) 
 def test_the_bits_do_not_depend_on_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for cores in (1, 2, 4):
-        monkeypatch.setattr(threads.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(parallel.os, "cpu_count", lambda cores=cores: cores)
         model, _ = trained("mixer", "digits", shaded(80), RECIPE, iter)
         found.append(model.state_dict())
     for name, tensor in found[0].items():

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from fedlora.data.builtin.image_sets import NATIVE
+from fedlora.data.images import ImageData, image_batch
 from fedlora.errors import ConfigError
-from fedlora.vision.backbones import image_classifier
-from fedlora.vision.built_in import NATIVE
-from fedlora.vision.images import ImageData, image_batch
-from fedlora.vision.probe import PENALTIES, _fit, features, linear_probe
+from fedlora.models.vision.backbones import image_classifier
+from fedlora.models.vision.probe import PENALTIES, _fit, features, linear_probe
 from tests.vision.samples import shaded
 
 

@@ -10,17 +10,16 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
-from clients.holdings import Holdings
-from clients.orders import open_order
+from clients.store import ClientStore, resolve
 from fedlora import wire
-from fedlora.engines.identity import speak_as_server
+from fedlora.core.factors import LoraFactors, Product
+from fedlora.core.seeding import stream
+from fedlora.core.state import Broadcast, ClientUpdate, Patch
 from fedlora.errors import UpdateRefused
-from fedlora.factors import LoraFactors, Product
-from fedlora.seeding import stream
-from fedlora.updates import Broadcast, ClientUpdate, Patch
-from strategies.courier import Courier, Parcel
-from strategies.fedavg import FedAvgRule
-from strategies.intake import accept
+from fedlora.simulation.flower_identity import speak_as_server
+from strategies.replies import validate_reply
+from strategies.rules.fedavg import FedAvgRule
+from strategies.transport import PendingRequest, Transport
 from tests.wire.mutations import TOUCHED, mutate
 
 REPLIES, ORDERS = 12_000, 6_000
@@ -35,7 +34,7 @@ def broadcast() -> Broadcast:
         name: LoraFactors(torch.randn(3, i, generator=g), torch.randn(o, 3, generator=g), 2.0)
         for name, (o, i) in MODULES.items()
     }
-    return Broadcast(adapters=adapters, head=HEAD, trains=frozenset("AB"), ships=frozenset("AB"),
+    return Broadcast(adapters=adapters, head=HEAD, trained=frozenset("AB"), uploaded=frozenset("AB"),
                      modules=frozenset(MODULES))  # fmt: skip
 
 
@@ -53,10 +52,10 @@ def order(*, packed: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
-    courier = Courier("kaiming", packed=packed)
-    courier.open((patch,))
-    courier.add(0, 2, broadcast())
-    (message,) = courier.messages("train", {"server-round": 3, "run-key": "abc"})
+    transport = Transport("kaiming", packed=packed)
+    transport.open((patch,))
+    transport.add(0, 2, broadcast())
+    (message,) = transport.messages("train", {"server-round": 3, "run-key": "abc"})
     return message.content
 
 
@@ -66,11 +65,11 @@ def test_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
     for number in range(REPLIES):
         content = copy.deepcopy(originals[number % 2])
         how = mutate(content, rng)
-        parcel = Parcel(0, 2, broadcast(), wire.Needs())
+        request = PendingRequest(0, 2, broadcast(), wire.Needs())
         assert wire.payload_bytes(content) >= 0
         try:
-            parcel.reply = wire.decode_reply(content)
-            update = accept(parcel, FedAvgRule.facts, weighted_by_key="num-examples")
+            request.reply = wire.decode_reply(content)
+            update = validate_reply(request, FedAvgRule.facts, weighted_by_key="num-examples")
         except UpdateRefused as error:
             outcomes["refused" if is_one_line(error) else f"{how}: {error}"] += 1
             continue
@@ -98,8 +97,8 @@ def test_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: P
         content = copy.deepcopy(originals[number % 2])
         how = mutate(content, rng)
         try:
-            decoded = wire.decode_order(content)
-            opened = open_order(decoded, Holdings(home / str(decoded.config.get("run-key", "run"))))
+            decoded = wire.decode_instruction(content)
+            opened = resolve(decoded, ClientStore(home / str(decoded.config.get("run-key", "run"))))
         except UpdateRefused as error:
             outcomes["refused" if is_one_line(error) else f"{how}: {error}"] += 1
             continue
@@ -116,7 +115,7 @@ def test_a_run_key_is_no_way_out_of_the_state_directory(run_key: str) -> None:
     content = order()
     content.config_records["config"]["run-key"] = run_key
     with pytest.raises(UpdateRefused, match="run-key"):
-        wire.decode_order(content)
+        wire.decode_instruction(content)
 
 
 def test_the_trap_is_one() -> None:

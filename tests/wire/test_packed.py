@@ -8,7 +8,7 @@ from flwr.app import Array, ArrayRecord
 
 from fedlora import wire
 from fedlora.errors import UpdateRefused
-from fedlora.wire.records import is_packed
+from fedlora.wire.arrays import is_packed
 
 TENSORS = {
     "b.lora_B.weight": torch.randn(5, 3),

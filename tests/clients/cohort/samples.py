@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clients.cohort import Member, Task
-from clients.cohort.train import Cohort
-from clients.mechanism import Mechanism
-from clients.private import train_private
-from clients.training import train_local
+from clients.training.batched import BatchSettings, Member
+from clients.training.batched.train import Cohort
+from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism
+from clients.training.train import train_local
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel
@@ -41,7 +41,7 @@ def member(
     head = {n: torch.randn(t.shape, generator=g) * 0.3 for n, t in network.initial_head.items()}
     start = (7 * number) % (len(DATA) - size)
     given = {
-        "trains": frozenset("R") if cored else BOTH,
+        "trained": frozenset("R") if cored else BOTH,
         "modules": frozenset(network.modules),
         "train_head": True,
         "steps": 4,
@@ -56,7 +56,7 @@ def mechanism(**options: Any) -> Mechanism:
 
 
 def together(
-    network: AdaptedModel, members: Sequence[Member], task: Task
+    network: AdaptedModel, members: Sequence[Member], task: BatchSettings
 ) -> tuple[list[Values], list[float]]:
     """What each member has after training in one cohort, unrounded; and its loss."""
     order = sorted(range(len(members)), key=lambda k: -members[k].steps)
@@ -75,12 +75,12 @@ def together(
     return values, losses
 
 
-def alone(network: AdaptedModel, member: Member, task: Task) -> tuple[Values, float]:
+def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[Values, float]:
     """What a member has after training with the one-by-one trainer, unrounded; and its loss."""
     network.load(
         member.adapters,
         member.head,
-        trains=member.trains,
+        trained=member.trained,
         modules=member.modules,
         dropout=task.dropout,
         train_head=member.train_head,
@@ -111,9 +111,9 @@ def alone(network: AdaptedModel, member: Member, task: Task) -> tuple[Values, fl
     return {**factors, **{n: p.detach().clone() for n, p in network._head.items()}}, result.loss or 0.0
 
 
-def task(data: Examples = DATA, *, dropout: float = 0.0, **config: Any) -> Task:
+def task(data: Examples = DATA, *, dropout: float = 0.0, **config: Any) -> BatchSettings:
     settings = TrainConfig(**{"batch_size": 4, **config})
-    return Task(examples=data, pad_token_id=PAD, config=settings, dropout=dropout, release_loss=True)
+    return BatchSettings(examples=data, pad_token_id=PAD, config=settings, dropout=dropout, release_loss=True)
 
 
 def starts(network: AdaptedModel, member: Member, dtype: torch.dtype = torch.float64) -> Values:
@@ -125,7 +125,7 @@ def starts(network: AdaptedModel, member: Member, dtype: torch.dtype = torch.flo
 
 
 def assert_same(
-    network: AdaptedModel, members: Sequence[Member], task: Task, tolerance: float = 1e-9
+    network: AdaptedModel, members: Sequence[Member], task: BatchSettings, tolerance: float = 1e-9
 ) -> list[Values]:
     """Every member comes out as it does alone, and something was trained."""
     values, losses = together(network, members, task)

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from clients.cohort import Member, train_cohort
-from clients.cohort.train import Cohort
+from clients.training.batched import Member, train_cohort
+from clients.training.batched.train import Cohort
+from fedlora.core.state import RankRegularizer
 from fedlora.models import AdaptedModel
-from fedlora.updates import TailPenalty
 from tests.clients.cohort.samples import (
     alone,
     assert_same,
@@ -58,17 +58,17 @@ def test_every_client_comes_out_as_if_alone(config: dict[str, Any], network: Ada
     assert_same(network, unequal(network), task(**config))
 
 
-@pytest.mark.parametrize("trains", ["A", "B"])
+@pytest.mark.parametrize("trained", ["A", "B"])
 @pytest.mark.parametrize("config", [CONFIGS[3], CONFIGS[7]], ids=["adamw", "sgd"])
-def test_one_factor_of_two(trains: str, config: dict[str, Any], network: AdaptedModel) -> None:
-    members = [replace(m, trains=frozenset(trains)) for m in unequal(network)]
+def test_one_factor_of_two(trained: str, config: dict[str, Any], network: AdaptedModel) -> None:
+    members = [replace(m, trained=frozenset(trained)) for m in unequal(network)]
     assert_same(network, members, task(**config))
 
 
-@pytest.mark.parametrize("trains", ["R", "ABR", "B"])
-def test_cores(trains: str, network: AdaptedModel) -> None:
+@pytest.mark.parametrize("trained", ["R", "ABR", "B"])
+def test_cores(trained: str, network: AdaptedModel) -> None:
     members = [
-        member(network, k, rank=rank, cored=True, trains=frozenset(trains), steps=2 + k)
+        member(network, k, rank=rank, cored=True, trained=frozenset(trained), steps=2 + k)
         for k, rank in enumerate((3, 5, 2))
     ]
     assert_same(network, members, task(dropout=0.2, weight_decay=0.1))
@@ -105,7 +105,7 @@ def test_no_head_and_one_client(network: AdaptedModel) -> None:
 
 
 def test_tail_penalties_of_each_client(network: AdaptedModel) -> None:
-    tails = (TailPenalty(weight=0.3, start=2), TailPenalty(weight=0.9, start=1), None)
+    tails = (RankRegularizer(weight=0.3, start=2), RankRegularizer(weight=0.9, start=1), None)
     members = [replace(m, tail=tail) for m, tail in zip(unequal(network), tails, strict=True)]
     values = assert_same(network, members, task(**SGD))
     without, _ = together(network, unequal(network), task(**SGD))

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from clients.cohort import private, train_cohort
-from clients.cohort.check import check_cohort
-from clients.cohort.layers import why_alone
-from clients.training import train_local
+from clients.training.batched import private, train_cohort
+from clients.training.batched.layers import why_alone
+from clients.training.batched.self_test import check_cohort
+from clients.training.train import train_local
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
 from tests.clients.cohort.samples import DATA, member, model, privately, task
@@ -22,7 +22,7 @@ from tests.models.samples import random_patch, save_tiny_gpt2
 
 def train(network: AdaptedModel) -> Any:
     one = member(network, 5)
-    network.load(one.adapters, one.head, trains=one.trains, train_head=True)
+    network.load(one.adapters, one.head, trained=one.trained, train_head=True)
     return train_local(network, DATA, one.indices, PAD, task().config, local_steps=2, seed=1)
 
 
@@ -39,7 +39,7 @@ def test_the_model_stays_as_it_was(fails: bool, monkeypatch: pytest.MonkeyPatch)
     before = train(network)
     parameters = {name: p.clone() for name, p in network.module.named_parameters()}
     if fails:
-        monkeypatch.setattr("clients.cohort.train.batch_loss", lambda *_, **__: 1 / 0)
+        monkeypatch.setattr("clients.training.batched.train.batch_loss", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train_cohort(network, members, task())
     else:
@@ -56,7 +56,7 @@ def test_what_was_loaded_before_does_not_matter() -> None:
         network = model(torch.float32)
         if first is not None:
             other = member(network, first, rank=3)
-            network.load(other.adapters, other.head, trains=frozenset("A"), dropout=0.5)
+            network.load(other.adapters, other.head, trained=frozenset("A"), dropout=0.5)
         results.append(train_cohort(network, [member(network, k) for k in range(2)], task()))
     for found in results[1:]:
         assert all(same_bits(one, other) for one, other in zip(results[0], found, strict=True))
@@ -91,7 +91,7 @@ def test_noise_that_is_not_what_is_claimed_is_refused(
 ) -> None:
     network = model(torch.float32)
     first = privately([member(network, 0)])[0]
-    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    network.load(first.adapters, first.head, trained=first.trained, train_head=True)
     real = private.noisy
 
     def wrong(total: torch.Tensor, *how: Any) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_a_model_that_mixes_examples_is_refused(private: bool) -> None:
     members = [member(network, k) for k in range(2)]
     members = privately(members) if private else members
     first = members[0]
-    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    network.load(first.adapters, first.head, trained=first.trained, train_head=True)
     check_cohort(network, PAD, first.mechanism)
     old: Any = network.module.backbone.encoder.layer[0].attention.output  # type: ignore[union-attr,index]
     mixing = Mixing(32, 32)
@@ -131,7 +131,7 @@ def test_padding_that_counts_is_refused(tmp_path: Any) -> None:
     """GPT-2's own head looks for the last token that is not its padding token: 2, not 0."""
     network = model(torch.float32, name=str(save_tiny_gpt2(tmp_path)), pooling="model", targets="c_attn")
     first = member(network, 0)
-    network.load(first.adapters, first.head, trains=first.trains, train_head=True)
+    network.load(first.adapters, first.head, trained=first.trained, train_head=True)
     with pytest.raises(RunFailed, match=r"use engine\.cohort-size = 1"):
         check_cohort(network, 0, None)
     check_cohort(network, 2, None)

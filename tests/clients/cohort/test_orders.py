@@ -11,21 +11,22 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.accounts import ledger_directory
-from clients.carry_out import Node, train_order
-from clients.cohort import halving, orders
-from clients.cohort.orders import Assignment, train_orders
-from clients.cohort.size import cohort_size
-from clients.cohort.train import train_cohort
-from clients.resident import resident
+from clients import execute_cohort
+from clients.execute import Node, train_instruction
+from clients.execute_cohort import Assignment, train_orders
+from clients.handler import handle_together
+from clients.ledger_ref import ledger_directory
+from clients.runtime import client_runtime
+from clients.training.batched import oom_retry
+from clients.training.batched.cohort_size import cohort_size
+from clients.training.batched.train import train_cohort
 from fedlora import wire
 from fedlora.config import RunConfig
-from fedlora.config.flat import to_flat
-from fedlora.deployment.handle import handle_together
+from fedlora.config.files import to_flat
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.state import Broadcast
 from fedlora.errors import RunFailed, UpdateRefused
-from fedlora.initial import fresh_adapters
 from fedlora.privacy.ledger import read_ledgers
-from fedlora.updates import Broadcast
 from tests.conftest import tiny_config
 
 PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
@@ -34,10 +35,12 @@ PARTITIONS = (2, 0, 3, 1)
 
 def content(config: RunConfig, rank: int = 4, server_round: int = 1, **settings: Any) -> RecordDict:
     """An order as it arrives."""
-    adapters = fresh_adapters(resident(config).model.modules, rank, 2.0, 0)
+    adapters = fresh_adapters(client_runtime(config).model.modules, rank, 2.0, 0)
     both = frozenset("AB")
-    broadcast = Broadcast(adapters=adapters, trains=both, ships=both, modules=frozenset(adapters), head={})
-    plain = wire.order_config(broadcast, wire.Needs(), "kaiming")
+    broadcast = Broadcast(
+        adapters=adapters, trained=both, uploaded=both, modules=frozenset(adapters), head={}
+    )
+    plain = wire.instruction_config(broadcast, wire.Needs(), "kaiming")
     told = {"server-round": server_round, "run-key": "run", **plain, **settings}
     return RecordDict(
         {
@@ -50,7 +53,7 @@ def content(config: RunConfig, rank: int = 4, server_round: int = 1, **settings:
 def assignments(config: RunConfig, path: Path, **options: Any) -> list[Assignment]:
     return [
         Assignment(
-            wire.decode_order(content(config, rank=2 + k % 2)),
+            wire.decode_instruction(content(config, rank=2 + k % 2)),
             config,
             Node(partition_id=partition, state_dir=path, simulation=True, **options),
         )
@@ -59,7 +62,7 @@ def assignments(config: RunConfig, path: Path, **options: Any) -> list[Assignmen
 
 
 def alone(given: list[Assignment]) -> list[wire.Reply]:
-    return [train_order(one.order, one.config, one.node) for one in given]
+    return [train_instruction(one.order, one.config, one.node) for one in given]
 
 
 def assert_alike(found: wire.Reply, wanted: wire.Reply) -> None:
@@ -100,13 +103,13 @@ def test_whoever_fails_falls_out_alone(tmp_path: Path, cache: Path, monkeypatch:
     trained: list[int] = []
     real = train_cohort
     monkeypatch.setattr(
-        halving, "train_cohort", lambda m, members, t: trained.append(len(members)) or real(m, members, t)
+        oom_retry, "train_cohort", lambda m, members, t: trained.append(len(members)) or real(m, members, t)
     )
-    lost = wire.decode_order(content(config))
+    lost = wire.decode_instruction(content(config))
     given += [
         replace(given[0], node=replace(given[0].node, partition_id=77)),
         replace(given[0], order=replace(lost, needs=wire.Needs(base=("f" * 64,)))),
-        replace(given[0], order=replace(lost, config={**lost.config, "trains": "B", "ships": "B"})),
+        replace(given[0], order=replace(lost, config={**lost.config, "trained": "B", "uploaded": "B"})),
         replace(given[0], order=replace(lost, arrays={n: t[..., :-1] for n, t in lost.arrays.items()})),
     ]
     wanted = alone(given[:4])
@@ -125,7 +128,7 @@ def test_whoever_fails_falls_out_alone(tmp_path: Path, cache: Path, monkeypatch:
 def test_spent_budgets_decline_and_the_others_train(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**PRIVATE, **{"num-server-rounds": 1})
     spent = assignments(config, tmp_path)[0]
-    assert train_order(spent.order, spent.config, spent.node).status == wire.OK
+    assert train_instruction(spent.order, spent.config, spent.node).status == wire.OK
     again = [replace(one, order=replace(one.order, server_round=2)) for one in assignments(config, tmp_path)]
     found = train_orders(again)
     assert [reply.status for reply in found if isinstance(reply, wire.Reply)] == [wire.DECLINED] + [
@@ -145,7 +148,7 @@ def test_all_is_charged_before_anybody_trains_and_a_failed_test_charges_nothing(
         raise RunFailed("cohort self-test: no")
 
     with monkeypatch.context() as patch:
-        patch.setattr(orders, "check_cohort", refuses)
+        patch.setattr(execute_cohort, "check_cohort", refuses)
         found = train_orders(assignments(config, tmp_path))
     assert [str(error) for error in found] == ["cohort self-test: no"] * 4
     assert not ledgers.exists() or [a.standing.releases for a in read_ledgers(ledgers)] in ([], [0] * 4)
@@ -156,7 +159,7 @@ def test_all_is_charged_before_anybody_trains_and_a_failed_test_charges_nothing(
         seen.extend(a.standing.releases for a in read_ledgers(ledgers))
         return real(*arguments)
 
-    monkeypatch.setattr(halving, "train_cohort", counted)
+    monkeypatch.setattr(oom_retry, "train_cohort", counted)
     train_orders(assignments(config, tmp_path))
     assert seen == [1] * 4
 
@@ -173,7 +176,7 @@ def test_one_by_one_too_a_failed_test_charges_nothing(
     config = tiny_config(**PRIVATE)
     one = assignments(config, tmp_path)[0]
     with pytest.raises(RunFailed):
-        train_order(one.order, one.config, one.node)
+        train_instruction(one.order, one.config, one.node)
     ledgers = ledger_directory(config, tmp_path, simulation=True)
     assert not ledgers.exists() or read_ledgers(ledgers) == []
 
@@ -201,7 +204,7 @@ def test_a_cohort_that_does_not_fit_is_halved_and_marked(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    halving._say.cache_clear()
+    oom_retry._say.cache_clear()
     config = tiny_config(**PRIVATE)
     wanted = alone(assignments(config, tmp_path / "alone"))
     tried: list[int] = []
@@ -213,7 +216,7 @@ def test_a_cohort_that_does_not_fit_is_halved_and_marked(
             raise error
         return real(model, members, task)
 
-    monkeypatch.setattr(halving, "train_cohort", small)
+    monkeypatch.setattr(oom_retry, "train_cohort", small)
     with caplog.at_level(logging.WARNING):
         found = [train_orders(assignments(config, tmp_path / n)) for n in ("one", "two")]
     assert tried == [4, 2, 1, 1, 2, 1, 1] * 2
@@ -234,10 +237,10 @@ def test_what_does_not_fit_alone_is_an_error(
     def never(*_: Any) -> None:
         raise MemoryError("full")
 
-    monkeypatch.setattr(halving, "train_cohort", never)
+    monkeypatch.setattr(oom_retry, "train_cohort", never)
     found = train_orders(assignments(tiny_config(), tmp_path))
     assert all(isinstance(error, MemoryError) for error in found)
-    assert not halving.out_of_memory(RuntimeError("shapes differ"))
+    assert not oom_retry.out_of_memory(RuntimeError("shapes differ"))
 
 
 def test_a_model_that_cannot_trains_one_by_one(
@@ -245,7 +248,7 @@ def test_a_model_that_cannot_trains_one_by_one(
 ) -> None:
     config = tiny_config()
     wanted = alone(assignments(config, tmp_path / "alone"))
-    monkeypatch.setattr(orders, "why_alone", lambda model: "the head is odd")
+    monkeypatch.setattr(execute_cohort, "why_alone", lambda model: "the head is odd")
     found = train_orders(assignments(config, tmp_path / "together"))
     for one, other in zip(found, wanted, strict=True):
         assert all(torch.equal(one.arrays[n], t) for n, t in other.arrays.items())
@@ -259,7 +262,7 @@ def test_messages_become_replies_or_lines(tmp_path: Path, cache: Path) -> None:
     assert found[1] == "ConfigError: partition-id = 9: the data has partitions 0 to 3"
     assert [wire.decode_reply(found[k]).status for k in (0, 2)] == [wire.OK] * 2
     with pytest.raises(UpdateRefused):
-        wire.decode_order(RecordDict())
+        wire.decode_instruction(RecordDict())
     broken = handle_together([RecordDict(), content(config)], [to_flat(config)] * 2, [nodes[0], nodes[2]])
     assert isinstance(broken[0], str)
     assert broken[0].startswith("UpdateRefused: ")
@@ -274,7 +277,7 @@ def test_a_node_tells_nobody_where_its_ledger_lies(
     config = tiny_config(**PRIVATE)
     given = assignments(config, tmp_path)[:2]
     for one in given:
-        assert train_order(one.order, one.config, one.node).status == wire.OK
+        assert train_instruction(one.order, one.config, one.node).status == wire.OK
     for path in (tmp_path / "ledger").glob("*partition*.jsonl"):
         path.write_text("{}\n")
     for simulation in (True, False):
@@ -309,7 +312,7 @@ def test_a_node_tells_nobody_where_its_ledger_lies(
 def test_the_size_follows_from_model_batch_and_run(
     keys: dict[str, Any], clients: int, device: str, size: int
 ) -> None:
-    from fedlora.updates import ModuleSpec
+    from fedlora.core.state import ModuleSpec
 
     layers = {f"{k}.query": ModuleSpec(out_features=384, in_features=384) for k in range(4)}
     assert cohort_size(tiny_config(**keys), layers, 770, clients, device) == size

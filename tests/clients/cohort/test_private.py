@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from clients.cohort import Member, private
-from clients.cohort import members as drawn_by
-from clients.cohort.train import Cohort
-from clients.mechanism import Mechanism
+from clients.training.batched import Member, private
+from clients.training.batched import members as drawn_by
+from clients.training.batched.train import Cohort
+from clients.training.dp_step import Mechanism
 from fedlora.models import AdaptedModel
 from tests.clients.cohort.samples import assert_same, mechanism, member, model, privately, task, together
 

@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from clients.cohort.rows import Costs, Rows, cheapest_cuts, gather, passes, waves
+from clients.training.batched.rows import Costs, Rows, cheapest_cuts, gather, microbatches, passes
 from tests.clients.cohort.samples import DATA
 
 
@@ -69,6 +69,6 @@ def test_passes_save_padding() -> None:
 
 def test_waves_keep_the_order_of_physical_batches() -> None:
     batches = [np.arange(5), np.arange(10, 12)]
-    found = [[part.tolist() for part in wave] for wave in waves(batches, 2)]
+    found = [[part.tolist() for part in wave] for wave in microbatches(batches, 2)]
     assert found == [[[0, 1], [10, 11]], [[2, 3], []], [[4], []]]
-    assert [[len(part) for part in wave] for wave in waves(batches, 0)] == [[5, 2]]
+    assert [[len(part) for part in wave] for wave in microbatches(batches, 0)] == [[5, 2]]

@@ -12,12 +12,12 @@ import torch
 from flwr.app import Error, Message, MessageType
 from torch import Tensor
 
-from clients.resident import resident
+from clients.handler import handle, handle_together
+from clients.runtime import client_runtime
 from fedlora.config import RunConfig
-from fedlora.config.flat import to_flat
-from fedlora.deployment.handle import handle, handle_together
-from fedlora.federation import Federation
-from fedlora.runs import RunDirectory
+from fedlora.config.files import to_flat
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
 from strategies.registry import RULES
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
@@ -69,19 +69,19 @@ class CohortGrid(FakeGrid):
 
 def run(config: RunConfig, path: Path, *, together: bool) -> tuple[dict[str, Tensor], Tensor, list[Any]]:
     """How far each layer and the head have moved, the logits of the last model, and the records."""
-    federation = Federation(config, RunDirectory(path / "run"))
+    federation = FederatedRun(config, RunDirectory(path / "run"))
     federation.run(CohortGrid(federation.partitions, config, path / "clients", together=together))
     state = federation.state
     moved = {f"head.{name}": tensor for name, tensor in state.head.items()}
     for name, factors in state.adapters.items():
         moved[name] = factors.delta() + sum(patch.products[name].dense() for patch in state.base)
-    worker = resident(config)
-    worker.model.base.reset()
-    worker.base = ()
-    worker.model.base.move(state.base)
-    worker.model.load(state.adapters, state.head)
-    found = logits(worker.model.module, token_batch())
-    worker.model.base.reset()
+    runtime = client_runtime(config)
+    runtime.model.base.reset()
+    runtime.base = ()
+    runtime.model.base.move(state.base)
+    runtime.model.load(state.adapters, state.head)
+    found = logits(runtime.model.module, token_batch())
+    runtime.model.base.reset()
     return moved, found, federation.directory.rounds()
 
 

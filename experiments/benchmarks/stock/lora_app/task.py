@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForSequenceClassification
 
 from fedlora.data.examples import Examples
-from fedlora.data.prepared import open_prepared
+from fedlora.prepared.cache import open_prepared
 
 SETTING = "STOCK_APP_SETTING"
 Row = tuple[Tensor, Tensor]

@@ -1,0 +1,282 @@
+"""One client's answer to one order: hold what it needs, set up the model, train or evaluate, reply."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from clients.budget import PlannedRelease, plan_release, train_within_budget
+from clients.evaluation import evaluate
+from clients.ledger_ref import LedgerRef, ledger_directory
+from clients.runtime import ClientRuntime, client_runtime
+from clients.store import OWN, ClientStore, ResolvedInstruction, resolve
+from clients.training.batches import Indices
+from clients.training.canaries import Canaries
+from clients.training.train import LocalResult, train_local
+from fedlora import wire
+from fedlora.config import RunConfig
+from fedlora.core.seeding import derive
+from fedlora.core.state import digest
+from fedlora.data.examples import evaluation_subset
+from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
+from fedlora.models.packed_linear import packed_base
+from fedlora.prepared.cache import Prepared
+from fedlora.prepared.node_data import OwnData
+from fedlora.privacy.types import PrivacySpent
+
+NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
+NUM_UNITS = "num-units"
+"""What was judged, where that is not the examples."""
+ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """Where an order is carried out.
+
+    Attributes:
+        partition_id: whose data is trained on.
+        state_dir: what this machine keeps between messages.
+        simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
+        canaries: what an audit hides among the client's examples, in private training.
+        own: the machine's own examples, where it does not train on the run's.
+        max_epsilon: the owner's limit on what is ever spent on them.
+    """
+
+    partition_id: int
+    state_dir: Path
+    simulation: bool = False
+    canaries: Canaries | None = None
+    own: OwnData | None = None
+    max_epsilon: float = math.inf
+
+
+def train_instruction(order: wire.TrainInstruction, config: RunConfig, node: Node) -> wire.Reply:
+    """The reply to an order to train."""
+    ready = set_up(order, config, node)
+    if isinstance(ready, wire.Reply):
+        return ready
+    runtime, resolved = ready
+    load(runtime, resolved, order, config)
+    try:
+        result, spent = _train(runtime, resolved, order, config, node)
+    except (BudgetExceeded, LedgerRefused) as error:
+        return declined(error, order, node)
+    return answer(resolved, order, config, node, result, spent)
+
+
+def answer(
+    resolved: ResolvedInstruction,
+    order: wire.TrainInstruction,
+    config: RunConfig,
+    node: Node,
+    result: LocalResult,
+    spent: PrivacySpent | None,
+    *,
+    halved: bool = False,
+) -> wire.Reply:
+    """The reply of a client that has trained; it keeps what is its own.
+
+    Args:
+        resolved: what it started from.
+        order: what it was asked for.
+        config: the run.
+        node: where.
+        result: what it has now.
+        spent: what it has spent; None where it trained without privacy.
+        halved: it trained in a smaller cohort than was meant, see `clients.training.batched.oom_retry`.
+    """
+    modules, local = modules_of(order), config.model.head == "local"
+    own = wire.to_peft(result.adapters, result.head if local else {}, order.trained - order.uploaded, modules)
+    if own:
+        resolved.store.keep_personal(node.partition_id, OWN, order.server_round, own)
+    shared = result.head if config.model.head == "train" else {}
+    metrics: dict[str, float] = {}
+    if result.loss is not None:
+        metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}
+    return wire.Reply(
+        status=wire.OK,
+        arrays=wire.to_peft(result.adapters, shared, order.uploaded, modules),
+        metrics=metrics,
+        holds=order.needs.digests,
+        privacy=None if spent is None else spent.told(count=config.privacy.release_metrics),
+        cohort_halved=halved,
+    )
+
+
+def declined(error: BudgetExceeded | LedgerRefused, order: wire.TrainInstruction, node: Node) -> wire.Reply:
+    """The reply of a client that does not train; where its files lie is for the log of its own machine."""
+    reason = str(error)
+    if isinstance(error, LedgerRefused) and not node.simulation:
+        logging.getLogger("fedlora").warning("round %d: %s", order.server_round, reason)
+        reason = "the node's privacy ledger refuses; its own log says why"
+    return wire.Reply(status=wire.DECLINED, reason=reason)
+
+
+def evaluate_order(order: wire.TrainInstruction, config: RunConfig, node: Node) -> wire.Reply:
+    """The reply to an order to evaluate: this client's model on the test examples of its own domains.
+
+    The fixed subset of them, and all of them after the last round.
+    """
+    ready = set_up(order, config, node, after_round=True)
+    if isinstance(ready, wire.Reply):
+        return ready
+    runtime, resolved = ready
+    runtime.model.load(resolved.adapters, resolved.head)
+    last = order.server_round == config.num_server_rounds
+    chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)
+    own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
+    outcome = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
+    metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
+    if not runtime.model.task.labelled:
+        metrics[NUM_UNITS] = float(outcome.num_units)
+    for domain, results in outcome.by_domain().items():
+        metrics[f"{ACCURACY_IN}{domain}"] = results.accuracy
+        metrics[f"{EXAMPLES_IN}{domain}"] = float(results.num_units)
+    return wire.Reply(status=wire.OK, metrics=metrics, holds=order.needs.digests)
+
+
+def set_up(
+    order: wire.TrainInstruction, config: RunConfig, node: Node, *, after_round: bool = False
+) -> tuple[ClientRuntime, ResolvedInstruction] | wire.Reply:
+    """This process's model with its base where the order wants it, or the reply that says what is missing.
+
+    Raises:
+        ConfigError: the partition does not exist in the data.
+        UpdateRefused: a part does not have the content that its digest promises.
+    """
+    ready = gather_parts(order, config, node, after_round=after_round)
+    if not isinstance(ready, wire.Reply):
+        runtime, resolved = ready
+        runtime.move_to(order.needs.base, resolved.patch)
+    return ready
+
+
+def gather_parts(
+    order: wire.TrainInstruction, config: RunConfig, node: Node, *, after_round: bool = False
+) -> tuple[ClientRuntime, ResolvedInstruction] | wire.Reply:
+    """As `set_up`, with the base left where it is."""
+    runtime = client_runtime(config, node.own)
+    runtime.model.precision = getattr(torch, config.train.precision)
+    runtime.model.checkpointing = config.train.gradient_checkpointing
+    count = runtime.data.num_partitions
+    if not 0 <= node.partition_id < count:
+        raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")
+    if node.partition_id in runtime.data.left_out:
+        raise ConfigError(f"partition-id = {node.partition_id}: {runtime.data.left_out[node.partition_id]}")
+    resolved = resolve(order, ClientStore(node.state_dir / run_key(order)))
+    if isinstance(resolved, wire.Reply):
+        return resolved
+    before = order.server_round + 1 if after_round else order.server_round
+    own = resolved.store.personal(node.partition_id, OWN, before)
+    return runtime, resolved if own is None else resolved.with_own(own)
+
+
+def load(
+    runtime: ClientRuntime, resolved: ResolvedInstruction, order: wire.TrainInstruction, config: RunConfig
+) -> frozenset[str]:
+    """Make the model ready to train as ordered; returns the modules whose factors it trains."""
+    modules = modules_of(order)
+    runtime.model.load(
+        resolved.adapters,
+        resolved.head,
+        trained=order.trained,
+        modules=modules,
+        dropout=config.lora.dropout,
+        train_head=config.model.head != "freeze",
+        tail=order.tail,
+    )
+    return modules
+
+
+def modules_of(order: wire.TrainInstruction) -> frozenset[str]:
+    """The modules whose factors a client trains."""
+    return frozenset(json.loads(order.config["modules"]))
+
+
+def run_key(order: wire.TrainInstruction) -> str:
+    """What names the run at its clients."""
+    return str(order.config.get("run-key", "run"))
+
+
+def own_test_indices(data: Prepared, partition_id: int) -> Indices:
+    """The test examples of the domains that a client holds; all of them where there are no domains."""
+    if not data.domain_names:
+        return np.arange(len(data.test))
+    held = np.unique(data.train.domains[data.indices(partition_id)])
+    return np.flatnonzero(np.isin(data.test.domains, held))
+
+
+def seed_of(order: wire.TrainInstruction, config: RunConfig, node: Node) -> int:
+    """A client's own seed of one round."""
+    return derive(config.seed, "client", order.server_round, node.partition_id)
+
+
+def plan_of(
+    runtime: ClientRuntime,
+    resolved: ResolvedInstruction,
+    order: wire.TrainInstruction,
+    config: RunConfig,
+    node: Node,
+    cohort: Sequence[int] = (),
+) -> PlannedRelease:
+    """What a private client is about to release; ``cohort`` as in `plan_release`."""
+    ledger_ref = LedgerRef(
+        directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
+        run_key=run_key(order),
+        known_head=str(order.config.get("ledger-head", "")),
+        max_epsilon=node.max_epsilon,
+    )
+    return plan_release(
+        runtime,
+        config,
+        ledger_ref,
+        partition_id=node.partition_id,
+        server_round=order.server_round,
+        local_steps=config.local_steps_of(node.partition_id),
+        seed=seed_of(order, config, node) if node.simulation else None,
+        start=_start(order, resolved) if node.simulation else "",
+        cohort=cohort,
+    )
+
+
+def _train(
+    runtime: ClientRuntime,
+    resolved: ResolvedInstruction,
+    order: wire.TrainInstruction,
+    config: RunConfig,
+    node: Node,
+) -> tuple[LocalResult, PrivacySpent | None]:
+    seed = seed_of(order, config, node)
+    if config.privacy.private:
+        plan = plan_of(runtime, resolved, order, config, node)
+        return train_within_budget(
+            runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
+        )
+    with packed_base(runtime.model, runtime.model.precision):
+        result = train_local(
+            runtime.model,
+            runtime.data.train,
+            runtime.data.indices(node.partition_id),
+            runtime.data.pad_token_id,
+            config.train,
+            local_steps=config.local_steps_of(node.partition_id),
+            seed=seed,
+        )
+    return result, None
+
+
+def _start(order: wire.TrainInstruction, resolved: ResolvedInstruction) -> str:
+    """A digest of what training starts from: base, adapter, head, what of them is trained, and how."""
+    factors = {f"{name}.{x}": t for name, f in resolved.adapters.items() for x, t in f.tensors().items()}
+    values = [digest(factors), digest(resolved.head)]
+    settings = [order.config["scaling"], order.needs.base, sorted(order.trained), order.config["modules"]]
+    tail = [] if order.tail is None else [order.tail.weight, order.tail.start]
+    return json.dumps([*values, *settings, *tail])

@@ -1,0 +1,222 @@
+"""Orders of several clients carried out together: whoever fits into a cohort trains in it, the rest alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeAlias
+
+from clients.budget import PlannedRelease
+from clients.execute import (
+    Node,
+    answer,
+    declined,
+    gather_parts,
+    load,
+    modules_of,
+    plan_of,
+    seed_of,
+    train_instruction,
+)
+from clients.runtime import ClientRuntime
+from clients.store import ResolvedInstruction
+from clients.training.batched.layers import why_alone
+from clients.training.batched.members import Member
+from clients.training.batched.oom_retry import train_with_retry
+from clients.training.batched.self_test import check_cohort
+from clients.training.batched.train import BatchSettings
+from clients.training.batches import num_steps
+from clients.training.train import NOTHING
+from fedlora import wire
+from fedlora.config import RunConfig
+from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
+from fedlora.privacy.types import PrivacySpent
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """An order to train, and by whom it is to be carried out."""
+
+    order: wire.TrainInstruction
+    config: RunConfig
+    node: Node
+
+
+Answer: TypeAlias = wire.Reply | Exception
+"""A client's reply, or what its own message alone would have raised."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """A client whose parts are all here.
+
+    Attributes:
+        place: of its assignment and its answer.
+        assignment: what it has to do.
+        resolved: what it starts from.
+        plan, spent: where it is private, its release and what it has spent with it.
+    """
+
+    place: int
+    assignment: Assignment
+    resolved: ResolvedInstruction
+    plan: PlannedRelease | None = None
+    spent: PrivacySpent | None = None
+
+    @property
+    def partition_id(self) -> int:
+        return self.assignment.node.partition_id
+
+
+def train_orders(assignments: Sequence[Assignment]) -> list[Answer]:
+    """An answer to each order, in their order; one client's failure leaves the others alone.
+
+    Clients train together that have the same run, base, trained factors and data, and no canaries; in a
+    cohort of one a client trains as by `train_instruction`.
+    """
+    answers: dict[int, Answer] = {}
+    groups: dict[Any, list[Ready]] = {}
+    workers: dict[Any, ClientRuntime] = {}
+    for place, one in enumerate(assignments):
+        try:
+            ready = gather_parts(one.order, one.config, one.node)
+        except Exception as error:
+            answers[place] = error
+            continue
+        if isinstance(ready, wire.Reply):
+            answers[place] = ready
+            continue
+        runtime, resolved = ready
+        key = _key(one, resolved) if one.node.canaries is None and _fits(runtime) else place
+        groups.setdefault(key, []).append(Ready(place, one, resolved))
+        workers[key] = runtime
+    for key, group in groups.items():
+        if len(group) == 1:
+            answers[group[0].place] = _alone(group[0].assignment)
+        else:
+            answers |= _together(workers[key], group)
+    return [answers[place] for place in range(len(assignments))]
+
+
+def _key(one: Assignment, resolved: ResolvedInstruction) -> tuple[Any, ...]:
+    cored = next(iter(resolved.adapters.values())).R is not None
+    run = (one.config, one.node.own, one.node.simulation, one.order.server_round)
+    return (*run, one.order.needs.base, one.order.trained, cored)
+
+
+def _fits(runtime: ClientRuntime) -> bool:
+    reason = why_alone(runtime.model)
+    if reason:
+        _say_alone(reason)
+    return not reason
+
+
+@cache
+def _say_alone(reason: str) -> None:
+    logging.getLogger("fedlora").warning("engine.cohort-size: clients train one by one, %s", reason)
+
+
+def _alone(one: Assignment) -> Answer:
+    try:
+        return train_instruction(one.order, one.config, one.node)
+    except Exception as error:
+        return error
+
+
+def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answer]:
+    """The answers of clients that train in one cohort, by place."""
+    answers: dict[int, Answer] = {}
+    config = group[0].assignment.config
+    try:
+        runtime.move_to(group[0].assignment.order.needs.base, group[0].resolved.patch)
+        group = _able(runtime, group, answers)
+        if not group:
+            return answers
+        first = group[0]
+        load(runtime, first.resolved, first.assignment.order, config)
+        check_cohort(
+            runtime.model, runtime.data.pad_token_id, None if first.plan is None else first.plan.mechanism
+        )
+        group = _charged(group, answers)
+        members = [_member(runtime, ready) for ready in group]
+        results, halved = (
+            train_with_retry(runtime.model, members, _task(runtime, config)) if members else ([], False)
+        )
+    except Exception as error:  # nobody's own: the model, the base, memory
+        return answers | {ready.place: error for ready in group if ready.place not in answers}
+    for ready, result in zip(group, results, strict=True):
+        one = ready.assignment
+        if ready.plan is not None:
+            ready.plan.released()
+        answers[ready.place] = answer(
+            ready.resolved, one.order, config, one.node, result, ready.spent, halved=halved
+        )
+    return answers
+
+
+def _able(runtime: ClientRuntime, group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:
+    """Those whose values fit and, where they are private, whose release is decided; errors of the others."""
+    able = []
+    cohort = [ready.partition_id for ready in group]
+    for ready in group:
+        one = ready.assignment
+        try:
+            runtime.model.check(ready.resolved.adapters, ready.resolved.head)
+            num_steps(one.config.train, len(runtime.data.indices(ready.partition_id)), 1)
+            if one.config.model.head == "freeze" and not (one.order.trained and modules_of(one.order)):
+                raise ConfigError(NOTHING)
+            if one.config.privacy.private:
+                ready.plan = plan_of(runtime, ready.resolved, one.order, one.config, one.node, cohort)
+        except LedgerRefused as error:
+            answers[ready.place] = declined(error, one.order, one.node)
+        except Exception as error:
+            answers[ready.place] = error
+        else:
+            able.append(ready)
+    return able
+
+
+def _charged(group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:
+    """Those whose ledger has taken the release; each is on disk before anybody trains."""
+    charged = []
+    for ready in group:
+        one = ready.assignment
+        try:
+            ready.spent = None if ready.plan is None else ready.plan.reserve()
+        except (BudgetExceeded, LedgerRefused) as error:
+            answers[ready.place] = declined(error, one.order, one.node)
+        except Exception as error:
+            answers[ready.place] = error
+        else:
+            charged.append(ready)
+    return charged
+
+
+def _member(runtime: ClientRuntime, ready: Ready) -> Member:
+    one, indices = ready.assignment, runtime.data.indices(ready.partition_id)
+    config = one.config
+    steps = config.local_steps_of(ready.partition_id)
+    return Member(
+        adapters=ready.resolved.adapters,
+        head=ready.resolved.head,
+        trained=one.order.trained,
+        modules=modules_of(one.order),
+        train_head=config.model.head != "freeze",
+        tail=one.order.tail,
+        indices=indices,
+        steps=steps if config.privacy.private else num_steps(config.train, len(indices), steps),
+        seed=seed_of(one.order, config, one.node),
+        mechanism=None if ready.plan is None else ready.plan.mechanism,
+    )
+
+
+def _task(runtime: ClientRuntime, config: RunConfig) -> BatchSettings:
+    return BatchSettings(
+        examples=runtime.data.train,
+        pad_token_id=runtime.data.pad_token_id,
+        config=config.train,
+        dropout=config.lora.dropout,
+        release_loss=config.privacy.release_metrics,
+    )

@@ -1,0 +1,127 @@
+"""One message at a node: within what its owner allows, on its own data if it has any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from logging import WARNING
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.common.logger import log
+
+from clients.execute import Node, evaluate_order, train_instruction
+from clients.node_settings import NodeSettings, node_settings, own_of
+from clients.runtime import configured
+from fedlora import wire
+from fedlora.config import RunConfig
+from fedlora.core.parallel import one_thread
+from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused, named_line
+
+TRAIN, EVALUATE = "train", "evaluate"
+
+
+def handle(
+    kind: str, content: RecordDict, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+) -> RecordDict:
+    """The reply to a message.
+
+    Args:
+        kind: ``train`` or ``evaluate``.
+        content: of the message.
+        run_config: Flower's, of the run.
+        node_config: Flower's, of the node.
+
+    Raises:
+        UpdateRefused: the message is not an order.
+    """
+    simulation = bool(node_config.get("simulation", False))
+    config, settings = configured(run_config), node_settings(node_config)
+    order = wire.decode_instruction(content)
+    answer = evaluate_order if kind == EVALUATE else train_instruction
+    try:
+        if kind == TRAIN:
+            refuse_beyond_limit(config, settings)
+        with one_thread():
+            reply = answer(order, in_owners_name(config, settings), _node(order, settings, simulation))
+    except ConfigError as error:
+        if simulation:
+            raise
+        log(WARNING, "%s", error)
+        told = error.told if isinstance(error, OwnDataRefused) else str(error)
+        reply = wire.Reply(status=wire.DECLINED, reason=told)
+    return wire.encode_reply(replace(reply, answers=order.identity), config.wire_dtype, packed=order.packed)
+
+
+def handle_together(
+    contents: Sequence[RecordDict],
+    run_configs: Sequence[Mapping[str, Any]],
+    node_configs: Sequence[Mapping[str, Any]],
+) -> list[RecordDict | str]:
+    """The replies to messages to train for several simulated nodes in this process, in their order.
+
+    A node that fails has the first line of its error instead; the others do not notice.
+    """
+    from clients.execute_cohort import Assignment, train_orders
+
+    answers: dict[int, RecordDict | str] = {}
+    assignments: dict[int, Assignment] = {}
+    for place, (content, run_config, node_config) in enumerate(
+        zip(contents, run_configs, node_configs, strict=True)
+    ):
+        try:
+            config, settings = configured(run_config), node_settings(node_config)
+            refuse_beyond_limit(config, settings)
+            order = wire.decode_instruction(content)
+            node = _node(order, settings, bool(node_config.get("simulation", False)))
+            assignments[place] = Assignment(order, in_owners_name(config, settings), node)
+        except Exception as error:
+            answers[place] = _line(error)
+    with one_thread():
+        replies = train_orders(list(assignments.values()))
+    for (place, assigned), reply in zip(assignments.items(), replies, strict=True):
+        if isinstance(reply, wire.Reply):
+            reply = replace(reply, answers=assigned.order.identity)
+            answers[place] = wire.encode_reply(reply, assigned.config.wire_dtype)
+        else:
+            answers[place] = _line(reply)
+    return [answers[place] for place in range(len(contents))]
+
+
+def _line(error: Exception) -> str:
+    if not isinstance(error, FedLoraError):
+        logging.getLogger("fedlora").error("client failed", exc_info=error)
+    return named_line(error)
+
+
+def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
+    """Hold a run to the owner's limit, as far as it shows before training; the ledger does the rest.
+
+    Raises:
+        ConfigError: a run that gives no guarantee for an example, or a looser one than is allowed.
+    """
+    if not settings.max_epsilon:
+        return
+    limit = f"the owner of this node allows epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"
+    if not config.privacy.private:
+        raise ConfigError(f"privacy.mode = {config.privacy.mode!r}: {limit}, which takes 'example'")
+    if config.privacy.target_delta > settings.max_delta:
+        raise ConfigError(f"privacy.target-delta = {config.privacy.target_delta:g}: {limit}")
+
+
+def in_owners_name(config: RunConfig, settings: NodeSettings) -> RunConfig:
+    """The run with the owner's name for the data, whatever the run calls it."""
+    if not settings.dataset_id:
+        return config
+    return replace(config, privacy=replace(config.privacy, dataset_id=settings.dataset_id))
+
+
+def _node(order: wire.TrainInstruction, settings: NodeSettings, simulation: bool) -> Node:
+    return Node(
+        partition_id=settings.partition_id,
+        state_dir=settings.home,
+        simulation=simulation,
+        own=own_of(settings, tuple(order.config.get("labels", ()))),
+        max_epsilon=settings.max_epsilon or float("inf"),
+    )

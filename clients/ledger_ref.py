@@ -1,0 +1,130 @@
+"""Which ledger a client's examples belong to, and whether a run may begin on the ledgers that are there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from clients.training.batches import Indices
+from fedlora.config import RunConfig
+from fedlora.data.examples import Examples
+from fedlora.errors import ConfigError, LedgerRefused
+from fedlora.prepared.cache import Prepared
+from fedlora.privacy.datasets import Dataset
+from fedlora.privacy.ledger import Ledger
+
+LEDGER = "ledger"
+DEALT_BY = (
+    "test", "test_fraction", "validation_fraction", "label_column", "group_column", "domain_column",
+    "partitioner", "partition_by", "num_partitions", "dirichlet_alpha", "classes_per_partition",
+    "min_partition_size",
+)  # fmt: skip
+"""Keys of ``data`` that decide which examples a partition has."""
+OPEN_LEDGERS = 256
+"""Ledgers that a process keeps open; one that is not is read anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRef:
+    """Where a client writes down what it spends.
+
+    Attributes:
+        directory: the ledger directory.
+        run_key: names the run.
+        known_head: a head that the client's ledger had, as the server remembers it; empty if it does not.
+        max_epsilon: the owner's limit, whatever the run's target is.
+    """
+
+    directory: Path
+    run_key: str
+    known_head: str = ""
+    max_epsilon: float = math.inf
+
+
+def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) -> Path:
+    """``privacy.ledger`` in simulation, else a place of the node's own, which outlives runs.
+
+    Raises:
+        LedgerRefused: a run in deployment that says where the node's ledger is.
+    """
+    if not config.privacy.ledger:
+        return state_dir / LEDGER
+    if not simulation:
+        raise LedgerRefused(
+            f"privacy.ledger = {config.privacy.ledger!r}: only for fedlora run, a node has its own ledger"
+        )
+    return Path(config.privacy.ledger).expanduser().absolute()
+
+
+def ledger_of(directory: Path, config: RunConfig, data: Prepared, partition_id: int) -> Ledger:
+    """The ledger of one client's examples."""
+    source, partitioning, part = (data.declared, "", "") if data.declared else name_of(config, partition_id)
+    content = fingerprint(data.train, data.indices(partition_id))
+    return _ledger(
+        directory, Dataset(source=source, partitioning=partitioning, part=part, fingerprint=content)
+    )
+
+
+_ledger = lru_cache(maxsize=OPEN_LEDGERS)(Ledger)
+
+
+def name_of(config: RunConfig, partition_id: int) -> tuple[str, str, str]:
+    """Data set, partitioning and part, by configuration alone; ``privacy.dataset-id`` if it is declared."""
+    data = config.data
+    path = Path(data.name).expanduser()
+    name = str(path.resolve()) if path.exists() else data.name
+    source = config.privacy.dataset_id or ":".join(filter(None, (name, data.subset)))
+    dealt = {key: value for key, value in dataclasses.asdict(data).items() if key in DEALT_BY}
+    if data.partitioner != "natural" or data.num_partitions:
+        dealt["seed"] = config.seed
+    digest = hashlib.sha256(json.dumps(dealt, sort_keys=True).encode()).hexdigest()
+    return source, digest[:12], f"partition-{partition_id}"
+
+
+def fingerprint(examples: Examples, indices: Indices) -> str:
+    """A digest of the tokens and labels of some examples, and of what counts of them, in their order."""
+    starts, lengths = examples.offsets[indices], examples.lengths[indices]
+    places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
+    h = hashlib.sha256()
+    counted = [] if examples.counted is None else [examples.counted[places]]
+    for numbers in (lengths, examples.labels[indices], examples.tokens[places], *counted):
+        h.update(np.ascontiguousarray(numbers).tobytes())
+    return h.hexdigest()
+
+
+def check_ledgers(
+    config: RunConfig, data: Prepared, partitions: Collection[int], directory: Path, heads: Mapping[int, str]
+) -> None:
+    """Before a run: every client's ledger is there or can be resolved, and continues from its known head.
+
+    Raises:
+        LedgerRefused: the first that is not so.
+    """
+    for partition in sorted(partitions):
+        ledger_of(directory, config, data, partition).check(heads.get(partition, ""))
+
+
+def check_disjoint(config: RunConfig, data: Prepared, partitions: Collection[int]) -> None:
+    """Before a private run: no example is at two clients, where its privacy would be spent twice.
+
+    Raises:
+        ConfigError: two partitions share examples.
+    """
+    owner = np.full(len(data.train), -1)
+    for partition in sorted(partitions):
+        indices = data.indices(partition)
+        shared = owner[indices] >= 0
+        if shared.any():
+            raise ConfigError(
+                f"data.partitioner = {config.data.partitioner!r}: partitions {owner[indices][shared][0]} and "
+                f"{partition} share {int(shared.sum())} examples; under privacy each belongs to one client"
+            )
+        owner[indices] = partition

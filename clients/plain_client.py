@@ -1,0 +1,66 @@
+"""What an app with a plain PEFT client adds for strategies that freeze factors or leave them with a client.
+
+    train_as_ordered(model, message)                            (in the train function, before training)
+    app = ClientApp(mods=[own_mod("~/state")])
+
+Which rules need which is in the table of ``docs/flower.md``; those that move the base need `clients.mod`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.clientapp.typing import ClientAppCallable, Mod
+from torch import nn
+
+from clients.store import OWN, ClientStore
+from fedlora import wire
+from fedlora.core.factors import PLAIN
+
+
+def train_as_ordered(model: nn.Module, message: Message) -> None:
+    """Let exactly those LoRA factors of a PEFT model require gradients that the message orders to train.
+
+    Other parameters stay as they are, and so does the model where the message is no order of a fedlora
+    strategy. A trained factor of the round before may rest in this one: call it for every message.
+    """
+    settings = wire.order_settings(message.content)
+    if settings is None:
+        return
+    trained, modules = wire.names(str(settings["trained"])), set(json.loads(str(settings["modules"])))
+    for name, parameter in model.named_parameters():
+        for factor in sorted(PLAIN):
+            module, found, _ = name.removeprefix(wire.PREFIX).partition(f".lora_{factor}.")
+            if found:
+                parameter.requires_grad_(factor in trained and module in modules)
+
+
+def own_mod(state_dir: Path | str) -> Mod:
+    """The mod for FedSA-LoRA: factors that are trained and not sent stay in ``state_dir``, by partition.
+
+    The app finds its own ones among the arrays of each message. A node that does not say its
+    ``partition-id`` is known by its node id; one that lost its files begins again from the start.
+    """
+    root = Path(state_dir).expanduser()
+
+    def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+        settings = wire.order_settings(message.content)
+        if settings is None:
+            return call_next(message, context)
+        order = wire.decode_instruction(message.content)
+        endings = tuple(f".lora_{factor}.weight" for factor in order.trained - order.uploaded)
+        who = int(context.node_config.get("partition-id", context.node_id))
+        store = ClientStore(root / str(order.config.get("run-key", context.run_id)))
+        trained = not message.metadata.message_type.startswith(MessageType.EVALUATE)
+        held = store.personal(who, OWN, order.server_round + (0 if trained else 1)) or {}
+        message.content[order.named] = wire.to_record({**order.arrays, **held})
+        reply = call_next(message, context)
+        arrays = wire.array_record(reply.content) if trained and endings and reply.has_content() else None
+        if arrays is not None:
+            own = {name: arrays.pop(name) for name in list(arrays) if name.endswith(endings)}
+            store.keep_personal(who, OWN, order.server_round, wire.from_record(ArrayRecord(own)))
+        return reply
+
+    return mod

@@ -1,0 +1,182 @@
+"""What a client's machine keeps between messages: shared parts by digest, and personal tensors.
+
+One directory for a run (``<state-dir>/<run-key>``), safetensors files written atomically:
+
+* ``parts/<digest>.safetensors``: base patches and frozen factors. The name is the content's hash, so
+  processes on one machine share them, writing twice is harmless, and a damaged file is noticed;
+* ``personal/<partition>/<name>-<round>.safetensors``: a client's own tensors (a local head), by the
+  round that made them, so that a round that is run again starts from the same ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedlora import wire
+from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.files import write_atomic
+from fedlora.core.state import Patch, digest
+from fedlora.errors import UpdateRefused
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedInstruction:
+    """An order whose parts are all here.
+
+    Attributes:
+        adapters: the complete starting adapter, all factors of every module.
+        head: the other tensors that travelled.
+        store: the store; the base patches are in it under ``order.needs.base``.
+    """
+
+    adapters: AdapterSet
+    head: Tensors
+    store: ClientStore
+
+    def with_own(self, own: Tensors) -> ResolvedInstruction:
+        """The same with tensors that the client kept to itself, in PEFT's spelling, in their place."""
+        mine = wire.from_peft(own)
+        return ResolvedInstruction(mine.over(self.adapters), {**self.head, **mine.head}, self.store)
+
+    def patch(self, name: str) -> Patch:
+        """The base patch of a digest.
+
+        Raises:
+            UpdateRefused: it is no longer in the store.
+        """
+        tensors = self.store.get(name)
+        if tensors is None:
+            raise UpdateRefused(f"base patch {name[:12]} vanished from the store")
+        return Patch.from_tensors(tensors)
+
+
+def resolve(order: wire.TrainInstruction, store: ClientStore) -> ResolvedInstruction | wire.Reply:
+    """The resolved order, or the reply that lists what this client lacks.
+
+    Raises:
+        UpdateRefused: a part does not have the content that its digest promises.
+    """
+    try:
+        for name, tensors in order.parts.items():
+            store.keep(name, tensors)
+        for name, tensors in _named_parts(order):
+            if tensors:
+                store.keep(name, tensors)
+    except ValueError as error:
+        raise UpdateRefused(str(error)) from None
+    missing = tuple(name for name in order.needs.digests if not store.has(name))
+    if missing:
+        return wire.Reply(status=wire.MISSING, missing=missing)
+    held = Tensors()
+    for name, _ in _named_parts(order):
+        held |= store.get(name) or {}
+    adapters, head = wire.complete_adapters(order, held)
+    return ResolvedInstruction(adapters, head, store)
+
+
+def _named_parts(order: wire.TrainInstruction) -> list[tuple[str, Tensors]]:
+    """The digests of factors that the order names, each with what travelled of it (nothing, or all)."""
+    parts = [(order.needs.frozen, wire.frozen_part(order)), (order.needs.moving, wire.moving_part(order))]
+    return [(name, tensors) for name, tensors in parts if name]
+
+
+OWN = "own"
+"""What a client keeps to itself: a local head, factors that it trains and does not ship."""
+KEEP_ROUNDS = 2
+"""Versions of a personal tensor set that are kept."""
+
+
+_verified: dict[Path, tuple[int, int]] = {}
+"""Files that this process has found whole, each with its time and size then."""
+
+
+class ClientStore:
+    """A client machine's store for one run; parts are also kept in memory once read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._parts: dict[str, Tensors] = {}
+
+    def keep(self, name: str, tensors: Tensors) -> None:
+        """Store a part under its digest.
+
+        Raises:
+            ValueError: the content does not have that digest.
+        """
+        if name in self._parts:
+            return
+        if digest(tensors) != name:
+            raise ValueError(f"part {name[:12]} does not have the content that its name promises")
+        path = self._part(name)
+        if not path.exists():
+            write_atomic(path, save({k: t.contiguous() for k, t in tensors.items()}))
+        self._parts[name] = tensors
+
+    def has(self, name: str) -> bool:
+        """Whether `get` gives the part of that digest.
+
+        A file that this process has read before and that nobody has touched since is not read again: a base
+        that moves in every round has as many parts as rounds.
+        """
+        if name in self._parts:
+            return True
+        path = self._part(name)
+        stamp = _stamp(path)
+        return stamp is not None and (_verified.get(path) == stamp or _whole(path, name) is not None)
+
+    def get(self, name: str) -> Tensors | None:
+        """The part of that digest, or None if it is not here or damaged."""
+        if name not in self._parts:
+            tensors = _whole(self._part(name), name)
+            if tensors is None:
+                return None
+            self._parts[name] = tensors
+        return self._parts[name]
+
+    def keep_personal(self, partition_id: int, name: str, server_round: int, tensors: Tensors) -> None:
+        """Store a client's own tensors as they are after a round; the oldest versions go."""
+        folder = self._personal(partition_id)
+        write_atomic(folder / f"{name}-{server_round:06d}.safetensors", save(tensors))
+        for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-KEEP_ROUNDS]:
+            old.unlink(missing_ok=True)
+
+    def personal(self, partition_id: int, name: str, before_round: int) -> Tensors | None:
+        """A client's own tensors as the last round before ``before_round`` left them."""
+        for path in sorted(self._personal(partition_id).glob(f"{name}-*.safetensors"), reverse=True):
+            if int(path.stem.rpartition("-")[2]) < before_round:
+                return _read(path)
+        return None
+
+    def _part(self, name: str) -> Path:
+        return self.directory / "parts" / f"{name}.safetensors"
+
+    def _personal(self, partition_id: int) -> Path:
+        return self.directory / "personal" / str(partition_id)
+
+
+def _whole(path: Path, name: str) -> Tensors | None:
+    """The part in a file, or None if it has not that digest."""
+    stamp, tensors = _stamp(path), _read(path)
+    if stamp is None or tensors is None or digest(tensors) != name:
+        return None
+    _verified[path] = stamp
+    return tensors
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_size
+
+
+def _read(path: Path) -> Tensors | None:
+    try:
+        return dict(load(path.read_bytes()))
+    except (FileNotFoundError, SafetensorError):
+        return None

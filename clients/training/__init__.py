@@ -1,0 +1,1 @@
+"""Local training of one client, of a cohort of clients in one pass, and under DP-SGD."""

@@ -1,0 +1,86 @@
+"""One client of a cohort: what it starts from, what it trains, and its own streams of randomness."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from clients.training.batches import Indices, poisson_batches, shuffled_batches
+from clients.training.dp_sgd import private_streams
+from clients.training.dp_step import Mechanism
+from fedlora.config import TrainConfig
+from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.seeding import derive, stream
+from fedlora.core.state import RankRegularizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """A client of a cohort, as `AdaptedModel.load` and the one-by-one trainers would have it.
+
+    Attributes:
+        adapters: factors of one rank for every adapted layer.
+        head: head tensors; those not given take their initial values.
+        trained: the factors that it trains, a subset of {"A", "B", "R"}.
+        modules: the layers whose factors it trains.
+        train_head: whether it trains the head.
+        tail: what it adds to its loss.
+        indices: its examples.
+        steps: optimiser steps, >= 1.
+        seed: its own and its round's; ignored where the mechanism is secure.
+        mechanism: what its private steps do; None where it trains without privacy.
+    """
+
+    adapters: AdapterSet
+    head: Tensors
+    trained: frozenset[str]
+    modules: frozenset[str]
+    train_head: bool
+    indices: Indices
+    steps: int
+    seed: int
+    tail: RankRegularizer | None = None
+    mechanism: Mechanism | None = None
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.adapters.values())).rank
+
+    @property
+    def cored(self) -> bool:
+        """Whether there is a core between the factors."""
+        return next(iter(self.adapters.values())).R is not None
+
+
+@dataclass(slots=True)
+class Streams:
+    """What a member draws from, in the order in which the one-by-one trainer draws.
+
+    Attributes:
+        batches: the examples of each step.
+        dropout: of the adapters' inputs.
+        noise: of private steps, unless they are secure.
+    """
+
+    batches: Iterator[Indices]
+    dropout: torch.Generator
+    noise: torch.Generator
+
+
+def open_streams(member: Member, config: TrainConfig, device: torch.device) -> Streams:
+    """The member's streams at their beginning."""
+    if member.mechanism is None:
+        seed = member.seed
+        rng = stream(seed, "batches")
+        batches = shuffled_batches(member.indices, config.batch_size, member.steps, rng)
+    else:
+        seed, rng = private_streams(member.seed, secure=member.mechanism.secure)
+        rate = config.batch_size / len(member.indices)
+        batches = poisson_batches(member.indices, rate, member.steps, rng)
+    return Streams(
+        batches=batches,
+        dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),
+        noise=torch.Generator(device).manual_seed(derive(seed, "noise")),
+    )

@@ -1,0 +1,91 @@
+"""DP-SGD for a cohort: clip each example over all that its client trains, sum by client, add its noise.
+
+The factors are expanded to one copy for each row, so that the gradient of a copy *is* its example's gradient;
+it is small, of the size of the adapter. Both ways of `clients.training.dp_step`, ``hooks`` and ``ghost``,
+are this one here. What it computes is asked of `clients.training.batched.self_test` before anything is
+trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from clients.training.batched.stacks import StackedAdapters
+from clients.training.dp_step import Mechanism
+from fedlora.privacy.entropy import system_normal
+
+
+class ClippedSums:
+    """The clipped gradients of a step, summed by client while its passes go by.
+
+    Args:
+        stacks: what is trained.
+        mechanisms: of the members at work, in their order.
+    """
+
+    def __init__(self, stacks: StackedAdapters, mechanisms: Sequence[Mechanism]) -> None:
+        self._stacks, self._mechanisms = stacks, mechanisms
+        values, active = stacks.values, len(mechanisms)
+        self.sums = {name: torch.zeros_like(values[name][:active]) for name in stacks.trained}
+        counts = [len(stacks.trained_by(member)) for member in stacks.members[:active]]
+        clips = [
+            mechanism.max_grad_norm / (math.sqrt(count) if self._per_layer else 1.0)
+            for mechanism, count in zip(mechanisms, counts, strict=True)
+        ]
+        self._clips = torch.tensor(clips, device=stacks.device, dtype=stacks.dtype)
+        self._trained = torch.ones(len(stacks.trained), active, device=stacks.device, dtype=stacks.dtype)
+        for row, name in enumerate(stacks.trained):
+            holding = stacks.holding(name, active)
+            if holding is not None:
+                self._trained[row].index_fill_(0, holding, 0.0)
+
+    @property
+    def _per_layer(self) -> bool:
+        return self._mechanisms[0].clipping == "per-layer"
+
+    def add(self, gradients: Mapping[str, Tensor], clients: Tensor) -> None:
+        """Add the rows of one pass.
+
+        Args:
+            gradients: each row's gradient of each trained tensor, (rows, ...); one of a tensor that the
+                row's client does not train counts for nothing.
+            clients: (rows,), whose each row is.
+        """
+        found = [gradients[name] for name in self._stacks.trained]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found])
+        trained = self._trained[:, clients]
+        norms = torch.where(trained > 0, norms, torch.zeros_like(norms))
+        if not self._per_layer:
+            norms = norms.norm(dim=0).expand_as(norms)
+        factors = (self._clips[clients] / (norms + 1e-6)).clamp(max=1.0) * trained
+        for name, gradient, factor in zip(self._stacks.trained, found, factors, strict=True):
+            shape = (-1, *[1] * (gradient.ndim - 1))
+            self.sums[name].index_add_(0, clients, gradient * factor.view(shape))
+
+    def released(self, generators: Sequence[torch.Generator]) -> dict[str, Tensor]:
+        """The noisy sums, divided by the expected batch size: all that later steps may know of the data.
+
+        Noise is drawn client by client, for each of its tensors in its own shape, as Opacus draws it there.
+        """
+        for place, mechanism in enumerate(self._mechanisms):
+            for name in self._stacks.trained_by(self._stacks.members[place]):
+                part = self._stacks.own(self.sums[name], name, place)
+                part.copy_(noisy(part, mechanism, generators[place]) / mechanism.expected_batch_size)
+        return self.sums
+
+
+def noisy(total: Tensor, mechanism: Mechanism, generator: torch.Generator) -> Tensor:
+    """``total + N(0, (noise_multiplier C)^2)``; the system's noise is added in float64 and then rounded."""
+    std = mechanism.noise_multiplier * mechanism.max_grad_norm
+    if mechanism.secure:
+        noise = std * system_normal(total.shape)
+        return (total.cpu().double() + noise).to(total.device, total.dtype)
+    if std == 0:
+        return total
+    return total + torch.normal(
+        0.0, std, total.shape, generator=generator, dtype=total.dtype, device=total.device
+    )

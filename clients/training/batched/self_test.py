@@ -1,0 +1,136 @@
+"""Does a cohort's step compute what its clients' own steps compute, on this model? Asked before training.
+
+Two clients with made-up examples are compared with a plain loop over single examples, once in a process for
+what it depends on. A model in which examples or padding take part in each other's results fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from clients.training.batched.members import Member
+from clients.training.batched.train import BatchSettings, Cohort
+from clients.training.dp_step import Mechanism
+from clients.training.self_test import (
+    EXAMPLES,
+    FALSE_ALARM,
+    HUGE,
+    NOISE_DRAWS,
+    Named,
+    clipped,
+    negligible,
+    one_by_one,
+    plausible,
+    prepared,
+    synthetic_examples,
+)
+from fedlora.config import TrainConfig
+from fedlora.data.examples import Examples
+from fedlora.errors import RunFailed
+from fedlora.models import AdaptedModel
+
+SHARED_OUT = (EXAMPLES[:3], EXAMPLES[3:])
+"""Which of the made-up examples each of the two clients has."""
+NOBODY = (EXAMPLES[:0], EXAMPLES[:0])
+
+_passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | None) -> None:
+    """Check gradients, clipping and noise, as `clients.training.self_test` asks them of Opacus.
+
+    Args:
+        model: loaded with one of the clients, so that it is known what is trained; it stays as it is.
+        pad_token_id: fills up shorter sequences.
+        mechanism: of one of the clients; None where they train without privacy.
+
+    Raises:
+        RunFailed: a cohort computes something else, so nothing is trained.
+    """
+    trained = model.trainable()
+    shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
+    unit = None if mechanism is None else replace(mechanism, noise_multiplier=1.0, max_grad_norm=1.0)
+    passed = _passed.setdefault(model, set())
+    if (shapes, unit) in passed:
+        return
+    examples = synthetic_examples(model, pad_token_id)
+    with model.computing(torch.float32), prepared(model) as named:
+        alone = dict(zip(named, one_by_one(model, named, examples, pad_token_id), strict=True))
+        cohort = _two_clients(model, named, examples, pad_token_id)
+        with cohort.route_laid():
+            if unit is None:
+                means = {name: [g[own].mean(dim=0) for own in SHARED_OUT] for name, g in alone.items()}
+                _compare("gradient", cohort.plain(SHARED_OUT), means)
+            else:
+                _check_clipping(cohort, unit, alone)
+                _check_noise(cohort, unit)
+    passed.add((shapes, unit))
+
+
+def _check_clipping(cohort: Cohort, mechanism: Mechanism, alone: dict[str, Tensor]) -> None:
+    """Where nothing is clipped, and where about half of the examples are."""
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in alone.values()]).norm(dim=0)
+    for bound in (HUGE, 0.7 * float(norms.mean())):
+        clipping = replace(mechanism, noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1)
+        wanted = clipped(list(alone.values()), bound, mechanism.clipping)
+        sums = {n: [g[own].sum(dim=0) for own in SHARED_OUT] for n, g in zip(alone, wanted, strict=True)}
+        _compare("clipped sum", cohort.private(SHARED_OUT, [clipping, clipping]), sums)
+
+
+def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:
+    """On nobody's data: of the claimed size for each client, and never the same twice."""
+    draws: list[Tensor] = []
+    size = sum(tensor[0].numel() for tensor in cohort.stacks.values.values())
+    for _ in range(max(2, math.ceil(NOISE_DRAWS / size))):
+        released = cohort.private(NOBODY, [mechanism, mechanism]).values()
+        draws.append(torch.cat([noise.flatten(1) for noise in released], dim=1).to("cpu", torch.float64))
+    begins = [tuple(noise[:8].tolist()) for drawn in draws for noise in drawn]
+    if len(set(begins)) < len(begins):
+        _refuse("the same noise came twice")
+    for noise in torch.cat(draws, dim=1):
+        if not plausible(noise, mechanism.noise_std, FALSE_ALARM / len(SHARED_OUT)):
+            found = float(noise.square().mean().sqrt())
+            _refuse(f"the noise has standard deviation {found:.4g}, claimed is {mechanism.noise_std:.4g}")
+
+
+def _two_clients(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> Cohort:
+    adapters, head = model.read()
+    factors = [name.rpartition(".") for name in named if name not in head]
+    members = [
+        Member(
+            adapters=adapters,
+            head=head,
+            trained=frozenset(letter for _, _, letter in factors),
+            modules=frozenset(module for module, _, _ in factors),
+            train_head=any(name in head for name in named),
+            indices=own,
+            steps=1,
+            seed=number,
+        )
+        for number, own in enumerate(SHARED_OUT)
+    ]
+    task = BatchSettings(examples=examples, pad_token_id=pad_token_id, config=TrainConfig(batch_size=1))
+    return Cohort(model, members, task)
+
+
+def _compare(what: str, found: dict[str, Tensor], wanted: dict[str, list[Tensor]]) -> None:
+    for name, of_clients in wanted.items():
+        if name not in found or not _alike(found[name], of_clients):
+            _refuse(f"the {what} of {name} is not that of its clients")
+
+
+def _alike(found: Tensor, wanted: Sequence[Tensor]) -> bool:
+    return all(negligible(f - w, w) for f, w in zip(found, wanted, strict=True))
+
+
+def _refuse(reason: str) -> None:
+    raise RunFailed(
+        f"cohort self-test: {reason} on this model, nothing was trained; use engine.cohort-size = 1"
+    )

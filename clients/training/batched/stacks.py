@@ -1,0 +1,132 @@
+"""The clients' factors and heads, each tensor stacked over the cohort.
+
+A rank below the cohort's largest is filled up with zero rows of A, zero columns of B and a zero border of R.
+Their gradients are zero exactly, because each is a product with the other factor's zeros; so they stay zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clients.training.batched.members import Member
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.models import AdaptedModel
+
+OWN_AXES = {"A": (0,), "B": (1,), "R": (0, 1)}
+"""The axes of a factor that are as long as the rank."""
+
+
+class StackedAdapters:
+    """Stacked tensors (members, ...) by name: ``<module>.A`` and the head's own names.
+
+    Attributes:
+        values: all of them; those that somebody trains require a gradient.
+        factors, head: the names of those that somebody trains, in the order of `AdaptedModel.trainable`.
+        scaling: (members,) of each module.
+    """
+
+    def __init__(self, model: AdaptedModel, members: Sequence[Member]) -> None:
+        self.members = members
+        self._rank = max(member.rank for member in members)
+        like = next(model.module.parameters())
+        self.device, self.dtype = like.device, like.dtype
+        self._modules = list(model.modules)
+        self._head = list(model.initial_head)
+        letters = ("A", "B", "R") if members[0].cored else ("A", "B")
+        self._axes = {f"{module}.{x}": OWN_AXES[x] for module in self._modules for x in letters}
+        self.values: dict[str, Tensor] = {name: self._stacked(name) for name in self._axes}
+        for name in self._head:
+            own = [member.head.get(name, model.initial_head[name]) for member in members]
+            self.values[name] = torch.stack(own).to(self.device, self.dtype)
+        self.scaling = {
+            module: torch.tensor(
+                [m.adapters[module].scaling for m in members], device=self.device, dtype=self.dtype
+            )
+            for module in self._modules
+        }
+        self.factors = [name for name in self._axes if any(is_trained(m, name) for m in members)]
+        self.head = self._head if any(m.train_head for m in members) else []
+        for name in self.trained:
+            self.values[name].requires_grad_(True)
+        self._holding = {name: self._who_holds(name) for name in self.trained}
+
+    @property
+    def trained(self) -> list[str]:
+        """The names of all tensors that somebody trains."""
+        return [*self.factors, *self.head]
+
+    def holding(self, name: str, active: int) -> Tensor | None:
+        """The places, among the first ``active``, of members that do not train a tensor; None if all do."""
+        places = self._holding[name]
+        places = places[places < active]
+        return places if len(places) else None
+
+    def trained_by(self, member: Member) -> list[str]:
+        """The names of the tensors that one member trains."""
+        head = self.head if member.train_head else []
+        return [*(name for name in self.factors if is_trained(member, name)), *head]
+
+    def own(self, stacked: Tensor, name: str, place: int) -> Tensor:
+        """One member's part of a stacked tensor, without the filling: a view."""
+        part, rank = stacked[place], self.members[place].rank
+        for axis in self._axes.get(name, ()):
+            part = part.narrow(axis, 0, rank)
+        return part
+
+    def of_rows(self, clients: Tensor, *, by_example: bool) -> Tensors:
+        """Each row's own copy of its client's tensors, (rows, ...).
+
+        Args:
+            clients: (rows,), whose each row is.
+            by_example: the copies of what is trained are leaves, so that each row gets its own gradient;
+                else gradients add up in the stacked values.
+        """
+        rows = {name: tensor.index_select(0, clients) for name, tensor in self.values.items()}
+        if by_example:
+            rows |= {name: rows[name].detach().requires_grad_(True) for name in self.trained}
+        return rows
+
+    def scaled(self, rows: Tensors, clients: Tensor) -> Tensors:
+        """The rows with the scaling in B."""
+        scaling = {m: s.index_select(0, clients).view(-1, 1, 1) for m, s in self.scaling.items()}
+        return rows | {f"{module}.B": rows[f"{module}.B"] * s for module, s in scaling.items()}
+
+    def read(self, place: int) -> tuple[AdapterSet, Tensors]:
+        """One member's adapter and head, as `AdaptedModel.read` gives them."""
+        member = self.members[place]
+        adapters = {
+            module: LoraFactors(
+                **{x: self._copy(f"{module}.{x}", place) for x in member.adapters[module].tensors()},
+                scaling=member.adapters[module].scaling,
+            )
+            for module in self._modules
+        }
+        return adapters, {name: self._copy(name, place) for name in self._head}
+
+    def _copy(self, name: str, place: int) -> Tensor:
+        return self.own(self.values[name].detach(), name, place).to("cpu", torch.float32, copy=True)
+
+    def _stacked(self, name: str) -> Tensor:
+        module, _, letter = name.rpartition(".")
+        parts = [member.adapters[module].tensors()[letter] for member in self.members]
+        shape = list(parts[0].shape)
+        for axis in self._axes[name]:
+            shape[axis] = self._rank
+        stacked = torch.zeros(len(parts), *shape, device=self.device, dtype=self.dtype)
+        for place, part in enumerate(parts):
+            self.own(stacked, name, place).copy_(part)
+        return stacked
+
+    def _who_holds(self, name: str) -> Tensor:
+        is_head = name in self._head
+        holds = [not (m.train_head if is_head else is_trained(m, name)) for m in self.members]
+        return torch.tensor(holds, device=self.device).nonzero().flatten()
+
+
+def is_trained(member: Member, factor: str) -> bool:
+    """Whether a member trains the factor ``<module>.<letter>``."""
+    module, _, letter = factor.rpartition(".")
+    return letter in member.trained and module in member.modules

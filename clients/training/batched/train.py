@@ -1,0 +1,180 @@
+"""Local training of several clients in one batched pass over one frozen base.
+
+It computes what `clients.training.train.train_local` (or `clients.training.dp_sgd.train_private`) computes
+for each client alone, rounding apart: the same batches, dropout masks and noise, each from the client's own
+streams; the same penalties, clipping and optimiser, each on the client's own part. Nothing of a client
+enters another's part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clients.training.batched.dropout import Masks
+from clients.training.batched.layers import ForwardContext, Route, row_wise
+from clients.training.batched.members import Member, open_streams
+from clients.training.batched.private import ClippedSums
+from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microbatches, passes
+from clients.training.batched.stacks import StackedAdapters
+from clients.training.batched.update import Gradients, Update
+from clients.training.batches import Indices, load_batch
+from clients.training.dp_step import Mechanism
+from clients.training.train import LocalResult, batch_loss
+from fedlora.config import TrainConfig
+from fedlora.data.examples import Examples
+from fedlora.models import AdaptedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSettings:
+    """What is alike for all clients of a cohort.
+
+    Attributes:
+        examples: the data set.
+        pad_token_id: fills up shorter sequences.
+        config: optimiser, rates, batch size, clipping, proximal term.
+        dropout: on the adapters' inputs.
+        release_loss: return the training loss of private training too.
+    """
+
+    examples: Examples
+    pad_token_id: int
+    config: TrainConfig
+    dropout: float = 0.0
+    release_loss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """A forward pass that is done.
+
+    Attributes:
+        clients: (rows,), whose each row is.
+        losses: (rows,).
+        values: what was trained on, by name: stacked by row or by client.
+    """
+
+    clients: Tensor
+    losses: Tensor
+    values: Mapping[str, Tensor]
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Of the values by row, after the backward pass; zero where a tensor takes no part in the loss."""
+        return {n: torch.zeros_like(v) if v.grad is None else v.grad for n, v in self.values.items()}
+
+
+def train_cohort(model: AdaptedModel, members: Sequence[Member], task: BatchSettings) -> list[LocalResult]:
+    """Train all members; the results are in their order.
+
+    Members have the same kind of factors (all with a core, or none) and are private all or none.
+
+    Args:
+        model: its base is used; its own adapter and head take no part and stay as they are.
+        members: 1 or more, each with 1 step or more.
+        task: what is alike for all.
+    """
+    order = sorted(range(len(members)), key=lambda place: -members[place].steps)
+    cohort = Cohort(model, [members[place] for place in order], task)
+    with cohort.route_laid():
+        for step in range(members[order[0]].steps):
+            cohort.step(step)
+    results = dict(zip(order, cohort.results(), strict=True))
+    return [results[place] for place in range(len(members))]
+
+
+class Cohort:
+    """The state of a cohort's training.
+
+    Args:
+        model: its base is used.
+        members: in the order of their steps, most first.
+        task: what is alike for all.
+
+    Attributes:
+        stacks: the trained values, as they are now.
+    """
+
+    def __init__(self, model: AdaptedModel, members: Sequence[Member], task: BatchSettings) -> None:
+        self._model, self._members, self._task = model, members, task
+        self.stacks = StackedAdapters(model, members)
+        self._update = Update(self.stacks, task.config)
+        self._streams = [open_streams(member, task.config, self.stacks.device) for member in members]
+        self._costs = CPU if self.stacks.device.type == "cpu" else ACCELERATOR
+        self._route = Route()
+        self._losses = torch.zeros(len(members), device=self.stacks.device, dtype=self.stacks.dtype)
+        self._seen = np.zeros(len(members), dtype=np.int64)
+
+    def route_laid(self) -> AbstractContextManager[None]:
+        """Inside, the model computes each row by its own client's factors; steps are taken there."""
+        return row_wise(self._model, self._route)
+
+    def step(self, number: int) -> None:
+        """Step ``number``, from 0, of all who have so many."""
+        active = sum(member.steps > number for member in self._members)
+        batches = [next(stream.batches) for stream in self._streams[:active]]
+        self._seen[:active] += [len(batch) for batch in batches]
+        mechanisms = [m.mechanism for m in self._members[:active] if m.mechanism is not None]
+        gradients = self.private(batches, mechanisms) if mechanisms else self.plain(batches)
+        self._update.step(gradients, active)
+
+    def plain(self, batches: Sequence[Indices]) -> Gradients:
+        """The gradient of each client's mean loss; a tensor that takes no part in the loss has none."""
+        stacks = self.stacks
+        for name in stacks.trained:
+            stacks.values[name].grad = None
+        sizes = torch.tensor([len(batch) for batch in batches], device=stacks.device, dtype=stacks.dtype)
+        for walked in self._passes(gather(self._task.examples, batches)):
+            (walked.losses / sizes[walked.clients]).sum().backward()  # type: ignore[no-untyped-call]
+        found = {name: stacks.values[name].grad for name in stacks.trained}
+        return {name: grad[: len(batches)] for name, grad in found.items() if grad is not None}
+
+    def private(self, batches: Sequence[Indices], mechanisms: Sequence[Mechanism]) -> Gradients:
+        """Each client's noisy mean of clipped gradients; of an empty draw noise alone."""
+        sums = ClippedSums(self.stacks, mechanisms)
+        most = mechanisms[0].max_physical_batch_size
+        for wave in microbatches(batches, most):
+            if any(len(batch) for batch in wave):
+                rows = gather(self._task.examples, wave)
+                for walked in self._passes(rows, by_example=True, most_rows=most):
+                    walked.losses.sum().backward()  # type: ignore[no-untyped-call]
+                    sums.add(walked.gradients(), walked.clients)
+        return sums.released([stream.noise for stream in self._streams])
+
+    def results(self) -> list[LocalResult]:
+        """What each member has now."""
+        return [self._result(place) for place in range(len(self._members))]
+
+    def _passes(self, rows: Rows, *, by_example: bool = False, most_rows: int = 0) -> Iterator[PassResult]:
+        """Forward passes over all rows; with ``by_example`` each row has leaves of its own."""
+        task, masks = self._task, None
+        if task.dropout > 0:
+            streams = [stream.dropout for stream in self._streams]
+            masks = Masks(task.dropout, streams, rows, padded=task.examples.image is None)
+        for part in passes(rows, self._costs, most_rows):
+            clients = torch.from_numpy(part.clients).to(self.stacks.device)
+            values = self.stacks.of_rows(clients, by_example=by_example)
+            if masks is not None:
+                masks.begin(part)
+            self._route.context = ForwardContext(self.stacks.scaled(values, clients), len(part), masks)
+            batch = load_batch(task.examples, part.examples, task.pad_token_id, self.stacks.device)
+            losses = batch_loss(self._model, batch, reduction="none")
+            self._losses.index_add_(0, clients, losses.detach())
+            yield PassResult(clients, losses, {name: values[name] for name in self.stacks.trained})
+
+    def _result(self, place: int) -> LocalResult:
+        member = self._members[place]
+        adapters, head = self.stacks.read(place)
+        told = member.mechanism is None or self._task.release_loss
+        return LocalResult(
+            adapters=adapters,
+            head=head if member.train_head else {},
+            num_examples=len(member.indices),
+            steps=member.steps,
+            loss=float(self._losses[place]) / max(int(self._seen[place]), 1) if told else None,
+        )

@@ -1,0 +1,136 @@
+"""Local training with example-level differential privacy: DP-SGD from the parts of Opacus.
+
+Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, Algorithm 1. Each step draws every
+example with probability q = batch_size / n, clips each example's gradient over *all* trained tensors
+(factors and head) to ``max_grad_norm`` C, and moves by
+
+    ( sum_i clip(g_i, C) + N(0, noise_multiplier^2 C^2) ) / batch_size
+
+where batch_size is the expected one, whatever was drawn. An empty draw is a step of noise alone.
+How a step does that is in `clients.training.dp_step`; `clients.training.self_test` asks first whether it
+really does.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+import numpy as np
+import torch
+
+from clients.training.batches import Indices, poisson_batches
+from clients.training.canaries import Canaries, among
+from clients.training.dp_step import Mechanism, private_steps
+from clients.training.self_test import self_test
+from clients.training.train import LocalResult, Penalties, dropout_stream, local_result, make_optimizer
+from fedlora.config import TrainConfig
+from fedlora.core.seeding import derive, stream
+from fedlora.data.examples import Examples
+from fedlora.errors import ConfigError
+from fedlora.models import AdaptedModel
+
+
+def train_private(
+    model: AdaptedModel,
+    examples: Examples,
+    indices: Indices,
+    pad_token_id: int,
+    config: TrainConfig,
+    *,
+    local_steps: int,
+    noise_multiplier: float,
+    max_grad_norm: float,
+    seed: int,
+    clipping: str = "flat",
+    grad_sample_mode: str = "hooks",
+    max_physical_batch_size: int = 0,
+    secure: bool = False,
+    release_loss: bool = False,
+    canaries: Canaries | None = None,
+) -> LocalResult:
+    """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
+
+    Args:
+        model: loaded with the client's starting values.
+        examples: the data set.
+        indices: the client's examples in it.
+        pad_token_id: fills up shorter sequences of a batch.
+        config: optimiser, rates, proximal term, and the expected batch size.
+        local_steps: steps, each of which costs privacy.
+        noise_multiplier: noise standard deviation / ``max_grad_norm``.
+        max_grad_norm: the norm that each example's gradient is clipped to.
+        seed: this client's and round's own seed; whoever knows it can subtract the noise.
+        clipping: see `Mechanism`.
+        grad_sample_mode: see `Mechanism`.
+        max_physical_batch_size: see `Mechanism`.
+        secure: draw batches and noise from the operating system's entropy and ignore ``seed``.
+        release_loss: return the training loss, which is outside the guarantee.
+        canaries: what an audit hides among the examples; the sample rate is as without them.
+
+    Raises:
+        ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
+        RunFailed: a private step does not compute what it claims on this model.
+    """
+    check_private(config, len(indices))
+    mechanism = Mechanism(
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
+        expected_batch_size=config.batch_size,
+        clipping=clipping,
+        grad_sample_mode=grad_sample_mode,
+        max_physical_batch_size=max_physical_batch_size,
+        secure=secure,
+    )
+    self_test(model, pad_token_id, mechanism)
+    seed, draw = private_streams(seed, secure=secure)
+    noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
+    total, seen = torch.zeros((), device=model.device), 0
+    with (
+        model.training() as trained,
+        dropout_stream(seed, model.device),
+        private_steps(
+            model,
+            make_optimizer(trained, config),
+            mechanism,
+            noise,
+            None if canaries is None else canaries.rows({**trained.factors, **trained.head}),
+        ) as private,
+    ):
+        penalties = Penalties(trained, config)  # they know no data: added after the noise
+        private.optimizer.attach_step_hook(lambda _: penalties.add_gradient())
+        rate = config.batch_size / len(indices)
+        everyone = among(indices, canaries, len(examples))
+        for drawn in poisson_batches(everyone, rate, local_steps, draw):
+            total += private.step(examples, drawn, pad_token_id)
+            seen += len(drawn)
+    loss = float(total) / max(seen, 1) if release_loss else None
+    return local_result(model, trained, len(indices), local_steps, loss)
+
+
+def private_streams(seed: int, *, secure: bool) -> tuple[int, np.random.Generator]:
+    """The seed of noise and dropout, and the generator of the Poisson draws; ``secure`` ignores the seed."""
+    if secure:
+        return secrets.randbits(128), np.random.default_rng()  # 128 bits from the operating system
+    return seed, stream(seed, "poisson")
+
+
+def check_private(config: TrainConfig, num_examples: int) -> None:
+    """Refuse what DP-SGD does not cover.
+
+    Raises:
+        ConfigError: fewer examples than the batch size, epochs instead of steps, or a second clipping.
+    """
+    if config.batch_size > num_examples:
+        raise ConfigError(
+            f"train.batch-size = {config.batch_size}: private training needs at least as many examples "
+            "at each client"
+        )
+    if config.local_epochs:
+        raise ConfigError(
+            f"train.local-epochs = {config.local_epochs}: must be 0 under privacy, set train.local-steps"
+        )
+    if config.max_grad_norm:
+        raise ConfigError(
+            f"train.max-grad-norm = {config.max_grad_norm}: must be 0 in private training, "
+            "privacy.max-grad-norm clips each example"
+        )

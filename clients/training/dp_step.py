@@ -1,0 +1,224 @@
+"""One private step by the parts of Opacus: clip each example, sum, add noise, let the optimiser move.
+
+Two ways to the same clipped sum (``grad_sample_mode``):
+
+* ``hooks``: a backward pass keeps every example's gradient of every trained tensor, then clips it;
+* ``ghost``: a first backward pass finds only the norms, a second one goes through the loss in which
+  each example is weighted by its clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022).
+
+Opacus is imported by the first private step, not by every process that might take one.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from clients.training.batches import Indices, load_batch
+from clients.training.canaries import Rows, add_rows
+from clients.training.train import batch_loss
+from fedlora.data.examples import Examples
+from fedlora.models import AdaptedModel
+from fedlora.privacy.entropy import system_normal
+
+if TYPE_CHECKING:
+    from opacus.optimizers import DPOptimizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mechanism:
+    """What a private step does, in Opacus' terms.
+
+    Attributes:
+        noise_multiplier: noise standard deviation / ``max_grad_norm``.
+        max_grad_norm: C, what one example adds to the sum at most.
+        expected_batch_size: what the noisy sum is divided by, whatever was drawn.
+        clipping: ``flat`` clips each example's gradient over all trained tensors together to C,
+            ``per-layer`` each of its L tensors to C / sqrt(L).
+        grad_sample_mode: ``hooks`` or ``ghost``; ``ghost`` clips flat only.
+        max_physical_batch_size: examples that are in memory at once; 0 means all that were drawn.
+        secure: noise from the operating system, which nobody can draw again.
+    """
+
+    noise_multiplier: float
+    max_grad_norm: float
+    expected_batch_size: int
+    clipping: str = "flat"
+    grad_sample_mode: str = "hooks"
+    max_physical_batch_size: int = 0
+    secure: bool = False
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of the noise on every coordinate of the averaged gradient."""
+        return self.noise_multiplier * self.max_grad_norm / self.expected_batch_size
+
+
+class PrivateSteps:
+    """Private steps of one model and optimiser; made by `private_steps`.
+
+    Attributes:
+        optimizer: Opacus' optimiser around the given one.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        watched: Any,
+        optimizer: DPOptimizer,
+        mechanism: Mechanism,
+        canaries: Rows | None = None,
+    ):
+        self.optimizer = optimizer
+        self._model = model
+        self._watched = watched
+        self._mechanism = mechanism
+        self._canaries = canaries
+
+    def step(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        """Move by the noisy clipped sum over the drawn examples; none of them is a step of noise alone.
+
+        Returns:
+            The summed loss, detached, which is not private.
+        """
+        total = torch.zeros((), device=self._model.device)
+        chunks = physical_batches(drawn, self._mechanism.max_physical_batch_size)
+        for number, chunk in enumerate(chunks, start=1):
+            self.optimizer.zero_grad()  # keeps the sum over the chunks before
+            total += self.backward(examples, chunk, pad_token_id)
+            self.optimizer.signal_skip_step(number < len(chunks))
+            self.optimizer.step()
+        return total
+
+    def backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        """The summed loss; left behind are each example's gradients (hooks) or their clipped sum (ghost)."""
+        if self._canaries is None:
+            return self._backward(examples, drawn, pad_token_id)
+        real = drawn < len(examples)
+        total = self._backward(examples, drawn[real], pad_token_id)
+        add_rows(self.optimizer.params, self._canaries(drawn[~real] - len(examples)))
+        return total
+
+    def _backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        if len(drawn) == 0:
+            return self._nobody()
+        batch = load_batch(examples, drawn, pad_token_id, self._model.device)
+        losses = batch_loss(self._model, batch, reduction="none")
+        if self._mechanism.grad_sample_mode == "ghost":
+            from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
+
+            DPTensorFastGradientClipping(self._watched, self.optimizer, losses, "sum").backward()
+        else:
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        return losses.detach().sum()
+
+    def _nobody(self) -> Tensor:
+        for parameter in self.optimizer.params:
+            parameter.grad_sample = parameter.new_zeros((0, *parameter.shape))
+            parameter.grad = torch.zeros_like(parameter)
+        return torch.zeros((), device=self._model.device)
+
+
+@contextmanager
+def private_steps(
+    model: AdaptedModel,
+    optimizer: torch.optim.Optimizer,
+    mechanism: Mechanism,
+    generator: torch.Generator | None = None,
+    canaries: Rows | None = None,
+) -> Iterator[PrivateSteps]:
+    """Inside, the model is watched by Opacus' hooks, on trained layers only; no trace is left afterwards.
+
+    Args:
+        model: inside its ``training()``.
+        optimizer: over exactly the trained tensors.
+        mechanism: what a step does.
+        generator: draws the noise unless ``mechanism.secure``.
+        canaries: the gradients of an audit's canaries, which are numbered on from the examples.
+    """
+    watched = _watch(model, mechanism)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            private = _private(optimizer, mechanism, generator)
+            yield PrivateSteps(model, watched, private, mechanism, canaries)
+    finally:
+        watched.to_standard_module()
+        for layer in model.module.modules():  # what a step that failed half-way leaves
+            vars(layer).pop("activations", None)
+            vars(layer).pop("max_batch_len", None)
+        for parameter in model.module.parameters():
+            vars(parameter).pop("summed_grad", None)
+
+
+def physical_batches(drawn: Indices, most: int) -> list[Indices]:
+    """The drawn examples in order, at most so many at once (0: all); one empty batch if there are none.
+
+    >>> import numpy as np
+    >>> [len(chunk) for chunk in physical_batches(np.arange(7), 3)]
+    [3, 3, 1]
+    >>> [len(chunk) for chunk in physical_batches(np.arange(0), 3)]
+    [0]
+    """
+    size = most or max(len(drawn), 1)
+    return [drawn[start : start + size] for start in range(0, max(len(drawn), 1), size)]
+
+
+def _watch(model: AdaptedModel, mechanism: Mechanism) -> Any:
+    """Opacus' hooks; the loss is summed over the batch, so that no example's gradient knows the others."""
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+
+    if mechanism.grad_sample_mode == "ghost":
+        return GradSampleModuleFastGradientClipping(
+            model.module, loss_reduction="sum", max_grad_norm=mechanism.max_grad_norm
+        )
+    return GradSampleModule(model.module, loss_reduction="sum")
+
+
+def _private(
+    optimizer: torch.optim.Optimizer, mechanism: Mechanism, generator: torch.Generator | None
+) -> DPOptimizer:
+    """Opacus' optimiser for that mode and clipping, with the system's noise if it is to be secure."""
+    from opacus.optimizers import get_optimizer_class
+
+    kind = get_optimizer_class(
+        mechanism.clipping.replace("-", "_"), distributed=False, grad_sample_mode=mechanism.grad_sample_mode
+    )
+    if mechanism.secure:
+        kind = type(f"SystemNoise{kind.__name__}", (SystemNoise, kind), {})
+    clip: float | list[float] = mechanism.max_grad_norm
+    if mechanism.clipping == "per-layer":
+        count = sum(len(group["params"]) for group in optimizer.param_groups)
+        clip = [mechanism.max_grad_norm / math.sqrt(count)] * count
+    return kind(
+        optimizer,
+        noise_multiplier=mechanism.noise_multiplier,
+        max_grad_norm=clip,
+        expected_batch_size=mechanism.expected_batch_size,
+        generator=generator,
+    )
+
+
+class SystemNoise:
+    """Mixed into any of Opacus' optimisers: noise from the operating system.
+
+    torch's CPU generator keeps only 32 bits of its seed, which can be tried out one by one.
+    """
+
+    params: list[Any]
+    noise_multiplier: float
+    max_grad_norm: float
+
+    def add_noise(self) -> None:
+        """``grad = summed_grad + N(0, (noise_multiplier C)^2)``, added in float64 and then rounded."""
+        for parameter in self.params:
+            noise = self.noise_multiplier * self.max_grad_norm * system_normal(parameter.shape)
+            noisy = parameter.summed_grad.cpu().double() + noise
+            parameter.grad = noisy.to(parameter.dtype).to(parameter.device)

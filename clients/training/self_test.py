@@ -1,0 +1,263 @@
+"""Does DP-SGD compute what it claims on this model? Asked before training, because errors are silent.
+
+Only made-up examples are used: whether the test passes says nothing about anybody's data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clients.training.batches import load_batch
+from clients.training.dp_step import Mechanism, PrivateSteps, private_steps
+from clients.training.train import batch_loss
+from fedlora.core.seeding import torch_stream
+from fedlora.data.examples import Examples
+from fedlora.errors import RunFailed, named_line
+from fedlora.models import AdaptedModel
+
+TOLERANCE = 1e-3
+"""Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
+HUGE = 1e9
+EXAMPLES = np.arange(4)
+FALSE_ALARM = 1e-9
+"""Probability with which correct noise is refused."""
+NOISE_DRAWS = 40_000
+"""Coordinates of noise that are drawn at least: 5 % too much or too little is 14 standard errors off."""
+
+Named = dict[str, nn.Parameter]
+"""The trained tensors, as in `fedlora.models.Trainable`."""
+
+_passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
+
+
+def self_test(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """`check_steps` and `check_noise`, each once in a process for what it depends on.
+
+    Args:
+        model: loaded, so that it is known what is trained; it stays as it is.
+        pad_token_id: fills up shorter sequences of a batch.
+        mechanism: what is going to be trained with.
+
+    Raises:
+        RunFailed: a check does not hold, so nothing may be trained privately with this model.
+    """
+    trained = model.trainable()
+    shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
+    same_steps = replace(mechanism, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+    passed = _passed.setdefault(model, set())
+    if ("steps", shapes, same_steps) not in passed:
+        check_steps(model, pad_token_id, same_steps)
+        passed.add(("steps", shapes, same_steps))
+    if ("noise", shapes, mechanism) not in passed:
+        check_noise(model, pad_token_id, mechanism)
+        passed.add(("noise", shapes, mechanism))
+
+
+def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """Gradients and clipping, without noise.
+
+    1. Every example's gradient (in ghost mode its norm) is that of a batch of one.
+    2. A step whose clipping norm is huge is a plain step of SGD on the mean loss.
+    3. A step whose clipping binds is the mean of the gradients, clipped one by one.
+
+    Raises:
+        RunFailed: one of them does not hold.
+    """
+    examples = synthetic_examples(model, pad_token_id)
+    with _in_words(model, mechanism), prepared(model) as named:
+        alone = one_by_one(model, named, examples, pad_token_id)
+        _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
+        norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
+        for what, clip in (("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))):
+            clipping = replace(
+                mechanism, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=len(EXAMPLES)
+            )
+            wanted = clipped(alone, clip, mechanism.clipping)
+            with _steps(model, named, clipping) as private, _kept(named.values()):
+                private.step(examples, EXAMPLES, pad_token_id)
+                for (name, parameter), gradients in zip(named.items(), wanted, strict=True):
+                    error = _gradient(parameter) - gradients.mean(dim=0)
+                    _check(f"the {what} step of {name}", error, gradients)
+
+
+def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+    """The noise has the claimed standard deviation, on each trained tensor and on all of them, and is fresh.
+
+    Steps on nobody's data are compared with N(0, noise_std^2), see `plausible`, and with each other, tensor
+    by tensor: noise that comes twice cancels in a difference.
+
+    Raises:
+        RunFailed: it has another one, or the same numbers come again.
+    """
+    examples = synthetic_examples(model, pad_token_id)
+    draws: list[list[Tensor]] = []
+    with prepared(model) as named, _steps(model, named, mechanism) as private:
+        for _ in range(max(2, math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values())))):
+            private.step(examples, EXAMPLES[:0], pad_token_id)
+            draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
+    begins = [tuple(tensor[:8].tolist()) for drawn in draws for tensor in drawn if tensor.any()]
+    if len(set(begins)) < len(begins):
+        _refuse("the same noise came twice")
+    noise = {name: torch.cat(drawn) for name, drawn in zip(named, zip(*draws, strict=True), strict=True)}
+    noise["all trained tensors"] = torch.cat(list(noise.values()))
+    for name, drawn in noise.items():
+        if not plausible(drawn, mechanism.noise_std, FALSE_ALARM / len(noise)):
+            _refuse(
+                f"the noise on {name} has standard deviation {float(drawn.square().mean().sqrt()):.4g}, "
+                f"claimed is {mechanism.noise_std:.4g}"
+            )
+
+
+def _check_gradients(
+    model: AdaptedModel,
+    named: Named,
+    examples: Examples,
+    pad_token_id: int,
+    mechanism: Mechanism,
+    alone: Sequence[Tensor],
+) -> None:
+    with _steps(model, named, mechanism) as private:
+        private.optimizer.zero_grad()
+        private.backward(examples, EXAMPLES, pad_token_id)
+        if mechanism.grad_sample_mode == "ghost":
+            norms: list[Tensor] = [p._norm_sample for p in private.optimizer.params]
+            _compare("per-example gradient norms", named, norms, [_norms(g) for g in alone])
+        else:
+            _compare("per-example gradients", named, private.optimizer.grad_samples, alone)
+
+
+def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
+    """Each example's gradient from a batch of one, stacked: (examples, *parameter.shape)."""
+    batches = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
+    gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in batches]
+    return [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
+
+
+def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Tensor]:
+    """Per-example gradients after clipping; Opacus adds 1e-6 to every norm."""
+    norms = torch.stack([_norms(g) for g in gradients])
+    if clipping == "per-layer":
+        clip = clip / math.sqrt(len(gradients))
+    else:
+        norms = norms.norm(dim=0).expand_as(norms)
+    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
+    return [torch.einsum("n,n...->n...", f, g) for f, g in zip(factors, gradients, strict=True)]
+
+
+def plausible(draws: Tensor, std: float, false_alarm: float) -> bool:
+    """Whether numbers can be N(0, std^2): sum(x^2) / std^2 within the chi-square law of that many.
+
+    >>> plausible(torch.tensor([1.0, -1.0] * 500), 1.0, 1e-9)
+    True
+    >>> plausible(torch.tensor([1.0, -1.0] * 500), 2.0, 1e-9)
+    False
+    """
+    from scipy.stats import chi2  # half a second
+
+    low, high = chi2.ppf(false_alarm / 2, draws.numel()), chi2.isf(false_alarm / 2, draws.numel())
+    return bool(low * std**2 <= float(draws.square().sum()) <= high * std**2)
+
+
+def _norms(gradients: Tensor) -> Tensor:
+    """(examples, ...) -> (examples,)."""
+    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
+    return norms
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """What the optimiser moved by: with steps of length 1, without the rounding of the sum."""
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _compare(what: str, named: Named, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    for name, f, w in zip(named, found, wanted, strict=True):
+        if f.shape != w.shape:
+            _refuse(f"{what} of {name}: shape {tuple(f.shape)}, expected {tuple(w.shape)}")
+        _check(f"{what} of {name}", f - w, w)
+
+
+def _check(what: str, error: Tensor, reference: Tensor) -> None:
+    if not negligible(error, reference):
+        _refuse(f"{what}: wrong on this model")
+
+
+def negligible(error: Tensor, reference: Tensor) -> bool:
+    """Whether an error is rounding, beside what it is an error of."""
+    return bool(error.abs().max() <= TOLERANCE * reference.abs().max())
+
+
+@contextmanager
+def _in_words(model: AdaptedModel, mechanism: Mechanism) -> Iterator[None]:
+    """Inside, whatever Opacus raises over a model becomes a refusal that says what of it is in the way."""
+    try:
+        yield
+    except (RunFailed, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        head = sorted({name.rpartition(".")[0] for name in model.initial_head})
+        kinds = {name: type(model.module.get_submodule(name)).__name__ for name in head}
+        odd = ", ".join(f"{name} is a {kind}" for name, kind in kinds.items() if kind != "Linear")
+        ways = ["model.pooling = 'mean'", "model.head = 'freeze'"] if odd else []
+        if not odd and mechanism.grad_sample_mode == "ghost":
+            ways = ["privacy.grad-sample-mode = 'hooks'"]
+        _refuse(
+            f"Opacus cannot take the gradient of each example ({named_line(error)}"
+            f"{f'; of the head {odd}' if odd else ''})",
+            f"; try {' or '.join(ways)}" if ways else "",
+        )
+
+
+def _refuse(reason: str, way_out: str = "") -> None:
+    raise RunFailed(f"privacy self-test: {reason}, nothing was trained{way_out}")
+
+
+def synthetic_examples(model: AdaptedModel, pad_token_id: int) -> Examples:
+    """A few examples of the model's task."""
+    return model.task.synthetic_examples(len(EXAMPLES), model.module.config, pad_token_id)
+
+
+@contextmanager
+def prepared(model: AdaptedModel) -> Iterator[Named]:
+    """Inside, dropout is off and no factor is zero: every gradient has something to be compared with."""
+    generator = torch_stream(0, "self-test")
+    with model.training() as trained, _kept(trained.all) as kept:
+        moves = [0.05 * torch.randn(p.shape, generator=generator).to(p) for p in kept]
+        _put(trained.all, [p + move for p, move in zip(kept, moves, strict=True)])
+        for layer in model.module.modules():
+            if isinstance(layer, nn.Dropout):
+                layer.eval()
+        yield {**trained.factors, **trained.head}
+
+
+@contextmanager
+def _steps(model: AdaptedModel, named: Named, mechanism: Mechanism) -> Iterator[PrivateSteps]:
+    """Steps of length 1 by plain SGD."""
+    sgd = torch.optim.SGD(named.values(), lr=1.0)
+    with private_steps(model, sgd, mechanism, torch.Generator(model.device).manual_seed(0)) as private:
+        yield private
+
+
+@contextmanager
+def _kept(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
+    """The values; afterwards the parameters have them again."""
+    kept = [p.detach().clone() for p in parameters]
+    try:
+        yield kept
+    finally:
+        _put(parameters, kept)
+
+
+def _put(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,203 @@
+"""Local training, as plainly as it can be written: the reference for every faster or private variant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
+from fedlora.config import TrainConfig
+from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.seeding import derive, stream
+from fedlora.core.state import RankRegularizer
+from fedlora.data.examples import Examples
+from fedlora.errors import ConfigError
+from fedlora.models import AdaptedModel, Trainable
+
+NOTHING = 'nothing is trained: the strategy trains no factor and model.head = "freeze"'
+BETAS, EPS = (0.9, 0.999), 1e-8
+"""Of AdamW."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalResult:
+    """What a client has after its local steps.
+
+    Attributes:
+        adapters: both factors of every adapted layer.
+        head: the head tensors if the head was trained, else empty.
+        num_examples: how many examples the client holds.
+        steps: optimiser steps taken.
+        loss: mean training loss over the examples seen; None where it stays private.
+    """
+
+    adapters: AdapterSet
+    head: Tensors
+    num_examples: int
+    steps: int
+    loss: float | None
+
+
+def train_local(
+    model: AdaptedModel,
+    examples: Examples,
+    indices: Indices,
+    pad_token_id: int,
+    config: TrainConfig,
+    *,
+    local_steps: int,
+    seed: int,
+) -> LocalResult:
+    """Train what ``model.load`` asked to train, from the values it loaded.
+
+    The base stays in evaluation mode and the optimiser is new. Batches and dropout come from streams
+    of ``seed``: the same seed gives the same bits on the same hardware with the same threads.
+
+    Args:
+        model: loaded with the client's starting values.
+        examples: the data set.
+        indices: the client's examples in it.
+        pad_token_id: fills up shorter sequences of a batch.
+        config: optimiser, rates, batch size, clipping, proximal term.
+        local_steps: steps, unless ``config.local_epochs`` is set.
+        seed: this client's and round's own seed.
+
+    Raises:
+        ConfigError: no example, or nothing to train.
+    """
+    steps = num_steps(config, len(indices), local_steps)
+    total, seen = torch.zeros((), device=model.device), 0
+    with model.training() as trained, dropout_stream(seed, model.device):
+        optimizer = make_optimizer(trained, config)
+        penalties = Penalties(trained, config)
+        for drawn in shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches")):
+            optimizer.zero_grad()
+            loss = batch_loss(model, load_batch(examples, drawn, pad_token_id, model.device))
+            loss.backward()  # type: ignore[no-untyped-call]
+            penalties.add_gradient()
+            if config.max_grad_norm > 0:
+                nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
+            optimizer.step()
+            total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
+    return local_result(model, trained, len(indices), steps, float(total) / seen)
+
+
+def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+    """The loss of the model's task on a batch, from one number for each example."""
+    with model.computing():
+        return model.task.loss(model.module, batch, reduction)
+
+
+def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
+    """A new optimiser with the step sizes of `rates`.
+
+    Raises:
+        ConfigError: nothing is trained.
+    """
+    named = {**trained.factors, **trained.head}
+    groups = [
+        {"params": [named[name] for name in names], "lr": rate}
+        for names, rate in rates(list(trained.factors), list(trained.head), config)
+        if names
+    ]
+    if not groups:
+        raise ConfigError(NOTHING)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
+
+
+def rates(factors: list[str], head: list[str], config: TrainConfig) -> list[tuple[list[str], float]]:
+    """Which tensors move with which step size; all in their own order, in which noise is drawn for them.
+
+    B may move faster than A: Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
+    ICML 2024 (arXiv 2402.12354).
+    """
+    faster = {True: config.loraplus_lr_ratio, False: 1.0}
+    runs = groupby(factors, lambda name: name.endswith(".B") and config.loraplus_lr_ratio != 1)
+    groups = [(list(names), faster[is_b] * config.learning_rate) for is_b, names in runs]
+    return [*groups, (head, config.head_learning_rate or config.learning_rate)]
+
+
+class Proximal:
+    """FedProx (Li et al., MLSys 2020): the gradient of ``mu/2 ||w - w_start||^2`` over what is trained."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mu: float) -> None:
+        self.mu = mu
+        self.parameters = parameters if mu > 0 else []
+        self.start = [p.detach().clone() for p in self.parameters]
+
+    def add_gradient(self) -> None:
+        """``grad += mu (w - w_start)``."""
+        with torch.no_grad():
+            for parameter, start in zip(self.parameters, self.start, strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter - start, alpha=self.mu)
+
+
+class TailGradient:
+    """The gradient of a `RankRegularizer` over the layers that are trained.
+
+    Of ``weight ||B_t|| ||A_t||`` it is ``weight ||B_t|| A_t / ||A_t||`` for A, and the other way round for B;
+    a factor whose tail is zero gets none.
+    """
+
+    def __init__(self, factors: Mapping[str, nn.Parameter], penalty: RankRegularizer) -> None:
+        self.weight, self.start = penalty.weight, penalty.start
+        layers = [name.removesuffix(".A") for name in factors if name.endswith(".A")]
+        self.pairs = [(factors[f"{n}.A"], factors[f"{n}.B"]) for n in layers if f"{n}.B" in factors]
+
+    def add_gradient(self) -> None:
+        """``grad += `` that of the penalty."""
+        with torch.no_grad():
+            for A, B in self.pairs:
+                if A.grad is None or B.grad is None:
+                    continue
+                tail_a, tail_b = A[self.start :], B[:, self.start :]
+                size_a, size_b = tail_a.norm(), tail_b.norm()
+                A.grad[self.start :] += self.weight * size_b * torch.nan_to_num(tail_a / size_a)
+                B.grad[:, self.start :] += self.weight * size_a * torch.nan_to_num(tail_b / size_b)
+
+
+class Penalties:
+    """What is added to the loss and knows no example, so that it costs no privacy."""
+
+    def __init__(self, trained: Trainable, config: TrainConfig) -> None:
+        self.terms: list[Proximal | TailGradient] = [Proximal(trained.all, config.proximal_mu)]
+        if trained.tail is not None:
+            self.terms.append(TailGradient(trained.factors, trained.tail))
+
+    def add_gradient(self) -> None:
+        """The gradients of all terms."""
+        for term in self.terms:
+            term.add_gradient()
+
+
+@contextmanager
+def dropout_stream(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout draws from its own stream of ``seed``; the global state is put back afterwards.
+
+    (Except the state of an mps device, which torch cannot fork.)
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive(seed, "dropout"))
+        yield
+
+
+def local_result(
+    model: AdaptedModel, trained: Trainable, num_examples: int, steps: int, loss: float | None
+) -> LocalResult:
+    """What the model holds now."""
+    adapters, head = model.read()
+    return LocalResult(
+        adapters=adapters,
+        head=head if trained.head else {},
+        num_examples=num_examples,
+        steps=steps,
+        loss=loss,
+    )

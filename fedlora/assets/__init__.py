@@ -1,0 +1,1 @@
+"""Model weights and data files: fetched with pinned hashes into one cache."""

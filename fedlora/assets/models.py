@@ -1,0 +1,54 @@
+"""The built-in models as directories that transformers reads; one comes as it is, one is converted once."""
+
+from __future__ import annotations
+
+import io
+from contextlib import redirect_stderr
+from pathlib import Path
+from typing import Any
+
+from fedlora.assets.fetch import announced, asset_identity, asset_path, cache_dir, create_directory
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+RANDOM_MODELS = ("tiny", "tiny-lm")
+"""Models without files."""
+BUILT_IN_MODELS = ("minilm", "tiny", "smollm2", "tiny-lm")
+
+
+def model_directory(name: str) -> Path | None:
+    """The directory of a built-in model, fetched on first use; None for any other name.
+
+    Raises:
+        AssetError: it cannot be fetched.
+    """
+    if name == "minilm":
+        return asset_path(name)
+    if name == "smollm2":
+        home = converted_home()
+        create_directory(home, lambda draft: _convert(asset_path(name), draft))
+        return home
+    return None
+
+
+def converted_home() -> Path:
+    """Where SmolLM2 lies once it is converted."""
+    return cache_dir() / "converted" / f"smollm2-{asset_identity('smollm2')[:12]}"
+
+
+def _convert(source: Path, draft: Path) -> None:
+    """GGUF with weights of 4 bits to safetensors with the same weights in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with (
+        announced(f"converting smollm2 once into {converted_home()}"),
+        redirect_stderr(io.StringIO()),  # bars of transformers and gguf
+    ):
+        model: Any = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        # transformers refuses to save what it believes to be quantised still.
+        model.hf_quantizer = None
+        del model.config.quantization_config
+        for mark in ("is_quantized", "quantization_method"):
+            vars(model).pop(mark, None)
+        model.save_pretrained(draft)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)

@@ -1,0 +1,1 @@
+"""Values and mathematics that know no framework: factors, states, initialisers, decompositions, streams."""

@@ -1,0 +1,199 @@
+"""What travels between server and clients, and what the server keeps: plain frozen values, no flwr.
+
+The base can move: rules such as FLoRA add to the base weights. That change is an ordered list of
+patches ``W_v = W_{v-1} + P_v``; ``State.base`` holds them all and its length is the version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import Tensor
+
+from fedlora.core.factors import AdapterSet, Product, Tensors, add, as_product
+from fedlora.errors import FactorShapeError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleSpec:
+    """One adapted linear layer of the base model."""
+
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Template:
+    """What a rule must know of the model before round 1.
+
+    Attributes:
+        modules: every adapted layer, in the order of the model.
+        rank: the global adapter's rank (the largest over all clients).
+        scaling: the global adapter's scaling.
+        head: initial values of the other trained tensors (empty if there are none).
+        adapters: a given starting adapter; None draws a fresh one (B = 0).
+        base: a change of the base that belongs to the given adapter, for instance ``-s B A`` of an
+            initialisation that keeps the model's function (PiSSA); None where there is none.
+        gradients: module -> (out, in) gradient of the loss at the base W_0 on public examples; None
+            unless the rule asks for it (`Rule.gradient_examples`).
+    """
+
+    modules: Mapping[str, ModuleSpec]
+    rank: int
+    scaling: float
+    head: Tensors = field(default_factory=dict)
+    adapters: AdapterSet | None = None
+    base: Patch | None = None
+    gradients: Tensors | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientSpec:
+    """What the server has settled for one client.
+
+    Attributes:
+        partition_id: which client.
+        rank: the rank of its adapter.
+        scaling: its own alpha / rank.
+        modules: the modules it trains; None means all. The others stay as broadcast.
+    """
+
+    partition_id: int
+    rank: int
+    scaling: float
+    modules: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change of the base, ``P_v``: a product for each changed module."""
+
+    products: Mapping[str, Product]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.products.values())
+
+    def tensors(self) -> Tensors:
+        """The patch as named tensors, ``<module>.left`` and ``<module>.right``."""
+        return {
+            f"{name}.{side}": tensor
+            for name, p in self.products.items()
+            for side, tensor in (("left", p.left), ("right", p.right))
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Patch:
+        """The patch that `tensors` came from.
+
+        Raises:
+            FactorShapeError: a side is missing, or the sides do not chain.
+        """
+        modules = sorted({name.rpartition(".")[0] for name in tensors})
+        for module in modules:
+            if f"{module}.left" not in tensors or f"{module}.right" not in tensors:
+                raise FactorShapeError(f"a base patch lacks one side of module {module}")
+        return cls({m: Product(tensors[f"{m}.left"], tensors[f"{m}.right"]) for m in modules})
+
+    def digest(self) -> str:
+        """Its identity on the wire and on disk, computed once; see `digest`."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        return digest(self.tensors())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 over names, shapes, dtypes and bits, in sorted order of names."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        h.update(tensor.numpy().tobytes())
+    return h.hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankRegularizer:
+    """``weight * sum over layers of ||B[:, start:]||_F ||A[start:, :]||_F`` in a client's loss (HetLoRA)."""
+
+    weight: float
+    start: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Broadcast:
+    """What one client starts a round from.
+
+    Attributes:
+        adapters: the starting adapter, at the client's rank and scaling, over all modules.
+        trained: which factors it trains, a subset of {"A", "B", "R"}; the rest stays as it is here.
+        uploaded: which of the trained factors come back; the rest stays at the client.
+        modules: the modules whose factors it trains.
+        head: the other trained tensors.
+        fresh_seed: where set, ``adapters`` is ``fresh_adapters(..., fresh_seed)`` and need not travel.
+        tail: where set, what the client adds to its loss.
+        updates_base: later rounds will send base patches.
+    """
+
+    adapters: AdapterSet
+    trained: frozenset[str]
+    uploaded: frozenset[str]
+    modules: frozenset[str]
+    head: Tensors
+    fresh_seed: int | None = None
+    tail: RankRegularizer | None = None
+    updates_base: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientUpdate:
+    """One client's contribution to a round.
+
+    Attributes:
+        partition_id: who it is from; sums run in this order.
+        adapters: all factors of every module after training; what was not shipped is as broadcast.
+        head: the other trained tensors after training (empty if there are none).
+        weight: its unnormalised weight, usually the number of examples.
+    """
+
+    partition_id: int
+    adapters: AdapterSet
+    head: Tensors
+    weight: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """Everything a rule knows between two rounds.
+
+    Attributes:
+        round: rounds aggregated so far; 0 before the first.
+        adapters: the global adapter. The global model is base + patches + this.
+        head: the other trained tensors.
+        base: the patches P_1 .. P_v; v is the base version.
+        memory: a rule's own tensors.
+        seed: the root seed of the run.
+    """
+
+    round: int
+    adapters: AdapterSet
+    head: Tensors
+    base: tuple[Patch, ...] = ()
+    memory: Tensors = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def moved(self) -> frozenset[str]:
+        """The layers whose base weight a patch has changed."""
+        return frozenset(name for patch in self.base for name in patch.products)
+
+    def product(self, name: str) -> Product:
+        """What the global model adds to one layer of the pristine base: its patches and its adapter."""
+        patches = [patch.products[name] for patch in self.base if name in patch.products]
+        adapter = self.adapters[name]
+        return add(*patches, as_product(adapter)) if adapter.B.any() or not patches else add(*patches)

@@ -1,0 +1,1 @@
+"""Model server of a node: keeps the base model loaded between messages."""

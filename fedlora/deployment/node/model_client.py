@@ -1,0 +1,152 @@
+"""At a node, in the short-lived process of a ClientApp: let the process that keeps the model do the work.
+
+Flower starts a new process for every message. Importing torch, transformers and peft there and loading the
+base model takes longer than a round of training a small adapter, so a process of the node's own keeps both
+(`fedlora.deployment.node.model_server`), reached through a socket in the node's directory that only its user
+can open. Where that does not work the ClientApp does the work itself, and says so once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from logging import WARNING
+from pathlib import Path
+from typing import Any
+
+from flwr.app import RecordDict
+from flwr.common.logger import log
+
+from clients.node_settings import NodeSettings
+from fedlora.deployment.node.ipc import receive_frame, send_frame
+from fedlora.errors import RunFailed, UpdateRefused
+
+SOCKET, LOG, FAILED = "model.sock", "model.log", "model.failed"
+START_SECONDS = 60.0
+LONGEST_SOCKET_PATH = 100
+DONE, ERROR, OTHER_CODE = "done", "error", "other code"
+"""What a reply's status can be; after ``other code`` the process ends, to make room for one of this code."""
+
+
+def code_path() -> str:
+    """Where this code lies: another version of the app lies elsewhere."""
+    return str(Path(__file__).resolve().parents[3])
+
+
+def ask(
+    kind: str,
+    content: RecordDict,
+    run_config: Mapping[str, Any],
+    node_config: Mapping[str, Any],
+    settings: NodeSettings,
+) -> RecordDict | None:
+    """The reply to a message by the process that keeps the model, or None where there is none.
+
+    Raises:
+        RunFailed: the message could not be carried out.
+    """
+    about = {"kind": kind, "run-config": dict(run_config), "node-config": dict(node_config)}
+    try:
+        answer = _exchange(about, content, settings.home)
+    except (OSError, UpdateRefused) as error:
+        _say_once(settings.home, f"{type(error).__name__}: {error}")
+        return None
+    (settings.home / FAILED).unlink(missing_ok=True)
+    said, reply = answer
+    if said["status"] == ERROR:
+        raise RunFailed(str(said["reason"]))
+    return reply
+
+
+def start(home: Path) -> None:
+    """Start the process that keeps the model, if none listens; it is ready for messages when this returns.
+
+    Raises:
+        OSError: it does not start.
+    """
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        _connect(home).close()
+    except OSError:
+        _start(home)
+
+
+@contextmanager
+def reachable(path: Path) -> Iterator[str]:
+    """A spelling of a socket's path that is short enough for the system, while the block runs."""
+    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
+
+def _exchange(about: dict[str, Any], content: RecordDict, home: Path) -> tuple[dict[str, Any], RecordDict]:
+    for _ in range(3):
+        start(home)
+        with _connect(home) as connection:
+            send_frame(connection, {**about, "code": code_path()}, content)
+            answer = receive_frame(connection)
+        if answer is None:
+            raise ConnectionResetError("the process that keeps the model ended")
+        if answer[0]["status"] != OTHER_CODE:
+            return answer
+    raise ConnectionError("the process that keeps the model has other code")
+
+
+def _connect(home: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with reachable(home / SOCKET) as path:
+            connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def _start(home: Path) -> None:
+    search = os.pathsep.join(filter(None, (code_path(), os.environ.get("PYTHONPATH", ""))))
+    # The process above a ClientApp lives as long as the SuperNode does.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "fedlora.deployment.node.model_server",
+        str(home),
+        str(os.getppid()),
+    ]
+    with (home / LOG).open("a") as file:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PYTHONPATH": search},
+            start_new_session=True,
+        )
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            _connect(home).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise ConnectionError(f"the process that keeps the model did not start, see {home / LOG}")
+
+
+def _say_once(home: Path, reason: str) -> None:
+    """One warning until it has worked again, though every message has its own process."""
+    mark = home / FAILED
+    if not mark.exists():
+        log(WARNING, "The model is loaded anew for every message: %s", reason)
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(reason + "\n")

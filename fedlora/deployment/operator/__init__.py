@@ -1,0 +1,1 @@
+"""Commands of the operator: create a federation, run it on one machine, ask about it, submit to it."""

@@ -1,0 +1,188 @@
+"""``fedlora run --federation``: a configuration on a running federation, followed until its end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedlora.config import RunConfig, to_flat, unflatten
+from fedlora.data.columns import BUILT_IN
+from fedlora.deployment.operator.layout import CONNECTION, FAILURE, Layout
+from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.server.directory import RunDirectory
+from fedlora.server.validate import check
+
+APP = "fedlora"
+PACKAGES = ("fedlora", "strategies", "clients")
+LOG = "flower.log"
+COMPLETED = "finished:completed"
+LOOK_SECONDS = 0.2
+ANSWER_SECONDS = 60.0
+"""How long a SuperLink may take to start again after it died."""
+
+Progress = Callable[[dict[str, Any]], None]
+"""Told about each round, see `fedlora.server.federated_run.Progress`."""
+
+
+def submit(
+    layout: Layout,
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    progress: Progress = lambda _: None,
+) -> dict[str, Any]:
+    """The result record of one run on a federation; its files are in ``path``, on the server's machine.
+
+    Args:
+        layout: the federation; its SuperLink runs on this machine.
+        config: the run.
+        path: the run directory.
+        resume: go on after the last checkpoint in it.
+        progress: told about each round as it is written down.
+
+    Raises:
+        ConfigError: the configuration cannot be carried out; nothing was started.
+        RunFailed: the run failed, or Flower lost it; what was written before is kept.
+    """
+    check(config)
+    if config.privacy.ledger:
+        raise ConfigError(f"privacy.ledger = {config.privacy.ledger!r}: a node has its own ledger")
+    directory = RunDirectory(path.absolute(), resume=resume)
+    # The directory is looked through here, so that the ServerApp may always go on with what is there.
+    config = replace(whole_paths(config), output_dir=str(directory.path), resume=True)
+    (directory.path / FAILURE).unlink(missing_ok=True)
+    checkpoint = directory.load_checkpoint()
+    told = checkpoint.state.round if checkpoint is not None else 0
+    directory.keep_rounds(told)
+    with _app(directory.path) as app:
+        settings = app.parent / "run.toml"
+        settings.write_text(tomli_w.dumps(unflatten(to_flat(config))))
+        answer = flwr(layout, "run", str(app), CONNECTION, "--format", "json", "--run-config", str(settings))
+    run_id = str(answer["run-id"])
+    for _ in _while_streaming(layout, run_id, directory.path / LOG):
+        told = _tell(directory, told, progress)
+    _tell(directory, told, progress)
+    return _outcome(layout, run_id, directory)
+
+
+def whole_paths(config: RunConfig) -> RunConfig:
+    """The run with its files of examples by absolute paths: the ServerApp works in another directory.
+
+    What a built-in dataset is called stays a name, whatever lies in this directory.
+    """
+
+    def whole(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.absolute()) if name and name not in BUILT_IN and path.exists() else name
+
+    data = config.data
+    return replace(
+        config,
+        data=replace(data, name=whole(data.name), test=whole(data.test), public=whole(data.public)),
+    )
+
+
+@contextmanager
+def _app(near: Path) -> Iterator[Path]:
+    """A Flower app directory with this very code and all keys of the configuration."""
+    with tempfile.TemporaryDirectory(prefix="fedlora-") as folder:
+        app = Path(folder) / APP
+        here = Path(__file__).resolve().parents[3]
+        for package in PACKAGES:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(here / package, app / package, ignore=ignored)
+        project = {
+            "project": {"name": APP, "version": version(APP), "license": "Apache-2.0"},
+            "tool": {
+                "flwr": {
+                    "app": {
+                        "publisher": APP,
+                        "fab-include": [f"{package}/**/*.py" for package in PACKAGES],
+                        "components": {
+                            "serverapp": "fedlora.server_app:app",
+                            "clientapp": "fedlora.client_app:app",
+                        },
+                        "config": unflatten(to_flat(RunConfig())),
+                    }
+                }
+            },
+        }
+        (app / "pyproject.toml").write_text(tomli_w.dumps(project))
+        yield app
+
+
+def _while_streaming(layout: Layout, run_id: str, log: Path) -> Iterator[None]:
+    """Yield now and then while Flower streams the ServerApp's log, which ends with the run."""
+    with log.open("ab") as file:
+        stream = subprocess.Popen(
+            flwr_command("log", run_id, CONNECTION, "--stream"),
+            env=operator_environment(layout),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        while stream.poll() is None:
+            yield
+            time.sleep(LOOK_SECONDS)
+    finally:
+        if stream.poll() is None:
+            stream.terminate()
+        stream.wait()
+
+
+def _tell(directory: RunDirectory, told: int, progress: Progress) -> int:
+    """Tell the rounds after ``told``; returns the last one that was told."""
+    for record in directory.rounds():
+        if record["round"] > told:
+            progress(record)
+            told = record["round"]
+    return told
+
+
+def _status(layout: Layout, run_id: str, directory: RunDirectory) -> tuple[str, str]:
+    """`run_status`, of a SuperLink that may just be starting again."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            return run_status(layout, run_id)
+        except RunFailed as error:
+            if time.monotonic() > deadline:
+                raise RunFailed(
+                    f"run {run_id}: the SuperLink does not answer ({error}), see {directory.path / LOG}; "
+                    "what was written is kept, go on with --resume"
+                ) from None
+            time.sleep(1)
+
+
+def _outcome(layout: Layout, run_id: str, directory: RunDirectory) -> dict[str, Any]:
+    """The result of a run that has ended.
+
+    Raises:
+        ConfigError, RunFailed: why the ServerApp gave up, or what Flower says about the run.
+    """
+    status, details = _status(layout, run_id, directory)
+    failure = directory.path / FAILURE
+    if failure.exists():
+        why = json.loads(failure.read_text())
+        raise (ConfigError if why["wrong-request"] else RunFailed)(why["reason"])
+    if status != COMPLETED:
+        raise RunFailed(
+            f"run {run_id} is {status} ({details or 'no reason given'}), see {directory.path / LOG}; "
+            "what was written is kept, go on with --resume"
+        )
+    result: dict[str, Any] = json.loads((directory.path / "result.json").read_text())
+    return result

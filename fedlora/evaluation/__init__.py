@@ -1,0 +1,1 @@
+"""Evaluation of a saved adapter: on a test set, or by lm-eval."""

@@ -1,0 +1,60 @@
+"""``fedlora evaluate``: an exported adapter on the test examples of a dataset."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from clients.evaluation import evaluate
+from fedlora.config import DataConfig, RunConfig
+from fedlora.core.files import user_path
+from fedlora.data.columns import label_codes
+from fedlora.models import AdapterCard, check_fit, load_adapter
+from fedlora.prepared.cache import open_prepared, prepare
+from fedlora.server.records import summary
+from fedlora.tasks import task_named
+
+
+def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column: str) -> dict[str, Any]:
+    """Accuracy, loss, accuracy by domain and number of examples; of a language model also its perplexity.
+
+    Args:
+        adapter: a directory that `save_adapter` wrote.
+        name: a built-in dataset or hub id (its test examples), or a file (all its rows).
+        text_column: column with the text.
+        label_column: column with the label: the adapter's label names, or in all rows their numbers.
+
+    Raises:
+        ConfigError: no adapter there, no such data, or a label that the adapter does not know.
+    """
+    card = AdapterCard.read(adapter)
+    name = str(user_path(name)) if name.startswith("~") else name
+    data = DataConfig(
+        name=name,
+        test=name if Path(name).is_file() else "",
+        text_column=text_column,
+        label_column=label_column,
+        partitioner="iid",
+        num_partitions=1,
+        max_length=card.max_length,
+        assistant_loss=card.assistant_loss,
+    )
+    task = task_named(card.task)
+    config = RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)
+    prepared = open_prepared(prepare(config, trained=False))
+    test = prepared.test
+    if task.labelled:
+        names = pa.chunked_array(
+            [pa.array(prepared.label_names, pa.large_string()).take(pa.array(test.labels))]
+        )
+        where = f"data.label-column = {label_column!r}: {name!r}"
+        codes = label_codes(names, card.label_names, where, "the adapter has")
+        test = dataclasses.replace(test, labels=codes.to_numpy())
+    model, _ = load_adapter(adapter)
+    check_fit(card.model, model, prepared, card.max_length)
+    outcome = evaluate(model, test, np.arange(len(test)), prepared.pad_token_id, task=task)
+    return summary(outcome, prepared.domain_names, task)

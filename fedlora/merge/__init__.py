@@ -1,0 +1,1 @@
+"""Aggregation of saved PEFT adapters without a federation."""

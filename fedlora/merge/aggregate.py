@@ -1,0 +1,197 @@
+"""``fedlora aggregate``: saved PEFT adapters in, one PEFT adapter or one merged model out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedlora.core.files import check_place
+from fedlora.core.parallel import one_thread
+from fedlora.core.state import State
+from fedlora.errors import ConfigError, system_errors_in_words
+from fedlora.merge.group import AdapterGroup, gather
+from fedlora.merge.merged_model import Base, of_base, open_base, write_merged
+from fedlora.merge.one_round import Round, check_rule, check_weights, one_round
+from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, write_adapter
+from fedlora.models.peft_config import CONFIG_FILE
+from fedlora.models.peft_files import read_adapter
+from fedlora.models.peft_names import WRAPPERS
+from fedlora.models.same_base import NAME, absolute
+from strategies.diagnostics import Diagnostics
+from strategies.registry import make_rule
+from strategies.rule import Rule
+
+NOTICEABLE = 1e-3
+"""A merged model that loses more of the update than this share to rounding says so."""
+REPLACEABLE = frozenset({CONFIG_FILE, TENSORS_FILE, CARD_FILE, "README.md"})
+"""What an adapter directory holds; one with anything else is never replaced."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is to be aggregated, and how.
+
+    Attributes:
+        adapters: directories that ``save_pretrained`` wrote.
+        strategy: the rule's name.
+        options: the rule's options.
+        weights: one weight for each adapter; None weighs them equally.
+        base: the directory of the model that they belong to, to check their layers and to merge.
+        merge: write the base with the update inside instead of an adapter.
+        out: the directory to write; an adapter that is there is replaced.
+    """
+
+    adapters: Sequence[Path]
+    strategy: str
+    options: Mapping[str, Any]
+    weights: Sequence[float] | None
+    base: Path | None
+    merge: bool
+    out: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What was done.
+
+    Attributes:
+        strategy: the rule.
+        custom_weights: the rule weighs the adapters by itself.
+        weights: with which the adapters counted, in their order, summing to 1; where the rule weighs each
+            layer for itself, the mean over layers.
+        ranks_in: the ranks of each adapter's modules, ascending.
+        ranks_out: the ranks of the written adapter's modules, ascending; empty for a merged model.
+        modules: how many layers are adapted.
+        head: the averaged tensors of ``modules_to_save``.
+        diagnostics: see `strategies.diagnostics`.
+        notes: what else a user should know, a sentence each.
+    """
+
+    strategy: str
+    custom_weights: bool
+    weights: Sequence[float]
+    ranks_in: Sequence[tuple[int, ...]]
+    ranks_out: tuple[int, ...]
+    modules: int
+    head: Sequence[str]
+    diagnostics: Diagnostics
+    notes: Sequence[str]
+
+
+@one_thread()
+def aggregate(request: Request) -> Outcome:
+    """Read, check, aggregate, write; where anything is wrong, nothing is written.
+
+    Raises:
+        ConfigError: whatever the request, its adapters or its base make impossible.
+        RunFailed: the result could not be written.
+    """
+    if "init_a" in request.options:
+        raise ConfigError("--option init_a: nothing is drawn here, the adapters bring their A")
+    rule = make_rule(request.strategy, request.options)
+    check_rule(rule)
+    _check_out(request)
+    group = gather([read_adapter(path) for path in request.adapters], request.base)
+    weights = list(request.weights if request.weights is not None else [1.0] * len(group.members))
+    check_weights(weights, group)
+    base = _base(request, group)
+    done = one_round(rule, group, weights)
+    with system_errors_in_words():
+        ranks_out, rounding = _write(request, group, done.state, base)
+    return Outcome(
+        strategy=rule.facts.name,
+        custom_weights=rule.facts.custom_weights,
+        weights=[sum(used) / len(done.used) for used in zip(*done.used.values(), strict=True)],
+        ranks_in=[member.ranks for member in group.members],
+        ranks_out=ranks_out,
+        modules=len(group.modules),
+        head=sorted(done.state.head),
+        diagnostics=done.diagnostics,
+        notes=[*_weighing(rule, request, done), *_notes(request, group, weights), *rounding],
+    )
+
+
+def _base(request: Request, group: AdapterGroup) -> Base | None:
+    path = request.base
+    if path is None and request.merge:
+        named = group.identity[NAME]
+        if not named or not Path(named).is_dir():
+            raise ConfigError(
+                f"--merge: the adapters name {named!r} as their base, no local directory: give --base"
+            )
+        path = Path(named)
+    return None if path is None else open_base(path, group, weights=request.merge)
+
+
+def _write(
+    request: Request, group: AdapterGroup, state: State, base: Base | None
+) -> tuple[tuple[int, ...], list[str]]:
+    """Write the adapter, or the merged model; the ranks written, and notes."""
+    if base is None or not request.merge:
+        adapters = global_adapters(state)
+        write_adapter(
+            request.out, adapters, state.head, group.card,
+            embeddings=group.embeddings,
+            frozen=group.frozen,
+            base=None if base is None else base.model,
+            modules_to_save=group.modules_to_save or None,
+            fan_in_fan_out=group.fan_in_fan_out,
+            **group.identity,
+        )  # fmt: skip
+        return tuple(sorted({factors.rank for factors in adapters.values()})), []
+    products = {name: state.product(name) for name in state.adapters}
+    lost = write_merged(request.out, base, products, state.head, of_base(group.frozen))
+    dtype = str(base.model.dtype).removeprefix("torch.")
+    note = f"the base is {dtype}: rounding changed the update by {100 * lost:.2g} % of its norm"
+    return (), [note] if lost > NOTICEABLE else []
+
+
+def _weighing(rule: Rule, request: Request, done: Round) -> Iterator[str]:
+    """What a user may believe of the weights or of the rule that is not so."""
+    facts = rule.facts
+    if facts.custom_weights:
+        ranges = [f"{min(used):.4f} to {max(used):.4f}" for used in zip(*done.used.values(), strict=True)]
+        given = "--weights do not count" if request.weights is not None else "nothing else counts"
+        heads = ", but for heads" if done.state.head else ""
+        yield (
+            f"{facts.name} weighs each layer by the norm of its update, {given}{heads}; "
+            f"over layers: {', '.join(ranges)}"
+        )
+    if facts.first_round:
+        yield f"one round of {facts.name} from zero is {facts.first_round}"
+
+
+def _notes(request: Request, group: AdapterGroup, weights: Sequence[float]) -> Iterator[str]:
+    if len({absolute(member.config.identity[NAME]) for member in group.members}) > 1:
+        yield f"the adapters name different bases: all were taken to belong to {request.base}"
+    for path, wrappers in group.wrapped.items():
+        what = ", ".join(f"{WRAPPERS.get(name, 'DDP')} ({name}.)" for name in wrappers)
+        yield f"{path}: taken off the names of its modules: {what}"
+    named = group.identity[NAME]
+    if named and named[0] in "./~" and not Path(named).is_dir():
+        yield f"the adapters name {named!r} as their base, no directory from here: so does the result"
+    for path, count in group.partial.items():
+        yield f"{path} lacks {count} of {len(group.modules)} modules: no change there, its weight stays"
+    for member, weight in zip(group.members, weights, strict=True):
+        if weight == 0:
+            yield f"{member.path} has weight 0: it was checked and counts for nothing"
+
+
+def _check_out(request: Request) -> None:
+    """Refuse a directory that cannot be written, or whose replacement would lose something."""
+    out = request.out
+    check_place("--out", out)
+    if not out.exists():
+        return
+    here = out.resolve()
+    for source in (*request.adapters, *([request.base] if request.base else [])):
+        if here in (source.resolve(), *source.resolve().parents):
+            raise ConfigError(f"--out {out}: {source} is read from there, name another directory")
+    found = {entry.name for entry in out.iterdir()}
+    if found and (request.merge or CONFIG_FILE not in found or not found <= REPLACEABLE):
+        other = min(found - REPLACEABLE, default=CONFIG_FILE)
+        raise ConfigError(
+            f"--out {out}: is not empty (it has {other}): only a bare adapter is replaced by another"
+        )

@@ -1,0 +1,182 @@
+"""Frozen linear layers through oneDNN, their weights laid out once for its kernels.
+
+On a processor these products are four fifths of a training step and more of an evaluation. oneDNN
+multiplies float32 matrices in float32, a rounding apart from torch's own product. For
+``train.precision = "bfloat16"`` these products alone are in half precision, summed in float32; everything
+between them stays float32, which on a processor is faster than half precision throughout, and more exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedlora.models import AdaptedModel
+from fedlora.models.layers import LinearLayer, head_tensors, is_transposed
+
+MOST_BYTES = 256 * 2**20
+"""Weights of a model that are laid out at most: each is kept twice more, for either direction, and half as
+much again where training is in bfloat16, evaluation in float32."""
+ROWS = 512
+"""Tokens of a pass for which the layout is chosen."""
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def packed_base(model: AdaptedModel, precision: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, the base's layers are computed through `frozen_forwards`; afterwards the model is as it was.
+
+    Args:
+        model: any; where packing does not pay, nothing changes.
+        precision: of passes, as in `AdaptedModel.computing`.
+    """
+    if not packs(model, precision):
+        yield
+        return
+    layers = frozen_layers(model)
+    try:
+        for name, forward in frozen_forwards(model, layers, precision).items():
+            vars(layers[name])["forward"] = forward
+        with model.computing(torch.float32):
+            yield
+    finally:
+        for layer in layers.values():
+            vars(layer).pop("forward", None)
+
+
+def between(model: AdaptedModel, precision: torch.dtype) -> AbstractContextManager[None]:
+    """Inside, passes are float32 between packed layers; where none is packed, as they would be."""
+    return model.computing(torch.float32) if packs(model, precision) else nullcontext()
+
+
+def frozen_layers(model: AdaptedModel) -> dict[str, LinearLayer]:
+    """The linear layers of the base by the names that they had before any adapter."""
+    head = {name.rpartition(".")[0] for name in head_tensors(model.module)}
+    found: dict[str, LinearLayer] = {}
+    inside: tuple[str, ...] = tuple(f"{name}." for name in model.modules)
+    for name, module in model.module.named_modules():
+        layer: Any = getattr(module, "base_layer", module) if name in model.modules else module
+        if isinstance(layer, LinearLayer) and name not in head and not name.startswith(inside):
+            found[name] = layer
+    return found
+
+
+def frozen_forwards(
+    model: AdaptedModel, layers: dict[str, LinearLayer], precision: torch.dtype
+) -> dict[str, Forward]:
+    """The forward of each frozen layer, without hooks: packed where that may be and pays, else its own."""
+    pack = packs(model, precision)
+    return {
+        name: _packed_forward(layer, precision)
+        if pack and type(layer) in (nn.Linear, Conv1D)
+        else _own_forward(layer)
+        for name, layer in layers.items()
+    }
+
+
+def packs(model: AdaptedModel, precision: torch.dtype) -> bool:
+    """Whether a model's frozen layers can be packed, and whether it pays."""
+    weights = [layer.weight for layer in frozen_layers(model).values()]
+    return (
+        model.device.type == "cpu"
+        and all(weight.dtype == torch.float32 for weight in weights)
+        and sum(weight.nbytes for weight in weights) <= MOST_BYTES
+        and has_onednn(precision)
+    )
+
+
+def has_onednn(precision: torch.dtype) -> bool:
+    """Whether this torch has the products that are used here, and this processor the arithmetic."""
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    half = precision == torch.bfloat16
+    return (
+        available
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        and (not half or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A frozen weight in oneDNN's layout.
+
+    Attributes:
+        source: the weight that it was made from, held so that no other can take its address.
+        forth: for ``x W^T``.
+        back: for ``g W``.
+    """
+
+    source: Tensor
+    forth: Tensor
+    back: Tensor
+
+
+_packed: dict[torch.dtype, WeakKeyDictionary[nn.Module, Packed]] = {
+    torch.float32: WeakKeyDictionary(),
+    torch.bfloat16: WeakKeyDictionary(),
+}
+
+
+def packed(layer: LinearLayer, precision: torch.dtype = torch.float32) -> Packed:
+    """The layer's weight, packed; anew only when the base has moved.
+
+    Weights are never written in place (see `PatchedBase`), so that another weight has another address.
+    """
+    kept, weight = _packed[precision], layer.weight.detach()
+    found = kept.get(layer)
+    if found is None or found.source.data_ptr() != weight.data_ptr():
+        matrix = (weight.T if is_transposed(layer) else weight).to(precision)
+        found = kept[layer] = Packed(weight, _laid_out(matrix), _laid_out(matrix.T))
+    return found
+
+
+class PackedLinear(torch.autograd.Function):
+    """``x W^T + b`` of a frozen layer, float32 in and out; the gradient goes to x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+        ctx.back = weight.back
+        return _product(x, weight.forth, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _product(gradients[0].contiguous(), ctx.back, None), None, None
+
+
+def _packed_forward(layer: LinearLayer, precision: torch.dtype) -> Forward:
+    weight, bias = packed(layer, precision), layer.bias
+
+    def forward(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            y: Tensor = PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+            return y
+        return _product(x, weight.forth, bias)
+
+    return forward
+
+
+def _own_forward(layer: LinearLayer) -> Forward:
+    def forward(x: Tensor) -> Tensor:
+        y: Tensor = type(layer).forward(layer, x)
+        return y
+
+    return forward
+
+
+def _laid_out(matrix: Tensor) -> Tensor:
+    laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(matrix.contiguous(), ROWS)
+    return laid_out
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kind = weight.dtype
+    bias = None if bias is None else bias.to(kind)
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(kind), weight, bias, "none", [], "")
+    return y.to(x.dtype)

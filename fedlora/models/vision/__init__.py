@@ -1,0 +1,1 @@
+"""Image backbones: built, pretrained and probed."""

@@ -1,0 +1,1 @@
+"""Prepared data: encoded once, mapped by every process."""

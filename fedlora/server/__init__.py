@@ -1,0 +1,1 @@
+"""One run, as the server sees it: built, validated, recorded, evaluated and exported."""

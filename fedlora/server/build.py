@@ -1,0 +1,119 @@
+"""The strategy of a configuration: its rule, what is settled for each client, the state before round 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import replace
+from functools import partial
+
+from flwr.app import ArrayRecord
+
+from clients.runtime import ClientRuntime
+from fedlora.config import RunConfig
+from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
+from fedlora.core.init_eva import most_varied
+from fedlora.core.init_svd import subtract_from_base
+from fedlora.core.state import ClientSpec, Template
+from fedlora.models.gradient_checkpointing import blocks
+from fedlora.server.client_privacy import client_mechanism
+from fedlora.server.public_data import first_gradients, first_inputs
+from strategies.flower import FactorStrategy
+from strategies.rule import Rule
+from strategies.transport import ClientSettings
+
+
+class OwnStrategy(FactorStrategy):
+    """The strategy of a fedlora run, which writes the adapter from the state: nobody is given arrays."""
+
+    def arrays(self) -> ArrayRecord:
+        return ArrayRecord()
+
+
+def assemble(
+    rule: Rule,
+    config: RunConfig,
+    runtime: ClientRuntime,
+    partitions: Collection[int],
+    *,
+    clients_evaluate: Callable[[int], bool],
+    seeded: bool,
+    packed: bool,
+    client_settings: ClientSettings,
+) -> FactorStrategy:
+    """The strategy, with its state before round 1.
+
+    Args:
+        rule: of the configuration, checked.
+        config: the run.
+        runtime: its model and data.
+        partitions: those that may take part.
+        clients_evaluate: after which rounds clients evaluate.
+        seeded: noise for whole clients may come from the run's seed.
+        packed: each record of an order travels as one array.
+        client_settings: partition -> what only its own orders say.
+
+    Raises:
+        ConfigError: a rank that a layer does not allow, or no public examples to start from.
+    """
+    ranks = {config.rank_of(p) for p in partitions}
+    for rank in sorted(ranks):
+        runtime.model.check_rank(rank)
+    if config.train.gradient_checkpointing:
+        blocks(runtime.model.module)
+    strategy = OwnStrategy(
+        rule,
+        fraction_train=config.fraction_train,
+        min_train_nodes=config.min_train_nodes,
+        min_available_nodes=config.min_available_nodes,
+        seed=config.seed,
+        weighted_by_key="num-examples" if config.privacy.mode == "none" else None,
+        client_spec=partial(client_spec, config, runtime),
+        partitions=frozenset(partitions),
+        max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
+        max_update_norm=config.strategy.max_update_norm,
+        fraction_evaluate=None,
+        clients_evaluate=clients_evaluate,
+        diagnostics=config.strategy.diagnostics,
+        client_dp=client_mechanism(config, seeded=seeded),
+        wire_dtype=config.wire_dtype,
+        packed=packed,
+        keep_ranks=False,
+        client_settings=client_settings,
+    )
+    strategy.state = strategy.begin(_template(rule, config, runtime, max(ranks)))
+    return strategy
+
+
+def client_spec(config: RunConfig, runtime: ClientRuntime, partition_id: int) -> ClientSpec:
+    """What is settled for one client: rank, scaling and modules of its group, or everybody's."""
+    rank = config.rank_of(partition_id)
+    group = config.group_of(partition_id)
+    modules = None
+    if group is not None and group.target_modules is not None:
+        modules = frozenset(runtime.modules[group.target_modules])
+    return ClientSpec(
+        partition_id=partition_id,
+        rank=rank,
+        scaling=config.lora.scaling(rank, config.alpha_of(partition_id)),
+        modules=modules,
+    )
+
+
+def _template(rule: Rule, config: RunConfig, runtime: ClientRuntime, rank: int) -> Template:
+    share_head = config.model.head == "train"
+    template = runtime.model.template(rank, config.lora.scaling(rank), share_head=share_head)
+    if rule.init_a in FROM_BASE:
+        template = subtract_from_base(template, runtime.model.base.pristine, rule.init_a)
+    if rule.init_a in FROM_DATA:
+        template = _from_data(template, rule.init_a, config, runtime)
+    if rule.gradient_examples:
+        gradients = first_gradients(runtime, config, rule.gradient_examples)
+        template = replace(template, gradients=gradients)
+    return template
+
+
+def _from_data(template: Template, kind: str, config: RunConfig, runtime: ClientRuntime) -> Template:
+    number = config.strategy.init_examples
+    if kind == "eva":
+        return replace(template, adapters=most_varied(template, first_inputs(runtime, config, number)))
+    return subtract_from_base(template, first_gradients(runtime, config, number).__getitem__, kind)

@@ -1,0 +1,118 @@
+"""A run between two rounds, on disk: everything needed to go on with the same bits.
+
+``state-00007.safetensors`` has adapters, head and the rule's memory after round 7, and the one before it is
+dropped; ``patch-00001.safetensors`` and on are the base's patches, each written once; ``latest.json`` says
+which of them count, and all that is no tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import load, save
+
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.files import write_atomic
+from fedlora.core.state import Patch, State
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A run between two rounds.
+
+    Attributes:
+        state: the rule's state.
+        participations: partition id -> rounds it was asked to train in.
+        acknowledged: partition id -> digests that it has acknowledged.
+        run_key: names the run towards its clients.
+        ledger_heads: partition id -> the head of its privacy ledger when it last said.
+    """
+
+    state: State
+    participations: dict[int, int]
+    acknowledged: dict[int, set[str]]
+    run_key: str
+    ledger_heads: dict[int, str] = field(default_factory=dict)
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the state, then point ``latest.json`` at it, then drop the state before it.
+
+    Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
+    that is run again makes another where noise comes from the operating system.
+    """
+    state = checkpoint.state
+    latest = folder / "latest.json"
+    settled = json.loads(latest.read_text())["patches"] if latest.exists() else 0
+    for number, patch in enumerate(state.base[settled:], start=settled + 1):
+        write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
+    name = f"state-{state.round:05d}.safetensors"
+    write_atomic(folder / name, save(_contiguous(_state_tensors(state))))
+    about = {
+        "state": name,
+        "round": state.round,
+        "seed": state.seed,
+        "patches": len(state.base),
+        "scaling": {module: f.scaling for module, f in state.adapters.items()},
+        "participations": checkpoint.participations,
+        "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
+        "run-key": checkpoint.run_key,
+        "ledger-heads": checkpoint.ledger_heads,
+    }
+    write_atomic(latest, json.dumps(about) + "\n")
+    for old in folder.glob("state-*.safetensors"):
+        if old.name != name:
+            old.unlink(missing_ok=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint | None:
+    """The last checkpoint, or None if no round was finished."""
+    if not (folder / "latest.json").exists():
+        return None
+    about = json.loads((folder / "latest.json").read_text())
+    tensors = load((folder / about["state"]).read_bytes())
+    patches = [
+        Patch.from_tensors(load((folder / f"patch-{v:05d}.safetensors").read_bytes()))
+        for v in range(1, about["patches"] + 1)
+    ]
+    adapters = {
+        module: LoraFactors(
+            tensors[f"adapter.{module}.A"],
+            tensors[f"adapter.{module}.B"],
+            scaling,
+            tensors.get(f"adapter.{module}.R"),
+        )
+        for module, scaling in about["scaling"].items()
+    }
+    state = State(
+        round=about["round"],
+        adapters=adapters,
+        head=_under("head.", tensors),
+        base=tuple(patches),
+        memory=_under("memory.", tensors),
+        seed=about["seed"],
+    )
+    return Checkpoint(
+        state,
+        {int(p): n for p, n in about["participations"].items()},
+        {int(p): set(held) for p, held in about["acknowledged"].items()},
+        about["run-key"],
+        {int(p): head for p, head in about.get("ledger-heads", {}).items()},
+    )
+
+
+def _state_tensors(state: State) -> Tensors:
+    tensors = {f"adapter.{m}.{side}": t for m, f in state.adapters.items() for side, t in f.tensors().items()}
+    tensors |= {f"head.{name}": t for name, t in state.head.items()}
+    return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
+
+
+def _contiguous(tensors: Tensors) -> Tensors:
+    """Copies that safetensors can write: contiguous, and none sharing memory."""
+    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+
+
+def _under(prefix: str, tensors: Tensors) -> Tensors:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,202 @@
+"""The run directory: what a run was asked, what happened round by round, and how to go on after a crash.
+
+    config.toml       the resolved configuration
+    provenance.json   versions, commit, hardware, and the identity by which studies know a run again
+    before.json       the pretrained model on the whole test set, where it needs no trained head
+    samples.json      what a language model writes, before round 1 and after the last
+    rounds.jsonl      one JSON object a round
+    result.json       the last round and the evaluation on the whole test set
+    checkpoint/       everything needed to resume with the same bits
+    adapter/          the global adapter in PEFT's format
+    clients/          what simulated clients hold between rounds
+    spoiled.txt       why the run cannot be relied on or resumed, if that was found
+    failed.json       why a study's run stopped; its other runs went on
+
+Files are replaced atomically; ``rounds.jsonl`` is appended and flushed before the checkpoint, so that a
+resumed run drops at most the line of a round that was not checkpointed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import tomli_w
+from filelock import FileLock, Timeout
+
+from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
+from fedlora.core.files import append_line, check_place, write_atomic
+from fedlora.errors import ConfigError
+from fedlora.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
+from fedlora.server.provenance import check_schema, provenance, read_provenance
+
+FREE_TO_CHANGE = ("num-server-rounds", *NO_EFFECT)
+"""Keys that a resumed run may set anew: they do not change the rounds that were done."""
+COHORT_SIZE = "engine.cohort-size"
+"""The one key of the engine that changes bits; 0 is written by engines that train one by one."""
+CHECKPOINT = "checkpoint"
+PROVENANCE = "provenance.json"
+BEFORE = "before.json"
+SAMPLES = "samples.json"
+RUN_KEY = "run-key.txt"
+"""What clients and ledgers know the run by, from before its first round."""
+SPOILED = "spoiled.txt"
+"""Why the rounds that were done cannot be relied on; there only if so."""
+
+
+class RunDirectory:
+    """One run's files.
+
+    Args:
+        path: the directory; made if it does not exist.
+        resume: go on with what is there.
+
+    Raises:
+        ConfigError: the directory cannot be written, holds something and ``resume`` is off, a run of another
+            schema, or one that was condemned.
+    """
+
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        self.path = path
+        check_place("--out", path)
+        if path.is_dir() and any(path.iterdir()) and not resume:
+            raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+        path.mkdir(parents=True, exist_ok=True)
+        check_schema(path / PROVENANCE)
+        if (path / SPOILED).exists():
+            raise ConfigError(
+                f"--resume {path}: {(path / SPOILED).read_text().strip()}; begin it anew elsewhere"
+            )
+
+    def condemn(self, reason: str) -> None:
+        """Mark the run as one that must never be resumed; its files stay."""
+        write_atomic(self.path / SPOILED, reason + "\n")
+
+    def open(self, config: RunConfig, inputs: str | None = None, *, continues: bool = False) -> None:
+        """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.
+
+        Args:
+            config: of the run.
+            inputs: a digest of what it names, see `fedlora.server.inputs`.
+            continues: rounds that were done before are part of it.
+
+        Raises:
+            ConfigError: a key differs that changes what the finished rounds mean.
+        """
+        written = self.path / "config.toml"
+        flat = to_flat(config)
+        if written.exists():
+            before = read_config(written)
+            for key, value in to_flat(before).items():
+                if not _may_become(key, value, flat[key]):
+                    raise ConfigError(
+                        f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
+                    )
+        write_atomic(written, tomli_w.dumps(unflatten(flat)))
+        record = provenance(config, inputs, self._begun_as(config) if continues else None)
+        write_atomic(self.path / PROVENANCE, json.dumps(record, indent=2) + "\n")
+
+    def _begun_as(self, config: RunConfig) -> Identity:
+        found = recorded(read_provenance(self.path / PROVENANCE))
+        return found or Identity(config_digest(config), UNRECORDED, None)
+
+    def run_key(self) -> str:
+        """Names the run towards its clients: drawn once, so that a repeated round is the same release."""
+        file = self.path / RUN_KEY
+        if not file.exists():
+            write_atomic(file, uuid4().hex + "\n")
+        return file.read_text().strip()
+
+    def before(self) -> dict[str, Any] | None:
+        """The evaluation before round 1, if there was one."""
+        file = self.path / BEFORE
+        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        return found
+
+    def write_before(self, measured: dict[str, Any]) -> None:
+        """Keep the evaluation before round 1."""
+        write_atomic(self.path / BEFORE, json.dumps(measured, indent=2) + "\n")
+
+    def write_samples(self, when: str, samples: list[dict[str, Any]]) -> None:
+        """Add what the model writes ``before`` or ``after`` training."""
+        write_atomic(
+            self.path / SAMPLES, json.dumps({**read_samples(self.path), when: samples}, indent=2) + "\n"
+        )
+
+    # --- rounds ------------------------------------------------------------------------------------
+
+    def append_round(self, record: dict[str, Any]) -> None:
+        """Add one line to ``rounds.jsonl``, flushed to disk."""
+        append_line(self.path / "rounds.jsonl", json.dumps(record))
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """The records so far; a half-written last line is left out."""
+        return read_rounds(self.path)
+
+    def keep_rounds(self, last: int) -> None:
+        """Drop the lines after round ``last``, those of rounds that were not checkpointed."""
+        kept = [json.dumps(r) + "\n" for r in self.rounds() if r["round"] <= last]
+        write_atomic(self.path / "rounds.jsonl", "".join(kept))
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Replace ``result.json``."""
+        write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+
+    # --- checkpoint ------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Replace the checkpoint."""
+        write_checkpoint(self.path / CHECKPOINT, checkpoint)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The last checkpoint, or None if no round was finished."""
+        return read_checkpoint(self.path / CHECKPOINT)
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, nobody else who asks writes results into a directory; the system frees it on any death.
+
+    Raises:
+        ConfigError: somebody else does, or nobody can.
+    """
+    check_place("--out", path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"--out {path}: another fedlora writes there, let it end or choose another directory"
+        ) from None
+
+
+def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
+    """Whether a resumed run may have this value of a key where it had that one."""
+    if key == COHORT_SIZE:
+        return (before or 1) == (now or 1)
+    return before == now or key.startswith(FREE_TO_CHANGE)
+
+
+def read_rounds(path: Path) -> list[dict[str, Any]]:
+    """The records in a run directory's ``rounds.jsonl``."""
+    records = []
+    file = path / "rounds.jsonl"
+    for line in file.read_text().splitlines() if file.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def read_samples(path: Path) -> dict[str, Any]:
+    """What the model of a run writes, by ``before`` and ``after``; empty where it writes nothing."""
+    file = path / SAMPLES
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    return found

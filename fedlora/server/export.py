@@ -1,0 +1,103 @@
+"""The adapters that a run leaves behind, in PEFT's form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from clients.runtime import ClientRuntime
+from clients.store import OWN, ClientStore
+from fedlora.assets.models import BUILT_IN_MODELS
+from fedlora.config import ModelConfig, RunConfig
+from fedlora.core.factors import Tensors
+from fedlora.core.peft_keys import from_peft
+from fedlora.core.state import ClientSpec, State
+from fedlora.data.image_reader import PRETRAINED, TINY
+from fedlora.models import AdapterCard, save_adapter
+from fedlora.models.same_base import absolute
+from fedlora.server.build import client_spec
+from strategies.rule import at_rank
+
+
+def export(
+    path: Path,
+    config: RunConfig,
+    runtime: ClientRuntime,
+    state: State,
+    own: Mapping[int, Tensors],
+    *,
+    average: bool,
+) -> None:
+    """Write ``adapter/``, and ``adapters/client-K/`` for each client whose own tensors are given.
+
+    Args:
+        path: the run's directory.
+        config: the run.
+        runtime: its model and data.
+        state: the last one.
+        own: partition -> what the client kept to itself, as far as it can be reached.
+        average: ``adapter/`` is the mean over clients where they kept something.
+    """
+    for partition, tensors in own.items():
+        theirs = model_of(state, tensors, client_spec(config, runtime, partition))
+        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs)
+    if own and average:
+        state = mean_model(state, own, {p: float(len(runtime.data.indices(p))) for p in own})
+    _save(path / "adapter", config, runtime, state)
+
+
+def _save(directory: Path, config: RunConfig, runtime: ClientRuntime, state: State) -> None:
+    card = AdapterCard(
+        model=_from_anywhere(config.model),
+        label_names=tuple(runtime.data.label_names),
+        max_length=config.data.max_length,
+        seed=config.seed,
+        task=config.task,
+        assistant_loss=config.data.assistant_loss,
+    )
+    model = runtime.model
+    save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)
+
+
+def _from_anywhere(model: ModelConfig) -> ModelConfig:
+    """The base by a name that leads to it from any working directory."""
+    if model.name in (*BUILT_IN_MODELS, *PRETRAINED, *TINY):
+        return model
+    return replace(model, name=str(absolute(model.name)))
+
+
+def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict[int, Tensors]:
+    """What each client kept after its last round, in PEFT's spelling, without clients that never trained.
+
+    Args:
+        store: the run's directory among the clients' stores, ``<state-dir>/<run-key>``.
+        partitions: whose.
+        last_round: the last round that was aggregated.
+    """
+    kept = ClientStore(store)
+    found = {p: kept.personal(p, OWN, last_round + 1) for p in sorted(partitions)}
+    return {p: tensors for p, tensors in found.items() if tensors is not None}
+
+
+def model_of(state: State, own: Tensors, client: ClientSpec | None = None) -> State:
+    """The global state, at a client's rank and scaling, with its own tensors in their place."""
+    mine, adapters = from_peft(own), state.adapters
+    if client is not None:
+        adapters = {name: at_rank(factors, client) for name, factors in adapters.items()}
+    return replace(state, adapters=mine.over(adapters), head={**state.head, **mine.head})
+
+
+def mean_model(state: State, own: Mapping[int, Tensors], weights: Mapping[int, float]) -> State:
+    """The global state with the weighted mean of what clients kept: a model for whom nobody trained.
+
+    A tensor that only some clients have is averaged over those.
+    """
+    mean: Tensors = {}
+    for name in sorted({name for tensors in own.values() for name in tensors}):
+        having = [p for p in sorted(own) if name in own[p]]
+        total = sum(weights[p] for p in having)
+        mean[name] = torch.stack([weights[p] / total * own[p][name] for p in having]).sum(dim=0)
+    return model_of(state, mean)

@@ -1,0 +1,127 @@
+"""Whether two runs are the same: the keys that decide, the code that decides, and what both only name.
+
+A run's identity stands in its ``provenance.json``; runs of the same identity have the same result, to
+the last bit on the same kind of processor. Hardware is no part of it and stands beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig, to_flat
+
+NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
+"""Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
+compared with, who else is told. The engine's two that change bits, device and size of cohorts, are inputs."""
+LIBRARIES = (
+    "torch", "numpy", "scipy", "transformers", "tokenizers", "peft", "opacus", "dp-accounting", "flwr",
+    "flwr-datasets", "bitsandbytes",
+)  # fmt: skip
+"""Whose versions are part of the code: they compute, tokenise, partition or account."""
+SOURCES = ("clients", "fedlora", "strategies")
+APART = (
+    "fedlora/study/", "fedlora/cli/", "fedlora/audit/", "fedlora/merge/", "fedlora/evaluation/",
+    "fedlora/api.py", "fedlora/server/tracking.py", "fedlora/server/progress.py",
+)  # fmt: skip
+"""Beginnings of files that no result of a run rests on: they choose, show or use runs. Most of
+``fedlora/deployment`` would be others, but simulated clients, too, go through it."""
+UNRECORDED = "not recorded"
+_LENGTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What decides the result of a run, as digests.
+
+    Attributes:
+        config: of the keys that have an effect.
+        code: of `SOURCES` and the versions of `LIBRARIES`; several, joined by ``+``, where a run was begun by
+            one and continued by another.
+        inputs: of the weights and examples that the configuration names, see `fedlora.server.inputs`; None
+            where not all of them are known in one place.
+    """
+
+    config: str
+    code: str
+    inputs: str | None
+
+
+def identity(config: RunConfig, inputs: str | None, before: Identity | None = None) -> Identity:
+    """A run's, by today's code.
+
+    Args:
+        config: as it runs.
+        inputs: see `Identity`.
+        before: what the rounds that it goes on after were run with, if it does.
+    """
+    now = Identity(config_digest(config), code_digest(), inputs)
+    if before is None or before == now:
+        return now
+    codes = before.code.split("+")
+    code = before.code if codes[-1] == now.code else "+".join([*codes, now.code])
+    return Identity(now.config, code, now.inputs if now.inputs == before.inputs else None)
+
+
+def recorded(provenance: Mapping[str, Any]) -> Identity | None:
+    """The identity in a ``provenance.json``; None where there is none, as in older ones.
+
+    >>> recorded({"identity": {"config": "a", "code": "b", "inputs": None}})
+    Identity(config='a', code='b', inputs=None)
+    """
+    found = provenance.get("identity")
+    try:
+        return Identity(**found) if isinstance(found, dict) else None
+    except TypeError:
+        return None
+
+
+def code_of(provenance: Mapping[str, Any]) -> str:
+    """What computed a run, for people and for comparisons."""
+    found = recorded(provenance)
+    return UNRECORDED if found is None else found.code
+
+
+def config_digest(config: RunConfig) -> str:
+    """A digest of all keys but those without effect."""
+    keys = {key: value for key, value in to_flat(config).items() if not key.startswith(NO_EFFECT)}
+    return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:_LENGTH]
+
+
+@lru_cache(maxsize=1)
+def code_digest() -> str:
+    """A digest of the code that runs rest on, as it was when it was first asked for."""
+    versions = {name: installed(name) for name in LIBRARIES}
+    sources = source_digest(Path(__file__).parents[2], SOURCES, APART)
+    return hashlib.sha256(json.dumps([sources, versions]).encode()).hexdigest()[:_LENGTH]
+
+
+def source_digest(root: Path, packages: Collection[str], apart: tuple[str, ...] = ()) -> str:
+    """A digest of the Python files of some packages, by name and content.
+
+    Args:
+        root: the directory in which the packages lie.
+        packages: their paths below it.
+        apart: beginnings of paths that do not count.
+    """
+    digest = hashlib.sha256()
+    for package in packages:
+        for file in sorted((root / package).rglob("*.py")):
+            name = file.relative_to(root).as_posix()
+            if not name.startswith(apart):
+                digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()[:_LENGTH]
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package; None if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

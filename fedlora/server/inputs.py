@@ -1,0 +1,64 @@
+"""What a configuration names and does not hold: weights, examples, device, as they were found.
+
+A backbone that was pretrained here, a file, a hub's newest version: under one name they can be something else
+tomorrow or on another machine. So what counts is their content, as the run has it in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import numpy as np
+
+from clients.runtime import ClientRuntime
+from fedlora.config import RunConfig
+from fedlora.data.examples import Examples
+from fedlora.models import pick_device
+from fedlora.models.shared_memory import hashes
+from fedlora.prepared.cache import Prepared
+from fedlora.server.public_data import open_public
+
+
+def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
+    """A digest of the base, the first head, the examples and who holds which; of device and size of cohorts.
+
+    None where something is not known here: the device, where the machines of a cluster choose it; the code of
+    a rule of one's own, which may lie anywhere; what others spent of a ledger that the run shares with them.
+
+    Args:
+        config: as it runs: ``engine.cohort-size`` is decided.
+        runtime: its model and data.
+    """
+    if ":" in config.strategy.name or config.privacy.ledger:
+        return None
+    device = config.engine.device
+    if device == "auto":
+        if config.engine.address:
+            return None
+        device = pick_device(device).type
+    model = runtime.model
+    found = {
+        "base": sorted(model.base_digests().items()),
+        "head": sorted(hashes(model.initial_head).items()),
+        "data": _data(runtime.data),
+        "public": _data(open_public(config)) if config.data.public else None,
+        "device": device,
+        "cohort-size": config.engine.cohort_size or 1,
+    }
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def _data(data: Prepared) -> list[object]:
+    names = [data.label_names, data.domain_names, data.pad_token_id, data.task]
+    return [*names, _array(data.flat), _array(data.offsets), *map(_examples, (data.train, data.test))]
+
+
+def _examples(examples: Examples) -> list[str | None]:
+    arrays = (getattr(examples, name) for name in ("tokens", "offsets", "labels", "domains", "counted"))
+    found = [repr(examples.image), *(None if array is None else _array(array) for array in arrays)]
+    return found if examples.types is None else [*found, _array(examples.types)]
+
+
+def _array(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()

@@ -1,0 +1,79 @@
+"""What a run was made with, and whether this version of fedlora can read it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
+from fedlora.server.identity import LIBRARIES, Identity, identity, installed
+
+SCHEMA = 1
+"""Counted up whenever files of a run or a study come to mean something else; 1 where none is written."""
+PACKAGES = ("fedlora", *LIBRARIES, "ray")
+
+
+def check_schema(file: Path) -> None:
+    """Refuse what another version of fedlora wrote with other meanings; a file that is not there is fine.
+
+    Raises:
+        ConfigError: the file is of another schema, or cannot be read.
+    """
+    if not file.exists():
+        return
+    try:
+        schema = json.loads(file.read_text()).get("schema", 1)
+    except (ValueError, AttributeError):
+        raise ConfigError(f"{file}: is no JSON object, so its schema is unknown; use another --out") from None
+    if schema != SCHEMA:
+        raise ConfigError(
+            f"{file}: is of schema {schema}, this version of fedlora reads and writes {SCHEMA}; use another "
+            "--out"
+        )
+
+
+def provenance(
+    config: RunConfig, inputs: str | None = None, before: Identity | None = None
+) -> dict[str, Any]:
+    """Versions, commit, hardware, seed and identity of a run; for the arguments see `identity`."""
+    return {
+        "schema": SCHEMA,
+        "seed": config.seed,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": {name: installed(name) for name in PACKAGES},
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cpus": os.cpu_count(),
+        "identity": asdict(identity(config, inputs, before)),
+    }
+
+
+def read_provenance(file: Path) -> dict[str, Any]:
+    """What a ``provenance.json`` says; empty where there is none, or nothing that can be read."""
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this code runs from, with ``+changes`` if it has any."""
+    here = Path(__file__).parents[1]
+    try:
+        head, changes = (
+            subprocess.run(
+                ["git", *command], cwd=here, capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")

@@ -1,0 +1,218 @@
+"""The records of ``rounds.jsonl`` and ``result.json``."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from clients.evaluation import Evaluation
+from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS
+from fedlora.config import RunConfig
+from fedlora.data.columns import BY_NATURE
+from fedlora.errors import RunFailed
+from fedlora.prepared.cache import Prepared
+from fedlora.tasks import CLASSIFICATION, Task
+from strategies.replies import RoundReport
+
+MEASURED = (
+    "accuracy",
+    "loss",
+    "accuracy_by_domain",
+    "examples",
+    "perplexity",
+    "perplexity_by_domain",
+    "tokens",
+)
+"""Keys of an evaluation as a record; the last three where the task has them."""
+
+
+def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASSIFICATION) -> dict[str, Any]:
+    """An evaluation as a record: accuracy, loss, accuracy by domain, examples.
+
+    Of a language model they are over tokens; there are also perplexity, by domain too, and tokens.
+    """
+    by_domain = {domain_names[d]: results for d, results in outcome.by_domain().items()}
+    record = {
+        "accuracy": outcome.accuracy,
+        "loss": outcome.loss,
+        "accuracy_by_domain": {name: results.accuracy for name, results in by_domain.items()},
+        "examples": outcome.num_examples,
+    }
+    if task.unit == "token":
+        record["perplexity"] = perplexity(outcome.loss)
+        record["perplexity_by_domain"] = {name: perplexity(r.loss) for name, r in by_domain.items()}
+        record["tokens"] = outcome.num_units
+    return record
+
+
+def perplexity(loss: float) -> float | None:
+    """The exponential of a mean negative log-likelihood in nats; None where no float holds it."""
+    return math.exp(loss) if loss < math.log(sys.float_info.max) else None
+
+
+def personal_summary(
+    metrics: Mapping[int, Mapping[str, float]], domain_names: Sequence[str], task: Task = CLASSIFICATION
+) -> dict[str, Any]:
+    """Clients' evaluations of their own models as a record, means over examples (or their tokens)."""
+    weights = {p: m.get(NUM_UNITS, m[NUM_EXAMPLES]) for p, m in metrics.items()}
+    total = sum(weights.values())
+    if total == 0:
+        raise RunFailed("no client could be evaluated")
+    by_domain = {}
+    for number, name in enumerate(domain_names):
+        counted = [m for m in metrics.values() if f"{EXAMPLES_IN}{number}" in m]
+        seen = sum(m[f"{EXAMPLES_IN}{number}"] for m in counted)
+        if seen:
+            right = sum(m[f"{EXAMPLES_IN}{number}"] * m[f"{ACCURACY_IN}{number}"] for m in counted)
+            by_domain[name] = right / seen
+    loss = sum(weights[p] * m["loss"] for p, m in metrics.items()) / total
+    record = {
+        "accuracy": sum(weights[p] * m["accuracy"] for p, m in metrics.items()) / total,
+        "loss": loss,
+        "accuracy_by_domain": by_domain,
+        "examples": int(sum(m[NUM_EXAMPLES] for m in metrics.values())),
+        BY_CLIENT: {str(p): m["accuracy"] for p, m in sorted(metrics.items())},
+    }
+    if task.unit == "token":
+        record |= {"perplexity": perplexity(loss), "tokens": int(total)}
+    return record
+
+
+def round_record(
+    config: RunConfig, report: RoundReport, measured: Mapping[str, Any], seconds: float
+) -> dict[str, Any]:
+    """A line of ``rounds.jsonl``.
+
+    Client-level privacy covers the model; losses of clients are outside unless they are released.
+
+    Args:
+        config: the run.
+        report: what happened.
+        measured: accuracy and loss, or None for each.
+        seconds: since the round before.
+    """
+    epsilons = {str(p): spent["epsilon"] for p, spent in sorted(report.privacy.items())}
+    told = not config.privacy.client_level or config.privacy.release_metrics
+    return {
+        "round": report.server_round,
+        "strategy": config.strategy.name,
+        **measured,
+        "train_loss": report.train_loss if told else None,
+        "bytes_up": report.bytes_up,
+        "bytes_down": report.bytes_down,
+        "seconds": round(seconds, 3),
+        "private": config.privacy.mode != "none",
+        "epsilon": max(epsilons.values(), default=None),
+        "epsilon_by_client": epsilons,
+        **(report.diagnostics.as_dict() if report.diagnostics else {}),
+        "participants": report.participants,
+        "refused": {str(p): reason for p, reason in report.refused.items()},
+        **({"halved": report.halved} if report.halved else {}),
+    }
+
+
+def result_record(
+    config: RunConfig,
+    data: Prepared,
+    records: Sequence[Mapping[str, Any]],
+    outcome: Mapping[str, Any],
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """``result.json``: the final evaluation, what it is to be compared with, and totals over the rounds.
+
+    Args:
+        config: the run.
+        data: what it was tested on.
+        records: the lines of ``rounds.jsonl``.
+        outcome: accuracy, loss, accuracy by domain, examples.
+        before: the same before round 1, where it was measured.
+    """
+    return {
+        "strategy": config.strategy.name,
+        "rounds": len(records),
+        **outcome,
+        **_reference(data, before),
+        "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
+        "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
+        "bytes_up": sum(r["bytes_up"] for r in records),
+        "bytes_down": sum(r["bytes_down"] for r in records),
+        "seconds": round(sum(r["seconds"] for r in records), 3),
+        "labels": list(data.label_names),
+        **({"left_out": {str(p): why for p, why in data.left_out.items()}} if data.left_out else {}),
+        **_reproducible(records),
+    }
+
+
+def _reference(data: Prepared, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The share of the commonest label; without labels the model before training."""
+    if data.num_labels == 0:
+        return {"before": before}
+    labels = np.bincount(data.test.labels, minlength=data.num_labels)
+    return {"majority_accuracy": float(labels.max() / labels.sum())}
+
+
+def _reproducible(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Why the run cannot be repeated bit for bit; nothing where it can."""
+    halved = next((r for r in records if r.get("halved")), None)
+    if halved is None:
+        return {}
+    reason = (
+        f"memory ran out in round {halved['round']} at partition {halved['halved'][0]}: it trained in a "
+        "smaller cohort than engine.cohort-size"
+    )
+    return {"reproducible": False, "irreproducible_because": reason}
+
+
+BY_CLIENT = "accuracy_by_client"
+
+
+def accuracy_by_client(
+    outcome: Evaluation, data: Prepared, partitions: Collection[int], partitioner: str
+) -> dict[str, float] | None:
+    """Partition id -> accuracy of one model on the test examples of the domains that the client holds.
+
+    A client whose domains have no test example is left out.
+
+    Args:
+        outcome: of the model on the whole test set.
+        data: who holds which training examples, with the domain of each.
+        partitions: the clients.
+        partitioner: ``data.partitioner``.
+
+    Returns:
+        None where clients have no test examples of their own.
+    """
+    if partitioner not in BY_NATURE or not data.domain_names:
+        return None
+    held = {p: np.unique(data.train.domains[data.indices(p)]) for p in sorted(partitions)}
+    if len({domains.tobytes() for domains in held.values()}) == 1:
+        return None
+    right, units = np.zeros((2, len(data.domain_names)), dtype=np.int64)
+    for domain, results in outcome.by_domain().items():
+        right[domain], units[domain] = results.right.sum(), results.units.sum()
+    sums = {p: (int(right[domains].sum()), int(units[domains].sum())) for p, domains in held.items()}
+    return {str(p): hits / count for p, (hits, count) in sums.items() if count} or None
+
+
+def spread(accuracies: Mapping[str, float] | None) -> dict[str, Any]:
+    """Part of a result record: all clients, the mean of the worst tenth, the worst; None where not known."""
+    values = list((accuracies or {}).values())
+    return {
+        BY_CLIENT: accuracies or None,
+        "accuracy_worst_decile": worst_decile(values) if values else None,
+        "accuracy_worst_client": min(values, default=None),
+    }
+
+
+def worst_decile(accuracies: Sequence[float]) -> float:
+    """The mean over the tenth of the clients (rounded up) with the lowest accuracy.
+
+    >>> worst_decile([0.9] * 18 + [0.5, 0.7])
+    0.6
+    """
+    lowest = sorted(accuracies)[: math.ceil(len(accuracies) / 10)]
+    return math.fsum(lowest) / len(lowest)

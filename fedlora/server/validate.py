@@ -1,0 +1,181 @@
+"""What a configuration asks for, checked as a whole before anything is started."""
+
+from __future__ import annotations
+
+from fedlora.config import RunConfig, StrategyConfig
+from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
+from fedlora.data.chat.template import check_chat
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.tracking import check_tracking
+from fedlora.tasks import task_named
+from strategies.registry import RULES, make_rule
+from strategies.robust import make_center
+from strategies.rule import Rule
+from strategies.server_optimizer import ServerOptimizer
+
+
+def check(config: RunConfig) -> Rule:
+    """The rule of a configuration, after refusing combinations that cannot work.
+
+    Raises:
+        NotApplicable: what the rule, the task or a mode of privacy excludes by its nature, such as mixed
+            ranks for a rule that cannot take them.
+        ConfigError: an unknown strategy or option, or a value that cannot work.
+    """
+    check_tracking(config.tracking.tool)
+    rule = configured_rule(config.strategy)
+    check_task(config, rule)
+    ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
+    if len(ranks) > 1 and not rule.facts.mixed_ranks:
+        able = ", ".join(name for name, r in RULES.items() if r.facts.mixed_ranks)
+        raise NotApplicable(
+            f"lora.ranks: {rule.facts.name} needs equal ranks, not {sorted(ranks)} (mixed: {able})"
+        )
+    if len(ranks) > 1 and rule.init_a in TAKEN_OUT:
+        raise NotApplicable(
+            f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
+            "a client of lower rank would lack a part of the base weight"
+        )
+    if config.privacy.client_level:
+        check_client_level(config, rule, ranks)
+    if config.privacy.private:
+        from clients.training.dp_sgd import check_private  # imports Opacus
+
+        if config.data.partitioner == "bootstrap":
+            raise ConfigError(
+                "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
+                "belongs to one client"
+            )
+        if not config.privacy.release_metrics and (own := kept(config, rule)):
+            raise NotApplicable(
+                f"privacy.release-metrics = false: {own} is measured by clients alone, and what they find "
+                "tells which domains they hold; true lets them"
+            )
+        if config.train.precision != "float32":
+            raise ConfigError(
+                f"train.precision = {config.train.precision!r}: must be 'float32' in private training, whose "
+                "self-test compares gradients to rounding"
+            )
+        check_private(config.train, num_examples=config.train.batch_size)
+    if config.model.quantization != "none":
+        check_quantised(config, rule)
+    if config.train.gradient_checkpointing:
+        check_checkpointing(config)
+    if rule.gradient_examples and not config.data.public:
+        raise ConfigError(
+            f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"
+        )
+    if rule.init_a in FROM_DATA and not config.data.public:
+        raise ConfigError(
+            f"data.public = '': strategy.init-a = {rule.init_a!r} looks at public examples, name some"
+        )
+    if not rule.facts.trained and config.model.head == "freeze":
+        raise NotApplicable(f"model.head = 'freeze': {rule.facts.name} would train nothing")
+    return rule
+
+
+def check_task(config: RunConfig, rule: Rule) -> None:
+    """Refuse what the task excludes; where it trains no head, ``train`` and ``freeze`` mean the same.
+
+    Raises:
+        NotApplicable: a rule that would train nothing.
+        ConfigError: no such task, columns that it cannot read, or a head where the task has none.
+    """
+    task = task_named(config.task)
+    task.columns(config.data)
+    check_chat(config)
+    if not task.labelled and config.model.head == "local":
+        raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")
+    if not task.labelled and not rule.facts.trained:
+        raise NotApplicable(
+            f"strategy.name = {rule.facts.name!r}: task {task.name} has no head, so nothing trains"
+        )
+
+
+def check_quantised(config: RunConfig, rule: Rule) -> None:
+    """Refuse what reads or moves the weights of a base that is held in 4 bits.
+
+    Raises:
+        ConfigError: a strategy or a start that does.
+    """
+    key = f"model.quantization = {config.model.quantization!r}"
+    if rule.facts.updates_base:
+        able = ", ".join(name for name, r in RULES.items() if not r.facts.updates_base)
+        raise ConfigError(
+            f"{key}: {rule.facts.name} adds to the base, which 4 bits cannot hold (able: {able})"
+        )
+    if rule.init_a in TAKEN_OUT:
+        raise ConfigError(
+            f"{key}: strategy.init-a = {rule.init_a!r} adds to the base, which 4 bits cannot hold"
+        )
+    if rule.gradient_examples:
+        raise ConfigError(f"{key}: {rule.facts.name} starts from a gradient of weights, which are packed")
+
+
+def check_checkpointing(config: RunConfig) -> None:
+    """Refuse where a block that is computed again would not be what it was.
+
+    Raises:
+        ConfigError: private training, or cohorts with dropout.
+    """
+    key = "train.gradient-checkpointing = true"
+    if config.privacy.private:
+        raise ConfigError(
+            f"{key}: must be false in private training, whose per-example gradients are wrong where a layer "
+            "runs twice"
+        )
+    if config.lora.dropout > 0 and config.engine.cohort_size != 1:
+        raise ConfigError(
+            f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
+            f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
+        )
+
+
+def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
+    """Refuse what noise on a mean does not cover.
+
+    Raises:
+        NotApplicable: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
+    """
+    mode, name = "privacy.mode = 'client'", rule.facts.name
+    if not rule.facts.client_dp:
+        able = ", ".join(n for n, r in RULES.items() if r.facts.client_dp)
+        raise NotApplicable(
+            f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does not "
+            f"cover it (able: {able})"
+        )
+    if config.strategy.robust != "none":
+        robust = config.strategy.robust
+        raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
+    if own := kept(config, rule):
+        raise NotApplicable(f"{mode}: {own} is measured by clients, outside the guarantee")
+    if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
+        raise NotApplicable(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
+
+
+def kept(config: RunConfig, rule: Rule) -> str:
+    """What clients train and keep to themselves, so that only they can measure their models; else empty."""
+    if config.model.head == "local":
+        return "model.head = 'local'"
+    return f"a personal factor of {rule.facts.name}" if rule.facts.personal else ""
+
+
+def configured_rule(config: StrategyConfig) -> Rule:
+    """The rule of a ``[strategy]`` section, composed with its robust centre and its server optimiser."""
+    return make_rule(
+        config.name,
+        config.option_dict,
+        center=make_center(
+            config.robust,
+            trim_fraction=config.trim_fraction,
+            malicious=config.krum_malicious,
+            chosen=config.krum_chosen,
+        ),
+        optimizer=ServerOptimizer(
+            name=config.server_optimizer,
+            learning_rate=config.server_learning_rate,
+            beta_1=config.server_beta_1,
+            beta_2=config.server_beta_2,
+            tau=config.server_tau,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""Engine of simulations: Flower Grids on Ray actors or in this process."""

@@ -1,0 +1,136 @@
+"""The body of an actor: a ClientApp in a process of its own, on one thread."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedlora.errors import RunFailed, named_line
+
+if TYPE_CHECKING:
+    from fedlora.simulation.shared_model import Hashes, SharedModelRef
+
+FEDLORA_APP = "fedlora.client_app:app"
+Answer = tuple[Any, Any]
+"""A reply's content, or a one-line error; and the client's state."""
+
+
+@dataclass(slots=True)
+class RemoteMessage:
+    """A message on its way to an actor.
+
+    Attributes:
+        metadata: the message's.
+        records: its records by name, each itself or a reference into Ray's object store.
+        context: the client's Flower context.
+    """
+
+    metadata: Any
+    records: Mapping[str, Any]
+    context: Any
+
+
+class ClientActor:
+    """Carries out what a driver asks for.
+
+    Args:
+        client_app: ``module:attribute`` of the ClientApp.
+    """
+
+    def __init__(self, client_app: str) -> None:
+        import torch
+
+        torch.set_num_threads(1)
+        module, _, name = client_app.partition(":")
+        self._module = importlib.import_module(module)
+        self._app = getattr(self._module, name)
+        if client_app == FEDLORA_APP:  # which imports nothing heavy by itself
+            importlib.import_module("clients.handler")
+            importlib.import_module("fedlora.simulation.shared_model")
+
+    def ready(self) -> int:
+        """The process id, once everything is imported."""
+        return os.getpid()
+
+    def node(self) -> str:
+        """The id of the Ray node that this process is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def handle(self, messages: Sequence[RemoteMessage], ref: SharedModelRef | None) -> list[Answer]:
+        """An answer to each message, in their order; several messages are trained together.
+
+        Args:
+            messages: one message, or a cohort of orders to train for fedlora's ClientApp.
+            ref: the model and the data, if the ClientApp is fedlora's.
+
+        Raises:
+            RunFailed: the run directory is not on this machine.
+        """
+        from fedlora.simulation.shared_model import attach
+
+        contexts = [message.context for message in messages]
+        if ref is not None:
+            _check_shared(str(contexts[0].node_config["state-dir"]))
+        try:
+            if ref is not None:
+                attach(ref)
+            messages = [_opened(message) for message in messages]
+            if len(messages) > 1:
+                replies = self._module.train_together(messages, contexts)
+            else:
+                replies = [self._app(messages[0], contexts[0])]
+        except Exception as error:
+            logging.getLogger("fedlora").exception("client failed")
+            replies = [named_line(error)] * len(messages)
+        contents = [reply if isinstance(reply, str) else reply.content for reply in replies]
+        return list(zip(contents, [context.state for context in contexts], strict=True))
+
+    def evaluate(self, ref: SharedModelRef, model: Any, batches: Sequence[Any]) -> list[Any]:
+        """The outcome of each batch of test examples.
+
+        Args:
+            ref: the base and the data.
+            model: adapters and head, or a reference to them.
+            batches: indices of test examples.
+        """
+        from clients.evaluation import run_batch
+        from fedlora.models.packed_linear import packed_base
+        from fedlora.simulation.shared_model import attach
+
+        runtime = attach(ref)
+        runtime.model.load(*model)
+        data = runtime.data
+        module, task = runtime.model.module, runtime.model.task
+        with packed_base(runtime.model):
+            return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
+
+    def base_hashes(self, ref: SharedModelRef) -> Hashes:
+        """See `fedlora.simulation.shared_model.base_hashes`."""
+        from fedlora.simulation import shared_model
+
+        return shared_model.base_hashes(ref)
+
+
+def _check_shared(state_dir: str) -> None:
+    home = Path(state_dir).parent
+    if not home.is_dir():
+        raise RunFailed(
+            f"{home}: is not there on {socket.gethostname()}; on a cluster --out must be a directory that "
+            "all machines share"
+        )
+
+
+def _opened(message: RemoteMessage) -> Any:
+    import ray
+    from flwr.app import Message, RecordDict
+
+    records = {n: ray.get(r) if isinstance(r, ray.ObjectRef) else r for n, r in message.records.items()}
+    return Message(metadata=message.metadata, content=RecordDict(records))  # type: ignore[call-overload]

@@ -1,0 +1,57 @@
+"""What is alike in every Grid whose clients are always there and whose replies are collected at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from fedlora.simulation.flower_identity import SERVER_NODE_ID, speak_as_server
+
+
+class LocalGrid(Grid):
+    """One node for each partition; a subclass defines `send_and_receive`.
+
+    Args:
+        partitions: the partition ids that exist.
+        run_id: Flower's run id.
+    """
+
+    def __init__(self, partitions: Iterable[int], run_id: int = 1) -> None:
+        self.partition_ids = {SERVER_NODE_ID + 1 + p: p for p in sorted(partitions)}
+        self._run_id = run_id
+        speak_as_server(run_id)
+
+    def set_run(self, run: Run) -> None:
+        """Not needed here: the run is fixed at construction."""
+        raise NotImplementedError("this Grid belongs to one run")
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return Run.create_empty(self._run_id)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A new message to a node."""
+        return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """All nodes; they are always there."""
+        return list(self.partition_ids)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refused: replies are only collected by `send_and_receive`."""
+        raise NotImplementedError("use send_and_receive")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refused: replies are only collected by `send_and_receive`."""
+        raise NotImplementedError("use send_and_receive")

@@ -1,0 +1,1 @@
+"""Analysis of finished cells: results, summaries, curves and tested comparisons."""

@@ -1,0 +1,133 @@
+"""Finished runs of a study, read back from their run directories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedlora.config import RunConfig, read_config, to_flat
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.server.directory import PROVENANCE, read_rounds, read_samples
+from fedlora.server.identity import NO_EFFECT
+from fedlora.server.provenance import check_schema
+from fedlora.study.plan.cells import Cell, Kind
+
+RESULT = "result.json"
+"""Written last: a cell without it is not finished."""
+TAKEN_FROM = "taken-from"
+"""In the provenance of a cell that was taken over: STUDY/CELL, where it ran."""
+FILES = ("config.toml", "rounds.jsonl", RESULT, PROVENANCE)
+"""What a finished cell is known by."""
+NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
+"""What the report cannot do without in ``result.json``; and one of `REFERENCES`."""
+REFERENCES = ("majority_accuracy", "before")
+"""What an accuracy is to be compared with: the commonest label, or the model before training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellResult:
+    """One finished run.
+
+    Attributes:
+        label, kind, seed, group, method, setting: those of its `Cell`.
+        config: the configuration it ran with.
+        rounds: the records of ``rounds.jsonl``.
+        result: ``result.json``: the final model on the whole test set, and totals over the rounds.
+        provenance: ``provenance.json``.
+        samples: ``samples.json``; empty where the model writes nothing.
+    """
+
+    label: str
+    kind: Kind
+    seed: int
+    group: str
+    method: str
+    setting: str
+    config: RunConfig
+    rounds: list[dict[str, Any]]
+    result: dict[str, Any]
+    provenance: dict[str, Any]
+    samples: dict[str, Any] = field(default_factory=dict)
+
+
+def finished(home: Path) -> bool:
+    """Whether the cell in a directory has its result."""
+    return (home / RESULT).exists()
+
+
+def load_results(cells: Iterable[Cell], root: Path) -> list[CellResult]:
+    """The results of all cells, each from ``root / cell.label``.
+
+    Raises:
+        RunFailed: a cell is not finished, or what it left cannot be read.
+        ConfigError: a cell was run with other settings than the study now asks for.
+    """
+    return [load_result(cell, root / cell.label) for cell in cells]
+
+
+def load_result(cell: Cell, path: Path) -> CellResult:
+    """The result of one cell from its run directory.
+
+    Raises:
+        RunFailed: not finished, or what it left cannot be read.
+        ConfigError: it was run with other settings than ``cell.config``, or is of another schema.
+    """
+    check_schema(path / PROVENANCE)
+    result = _read_json(path / RESULT)
+    for key in NEEDED:
+        if result.get(key) is None:
+            raise RunFailed(f"{path / RESULT}: {key} is missing, remove the directory and run again")
+    if all(result.get(key) is None for key in REFERENCES):
+        missing = REFERENCES[0]
+        raise RunFailed(f"{path / RESULT}: {missing} is missing, remove the directory and run again")
+    config = read_config(path / "config.toml")
+    _check_same(cell.config, config, path)
+    rounds = read_rounds(path)
+    if len(rounds) != config.num_server_rounds:
+        raise RunFailed(f"{path / 'rounds.jsonl'}: {len(rounds)} rounds, expected {config.num_server_rounds}")
+    return CellResult(
+        label=cell.label,
+        kind=cell.kind,
+        seed=cell.seed,
+        group=cell.group,
+        method=cell.method,
+        setting=cell.setting,
+        config=config,
+        rounds=rounds,
+        result=result,
+        provenance=_read_json(path / PROVENANCE),
+        samples=read_samples(path),
+    )
+
+
+def check_directory(cell: Cell, path: Path) -> None:
+    """Refuse a run directory that is of another schema or was begun with other settings.
+
+    Raises:
+        ConfigError: it is.
+    """
+    check_schema(path / PROVENANCE)
+    if (path / "config.toml").exists():
+        _check_same(cell.config, read_config(path / "config.toml"), path)
+
+
+def _check_same(asked: RunConfig, ran: RunConfig, path: Path) -> None:
+    before = to_flat(ran)
+    for key, value in to_flat(asked).items():
+        if before[key] != value and not key.startswith(NO_EFFECT):
+            raise ConfigError(f"{key} = {value!r}: the run in {path} has {before[key]!r}; use another --out")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise RunFailed(f"{path}: there is no such file, the run is not finished") from None
+    except ValueError as error:
+        raise RunFailed(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise RunFailed(f"{path}: must hold one JSON object")
+    return value

@@ -1,0 +1,254 @@
+"""What the runs of one group amount to, with an interval, and how two groups differ.
+
+One seed: the interval is Wilson's, for the share of the test examples that are right; it knows nothing
+of other seeds. Several seeds: mean and Student's t interval over the seeds. Both at 95 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import binomtest, t
+
+from fedlora.config import RunConfig
+from fedlora.study.analyse.results import CellResult
+from fedlora.study.plan.cells import Kind
+
+CONTROL = "head-only"
+"""The strategy that every other one has to beat: it trains no adapter."""
+WORTHWHILE = 0.02
+"""A gain in accuracy below this over the control is not worth an adapter."""
+SAME_EPSILON = 0.05
+"""Relative difference up to which two epsilons count as equal."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number with its 95 % interval; without bounds if there is nothing to estimate them from."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """All runs of one group.
+
+    Attributes:
+        name: the group.
+        kind: strategy, reference or variant.
+        results: its runs; several clients of ``local-only``, several seeds.
+        accuracy: on the whole test set, in [0, 1].
+        accuracy_by_domain: means over the runs.
+        bytes_up, bytes_down: what all clients sent and received in all rounds; None for a reference,
+            which needs no federation.
+        gap: aggregation gap of the last round that has one; None for a reference.
+        epsilon: the largest of any client; None without privacy.
+        seconds: for all runs of one seed.
+    """
+
+    name: str
+    kind: Kind
+    results: tuple[CellResult, ...]
+    accuracy: Estimate
+    accuracy_by_domain: dict[str, float]
+    bytes_up: float | None
+    bytes_down: float | None
+    gap: float | None
+    epsilon: float | None
+    seconds: float
+
+    @property
+    def config(self) -> RunConfig:
+        return self.results[0].config
+
+    @property
+    def method(self) -> str:
+        return self.results[0].method
+
+    @property
+    def setting(self) -> str:
+        return self.results[0].setting
+
+    @property
+    def strategy(self) -> str:
+        return self.config.strategy.name
+
+    @property
+    def private(self) -> bool:
+        return self.config.privacy.private
+
+    @property
+    def seeds(self) -> list[int]:
+        return list(dict.fromkeys(result.seed for result in self.results))
+
+    @property
+    def examples(self) -> int:
+        """The size of the test set."""
+        return int(self.results[0].result["examples"])
+
+    @property
+    def unit(self) -> str:
+        """What accuracy is a share of."""
+        return "token" if "tokens" in self.results[0].result else "example"
+
+    @property
+    def units(self) -> int:
+        """How many of them the test set has."""
+        return int(self.results[0].result.get("tokens", self.examples))
+
+    @property
+    def perplexity(self) -> float | None:
+        """Of a language model, the mean over the runs."""
+        found: list[Any] = [r.result.get("perplexity") for r in self.results]
+        return fmean(found) if all(map(is_number, found)) else None
+
+    @property
+    def reference(self) -> tuple[str, float]:
+        """What an accuracy has to get past without any training, and its own accuracy."""
+        result = self.results[0].result
+        if result.get("before"):
+            return "the model before training", float(result["before"]["accuracy"])
+        return "the majority baseline", float(result["majority_accuracy"])
+
+    @property
+    def accuracy_by_client(self) -> dict[str, float]:
+        """Partition id -> accuracy on its own test examples, a mean over the runs; empty where not known."""
+        found: dict[str, list[float]] = {}
+        for run in self.results:
+            for client, accuracy in (run.result.get("accuracy_by_client") or {}).items():
+                found.setdefault(client, []).append(accuracy)
+        return {client: fmean(found[client]) for client in sorted(found, key=int)}
+
+    @property
+    def worst_client(self) -> Estimate | None:
+        """The lowest accuracy of any client, found in each run by itself."""
+        return self._estimate("accuracy_worst_client")
+
+    @property
+    def worst_decile(self) -> Estimate | None:
+        """The mean over the tenth of the clients with the lowest accuracy, found in each run by itself."""
+        return self._estimate("accuracy_worst_decile")
+
+    def _estimate(self, key: str) -> Estimate | None:
+        """The mean over the seeds, with an interval if there are several; None where a run lacks it."""
+        if not all(is_number(run.result.get(key)) for run in self.results):
+            return None
+        values = list(_by_seed(self.results, key).values())
+        return over_seeds(values) if len(values) > 1 else Estimate(value=values[0])
+
+    @property
+    def accuracy_by_seed(self) -> dict[int, float]:
+        return _by_seed(self.results, "accuracy")
+
+
+def summarise(results: Sequence[CellResult]) -> list[Row]:
+    """One row for each group, in the order in which the groups appear."""
+    return [
+        _row(name, tuple(r for r in results if r.group == name))
+        for name in dict.fromkeys(r.group for r in results)
+    ]
+
+
+def _row(name: str, results: tuple[CellResult, ...]) -> Row:
+    kind, first = results[0].kind, results[0].result
+    units = int(first.get("tokens", first["examples"]))
+    federated = kind != "reference"
+    by_seed = list(_by_seed(results, "accuracy").values())
+    epsilons = [float(e) for r in results if (e := r.result.get("epsilon")) is not None]
+    return Row(
+        name=name,
+        kind=kind,
+        results=results,
+        accuracy=over_seeds(by_seed) if len(by_seed) > 1 else of_examples(by_seed[0], units),
+        accuracy_by_domain=_domains(results),
+        bytes_up=fmean(_by_seed(results, "bytes_up").values()) if federated else None,
+        bytes_down=fmean(_by_seed(results, "bytes_down").values()) if federated else None,
+        gap=_last_gap(results) if federated else None,
+        epsilon=max(epsilons, default=None),
+        seconds=sum(r.result["seconds"] for r in results) / len(by_seed),
+    )
+
+
+def _by_seed(results: Iterable[CellResult], key: str) -> dict[int, float]:
+    """The mean of one result over the runs of each seed."""
+    values: dict[int, list[float]] = {}
+    for r in results:
+        values.setdefault(r.seed, []).append(r.result[key])
+    return {seed: fmean(found) for seed, found in values.items()}
+
+
+def _domains(results: Iterable[CellResult]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for r in results:
+        for domain, accuracy in (r.result.get("accuracy_by_domain") or {}).items():
+            values.setdefault(domain, []).append(accuracy)
+    return {domain: fmean(found) for domain, found in values.items()}
+
+
+def _last_gap(results: Iterable[CellResult]) -> float | None:
+    last: list[float] = []
+    for r in results:
+        last += [float(record["gap"]) for record in r.rounds if is_number(record.get("gap"))][-1:]
+    return fmean(last) if last else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether a recorded value is there and finite."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+# --- intervals ---------------------------------------------------------------------------------------
+
+
+def of_examples(accuracy: float, examples: int) -> Estimate:
+    """A share of test examples with its Wilson interval."""
+    bounds = binomtest(round(accuracy * examples), examples).proportion_ci(method="wilson")
+    return Estimate(value=accuracy, low=float(bounds.low), high=float(bounds.high))
+
+
+def over_seeds(values: Sequence[float], *, low: float = 0.0, high: float = 1.0) -> Estimate:
+    """The mean with its t interval, cut to what is possible; at least two values."""
+    mean, count = fmean(values), len(values)
+    half = float(t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
+    return Estimate(value=mean, low=max(low, mean - half), high=min(high, mean + half))
+
+
+def difference(row: Row, other: Row) -> Estimate:
+    """How much more accurate ``row`` is: over the seeds that both have, paired; no interval for one seed."""
+    mine, theirs = row.accuracy_by_seed, other.accuracy_by_seed
+    paired = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
+    if len(paired) > 1:
+        return over_seeds(paired, low=-1.0)
+    return Estimate(value=paired[0] if paired else row.accuracy.value - other.accuracy.value)
+
+
+def beats(row: Row, other: Row) -> bool:
+    """Whether ``row`` is more accurate by at least `WORTHWHILE`."""
+    return difference(row, other).value >= WORTHWHILE - 1e-9
+
+
+def told_apart(row: Row, other: Row) -> bool:
+    """Whether the study separates two accuracies.
+
+    Several seeds: the interval of the paired difference leaves out 0. One seed: the difference exceeds
+    `resolution`.
+    """
+    found = difference(row, other)
+    if found.low is None or found.high is None:
+        return abs(found.value) >= resolution(row)
+    return found.low > 0 or found.high < 0
+
+
+def resolution(row: Row) -> float:
+    """The difference in accuracy that the size of the test set alone explains in 19 of 20 cases.
+
+    That is 1.96 standard errors of the difference of two independent shares near ``row``'s.
+    """
+    p = row.accuracy.value
+    return 1.96 * math.sqrt(2 * p * (1 - p) / row.units)

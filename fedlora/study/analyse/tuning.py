@@ -1,0 +1,201 @@
+"""One learning rate for each method under each setting: the best of some on a validation part.
+
+A rate that is shared by all methods decides their order. So each strategy and variant is tuned by itself, on
+seeds of its own and on ``data.validation-fraction`` of the training examples, held apart. What is reported
+then runs with other seeds, trains on all training examples and is measured on the test set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedlora.config import RunConfig, Scalar, StudyConfig, float_list, from_flat, int_list, to_flat
+from fedlora.errors import ConfigError
+from fedlora.study.analyse.results import load_result
+from fedlora.study.plan.cells import FILE_NAME, Cell
+
+RATE = "train.learning-rate"
+VALIDATION = "data.validation-fraction"
+REFERENCES_TAKE = "fedavg"
+"""The method whose rate the references have, as they have its overrides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One run with one rate; ``target`` is the group that is tuned."""
+
+    target: str
+    rate: float
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuned:
+    """What became of one group.
+
+    Attributes:
+        group: a method under a setting.
+        rate: the most accurate one, of equals the smallest; None if a trial of each rate failed.
+        tried: rate -> mean accuracy over the tuning seeds; None where a trial failed.
+    """
+
+    group: str
+    rate: float | None
+    tried: dict[float, float | None]
+
+    @property
+    def at_the_edge(self) -> bool:
+        """The best rate is the smallest or largest of those tried, so that a better one may lie beyond."""
+        return self.rate in (min(self.tried), max(self.tried))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """The rates of a study, and how they were found.
+
+    Attributes:
+        groups: one entry for each strategy and variant under each setting.
+        seeds: of the trials.
+        validation_fraction: the share of the training examples that they were measured on.
+    """
+
+    groups: tuple[Tuned, ...]
+    seeds: tuple[int, ...]
+    validation_fraction: float
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Group -> its rate, without those that have none."""
+        return {tuned.group: tuned.rate for tuned in self.groups if tuned.rate is not None}
+
+    def record(self) -> dict[str, Any]:
+        """For ``study.json``."""
+        return {
+            "seeds": list(self.seeds),
+            "validation-fraction": self.validation_fraction,
+            "learning-rates": {
+                tuned.group: {
+                    "chosen": tuned.rate,
+                    "accuracy": {f"{rate:g}": accuracy for rate, accuracy in tuned.tried.items()},
+                }
+                for tuned in self.groups
+            },
+        }
+
+
+def check_tuning(config: RunConfig, cells: Sequence[Cell]) -> None:
+    """Refuse what would tune on what is reported.
+
+    Args:
+        config: the study's file.
+        cells: its runs.
+
+    Raises:
+        ConfigError: no seeds of its own, no validation part, or a run that has one of the two by itself.
+    """
+    study = config.study
+    rates = float_list("study.tune-learning-rates", study.tune_learning_rates)
+    seeds = int_list("study.tune-seeds", study.tune_seeds)
+    if not seeds:
+        raise ConfigError("study.tune-seeds = '': study.tune-learning-rates needs seeds of its own")
+    for key, values in (("study.tune-learning-rates", rates), ("study.tune-seeds", seeds)):
+        if len(set(values)) < len(values):
+            raise ConfigError(f"{key}: a value is there more than once")
+    both = sorted({cell.seed for cell in cells} & set(seeds))
+    if both:
+        raise ConfigError(
+            f"study.tune-seeds = {study.tune_seeds!r}: seed {both[0]} is reported on too, tune on others"
+        )
+    if not config.data.validation_fraction:
+        raise ConfigError(
+            f"{VALIDATION} = 0.0: must be > 0 where study.tune-learning-rates is set, which would else tune "
+            "on the test set"
+        )
+    base = to_flat(config)
+    for cell in cells:
+        own = to_flat(cell.config)
+        for key in (RATE, VALIDATION):
+            if own[key] != base[key]:
+                raise ConfigError(
+                    f"{key} = {own[key]}: is set for {cell.group} by itself, which study.tune-learning-rates "
+                    "excludes; leave one of them out"
+                )
+
+
+def trials(study: StudyConfig, cells: Sequence[Cell]) -> list[Trial]:
+    """The runs that find the rates, in the order of the groups, all rates of one seed before the next.
+
+    Raises:
+        ConfigError: a name that is taken or cannot name a directory.
+    """
+    first = {cell.group: cell for cell in reversed(cells) if cell.kind != "reference"}
+    groups = [group for group in dict.fromkeys(cell.group for cell in cells) if group in first]
+    rates = float_list("study.tune-learning-rates", study.tune_learning_rates)
+    found = [
+        Trial(target=group, rate=rate, cell=_trial(first[group], rate, seed))
+        for group in groups
+        for seed in int_list("study.tune-seeds", study.tune_seeds)
+        for rate in rates
+    ]
+    taken = {cell.label.casefold() for cell in cells}
+    for trial in found:
+        label = trial.cell.label
+        if label.casefold() in taken or not FILE_NAME.fullmatch(label):
+            raise ConfigError(
+                f"study: {label!r}, the name of a run that tunes, is too long or that of another run"
+            )
+    return found
+
+
+def choose(study: StudyConfig, tried: Sequence[Trial], path: Path, failed: Collection[str]) -> Tuning:
+    """The rates, from the trials in ``path`` but those whose label is among the failed.
+
+    Raises:
+        RunFailed: a trial cannot be read.
+    """
+    accuracies: dict[str, dict[float, list[float | None]]] = {}
+    for trial in tried:
+        label = trial.cell.label
+        accuracy = None if label in failed else load_result(trial.cell, path / label).result["accuracy"]
+        accuracies.setdefault(trial.target, {}).setdefault(trial.rate, []).append(accuracy)
+    return Tuning(
+        groups=tuple(_tuned(group, found) for group, found in accuracies.items()),
+        seeds=int_list("study.tune-seeds", study.tune_seeds),
+        validation_fraction=tried[0].cell.config.data.validation_fraction,
+    )
+
+
+def reported(cells: Sequence[Cell], rates: Mapping[str, float]) -> list[Cell]:
+    """The cells with their rates, on all training examples; references have FedAvg's where it has one."""
+    return [_with(cell, {VALIDATION: 0.0, **_rate_of(cell, rates)}) for cell in cells]
+
+
+def _rate_of(cell: Cell, rates: Mapping[str, float]) -> dict[str, float]:
+    group = cell.group
+    if cell.kind == "reference":
+        group = f"{REFERENCES_TAKE}-{cell.setting}" if cell.setting else REFERENCES_TAKE
+    return {RATE: rates[group]} if group in rates else {}
+
+
+def _tuned(group: str, found: Mapping[float, Sequence[float | None]]) -> Tuned:
+    tried: dict[float, float | None] = {}
+    for rate in sorted(found):
+        accuracies = [accuracy for accuracy in found[rate] if accuracy is not None]
+        tried[rate] = fmean(accuracies) if len(accuracies) == len(found[rate]) else None
+    known = [(accuracy, -rate) for rate, accuracy in tried.items() if accuracy is not None]
+    return Tuned(group=group, rate=-max(known)[1] if known else None, tried=tried)
+
+
+def _trial(cell: Cell, rate: float, seed: int) -> Cell:
+    """A cell of the group with this rate and seed; it is measured after the last round only."""
+    label = f"tuning-{cell.group}-rate-{rate:g}-seed-{seed}"
+    keys = {RATE: rate, "seed": seed, "evaluate-every": cell.config.num_server_rounds}
+    return replace(_with(cell, keys), label=label, seed=seed, group=f"tuning-{cell.group}-rate-{rate:g}")
+
+
+def _with(cell: Cell, keys: Mapping[str, Scalar]) -> Cell:
+    return replace(cell, config=from_flat({**to_flat(cell.config), **keys}))

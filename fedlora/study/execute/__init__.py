@@ -1,0 +1,1 @@
+"""Execution of a study: its cells in turn or in parallel, tuning, and reuse of finished cells."""

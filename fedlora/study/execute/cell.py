@@ -1,0 +1,88 @@
+"""An engine of a study, and one cell on it: its result, or the record of why it failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+
+from fedlora.config import RunConfig
+from fedlora.errors import system_errors_in_words
+from fedlora.server.directory import RunDirectory
+from fedlora.simulation import ray_cluster
+from fedlora.simulation.ray_pool import RayPool
+from fedlora.simulation.simulate import simulate_on, start
+from fedlora.study.plan.absent import FAILED, write_failure
+from fedlora.study.plan.cells import Cell
+
+console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+
+class Engine:
+    """The actors of a study; after a failure, which leaves them in doubt, the next cell has new ones.
+
+    Args:
+        config: the study's file.
+        join: the address of a Ray that other engines of the study use, too; empty where this is the only one.
+    """
+
+    def __init__(self, config: RunConfig, *, join: str = "") -> None:
+        self.config, self._join = config, join
+        self._pool: RayPool | None = None
+
+    @property
+    def alone(self) -> bool:
+        """No other engine of the study runs at the same time."""
+        return not self._join
+
+    @property
+    def pool(self) -> RayPool:
+        """Actors that no failed run has left behind."""
+        if self._pool is None:
+            if self._join:
+                ray_cluster.join(self._join)
+            self._pool = start(self.config)
+        return self._pool
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def inputs(self, config: RunConfig, home: Path) -> str | None:
+        """What a run in ``home`` would be given, see `fedlora.server.inputs`."""
+        from fedlora.server.inputs import inputs_digest
+        from fedlora.simulation.scheduling import with_cohort_size
+
+        runtime = self.pool.shared_model(config).runtime
+        return inputs_digest(with_cohort_size(config, home, runtime), runtime)
+
+    def close(self) -> None:
+        """Stop the actors; the next cell starts others."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
+    """Run one cell, or go on with it; why it failed, or None."""
+    (home / FAILED).unlink(missing_ok=True)
+    try:
+        with system_errors_in_words():
+            simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title, alone=engine.alone)
+    except Exception as error:
+        engine.close()
+        reason = write_failure(home, error)
+        console.print(f"[red]{cell.label} failed:[/red] {escape(reason)}")
+        return reason
+    return None
+
+
+def say(line: str) -> None:
+    """One line for people, as it is."""
+    console.print(escape(line))

@@ -1,0 +1,1 @@
+"""Plan of a study: which cells there are, and which cannot be."""

@@ -1,0 +1,1 @@
+"""Report of a study: one page, its charts, tables and claims."""

@@ -1,0 +1,226 @@
+"""One figure being drawn: series with markers that say their value, named level lines, plain axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from fedlora.study.analyse.curves import Curve
+from fedlora.study.analyse.summary import CONTROL, Estimate, Row
+from fedlora.study.report.svg import HUES, MUTED, PAPER, SETTINGS, inline_svg, series_gid
+
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
+LineStyle = str | tuple[int, tuple[float, ...]]
+SHORT_DASHES: LineStyle = (0, (2.5, 1.5))
+DOTS: LineStyle = (0, (1, 3))
+LONG_DASHES: tuple[LineStyle, ...] = ((0, (7, 3)), (0, (7, 2.5, 1.5, 2.5)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Style:
+    """One run's look; ``key`` ties its parts to its button."""
+
+    key: str
+    colour: str = MUTED
+    marker: str = "o"
+    line: LineStyle = "-"
+    hollow: bool = False
+
+    @property
+    def marking(self) -> dict[str, Any]:
+        """Arguments of ``Axes.plot`` for the markers."""
+        return {
+            "color": self.colour,
+            "marker": self.marker,
+            "markerfacecolor": PAPER if self.hollow else self.colour,
+            "markeredgewidth": 1.3,
+        }
+
+
+def styles_of(rows: Sequence[Row]) -> dict[str, Style]:
+    """The style of each row by its name; the control and the references are grey."""
+    places = {r.name: _place(r, rows) for r in rows if r.kind != "reference" and r.strategy != CONTROL}
+    hues = {place: HUES[i % len(HUES)] for i, place in enumerate(dict.fromkeys(places.values()))}
+    references = [r.name for r in rows if r.kind == "reference"]
+    settings = list(dict.fromkeys(r.setting for r in rows))
+    styles: dict[str, Style] = {}
+    for index, row in enumerate(rows):
+        marked = settings.index(row.setting) if row.setting else index
+        key, marker = f"s{index}", MARKS[marked % len(MARKS)]
+        if row.kind == "reference":
+            dashes = LONG_DASHES[references.index(row.name) % len(LONG_DASHES)]
+            styles[row.name] = Style(key=key, marker=marker, line=dashes, hollow=True)
+        else:
+            line = SHORT_DASHES if row.private else "-"
+            colour = hues[places[row.name]] if row.name in places else MUTED
+            styles[row.name] = Style(key=key, colour=colour, marker=marker, line=line, hollow=row.private)
+    return styles
+
+
+def _place(row: Row, rows: Sequence[Row]) -> tuple[str, int]:
+    """Strategy and number among its rows of the same privacy: a private run shares its plain one's colour."""
+    if row.setting:
+        return row.method, 0
+    alike = [r.name for r in rows if r.strategy == row.strategy and r.private == row.private]
+    return row.strategy, alike.index(row.name)
+
+
+def swatch(style: Style) -> Markup:
+    """A short piece of the line with its marker, for a button; a decoration."""
+    with rc_context(SETTINGS):
+        figure = Figure(figsize=(30 / 72, 14 / 72))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        axes.plot([0, 1], [0.5, 0.5], color=style.colour, linestyle=style.line)
+        axes.plot([0.5], [0.5], **style.marking)
+        return inline_svg(figure, f"swatch-{style.key}", "")
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """A table: usually a line for each round and a column for each run."""
+
+    header: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """One chart for the page: text around it, the drawing, and its numbers unless a table has them."""
+
+    name: str
+    title: str
+    note: str
+    svg: Markup
+    numbers: Numbers | None = None
+
+
+WIDTH, HEIGHT = 460, 300
+"""Of a chart, in SVG units; a phone shows it at about 0.75, so that 12 units of text stay legible."""
+MARKERS = 40
+"""A series of more points has markers on some of them only."""
+FEW_DECADES = 50.0
+"""A logarithmic axis that spans less than this factor has too few powers of ten to read it by."""
+Which = Literal["x", "y"]
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """A horizontal line with its name; its style's key ties it to a series, or to nothing."""
+
+    name: str
+    value: float
+    style: Style
+
+
+class Canvas:
+    """A figure of the report, to be used under `fedlora.study.report.svg.SETTINGS`."""
+
+    def __init__(self, height: float = HEIGHT) -> None:
+        self.figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        self.axes: Axes = self.figure.add_subplot()
+        self._notes: dict[str, list[str]] = {}
+
+    def curve(self, curve: Curve, style: Style, say: Callable[[float, float], str]) -> None:
+        """A line with its markers, and the range over the seeds if there are several."""
+        if len(curve.row.seeds) > 1:
+            gid = series_gid(style.key, "band")
+            shade: dict[str, Any] = {"color": style.colour, "alpha": 0.14, "linewidth": 0, "gid": gid}
+            self.axes.fill_between(curve.x, curve.low, curve.high, **shade)
+        gid = series_gid(style.key, "line")
+        self.axes.plot(curve.x, curve.y, color=style.colour, linestyle=style.line, gid=gid)
+        chosen = list(zip(curve.x, curve.y, strict=True))[:: math.ceil(len(curve.x) / MARKERS)]
+        self.points(chosen, style, [f"{curve.row.name}, {say(x, y)}" for x, y in chosen])
+
+    def points(self, points: Sequence[tuple[float, float]], style: Style, notes: list[str]) -> None:
+        """Markers only, each with its note."""
+        gid = series_gid(style.key, "points")
+        x, y = zip(*points, strict=True)
+        self.axes.plot(x, y, linestyle="none", gid=gid, clip_on=False, zorder=3, **style.marking)
+        self._notes[gid] = notes
+
+    def link(self, x: Sequence[float], y: Sequence[float], style: Style) -> None:
+        """A faint line through points that `interval` marks."""
+        gid = series_gid(style.key, "link")
+        self.axes.plot(x, y, color=style.colour, linewidth=1.0, alpha=0.6, zorder=2, gid=gid)
+
+    def interval(self, x: float, estimate: Estimate, style: Style, note: str) -> None:
+        """A marker with its note, and the bar of its interval where there is one."""
+        self.points([(x, estimate.value)], style, [note])
+        if estimate.low is not None and estimate.high is not None:
+            gid = series_gid(style.key, "bar")
+            bounds = [estimate.low, estimate.high]
+            self.axes.plot([x, x], bounds, color=style.colour, linewidth=1.2, zorder=2.5, gid=gid)
+
+    def levels(self, levels: Sequence[Level]) -> None:
+        """Lines across, their names at the left, moved apart where they would overlap."""
+        for level in levels:
+            gid = series_gid(level.style.key, "level")
+            line = level.style.line
+            self.axes.axhline(
+                level.value, gid=gid, color=level.style.colour, linestyle=line, linewidth=1.3, zorder=1.5
+            )
+        low, high = self.axes.get_ylim()
+        least, position = 0.055 * (high - low), -math.inf
+        for level in sorted(levels, key=lambda each: each.value):
+            position = max(level.value + 0.012 * (high - low), position + least)
+            self._name(level, position)
+        self.axes.set_ylim(low, max(high, position + least))
+
+    def _name(self, level: Level, position: float) -> None:
+        self.axes.text(
+            0.01,
+            position,
+            level.name,
+            transform=self.axes.get_yaxis_transform(),
+            fontsize=10.5,
+            color=MUTED,
+            verticalalignment="bottom",
+            gid=series_gid(level.style.key, "name"),
+            zorder=4,
+        )
+
+    # --- axes ----------------------------------------------------------------------------------------
+
+    def percent_axis(self, which: Which) -> None:
+        """Shares of 1 as percentages, at round steps."""
+        axis = getattr(self.axes, f"{which}axis")
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+
+    def round_axis(self) -> None:
+        """Whole rounds on x."""
+        self.axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+        self.axes.set_xlabel("round")
+
+    def log_axis(self, which: Which, show: Callable[[float], str]) -> None:
+        """A logarithmic axis with a label at powers of ten only, or at round numbers where those are few."""
+        getattr(self.axes, f"set_{which}scale")("log")
+        axis = getattr(self.axes, f"{which}axis")
+        low, high = getattr(self.axes, f"get_{which}lim")()
+        wide = high >= FEW_DECADES * low
+        axis.set_major_locator(LogLocator(numticks=7) if wide else MaxNLocator(5, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+        axis.set_minor_locator(NullLocator())
+
+    def group_axis(self, names: Sequence[str]) -> None:
+        """Named groups from top to bottom at 0, 1, 2, ... of y, with lines between them."""
+        self.axes.set_yticks(range(len(names)), names)
+        self.axes.set_yticks([i + 0.5 for i in range(len(names) - 1)], minor=True)
+        self.axes.set_ylim(len(names) - 0.5, -0.5)
+        self.axes.grid(False, axis="y", which="major")
+        self.axes.grid(True, axis="y", which="minor")
+        self.axes.tick_params(axis="y", which="both", length=0)
+
+    def finish(self, name: str, label: str) -> Markup:
+        """The figure for the page; ``label`` is read out in its place."""
+        return inline_svg(self.figure, name, label, self._notes)

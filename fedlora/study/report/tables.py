@@ -1,0 +1,64 @@
+"""The numbers of a study for other programs: ``results.csv``, ``results.parquet``, ``comparisons.csv``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from fedlora.study.analyse.comparisons import Comparison
+from fedlora.study.analyse.results import CellResult
+
+MEASURED = (
+    "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "majority_accuracy",
+    "bytes_up", "bytes_down", "epsilon", "seconds", "peak_memory_bytes",
+)  # fmt: skip
+
+
+def write_tables(directory: Path, results: Sequence[CellResult], comparisons: Sequence[Comparison]) -> None:
+    """One row a run in ``results.*``, one row a comparison in ``comparisons.csv`` if there are any."""
+    runs = pa.Table.from_pylist([_run(result) for result in results])
+    pa.csv.write_csv(runs, directory / "results.csv")
+    pa.parquet.write_table(runs, directory / "results.parquet")
+    if comparisons:
+        pa.csv.write_csv(
+            pa.Table.from_pylist([_comparison(found) for found in comparisons]), directory / "comparisons.csv"
+        )
+
+
+def _run(result: CellResult) -> dict[str, Any]:
+    by_domain = result.result.get("accuracy_by_domain") or {}
+    by_client = result.result.get("accuracy_by_client") or {}
+    return {
+        "run": result.label,
+        "kind": result.kind,
+        "method": result.method,
+        "setting": result.setting,
+        "strategy": result.config.strategy.name,
+        "seed": result.seed,
+        "rounds": len(result.rounds),
+        **{key: result.result.get(key) for key in MEASURED},
+        **{f"accuracy {domain}": accuracy for domain, accuracy in by_domain.items()},
+        **{f"accuracy client {client}": accuracy for client, accuracy in by_client.items()},
+    }
+
+
+def _comparison(found: Comparison) -> dict[str, Any]:
+    return {
+        "method": found.method,
+        "baseline": found.baseline,
+        "setting": found.setting,
+        "seeds": len(found.differences),
+        "wins": found.wins,
+        "difference": found.mean.value,
+        "low": found.mean.low,
+        "high": found.mean.high,
+        "p_sign_flip": found.p_value,
+        "p_holm": found.p_holm,
+        "detectable": found.detectable,
+        "verdict": found.verdict,
+    }

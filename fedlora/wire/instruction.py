@@ -1,0 +1,233 @@
+"""The order to train: what travels to a client, and what the client must hold besides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor
+
+from fedlora.core.factors import FACTORS, AdapterSet, Tensors
+from fedlora.core.init_drawn import fresh_adapters
+from fedlora.core.peft_keys import from_peft, to_peft
+from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer
+from fedlora.errors import FactorShapeError, UpdateRefused
+from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
+from fedlora.wire.validation import check_settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a client must hold to carry out an order, by digest.
+
+    Attributes:
+        base: the base patches P_1 .. P_v in order.
+        frozen: the factors of `frozen_tensors`; empty if there are none.
+        moving: the factors of `moving_tensors`, where the client held them when the order was made; else
+            empty, and they travel unnamed.
+    """
+
+    base: tuple[str, ...] = ()
+    frozen: str = ""
+    moving: str = ""
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        return (*self.base, *filter(None, (self.frozen, self.moving)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainInstruction:
+    """A decoded training message.
+
+    Attributes:
+        server_round: from 1.
+        arrays: what travelled, in PEFT's spelling.
+        parts: digest -> named tensors of a base patch that travelled.
+        needs: everything the client must hold.
+        config: the plain settings (rank, scaling, trains, ...).
+        packed: its tensors travelled in one array, and so may those of the reply.
+        named: the name of the record that holds the arrays.
+    """
+
+    server_round: int
+    arrays: Tensors
+    parts: dict[str, Tensors]
+    needs: Needs
+    config: dict[str, Any]
+    packed: bool = False
+    named: str = ARRAYS
+
+    @property
+    def identity(self) -> str:
+        """What a reply says that it answers."""
+        return identity(self.config)
+
+    @property
+    def trained(self) -> frozenset[str]:
+        return names(self.config["trained"])
+
+    @property
+    def uploaded(self) -> frozenset[str]:
+        return names(self.config["uploaded"])
+
+    @property
+    def tail(self) -> RankRegularizer | None:
+        """What the client adds to its loss, if anything."""
+        if "tail-weight" not in self.config:
+            return None
+        return RankRegularizer(weight=float(self.config["tail-weight"]), start=int(self.config["tail-start"]))
+
+
+def identity(config: Mapping[str, Any]) -> str:
+    """Names the round that an order belongs to, among the rounds of all runs.
+
+    >>> identity({"server-round": 3, "run-key": "5e1f"})
+    'round 3 of run 5e1f'
+    """
+    return f"round {config['server-round']} of run {config.get('run-key', '-')}"
+
+
+def names(text: str) -> frozenset[str]:
+    """A comma string as a set."""
+    return frozenset(filter(None, text.split(",")))
+
+
+def frozen_tensors(broadcast: Broadcast) -> Tensors:
+    """The factors that no client sends back: not trained, or personal. A client may hold them already."""
+    if broadcast.fresh_seed is not None:
+        return {}
+    return to_peft(broadcast.adapters, {}, FACTORS - (broadcast.trained & broadcast.uploaded))
+
+
+def moving_tensors(broadcast: Broadcast) -> Tensors:
+    """The factors that are trained and sent back. A client holds them only if they rested before."""
+    if broadcast.fresh_seed is not None:
+        return {}
+    return to_peft(broadcast.adapters, {}, broadcast.trained & broadcast.uploaded)
+
+
+def head_tensors(broadcast: Broadcast) -> Tensors:
+    """The other trained tensors, which travel every round."""
+    return to_peft({}, broadcast.head)
+
+
+ORDER_KEYS = frozenset(
+    {"rank", "scaling", "trained", "uploaded", "modules", "needs-base", "needs-frozen", "needs-moving"}
+    | {"tail-weight", "tail-start", "fresh", "moves-base"}
+)
+"""The settings that `instruction_config` writes: nobody else's may have these names."""
+
+
+def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:
+    """The plain settings of an order, as a ConfigRecord can carry them."""
+    first = next(iter(broadcast.adapters.values()))
+    config: dict[str, Any] = {
+        "rank": first.rank,
+        "scaling": first.scaling,
+        "trained": ",".join(sorted(broadcast.trained)),
+        "uploaded": ",".join(sorted(broadcast.uploaded)),
+        "modules": json.dumps(sorted(broadcast.modules)),
+        "needs-base": list(needs.base),
+        "needs-frozen": needs.frozen,
+    }
+    if needs.moving:
+        config["needs-moving"] = needs.moving
+    if broadcast.updates_base:
+        config["moves-base"] = True
+    if broadcast.tail is not None:
+        config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
+    if broadcast.fresh_seed is not None:
+        shapes = {name: [f.out_features, f.in_features] for name, f in broadcast.adapters.items()}
+        config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})
+    return config
+
+
+def parts_record(
+    patches: Mapping[str, Patch], dtype: str = "float32", *, packed: bool = False
+) -> ArrayRecord:
+    """Base patches by digest, as one record."""
+    tensors = {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}
+    return to_record(tensors, dtype, packed=packed)
+
+
+def decode_instruction(content: RecordDict) -> TrainInstruction:
+    """The order in a training message.
+
+    What names a file at the client (run, digests) is held to names that lead nowhere else.
+
+    Raises:
+        UpdateRefused: a record is missing, an array cannot be decoded, or a setting is not one.
+    """
+    arrays, settings = _names(content)
+    if arrays not in content.array_records or settings not in content.config_records:
+        raise UpdateRefused(f"the message lacks a record {ARRAYS!r} or {CONFIG!r}")
+    config: dict[str, Any] = dict(content.config_records[settings])
+    check_settings(config)
+    parts: dict[str, Tensors] = {}
+    if PARTS in content.array_records:
+        for key, tensor in from_record(content.array_records[PARTS]).items():
+            part, _, name = key.partition("/")
+            parts.setdefault(part, {})[name] = tensor
+    return TrainInstruction(
+        server_round=config["server-round"],
+        arrays=from_record(content.array_records[arrays]),
+        parts=parts,
+        needs=Needs(
+            base=tuple(config.get("needs-base", [])),
+            frozen=config["needs-frozen"],
+            moving=config.get("needs-moving", ""),
+        ),
+        config=config,
+        packed=is_packed(content.array_records[arrays]),
+        named=arrays,
+    )
+
+
+def order_settings(content: RecordDict) -> ConfigRecord | None:
+    """The settings of the order in a message, whatever their record is called; None where there is none."""
+    return next((r for r in content.config_records.values() if "needs-frozen" in r), None)
+
+
+def _names(content: RecordDict) -> tuple[str, str]:
+    """What the records of arrays and of settings are called: the usual names, or those of the app."""
+    arrays = [name for name in content.array_records if name != PARTS]
+    settings = [name for name, record in content.config_records.items() if "needs-frozen" in record]
+    return (arrays[0], settings[0]) if len(arrays) == len(settings) == 1 else (ARRAYS, CONFIG)
+
+
+def frozen_part(order: TrainInstruction) -> Tensors:
+    """What `frozen_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    return _factors_in(order.arrays, FACTORS - (order.trained & order.uploaded))
+
+
+def moving_part(order: TrainInstruction) -> Tensors:
+    """What `moving_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    return _factors_in(order.arrays, order.trained & order.uploaded)
+
+
+def complete_adapters(order: TrainInstruction, held: Tensors) -> tuple[AdapterSet, Tensors]:
+    """The starting adapter and head of an order, from what travelled, what is held, and fresh draws.
+
+    Raises:
+        UpdateRefused: a module has only some of its factors.
+    """
+    parts = from_peft({**held, **order.arrays})
+    scaling = float(order.config["scaling"])
+    if "fresh" in order.config:
+        fresh = json.loads(order.config["fresh"])
+        specs = {n: ModuleSpec(out_features=o, in_features=i) for n, (o, i) in fresh["shapes"].items()}
+        rank = int(order.config["rank"])
+        return fresh_adapters(specs, rank, scaling, fresh["seed"], fresh["init-a"]), parts.head
+    try:
+        return parts.adapters(scaling), parts.head
+    except FactorShapeError as error:
+        raise UpdateRefused(f"round {order.server_round}: {error}") from None
+
+
+def _factors_in(arrays: Mapping[str, Tensor], factors: frozenset[str]) -> Tensors:
+    endings = tuple(f".lora_{factor}.weight" for factor in factors)
+    return {key: tensor for key, tensor in arrays.items() if key.endswith(endings)}

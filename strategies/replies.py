@@ -1,0 +1,277 @@
+"""From a reply to an update that may be aggregated, or the one-line reason why not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from logging import WARNING
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import MetricRecord, RecordDict
+from flwr.common.logger import log
+from torch import Tensor
+
+from fedlora import wire
+from fedlora.core.factors import PLAIN, AdapterSet, LoraFactors, Tensors, resize
+from fedlora.core.state import Broadcast, ClientUpdate
+from fedlora.errors import UpdateRefused
+from fedlora.wire import Reply
+from strategies import client_side
+from strategies.diagnostics import Diagnostics
+from strategies.facts import Facts
+from strategies.transport import PendingRequest
+
+NUM_EXAMPLES = "num-examples"
+
+
+def validate_reply(
+    request: PendingRequest, facts: Facts, *, weighted_by_key: str | None, max_update_norm: float = 0.0
+) -> ClientUpdate:
+    """The update in a request's reply; factors that were not shipped are as they were broadcast.
+
+    Args:
+        request: the order and its reply.
+        facts: of the rule, for what a client that is not fedlora's must do.
+        weighted_by_key: metric that weighs the clients; None weighs them equally.
+        max_update_norm: the furthest that all tensors together may have moved; 0 means any distance.
+
+    Raises:
+        UpdateRefused: no usable reply, one of another round, another shape, rank or module, a NaN, a
+            frozen factor that came back changed, a base that was not acknowledged, too long a way from
+            the start, or no weight.
+    """
+    reply = request.reply
+    if reply is None:
+        raise UpdateRefused(request.failure)
+    if reply.status != wire.OK:
+        raise UpdateRefused(reply.reason or f"answered {reply.status!r} (lacks {len(reply.missing)} parts)")
+    shipped = wire.from_peft(reply.arrays)
+    plain = not (reply.answers or reply.holds)
+    if plain and facts.updates_base:
+        raise UpdateRefused(client_side.needs_base_mod(facts))
+    if plain and not facts.trained <= PLAIN and not shipped.R:
+        raise UpdateRefused(client_side.needs_core(facts))
+    unacknowledged = set(request.needs.base) - set(reply.holds)
+    if unacknowledged:
+        raise UpdateRefused(
+            f"does not acknowledge {len(unacknowledged)} base patches, which {facts.title} moved the base by"
+        )
+    factor = partial(_factor, facts=facts, broadcast=request.broadcast, half=reply.half and not request.half)
+    adapters = {
+        name: LoraFactors(
+            A=factor("A", name, start.A, shipped.A),
+            B=factor("B", name, start.B, shipped.B),
+            scaling=start.scaling,
+            R=None if start.R is None else factor("R", name, start.R, shipped.R),
+        )
+        for name, start in request.broadcast.adapters.items()
+    }
+    _refuse_foreign(request.broadcast.adapters, shipped)
+    if request.rank:
+        adapters = {name: resize(f, request.rank, f.scaling) for name, f in adapters.items()}
+    update = ClientUpdate(
+        partition_id=request.partition_id,
+        adapters=adapters,
+        head=_head(request.broadcast.head, shipped.head),
+        weight=checked_weight(reply.metrics, weighted_by_key),
+    )
+    if max_update_norm > 0:
+        _check_distance(update, request.broadcast, max_update_norm)
+    return update
+
+
+def evaluated(request: PendingRequest, weighted_by_key: str | None) -> dict[str, float]:
+    """The metrics in a request's reply to an order to evaluate.
+
+    Raises:
+        UpdateRefused: no usable reply, or no weight.
+    """
+    reply = request.reply
+    if reply is None or reply.status != wire.OK:
+        raise UpdateRefused(
+            request.failure if reply is None else reply.reason or f"answered {reply.status!r}"
+        )
+    checked_weight(reply.metrics, weighted_by_key)
+    return reply.metrics
+
+
+def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None:
+    """Refuse ``||update - start||_2 > most`` over factors and head together."""
+    moves = [update.head[name] - tensor for name, tensor in start.head.items()]
+    for name, factors in start.adapters.items():
+        ends = update.adapters[name].tensors()
+        moves += [ends[letter] - tensor for letter, tensor in factors.tensors().items()]
+    distance = math.sqrt(sum(float(move.double().square().sum()) for move in moves))
+    if distance > most:
+        raise UpdateRefused(f"moved by {distance:.3g}, strategy.max-update-norm = {most:g}")
+
+
+def _factor(
+    factor: str, module: str, start: Tensor, shipped: Tensors, *, facts: Facts, broadcast: Broadcast,
+    half: bool,
+) -> Tensor:  # fmt: skip
+    expected = factor in broadcast.uploaded and module in broadcast.modules
+    if module not in shipped:
+        if expected:
+            raise UpdateRefused(f"{module}: lora_{factor} is missing")
+        return start
+    tensor = shipped[module]
+    _check(f"{module}: lora_{factor}", tensor, start)
+    if expected:
+        return tensor
+    if half and (factor in facts.trained or facts.rotates_basis):
+        raise UpdateRefused(client_side.needs_precision(facts, factor, "float16"))
+    if not torch.equal(tensor, start):
+        raise UpdateRefused(f"{module}: {_why_changed(factor, module, tensor, start, facts, broadcast)}")
+    return start
+
+
+def _why_changed(
+    factor: str, module: str, tensor: Tensor, start: Tensor, facts: Facts, broadcast: Broadcast
+) -> str:
+    """What a client did that sent another value for a factor which it should not send."""
+    if factor in broadcast.trained and module in broadcast.modules:
+        return client_side.needs_own_mod(facts, factor)
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(tensor, start.to(dtype).to(start.dtype)):
+            return client_side.needs_precision(facts, factor, str(dtype).removeprefix("torch."))
+    return client_side.needs_freezing(facts, factor)
+
+
+def _head(start: Tensors, shipped: Tensors) -> Tensors:
+    unknown = sorted(set(shipped) - set(start))
+    if unknown:
+        raise UpdateRefused(
+            f"unknown tensor {unknown[0]}; expected are {', '.join(sorted(start)) or 'no others'}"
+        )
+    for name, expected in start.items():
+        if name not in shipped:
+            raise UpdateRefused(f"{name} is missing")
+        _check(name, shipped[name], expected)
+    return shipped
+
+
+def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
+    if tensor.shape != expected.shape:
+        raise UpdateRefused(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
+    if not torch.isfinite(tensor).all():
+        raise UpdateRefused(f"{name} holds a NaN or an infinity")
+
+
+def _refuse_foreign(adapters: AdapterSet, shipped: wire.PeftTensors) -> None:
+    foreign = sorted(shipped.modules - set(adapters))
+    if foreign:
+        raise UpdateRefused(f"unknown module {foreign[0]} ({len(adapters)} modules are adapted)")
+    for name in sorted(shipped.R):
+        if adapters[name].R is None:
+            raise UpdateRefused(f"{name}: lora_R came back, but the adapter has no core")
+
+
+TRAIN_LOSS = "train-loss"
+
+MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
+"""Flower's: the contents of the replies and the key that weighs them."""
+
+
+def mean_loss(requests: Sequence[PendingRequest], updates: Sequence[ClientUpdate]) -> float | None:
+    """The finite training losses weighted as the updates are; None where nobody released one."""
+    weight_of = {update.partition_id: update.weight for update in updates}
+    losses = [
+        (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
+        for p in requests
+        if p.partition_id in weight_of
+        and p.reply is not None
+        and math.isfinite(p.reply.metrics.get(TRAIN_LOSS, math.nan))
+    ]
+    total = sum(weight for weight, _ in losses)
+    return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
+
+
+def mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str | None) -> MetricRecord:
+    """The weighted mean of each metric over the clients that have it; see the module.
+
+    Args:
+        contents: of the replies, each with a valid weight.
+        weighted_by_key: the metric that weighs the clients; None weighs them equally.
+    """
+    measured = [wire.metrics_in(content) for content in contents]
+    weights = [1.0 if weighted_by_key is None else float(m[weighted_by_key]) for m in measured]  # type: ignore[arg-type]
+    means = MetricRecord()
+    for name in dict.fromkeys(name for m in measured for name in m if name != weighted_by_key):
+        found = [(weight, m[name]) for weight, m in zip(weights, measured, strict=True) if name in m]
+        if len({np.shape(value) for _, value in found}) > 1:
+            log(WARNING, "metric %r has no mean: its values are not of one length", name)
+            continue
+        means[name] = _mean(found)
+    return means
+
+
+def checked_weight(metrics: dict[str, float], key: str | None) -> float:
+    """The weight of a client; 1 for everybody without a key.
+
+    Raises:
+        UpdateRefused: the metric is not there, is no single number, or is not finite and >= 0.
+    """
+    if key is None:
+        return 1.0
+    weight = metrics.get(key)
+    if weight is None or not math.isfinite(weight) or weight < 0:
+        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, one number, finite and >= 0")
+    return weight
+
+
+def _mean(found: Sequence[tuple[float, float | int | list[float] | list[int]]]) -> float | list[float]:
+    """The mean over the finite values, entry by entry for lists; NaN where there is none of any weight."""
+    numbers = np.array([value for _, value in found], dtype=np.float64)
+    finite = np.isfinite(numbers)
+    weights = np.array([weight for weight, _ in found]).reshape(-1, *[1] * (numbers.ndim - 1)) * finite
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = (weights * np.where(finite, numbers, 0.0)).sum(axis=0) / weights.sum(axis=0)
+    result: float | list[float] = mean.tolist()
+    return result
+
+
+@dataclass(slots=True, kw_only=True)
+class RoundReport:
+    """One round of a strategy, for logs and for ``rounds.jsonl``.
+
+    Attributes:
+        server_round: from 1.
+        participants: partitions whose updates were aggregated.
+        refused: partition id -> one-line reason.
+        bytes_up, bytes_down: payload bytes over all sampled clients.
+        train_loss: weighted mean of the losses that clients released, or None.
+        privacy: partition id -> what that client has spent.
+        diagnostics: of the aggregation.
+        halved: partitions that trained in a smaller cohort than was meant, because memory ran out.
+        client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
+    """
+
+    server_round: int
+    participants: list[int] = field(default_factory=list)
+    refused: dict[int, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    train_loss: float | None = None
+    privacy: dict[int, dict[str, Any]] = field(default_factory=dict)
+    diagnostics: Diagnostics | None = None
+    halved: list[int] = field(default_factory=list)
+    client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+
+    def refusals(self) -> str:
+        """Who was refused why, on one line; those of one reason together."""
+        partitions: dict[str, list[int]] = {}
+        for partition, reason in self.refused.items():
+            partitions.setdefault(reason, []).append(partition)
+        return "; ".join(f"partition {', '.join(map(str, p))}: {reason}" for reason, p in partitions.items())
+
+    def note(self, partition_id: int, reply: Reply | None) -> None:
+        """What an accepted reply says besides its arrays."""
+        if reply is not None and reply.privacy is not None:
+            self.privacy[partition_id] = reply.privacy
+        if reply is not None and reply.cohort_halved:
+            self.halved.append(partition_id)

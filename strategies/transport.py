@@ -1,0 +1,298 @@
+"""What is sent to whom: orders are encoded once per distinct payload, and nobody is sent what he holds.
+
+The transport remembers, for each partition, the digests of base patches and factors that it has
+acknowledged. It leaves those out, counts the bytes of what does travel, and serves a client that
+answers ``missing`` (it sat out, lost its reply, or lost its disk) in the same round. So a factor that
+rested at a client in one round (RoLoRA) need not travel when it is trained in the next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+from torch import Tensor
+
+from fedlora import wire
+from fedlora.core.factors import Tensors
+from fedlora.core.state import Broadcast, Patch, digest
+from fedlora.errors import ConfigError, UpdateRefused
+
+Acknowledged = dict[int, set[str]]
+"""Partition id -> digests that it has acknowledged."""
+ClientSettings = Callable[[int], Mapping[str, str]]
+"""Partition id -> what only its own orders say."""
+
+
+@dataclass(slots=True)
+class PendingRequest:
+    """One client's order on its way, and what came of it.
+
+    Attributes:
+        partition_id: whose it is.
+        node_id: where it goes.
+        broadcast: what it says.
+        needs: what the client must hold for it.
+        rank: of the adapter that the rule wants, where it travels padded to a larger one; else 0.
+        half: it travels in half precision.
+        reply: the decoded reply, once there is one.
+        failure: why there is none.
+        identity: of the order, once it is sent.
+        bytes_down, bytes_up: payload bytes that travelled, repetitions included.
+        sent: the messages that carried it.
+    """
+
+    partition_id: int
+    node_id: int
+    broadcast: Broadcast
+    needs: wire.Needs
+    rank: int = 0
+    half: bool = False
+    reply: wire.Reply | None = None
+    failure: str = "no reply before the deadline"
+    identity: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    sent: list[Message] = field(default_factory=list)
+
+    def message_ids(self) -> set[str]:
+        """Ids that the Grid gave the messages; a lost node's error names only these."""
+        return {message.metadata.message_id for message in self.sent}
+
+
+class Transport:
+    """Encodes orders and reads replies; ``acknowledged`` survives a restart through the checkpoint.
+
+    Args:
+        init_a: how clients draw a fresh A.
+        wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
+        packed: each record travels as one array, which only fedlora's own clients read.
+        client_settings: partition -> further plain settings of its orders.
+        arrayrecord_key, configrecord_key: names of the records in the orders.
+
+    Raises:
+        ConfigError: names of records that are not different.
+    """
+
+    def __init__(
+        self,
+        init_a: str,
+        wire_dtype: str = "float32",
+        *,
+        packed: bool = False,
+        client_settings: ClientSettings = lambda partition_id: {},
+        arrayrecord_key: str = wire.ARRAYS,
+        configrecord_key: str = wire.CONFIG,
+    ) -> None:
+        if len({arrayrecord_key, configrecord_key, wire.PARTS}) < 3:
+            raise ConfigError(
+                f"arrayrecord_key = {arrayrecord_key!r}, configrecord_key = {configrecord_key!r}: must "
+                f"be two names, neither of them {wire.PARTS!r}"
+            )
+        self.init_a, self.wire_dtype = init_a, wire_dtype
+        self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
+        self._places: dict[str, int] = {}
+        self.packed, self.client_settings = packed, client_settings
+        self.acknowledged: Acknowledged = {}
+        self.requests: list[PendingRequest] = []
+        self._by_node: dict[int, PendingRequest] = {}
+        self._patches: dict[str, Patch] = {}
+        self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
+        self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
+        self._parts: dict[tuple[str, ...], ArrayRecord] = {}
+
+    def arrange(self, names: Iterable[str]) -> None:
+        """Arrays travel in this order of their names, which Flower's clipping mods compare."""
+        self._places = {name: place for place, name in enumerate(names)}
+
+    def arranged(self, tensors: Tensors) -> Tensors:
+        """The same tensors, in the order of `arrange`."""
+        last = len(self._places)
+        return {name: tensors[name] for name in sorted(tensors, key=lambda n: self._places.get(n, last))}
+
+    def open(self, base: tuple[Patch, ...]) -> None:
+        """Begin a round of orders over this base; the last round's payloads are forgotten."""
+        self._records, self._digests, self._parts, self.requests, self._by_node = {}, {}, {}, [], {}
+        self._patches = {patch.digest(): patch for patch in base}
+
+    def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> None:
+        """Another client's order, with everything it must hold for it; ``rank`` as in `PendingRequest`."""
+        frozen = self._digest(wire.frozen_tensors(broadcast))
+        known = {*self._patches, frozen}
+        others = (
+            self.acknowledged.get(partition_id, set()) - known
+        )  # without any, moving factors are not hashed
+        moving = self._digest(wire.moving_tensors(broadcast)) if others else ""
+        needs = wire.Needs(
+            base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
+        )
+        request = PendingRequest(partition_id, node_id, broadcast, needs, rank, self.wire_dtype == "float16")
+        self.requests.append(request)
+        self._by_node[node_id] = request
+
+    def messages(self, message_type: str, config: Mapping[str, Any]) -> list[Message]:
+        """The messages of all orders; ``config`` holds at least ``server-round``.
+
+        Raises:
+            ConfigError: a name in ``config`` that the orders' own settings have.
+        """
+        if taken := sorted(wire.ORDER_KEYS & config.keys()):
+            raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
+        return [self._message(request, message_type, config) for request in self.requests]
+
+    def exchange(
+        self, grid: Grid, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
+        timeout: float,
+    ) -> list[Message]:  # fmt: skip
+        """Send the orders; clients that lack a part are served once more within ``timeout`` seconds."""
+        if not messages:
+            return []
+        deadline = time.monotonic() + timeout
+        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        again = self._fuller(replies, message_type, config)
+        if again:
+            left = max(1.0, deadline - time.monotonic())
+            replies = [reply for reply in replies if not says_missing(reply)]
+            replies += grid.send_and_receive(again, timeout=left)
+        return replies
+
+    def _fuller(
+        self, replies: Iterable[Message], message_type: str, config: Mapping[str, Any]
+    ) -> list[Message]:
+        """Orders again, with the parts that their clients answered that they lack."""
+        again = []
+        for reply in replies:
+            request = self._parcel_of(reply)
+            if request is None or not says_missing(reply):
+                continue
+            request.bytes_up += wire.payload_bytes(reply.content)
+            lacks = wire.decode_reply(reply.content).missing
+            self.acknowledged.setdefault(request.partition_id, set()).difference_update(lacks)
+            again.append(self._message(request, message_type, config))
+        return again
+
+    def settle(self, replies: Iterable[Message], *, trained: bool = True) -> dict[int, RecordDict]:
+        """Put each reply into its request and note what its client holds now.
+
+        Args:
+            replies: to the orders of this round.
+            trained: they answer orders to train, so that they must hold arrays.
+
+        Returns:
+            Partition id -> content of its reply, in the order of partitions.
+        """
+        contents = {}
+        for message in replies:
+            request = self._parcel_of(message)
+            reply = None if request is None else _read(request, message, trained=trained)
+            if request is None or reply is None:
+                continue
+            contents[request.partition_id] = message.content
+            if reply.status == wire.OK:
+                self.acknowledged[request.partition_id] = set(reply.holds) & set(request.needs.digests)
+            elif reply.status == wire.MISSING:  # where the loop serves nobody twice, the next order has it
+                self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
+        return dict(sorted(contents.items()))
+
+    def _parcel_of(self, reply: Message) -> PendingRequest | None:
+        node = reply.metadata.src_node_id
+        if node in self._by_node:
+            return self._by_node[node]
+        asked = reply.metadata.reply_to_message_id
+        return next((p for p in self.requests if asked and asked in p.message_ids()), None)
+
+    def _message(self, request: PendingRequest, message_type: str, config: Mapping[str, Any]) -> Message:
+        content = self._content(request, config)
+        request.identity = wire.identity(config)
+        request.bytes_down += wire.payload_bytes(content)
+        message = Message(content, request.node_id, message_type, group_id=str(config["server-round"]))
+        request.sent.append(message)
+        return message
+
+    def _content(self, request: PendingRequest, config: Mapping[str, Any]) -> RecordDict:
+        held = self.acknowledged.get(request.partition_id, set())
+        travels = wire.moving_tensors(request.broadcast) if request.needs.moving not in held else Tensors()
+        travels |= wire.head_tensors(request.broadcast)
+        if request.needs.frozen not in held:
+            travels |= wire.frozen_tensors(request.broadcast)
+        own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
+        settings = {
+            **config,
+            **self.client_settings(request.partition_id),
+            **{key: value for key, value in own.items() if value != []},
+        }
+        content = RecordDict(
+            {
+                self.arrayrecord_key: self._record(self.arranged(travels)),
+                self.configrecord_key: ConfigRecord(settings),
+            }
+        )
+        lacks = tuple(name for name in request.needs.base if name not in held)
+        if lacks:
+            content[wire.PARTS] = self._part(lacks)
+        return content
+
+    def _record(self, tensors: Tensors) -> ArrayRecord:
+        """One record for tensors of the same bits, so that an engine can ship it once."""
+        key = tuple(id(t) for t in tensors.values())
+        if key not in self._records:
+            twins = (record for known, record in self._records.values() if _alike(known, tensors))
+            record = next(twins, None)
+            self._records[key] = (
+                tensors,
+                wire.to_record(tensors, self.wire_dtype, packed=self.packed) if record is None else record,
+            )
+        return self._records[key][1]
+
+    def _digest(self, tensors: Tensors) -> str:
+        """The digest of tensors, taken once for tensors that are the same objects; empty for none."""
+        key = tuple(id(t) for t in tensors.values())
+        if key and key not in self._digests:
+            self._digests[key] = (tensors, digest(tensors))
+        return self._digests[key][1] if key else ""
+
+    def _part(self, names: tuple[str, ...]) -> ArrayRecord:
+        if names not in self._parts:
+            patches = {name: self._patches[name] for name in names}
+            self._parts[names] = wire.parts_record(patches, self.wire_dtype, packed=self.packed)
+        return self._parts[names]
+
+
+def _alike(one: Tensors, other: Tensors) -> bool:
+    return one.keys() == other.keys() and all(_same_bits(t, other[name]) for name, t in one.items())
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
+    return torch.equal(first, second)
+
+
+def says_missing(reply: Message) -> bool:
+    """Whether a client answered that it lacks something."""
+    if reply.has_error():
+        return False
+    config = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
+    return config.get("status") == wire.MISSING
+
+
+def _read(request: PendingRequest, message: Message, *, trained: bool) -> wire.Reply | None:
+    """Put the decoded reply, or the reason why it cannot be used, into its request."""
+    if message.has_error():
+        request.failure = (message.error.reason or f"error {message.error.code}").strip().splitlines()[-1]
+        return None
+    request.bytes_up += wire.payload_bytes(message.content)
+    try:
+        reply = wire.decode_reply(message.content, trained=trained)
+        if reply.answers not in ("", request.identity):
+            raise UpdateRefused(f"answers {reply.answers}, not {request.identity}")
+        request.reply = reply
+    except UpdateRefused as error:
+        request.failure = str(error)
+    return request.reply

@@ -1,0 +1,95 @@
+"""A cluster of two Ray nodes on one machine, and addresses where there is none."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from fedlora.config import EngineConfig
+from fedlora.errors import ConfigError
+from fedlora.server.directory import RunDirectory
+from fedlora.simulation import ray_cluster
+from fedlora.simulation.ray_cluster import check_address, connect
+from fedlora.simulation.ray_pool import RayPool
+from fedlora.simulation.simulate import simulate, simulate_on
+from tests.conftest import tiny_config
+from tests.simulation.test_ray_engine import adapter
+
+
+@pytest.fixture
+def address() -> Iterator[str]:
+    ray.shutdown()
+    two = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    two.add_node(num_cpus=1)
+    two.wait_for_nodes()
+    yield str(two.address)
+    ray.shutdown()
+    two.shutdown()
+
+
+@pytest.mark.slow
+def test_two_nodes_train_with_an_actor_on_each_and_the_bits_of_one_machine(
+    address: str, cache: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(**{"engine.address": address, "strategy.name": "flora", "num-server-rounds": 2})
+    with pytest.raises(ConfigError, match=r"no machine has them \(in all 2 CPUs, 0 GPUs\)"):
+        RayPool(EngineConfig(address=address, num_cpus=2.0))
+    pool = RayPool(config.engine)
+    assert pool.size == 2
+    simulate_on(pool, config, RunDirectory(tmp_path / "cluster"))
+    at = ray.get([actor.node.remote() for actor in pool.actors])
+    assert len(set(at)) == 2
+    pool.close()
+    simulate(tiny_config(**{"strategy.name": "flora", "num-server-rounds": 2}), tmp_path / "here")
+    assert adapter(tmp_path / "here") == adapter(tmp_path / "cluster")
+
+
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", "head:port", ":6379", "local"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ConfigError, match=r"^engine.address = .*: accepted are auto and host:port"):
+        check_address(address)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no-such-host.invalid"])
+def test_where_nobody_listens_is_known_at_once(host: str) -> None:
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers there") as caught:
+        check_address(f"{host}:{free_port()}")
+    assert time.monotonic() - started < 10
+    assert "\n" not in str(caught.value)
+
+
+def test_who_listens_and_is_not_ray_is_known_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray.shutdown()
+    monkeypatch.setattr(ray_cluster, "TRIAL_SECONDS", 6.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        threading.Thread(target=server.accept, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match=rf"127.0.0.1:{port}'.*no answer within 6 s"):
+            connect(f"127.0.0.1:{port}")
+    assert time.monotonic() - started < 20
+    assert not ray.is_initialized()
+
+
+def test_a_ray_that_does_not_start_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def init(**settings: object) -> None:
+        raise Exception("The current node timed out during startup.\nMore about it.")  # as Ray raises it
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match=r"^engine.address = '': .* \(The current node timed out [^\n]*\)$"):
+        connect("")
