@@ -7,7 +7,10 @@ DOMAINS := amazon movie nyt
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: demo test check unit test-faults mutants bench-aggregate bench-engine bench-deployment federation clean
+# Test processes side by side: two cores are the least that a machine has.
+WORKERS ?= 2
+
+.PHONY: demo test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
@@ -30,7 +33,11 @@ check: $(STAMP)  ## style, types, direction of imports, doctests
 	$(BIN)/python -m pytest -q --doctest-modules fedlora strategies clients
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -q -m "not deployed" tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not deployed" tests
+
+quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapters; about a minute
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile \
+	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
 	$(BIN)/python -m pytest -q -m deployed tests

@@ -1,1 +1,29 @@
-"""The client side: local training, DP-SGD, evaluation, and what a client keeps between messages."""
+"""Client side: local training, DP-SGD, evaluation, and what a client keeps between messages.
+
+The names below are for ClientApps of other people; each is imported when it is first used, because a
+ClientApp is a new process for every message.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clients.mod import base_mod, identify
+    from clients.plain_client import own_mod, train_as_ordered
+
+_MODULES = {
+    "base_mod": "mod",
+    "identify": "mod",
+    "own_mod": "plain_client",
+    "train_as_ordered": "plain_client",
+}
+
+__all__ = ["base_mod", "identify", "own_mod", "train_as_ordered"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,1 +1,69 @@
-"""Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app."""
+"""Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.
+
+The public API; each name is imported when it is first used, so that a ClientApp process stays light.
+
+>>> import fedlora
+>>> fedlora.RunConfig().lora.rank
+8
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedlora.api import RunResult, StudyResult, aggregate, compare, evaluate, load_run, load_study, run
+    from fedlora.config import RunConfig
+    from fedlora.errors import ConfigError, FedLoraError, RunFailed
+    from fedlora.merge.aggregate import Outcome
+
+    __version__: str
+
+_HOMES = {
+    "RunResult": "fedlora.api",
+    "StudyResult": "fedlora.api",
+    "aggregate": "fedlora.api",
+    "compare": "fedlora.api",
+    "evaluate": "fedlora.api",
+    "load_run": "fedlora.api",
+    "load_study": "fedlora.api",
+    "run": "fedlora.api",
+    "Outcome": "fedlora.merge.aggregate",
+    "RunConfig": "fedlora.config",
+    "ConfigError": "fedlora.errors",
+    "FedLoraError": "fedlora.errors",
+    "RunFailed": "fedlora.errors",
+}
+
+__all__ = [
+    "ConfigError",
+    "FedLoraError",
+    "Outcome",
+    "RunConfig",
+    "RunFailed",
+    "RunResult",
+    "StudyResult",
+    "__version__",
+    "aggregate",
+    "compare",
+    "evaluate",
+    "load_run",
+    "load_study",
+    "run",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        try:
+            return metadata.version("fedlora")
+        except metadata.PackageNotFoundError:  # inside a Flower app bundle, which is no installed package
+            return "unknown"
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

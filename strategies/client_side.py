@@ -7,7 +7,8 @@ from strategies.facts import Facts
 
 def needs_base_mod(facts: Facts) -> str:
     """To a client that does not say which base it trained on."""
-    return f"{facts.title} moves the base weights: give the ClientApp mods=[base_mod(...)] from clients.mod"
+    what = f"{facts.title} moves the base weights"
+    return f"{what}: give the ClientApp mods=[base_mod(...)] from fedlora.clients"
 
 
 def needs_core(facts: Facts) -> str:
@@ -19,7 +20,7 @@ def needs_own_mod(facts: Facts, factor: str) -> str:
     """To a client that sends back what it should keep."""
     return (
         f"{facts.title} leaves lora_{factor} with its client: give the ClientApp "
-        "mods=[own_mod(directory)] from clients.plain_client"
+        "mods=[own_mod(directory)] from fedlora.clients"
     )
 
 
@@ -27,7 +28,7 @@ def needs_freezing(facts: Facts, factor: str) -> str:
     """To a client that trained a factor which rests in this round."""
     return (
         f"lora_{factor} came back changed, but {facts.title} does not train it in this round: call "
-        "train_as_ordered(model, message) from clients.plain_client before training"
+        "train_as_ordered(model, message) from fedlora.clients before training"
     )
 
 

@@ -28,9 +28,10 @@ from experiments.benchmarks.engine_probe import probe
 from experiments.benchmarks.engine_table import table
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import read_config
+from fedlora.core.code import top_packages
 from fedlora.errors import ConfigError
 from fedlora.models import pick_device
-from fedlora.server.identity import SOURCES, source_digest
+from fedlora.server.identity import source_digest
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def arguments() -> argparse.Namespace:
 
 def versions() -> dict[str, Any]:
     """What decides whether figures may stand beside each other: packages, and a digest of the code."""
-    code = source_digest(ROOT, (*SOURCES, "experiments/benchmarks"))
+    code = source_digest(ROOT, (*top_packages(), "experiments/benchmarks"))
     return {"code": code, "packages": {name: version(name) for name in PACKAGES}}
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig, to_flat
+from fedlora.core.code import code_root, top_packages
 
 NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
 """Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
@@ -25,7 +26,6 @@ LIBRARIES = (
     "flwr-datasets", "bitsandbytes",
 )  # fmt: skip
 """Whose versions are part of the code: they compute, tokenise, partition or account."""
-SOURCES = ("clients", "fedlora", "strategies")
 APART = (
     "fedlora/study/", "fedlora/cli/", "fedlora/audit/", "fedlora/merge/", "fedlora/evaluation/",
     "fedlora/api.py", "fedlora/server/tracking.py", "fedlora/server/progress.py",
@@ -42,8 +42,8 @@ class Identity:
 
     Attributes:
         config: of the keys that have an effect.
-        code: of `SOURCES` and the versions of `LIBRARIES`; several, joined by ``+``, where a run was begun by
-            one and continued by another.
+        code: of all modules but `APART` and the versions of `LIBRARIES`; several, joined by ``+``, where a
+            run was begun by one and continued by another.
         inputs: of the weights and examples that the configuration names, see `fedlora.server.inputs`; None
             where not all of them are known in one place.
     """
@@ -98,7 +98,7 @@ def config_digest(config: RunConfig) -> str:
 def code_digest() -> str:
     """A digest of the code that runs rest on, as it was when it was first asked for."""
     versions = {name: installed(name) for name in LIBRARIES}
-    sources = source_digest(Path(__file__).parents[2], SOURCES, APART)
+    sources = source_digest(code_root(), top_packages(), APART)
     return hashlib.sha256(json.dumps([sources, versions]).encode()).hexdigest()[:_LENGTH]
 
 

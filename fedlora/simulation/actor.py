@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedlora.core.code import prefer_own_code
 from fedlora.errors import RunFailed, named_line
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class ClientActor:
         import torch
 
         torch.set_num_threads(1)
+        prefer_own_code()
         module, _, name = client_app.partition(":")
         self._module = importlib.import_module(module)
         self._app = getattr(self._module, name)

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from fedlora.config import Scalar, from_flat, to_flat
+from fedlora.core.code import top_packages
 from fedlora.server import identity
 from fedlora.server.directory import PROVENANCE, RunDirectory
 from fedlora.server.identity import (
     APART,
-    SOURCES,
     Identity,
     code_digest,
     config_digest,
@@ -73,7 +73,7 @@ def test_every_source_file_counts_but_those_apart(file: str, text: str, same: bo
 
 
 def test_the_files_apart_are_there_and_the_packages_too() -> None:
-    for name in (*APART, *SOURCES):
+    for name in (*APART, *top_packages()):
         assert (ROOT / name).exists(), name
 
 

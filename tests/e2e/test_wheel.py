@@ -1,8 +1,9 @@
-"""The built wheel, installed into an environment of its own, runs outside the checkout."""
+"""The built wheel runs outside the checkout and takes no name but its own."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -11,6 +12,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+IMPORTED = re.compile(r"(?m)^\s*(from|import) (clients|strategies)\b")
+SCRIPT = """
+from pathlib import Path
+
+import clients
+import strategies
+from fedlora.clients import base_mod
+from fedlora.strategies import FLoRA
+
+assert (clients.MINE, strategies.MINE) == (1, 2)
+assert FLoRA(fraction_train=0.5, scaling=2.0).rule.facts.exact
+assert callable(base_mod)
+print(Path(clients.__file__).parent.name)
+"""
+TYPED = """
+from fedlora.strategies import FLoRA
+import fedlora
+
+reveal_type(fedlora.RunConfig().lora.rank)
+reveal_type(FLoRA(fraction_train=0.5, scaling=2.0).fraction_train)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -24,43 +46,69 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return next(out.glob("*.whl"))
 
 
-@pytest.mark.slow
-def test_the_wheel_holds_the_three_packages_and_nothing_else(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"fedlora", "strategies", "clients"}
-    for package in tops:
-        built = {name for name in names if name.startswith(f"{package}/") and name.endswith(".py")}
-        kept = {str(p.relative_to(ROOT)) for p in (ROOT / package).rglob("*.py")}
-        assert built == kept
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel; its dependencies are this one's, so that nothing is downloaded."""
+    home = tmp_path_factory.mktemp("env")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(home)], check=True)
+    site = next(home.glob("lib/python*/site-packages"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    ours = [entry for entry in sys.path if entry.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("".join(f"{entry}\n" for entry in ours))
+    return home / "bin" / "python"
 
 
-@pytest.mark.slow
-def test_the_installed_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path, cache: Path) -> None:
-    """The environment starts empty; its dependencies are this one's, so that nothing is downloaded."""
-    home = tmp_path / "env"
-    subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
-    python = home / "bin" / "python"
-    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
-    site = subprocess.run(
-        [str(python), "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-        check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    ours = subprocess.run(
-        [sys.executable, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-        check=True, capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
-    (Path(site) / "dependencies.pth").write_text(f"{ours}\n")
-    config = tmp_path / "tiny.toml"
-    config.write_text((ROOT / "experiments" / "tiny.toml").read_text())
+def outside(python: Path, *command: str, cwd: Path) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    where = subprocess.run(
-        [str(python), "-c", "import fedlora, strategies; print(fedlora.__file__, strategies.__file__)"],
-        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    assert str(ROOT) not in where.replace(str(home), "")
-    subprocess.run(
-        [str(home / "bin" / "fedlora"), "run", str(config), "--out", str(tmp_path / "out")],
-        cwd=tmp_path, env=environment, check=True, timeout=300,
-    )  # fmt: skip
-    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").exists()
+    done = subprocess.run(
+        [str(python), *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project that has packages ``clients`` and ``strategies`` of its own."""
+    for name, number in (("clients", 1), ("strategies", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(f"MINE = {number}\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_one_package_with_all_modules(wheel: Path) -> None:
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name]
+    stand_ins = {"fedlora/clients.py", "fedlora/strategies.py"}
+    kept = {str(p.relative_to(ROOT)) for p in (ROOT / "fedlora").rglob("*.py")} - stand_ins
+    for package in ("clients", "strategies"):
+        kept |= {f"fedlora/{p.relative_to(ROOT)}" for p in (ROOT / package).rglob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == kept
+    assert "fedlora/py.typed" in names
+
+
+@pytest.mark.slow
+def test_no_module_of_the_wheel_imports_the_names_that_it_leaves_to_others(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".py"):
+                assert not IMPORTED.search(archive.read(name).decode()), name
+
+
+@pytest.mark.slow
+def test_it_lives_beside_packages_of_the_same_names(python: Path, project: Path, cache: Path) -> None:
+    (project / "mine.py").write_text(SCRIPT)
+    assert outside(python, "mine.py", cwd=project).strip() == "clients"
+    (project / "tiny.toml").write_text((ROOT / "experiments" / "tiny.toml").read_text())
+    command = "from fedlora.cli import main; main()"
+    outside(python, "-c", command, "run", "tiny.toml", "--out", "out", cwd=project)
+    assert (project / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_it_is_typed(python: Path, tmp_path: Path) -> None:
+    (tmp_path / "typed.py").write_text(TYPED)
+    told = outside(python, "-m", "mypy", "--strict", "--follow-imports=silent", "typed.py", cwd=tmp_path)
+    assert told.count('Revealed type is "int"') == 1, told
+    assert told.count('Revealed type is "float"') == 1, told

@@ -23,6 +23,7 @@ from flwr.app import RecordDict
 from flwr.common.logger import log
 
 from clients.node_settings import NodeSettings
+from fedlora.core.code import code_root
 from fedlora.deployment.node.ipc import receive_frame, send_frame
 from fedlora.errors import RunFailed, UpdateRefused
 
@@ -35,7 +36,7 @@ DONE, ERROR, OTHER_CODE = "done", "error", "other code"
 
 def code_path() -> str:
     """Where this code lies: another version of the app lies elsewhere."""
-    return str(Path(__file__).resolve().parents[3])
+    return str(code_root())
 
 
 def ask(

@@ -17,6 +17,7 @@ from typing import Any
 import tomli_w
 
 from fedlora.config import RunConfig, to_flat, unflatten
+from fedlora.core.code import code_root, top_packages
 from fedlora.data.columns import BUILT_IN
 from fedlora.deployment.operator.layout import CONNECTION, FAILURE, Layout
 from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
@@ -25,7 +26,6 @@ from fedlora.server.directory import RunDirectory
 from fedlora.server.validate import check
 
 APP = "fedlora"
-PACKAGES = ("fedlora", "strategies", "clients")
 LOG = "flower.log"
 COMPLETED = "finished:completed"
 LOOK_SECONDS = 0.2
@@ -100,17 +100,16 @@ def _app(near: Path) -> Iterator[Path]:
     """A Flower app directory with this very code and all keys of the configuration."""
     with tempfile.TemporaryDirectory(prefix="fedlora-") as folder:
         app = Path(folder) / APP
-        here = Path(__file__).resolve().parents[3]
-        for package in PACKAGES:
+        for package in top_packages():
             ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(here / package, app / package, ignore=ignored)
+            shutil.copytree(code_root() / package, app / package, ignore=ignored)
         project = {
             "project": {"name": APP, "version": version(APP), "license": "Apache-2.0"},
             "tool": {
                 "flwr": {
                     "app": {
                         "publisher": APP,
-                        "fab-include": [f"{package}/**/*.py" for package in PACKAGES],
+                        "fab-include": [f"{package}/**/*.py" for package in top_packages()],
                         "components": {
                             "serverapp": "fedlora.server_app:app",
                             "clientapp": "fedlora.client_app:app",

@@ -1,0 +1,31 @@
+"""Location of fedlora's own code: three packages side by side in a checkout, one in an installed wheel."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_HOME = Path(__file__).resolve().parents[1]
+BESIDE = ("clients", "strategies")
+"""Packages that lie beside ``fedlora`` in a checkout or an app bundle, and in it in a wheel."""
+
+
+def code_root() -> Path:
+    """The directory in which the package ``fedlora`` lies."""
+    return _HOME.parent
+
+
+def top_packages() -> tuple[str, ...]:
+    """Names of the top-level packages that hold this code, sorted."""
+    nested = all((_HOME / name).is_dir() for name in BESIDE)
+    return ("fedlora",) if nested else tuple(sorted(("fedlora", *BESIDE)))
+
+
+def prefer_own_code() -> None:
+    """Look for imports beside this package first.
+
+    A ``clients.py`` or a folder ``strategies`` in the working directory, which Ray puts before everything
+    else in its processes, would otherwise hide the packages of a checkout.
+    """
+    if len(top_packages()) > 1:
+        sys.path.insert(0, str(code_root()))
