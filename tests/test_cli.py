@@ -168,7 +168,8 @@ def test_the_facts_are_json() -> None:
     rows = json.loads(fedlora("strategies", "--json").stdout)
     assert {"fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only"} <= {row["name"] for row in rows}
     assert all(
-        {"exact", "mixed_ranks", "trained", "uploaded", "paper", "inits"} <= row.keys() for row in rows
+        {"exact", "mixed_ranks", "trained", "uploaded", "paper", "supported_inits"} <= row.keys()
+        for row in rows
     )
 
 

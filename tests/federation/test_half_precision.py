@@ -58,7 +58,7 @@ def test_half_the_bytes_and_the_same_start_everywhere(name: str, tmp_path: Path)
     for module, factors in small.state.adapters.items():
         for letter, tensor in factors.tensors().items():
             assert torch.equal(again.adapters[module].tensors()[letter], tensor)
-    for request in small.transport.parcels:
+    for request in small.transport.requests:
         for module, factors in half.starts[request.partition_id].items():
             for letter, tensor in factors.tensors().items():
                 assert torch.equal(request.broadcast.adapters[module].tensors()[letter], tensor)
