@@ -19,7 +19,7 @@ from clients.runtime import ClientRuntime
 from clients.training.canaries import Canaries
 from clients.training.dp_sgd import check_private, train_private
 from clients.training.dp_step import Mechanism
-from clients.training.self_test import self_test
+from clients.training.self_check import self_check
 from clients.training.train import LocalResult
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import calibrate_noise
@@ -161,7 +161,7 @@ def train_within_budget(
         BudgetExceeded, LedgerRefused: see `PlannedRelease.reserve`.
         RunFailed: a private step does not compute what it claims on this model.
     """
-    self_test(runtime.model, runtime.data.pad_token_id, plan.mechanism)
+    self_check(runtime.model, runtime.data.pad_token_id, plan.mechanism)
     spent = plan.reserve()
     mechanism, config = plan.mechanism, plan.config
     result = train_private(

@@ -25,7 +25,7 @@ from clients.store import ResolvedInstruction
 from clients.training.batched.layers import why_alone
 from clients.training.batched.members import Member
 from clients.training.batched.oom_retry import train_with_retry
-from clients.training.batched.self_test import check_cohort
+from clients.training.batched.self_check import check_cohort
 from clients.training.batched.train import BatchSettings
 from clients.training.batches import num_steps
 from clients.training.train import NOTHING

@@ -1,7 +1,7 @@
 """Rehearses a client's step on nobody's data before a run: what all clients would be refused for, once.
 
-The clients' own processes ask the same again before they train, see `clients.training.self_test` and
-`clients.training.batched.self_test`; there it would be a line for each client, after the run has been begun.
+The clients' own processes ask the same again before they train, see `clients.training.self_check` and
+`clients.training.batched.self_check`; there it would be a line for each client, after the run has been begun.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from clients.runtime import ClientRuntime
 from clients.training.batched.layers import why_alone
-from clients.training.batched.self_test import check_cohort
+from clients.training.batched.self_check import check_cohort
 from clients.training.dp_step import Mechanism
-from clients.training.self_test import check_steps
+from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
 from fedlora.core.factors import AdapterSet
 from fedlora.errors import ConfigError, RunFailed

@@ -167,7 +167,7 @@ class Transport:
         """Orders again, with the parts that their clients answered that they lack."""
         again = []
         for reply in replies:
-            request = self._parcel_of(reply)
+            request = self._request_of(reply)
             if request is None or not says_missing(reply):
                 continue
             request.bytes_up += wire.payload_bytes(reply.content)
@@ -188,7 +188,7 @@ class Transport:
         """
         contents = {}
         for message in replies:
-            request = self._parcel_of(message)
+            request = self._request_of(message)
             reply = None if request is None else _read(request, message, trained=trained)
             if request is None or reply is None:
                 continue
@@ -199,7 +199,7 @@ class Transport:
                 self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
         return dict(sorted(contents.items()))
 
-    def _parcel_of(self, reply: Message) -> PendingRequest | None:
+    def _request_of(self, reply: Message) -> PendingRequest | None:
         node = reply.metadata.src_node_id
         if node in self._by_node:
             return self._by_node[node]

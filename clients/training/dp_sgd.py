@@ -7,7 +7,7 @@ example with probability q = batch_size / n, clips each example's gradient over 
     ( sum_i clip(g_i, C) + N(0, noise_multiplier^2 C^2) ) / batch_size
 
 where batch_size is the expected one, whatever was drawn. An empty draw is a step of noise alone.
-How a step does that is in `clients.training.dp_step`; `clients.training.self_test` asks first whether it
+How a step does that is in `clients.training.dp_step`; `clients.training.self_check` asks first whether it
 really does.
 """
 
@@ -21,7 +21,7 @@ import torch
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_step import Mechanism, private_steps
-from clients.training.self_test import self_test
+from clients.training.self_check import self_check
 from clients.training.train import LocalResult, Penalties, dropout_stream, local_result, make_optimizer
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
@@ -81,7 +81,7 @@ def train_private(
         max_physical_batch_size=max_physical_batch_size,
         secure=secure,
     )
-    self_test(model, pad_token_id, mechanism)
+    self_check(model, pad_token_id, mechanism)
     seed, draw = private_streams(seed, secure=secure)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
     total, seen = torch.zeros((), device=model.device), 0

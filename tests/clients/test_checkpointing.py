@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from clients.execute import Node, train_instruction
 from clients.runtime import client_runtime
 from clients.training.batched import train_cohort
-from clients.training.self_test import check_steps
+from clients.training.self_check import check_steps
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
 from fedlora.config import RunConfig, TrainConfig, from_flat

@@ -16,10 +16,10 @@ from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientCli
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping, DPPerLayerOptimizer
 from torch import Tensor
 
-import clients.training.self_test
+import clients.training.self_check
 from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism, SystemNoise
-from clients.training.self_test import FALSE_ALARM, NOISE_DRAWS, plausible, self_test
+from clients.training.self_check import FALSE_ALARM, NOISE_DRAWS, plausible, self_check
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
@@ -42,7 +42,7 @@ SECURE = {f"{name}-secure": replace(way, secure=True) for name, way in WAYS.item
 
 
 def check(model: AdaptedModel, mechanism: Mechanism) -> None:
-    self_test(model, PAD, mechanism)
+    self_check(model, PAD, mechanism)
 
 
 @pytest.mark.parametrize("mechanism", [*WAYS.values(), *SECURE.values()], ids=[*WAYS, *SECURE])
@@ -64,7 +64,7 @@ def test_it_passes_on_other_architectures(mechanism: Mechanism, tmp_path: Path) 
         model = AdaptedModel(network, resolve_targets(network, ""))
         adapters = random_adapters(model.modules, 2)
         model.load(adapters, {}, trained=frozenset("AB"), train_head=True)
-        self_test(model, int(model.module.config.pad_token_id), mechanism)
+        self_check(model, int(model.module.config.pad_token_id), mechanism)
 
 
 @pytest.mark.parametrize("mechanism", [HOOKS, GHOST, LAYERS], ids=["hooks", "ghost", "per-layer"])
@@ -222,13 +222,13 @@ def test_no_private_training_without_it(monkeypatch: pytest.MonkeyPatch) -> None
 def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     for name in ("check_steps", "check_noise"):
-        real = getattr(clients.training.self_test, name)
+        real = getattr(clients.training.self_check, name)
 
         def counted(*arguments: Any, name: str = name, real: Any = real) -> None:
             asked.append(name.removeprefix("check_"))
             real(*arguments)
 
-        monkeypatch.setattr(clients.training.self_test, name, counted)
+        monkeypatch.setattr(clients.training.self_check, name, counted)
     model = loaded()
 
     def newly(**changes: Any) -> list[str]:
@@ -258,10 +258,10 @@ def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch
 
 def test_what_passed_is_forgotten_with_the_model() -> None:
     check(model := loaded(), HOOKS)
-    count = len(clients.training.self_test._passed)
+    count = len(clients.training.self_check._passed)
     del model
     gc.collect()
-    assert len(clients.training.self_test._passed) < count
+    assert len(clients.training.self_check._passed) < count
 
 
 def test_the_noise_bounds_are_those_of_normal_numbers() -> None:

@@ -2,7 +2,7 @@
 
 The factors are expanded to one copy for each row, so that the gradient of a copy *is* its example's gradient;
 it is small, of the size of the adapter. Both ways of `clients.training.dp_step`, ``hooks`` and ``ghost``,
-are this one here. What it computes is asked of `clients.training.batched.self_test` before anything is
+are this one here. What it computes is asked of `clients.training.batched.self_check` before anything is
 trained.
 """
 

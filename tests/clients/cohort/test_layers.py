@@ -10,7 +10,7 @@ from torch import nn
 
 from clients.training.batched import private, train_cohort
 from clients.training.batched.layers import why_alone
-from clients.training.batched.self_test import check_cohort
+from clients.training.batched.self_check import check_cohort
 from clients.training.train import train_local
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel

@@ -172,7 +172,7 @@ def test_one_by_one_too_a_failed_test_charges_nothing(
     def refuses(*_: Any) -> None:
         raise RunFailed("privacy self-test: no")
 
-    monkeypatch.setattr(budget, "self_test", refuses)
+    monkeypatch.setattr(budget, "self_check", refuses)
     config = tiny_config(**PRIVATE)
     one = assignments(config, tmp_path)[0]
     with pytest.raises(RunFailed):

@@ -39,7 +39,7 @@ Named = dict[str, nn.Parameter]
 _passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
 
 
-def self_test(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
+def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
     """`check_steps` and `check_noise`, each once in a process for what it depends on.
 
     Args:

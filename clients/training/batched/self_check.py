@@ -18,7 +18,7 @@ from torch import Tensor
 from clients.training.batched.members import Member
 from clients.training.batched.train import BatchSettings, Cohort
 from clients.training.dp_step import Mechanism
-from clients.training.self_test import (
+from clients.training.self_check import (
     EXAMPLES,
     FALSE_ALARM,
     HUGE,
@@ -44,7 +44,7 @@ _passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictiona
 
 
 def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | None) -> None:
-    """Check gradients, clipping and noise, as `clients.training.self_test` asks them of Opacus.
+    """Check gradients, clipping and noise, as `clients.training.self_check` asks them of Opacus.
 
     Args:
         model: loaded with one of the clients, so that it is known what is trained; it stays as it is.
