@@ -31,8 +31,16 @@ from fedlora.strategies import FLoRA
 import fedlora
 
 reveal_type(fedlora.RunConfig().lora.rank)
-reveal_type(FLoRA(fraction_train=0.5, scaling=2.0).fraction_train)
+reveal_type(FLoRA(fraction_train=0.5, scaling=2.0).rule.facts.exact)
 """
+HEAVY = """
+[mypy]
+follow_imports = silent
+ignore_missing_imports = true
+[mypy-flwr.*,torch.*,transformers.*,numpy.*,scipy.*,ray.*,datasets.*]
+follow_imports = skip
+"""
+"""Libraries that are left out: reading them takes a minute and tells nothing of fedlora's types."""
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +117,7 @@ def test_it_lives_beside_packages_of_the_same_names(python: Path, project: Path,
 @pytest.mark.slow
 def test_it_is_typed(python: Path, tmp_path: Path) -> None:
     (tmp_path / "typed.py").write_text(TYPED)
-    told = outside(python, "-m", "mypy", "--strict", "--follow-imports=silent", "typed.py", cwd=tmp_path)
+    (tmp_path / "mypy.ini").write_text(HEAVY)
+    told = outside(python, "-m", "mypy", "--strict", "typed.py", cwd=tmp_path)
     assert told.count('Revealed type is "int"') == 1, told
-    assert told.count('Revealed type is "float"') == 1, told
+    assert told.count('Revealed type is "bool"') == 1, told
