@@ -219,7 +219,7 @@ def test_whole_numbers_and_truth_values_are_names(tmp_path: Path, cache: Path) -
         ("a.jsonl", b'{"text": "a", "label": "b", "label": "c"}\n', "line 1: names the key 'label' twice"),
         ("a.jsonl", b"[" * 100_000, "nested too deeply"),
         ("a.json", b'[{"text": "a"}, 3]', "entry 2 is no object"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500, mtime=0)[:-20], "cannot be read"),
         ("a.csv.gz", b"text,label,who\n", "cannot be read"),
     ],
 )
