@@ -1,0 +1,130 @@
+"""Counts how far one round travels through the code: files, functions, and changes from file to file.
+
+    python -m experiments.benchmarks.round_trip
+
+The second round of a tiny run (4 clients, one process, no Ray). Each call of a function of this project is an
+event; a file change is an event whose file is another than that of the event before. Comprehensions and
+generators count as functions, as Python makes them some. The figures tell how often a reader who follows a
+round call by call must turn to another file; they are no measure of time.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+from flwr.app import Message, MessageType
+
+from clients.handler import handle
+from fedlora.config import from_flat, to_flat
+from fedlora.core.code import code_root
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.simulation.local_grid import LocalGrid
+from fedlora.simulation.simulate import quiet
+
+TINY = {
+    "num-server-rounds": 3,
+    "seed": 1,
+    "model.name": "tiny",
+    "data.name": "synthetic",
+    "data.evaluate-examples": 60,
+    "train.local-steps": 3,
+    "lora.rank": 4,
+}
+PACKAGES = ("fedlora", "strategies", "clients")
+
+
+@dataclass(slots=True)
+class Trip:
+    """Calls of project functions between `start` and `stop`.
+
+    Attributes:
+        functions: (file, name) -> calls.
+        changes: (file before, file) -> how often the second followed the first.
+    """
+
+    functions: Counter[tuple[str, str]] = field(default_factory=Counter)
+    changes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _root: str = f"{code_root()}/"
+    _last: str = ""
+
+    def start(self) -> None:
+        """Count from here on."""
+        sys.setprofile(self._see)
+
+    def stop(self) -> None:
+        """Count no more."""
+        sys.setprofile(None)
+
+    def _see(self, frame: FrameType, event: str, argument: Any) -> None:
+        name = frame.f_code.co_filename
+        if event != "call" or not name.startswith(self._root):
+            return
+        file = name.removeprefix(self._root)
+        if not file.startswith(PACKAGES):
+            return
+        self.functions[file, frame.f_code.co_qualname] += 1
+        if self._last and file != self._last:
+            self.changes[self._last, file] += 1
+        self._last = file
+
+
+class OneProcess(LocalGrid):
+    """The clients one after the other in this process."""
+
+    def __init__(self, run: FederatedRun, home: Path) -> None:
+        super().__init__(run.partitions)
+        self._config, self._home = to_flat(run.config), str(home)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Carry out all messages."""
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(uuid4())
+            partition = self.partition_ids[message.metadata.dst_node_id]
+            node = {"partition-id": partition, "state-dir": self._home, "simulation": True}
+            kind = "train" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
+            yield Message(handle(kind, message.content, self._config, node), reply_to=message)
+
+
+def second_round(strategy: str) -> Trip:
+    """The trip of the second round under a strategy."""
+    trip = Trip()
+
+    def watch(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            trip.start()
+        elif record["round"] == 2:
+            trip.stop()
+
+    quiet()
+    with tempfile.TemporaryDirectory() as directory:
+        home = Path(directory)
+        run = FederatedRun(from_flat({**TINY, "strategy.name": strategy}), RunDirectory(home / "run"), watch)
+        run.run(OneProcess(run, home / "clients"))
+    return trip
+
+
+def main() -> None:
+    """Print the figures for FedAvg and FLoRA."""
+    for strategy in ("fedavg", "flora"):
+        trip = second_round(strategy)
+        files = len({file for file, _ in trip.functions})
+        calls, changes = trip.functions.total(), trip.changes.total()
+        print(f"{strategy}: {files} files, {len(trip.functions)} functions, {calls} calls, {changes} changes")
+        if "--pairs" in sys.argv:
+            for (before, after), count in trip.changes.most_common(60):
+                print(f"  {count:5} {before} -> {after}")
+
+
+if __name__ == "__main__":
+    main()
