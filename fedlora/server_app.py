@@ -49,6 +49,5 @@ def _federation(config: RunConfig, directory: RunDirectory) -> FederatedRun:
     if not file:
         return FederatedRun(config, directory)
     roll = NodeKeys(roll_of(Path(file)))
-    federation = FederatedRun(config, directory, nodes=sorted(roll.partitions.values()))
-    federation.strategy.node_directory = NodeDirectory(roll)
-    return federation
+    nodes = sorted(roll.partitions.values())
+    return FederatedRun(config, directory, nodes=nodes, node_directory=NodeDirectory(roll))

@@ -35,7 +35,7 @@ from strategies.replies import (
 )
 from strategies.rule import Rule
 from strategies.sampling import Selection
-from strategies.transport import ClientSettings, Transport
+from strategies.transport import Transport
 from strategies.wrapped import watch_flowers_wrappers
 
 CONNECT_TIMEOUT = 600.0
@@ -66,7 +66,8 @@ class FactorStrategy(Rounds):
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
         wire_dtype: ``float32`` or ``float16``, see `strategies.precision`.
-        packed, client_settings: see `strategies.transport.Transport`.
+        packed: see `strategies.transport.Transport`.
+        node_directory: who is who among the connected nodes; by default what they say, see `NodeDirectory`.
 
     Raises:
         ConfigError: a value out of range, or settings that exclude each other.
@@ -99,7 +100,7 @@ class FactorStrategy(Rounds):
         wire_dtype: str = "float32",
         packed: bool = False,
         keep_ranks: bool = True,
-        client_settings: ClientSettings = lambda partition_id: {},
+        node_directory: NodeDirectory | None = None,
     ) -> None:
         self.rule = rule
         self.selection = Selection(
@@ -132,10 +133,10 @@ class FactorStrategy(Rounds):
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None
-        self.node_directory = NodeDirectory(closed=partitions is not None)
+        self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
         self.keep_ranks = keep_ranks
         self.transport = Transport(
-            rule.init_a, wire_dtype, packed=packed, client_settings=client_settings,
+            rule.init_a, wire_dtype, packed=packed,
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
@@ -281,6 +282,7 @@ class FactorStrategy(Rounds):
                 log(WARNING, "\tpartition %s refused: %s", request.partition_id, error)
                 continue
             self.report.note(request.partition_id, request.reply)
+            self.transport.note_ledger(request)
         return updates
 
     def _means(self, function: MetricsFn | None, contents: list[RecordDict]) -> MetricRecord:

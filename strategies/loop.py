@@ -1,28 +1,30 @@
-"""Flower's loop of rounds around a state; clients are served what they miss, and rounds are reported.
+"""Loops over rounds around a state, which can be taken out between two of them and put back.
 
-The calls are those of `flwr.serverapp.strategy.Strategy.start`, in its order: ``evaluate_fn(0)``, and in
-each round `configure_train`, `aggregate_train`, `configure_evaluate`, `aggregate_evaluate`, ``evaluate_fn``.
+`Rounds.rounds` is the loop, one report a round; Flower's `start` consumes it. The calls are those of
+`flwr.serverapp.strategy.Strategy.start`, in its order: ``evaluate_fn(0)``, and in each round
+`configure_train`, `aggregate_train`, `configure_evaluate`, `aggregate_evaluate`, ``evaluate_fn``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from logging import INFO
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, MessageType, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
-from fedlora.core.state import State, Template
+from fedlora.core.state import ServerState, State, Template
 from fedlora.errors import ConfigError
 from strategies.global_adapter import stacked_adapters
 from strategies.precision import rounded_state
 from strategies.replies import RoundReport
 from strategies.rule import Rule
+from strategies.sampling import Selection
 from strategies.starting import template_of
 from strategies.transport import Transport
 from strategies.wrapped import no_plain_mean, with_arrays
@@ -32,7 +34,7 @@ EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
 class Rounds(Strategy):
-    """A strategy with a state between rounds, whose orders a `Transport` carries.
+    """Strategy with a state between rounds, whose instructions a `Transport` carries.
 
     Attributes:
         rule: how adapters are aggregated.
@@ -40,9 +42,9 @@ class Rounds(Strategy):
         rank: of the adapters that clients train, 0 for that of the initial arrays.
         seed: root of drawn adapters.
         state: between two rounds; None before the first.
-        transport: of this round's orders.
+        selection: who takes part.
+        transport: of this round's instructions.
         report: of this round.
-        on_round: called with each round's report.
     """
 
     rule: Rule
@@ -50,24 +52,38 @@ class Rounds(Strategy):
     rank: int
     seed: int
     state: State | None = None
+    selection: Selection
     transport: Transport
     report: RoundReport
-    on_round: Callable[[RoundReport], None] | None = None
     _dtype: torch.dtype
     _released: ArrayRecord | None = None
 
-    def begin(self, template: Template) -> State:
-        """The state before round 1."""
-        return rounded_state(self.rule.init(template, self.seed), self._dtype)
+    def begin(self, template: Template) -> None:
+        """Take the state before round 1."""
+        self.state = rounded_state(self.rule.init(template, self.seed), self._dtype)
 
-    def open(self, initial_arrays: ArrayRecord) -> tuple[int, ArrayRecord]:
-        """Begin with these arrays, or go on from ``self.state``."""
+    def open(self, initial_arrays: ArrayRecord) -> ArrayRecord:
+        """Begin with these arrays, or go on from the state; returns the global arrays of now."""
         if self.state is None:
-            template = template_of(initial_arrays, self.scaling, self.rule, self.rank, self.seed)
-            self.state = self.begin(template)
+            self.begin(template_of(initial_arrays, self.scaling, self.rule, self.rank, self.seed))
             self.transport.arrange(initial_arrays)
         self._released = self.arrays()
-        return self.state.round, self._released
+        return self._released
+
+    def snapshot(self) -> ServerState:
+        """What `restore` needs to go on from here; later rounds leave it as it is."""
+        assert self.state is not None
+        acknowledged = {partition: set(held) for partition, held in self.transport.acknowledged.items()}
+        heads = dict(self.transport.ledger_heads)
+        return ServerState(self.state, dict(self.selection.participations), acknowledged, heads)
+
+    def restore(self, snapshot: ServerState) -> None:
+        """Go on from a `snapshot`."""
+        self.state = snapshot.state
+        self.selection.participations = snapshot.participations
+        self.transport.acknowledged = snapshot.acknowledged
+        self.transport.ledger_heads = snapshot.ledger_heads
+        self._released = None
 
     def _take(self, arrays: ArrayRecord) -> None:
         """Go on from the arrays of somebody else's loop, where these are not those that were released.
@@ -97,6 +113,47 @@ class Rounds(Strategy):
         tensors = wire.to_peft(stacked_adapters(self.state), self.state.head)
         return wire.to_record(self.transport.arranged(tensors))
 
+    def rounds(
+        self,
+        grid: Grid,
+        last: int,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+    ) -> Iterator[RoundReport]:
+        """Carry out the rounds that are not done yet up to ``last``, one for each report that is asked for.
+
+        Between two reports nothing is on its way: `snapshot` has all that the next round depends on.
+
+        Args:
+            grid: reaches the clients.
+            last: number of the last round, from 1.
+            timeout: seconds for the replies of a round, once to training and once to evaluation.
+            train_config: plain settings that go to every client that trains.
+            evaluate_config: likewise to every client that evaluates.
+
+        Raises:
+            ConfigError: there is no state to go on from.
+            RunFailed: too few clients connected, or too few valid updates in a round.
+        """
+        if self.state is None:
+            raise ConfigError("rounds: there is nothing to go on from, call open(initial_arrays) first")
+        if self._released is None:
+            self._released = self.arrays()
+        arrays = self._released
+        train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        for server_round in range(self.state.round + 1, last + 1):
+            log(INFO, "[ROUND %s/%s]", server_round, last)
+            messages = self.configure_train(server_round, arrays, train, grid)
+            replies = self._exchange(grid, messages, MessageType.TRAIN, train, server_round, timeout)
+            after, self.report.train_metrics = self.aggregate_train(server_round, replies)
+            arrays = arrays if after is None else after
+            messages = self.configure_evaluate(server_round, arrays, evaluate, grid)
+            replies = self._exchange(grid, messages, MessageType.EVALUATE, evaluate, server_round, timeout)
+            self.report.evaluate_metrics = self.aggregate_evaluate(server_round, replies)
+            self.report.arrays = arrays
+            yield self.report
+
     def start(
         self,
         grid: Grid,
@@ -116,52 +173,33 @@ class Rounds(Strategy):
             RunFailed: too few clients connected, or too few valid updates in a round.
         """
         log(INFO, "Starting %s strategy:", type(self).__name__)
-        done, arrays = self.open(initial_arrays)
-        self.summary()
-        train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         result = Result()
-        if done == 0:
-            _evaluate(evaluate_fn, 0, arrays, result)
-        for server_round in range(done + 1, num_rounds + 1):
-            log(INFO, "[ROUND %s/%s]", server_round, num_rounds)
-            arrays = self._train_round(server_round, arrays, grid, timeout, train, result)
-            self._evaluate_round(server_round, arrays, grid, timeout, evaluate, result)
-            _evaluate(evaluate_fn, server_round, arrays, result)
-            if self.on_round is not None:
-                self.on_round(self.report)
-        result.arrays = arrays
+        result.arrays = self.open(initial_arrays)
+        self.summary()
+        if self.state is not None and self.state.round == 0:
+            _evaluate(evaluate_fn, 0, result)
+        for report in self.rounds(grid, num_rounds, timeout, train_config, evaluate_config):
+            result.arrays = report.arrays
+            if report.train_metrics is not None:
+                result.train_metrics_clientapp[report.server_round] = report.train_metrics
+            if report.evaluate_metrics is not None:
+                result.evaluate_metrics_clientapp[report.server_round] = report.evaluate_metrics
+            _evaluate(evaluate_fn, report.server_round, result)
         return result
 
-    def _train_round(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
-        result: Result,
-    ) -> ArrayRecord:  # fmt: skip
-        messages = self.configure_train(server_round, arrays, config, grid)
-        sent = settings_of(config, server_round)
-        replies = self.transport.exchange(grid, list(messages), MessageType.TRAIN, sent, timeout)
-        after, metrics = self.aggregate_train(server_round, replies)
-        if metrics is not None:
-            result.train_metrics_clientapp[server_round] = metrics
-        return arrays if after is None else after
-
-    def _evaluate_round(
-        self, server_round: int, arrays: ArrayRecord, grid: Grid, timeout: float, config: ConfigRecord,
-        result: Result,
-    ) -> None:  # fmt: skip
-        messages = self.configure_evaluate(server_round, arrays, config, grid)
-        sent = settings_of(config, server_round)
-        replies = self.transport.exchange(grid, list(messages), MessageType.EVALUATE, sent, timeout)
-        metrics = self.aggregate_evaluate(server_round, replies)
-        if metrics is not None:
-            result.evaluate_metrics_clientapp[server_round] = metrics
+    def _exchange(
+        self, grid: Grid, messages: Iterable[Message], kind: str, config: ConfigRecord, server_round: int,
+        timeout: float,
+    ) -> list[Message]:  # fmt: skip
+        return self.transport.exchange(grid, list(messages), kind, settings_of(config, server_round), timeout)
 
 
 def settings_of(config: ConfigRecord, server_round: int) -> dict[str, Any]:
-    """What the orders of a round say to everybody."""
+    """What the instructions of a round say to everybody."""
     return {**config, "server-round": server_round}
 
 
-def _evaluate(function: EvaluateFn | None, server_round: int, arrays: ArrayRecord, result: Result) -> None:
-    metrics = None if function is None else function(server_round, arrays)
+def _evaluate(function: EvaluateFn | None, server_round: int, result: Result) -> None:
+    metrics = None if function is None else function(server_round, result.arrays)
     if metrics is not None:
         result.evaluate_metrics_serverapp[server_round] = metrics

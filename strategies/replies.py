@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import MetricRecord, RecordDict
+from flwr.app import ArrayRecord, MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -249,6 +249,8 @@ class RoundReport:
         diagnostics: of the aggregation.
         halved: partitions that trained in a smaller cohort than was meant, because memory ran out.
         client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
+        train_metrics, evaluate_metrics: the clients' means as in Flower's Result; None where there are none.
+        arrays: the global ones after the round.
     """
 
     server_round: int
@@ -261,6 +263,9 @@ class RoundReport:
     diagnostics: Diagnostics | None = None
     halved: list[int] = field(default_factory=list)
     client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
+    train_metrics: MetricRecord | None = None
+    evaluate_metrics: MetricRecord | None = None
+    arrays: ArrayRecord = field(default_factory=ArrayRecord)
 
     def refusals(self) -> str:
         """Who was refused why, on one line; those of one reason together."""

@@ -9,7 +9,7 @@ rested at a client in one round (RoLoRA) need not travel when it is trained in t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +25,6 @@ from fedlora.errors import ConfigError, UpdateRefused
 
 Acknowledged = dict[int, set[str]]
 """Partition id -> digests that it has acknowledged."""
-ClientSettings = Callable[[int], Mapping[str, str]]
-"""Partition id -> what only its own orders say."""
 
 
 @dataclass(slots=True)
@@ -66,14 +64,19 @@ class PendingRequest:
 
 
 class Transport:
-    """Encodes orders and reads replies; ``acknowledged`` survives a restart through the checkpoint.
+    """Encodes orders and reads replies; what it knows of clients survives a restart through the checkpoint.
 
     Args:
         init_a: how clients draw a fresh A.
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
         packed: each record travels as one array, which only fedlora's own clients read.
-        client_settings: partition -> further plain settings of its orders.
         arrayrecord_key, configrecord_key: names of the records in the orders.
+
+    Attributes:
+        acknowledged: see `Acknowledged`.
+        ledger_heads: partition id -> the head of its privacy ledger when it last said: a client sees by it
+            that its ledger was not set back since.
+        requests: of this round.
 
     Raises:
         ConfigError: names of records that are not different.
@@ -85,7 +88,6 @@ class Transport:
         wire_dtype: str = "float32",
         *,
         packed: bool = False,
-        client_settings: ClientSettings = lambda partition_id: {},
         arrayrecord_key: str = wire.ARRAYS,
         configrecord_key: str = wire.CONFIG,
     ) -> None:
@@ -97,8 +99,9 @@ class Transport:
         self.init_a, self.wire_dtype = init_a, wire_dtype
         self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
         self._places: dict[str, int] = {}
-        self.packed, self.client_settings = packed, client_settings
+        self.packed = packed
         self.acknowledged: Acknowledged = {}
+        self.ledger_heads: dict[int, str] = {}
         self.requests: list[PendingRequest] = []
         self._by_node: dict[int, PendingRequest] = {}
         self._patches: dict[str, Patch] = {}
@@ -199,6 +202,12 @@ class Transport:
                 self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
         return dict(sorted(contents.items()))
 
+    def note_ledger(self, request: PendingRequest) -> None:
+        """Remember the head of its privacy ledger that a client has just said."""
+        privacy = None if request.reply is None else request.reply.privacy
+        if privacy is not None:
+            self.ledger_heads[request.partition_id] = str(privacy.get("ledger_head", ""))
+
     def _request_of(self, reply: Message) -> PendingRequest | None:
         node = reply.metadata.src_node_id
         if node in self._by_node:
@@ -220,10 +229,11 @@ class Transport:
         travels |= wire.head_tensors(request.broadcast)
         if request.needs.frozen not in held:
             travels |= wire.frozen_tensors(request.broadcast)
+        head = self.ledger_heads.get(request.partition_id, "")
         own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
         settings = {
             **config,
-            **self.client_settings(request.partition_id),
+            **({"ledger-head": head} if head else {}),
             **{key: value for key, value in own.items() if value != []},
         }
         content = RecordDict(

@@ -197,3 +197,20 @@ class State:
         patches = [patch.products[name] for patch in self.base if name in patch.products]
         adapter = self.adapters[name]
         return add(*patches, as_product(adapter)) if adapter.B.any() or not patches else add(*patches)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerState:
+    """All that a strategy must remember between two rounds to go on with the same bits.
+
+    Attributes:
+        state: the rule's state.
+        participations: partition id -> rounds it was asked to train in.
+        acknowledged: partition id -> digests that it has acknowledged.
+        ledger_heads: partition id -> the head of its privacy ledger when it last said.
+    """
+
+    state: State
+    participations: dict[int, int] = field(default_factory=dict)
+    acknowledged: dict[int, set[str]] = field(default_factory=dict)
+    ledger_heads: dict[int, str] = field(default_factory=dict)

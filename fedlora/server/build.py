@@ -18,8 +18,8 @@ from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.client_privacy import client_mechanism
 from fedlora.server.public_data import first_gradients, first_inputs
 from strategies.flower import FactorStrategy
+from strategies.nodes import NodeDirectory
 from strategies.rule import Rule
-from strategies.transport import ClientSettings
 
 
 class OwnStrategy(FactorStrategy):
@@ -38,7 +38,7 @@ def assemble(
     clients_evaluate: Callable[[int], bool],
     seeded: bool,
     packed: bool,
-    client_settings: ClientSettings,
+    node_directory: NodeDirectory | None,
 ) -> FactorStrategy:
     """The strategy, with its state before round 1.
 
@@ -50,7 +50,7 @@ def assemble(
         clients_evaluate: after which rounds clients evaluate.
         seeded: noise for whole clients may come from the run's seed.
         packed: each record of an order travels as one array.
-        client_settings: partition -> what only its own orders say.
+        node_directory: who is who among the nodes, where their keys say so.
 
     Raises:
         ConfigError: a rank that a layer does not allow, or no public examples to start from.
@@ -78,9 +78,9 @@ def assemble(
         wire_dtype=config.wire_dtype,
         packed=packed,
         keep_ranks=False,
-        client_settings=client_settings,
+        node_directory=node_directory,
     )
-    strategy.state = strategy.begin(_template(rule, config, runtime, max(ranks)))
+    strategy.begin(_template(rule, config, runtime, max(ranks)))
     return strategy
 
 

@@ -8,36 +8,16 @@ which of them count, and all that is no tensor.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors.torch import load, save
 
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
-from fedlora.core.state import Patch, State
+from fedlora.core.state import Patch, ServerState, State
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A run between two rounds.
-
-    Attributes:
-        state: the rule's state.
-        participations: partition id -> rounds it was asked to train in.
-        acknowledged: partition id -> digests that it has acknowledged.
-        run_key: names the run towards its clients.
-        ledger_heads: partition id -> the head of its privacy ledger when it last said.
-    """
-
-    state: State
-    participations: dict[int, int]
-    acknowledged: dict[int, set[str]]
-    run_key: str
-    ledger_heads: dict[int, str] = field(default_factory=dict)
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
     """Write the state, then point ``latest.json`` at it, then drop the state before it.
 
     Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
@@ -58,7 +38,6 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "scaling": {module: f.scaling for module, f in state.adapters.items()},
         "participations": checkpoint.participations,
         "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
-        "run-key": checkpoint.run_key,
         "ledger-heads": checkpoint.ledger_heads,
     }
     write_atomic(latest, json.dumps(about) + "\n")
@@ -67,7 +46,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             old.unlink(missing_ok=True)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint | None:
+def read_checkpoint(folder: Path) -> ServerState | None:
     """The last checkpoint, or None if no round was finished."""
     if not (folder / "latest.json").exists():
         return None
@@ -94,11 +73,10 @@ def read_checkpoint(folder: Path) -> Checkpoint | None:
         memory=_under("memory.", tensors),
         seed=about["seed"],
     )
-    return Checkpoint(
+    return ServerState(
         state,
         {int(p): n for p, n in about["participations"].items()},
         {int(p): set(held) for p, held in about["acknowledged"].items()},
-        about["run-key"],
         {int(p): head for p, head in about.get("ledger-heads", {}).items()},
     )
 

@@ -30,8 +30,9 @@ from filelock import FileLock, Timeout
 
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.core.files import append_line, check_place, write_atomic
+from fedlora.core.state import ServerState
 from fedlora.errors import ConfigError
-from fedlora.server.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
@@ -106,9 +107,18 @@ class RunDirectory:
         return found or Identity(config_digest(config), UNRECORDED, None)
 
     def run_key(self) -> str:
-        """Names the run towards its clients: drawn once, so that a repeated round is the same release."""
+        """Names the run towards its clients: drawn once, so that a repeated round is the same release.
+
+        Raises:
+            ConfigError: rounds were done under a name that is not there any more.
+        """
         file = self.path / RUN_KEY
         if not file.exists():
+            if (self.path / CHECKPOINT).exists():
+                raise ConfigError(
+                    f"--resume {self.path}: {RUN_KEY} is missing, by which clients and ledgers know the run; "
+                    "begin it anew elsewhere"
+                )
             write_atomic(file, uuid4().hex + "\n")
         return file.read_text().strip()
 
@@ -149,11 +159,11 @@ class RunDirectory:
 
     # --- checkpoint ------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+    def save_checkpoint(self, checkpoint: ServerState) -> None:
         """Replace the checkpoint."""
         write_checkpoint(self.path / CHECKPOINT, checkpoint)
 
-    def load_checkpoint(self) -> Checkpoint | None:
+    def load_checkpoint(self) -> ServerState | None:
         """The last checkpoint, or None if no round was finished."""
         return read_checkpoint(self.path / CHECKPOINT)
 

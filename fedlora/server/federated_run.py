@@ -15,10 +15,9 @@ from clients.rehearsal import rehearse
 from clients.runtime import ClientRuntime, client_runtime
 from fedlora.config import RunConfig, int_list
 from fedlora.core.factors import Tensors
-from fedlora.core.state import State
+from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.build import assemble
-from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.client_privacy import clients_spent
 from fedlora.server.directory import RunDirectory
 from fedlora.server.evaluator import GlobalEvaluator
@@ -36,6 +35,7 @@ from fedlora.server.records import (
 from fedlora.server.tracking import Tracking
 from fedlora.server.validate import check, kept
 from strategies.flower import FactorStrategy
+from strategies.nodes import NodeDirectory
 from strategies.replies import RoundReport
 
 Progress = Callable[[dict[str, Any]], None]
@@ -53,6 +53,7 @@ class FederatedRun:
         stores: where the clients keep what they hold, if that can be read from here (in simulation).
         nodes: the partitions of the nodes of a deployment, which hold their data; None: those of the
             data here.
+        node_directory: who is who among the nodes, where their keys say so.
         verify: called after the last round; raises RunFailed where the rounds cannot be relied on.
         evaluator: evaluates the global model.
     """
@@ -63,10 +64,10 @@ class FederatedRun:
     stores: Path | None = None
     nodes: Collection[int] | None = None
     verify: Callable[[], None] | None = None
+    node_directory: NodeDirectory | None = None
     runtime: ClientRuntime = field(init=False)
     strategy: FactorStrategy = field(init=False)
     run_key: str = field(init=False, default="")
-    ledger_heads: dict[int, str] = field(init=False, default_factory=dict)
     _began: float = field(init=False, default=0.0)
     _tracking: Tracking = field(init=False)
     evaluator: GlobalEvaluator = field(init=False)
@@ -85,7 +86,7 @@ class FederatedRun:
             clients_evaluate=lambda server_round: self.personal and self._is_measured(server_round),
             seeded=self.stores is not None,
             packed=self.nodes is not None,
-            client_settings=self._known_head,
+            node_directory=self.node_directory,
         )
         begun = self.state
         rehearse(self.runtime, self.config, begun.adapters, begun.head, rule.trained(1))
@@ -137,17 +138,10 @@ class FederatedRun:
     def _run(self, grid: Grid) -> dict[str, Any]:
         self._measure_before()
         self._began = time.monotonic()
-        strategy = self.strategy
-        strategy.on_round = self._after_round
         settings = ConfigRecord({"run-key": self.run_key, "labels": list(self.runtime.data.label_names)})
-        strategy.start(
-            grid,
-            strategy.arrays(),
-            num_rounds=self.config.num_server_rounds,
-            timeout=self.config.round_timeout,
-            train_config=settings,
-            evaluate_config=settings,
-        )
+        last, timeout = self.config.num_server_rounds, self.config.round_timeout
+        for report in self.strategy.rounds(grid, last, timeout, settings, settings):
+            self._after_round(report)
         return self._finish()
 
     # --- before ------------------------------------------------------------------------------------
@@ -162,22 +156,11 @@ class FederatedRun:
             check_private(self.config.train, len(data.indices(partition)))
         check_disjoint(self.config, data, self.partitions)
 
-    def _known_head(self, partition_id: int) -> dict[str, str]:
-        """What a node needs to see that its ledger was not set back since it last took part."""
-        head = self.ledger_heads.get(partition_id, "") if self.nodes is not None else ""
-        return {"ledger-head": head} if head else {}
-
-    def _restore(self, checkpoint: Checkpoint | None) -> None:
-        if checkpoint is None:
-            self.run_key = self.directory.run_key()
-            self.directory.keep_rounds(0)
-            return
-        self.run_key = checkpoint.run_key
-        self.strategy.state = checkpoint.state
-        self.strategy.selection.participations = checkpoint.participations
-        self.strategy.transport.acknowledged = checkpoint.acknowledged
-        self.ledger_heads = checkpoint.ledger_heads
-        self.directory.keep_rounds(checkpoint.state.round)
+    def _restore(self, checkpoint: ServerState | None) -> None:
+        self.run_key = self.directory.run_key()
+        if checkpoint is not None:
+            self.strategy.restore(checkpoint)
+        self.directory.keep_rounds(self.state.round)
 
     def _measure_before(self) -> None:
         """What a pretrained model can do already, where it is no fresh head that decides that."""
@@ -216,22 +199,13 @@ class FederatedRun:
             measured = self._measure(report)
         if config.privacy.client_level:
             report.privacy = clients_spent(config, self.strategy.selection.participations)
-        self.ledger_heads |= {p: str(spent.get("ledger_head", "")) for p, spent in report.privacy.items()}
         now = time.monotonic()
         record = round_record(config, report, measured, now - self._began)
         record |= {"left_out": {str(p): why for p, why in self.left_out.items()}} if self.left_out else {}
         self._began = now
         self.directory.append_round(record)
         self._tracking.log_round(record)
-        self.directory.save_checkpoint(
-            Checkpoint(
-                self.state,
-                self.strategy.selection.participations,
-                self.strategy.transport.acknowledged,
-                self.run_key,
-                self.ledger_heads,
-            )
-        )
+        self.directory.save_checkpoint(self.strategy.snapshot())
         if self.progress is not None:
             self.progress(record)
 

@@ -27,12 +27,11 @@ from fedlora import wire
 from fedlora.config import RunConfig, read_config
 from fedlora.core.factors import LoraFactors
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.state import State
+from fedlora.core.state import ServerState, State
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.privacy.calibration import epsilon_spent
 from fedlora.privacy.ledger import read_ledgers
 from fedlora.privacy.types import PrivacySpent
-from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import RunDirectory
 from tests.clients.samples import examples
 from tests.conftest import tiny_config
@@ -170,7 +169,7 @@ def test_an_order_is_the_same_release_only_from_the_same_start(tmp_path: Path, c
 def test_a_checkpoint_remembers_the_heads(tmp_path: Path) -> None:
     factors = LoraFactors(torch.ones(2, 3), torch.ones(4, 2), 1.0)
     state = State(round=1, adapters={"layer": factors}, head={})
-    RunDirectory(tmp_path).save_checkpoint(Checkpoint(state, {}, {}, "run", {3: "abc"}))
+    RunDirectory(tmp_path).save_checkpoint(ServerState(state, ledger_heads={3: "abc"}))
     loaded = RunDirectory(tmp_path, resume=True).load_checkpoint()
     assert loaded is not None
     assert loaded.ledger_heads == {3: "abc"}

@@ -10,9 +10,8 @@ import torch
 
 from fedlora.config import EngineConfig, RunConfig
 from fedlora.core.factors import LoraFactors, Product
-from fedlora.core.state import Patch, State
+from fedlora.core.state import Patch, ServerState, State
 from fedlora.errors import ConfigError
-from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import RunDirectory
 
 
@@ -21,10 +20,10 @@ def patch(seed: int) -> Patch:
     return Patch({"x": Product(torch.randn(4, 1, generator=g), torch.randn(1, 5, generator=g))})
 
 
-def checkpoint(*patches: Patch) -> Checkpoint:
+def checkpoint(*patches: Patch) -> ServerState:
     factors = LoraFactors(torch.ones(2, 5), torch.zeros(4, 2), 1.0)
     state = State(round=len(patches), adapters={"x": factors}, head={}, base=patches)
-    return Checkpoint(state, {}, {}, "run")
+    return ServerState(state)
 
 
 def test_the_patch_of_a_round_that_is_run_again_replaces_the_one_that_a_crash_left(tmp_path: Path) -> None:

@@ -10,9 +10,8 @@ import torch
 
 from fedlora.core.factors import LoraFactors, as_product, resize, stack
 from fedlora.core.peft_keys import from_peft, key_of, to_peft
-from fedlora.core.state import State
+from fedlora.core.state import ServerState, State
 from fedlora.errors import FactorShapeError
-from fedlora.server.checkpoint import Checkpoint
 from fedlora.server.directory import RunDirectory
 from fedlora.wire import frozen_tensors, moving_tensors
 from fedlora.wire.instruction import Broadcast
@@ -124,7 +123,7 @@ def test_every_factor_of_an_order_is_either_frozen_or_moving() -> None:
 def test_a_checkpoint_keeps_cores_and_their_absence(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path)
     adapters = {"x": cored(), "y": replace(cored(1), R=None)}
-    directory.save_checkpoint(Checkpoint(State(round=2, adapters=adapters, head={}), {}, {}, "key"))
+    directory.save_checkpoint(ServerState(State(round=2, adapters=adapters, head={})))
     found = directory.load_checkpoint()
     assert found is not None
     for name, factors in adapters.items():

@@ -48,9 +48,8 @@ class KeyedGrid(FakeGrid):
 
 
 def strategy(on_roll: int, **options: int) -> FactorStrategy:
-    made: FactorStrategy = FedAvg(scaling=2.0, **options)
-    made.node_directory = NodeDirectory(NodeKeys({fingerprint(KEYS[k]): k for k in range(on_roll)}))
-    return made
+    keys = NodeKeys({fingerprint(KEYS[k]): k for k in range(on_roll)})
+    return FedAvg(scaling=2.0, node_directory=NodeDirectory(keys), **options)
 
 
 def test_honest_nodes_take_part_as_the_partitions_of_their_keys(tmp_path: Path) -> None:

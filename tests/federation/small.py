@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from flwr.app import ArrayRecord
 
 from fedlora import wire
 from fedlora.core.factors import LoraFactors
 from strategies.flower import FactorStrategy
+from strategies.replies import RoundReport
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 
@@ -28,3 +32,17 @@ def bits(strategy: FactorStrategy) -> dict[str, bytes]:
     for version, patch in enumerate(state.base):
         tensors |= {f"{version}/{name}": t for name, t in patch.tensors().items()}
     return {name: t.numpy().tobytes() for name, t in tensors.items()}
+
+
+def watched(strategy: FactorStrategy) -> list[RoundReport]:
+    """The reports of a strategy's rounds, as they come."""
+    seen: list[RoundReport] = []
+    rounds = strategy.rounds
+
+    def watching(*arguments: Any, **named: Any) -> Iterator[RoundReport]:
+        for report in rounds(*arguments, **named):
+            seen.append(report)
+            yield report
+
+    strategy.rounds = watching  # type: ignore[method-assign]
+    return seen

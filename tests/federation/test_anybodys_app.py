@@ -16,6 +16,7 @@ from transformers import BertConfig, BertForSequenceClassification
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, LoRAFAIR
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid
+from tests.federation.small import watched
 
 RANK, ALPHA, CLIENTS = 4, 8, 3
 INPUTS = torch.arange(24).reshape(4, 6) % 50
@@ -83,9 +84,8 @@ def test_a_plain_peft_app_works_and_its_model_takes_the_result(
 ) -> None:
     model = peft_model()
     before = model(input_ids=INPUTS).logits.detach().clone()
-    reports = []
     strategy = named(scaling=ALPHA / RANK)
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     arrays = federate(strategy, plain_app(model, frozen, []), model, rounds=3)
     assert all(report.refused == {} for report in reports)
     set_peft_model_state_dict(model, arrays.to_torch_state_dict())

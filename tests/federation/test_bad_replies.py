@@ -11,7 +11,7 @@ from fedlora import wire
 from fedlora.errors import RunFailed
 from strategies import FedAvg, FedSVD
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import bits, initial_arrays
+from tests.federation.small import bits, initial_arrays, watched
 
 
 def spoiled(kind: str, reply: Message) -> RecordDict:
@@ -72,8 +72,7 @@ def test_a_bad_reply_is_refused_counted_and_harms_nobody(kind: str, words: str, 
 
     strategy = FedAvg(scaling=2.0, max_update_norm=5.0)
     without = FedAvg(scaling=2.0, partitions={0, 2})
-    reports = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=1)
     assert words in reports[0].refused[1]
     assert "\n" not in reports[0].refused[1]
@@ -91,8 +90,8 @@ def test_a_reply_of_another_round_is_refused(tmp_path: Path) -> None:
         kept.append(reply.content)
         return Message(kept[0], reply_to=message)
 
-    strategy, reports = FedAvg(scaling=2.0), []
-    strategy.on_round = reports.append
+    strategy = FedAvg(scaling=2.0)
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=2)
     assert [report.refused for report in reports] == [
         {},

@@ -17,6 +17,7 @@ import strategies
 from fedlora.errors import RunFailed
 from strategies import FedSALoRA, FedSVD, HetLoRA
 from strategies.flower import FactorStrategy
+from tests.federation.small import watched
 from tests.federation.test_anybodys_app import ALPHA, CLIENTS, INPUTS, RANK, federate, peft_model
 from tests.federation.test_strategy import NAMED
 
@@ -75,8 +76,8 @@ def app_of(model: PeftModel, lines: list[str]) -> ClientApp:
 def run(named: type[FactorStrategy], lines: list[str]) -> tuple[set[str], list[Any]]:
     """The arrays that three rounds changed, and the rounds' reports."""
     model = peft_model()
-    strategy, reports = named(scaling=ALPHA / RANK, fraction_evaluate=0.0), list[Any]()
-    strategy.on_round = reports.append
+    strategy = named(scaling=ALPHA / RANK, fraction_evaluate=0.0)
+    reports = watched(strategy)
     before = {k: t.clone() for k, t in get_peft_model_state_dict(model).items()}
     after = federate(strategy, app_of(model, lines), model, rounds=3).to_torch_state_dict()
     changed = {k for k, t in after.items() if t.shape != before[k].shape or not torch.equal(t, before[k])}
@@ -126,11 +127,8 @@ def test_hetlora_prunes_plain_clients_and_keeps_them() -> None:
     """Their models keep rank 4; what is pruned in a round arrives as zeros in all later ones."""
     sent: list[dict[str, torch.Tensor]] = []
     model = peft_model()
-    strategy, reports = (
-        HetLoRA(scaling=ALPHA / RANK, gamma=0.5, min_rank=1, fraction_evaluate=0.0),
-        list[Any](),
-    )
-    strategy.on_round = reports.append
+    strategy = HetLoRA(scaling=ALPHA / RANK, gamma=0.5, min_rank=1, fraction_evaluate=0.0)
+    reports = watched(strategy)
     app = app_of(model, [])
 
     def shrinking(message: Message, context: Context) -> Message:

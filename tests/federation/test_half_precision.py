@@ -14,7 +14,7 @@ from fedlora.core.state import ClientSpec
 from strategies.flower import FactorStrategy
 from strategies.precision import rounded_state
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import initial_arrays
+from tests.federation.small import initial_arrays, watched
 
 MIXED = ("flexlora", "hetlora")
 """These give clients ranks of their own: what they start from is cut out of the state and rescaled."""
@@ -40,8 +40,7 @@ def run(name: str, dtype: str, toy: ToyClient) -> tuple[FactorStrategy, list[int
     client_spec = spec if name in MIXED else None
     rule = strategies.make_rule(name)
     strategy = FactorStrategy(rule, scaling=2.0, wire_dtype=dtype, client_spec=client_spec)
-    reports = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(3), toy), initial_arrays(), num_rounds=3)
     assert all(report.refused == {} for report in reports)
     return strategy, [r.bytes_up for r in reports], [r.bytes_down for r in reports]

@@ -15,7 +15,7 @@ from strategies import FedAvg
 from strategies.replies import RoundReport
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import initial_arrays
+from tests.federation.small import initial_arrays, watched
 
 
 def test_the_report_names_who_trained_in_a_halved_cohort(tmp_path: Path) -> None:
@@ -27,8 +27,8 @@ def test_the_report_names_who_trained_in_a_halved_cohort(tmp_path: Path) -> None
             reply.content.config_records["config"]["cohort-halved"] = True
         return reply
 
-    strategy, reports = FedAvg(scaling=2.0), []
-    strategy.on_round = reports.append
+    strategy = FedAvg(scaling=2.0)
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=1)
     assert reports[0].halved == [1]
 

@@ -59,7 +59,7 @@ def begun(config: RunConfig) -> State:
         clients_evaluate=lambda _: False,
         seeded=True,
         packed=False,
-        client_settings=lambda _: {},
+        node_directory=None,
     )
     assert strategy.state is not None
     return strategy.state

@@ -18,6 +18,7 @@ from strategies import transport as courier_module
 from strategies.flower import FactorStrategy
 from strategies.replies import RoundReport
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
+from tests.federation.small import watched
 from tests.federation.test_strategy import MODULES, initial_arrays
 
 RANK, HEAD = 3, 4 * 12
@@ -26,8 +27,7 @@ A, B = 4 * RANK * sum(i for _, i in MODULES.values()), 4 * RANK * sum(o for o, _
 
 def run(strategy: FactorStrategy, client: Client, rounds: int) -> tuple[FakeGrid, list[RoundReport]]:
     """The rounds of three clients."""
-    reports: list[RoundReport] = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     grid = FakeGrid(range(3), client)
     strategy.start(grid, initial_arrays(RANK), num_rounds=rounds)
     return grid, reports
@@ -123,7 +123,7 @@ def test_an_evaluation_brings_what_the_next_round_rests_on(tmp_path: Path) -> No
 def test_what_was_acknowledged_survives_a_restart_of_the_server(tmp_path: Path) -> None:
     first, second = RoLoRA(scaling=2.0, fraction_evaluate=0.0), RoLoRA(scaling=2.0, fraction_evaluate=0.0)
     run(first, ToyClient(tmp_path), 2)
-    second.state, second.transport.acknowledged = first.state, first.transport.acknowledged
+    second.restore(first.snapshot())
     grid, _ = run(second, Watched(tmp_path, second, set()), 4)
     assert down(grid, 0) == {3: [A], 4: [B]}
 

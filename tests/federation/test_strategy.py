@@ -18,7 +18,7 @@ from fedlora.errors import ConfigError, RunFailed
 from strategies import FedAvg, FLoRA
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import MODULES, bits, initial_arrays
+from tests.federation.small import MODULES, bits, initial_arrays, watched
 
 PUBLIC = [getattr(strategies, name) for name in strategies.__all__]
 NAMED = [public for public in PUBLIC if isinstance(public, type) and issubclass(public, FactorStrategy)]
@@ -57,8 +57,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
     }
     head = 12
     strategy = named(scaling=2.0, fraction_evaluate=0.0)
-    reports = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(clients), ToyClient(tmp_path)), initial_arrays(rank), num_rounds=3)
     facts = strategy.rule.facts
     uploaded = [strategy.rule.shipped(t) for t in (1, 2, 3)]
@@ -107,8 +106,6 @@ class TestMovingBase:
             return None if (server_round, partition) in lost else reply
 
         strategy = FLoRA(scaling=2.0, fraction_train=0.5, fraction_evaluate=0.0, seed=1)
-        seen: list[list[int]] = []
-        strategy.on_round = lambda report: seen.append(report.participants)
         strategy.start(FakeGrid(range(4), client), initial_arrays(), num_rounds=6, timeout=5)
         last = FakeGrid(range(4), client)
         strategy.selection.fraction_train = 1.0
@@ -134,8 +131,7 @@ class TestMovingBase:
             return toy(message, partition)
 
         strategy = FLoRA(scaling=2.0, fraction_evaluate=0.0)
-        reports = []
-        strategy.on_round = reports.append
+        reports = watched(strategy)
         strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=4)
         assert lost == [2]
         assert reports[3].refused == {}
@@ -175,8 +171,7 @@ class TestMovingBase:
             return reply
 
         strategy = FLoRA(scaling=2.0, fraction_evaluate=0.0)
-        reports = []
-        strategy.on_round = reports.append
+        reports = watched(strategy)
         strategy.start(FakeGrid(range(3), forgetful), initial_arrays(), num_rounds=2)
         assert reports[0].refused == {}
         assert "does not acknowledge 1 base patches" in reports[1].refused[1]
@@ -241,7 +236,6 @@ def test_every_rule_has_a_public_name_but_the_reference() -> None:
 @pytest.mark.parametrize("name", ["head-only", "fedsa", "local-only"])
 def test_rounds_that_aggregate_no_adapter_report_no_figures_of_it(name: str, tmp_path: Path) -> None:
     strategy = FactorStrategy(strategies.make_rule(name), scaling=2.0)
-    reports = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(2), ToyClient(tmp_path)), initial_arrays(), num_rounds=1)
     assert reports[0].diagnostics is None

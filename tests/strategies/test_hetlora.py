@@ -22,6 +22,7 @@ from strategies import HetLoRA
 from strategies.registry import make_rule
 from strategies.rules.hetlora import HetLoRARule, tail, tail_shrank
 from tests.federation.fake_grid import FakeGrid
+from tests.federation.small import watched
 from tests.strategies.federations import (
     Federation,
     assert_same_bits,
@@ -269,8 +270,7 @@ def test_clients_really_get_smaller_adapters(tmp_path: Path) -> None:
     }
     client = ShrinkingClient(tmp_path, {(2, 0), (3, 0), (3, 1)})
     strategy = HetLoRA(scaling=2.0, gamma=0.75, lam=0.2, keep_ranks=False, fraction_evaluate=0.0)
-    reports: list[Any] = []
-    strategy.on_round = reports.append
+    reports = watched(strategy)
     strategy.start(FakeGrid(range(2), client), wire.to_record(wire.to_peft(adapters, {})), num_rounds=5)
     assert [client.ranks[t, 0] for t in range(1, 6)] == [8, 8, 6, 4, 4]
     assert [client.ranks[t, 1] for t in range(1, 6)] == [8, 8, 8, 6, 6]
