@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 INNER = ("strategies", "clients")
 """Folders that move below ``fedlora``; modules of these names there are their stand-ins in a checkout."""
 IMPORT = re.compile(rf"(?m)(^\s*(?:from|import)\s+|import_module\(\")(?=(?:{'|'.join(INNER)})\b)")
-KEPT = (".py", ".typed", ".html", ".css", ".js")
+KEPT = (".py", ".pyi", ".typed", ".html", ".css", ".js")
 
 
 class NestedPackages(BuildHookInterface):  # type: ignore[type-arg]
@@ -38,7 +38,7 @@ class NestedPackages(BuildHookInterface):  # type: ignore[type-arg]
                 if file.suffix not in KEPT or (source == "fedlora" and str(where) in _STAND_INS):
                     continue
                 (target / where).parent.mkdir(parents=True, exist_ok=True)
-                if file.suffix == ".py":
+                if file.suffix in (".py", ".pyi"):
                     (target / where).write_text(IMPORT.sub(r"\1fedlora.", file.read_text()))
                 else:
                     shutil.copyfile(file, target / where)

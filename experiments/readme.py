@@ -1,16 +1,21 @@
-"""Rewrites the README's tables, of strategies and of decided claims: ``python -m experiments.readme``."""
+"""Rewrites what follows from the registry of rules: ``python -m experiments.readme``.
+
+The README's tables, of strategies and of decided claims, the table of deviations in ``docs/strategy.md``, and
+the public classes as type checkers read them, ``strategies/__init__.pyi``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from experiments.marked import marks, remade
 from experiments.tables import decided_table, texts
 from fedlora.core.files import write_atomic
-from strategies.registry import markdown_table
+from strategies.named import stub
+from strategies.registry import deviations_table, markdown_table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
 
 
 def decided() -> str:
@@ -18,20 +23,27 @@ def decided() -> str:
     return decided_table(page.parent.name for page in texts())
 
 
-TABLES: dict[str, Callable[[], str]] = {"strategies": markdown_table, "decided": decided}
+TABLES: dict[str, Callable[[], str]] = {
+    "strategies": markdown_table, "decided": decided, "deviations": deviations_table
+}  # fmt: skip
 """What stands between the marks of these names."""
+PAGES = {"README.md": ["decided", "strategies"], "docs/strategy.md": ["deviations"]}
+"""Page -> the tables that it must have."""
+STUB = ROOT / "strategies" / "__init__.pyi"
 
 
-def with_tables(text: str) -> str:
+def with_tables(text: str, names: Sequence[str]) -> str:
     """The page with the tables of today between their marks."""
-    if sorted(marks(text)) != sorted(TABLES):
-        raise SystemExit(f"the page must have one table between marks for each of {', '.join(TABLES)}")
+    if sorted(marks(text)) != sorted(names):
+        raise SystemExit(f"the page must have one table between marks for each of {', '.join(names)}")
     return remade(text, TABLES)
 
 
-def main(page: Path = README) -> None:
-    """Write it."""
-    write_atomic(page, with_tables(page.read_text()))
+def main(root: Path = ROOT) -> None:
+    """Write all pages below ``root``."""
+    for page, names in PAGES.items():
+        write_atomic(root / page, with_tables((root / page).read_text(), names))
+    write_atomic(root / STUB.relative_to(ROOT), stub())
 
 
 if __name__ == "__main__":

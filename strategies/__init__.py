@@ -5,45 +5,8 @@
 True
 """
 
-from strategies.named import (
-    FedAvg,
-    FedExLoRA,
-    FedMomentum,
-    FedRotLoRA,
-    FedSALoRA,
-    FedSB,
-    FedSVD,
-    FedSVDRenew,
-    FFALoRA,
-    FlexLoRA,
-    FLoRA,
-    FLoRIST,
-    HeadOnly,
-    HetLoRA,
-    LoRAFAIR,
-    RoLoRA,
-    ZeroPadding,
-)
+from strategies.named import NAMED
 from strategies.registry import RULES, make_rule
 
-__all__ = [
-    "RULES",
-    "FFALoRA",
-    "FLoRA",
-    "FLoRIST",
-    "FedAvg",
-    "FedExLoRA",
-    "FedMomentum",
-    "FedRotLoRA",
-    "FedSALoRA",
-    "FedSB",
-    "FedSVD",
-    "FedSVDRenew",
-    "FlexLoRA",
-    "HeadOnly",
-    "HetLoRA",
-    "LoRAFAIR",
-    "RoLoRA",
-    "ZeroPadding",
-    "make_rule",
-]
+globals().update(NAMED)
+__all__ = [*NAMED, "RULES", "make_rule"]

@@ -1,8 +1,8 @@
-"""The strategies under the names that Flower's users expect, one class for each rule.
+"""The rules as Flower strategies, one public class for each: `FLoRA` is that of `FLoRARule`.
 
 Keyword arguments are those of `FactorStrategy`, the rule's own options (``lam``, ``period``, ``init_a``,
 ...), and, where the aggregate is a mean, ``center`` (see `strategies.robust`) and ``optimizer`` (see
-`strategies.server_optimizer`).
+`strategies.server_optimizer`). Type checkers read the classes in ``strategies/__init__.pyi``, see `stub`.
 """
 
 from __future__ import annotations
@@ -11,30 +11,13 @@ import inspect
 from typing import Any, ClassVar
 
 from strategies.flower import FactorStrategy
-from strategies.registry import COMPOSED, make_rule
+from strategies.registry import COMPOSED, RULES, make_rule
 from strategies.rule import Rule
-from strategies.rules.fed_sb import FedSBRule
-from strategies.rules.fedavg import FedAvgRule
-from strategies.rules.fedex import FedExRule
-from strategies.rules.fedmomentum import FedMomentumRule
-from strategies.rules.fedrot import FedRotRule
-from strategies.rules.fedsa import FedSARule
-from strategies.rules.fedsvd import FedSVDRule
-from strategies.rules.fedsvd_renew import FedSVDRenewRule
-from strategies.rules.ffa import FFALoRARule
-from strategies.rules.flexlora import FlexLoRARule
-from strategies.rules.flora import FLoRARule
-from strategies.rules.florist import FLoRISTRule
-from strategies.rules.head_only import HeadOnlyRule
-from strategies.rules.hetlora import HetLoRARule
-from strategies.rules.lora_fair import LoRAFAIRRule
-from strategies.rules.rolora import RoLoRARule
-from strategies.rules.zero_padding import ZeroPaddingRule
 
 SHARED = frozenset(inspect.signature(FactorStrategy.__init__).parameters) - {"self", "rule"}
 
 
-class _Named(FactorStrategy):
+class NamedStrategy(FactorStrategy):
     """A `FactorStrategy` whose rule is given by its class.
 
     Raises:
@@ -47,106 +30,35 @@ class _Named(FactorStrategy):
         shared = {key: value for key, value in options.items() if key in SHARED}
         own = {key: value for key, value in options.items() if key not in SHARED}
         composed = {key: own.pop(key) for key in COMPOSED if key in own}
-        super().__init__(make_rule(self.rule_type.facts.name, own, **composed), **shared)
+        super().__init__(make_rule(self.rule_type, own, **composed), **shared)
 
 
-class FedAvg(_Named):
-    """Averages A and B apart; see `strategies.rules.fedavg`."""
-
-    rule_type = FedAvgRule
-
-
-class FFALoRA(_Named):
-    """Freezes A and averages B; see `strategies.rules.ffa`."""
-
-    rule_type = FFALoRARule
+def public_class(rule: type[Rule]) -> type[NamedStrategy]:
+    """The strategy of a rule, by the rule's name without ``Rule``."""
+    text = f"{(rule.__doc__ or '').splitlines()[0]} See `{rule.__module__}`."
+    values = {"rule_type": rule, "__doc__": text, "__module__": __name__.rpartition(".")[0]}
+    return type(rule.__name__.removesuffix("Rule"), (NamedStrategy,), values)
 
 
-class FLoRA(_Named):
-    """Stacks all adapters into the base; see `strategies.rules.flora`."""
-
-    rule_type = FLoRARule
+NAMED = {strategy.__name__: strategy for strategy in map(public_class, RULES.values())}
+"""Public name -> strategy."""
 
 
-class FLoRIST(_Named):
-    """Stacks the strongest directions into the base; see `strategies.rules.florist`."""
-
-    rule_type = FLoRISTRule
-
-
-class FlexLoRA(_Named):
-    """Keeps the best rank-r approximation of the mean product; see `strategies.rules.flexlora`."""
-
-    rule_type = FlexLoRARule
-
-
-class FedExLoRA(_Named):
-    """Averages A and B apart, the remainder moves into the base; see `strategies.rules.fedex`."""
-
-    rule_type = FedExRule
-
-
-class LoRAFAIR(_Named):
-    """Averages A, corrects B; see `strategies.rules.lora_fair`."""
-
-    rule_type = LoRAFAIRRule
-
-
-class FedSVD(_Named):
-    """Averages B and refactors B A; see `strategies.rules.fedsvd`."""
-
-    rule_type = FedSVDRule
-
-
-class ZeroPadding(_Named):
-    """Averages A and B padded to one rank; see `strategies.rules.zero_padding`."""
-
-    rule_type = ZeroPaddingRule
-
-
-class FedMomentum(_Named):
-    """Keeps the strongest directions, the others move into the base; see `strategies.rules.fedmomentum`."""
-
-    rule_type = FedMomentumRule
-
-
-class FedSVDRenew(_Named):
-    """As FedSVD, and renews the weakest directions of A; see `strategies.rules.fedsvd_renew`."""
-
-    rule_type = FedSVDRenewRule
-
-
-class FedSALoRA(_Named):
-    """Averages A, leaves B with its client; see `strategies.rules.fedsa`."""
-
-    rule_type = FedSARule
-
-
-class FedSB(_Named):
-    """Freezes A and B, averages a core; see `strategies.rules.fed_sb`. For fedlora's ClientApp."""
-
-    rule_type = FedSBRule
-
-
-class HetLoRA(_Named):
-    """Pads ranks, weighs by size, prunes ranks; see `strategies.rules.hetlora`."""
-
-    rule_type = HetLoRARule
-
-
-class RoLoRA(_Named):
-    """Trains and averages B and A in turn; see `strategies.rules.rolora`."""
-
-    rule_type = RoLoRARule
-
-
-class FedRotLoRA(_Named):
-    """Rotates clients' factors onto each other, averages them; see `strategies.rules.fedrot`."""
-
-    rule_type = FedRotRule
-
-
-class HeadOnly(_Named):
-    """Trains the head alone, the control; see `strategies.rules.head_only`."""
-
-    rule_type = HeadOnlyRule
+def stub() -> str:
+    """The text of ``strategies/__init__.pyi``."""
+    names = ["RULES", *sorted(NAMED), "make_rule"]
+    classes = [f"class {name}(NamedStrategy): ..." for name in sorted(NAMED)]
+    return "\n".join(
+        [
+            "# Written from the registry: python -m experiments.readme",
+            "from strategies.named import NamedStrategy",
+            "from strategies.registry import RULES, make_rule",
+            "",
+            "__all__ = [",
+            *(f'    "{name}",' for name in names),
+            "]",
+            "",
+            *classes,
+            "",
+        ]
+    )

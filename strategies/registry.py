@@ -1,6 +1,7 @@
-"""The rules by name: one explicit dictionary, from which tables, tests and refusals are made.
+"""The rules by name; tables, tests, refusals and the public classes follow from it.
 
-A rule of one's own needs no entry: ``strategy.name`` may be ``module:Class`` (see docs/strategy.md).
+A rule in a file of ``strategies/rules/`` is listed by being there. One of a user's own is named as
+``module:Class`` (see docs/strategy.md) and never takes a listed name.
 """
 
 from __future__ import annotations
@@ -11,68 +12,44 @@ import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from pkgutil import iter_modules
+from types import MappingProxyType
 from typing import Any
 
 from fedlora.errors import ConfigError, NotApplicable, named_line
+from strategies import rules
 from strategies.center import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule
-from strategies.rules.fed_sb import FedSBRule
-from strategies.rules.fedavg import FedAvgRule
-from strategies.rules.fedex import FedExRule
-from strategies.rules.fedmomentum import FedMomentumRule
-from strategies.rules.fedrot import FedRotRule
-from strategies.rules.fedsa import FedSARule
-from strategies.rules.fedsvd import FedSVDRule
-from strategies.rules.fedsvd_renew import FedSVDRenewRule
-from strategies.rules.ffa import FFALoRARule
-from strategies.rules.flexlora import FlexLoRARule
-from strategies.rules.flora import FLoRARule
-from strategies.rules.florist import FLoRISTRule
-from strategies.rules.head_only import HeadOnlyRule
-from strategies.rules.hetlora import HetLoRARule
-from strategies.rules.local_only import LocalOnlyRule
-from strategies.rules.lora_fair import LoRAFAIRRule
-from strategies.rules.rolora import RoLoRARule
-from strategies.rules.zero_padding import ZeroPaddingRule
 from strategies.server_optimizer import ServerOptimizer
 
-LISTED: tuple[type[Rule], ...] = (
-    FedAvgRule,
-    FFALoRARule,
-    FLoRARule,
-    FLoRISTRule,
-    FlexLoRARule,
-    FedExRule,
-    LoRAFAIRRule,
-    FedSVDRule,
-    HetLoRARule,
-    ZeroPaddingRule,
-    RoLoRARule,
-    FedSARule,
-    FedSBRule,
-    FedMomentumRule,
-    FedRotRule,
-    FedSVDRenewRule,
-    HeadOnlyRule,
-    LocalOnlyRule,
-)
-"""In the order of the tables."""
-RULES: dict[str, type[Rule]] = {rule.facts.name: rule for rule in LISTED}
+
+def found() -> dict[str, type[Rule]]:
+    """The rules in ``strategies/rules/``, in the order of their files' names."""
+    listed: dict[str, type[Rule]] = {}
+    for file in sorted(iter_modules(rules.__path__), key=lambda file: file.name):
+        module = importlib.import_module(f"{rules.__name__}.{file.name}")
+        for rule in vars(module).values():
+            if isinstance(rule, type) and issubclass(rule, Rule) and rule.__module__ == module.__name__:
+                other = listed.setdefault(rule.facts.name, rule)
+                assert other is rule, f"{other.__module__} and {rule.__module__} are both {rule.facts.name!r}"
+    return listed
 
 
+RULES: Mapping[str, type[Rule]] = MappingProxyType(found())
+"""Name -> rule, in the order of the tables."""
 COMPOSED = ("center", "optimizer")
 """Fields of a `MeanRule` that are no options of its own: what it is composed with."""
 
 
 def make_rule(
-    name: str,
+    name: str | type[Rule],
     options: Mapping[str, Any] | None = None,
     *,
     center: Center | None = None,
     optimizer: ServerOptimizer | None = None,
 ) -> Rule:
-    """The rule of that name with its options (fields of its class), composed with what is given.
+    """The rule of that name, or class, with its options (its fields), composed with what is given.
 
     Raises:
         NotApplicable: a robust centre or a server optimiser for a rule whose aggregate is no mean.
@@ -81,18 +58,18 @@ def make_rule(
     >>> make_rule("fedsvd", {"period": 2}).period
     2
     """
-    rule = rule_type(name)
-    fields = option_fields(rule)
+    rule = rule_type(name) if isinstance(name, str) else name
+    fields, called = option_fields(rule), rule.facts.name
     for key, value in (options or {}).items():
         if key not in fields:
             raise ConfigError(
-                f"strategy.options {key} = {value!r}: {name} accepts {', '.join(fields) or 'none'}"
+                f"strategy.options {key} = {value!r}: {called} accepts {', '.join(fields) or 'none'}"
             )
         expected = type(fields[key].default)
         if expected is float and type(value) is int:
             continue
         if type(value) is not expected:
-            raise ConfigError(f"strategy.options {key} = {value!r}: {name} expects {expected.__name__}")
+            raise ConfigError(f"strategy.options {key} = {value!r}: {called} expects {expected.__name__}")
     composed = _composed(rule, center, optimizer)
     return rule(**(options or {}), **composed)
 

@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from experiments.readme import main, with_tables
+from experiments.readme import PAGES, STUB, main, with_tables
 from fedlora.cli import cli
-from strategies.registry import deviations, deviations_table, markdown_table
+from strategies.named import stub
+from strategies.registry import deviations, markdown_table
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tables_are_the_facts_and_the_results() -> None:
-    assert with_tables(README) == README, "regenerate it: python -m experiments.readme"
+def test_pages_say_what_the_registry_and_the_results_say() -> None:
+    for page, names in PAGES.items():
+        text = (ROOT / page).read_text()
+        assert with_tables(text, names) == text, "regenerate it: python -m experiments.readme"
+    assert STUB.read_text() == stub(), "regenerate it: python -m experiments.readme"
 
 
 def test_a_table_that_drifted_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(README.replace("| `flora` | FLoRA | yes |", "| `flora` | FLoRA | no |"))
-    assert page.read_text() != README
-    main(page)
-    assert page.read_text() == README
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    (tmp_path / "README.md").write_text(
+        README.replace("| `flora` | FLoRA | yes |", "| `flora` | FLoRA | no |")
+    )
+    assert (tmp_path / "README.md").read_text() != README
+    main(tmp_path)
+    assert (tmp_path / "README.md").read_text() == README
+    assert (tmp_path / "strategies" / "__init__.pyi").read_text() == STUB.read_text()
 
 
-def test_a_page_without_its_markers_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_its_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="strategies"):
-        with_tables("no markers")
+        with_tables("no marks", PAGES["README.md"])
 
 
 def test_the_command_shows_the_same_facts_as_the_table() -> None:
@@ -49,7 +57,6 @@ def test_what_differs_from_the_papers_is_shown_and_documented() -> None:
     assert {"fedrot", "hetlora", "fed-sb", "fedsa", "fedsvd", "florist", "fedmomentum"} <= set(deviations())
     for name, text in deviations().items():
         assert f"{name}: {text}" in shown
-    assert deviations_table() in (ROOT / "docs" / "strategy.md").read_text()
 
 
 def test_every_link_leads_to_a_file() -> None:

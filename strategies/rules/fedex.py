@@ -39,7 +39,7 @@ from strategies.rules.zero_padding import padded
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedExRule(Rule):
+class FedExLoRARule(Rule):
     """A and B averaged apart, the remainder into the base."""
 
     facts: ClassVar[Facts] = Facts(

@@ -47,7 +47,7 @@ NEGLIGIBLE = 1e-7
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedRotRule(Rule):
+class FedRotLoRARule(Rule):
     """Factors aligned to the last global A or B in turn, then averaged apart.
 
     Attributes:

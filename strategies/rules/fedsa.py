@@ -24,7 +24,7 @@ from strategies.mean import MeanRule
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedSARule(MeanRule):
+class FedSALoRARule(MeanRule):
     """A averaged, B personal."""
 
     facts: ClassVar[Facts] = Facts(

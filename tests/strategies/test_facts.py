@@ -139,31 +139,6 @@ DOWN: dict[str, Callable[[int, int, int, int], int]] = {
 }
 """The spellings of ``facts.down`` up to the first blank; m clients of rank r each, so that R = m r."""
 
-UP: dict[str, Callable[[int, int, int], int]] = {
-    "fedavg": lambda r, o, i: r * o + r * i,
-    "ffa": lambda r, o, i: r * o,
-    "flora": lambda r, o, i: r * o + r * i,
-    "florist": lambda r, o, i: r * o + r * i,
-    "flexlora": lambda r, o, i: r * o + r * i,
-    "fedex": lambda r, o, i: r * o + r * i,
-    "zero-padding": lambda r, o, i: r * o + r * i,
-    "rolora": lambda r, o, i: r * o,
-    "hetlora": lambda r, o, i: r * o + r * i,
-    "fedrot": lambda r, o, i: r * o + r * i,
-    "fedmomentum": lambda r, o, i: r * o + r * i,
-    "lora-fair": lambda r, o, i: r * o + r * i,
-    "fedsa": lambda r, o, i: r * i,
-    "fed-sb": lambda r, o, i: r * r,
-    "fedsvd": lambda r, o, i: r * o,
-    "fedsvd-renew": lambda r, o, i: r * o,
-    "head-only": lambda r, o, i: 0,
-    "local-only": lambda r, o, i: 0,
-}
-"""Numbers that one client sends for one layer, from the methods' descriptions."""
-
-UP_IN_EVEN_ROUNDS: dict[str, Callable[[int, int, int], int]] = {"rolora": lambda r, o, i: r * i}
-"""The same in rounds 2, 4, .., where it differs."""
-
 
 def spelling(text: str, server_round: int) -> str:
     """The formula in ``facts.up`` or ``facts.down`` for a round, or for the way down after it.
@@ -184,8 +159,6 @@ def test_bytes_up_are_the_closed_form(
     A, B, R = torch.zeros(rank, in_features), torch.zeros(out_features, rank), torch.zeros(rank, rank)
     factors = LoraFactors(A, B, 1.0, R)
     shipped = sum(getattr(factors, factor).nbytes for factor in rule.shipped(server_round))
-    described = {**UP, **UP_IN_EVEN_ROUNDS} if server_round % 2 == 0 else UP
-    assert shipped == 4 * described[rule.facts.name](rank, out_features, in_features)
     formula = FORMULAS[spelling(rule.facts.up, server_round)]
     assert shipped == 4 * formula(rank, out_features, in_features)
 

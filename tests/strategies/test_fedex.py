@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, Template
 from strategies.layer import Weighted
-from strategies.rules.fedex import FedExRule, residual
+from strategies.rules.fedex import FedExLoRARule, residual
 from tests import oracles
 from tests.models.samples import adapted, logits, random_adapters, save_tiny_gpt2, token_batch
 from tests.strategies.federations import (
@@ -25,7 +25,7 @@ from tests.strategies.federations import (
     relative,
 )
 
-RULE = FedExRule()
+RULE = FedExLoRARule()
 
 
 @given(federation=federations(), rank=st.integers(1, 4))

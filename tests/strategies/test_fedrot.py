@@ -17,7 +17,7 @@ from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
 from strategies.registry import make_rule
-from strategies.rules.fedrot import FedRotRule, align, rotation, softened
+from strategies.rules.fedrot import FedRotLoRARule, align, rotation, softened
 from tests.oracles import best_rotation, soft_rotation
 from tests.strategies.federations import Federation, effective, federations, numpy, one_layer, relative
 
@@ -202,7 +202,7 @@ def test_the_first_round_of_a_fresh_adapter_is_fedavgs() -> None:
 @pytest.mark.parametrize("lam", [-0.1, float("nan"), float("inf")])
 def test_an_impossible_lambda_is_refused(lam: float) -> None:
     with pytest.raises(ConfigError, match=r"^strategy.options lam = .*: must be in \[0, 1\], or above .*"):
-        FedRotRule(lam=lam)
+        FedRotLoRARule(lam=lam)
 
 
 # --- the released default -----------------------------------------------------------------------------------

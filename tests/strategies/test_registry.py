@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,25 @@ from fedlora.core.factors import LoraFactors
 from fedlora.core.init_drawn import DRAWN, INIT_A
 from fedlora.core.state import ModuleSpec, Template
 from fedlora.errors import ConfigError
-from strategies.registry import RULES, make_rule
+from strategies import rules
+from strategies.named import public_class
+from strategies.registry import RULES, found, make_rule
+from strategies.rules import fedavg
+
+
+def test_a_file_among_the_rules_is_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else names it; a second rule of one name is refused, and one that lies elsewhere is none."""
+    monkeypatch.setattr(rules, "__path__", [*rules.__path__, str(tmp_path)])
+    text = Path(fedavg.__file__).read_text()
+    (tmp_path / "mine.py").write_text(text.replace('name="fedavg"', 'name="mine"'))
+    listed = found()
+    assert list(listed) == sorted([*RULES, "mine"], key=lambda name: listed[name].__module__)
+    assert {name: rule for name, rule in listed.items() if name != "mine"} == RULES
+    assert public_class(listed["mine"])(scaling=2.0).rule == listed["mine"]()
+    (tmp_path / "twin.py").write_text(text)
+    with pytest.raises(AssertionError, match=r"rules\.fedavg and strategies\.rules\.twin are both 'fedavg'"):
+        found()
+    assert "mine" not in RULES
 
 
 @pytest.mark.parametrize("name", RULES)

@@ -23,7 +23,7 @@ from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
 from tests.models.samples import logits, token_batch
 
-UNEQUAL_RANKS = {"flora", "florist", "flexlora", "fedex", "hetlora", "zero-padding", "fedmomentum"}
+UNEQUAL_RANKS = {name for name, rule in RULES.items() if rule.facts.mixed_ranks and rule.facts.uploaded}
 """Rules whose clients may have other ranks."""
 MIXED = {"lora.ranks": "2,4,3,4"}
 SGD = {"train.optimizer": "sgd", "train.learning-rate": 0.5}
