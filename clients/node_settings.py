@@ -1,28 +1,18 @@
-"""What the owner of a node decides, in its ``node.toml``, which Flower calls the node config.
-
-| key | meaning |
-|---|---|
-| ``partition-id`` | which partition this node is; the server checks it against the node's key |
-| ``data`` | the node's own examples, an absolute path; empty: this partition of the run's dataset |
-| ``text-column``, ``image-column``, ``label-column`` | in ``data``; an empty ``label-column``: no labels |
-| ``test-fraction`` | share of ``data`` kept from training, to measure a personal model on |
-| ``dataset-id`` | the owner's name for the data, under which spent privacy is written down |
-| ``max-epsilon``, ``max-delta`` | the owner's own limit, over all runs; ``max-epsilon`` 0 means none |
-| ``keep-model`` | keep the base model in memory between messages |
-| ``state-dir`` | what the node keeps; ``FEDLORA_STATE_DIR`` says where if it is absent |
-"""
+"""Settings of a node, which its owner makes in its ``node.toml``; Flower calls them the node config."""
 
 from __future__ import annotations
 
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from fedlora.assets.fetch import cache_dir
-from fedlora.config.checks import from_keys, require
+from fedlora.config.checks import require
+from fedlora.config.section import by_field, section
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,33 +22,41 @@ FLOWERS_OWN = ("num-partitions", "simulation")
 """Keys of a node config that an engine sets."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section()
 class NodeSettings:
-    """The keys of the table above."""
+    """A ``node.toml``."""
 
-    partition_id: int
+    partition_id: NonNegativeInt
+    """Which partition this node is, for instance ``0``; the server checks it against the node's key."""
     data: str = ""
+    """The node's own examples, an absolute path, for instance ``/srv/notes.jsonl``; empty: this partition of
+    the run's dataset."""
     text_column: str = "text"
+    """Column of ``data`` with the text."""
     image_column: str = "image"
+    """Column of ``data`` with the picture."""
     label_column: str = "label"
-    test_fraction: float = 0.0
+    """Column of ``data`` with the label; empty: no labels."""
+    test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of ``data`` kept from training, to measure a personal model on."""
     dataset_id: str = ""
-    max_epsilon: float = 0.0
-    max_delta: float = 1e-5
+    """The owner's name for the data, by which spent privacy is written down, for instance ``notes-2025``."""
+    max_epsilon: NonNegativeFloat = 0.0
+    """The owner's own limit, over all runs; 0 means none."""
+    max_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    """Delta of that limit."""
     keep_model: bool = False
+    """Keep the base model in memory between messages."""
     state_dir: str = ""
+    """What the node keeps, for instance ``/srv/fedlora``; ``FEDLORA_STATE_DIR`` says where if it is empty."""
 
     def __post_init__(self) -> None:
-        require(self.partition_id >= 0, "partition-id", self.partition_id, "must be >= 0")
         require(not self.data or Path(self.data).is_absolute(), "data", self.data, "must be an absolute path")
         require(
             not self.data or bool(self.dataset_id), "dataset-id", self.dataset_id,
             "must name your data, privacy spent on it is written down under that name",
         )  # fmt: skip
         require(self.dataset_id.isprintable(), "dataset-id", self.dataset_id, "must be one line of text")
-        require(0 <= self.test_fraction < 1, "test-fraction", self.test_fraction, "must be in [0, 1)")
-        require(self.max_epsilon >= 0, "max-epsilon", self.max_epsilon, "must be >= 0")
-        require(0 < self.max_delta < 1, "max-delta", self.max_delta, "must be in (0, 1)")
 
     @property
     def home(self) -> Path:
@@ -74,8 +72,7 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
         ConfigError: an unknown key, or a value that is not accepted.
     """
     own = {key: value for key, value in node_config.items() if key not in FLOWERS_OWN}
-    settings: NodeSettings = from_keys(NodeSettings, own, "")
-    return settings
+    return NodeSettings(**by_field(own))
 
 
 def own_of(settings: NodeSettings, labels: tuple[str, ...] = ()) -> OwnData | None:

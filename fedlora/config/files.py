@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fedlora.config.checks import Scalar, from_keys, kebab
+from fedlora.config.checks import Scalar, refusal
 from fedlora.config.run import RunConfig
+from fedlora.config.section import by_field, kebab
 from fedlora.core.files import user_path
 from fedlora.errors import ConfigError
 
@@ -49,23 +50,19 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
     >>> from_flat({"lora.rank": 4}).lora.rank
     4
     """
-    known = to_flat(RunConfig())
-    for key in flat:
+    defaults = RunConfig()
+    known = to_flat(defaults)
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in flat.items():
         if key not in known:
             near = get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"keys look like {', '.join(list(known)[:3])}"
-            raise ConfigError(f"{key} = {flat[key]!r}: unknown key ({hint})")
-    sections: dict[str, dict[str, Any]] = {}
-    top: dict[str, Any] = {}
-    for key, value in flat.items():
-        section, dot, name = key.rpartition(".")
-        (sections.setdefault(section, {}) if dot else top)[name] = value
-    built = {
-        name: from_keys(type(getattr(RunConfig(), name)), values, f"{name}.")
-        for name, values in sections.items()
-    }
-    config: RunConfig = from_keys(RunConfig, top, "", built)
-    return config
+            raise ConfigError(refusal(key, value, f"unknown key ({hint})"))
+        table, _, name = key.rpartition(".")
+        sections.setdefault(table, {})[name] = value
+    top = sections.pop("", {})
+    built = {table: type(getattr(defaults, table))(**by_field(keys)) for table, keys in sections.items()}
+    return RunConfig(**by_field(top), **built)
 
 
 def to_flat(config: Any, prefix: str = "") -> FlatConfig:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
+from functools import cached_property
+from typing import Annotated, Literal
 
-from fedlora.config.checks import from_keys, int_list, kebab, one_of, parse_json, require
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from fedlora.config.checks import int_list, parse_json, require
 from fedlora.config.privacy import PrivacyConfig
+from fedlora.config.section import by_field, section
 from fedlora.config.sections import (
     DataConfig,
     EngineConfig,
@@ -18,57 +23,60 @@ from fedlora.config.sections import (
 from fedlora.config.strategy import StrategyConfig
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section("client-groups ")
 class ClientGroup:
     """Settings of some partitions that differ from the rest; one entry of ``client-groups``."""
 
     partitions: str
-    """Comma list of partition ids and ranges, ``0-3,7``."""
-    rank: int | None = None
-    alpha: float | None = None
+    """Comma list of partition ids and ranges, for instance ``0-3,7``."""
+    rank: PositiveInt | None = None
+    """In place of ``lora.rank`` and ``lora.ranks``, for instance ``4``."""
+    alpha: PositiveFloat | None = None
+    """In place of ``lora.alpha``, for instance ``8.0``."""
     target_modules: str | None = None
-    local_steps: int | None = None
+    """In place of ``lora.target-modules``, for instance ``query,value``."""
+    local_steps: PositiveInt | None = None
+    """In place of ``train.local-steps``, for instance ``5``."""
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "local_steps"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"client-groups {kebab(name)}", value, "must be > 0")
+        _ = self.members
 
-    @property
+    @cached_property
     def members(self) -> tuple[int, ...]:
         return int_list("client-groups partitions", self.partitions)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@section()
 class RunConfig:
     """One federated run."""
 
     task: str = "classification"
     """``classification``, ``causal-lm`` or ``instruction``; see ``docs/tasks.md``."""
-    num_server_rounds: int = 10
-    """Rounds, >= 1."""
-    fraction_train: float = 1.0
-    """Share of the clients sampled each round, in (0, 1]."""
-    min_train_nodes: int = 1
-    """A round with fewer valid updates fails the run, >= 1."""
-    min_available_nodes: int = 1
-    """The run waits until so many clients are connected, >= 1."""
-    round_timeout: float = 3600.0
-    """Seconds to wait for a round's replies, > 0."""
-    evaluate_every: int = 1
-    """Evaluate the global model every so many rounds, >= 1 (always after the last)."""
-    seed: int = 0
-    """Root of all randomness, >= 0."""
+    num_server_rounds: PositiveInt = 10
+    """Rounds."""
+    fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the clients sampled each round."""
+    min_train_nodes: PositiveInt = 1
+    """A round with fewer valid updates fails the run."""
+    min_available_nodes: PositiveInt = 1
+    """The run waits until so many clients are connected."""
+    round_timeout: PositiveFloat = 3600.0
+    """Seconds to wait for a round's replies."""
+    evaluate_every: PositiveInt = 1
+    """Evaluate the global model every so many rounds (always after the last)."""
+    seed: NonNegativeInt = 0
+    """Root of all randomness."""
     partitions: str = ""
-    """Only these partitions take part, ``0-3,7``; empty means all."""
-    wire_dtype: str = "float32"
+    """Only these partitions take part, for instance ``0-3,7``; empty means all."""
+    wire_dtype: Literal["float32", "float16"] = "float32"
     """Numbers travel as ``float32``, or as ``float16``: half the bytes, rounded where they come from."""
     output_dir: str = ""
-    """Where results go; empty means ``runs/<name of the config file>``, or a folder named after the run."""
+    """Where results go, for instance ``runs/a``; empty means ``runs/<name of the config file>``, or a
+    folder named after the run."""
     resume: bool = False
     """Go on after the last checkpoint in ``output-dir``; ``fedlora run`` has ``--resume`` for it."""
     client_groups: str = ""
-    """JSON list of groups: ``[{"partitions": "0-3", "rank": 4, "local-steps": 5}]``."""
+    """JSON list of groups, for instance ``[{"partitions": "0-3", "rank": 4, "local-steps": 5}]``."""
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -80,30 +88,28 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        for name in ("num_server_rounds", "min_train_nodes", "min_available_nodes", "evaluate_every"):
-            value = getattr(self, name)
-            require(value >= 1, kebab(name), value, "must be >= 1")
-        require(0 < self.fraction_train <= 1, "fraction-train", self.fraction_train, "must be in (0, 1]")
-        require(self.round_timeout > 0, "round-timeout", self.round_timeout, "must be > 0")
-        require(self.seed >= 0, "seed", self.seed, "must be >= 0")
-        one_of("wire-dtype", self.wire_dtype, ("float32", "float16"))
-        int_list("partitions", self.partitions)
-        _ = self.groups
+        _ = self.partition_list, self.groups
 
-    @property
+    @cached_property
+    def partition_list(self) -> tuple[int, ...]:
+        """The decoded ``partitions``."""
+        return int_list("partitions", self.partitions)
+
+    @cached_property
     def groups(self) -> tuple[ClientGroup, ...]:
         """The decoded client groups."""
-        groups = []
-        for entry in parse_json("client-groups", self.client_groups, list):
+        entries = parse_json("client-groups", self.client_groups, list)
+        for entry in entries:
             require(isinstance(entry, dict), "client-groups", entry, "each entry must be an object")
-            groups.append(from_keys(ClientGroup, entry, "client-groups "))
-        for group in groups:
-            _ = group.members
-        return tuple(groups)
+        return tuple(ClientGroup(**by_field(entry)) for entry in entries)
+
+    @cached_property
+    def _group_by_partition(self) -> dict[int, ClientGroup]:
+        return {partition: group for group in reversed(self.groups) for partition in group.members}
 
     def group_of(self, partition_id: int) -> ClientGroup | None:
         """The first group that lists this partition."""
-        return next((g for g in self.groups if partition_id in g.members), None)
+        return self._group_by_partition.get(partition_id)
 
     def rank_of(self, partition_id: int) -> int:
         """The rank of one partition: its group's, else its entry of ``lora.ranks``."""

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -54,7 +54,7 @@ class AdapterCard:
     max_length: int
     seed: int
     task: str = CLASSIFICATION.name
-    assistant_loss: str = "all"
+    assistant_loss: Literal["all", "last"] = "all"
 
     def write(self, directory: Path) -> None:
         """Write ``fedlora.json``."""

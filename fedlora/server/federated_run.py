@@ -13,7 +13,7 @@ from flwr.serverapp import Grid
 
 from clients.rehearsal import rehearse
 from clients.runtime import ClientRuntime, client_runtime
-from fedlora.config import RunConfig, int_list
+from fedlora.config import RunConfig
 from fedlora.core.factors import Tensors
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, RunFailed
@@ -105,7 +105,7 @@ class FederatedRun:
     def partitions(self) -> Collection[int]:
         """The partitions that may take part."""
         there = self.runtime.data.clients if self.nodes is None else sorted(self.nodes)
-        chosen = int_list("partitions", self.config.partitions)
+        chosen = self.config.partition_list
         for partition in sorted({*chosen} & {*self.left_out}):
             raise ConfigError(
                 f"partitions = {self.config.partitions!r}: partition {partition} cannot take part, "

@@ -32,7 +32,7 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
     """
     if ":" in config.strategy.name or config.privacy.ledger:
         return None
-    device = config.engine.device
+    device: str = config.engine.device
     if device == "auto":
         if config.engine.address:
             return None

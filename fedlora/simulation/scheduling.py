@@ -16,7 +16,7 @@ from flwr.app import Message, MessageType
 from clients.runtime import ClientRuntime
 from clients.training.batched.cohort_size import cohort_size
 from clients.training.batches import num_steps
-from fedlora.config import RunConfig, int_list, read_config
+from fedlora.config import RunConfig, read_config
 from fedlora.models import pick_device
 from fedlora.prepared.cache import Prepared
 
@@ -86,7 +86,7 @@ def with_cohort_size(config: RunConfig, path: Path, runtime: ClientRuntime | Non
 
 
 def _chosen(config: RunConfig, runtime: ClientRuntime) -> int:
-    clients = len(int_list("partitions", config.partitions)) or len(runtime.data.clients)
+    clients = len(config.partition_list) or len(runtime.data.clients)
     head = runtime.model.initial_head.values() if config.model.head != "freeze" else ()
     device = config.engine.device
     return cohort_size(

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import inspect
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,14 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.config import (
-    ClientGroup,
     RunConfig,
     flatten,
     from_flat,
     int_list,
     name_list,
-    run,
-    sections,
     to_flat,
 )
 from fedlora.config.files import read_config
@@ -101,25 +95,25 @@ BAD: list[tuple[str, Any, str]] = [
     ("partitions", "7-3", "'7-3' is not a whole number or a range"),
     ("strategy.options", '{"init-a": "kaiming"}', "init-a is strategy.init-a"),
     *((key, 0.0 if isinstance(DEFAULTS[key], float) else 0, "must be > 0") for key in ABOVE_ZERO),
-    *((key, 0, "must be >= 1") for key in FROM_ONE),
+    *((key, 0, "must be > 0") for key in FROM_ONE),
     *((key, -1, "must be >= 0") for key in FROM_ZERO),
     *((key, "nonsense", "accepted are") for key in CHOICES),
     ("engine.num-cpus", 0.0, "must be >= 0.0001"),
-    ("engine.num-gpus", -1, "must be 0, a share from 0.0001 to 1, or whole GPUs"),
+    ("engine.num-gpus", -1, "must be >= 0 (a share from 0.0001 to 1, or whole GPUs)"),
     ("engine.num-gpus", 1.5, "must be 0, a share from 0.0001 to 1, or whole GPUs"),
-    ("fraction-train", 0.0, "must be in (0, 1]"),
-    ("fraction-train", 1.5, "must be in (0, 1]"),
-    ("lora.dropout", 1.0, "must be in [0, 1)"),
-    ("lora.dropout", -0.1, "must be in [0, 1)"),
-    ("train.momentum", 1.0, "must be in [0, 1)"),
-    ("data.test-fraction", 0.0, "must be in (0, 1)"),
-    ("data.test-fraction", 1.0, "must be in (0, 1)"),
-    ("privacy.target-delta", 1.0, "must be in (0, 1)"),
-    ("privacy.target-delta", 0.0, "must be in (0, 1)"),
+    ("fraction-train", 0.0, "must be > 0"),
+    ("fraction-train", 1.5, "must be <= 1"),
+    ("lora.dropout", 1.0, "must be < 1"),
+    ("lora.dropout", -0.1, "must be >= 0"),
+    ("train.momentum", 1.0, "must be < 1"),
+    ("data.test-fraction", 0.0, "must be > 0"),
+    ("data.test-fraction", 1.0, "must be < 1"),
+    ("privacy.target-delta", 1.0, "must be < 1"),
+    ("privacy.target-delta", 0.0, "must be > 0"),
     ("data.max-length", 7, "must be >= 8"),
     ("data.partitioner", "dirichlet", "needs >= 1"),
-    ("model.name", "", "must name"),
-    ("data.name", "", "must name"),
+    ("model.name", "", "at least 1 character (name a model or a directory)"),
+    ("data.name", "", "at least 1 character (name a dataset or a file)"),
     ("lora.ranks", "4,0", "ranks must be >= 1"),
     ("lora.ranks", "4,x", "whole number or a range"),
     ("lora.ranks", "4,-8", "whole number or a range"),
@@ -136,20 +130,20 @@ BAD: list[tuple[str, Any, str]] = [
     ("client-groups", '[{"rank": 4}]', "is missing"),
     ("client-groups", '[{"partitions": "0", "ranks": 4}]', "unknown key, accepted are partitions, rank"),
     ("client-groups", '[{"partitions": "0", "rank": 0}]', "must be > 0"),
-    ("client-groups", '[{"partitions": "0", "rank": "4"}]', "must be a whole number"),
+    ("client-groups", '[{"partitions": "0", "rank": "4"}]', "must be a valid integer"),
     ("client-groups", '[{"partitions": "a-b"}]', "whole number or a range"),
-    ("client-groups", '[{"partitions": 3}]', "must be a string"),
-    ("lora.alpha", float("nan"), "must be finite"),
-    ("train.learning-rate", float("inf"), "must be finite"),
-    ("lora.rank", 4.0, "must be a whole number"),
-    ("lora.rank", "4", "must be a whole number"),
-    ("lora.rank", True, "must be a whole number"),
-    ("lora.rank", None, "must be a whole number"),
-    ("lora.alpha", "16", "must be a number"),
-    ("lora.alpha", True, "must be a number"),
-    ("lora.use-rslora", 1, "must be true or false"),
-    ("model.name", 3, "must be a string"),
-    ("lora.ranks", 8, "must be a string"),
+    ("client-groups", '[{"partitions": 3}]', "must be a valid string"),
+    ("lora.alpha", float("nan"), "must be a finite number"),
+    ("train.learning-rate", float("inf"), "must be a finite number"),
+    ("lora.rank", 4.0, "must be a valid integer"),
+    ("lora.rank", "4", "must be a valid integer"),
+    ("lora.rank", True, "must be a valid integer"),
+    ("lora.rank", None, "must be a valid integer"),
+    ("lora.alpha", "16", "must be a valid number"),
+    ("lora.alpha", True, "must be a valid number"),
+    ("lora.use-rslora", 1, "must be a valid boolean"),
+    ("model.name", 3, "must be a valid string"),
+    ("lora.ranks", 8, "must be a valid string"),
     ("lora.rnk", 4, "did you mean lora.rank?"),
     ("lora.use_rslora", True, "did you mean lora.use-rslora?"),
     ("num_server_rounds", 3, "did you mean num-server-rounds?"),
@@ -176,7 +170,7 @@ def test_every_key_has_a_refused_value() -> None:
     """A wrong type at least; so no key is read without being looked at."""
     for key, default in DEFAULTS.items():
         wrong = 1 if isinstance(default, str | bool) else "text"
-        with pytest.raises(ConfigError, match=f"^{key} = .*: must be "):
+        with pytest.raises(ConfigError, match=f"^{key} = {wrong!r}: (must be|accepted are) "):
             from_flat({key: wrong})
 
 
@@ -217,35 +211,6 @@ def test_scaling_is_alpha_over_rank_or_its_root() -> None:
 def test_options_are_the_rules_own_names() -> None:
     config = from_flat({"strategy.options": '{"some-thing": 1}', "strategy.init-a": "orthonormal"})
     assert config.strategy.option_dict == {"init_a": "orthonormal", "some_thing": 1}
-
-
-# --- documentation ------------------------------------------------------------------------------------
-
-
-def undocumented(module: ModuleType) -> dict[str, list[str]]:
-    """Fields of each dataclass that no string literal follows."""
-    found: dict[str, list[str]] = {}
-    for node in ast.parse(inspect.getsource(module)).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
-                continue
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            if not documented:
-                found.setdefault(node.name, []).append(statement.target.id)
-    return found
-
-
-def test_every_field_has_a_sentence_under_it() -> None:
-    """But for sections, which are documented as classes, and a group's fields, which repeat keys."""
-    assert undocumented(sections) == {}
-    missing = undocumented(run)
-    of_run = {f.name: f.type for f in dataclasses.fields(RunConfig)}
-    assert all(str(of_run[name]).endswith("Config") for name in missing.pop("RunConfig", []))
-    repeated = {key.rpartition(".")[2].replace("-", "_") for key in DEFAULTS}
-    assert set(missing.pop(ClientGroup.__name__, [])) <= repeated
-    assert missing == {}
 
 
 def test_all_sections_are_frozen_and_keyword_only() -> None:

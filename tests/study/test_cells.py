@@ -144,7 +144,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"study__strategies": "flora", "study__overrides": '{"flora": {"lora.rank": 0}}'},
-        "study.overrides flora: lora.rank = 0: must be >= 1",
+        "study.overrides flora: lora.rank = 0: must be > 0",
     ),
     (
         {
@@ -173,7 +173,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"study__strategies": "flora", "study__settings": '{"a": {"lora.rank": 0}}'},
-        "study.settings a: lora.rank = 0: must be >= 1",
+        "study.settings a: lora.rank = 0: must be > 0",
     ),
     (
         {
@@ -181,7 +181,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "study__settings": '{"a": {}}',
             "study__overrides": '{"flora-a": {"lora.rank": 0}}',
         },
-        "study.overrides flora-a: lora.rank = 0: must be >= 1",
+        "study.overrides flora-a: lora.rank = 0: must be > 0",
     ),
     ({"study__strategies": "flora", "study__settings": '{"../a": {}}'}, "names a directory"),
     (

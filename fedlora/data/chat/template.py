@@ -9,7 +9,6 @@ from datetime import date
 from typing import Any, TypeAlias
 
 from fedlora.config import RunConfig
-from fedlora.config.checks import parse_json
 from fedlora.data.chat.conversations import Turn
 from fedlora.errors import ConfigError, first_line
 
@@ -64,8 +63,7 @@ class ChatSettings:
 def chat_settings(config: RunConfig) -> ChatSettings:
     """How a run's conversations become examples."""
     model = config.model
-    kwargs = parse_json("model.chat-template-kwargs", model.chat_template_kwargs, dict)
-    return ChatSettings(model.chat_template, kwargs, config.data.assistant_loss)
+    return ChatSettings(model.chat_template, model.template_variables, config.data.assistant_loss)
 
 
 def writes_date(template: str, kwargs: Mapping[str, Any]) -> bool:

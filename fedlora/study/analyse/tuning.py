@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedlora.config import RunConfig, Scalar, StudyConfig, float_list, from_flat, int_list, to_flat
+from fedlora.config import RunConfig, Scalar, StudyConfig, from_flat, to_flat
 from fedlora.errors import ConfigError
 from fedlora.study.analyse.results import load_result
 from fedlora.study.plan.cells import FILE_NAME, Cell
@@ -98,8 +98,8 @@ def check_tuning(config: RunConfig, cells: Sequence[Cell]) -> None:
         ConfigError: no seeds of its own, no validation part, or a run that has one of the two by itself.
     """
     study = config.study
-    rates = float_list("study.tune-learning-rates", study.tune_learning_rates)
-    seeds = int_list("study.tune-seeds", study.tune_seeds)
+    rates = study.learning_rate_list
+    seeds = study.tune_seed_list
     if not seeds:
         raise ConfigError("study.tune-seeds = '': study.tune-learning-rates needs seeds of its own")
     for key, values in (("study.tune-learning-rates", rates), ("study.tune-seeds", seeds)):
@@ -134,11 +134,11 @@ def trials(study: StudyConfig, cells: Sequence[Cell]) -> list[Trial]:
     """
     first = {cell.group: cell for cell in reversed(cells) if cell.kind != "reference"}
     groups = [group for group in dict.fromkeys(cell.group for cell in cells) if group in first]
-    rates = float_list("study.tune-learning-rates", study.tune_learning_rates)
+    rates = study.learning_rate_list
     found = [
         Trial(target=group, rate=rate, cell=_trial(first[group], rate, seed))
         for group in groups
-        for seed in int_list("study.tune-seeds", study.tune_seeds)
+        for seed in study.tune_seed_list
         for rate in rates
     ]
     taken = {cell.label.casefold() for cell in cells}
@@ -164,7 +164,7 @@ def choose(study: StudyConfig, tried: Sequence[Trial], path: Path, failed: Colle
         accuracies.setdefault(trial.target, {}).setdefault(trial.rate, []).append(accuracy)
     return Tuning(
         groups=tuple(_tuned(group, found) for group, found in accuracies.items()),
-        seeds=int_list("study.tune-seeds", study.tune_seeds),
+        seeds=study.tune_seed_list,
         validation_fraction=tried[0].cell.config.data.validation_fraction,
     )
 

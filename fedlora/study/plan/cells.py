@@ -19,11 +19,9 @@ from fedlora.config import (
     StudyConfig,
     flatten,
     from_flat,
-    int_list,
     name_list,
     to_flat,
 )
-from fedlora.config.checks import parse_json
 from fedlora.errors import ConfigError
 from strategies.registry import make_rule
 
@@ -105,7 +103,7 @@ def expand(config: RunConfig, num_partitions: int) -> list[Cell]:
     _check_names(study, overrides, {entry.group for entry in entries})
     if not entries:
         raise ConfigError("study.strategies = '': name at least one strategy, reference or variant")
-    seeds = int_list("study.seeds", study.seeds) or (config.seed,)
+    seeds = study.seed_list or (config.seed,)
     cells = [_cell(entry, seed, several=len(seeds) > 1) for seed in seeds for entry in entries]
     _refuse_repetition("study", [cell.label for cell in cells])
     return cells
@@ -239,7 +237,7 @@ def _objects(study: StudyConfig, name: str) -> dict[str, FlatConfig]:
     """``study.overrides`` or ``study.variants`` as flat configurations by name."""
     decoded: dict[str, FlatConfig] = {}
     taken = ("seed", "output-dir", *(("strategy.name",) if name == "overrides" else ()))
-    for entry, keys in parse_json(f"study.{name}", getattr(study, name), dict).items():
+    for entry, keys in study.objects[name].items():
         where = f"study.{name} {entry}"
         if not isinstance(keys, dict):
             raise ConfigError(f"{where} = {keys!r}: must be a JSON object of keys and values")
@@ -261,7 +259,7 @@ def _check_names(study: StudyConfig, overrides: Mapping[str, FlatConfig], groups
     listed = name_list(study.strategies)
     for key in ("strategies", "references"):
         _refuse_repetition(f"study.{key}", name_list(getattr(study, key)))
-    _refuse_repetition("study.seeds", [str(seed) for seed in int_list("study.seeds", study.seeds)])
+    _refuse_repetition("study.seeds", [str(seed) for seed in study.seed_list])
     for name in overrides:
         if name not in listed and name not in groups:
             raise ConfigError(
