@@ -129,7 +129,7 @@ ASSETS: dict[str, Asset] = {
 
 
 def cache_dir() -> Path:
-    """Where fetched and prepared things are kept: ``FEDLORA_CACHE``, else the user's cache directory.
+    """Directory of fetched and prepared files: ``FEDLORA_CACHE``, else the user's cache directory.
 
     Raises:
         ConfigError: a user whose home directory nobody knows.

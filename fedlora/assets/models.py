@@ -31,7 +31,7 @@ def model_directory(name: str) -> Path | None:
 
 
 def converted_home() -> Path:
-    """Where SmolLM2 lies once it is converted."""
+    """Directory of the converted SmolLM2."""
     return cache_dir() / "converted" / f"smollm2-{asset_identity('smollm2')[:12]}"
 
 

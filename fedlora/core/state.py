@@ -1,4 +1,4 @@
-"""What travels between server and clients, and what the server keeps: plain frozen values, no flwr.
+"""Values that travel between server and clients or stay at the server: frozen dataclasses, no flwr.
 
 The base can move: rules such as FLoRA add to the base weights. That change is an ordered list of
 patches ``W_v = W_{v-1} + P_v``; ``State.base`` holds them all and its length is the version.
@@ -27,7 +27,7 @@ class ModuleSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """What a rule must know of the model before round 1.
+    """Facts of the model that a rule needs before round 1.
 
     Attributes:
         modules: every adapted layer, in the order of the model.
@@ -52,7 +52,7 @@ class Template:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientSpec:
-    """What the server has settled for one client.
+    """Settings of one client, as the server has decided them.
 
     Attributes:
         partition_id: which client.
@@ -127,7 +127,7 @@ class RankRegularizer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Broadcast:
-    """What one client starts a round from.
+    """Starting values of one client in one round.
 
     Attributes:
         adapters: the starting adapter, at the client's rank and scaling, over all modules.
@@ -193,7 +193,7 @@ class State:
         return frozenset(name for patch in self.base for name in patch.products)
 
     def product(self, name: str) -> Product:
-        """What the global model adds to one layer of the pristine base: its patches and its adapter."""
+        """Sum that the global model adds to one layer of the pristine base: its patches and its adapter."""
         patches = [patch.products[name] for patch in self.base if name in patch.products]
         adapter = self.adapters[name]
         return add(*patches, as_product(adapter)) if adapter.B.any() or not patches else add(*patches)

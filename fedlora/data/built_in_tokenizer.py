@@ -1,4 +1,4 @@
-"""What the tokenizers without files share."""
+"""Common code of the tokenizers without files."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from fedlora.data.columns import codes_of
 
 
 def named_clients(known: Sequence[str], names: Sequence[str], kept: Sequence[str | int]) -> dict[str, Any]:
-    """What has to be known of a column to number clients by it, as JSON.
+    """Summary of a column from which clients are numbered, as JSON.
 
     Args:
         known: the names in the file, in order.

@@ -42,7 +42,7 @@ BY_NATURE = (NATURAL, "natural-dirichlet")
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column of a dataset plays which part; empty where there is none.
+    """Columns of a dataset by the part that they play; empty where there is none.
 
     Attributes:
         texts: one column, or two for sentence pairs; of conversations up to three.

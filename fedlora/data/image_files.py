@@ -131,7 +131,7 @@ def _grouped(table: pa.Table, columns: Columns, config: DataConfig) -> list[str]
 
 
 def _held_out(images: Images, groups: Sequence[str], fraction: float, key: str) -> np.ndarray:
-    """Which images are held out; equal pictures and groups are never apart."""
+    """Held-out images as booleans; equal pictures and groups are never apart."""
     keys = [[image.tobytes() for image in images.pixels], *([groups] if groups else [])]
     test = held_out(linked_rows(*keys), images.domains.tolist(), fraction)
     if test.all() or not test.any():

@@ -94,7 +94,7 @@ def image_format(name: str) -> ImageFormat:
 
 
 def backbone_home(kind: str, data: str) -> Path:
-    """Where the backbone of a kind that was pretrained on an image set lies, or will lie."""
+    """Directory of the backbone of a kind, pretrained on an image set; it need not exist yet."""
     made_of = json.dumps([RECIPE, SIZES[kind], source_identity(data)], sort_keys=True)
     key = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     return cache_dir() / "backbones" / f"{kind}-{data}-{key}"
@@ -121,7 +121,7 @@ def model_source(name: str) -> str:
 
 
 def accepted_models(name: str) -> tuple[str, str]:
-    """What a refusal names: the key, and what is accepted."""
+    """Text of a refusal: the key, and what is accepted."""
     known = ", ".join([*PRETRAINED, *TINY])
     return (
         f"model.name = {name!r}",

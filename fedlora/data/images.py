@@ -64,7 +64,7 @@ class ImageData:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageFormat:
-    """What a model takes: square images of one size, ``(pixel / 255 - mean) / std`` by channel.
+    """Image format of a model: square images of one size, ``(pixel / 255 - mean) / std`` by channel.
 
     Attributes:
         size: height and width in pixels.

@@ -1,4 +1,4 @@
-"""Who holds which training examples, as arrays of indices: by nature or as flwr-datasets deals them."""
+"""Partitions of the training examples, as arrays of indices: natural, or by flwr-datasets' partitioners."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def _deal(boxes: np.ndarray, units: np.ndarray, count: int, rng: np.random.Gener
 
 
 def _shares(num_units: np.ndarray, num_examples: np.ndarray, count: int) -> list[int]:
-    """How many of ``count`` clients each box gets: even, capped by its units, the larger box first."""
+    """Number of clients for each box, ``count`` in all: even, capped by its units, the larger box first."""
     shares = [0] * len(num_units)
     queue = [(0, -int(size), box) for box, size in enumerate(num_examples)]
     heapq.heapify(queue)

@@ -1,4 +1,4 @@
-"""Where examples come from: the built-in datasets, a file, a directory, or the Hugging Face hub."""
+"""Sources of examples: the built-in datasets, a file, a directory, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -219,7 +219,7 @@ def _from_hub(config: DataConfig) -> Any:
 
 
 def _loaded(where: str, load: Callable[[], Any]) -> Any:
-    """What ``load`` returns, its failures told in one line; progress bars only on a terminal."""
+    """Result of ``load``, its failures told in one line; progress bars only on a terminal."""
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:

@@ -51,7 +51,7 @@ def linked_rows(*keys: Sequence[Hashable]) -> np.ndarray:
 
 
 def held_out(units: np.ndarray, strata: Sequence[Hashable], fraction: float) -> np.ndarray:
-    """Which rows are test rows, booleans of shape (rows,): whole units, the fraction of each stratum.
+    """Mask of the test rows, booleans of shape (rows,): whole units, the fraction of each stratum.
 
     A unit belongs to the stratum of its first row. Units come in a fixed shuffled order; one that
     would overshoot its stratum's share is passed over, except for the smallest of those at the end
@@ -110,7 +110,7 @@ def split_table(table: pa.Table, fraction: float, key: str) -> tuple[pa.Table, p
 
 
 def _contents(table: pa.Table) -> list[str] | list[bytes]:
-    """What makes two rows one example: the words of their texts, or the pixels of their picture."""
+    """Key by which two rows are one example: the words of their texts, or the pixels of their picture."""
     if PICTURE in table.column_names:
         pixels: list[bytes] = table[PICTURE].to_pylist()
         return pixels

@@ -32,7 +32,7 @@ Framed: TypeAlias = tuple[Sequence[Sequence[int]], Sequence[Sequence[int]] | Non
 
 
 class Tokenizer(ChatTokenizer, Protocol):
-    """What preparing needs of a tokenizer."""
+    """Interface of a tokenizer that data are prepared by."""
 
     @property
     def identity(self) -> str:

@@ -90,7 +90,7 @@ def refuse_empty(values: pa.ChunkedArray, key: str, column: str, where: str) -> 
 def _each(
     values: pa.ChunkedArray, read: Callable[[Any], str], key: str, column: str, where: str
 ) -> pa.ChunkedArray:
-    """What ``read`` makes of each value that is there; its ValueError is told with the row."""
+    """Result of ``read`` for each value that is there; its ValueError is told with the row."""
     found: list[str | None] = []
     for row, value in enumerate(python_values(values), start=1):
         try:

@@ -19,7 +19,7 @@ PACKAGE = "lm_eval"
 
 
 def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size: int = 8) -> dict[str, Any]:
-    """What the harness measures on each task: task -> metric -> value.
+    """Metrics of the harness on each task: task -> metric -> value.
 
     Args:
         adapter: a directory that `save_adapter` wrote, of a language model.
@@ -69,7 +69,7 @@ def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size
 
 
 def _metrics(row: dict[str, Any]) -> dict[str, float]:
-    """What was measured, ``metric,filter``, without what else stands beside it (``name``, ``sample_len``).
+    """Measured values by ``metric,filter``, without other fields beside them (``name``, ``sample_len``).
 
     ``acc,none`` is ``acc``: there is no filter. The row of a group without a mean of its own has none.
     """

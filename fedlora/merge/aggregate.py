@@ -31,7 +31,7 @@ REPLACEABLE = frozenset({CONFIG_FILE, TENSORS_FILE, CARD_FILE, "README.md"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is to be aggregated, and how.
+    """Request to aggregate saved adapters.
 
     Attributes:
         adapters: directories that ``save_pretrained`` wrote.
@@ -54,7 +54,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What was done.
+    """Summary of an aggregation.
 
     Attributes:
         strategy: the rule.
@@ -149,7 +149,7 @@ def _write(
 
 
 def _weighing(rule: Rule, request: Request, done: Round) -> Iterator[str]:
-    """What a user may believe of the weights or of the rule that is not so."""
+    """Notes on weights and rule that correct what a user may expect."""
     facts = rule.facts
     if facts.custom_weights:
         ranges = [f"{min(used):.4f} to {max(used):.4f}" for used in zip(*done.used.values(), strict=True)]

@@ -50,7 +50,7 @@ class AdapterGroup:
 
     @property
     def modules_to_save(self) -> list[str]:
-        """What the adapters train whole; names that their model does not have are left out."""
+        """Modules that the adapters train whole; names that their model does not have are left out."""
         return sorted({m.config.saver(name) or name for m in self.members for name in m.head})
 
     @property

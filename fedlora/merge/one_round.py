@@ -51,7 +51,7 @@ def check_rule(rule: Rule) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What the round left behind.
+    """Result of the round.
 
     Attributes:
         state: after the round.

@@ -97,7 +97,7 @@ class Prepared:
 
 
 def open_prepared(path: Path | str) -> Prepared:
-    """What `prepare` wrote; imports neither datasets nor transformers.
+    """Reads prepared data; imports neither datasets nor transformers.
 
     Raises:
         ConfigError: nothing prepared lies there.

@@ -40,7 +40,7 @@ UNREADABLE = "this node's own data cannot be used, its log says why"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnData:
-    """Where a node's examples are, in its owner's words; see `clients.node_settings`.
+    """Location of a node's examples, as its owner gives it; see `clients.node_settings`.
 
     Attributes:
         path: a jsonl, csv, tsv or parquet file, a dataset directory, or one of pictures.
@@ -188,7 +188,7 @@ def _served(own: OwnData, source: Dataset) -> Task:
 
 
 def _columns(own: OwnData, config: DataConfig, task: Task) -> Columns:
-    """Which columns are read; whatever else a run reads, a node has no domains, groups or clients."""
+    """Columns of a node's data; a node has no domains, groups or clients."""
     if task.labelled and not own.label_column:
         raise ConfigError(f"label-column = '': {task.name} learns labels, name their column")
     return replace(task.columns(config), domain="", group="", natural="")

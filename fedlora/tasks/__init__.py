@@ -1,4 +1,4 @@
-"""What is learned: the seam between the data, the model and everything that trains, evaluates or protects.
+"""Tasks: the seam between the data, the model and everything that trains, evaluates or protects.
 
 `Task` says what a task is; each has one module; `TASKS` lists them. How to add one: ``docs/tasks.md``.
 """

@@ -1,4 +1,4 @@
-"""What tasks on language models share: each counted token is predicted from all tokens before it.
+"""Common code of tasks on language models: each counted token is predicted from all tokens before it.
 
 The loss of an example is the *mean* negative log-likelihood of its own counted tokens, and the loss of a
 batch the mean over its examples. transformers' Trainer averages over all tokens of a batch instead, so that
@@ -72,7 +72,7 @@ class LanguageTask(TextTask):
 
 
 def token_losses(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """What a model makes of each token but the first.
+    """Predictions of a model for each token but the first.
 
     Returns:
         Of shape (rows, tokens - 1) each: the negative log-likelihood in float32 or better, 0 where the token

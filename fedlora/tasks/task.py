@@ -1,4 +1,4 @@
-"""What every task says, and nothing else of it is known elsewhere."""
+"""Protocol of a task; nothing else of it is known elsewhere."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True)
 class ExampleMetrics:
-    """What a model makes of a batch, example by example.
+    """Predictions of a model for a batch, example by example.
 
     Attributes:
         losses: of each example, float32; the mean over its units.
@@ -81,14 +81,14 @@ class Task(Protocol):
     most_tokens: int
 
     def columns(self, config: DataConfig) -> Columns:
-        """Which columns of the dataset are read.
+        """Columns of the dataset that are read.
 
         Raises:
             ConfigError: too many of them, or a partitioner that needs what the examples do not have.
         """
 
     def reader(self, model: str, chat: ChatSettings | None = None) -> Any:
-        """What a model wants its examples made by: its tokenizer, or the form of its images.
+        """Preprocessor of a model: its tokenizer, or the format of its images.
 
         ``chat`` says how conversations are written, None as the tokenizer does by itself. What is returned
         has an ``identity``, which changes with what it makes, and a ``pad_token_id``.
@@ -156,7 +156,7 @@ class Task(Protocol):
 
 
 def inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a batch goes into a model: token types where it takes them."""
+    """Inputs of a model in a batch: token types where it takes them."""
     left_out = {"labels", "counted"}
     if "token_type_ids" in batch and not takes_types(module):
         left_out.add("token_type_ids")

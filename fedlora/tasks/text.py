@@ -1,4 +1,4 @@
-"""What tasks on text share."""
+"""Common code of tasks on text."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ OWN_KEYS = ("role", "content", "from", "value", "weight", "tool_calls", "functio
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What one side says.
+    """Message of one side.
 
     Attributes:
         role: a value of `ROLES`.

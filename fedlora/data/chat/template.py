@@ -42,7 +42,7 @@ _FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class ChatSettings:
-    """How conversations become examples; the defaults leave all to the tokenizer.
+    """Settings by which conversations become examples; the defaults leave all to the tokenizer.
 
     Attributes:
         template: a Jinja template in place of the tokenizer's own; empty for its own.
@@ -61,7 +61,7 @@ class ChatSettings:
 
 
 def chat_settings(config: RunConfig) -> ChatSettings:
-    """How a run's conversations become examples."""
+    """Chat settings of a run."""
     model = config.model
     return ChatSettings(model.chat_template, model.template_variables, config.data.assistant_loss)
 

@@ -25,13 +25,13 @@ THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTokenizer(Protocol):
-    """What it takes to write conversations as tokens."""
+    """Writer of conversations as tokens."""
 
     settings: ChatSettings
 
     @property
     def end_text(self) -> str:
-        """What `pieces` reads as the token that ends a text."""
+        """Stand-in for the token that ends a text, as `pieces` reads it."""
 
     @property
     def opening(self) -> Sequence[int]:
@@ -118,7 +118,7 @@ def sequences(
 
 
 def _writer(conversation: Conversation, tokenizer: ChatTokenizer, where: str) -> tuple[Render, Sequence[int]]:
-    """What writes the conversation's turns, and the ids before the text; what it would leave out is refused.
+    """Renderer of the conversation's turns, and the ids before the text; refuses what it would leave out.
 
     A template writes the first token itself where the model wants one.
     """
@@ -193,7 +193,7 @@ def _continued(turns: Sequence[Turn], k: int, asked: str, render: Render) -> str
 
 
 def _missing(turn: Turn, text: str) -> str:
-    """What of an answer a text lacks, in words; empty where nothing is."""
+    """Parts of an answer that a text lacks, in words; empty where nothing is missing."""
     for key in THOUGHTS:
         if not _written(str(turn.fields.get(key, "")), text):
             return f"lacks its {key}"
@@ -242,7 +242,7 @@ def _common(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 
 class Chats:
-    """What tokenizers that write conversations share."""
+    """Common interface of tokenizers that write conversations."""
 
     settings: ChatSettings
 

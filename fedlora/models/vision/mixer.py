@@ -84,7 +84,7 @@ class MixerLayer(nn.Module):
 
 
 class MlpMixerPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What transformers wants to know: the names, and how fresh weights are drawn (by its defaults)."""
+    """Names that transformers needs, and its default draw of fresh weights."""
 
     config_class = MlpMixerConfig
     base_model_prefix = "mixer"

@@ -39,7 +39,7 @@ CHANCE = 2
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a backbone is trained; with a change `fedlora.data.image_reader.RECIPE` counts up."""
+    """Training recipe of a backbone; with a change `fedlora.data.image_reader.RECIPE` counts up."""
 
     steps: int
     batch_size: int = 64
@@ -105,7 +105,7 @@ def pretrain(kind: str, data: str, track: Track = iter) -> tuple[Path, Pretraine
 
 
 def read_facts(home: Path) -> Pretrained:
-    """What is known about the backbone in a directory."""
+    """Record of the backbone in a directory."""
     content = json.loads((home / FACTS).read_text())
     return Pretrained(**{**content, "recipe": Recipe(**content["recipe"])})
 
@@ -224,7 +224,7 @@ def _write(draft: Path, model: Any, facts: Pretrained) -> None:
 
 
 def model_card(facts: Pretrained) -> str:
-    """What a reader of a report must know about the backbone."""
+    """Provenance of the backbone, for a report."""
     recipe = "\n".join(
         f"| {key.replace('_', ' ')} | {value} |" for key, value in asdict(facts.recipe).items()
     )

@@ -25,7 +25,7 @@ BATCH, ITERATIONS = 100, 300
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What a linear head reaches.
+    """Accuracy of a linear head.
 
     Attributes:
         accuracy: on all test images.
@@ -72,7 +72,7 @@ def linear_probe(model: nn.Module, data: ImageData, form: ImageFormat) -> Probe:
 
 
 def features(model: nn.Module, images: Images, form: ImageFormat) -> Tensor:
-    """What enters the head, float32 (images, features).
+    """Inputs of the head, float32 (images, features).
 
     Raises:
         ConfigError: the head is no linear layer called ``classifier``.
