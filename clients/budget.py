@@ -220,12 +220,15 @@ def privacy_spent(config: RunConfig, release: Release, standing: Standing) -> Pr
 
 
 def _settings(config: RunConfig) -> list[Any]:
-    privacy = dataclasses.asdict(config.privacy)
+    privacy, train = dataclasses.asdict(config.privacy), dataclasses.asdict(config.train)
+    if not train["optimizer_options"]:
+        del train["optimizer_options"]  # came later: releases that were charged without it stay the same
     mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
     return [
         mechanism,
         config.task,
-        *(dataclasses.asdict(section) for section in (config.model, config.lora, config.train)),
+        *(dataclasses.asdict(section) for section in (config.model, config.lora)),
+        train,
     ]
 
 

@@ -28,7 +28,7 @@ from clients.training.batched.oom_retry import train_with_retry
 from clients.training.batched.self_check import check_cohort
 from clients.training.batched.train import BatchSettings
 from clients.training.batches import num_steps
-from clients.training.train import NOTHING
+from clients.training.optimizers.registry import NOTHING
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused

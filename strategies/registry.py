@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
-from pathlib import Path
 from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
-from fedlora.errors import ConfigError, NotApplicable, named_line
+from fedlora.core.code import import_own
+from fedlora.errors import ConfigError, NotApplicable
 from strategies import rules
 from strategies.center import Center
 from strategies.mean import MeanRule
@@ -82,21 +81,13 @@ def rule_type(name: str) -> type[Rule]:
     """
     if name in RULES:
         return RULES[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         near = get_close_matches(name, RULES, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise ConfigError(
             f"strategy.name = {name!r}{hint}: accepted are {', '.join(RULES)}, and module:Class of your own"
         )
-    here = str(Path.cwd())
-    sys.path.append(here)
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise ConfigError(f"strategy.name = {name!r}: cannot be imported ({named_line(error)})") from None
-    finally:
-        sys.path.remove(here)
+    found = import_own("strategy.name", name)
     if not (isinstance(found, type) and issubclass(found, Rule) and hasattr(found, "facts")):
         raise ConfigError(f"strategy.name = {name!r}: is no subclass of strategies.rule.Rule with facts")
     return found

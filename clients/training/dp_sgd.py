@@ -21,8 +21,9 @@ import torch
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_step import Mechanism, private_steps
+from clients.training.optimizers.registry import make_optimizer
 from clients.training.self_check import self_check
-from clients.training.train import LocalResult, Penalties, dropout_stream, local_result, make_optimizer
+from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
 from fedlora.data.examples import Examples

@@ -5,23 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
+from clients.training.optimizers.registry import make_optimizer
 from fedlora.config import TrainConfig
 from fedlora.core.factors import AdapterSet, Tensors
 from fedlora.core.seeding import derive, stream
-from fedlora.core.state import RankRegularizer
+from fedlora.core.state import RankRegularizer, Trainable
 from fedlora.data.examples import Examples
-from fedlora.errors import ConfigError
-from fedlora.models import AdaptedModel, Trainable
-
-NOTHING = 'nothing is trained: the strategy trains no factor and model.head = "freeze"'
-BETAS, EPS = (0.9, 0.999), 1e-8
-"""Of AdamW."""
+from fedlora.models import AdaptedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,37 +86,6 @@ def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "
     """The loss of the model's task on a batch, from one number for each example."""
     with model.computing():
         return model.task.loss(model.module, batch, reduction)
-
-
-def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optimizer:
-    """A new optimiser with the step sizes of `rates`.
-
-    Raises:
-        ConfigError: nothing is trained.
-    """
-    named = {**trained.factors, **trained.head}
-    groups = [
-        {"params": [named[name] for name in names], "lr": rate}
-        for names, rate in rates(list(trained.factors), list(trained.head), config)
-        if names
-    ]
-    if not groups:
-        raise ConfigError(NOTHING)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, betas=BETAS, eps=EPS, weight_decay=config.weight_decay)
-
-
-def rates(factors: list[str], head: list[str], config: TrainConfig) -> list[tuple[list[str], float]]:
-    """Which tensors move with which step size; all in their own order, in which noise is drawn for them.
-
-    B may move faster than A: Hayou, Ghosh, Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
-    ICML 2024 (arXiv 2402.12354).
-    """
-    faster = {True: config.loraplus_lr_ratio, False: 1.0}
-    runs = groupby(factors, lambda name: name.endswith(".B") and config.loraplus_lr_ratio != 1)
-    groups = [(list(names), faster[is_b] * config.learning_rate) for is_b, names in runs]
-    return [*groups, (head, config.head_learning_rate or config.learning_rate)]
 
 
 class Proximal:

@@ -25,7 +25,8 @@ import torch
 
 from clients.training.batches import load_batch
 from clients.training.dp_step import Mechanism, private_steps
-from clients.training.train import batch_loss, make_optimizer
+from clients.training.optimizers.registry import make_optimizer
+from clients.training.train import batch_loss
 from experiments.benchmarks.hardware import hardware
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.core.init_drawn import fresh_adapters

@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from fedlora.config.checks import float_list, int_list, name_list, one_of, parse_json, require
 from fedlora.config.methods import NOT_HERE
-from fedlora.config.section import section
+from fedlora.config.section import by_field, section
 from fedlora.errors import ConfigError
 
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -163,8 +163,10 @@ class DataConfig:
 class TrainConfig:
     """One client's work in one round. The optimiser is created anew every round."""
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """``adamw`` or ``sgd``."""
+    optimizer: str = "adamw"
+    """``adamw``, ``sgd``, ``lora-pro``, or ``module:Class`` of torch's kind; see ``docs/optimizer.md``."""
+    optimizer_options: str = ""
+    """JSON object of its own arguments, for instance ``{"nesterov": true}``."""
     learning_rate: PositiveFloat = 2e-3
     """Step size of the adapter."""
     head_learning_rate: NonNegativeFloat = 0.0
@@ -172,9 +174,9 @@ class TrainConfig:
     loraplus_lr_ratio: PositiveFloat = 1.0
     """LoRA+: the step size of B is that of A times this."""
     momentum: FromZeroBelowOne = 0.0
-    """SGD momentum."""
+    """Of ``sgd`` and others that have one."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled for AdamW, L2 for SGD."""
+    """Decoupled for AdamW and LoRA-Pro, L2 for SGD."""
     local_steps: PositiveInt = 10
     """Optimiser steps a round; ignored where ``train.local-epochs`` is set."""
     local_epochs: NonNegativeInt = 0
@@ -190,6 +192,14 @@ class TrainConfig:
     """Keep the inputs of a transformer's blocks alone and compute the rest again: less memory, more time."""
     proximal_mu: NonNegativeFloat = 0.0
     """FedProx: adds mu/2 ||w - w_start||^2 over the trained tensors; 0 means off."""
+
+    def __post_init__(self) -> None:
+        _ = self.optimizer_option_dict
+
+    @cached_property
+    def optimizer_option_dict(self) -> dict[str, Any]:
+        """The decoded options."""
+        return by_field(parse_json("train.optimizer-options", self.optimizer_options, dict))
 
 
 @section("engine.")

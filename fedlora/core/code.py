@@ -1,9 +1,13 @@
-"""Location of fedlora's own code: three packages side by side in a checkout, one in an installed wheel."""
+"""Location of fedlora's own code (three packages in a checkout, one in a wheel), and import of a user's."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
+from typing import Any
+
+from fedlora.errors import ConfigError, named_line
 
 _HOME = Path(__file__).resolve().parents[1]
 BESIDE = ("clients", "strategies")
@@ -29,3 +33,24 @@ def prefer_own_code() -> None:
     """
     if len(top_packages()) > 1:
         sys.path.insert(0, str(code_root()))
+
+
+def import_own(key: str, name: str) -> Any:
+    """The object of a user's own behind ``module:Class``; modules are also looked for where one stands.
+
+    Args:
+        key: the key of the configuration that names it.
+        name: ``module:Class``.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise ConfigError(f"{key} = {name!r}: cannot be imported ({named_line(error)})") from None
+    finally:
+        sys.path.remove(here)

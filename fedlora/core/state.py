@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.core.factors import AdapterSet, Product, Tensors, add, as_product
 from fedlora.errors import FactorShapeError
@@ -123,6 +123,28 @@ class RankRegularizer:
 
     weight: float
     start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """The parameters that a client trains; ``query.A`` is the factor A of ``query``.
+
+    Attributes:
+        factors, head: what is trained.
+        tail: what is added to the loss.
+        frozen: the factors of adapted layers that are not trained.
+        scaling: of each adapted layer.
+    """
+
+    factors: dict[str, nn.Parameter]
+    head: dict[str, nn.Parameter]
+    tail: RankRegularizer | None = None
+    frozen: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+    @property
+    def all(self) -> list[nn.Parameter]:
+        return [*self.factors.values(), *self.head.values()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 Importing this package imports transformers and PEFT (seconds); do it where a model is needed.
 """
 
-from fedlora.models.adapted import AdaptedModel, Trainable
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import TINY_VOCAB_SIZE, build_model, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter
 from fedlora.models.fit import check_fit, check_length, check_padding
@@ -13,7 +13,6 @@ __all__ = [
     "TINY_VOCAB_SIZE",
     "AdaptedModel",
     "AdapterCard",
-    "Trainable",
     "build_model",
     "check_fit",
     "check_length",

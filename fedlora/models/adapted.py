@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from peft.functional import inject_adapter_in_model, set_adapter
 from torch import Tensor, nn
 
 from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
-from fedlora.core.state import ModuleSpec, RankRegularizer, Template
+from fedlora.core.state import ModuleSpec, RankRegularizer, Template, Trainable
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.models.base_weights import PatchedBase
 from fedlora.models.cored import CoredOutput
@@ -22,19 +21,6 @@ from fedlora.models.gradient_checkpointing import recomputed
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers
 from fedlora.models.shared_memory import hashes
 from fedlora.tasks import CLASSIFICATION, Task
-
-
-@dataclass(frozen=True, slots=True)
-class Trainable:
-    """The parameters that a client trains; ``query.A`` is the factor A of ``query``."""
-
-    factors: dict[str, nn.Parameter]
-    head: dict[str, nn.Parameter]
-    tail: RankRegularizer | None = None
-
-    @property
-    def all(self) -> list[nn.Parameter]:
-        return [*self.factors.values(), *self.head.values()]
 
 
 class AdaptedModel:
@@ -160,13 +146,14 @@ class AdaptedModel:
 
     def trainable(self) -> Trainable:
         """The parameters that the last `load` asked to train."""
-        factors = {
-            f"{name}.{letter}": parameter
-            for name in self.modules
-            for letter, parameter in self._factors(name).items()
-            if parameter.requires_grad
-        }
-        return Trainable(factors, {n: p for n, p in self._head.items() if p.requires_grad}, self._tail)
+        factors = {f"{name}.{x}": p for name in self.modules for x, p in self._factors(name).items()}
+        return Trainable(
+            factors={name: p for name, p in factors.items() if p.requires_grad},
+            head={name: p for name, p in self._head.items() if p.requires_grad},
+            tail=self._tail,
+            frozen={name: p for name, p in factors.items() if not p.requires_grad},
+            scaling={name: self._lora(name).scaling[self._active] for name in self.modules},
+        )
 
     @contextmanager
     def computing(self, precision: torch.dtype | None = None) -> Iterator[None]:

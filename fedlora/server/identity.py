@@ -21,6 +21,8 @@ from fedlora.core.code import code_root, top_packages
 NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
 """Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
 compared with, who else is told. The engine's two that change bits, device and size of cohorts, are inputs."""
+ADDED = {"train.optimizer-options": ""}
+"""Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (
     "torch", "numpy", "scipy", "transformers", "tokenizers", "peft", "opacus", "dp-accounting", "flwr",
     "flwr-datasets", "bitsandbytes",
@@ -89,8 +91,12 @@ def code_of(provenance: Mapping[str, Any]) -> str:
 
 
 def config_digest(config: RunConfig) -> str:
-    """A digest of all keys but those without effect."""
-    keys = {key: value for key, value in to_flat(config).items() if not key.startswith(NO_EFFECT)}
+    """A digest of all keys but those without effect, and `ADDED` ones at their default."""
+    keys = {
+        key: value
+        for key, value in to_flat(config).items()
+        if not key.startswith(NO_EFFECT) and (key, value) not in ADDED.items()
+    }
     return hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:_LENGTH]
 
 

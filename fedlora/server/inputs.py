@@ -24,13 +24,14 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
     """A digest of the base, the first head, the examples and who holds which; of device and size of cohorts.
 
     None where something is not known here: the device, where the machines of a cluster choose it; the code of
-    a rule of one's own, which may lie anywhere; what others spent of a ledger that the run shares with them.
+    a rule or an optimiser of one's own, which may lie anywhere; what others spent of a ledger that the run
+    shares with them.
 
     Args:
         config: as it runs: ``engine.cohort-size`` is decided.
         runtime: its model and data.
     """
-    if ":" in config.strategy.name or config.privacy.ledger:
+    if ":" in config.strategy.name + config.train.optimizer or config.privacy.ledger:
         return None
     device: str = config.engine.device
     if device == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clients.training.optimizers.registry import check_optimizer
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
@@ -71,6 +72,11 @@ def check(config: RunConfig) -> Rule:
         )
     if not rule.facts.trained and config.model.head == "freeze":
         raise NotApplicable(f"model.head = 'freeze': {rule.facts.name} would train nothing")
+    check_optimizer(
+        config.train,
+        trained={rule.trained(number) for number in range(1, config.num_server_rounds + 1)},
+        head=config.model.head != "freeze" and task_named(config.task).labelled,
+    )
     return rule
 
 

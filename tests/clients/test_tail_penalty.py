@@ -19,8 +19,8 @@ from fedlora import wire
 from fedlora.config import TrainConfig
 from fedlora.core.factors import LoraFactors
 from fedlora.core.seeding import stream
-from fedlora.core.state import Broadcast, RankRegularizer
-from fedlora.models import AdaptedModel, Trainable
+from fedlora.core.state import Broadcast, RankRegularizer, Trainable
+from fedlora.models import AdaptedModel
 from tests.clients.measures import tensors, values
 from tests.clients.samples import BOTH, PAD, everyone, examples, loaded
 from tests.conftest import tiny_config

@@ -1,24 +1,32 @@
-"""The optimiser's step for all clients of a cohort at once, on those that still have steps to do.
+"""Penalties, clipping and the optimiser's step of a cohort, on its members that still have steps to do.
 
 Members are in the order of their steps, most first, so that those still at work are a prefix ``p[:active]``
-of every stacked tensor and all have done the same number of steps. The arithmetic is torch's own.
+of every stacked tensor and all have done the same number of steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import torch
-from torch import Tensor
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
+from torch import Tensor, nn
 
 from clients.training.batched.stacks import StackedAdapters, is_trained
-from clients.training.train import BETAS, EPS, rates
+from clients.training.optimizers.registry import is_stacked, make_optimizer, optimizer_type
 from fedlora.config import TrainConfig
+from fedlora.core.state import Trainable
 
 Gradients = dict[str, Tensor]
 """(active, ...) of every trained tensor that has one."""
+
+
+class Steps(Protocol):
+    """The optimiser of a cohort."""
+
+    def step(self, gradients: Gradients, active: int) -> None:
+        """Move what the first ``active`` members train, and nothing else."""
+        ...
 
 
 class Update:
@@ -33,37 +41,25 @@ class Update:
         self._stacks = stacks
         self._config = config
         self._start = {name: stacks.values[name].detach().clone() for name in stacks.trained}
-        self._moments: dict[str, list[Tensor]] = {}
-        self._taken = torch.tensor(0.0)
         self._tails = _Tails(stacks)
+        kind = StackedSteps if is_stacked(optimizer_type(config.optimizer)) else MemberSteps
+        self._optimizer: Steps = kind(stacks, config)
 
     def step(self, gradients: Gradients, active: int) -> None:
-        """Move the first ``active`` members; the gradients are changed in place.
-
-        What a member does not train stays as it is, although AdamW would move it even by a zero gradient.
-        """
+        """Move the first ``active`` members; the gradients are changed in place."""
         with torch.no_grad():
             self._leave_alone(gradients, active)
             self._add_penalties(gradients, active)
             if self._config.max_grad_norm > 0:
                 clip_by_client(gradients, self._config.max_grad_norm)
             self._leave_alone(gradients, active)
-            for names, rate in rates(self._stacks.factors, self._stacks.head, self._config):
-                self._move(names, gradients, active, rate)
-            self._taken += 1
-            self._restore(active)
+            self._optimizer.step(gradients, active)
 
     def _leave_alone(self, gradients: Gradients, active: int) -> None:
         for name, gradient in gradients.items():
             holding = self._stacks.holding(name, active)
             if holding is not None:
                 gradient.index_fill_(0, holding, 0.0)
-
-    def _restore(self, active: int) -> None:
-        for name in self._stacks.trained:
-            holding = self._stacks.holding(name, active)
-            if holding is not None:
-                self._stacks.values[name].data.index_copy_(0, holding, self._start[name][holding])
 
     def _add_penalties(self, gradients: Gradients, active: int) -> None:
         """Those of `clients.training.train.Penalties`, member by member."""
@@ -73,38 +69,77 @@ class Update:
                 gradient.add_(self._stacks.values[name][:active] - self._start[name][:active], alpha=mu)
         self._tails.add_gradient(gradients, active)
 
-    def _move(self, names: list[str], gradients: Gradients, active: int, rate: float) -> None:
-        config, names = self._config, [name for name in names if name in gradients]
-        parameters = [self._stacks.values[name].data[:active] for name in names]
-        own = [gradients[name] for name in names]
-        if config.optimizer == "sgd":
-            self._sgd(names, parameters, own, rate)
-            return
-        moments = [self._moments_of(name)[i][:active] for i in range(2) for name in names]
-        adamw(
-            parameters, own, moments[: len(names)], moments[len(names) :], [],
-            [self._taken.clone() for _ in names], amsgrad=False, beta1=BETAS[0], beta2=BETAS[1], lr=rate,
-            weight_decay=config.weight_decay, eps=EPS, maximize=False,
-        )  # fmt: skip
 
-    def _sgd(self, names: list[str], parameters: list[Tensor], gradients: list[Tensor], rate: float) -> None:
-        active = len(parameters[0]) if parameters else 0
-        buffers: list[Tensor | None] = [
-            self._moments[name][0][:active] if name in self._moments else None for name in names
-        ]
-        sgd(
-            parameters, gradients, buffers, weight_decay=self._config.weight_decay,
-            momentum=self._config.momentum, lr=rate, dampening=0.0, nesterov=False, maximize=False,
-        )  # fmt: skip
-        for name, buffer in zip(names, buffers, strict=True):
-            if buffer is not None:
-                self._moments.setdefault(name, [buffer])
+class StackedSteps:
+    """One optimiser for all members, over the stacked tensors."""
 
-    def _moments_of(self, name: str) -> list[Tensor]:
-        if name not in self._moments:
-            start = self._start[name]
-            self._moments[name] = [torch.zeros_like(start), torch.zeros_like(start)]
-        return self._moments[name]
+    def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
+        self._stacks = stacks
+        # share the numbers of the stacks; their .data becomes the prefix of those still at work
+        self._moved = {
+            name: nn.Parameter(value.detach(), requires_grad=name in stacks.trained)
+            for name, value in stacks.values.items()
+        }
+        self._scaling: dict[str, Tensor] = {m: s.view(-1, 1, 1) for m, s in stacks.scaling.items()}
+        held = {name: stacks.holding(name, len(stacks.members)) for name in stacks.trained}
+        self._still = {
+            name: stacks.values[name].detach().clone() for name, who in held.items() if who is not None
+        }
+        factors = [name for name in self._moved if name.rpartition(".")[0] in stacks.scaling]
+        trained = Trainable(
+            factors={name: self._moved[name] for name in stacks.factors},
+            head={name: self._moved[name] for name in stacks.head},
+            frozen={name: self._moved[name] for name in factors if name not in stacks.factors},
+            scaling=self._scaling,
+        )
+        self._optimizer = make_optimizer(trained, config)
+
+    def step(self, gradients: Gradients, active: int) -> None:
+        """As `Steps`; AdamW moves even by a zero gradient, so what a member does not train is put back."""
+        for name, parameter in self._moved.items():
+            parameter.grad = None
+            parameter.data = parameter.data[:active]
+            parameter.grad = gradients.get(name)
+        for scaling in self._scaling.values():
+            scaling.data = scaling.data[:active]
+        for state in self._optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:  # moments; a count of steps is one number
+                    state[key] = value[:active]
+        self._optimizer.step()
+        for name, start in self._still.items():
+            holding = self._stacks.holding(name, active)
+            if holding is not None:
+                self._moved[name].data.index_copy_(0, holding, start[holding])
+
+
+class MemberSteps:
+    """An optimiser for each member, over its own part of the stacked tensors, the filling left out."""
+
+    def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
+        self._stacks = stacks
+        self._moved: list[dict[str, nn.Parameter]] = []
+        self._optimizers: list[torch.optim.Optimizer] = []
+        for place, member in enumerate(stacks.members):
+            own = {n: nn.Parameter(stacks.own(v.detach(), n, place)) for n, v in stacks.values.items()}
+            moved = {name: own[name] for name in stacks.trained_by(member)}
+            factors = [name for name in own if name.rpartition(".")[0] in stacks.scaling]
+            trained = Trainable(
+                factors={name: p for name, p in moved.items() if name in stacks.factors},
+                head={name: p for name, p in moved.items() if name in stacks.head},
+                frozen={name: own[name].requires_grad_(False) for name in factors if name not in moved},
+                scaling={module: member.adapters[module].scaling for module in stacks.scaling},
+            )
+            self._moved.append(moved)
+            self._optimizers.append(make_optimizer(trained, config))
+
+    def step(self, gradients: Gradients, active: int) -> None:
+        """As `Steps`."""
+        for place in range(active):
+            for name, parameter in self._moved[place].items():
+                found = gradients.get(name)
+                parameter.grad = None if found is None else self._stacks.own(found, name, place)
+            self._optimizers[place].step()
 
 
 class _Tails:

@@ -1,0 +1,1 @@
+"""Local optimisers: torch's, and such as see an adapted layer whole (docs/optimizer.md)."""
