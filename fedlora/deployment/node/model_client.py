@@ -8,6 +8,7 @@ can open. Where that does not work the ClientApp does the work itself, and says 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -16,22 +17,24 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from flwr.app import RecordDict
 from flwr.common.logger import log
+from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from clients.node_settings import NodeSettings
 from fedlora.core.code import code_root
-from fedlora.deployment.node.ipc import receive_frame, send_frame
-from fedlora.errors import RunFailed, UpdateRefused
+from fedlora.errors import RunFailed, named_line
 
 SOCKET, LOG, FAILED = "model.sock", "model.log", "model.failed"
 START_SECONDS = 60.0
 LONGEST_SOCKET_PATH = 100
 DONE, ERROR, OTHER_CODE = "done", "error", "other code"
-"""What a reply's status can be; after ``other code`` the process ends, to make room for one of this code."""
+"""How an answer begins; after ``other code`` the process ends, to make room for one of this code."""
 
 
 def code_path() -> str:
@@ -51,17 +54,30 @@ def ask(
     Raises:
         RunFailed: the message could not be carried out.
     """
-    about = {"kind": kind, "run-config": dict(run_config), "node-config": dict(node_config)}
+    about = {"kind": kind, "code": code_path(), "run-config": run_config, "node-config": node_config}
     try:
-        answer = _exchange(about, content, settings.home)
-    except (OSError, UpdateRefused) as error:
-        _say_once(settings.home, f"{type(error).__name__}: {error}")
+        said, reply = _exchange(json.dumps(about).encode(), to_bytes(content), settings.home)
+    except (OSError, EOFError) as error:
+        _say_once(settings.home, named_line(error))
         return None
     (settings.home / FAILED).unlink(missing_ok=True)
-    said, reply = answer
-    if said["status"] == ERROR:
-        raise RunFailed(str(said["reason"]))
-    return reply
+    if said == ERROR:
+        raise RunFailed(reply.decode())
+    return from_bytes(reply)
+
+
+def to_bytes(content: RecordDict) -> bytes:
+    """Records as Flower sends them."""
+    return bytes(recorddict_to_proto(content).SerializeToString())
+
+
+def from_bytes(body: bytes) -> RecordDict:
+    """Records that Flower could have sent.
+
+    Raises:
+        DecodeError: it is none of them.
+    """
+    return recorddict_from_proto(ProtoRecordDict.FromString(body))
 
 
 def start(home: Path) -> None:
@@ -90,20 +106,19 @@ def reachable(path: Path) -> Iterator[str]:
         os.close(folder)
 
 
-def _exchange(about: dict[str, Any], content: RecordDict, home: Path) -> tuple[dict[str, Any], RecordDict]:
+def _exchange(about: bytes, body: bytes, home: Path) -> tuple[str, bytes]:
     for _ in range(3):
         start(home)
         with _connect(home) as connection:
-            send_frame(connection, {**about, "code": code_path()}, content)
-            answer = receive_frame(connection)
-        if answer is None:
-            raise ConnectionResetError("the process that keeps the model ended")
-        if answer[0]["status"] != OTHER_CODE:
-            return answer
+            connection.send_bytes(about)
+            connection.send_bytes(body)
+            said, reply = connection.recv_bytes().decode(), connection.recv_bytes()
+        if said != OTHER_CODE:
+            return said, reply
     raise ConnectionError("the process that keeps the model has other code")
 
 
-def _connect(home: Path) -> socket.socket:
+def _connect(home: Path) -> Connection:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with reachable(home / SOCKET) as path:
@@ -111,7 +126,7 @@ def _connect(home: Path) -> socket.socket:
     except OSError:
         connection.close()
         raise
-    return connection
+    return Connection(connection.detach())
 
 
 def _start(home: Path) -> None:

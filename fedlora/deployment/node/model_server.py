@@ -6,6 +6,7 @@ the other, and ends when the process that started the first ClientApp does.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -13,17 +14,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import psutil
 from flwr.app import RecordDict
 
-from fedlora.deployment.node.ipc import receive_frame, send_frame
-from fedlora.deployment.node.model_client import DONE, ERROR, OTHER_CODE, SOCKET, code_path, reachable
-from fedlora.errors import UpdateRefused, named_line
+from fedlora.deployment.node.model_client import (
+    DONE,
+    ERROR,
+    OTHER_CODE,
+    SOCKET,
+    code_path,
+    from_bytes,
+    reachable,
+    to_bytes,
+)
+from fedlora.errors import named_line
 
 WATCH_SECONDS = 1.0
+LARGEST_HEAD = 64 * 2**20
 Handle = Callable[[str, RecordDict, Mapping[str, Any], Mapping[str, Any]], RecordDict]
 """`clients.handler.handle`."""
 
@@ -40,40 +51,39 @@ def serve(home: Path, owner: int) -> None:
         from clients.handler import handle
 
         while True:
-            connection, _ = listener.accept()
-            with connection:
-                if _is_own_user(connection) and not _answer(connection, handle):
+            accepted, _ = listener.accept()
+            own = _is_own_user(accepted)
+            with Connection(accepted.detach()) as connection:
+                if own and not _answer(connection, handle):
                     (home / SOCKET).unlink(missing_ok=True)
                     return
 
 
-def _answer(connection: socket.socket, handle: Handle) -> bool:
+def _answer(connection: Connection, handle: Handle) -> bool:
     """Answer one message; False if it comes from other code."""
     try:
-        frame = receive_frame(connection)
-        if frame is None:
-            return True
-        about, content = frame
-        if about["code"] != code_path():
-            send_frame(connection, {"status": OTHER_CODE}, RecordDict())
-            return False
-        said, reply = _carry_out(about, content, handle)
-        send_frame(connection, said, reply)
-    except (OSError, KeyError, UpdateRefused) as error:
-        print(f"a message was dropped: {error}", file=sys.stderr, flush=True)
-    return True
+        about, body = json.loads(connection.recv_bytes(LARGEST_HEAD)), connection.recv_bytes()
+        same_code = bool(about["code"] == code_path())
+        said, reply = _carried_out(about, body, handle) if same_code else (OTHER_CODE, b"")
+        connection.send_bytes(said.encode())
+        connection.send_bytes(reply)
+        return same_code
+    except (EOFError, OSError, KeyError, TypeError, ValueError) as error:
+        if not isinstance(error, EOFError):  # who only looks whether somebody listens says nothing
+            print(f"a message was dropped: {named_line(error)}", file=sys.stderr, flush=True)
+        return True
 
 
-def _carry_out(
-    about: dict[str, Any], content: RecordDict, handle: Handle
-) -> tuple[dict[str, str], RecordDict]:
+def _carried_out(about: Mapping[str, Any], body: bytes, handle: Handle) -> tuple[str, bytes]:
+    """How it went, and the reply or the reason."""
     try:
-        return {"status": DONE}, handle(about["kind"], content, about["run-config"], about["node-config"])
+        content = from_bytes(body)
+        return DONE, to_bytes(handle(about["kind"], content, about["run-config"], about["node-config"]))
     except Exception as error:
         import traceback
 
         traceback.print_exc()
-        return {"status": ERROR, "reason": named_line(error)}, RecordDict()
+        return ERROR, named_line(error).encode()
 
 
 def _listening(path: Path) -> socket.socket:
