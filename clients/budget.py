@@ -22,13 +22,19 @@ from clients.training.dp_step import Mechanism
 from clients.training.self_check import self_check
 from clients.training.train import LocalResult
 from fedlora.config import RunConfig
-from fedlora.privacy.calibration import calibrate_noise
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE
+from fedlora.errors import OwnDataRefused
+from fedlora.prepared.node_data import UNREADABLE
+from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
 from fedlora.privacy.entries import Release, Standing
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.types import PrivacySpent
+from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
-BOOKKEEPING = ("target_epsilon", "target_delta", "max_participations", "accountant", "dataset_id", "ledger")
+BOOKKEEPING = (
+    "neighboring_relation", "target_epsilon", "target_delta", "max_participations", "accountant",
+    "dataset_id", "ledger",
+)  # fmt: skip
 """Keys of ``privacy`` that do not change the bits of a release."""
 
 
@@ -42,7 +48,7 @@ class PlannedRelease:
         release: what will be charged.
         mechanism: what makes it.
         known_head: a head that the ledger had, as the server remembers it.
-        max_epsilon: the owner's limit.
+        max_epsilon, max_delta: the owner's limits.
     """
 
     config: RunConfig
@@ -51,9 +57,10 @@ class PlannedRelease:
     mechanism: Mechanism
     known_head: str
     max_epsilon: float
+    max_delta: float
 
     def reserve(self) -> PrivacySpent:
-        """Charge it: what the client has spent by then, on disk when this returns.
+        """Charge it: what the client has spent in this run by then, on disk when this returns.
 
         Raises:
             BudgetExceeded: it would cost more than is left.
@@ -69,8 +76,9 @@ class PlannedRelease:
             ),
             planned_steps=0 if privacy.noise_multiplier else planned_steps(self.config, self.release.steps),
             known_head=self.known_head,
+            max_delta=self.max_delta,
         )
-        return privacy_spent(self.config, self.release, standing)
+        return privacy_spent(self.release, standing)
 
     def released(self) -> None:
         """Note that it was made."""
@@ -91,8 +99,9 @@ def plan_release(
 ) -> PlannedRelease:
     """One round of DP-SGD, decided.
 
-    The noise is calibrated on the client's own example count, for the most rounds that the server lets
-    it take part in (``privacy.max-participations``, else all of them), as if nothing was spent before.
+    The noise is calibrated on the client's own example count, or on the one that is declared for it, for the
+    most rounds that the server lets it take part in (``privacy.max-participations``, else all of them), as if
+    nothing was spent before.
 
     Args:
         runtime: the model and the data.
@@ -107,12 +116,14 @@ def plan_release(
 
     Raises:
         LedgerRefused: the ledger cannot be read.
+        OwnDataRefused: more examples than are declared.
         ConfigError: a configuration that DP-SGD does not cover.
     """
     privacy = config.privacy
-    indices = runtime.data.indices(partition_id)
-    check_private(config.train, len(indices))
-    rate = config.train.batch_size / len(indices)
+    rate = rate_of(config, len(runtime.data.indices(partition_id)))
+    check_private(config.train, rate)
+    if seed is None:  # the owner's log; a simulation has said so at its start
+        warn_of_delta(privacy.target_delta, round(config.train.batch_size / rate), "examples")
     noise = noise_of(config, rate, local_steps)
     ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
     settings = [*_settings(config), runtime.model.device, *cohort]
@@ -123,6 +134,7 @@ def plan_release(
         noise_multiplier=noise,
         sample_rate=rate,
         steps=local_steps,
+        neighboring_relation=NeighboringRelation(privacy.neighboring_relation),
         determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
     mechanism = Mechanism(
@@ -141,6 +153,7 @@ def plan_release(
         mechanism=mechanism,
         known_head=ledger_ref.known_head,
         max_epsilon=ledger_ref.max_epsilon,
+        max_delta=ledger_ref.max_delta,
     )
 
 
@@ -180,9 +193,28 @@ def train_within_budget(
         secure=mechanism.secure,
         release_loss=config.privacy.release_metrics,
         canaries=canaries,
+        sample_rate=plan.release.sample_rate,
     )
     plan.released()
     return result, spent
+
+
+def rate_of(config: RunConfig, num_examples: int) -> float:
+    """The probability with which an example is in a batch: batch size / public number of examples.
+
+    Under ``add_or_remove_one`` the public number is declared, and the real one decides nothing.
+
+    Raises:
+        OwnDataRefused: there are more than are declared.
+    """
+    declared = config.privacy.declared_examples
+    if config.privacy.neighboring_relation != ADD_OR_REMOVE_ONE:
+        return config.train.batch_size / num_examples
+    if num_examples > declared:
+        raise OwnDataRefused(
+            f"declared-examples = {declared}: there are {num_examples}, declare at least as many", UNREADABLE
+        )
+    return config.train.batch_size / declared
 
 
 def noise_of(config: RunConfig, sample_rate: float, local_steps: int) -> float:
@@ -202,13 +234,13 @@ def planned_steps(config: RunConfig, local_steps: int) -> int:
     return local_steps * (config.privacy.max_participations or config.num_server_rounds)
 
 
-def privacy_spent(config: RunConfig, release: Release, standing: Standing) -> PrivacySpent:
+def privacy_spent(release: Release, standing: Standing) -> PrivacySpent:
     """The whole claim: epsilon with all that it depends on."""
     return PrivacySpent(
         epsilon=standing.epsilon,
-        delta=config.privacy.target_delta,
+        delta=standing.delta,
         granularity="example",
-        neighboring_relation="add_or_remove_one",
+        neighboring_relation=standing.neighboring_relation,
         sampling_method="poisson",
         accountant=standing.accountant,
         noise_multiplier=release.noise_multiplier,
@@ -224,6 +256,8 @@ def _settings(config: RunConfig) -> list[Any]:
     if not train["optimizer_options"]:
         del train["optimizer_options"]  # came later: releases that were charged without it stay the same
     mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
+    if not config.privacy.declared_examples:  # as it was before there was the key: the same bits
+        del mechanism["declared_examples"]
     return [
         mechanism,
         config.task,

@@ -47,7 +47,7 @@ class Node:
         simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
         canaries: what an audit hides among the client's examples, in private training.
         own: the machine's own examples, where it does not train on the run's.
-        max_epsilon: the owner's limit on what is ever spent on them.
+        max_epsilon, max_delta: the owner's limits on what is ever spent on them.
     """
 
     partition_id: int
@@ -56,6 +56,7 @@ class Node:
     canaries: Canaries | None = None
     own: OwnData | None = None
     max_epsilon: float = math.inf
+    max_delta: float = 1.0
 
 
 def train_instruction(order: wire.TrainInstruction, config: RunConfig, node: Node) -> wire.Reply:
@@ -112,11 +113,15 @@ def answer(
 
 
 def declined(error: BudgetExceeded | LedgerRefused, order: wire.TrainInstruction, node: Node) -> wire.Reply:
-    """The reply of a client that does not train; where its files lie is for the log of its own machine."""
+    """The reply of a client that does not train.
+
+    Where a node's files lie, and what other runs have spent, is for the log of its own machine.
+    """
     reason = str(error)
-    if isinstance(error, LedgerRefused) and not node.simulation:
+    if not node.simulation:
         logging.getLogger("fedlora").warning("round %d: %s", order.server_round, reason)
-        reason = "the node's privacy ledger refuses; its own log says why"
+        what = "ledger" if isinstance(error, LedgerRefused) else "budget"
+        reason = f"the node's privacy {what} refuses; its own log says why"
     return wire.Reply(status=wire.DECLINED, reason=reason)
 
 
@@ -233,6 +238,7 @@ def plan_of(
         run_key=run_key(order),
         known_head=str(order.config.get("ledger-head", "")),
         max_epsilon=node.max_epsilon,
+        max_delta=node.max_delta,
     )
     return plan_release(
         runtime,

@@ -209,6 +209,7 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         steps=steps if config.privacy.private else num_steps(config.train, len(indices), steps),
         seed=seed_of(one.order, config, one.node),
         mechanism=None if ready.plan is None else ready.plan.mechanism,
+        sample_rate=None if ready.plan is None else ready.plan.release.sample_rate,
     )
 
 

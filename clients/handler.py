@@ -16,6 +16,7 @@ from clients.node_settings import NodeSettings, node_settings, own_of
 from clients.runtime import configured
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.core.parallel import one_thread
 from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused, named_line
 
@@ -44,7 +45,8 @@ def handle(
         if kind == TRAIN:
             refuse_beyond_limit(config, settings)
         with one_thread():
-            reply = answer(order, in_owners_name(config, settings), _node(order, settings, simulation))
+            own = in_owners_name(config, settings, simulation=simulation)
+            reply = answer(order, own, _node(order, settings, simulation))
     except ConfigError as error:
         if simulation:
             raise
@@ -74,8 +76,10 @@ def handle_together(
             config, settings = configured(run_config), node_settings(node_config)
             refuse_beyond_limit(config, settings)
             order = wire.decode_instruction(content)
-            node = _node(order, settings, bool(node_config.get("simulation", False)))
-            assignments[place] = Assignment(order, in_owners_name(config, settings), node)
+            simulation = bool(node_config.get("simulation", False))
+            node = _node(order, settings, simulation)
+            own = in_owners_name(config, settings, simulation=simulation)
+            assignments[place] = Assignment(order, own, node)
         except Exception as error:
             answers[place] = _line(error)
     with one_thread():
@@ -110,11 +114,26 @@ def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
         raise ConfigError(f"privacy.target-delta = {config.privacy.target_delta:g}: {limit}")
 
 
-def in_owners_name(config: RunConfig, settings: NodeSettings) -> RunConfig:
-    """The run with the owner's name for the data, whatever the run calls it."""
-    if not settings.dataset_id:
-        return config
-    return replace(config, privacy=replace(config.privacy, dataset_id=settings.dataset_id))
+def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: bool) -> RunConfig:
+    """The run with the owner's name for the data and the owner's count of them, whatever the run says.
+
+    Raises:
+        ConfigError: a run that takes the count for public although the owner declares another, or that
+            needs a declared one where the owner declares none.
+    """
+    privacy, declared = config.privacy, settings.declared_examples
+    if privacy.private and (declared or not simulation):
+        hidden = privacy.neighboring_relation == ADD_OR_REMOVE_ONE
+        key = f"privacy.neighboring-relation = {privacy.neighboring_relation!r}"
+        if declared and not hidden:
+            raise ConfigError(
+                f"{key}: the owner of this node declares how many examples count, which takes "
+                f"{ADD_OR_REMOVE_ONE!r}"
+            )
+        if hidden and not declared:
+            raise ConfigError(f"{key}: the owner of this node declares no declared-examples, which it takes")
+        privacy = replace(privacy, declared_examples=declared)
+    return replace(config, privacy=replace(privacy, dataset_id=settings.dataset_id or privacy.dataset_id))
 
 
 def _node(order: wire.TrainInstruction, settings: NodeSettings, simulation: bool) -> Node:
@@ -124,4 +143,5 @@ def _node(order: wire.TrainInstruction, settings: NodeSettings, simulation: bool
         simulation=simulation,
         own=own_of(settings, tuple(order.config.get("labels", ()))),
         max_epsilon=settings.max_epsilon or float("inf"),
+        max_delta=settings.max_delta if settings.max_epsilon else 1.0,
     )

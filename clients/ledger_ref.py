@@ -40,13 +40,14 @@ class LedgerRef:
         directory: the ledger directory.
         run_key: names the run.
         known_head: a head that the client's ledger had, as the server remembers it; empty if it does not.
-        max_epsilon: the owner's limit, whatever the run's target is.
+        max_epsilon, max_delta: the owner's limits, whatever the run's target is.
     """
 
     directory: Path
     run_key: str
     known_head: str = ""
     max_epsilon: float = math.inf
+    max_delta: float = 1.0
 
 
 def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) -> Path:

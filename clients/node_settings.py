@@ -45,6 +45,8 @@ class NodeSettings:
     """The owner's own limit, over all runs; 0 means none."""
     max_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     """Delta of that limit."""
+    declared_examples: NonNegativeInt = 0
+    """A public number that stands for that of the examples, not below it; 0: the real one is public."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
     state_dir: str = ""

@@ -48,6 +48,7 @@ def train_private(
     secure: bool = False,
     release_loss: bool = False,
     canaries: Canaries | None = None,
+    sample_rate: float | None = None,
 ) -> LocalResult:
     """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
 
@@ -67,12 +68,14 @@ def train_private(
         secure: draw batches and noise from the operating system's entropy and ignore ``seed``.
         release_loss: return the training loss, which is outside the guarantee.
         canaries: what an audit hides among the examples; the sample rate is as without them.
+        sample_rate: probability with which an example is in a batch; None: batch size / examples.
 
     Raises:
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
         RunFailed: a private step does not compute what it claims on this model.
     """
-    check_private(config, len(indices))
+    rate = config.batch_size / len(indices) if sample_rate is None else sample_rate
+    check_private(config, rate)
     mechanism = Mechanism(
         noise_multiplier=noise_multiplier,
         max_grad_norm=max_grad_norm,
@@ -99,7 +102,6 @@ def train_private(
     ):
         penalties = Penalties(trained, config)  # they know no data: added after the noise
         private.optimizer.attach_step_hook(lambda _: penalties.add_gradient())
-        rate = config.batch_size / len(indices)
         everyone = among(indices, canaries, len(examples))
         for drawn in poisson_batches(everyone, rate, local_steps, draw):
             total += private.step(examples, drawn, pad_token_id)
@@ -115,13 +117,13 @@ def private_streams(seed: int, *, secure: bool) -> tuple[int, np.random.Generato
     return seed, stream(seed, "poisson")
 
 
-def check_private(config: TrainConfig, num_examples: int) -> None:
+def check_private(config: TrainConfig, sample_rate: float = 1.0) -> None:
     """Refuse what DP-SGD does not cover.
 
     Raises:
         ConfigError: fewer examples than the batch size, epochs instead of steps, or a second clipping.
     """
-    if config.batch_size > num_examples:
+    if sample_rate > 1:
         raise ConfigError(
             f"train.batch-size = {config.batch_size}: private training needs at least as many examples "
             "at each client"

@@ -19,6 +19,7 @@ COLUMNS = (
     "data set",
     "epsilon",
     "delta",
+    "neighbours",
     "by",
     "budget",
     "left",
@@ -27,6 +28,7 @@ COLUMNS = (
     "steps",
     "changes",
 )
+TEXTS = ("data set", "neighbours", "by")
 
 
 @one_line_errors
@@ -46,7 +48,7 @@ def spent(
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, no_wrap=True, justify="left" if column in ("data set", "by") else "right")
+        table.add_column(column, no_wrap=True, justify="left" if column in TEXTS else "right")
     for row in rows:
         table.add_row(*map(_cell, list(row.values())[1:]))
     out.print(table)
@@ -101,7 +103,8 @@ def _row(account: Account) -> dict[str, Any]:
         "ledger": str(account.path),
         "dataset": account.identity,
         "epsilon": standing.epsilon,
-        "delta": None if budget is None else budget.target_delta,
+        "delta": standing.delta or None,
+        "neighboring_relation": standing.neighboring_relation if standing.releases else None,
         "accountant": standing.accountant or None,
         "target_epsilon": None if budget is None else budget.target_epsilon,
         "left": None if budget is None else max(0.0, budget.target_epsilon - standing.epsilon),

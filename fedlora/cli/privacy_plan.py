@@ -12,10 +12,15 @@ from rich.table import Table
 
 from fedlora.cli.console import err, one_line_errors, out, percent
 
+NEIGHBOURS = {
+    "zero_out_one": "an example is replaced by nothing; that there are {} is public",
+    "add_or_remove_one": "an example more or less; {} are declared, how many there are is hidden",
+}
+
 
 @one_line_errors
 def plan(
-    dataset_size: Annotated[int, typer.Option(help="N: examples of the client, of the smallest to be safe.")],
+    dataset_size: Annotated[int, typer.Option(help="N: examples of the client, or the number declared.")],
     batch_size: Annotated[int, typer.Option(help="B: train.batch-size.")],
     local_steps: Annotated[int, typer.Option(help="T: train.local-steps.")],
     rounds: Annotated[int, typer.Option(help="R: num-server-rounds.")],
@@ -26,6 +31,10 @@ def plan(
     ] = None,
     fraction_train: Annotated[float, typer.Option(help="F: share of the clients picked in a round.")] = 1.0,
     accountant: Annotated[str, typer.Option(help="prv, pld or rdp.")] = "prv",
+    neighboring_relation: Annotated[
+        str,
+        typer.Option(help="zero_out_one: N is the real number; add_or_remove_one: a declared one."),
+    ] = "zero_out_one",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """The noise that keeps a client's budget in as many rounds as the server allows it.
@@ -47,6 +56,7 @@ def plan(
         target_epsilon=target_epsilon,
         target_delta=target_delta,
         accountant=accountant,
+        neighboring_relation=neighboring_relation,
     )
     if target_delta * dataset_size >= 1:
         err.print(
@@ -69,9 +79,11 @@ def plan(
 def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) -> None:
     rounds, steps = plan["participations"], plan["steps"]
     batch = f"{batch_size:,} of {_count(dataset_size, 'example')} in a batch on average"
+    relation = plan["neighboring_relation"]
     rows = {
         "noise multiplier": f"{_noise(plan['noise_multiplier'])}  (noise standard deviation / clipping norm)",
         "epsilon": f"{_epsilon(plan['epsilon'])} at delta {plan['delta']:g}, by {plan['accountant']}",
+        "neighbours": f"{relation}: {NEIGHBOURS[relation].format(f'{dataset_size:,}')}",
         "covers": f"{_count(rounds, 'round')} of {_count(steps // rounds, 'step')}, {steps:,} in all",
         "sample rate": f"{plan['sample_rate']:.4g}  ({batch})",
     }

@@ -9,6 +9,10 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from fedlora.config.checks import require
 from fedlora.config.section import section
 
+ZERO_OUT_ONE, ADD_OR_REMOVE_ONE = "zero_out_one", "add_or_remove_one"
+MAX_DELTA = 0.01
+"""Largest accepted delta: beyond it, one example in a hundred may be given away whole."""
+
 
 @section("privacy.")
 class PrivacyConfig:
@@ -17,10 +21,16 @@ class PrivacyConfig:
     mode: Literal["none", "example", "client"] = "none"
     """``none``; ``example``: one example more or less at a client is hidden from its server; ``client``: one
     client is hidden in the global model, from everybody but the server."""
+    neighboring_relation: Literal["zero_out_one", "add_or_remove_one"] = "zero_out_one"
+    """``example``: neighbours differ by an example that is replaced by nothing, and the number of examples is
+    public (``zero_out_one``), or by one more or less, the number hidden (``add_or_remove_one``)."""
+    declared_examples: NonNegativeInt = 0
+    """``add_or_remove_one`` in simulation: the public number that stands for that of every client, not below
+    it; sample rate and noise go by it. A node's owner declares its own, see ``docs/privacy.md``."""
     target_epsilon: Annotated[float, Field(gt=0), 'use privacy.mode = "none" to train without privacy'] = 8.0
     """Budget of a client over all that is on its ledger; the noise is calibrated to it."""
-    target_delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    """Delta of that budget."""
+    target_delta: Annotated[float, Field(gt=0, le=MAX_DELTA)] = 1e-5
+    """Delta of that budget; it should be well below 1 / examples."""
     noise_multiplier: NonNegativeFloat = 0.0
     """Noise standard deviation / clipping norm; 0 means: calibrate to ``privacy.target-epsilon``."""
     max_grad_norm: PositiveFloat = 1.0
@@ -47,9 +57,27 @@ class PrivacyConfig:
     run's or node's own."""
 
     def __post_init__(self) -> None:
+        self._check_relation()
         require(
             self.clipping == "flat" or self.grad_sample_mode == "hooks",
             "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
+        )  # fmt: skip
+
+    def _check_relation(self) -> None:
+        relation = self.neighboring_relation
+        if relation == ZERO_OUT_ONE:
+            require(
+                self.declared_examples == 0, "privacy.declared-examples", self.declared_examples,
+                f"must be 0 where privacy.neighboring-relation = {ZERO_OUT_ONE!r}, whose number is public",
+            )  # fmt: skip
+            return
+        require(
+            not self.client_level, "privacy.neighboring-relation", relation,
+            f"must be {ZERO_OUT_ONE!r} where privacy.mode = 'client'",
+        )  # fmt: skip
+        require(
+            not (self.private and self.release_metrics), "privacy.release-metrics", self.release_metrics,
+            f"must be false where privacy.neighboring-relation = {relation!r}, it sends the number",
         )  # fmt: skip
 
     @property

@@ -1,7 +1,8 @@
 """The three accountants: what a history of Poisson-subsampled Gaussian steps costs.
 
-Neighbouring data sets differ by one example added or removed. A history is composed as it is, entry by
-entry; its order does not matter.
+Neighbouring data sets differ by one example that is in the draws or is not, rate and noise being the same for
+both, see `fedlora.privacy.types.NeighboringRelation`. A history is composed as it is, entry by entry; its
+order does not matter.
 
 - ``prv``: numerical composition of privacy loss random variables (Gopi, Lee, Wutschitz, NeurIPS 2021), of
   Opacus. An upper bound at most about 0.02 above the true epsilon.

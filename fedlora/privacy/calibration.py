@@ -1,11 +1,12 @@
 """Noise for a budget, and the budget that noise has spent.
 
-The mechanism is Poisson-subsampled Gaussian noise, neighbouring data sets differ by one example added
-or removed. Who counts is in `fedlora.privacy.accountants`.
+The mechanism is Poisson-subsampled Gaussian noise. Who counts, and for which neighbouring data sets, is in
+`fedlora.privacy.accountants`.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -123,6 +124,22 @@ def calibrate_noise(
     return math.exp(log_noise)
 
 
+@lru_cache(maxsize=256)
+def warn_of_delta(target_delta: float, count: int, units: str) -> None:
+    """Log, once in a process, that a delta lets whole units be given away: it is not below 1 / their number.
+
+    Args:
+        target_delta: delta.
+        count: of the units that are protected, such as the examples of a client.
+        units: what they are.
+    """
+    if target_delta * count >= 1:
+        logging.getLogger("fedlora").warning(
+            "privacy.target-delta = %g: is not below 1 / %d %s, so giving one away whole passes as private",
+            target_delta, count, units,
+        )  # fmt: skip
+
+
 def _least(excess: Callable[[float], float], start: float, stride: float) -> float:
     """The least x with ``excess(x) <= 0``, within the tolerance.
 
@@ -146,7 +163,8 @@ def _least(excess: Callable[[float], float], start: float, stride: float) -> flo
 
 @lru_cache(maxsize=4096)
 def _account(accountant: str, history: History, target_delta: float) -> float:
-    return ACCOUNTANTS[accountant](history, target_delta)
+    """Never below zero, which the tight ones go where delta alone would do."""
+    return max(0.0, ACCOUNTANTS[accountant](history, target_delta))
 
 
 def _check(history: History, target_delta: float, accountant: str) -> None:

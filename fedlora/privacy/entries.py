@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,9 +14,13 @@ from pathlib import Path
 from fedlora.errors import LedgerRefused
 from fedlora.privacy.accountants import ACCOUNTANTS, History
 from fedlora.privacy.chain import Entry
-from fedlora.privacy.filter import Budget, first_order, spent
+from fedlora.privacy.filter import Budget, Setting, dominates, first_order, spent, stated_delta
+from fedlora.privacy.types import NeighboringRelation
 
 SCHEMA = 1
+BEFORE_RELATIONS = {"neighboring_relation": NeighboringRelation.ZERO_OUT_ONE.value, "charged_as": None}
+"""Of entries that do not say. Their rate is batch size / examples, so that they hold under no other relation,
+although ``add_or_remove_one`` was claimed for them then."""
 Place = tuple[str, int, int]
 """Run, round, partition."""
 
@@ -30,6 +34,7 @@ class Release:
         noise_multiplier: noise standard deviation / clipping norm.
         sample_rate: probability with which an example is in a batch.
         steps: optimiser steps.
+        neighboring_relation: between which data sets noise and rate are the same.
         determined_by: a digest of all that determines its bits; empty where they come from real entropy.
     """
 
@@ -39,7 +44,12 @@ class Release:
     noise_multiplier: float
     sample_rate: float
     steps: int
+    neighboring_relation: NeighboringRelation = NeighboringRelation.ZERO_OUT_ONE
     determined_by: str = ""
+
+    @property
+    def setting(self) -> Setting:
+        return self.noise_multiplier, self.sample_rate
 
     @property
     def place(self) -> Place:
@@ -48,10 +58,12 @@ class Release:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
-    """What is on a ledger.
+    """What is on a ledger, or on it of one run.
 
     Attributes:
-        epsilon: spent, at the delta of the last release's budget.
+        epsilon: spent.
+        delta: at which, see `fedlora.privacy.filter.stated_delta`; 0 before the first release.
+        neighboring_relation: under which; ``zero_out_one`` if only one release is under no more than that.
         accountant: by which.
         steps: optimiser steps of all releases.
         releases: how many, unfinished ones included.
@@ -62,6 +74,8 @@ class Standing:
     """
 
     epsilon: float
+    delta: float
+    neighboring_relation: NeighboringRelation
     accountant: str
     steps: int
     releases: int
@@ -69,6 +83,76 @@ class Standing:
     content_changes: int
     budget: Budget | None
     head: str
+
+
+class Spending:
+    """What some releases add up to.
+
+    Attributes:
+        steps: for each setting that was charged, in the order of their first use.
+        budget: of the last release; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.steps: Counter[Setting] = Counter()
+        self.budget: Budget | None = None
+        self._order = math.nan
+        self._before_change = 0.0
+        self._largest_delta = 0.0
+        self._relation = NeighboringRelation.ADD_OR_REMOVE_ONE
+
+    def add(self, setting: Setting, steps: int, budget: Budget, relation: NeighboringRelation) -> None:
+        """Count a release by the setting that it is charged as."""
+        if not self.steps:
+            self._order = first_order(*setting, budget)
+        elif self.steps.keys() != {setting} and not self._before_change:
+            self._before_change = self._largest_delta
+        self._largest_delta = max(self._largest_delta, budget.target_delta)
+        self.steps[setting] += steps
+        self.budget = budget
+        if relation == NeighboringRelation.ZERO_OUT_ONE:
+            self._relation = relation
+
+    def with_one_more(self, setting: Setting, steps: int, budget: Budget) -> tuple[History, float, float]:
+        """The history, its Renyi order and the delta stated for it, if a release is charged so."""
+        history = _history(self.steps + Counter({setting: steps}))
+        order = self._order if self.steps else first_order(*setting, budget)
+        return history, order, stated_delta(self._changed(len(history)), budget)
+
+    def charged_as(self, release: Release, budget: Budget) -> Setting:
+        """The setting by which a release costs least: its own, or an earlier one that dominates it."""
+        own = release.setting
+        earlier = [setting for setting in self.steps if dominates(setting, own)]
+        if own in self.steps or not earlier:
+            return own
+
+        def epsilon(setting: Setting) -> float:
+            history, order, _ = self.with_one_more(setting, release.steps, budget)
+            return spent(history, budget, order)[0]
+
+        return min([*earlier, own], key=epsilon)
+
+    def standing(self, *, releases: int, unfinished: int, content_changes: int, head: str) -> Standing:
+        """The sum; epsilon is computed here."""
+        epsilon, delta, accountant = 0.0, 0.0, ""
+        if self.budget is not None:
+            epsilon, accountant = spent(_history(self.steps), self.budget, self._order)
+            delta = stated_delta(self._changed(len(self.steps)), self.budget)
+        return Standing(
+            epsilon=epsilon,
+            delta=delta,
+            neighboring_relation=self._relation,
+            accountant=accountant,
+            steps=self.steps.total(),
+            releases=releases,
+            unfinished=unfinished,
+            content_changes=content_changes,
+            budget=self.budget,
+            head=head,
+        )
+
+    def _changed(self, settings: int) -> float:
+        return 0.0 if settings == 1 else self._before_change or self._largest_delta
 
 
 class Tally:
@@ -80,17 +164,16 @@ class Tally:
     Attributes:
         identity: of the data set, as the first line has it.
         fingerprint: of its content, as it was found last.
-        budget: of the last release; None before the first.
+        spending: of all releases.
         head: hash of the last line that is sure to be on disk.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.identity = self.fingerprint = self.head = ""
-        self.budget: Budget | None = None
+        self.spending = Spending()
+        self._runs: defaultdict[str, Spending] = defaultdict(Spending)
         self._lines = 0
-        self._order = math.nan
-        self._steps: Counter[tuple[float, float]] = Counter()
         self._attempts: dict[Place, list[str]] = {}
         self._released: Counter[Place] = Counter()
         self._fingerprints = 0
@@ -110,36 +193,21 @@ class Tally:
                 self.head = hashes[number]
             self._lines = number + 1
 
-    @property
-    def history(self) -> History:
-        """Steps of all releases, summed for each noise and rate in the order of their first use."""
-        return tuple((noise, rate, steps) for (noise, rate), steps in self._steps.items())
-
     def attempts(self, release: Release) -> Sequence[str]:
         """What determined the attempts that were made at a release."""
         return self._attempts.get(release.place, [])
 
-    def with_one_more(self, release: Release, budget: Budget) -> tuple[History, float]:
-        """The history and the Renyi order if the release is made under that budget."""
-        setting = (release.noise_multiplier, release.sample_rate)
-        steps = self._steps + Counter({setting: release.steps})
-        order = self._order if self._steps else first_order(*setting, budget)
-        return tuple((noise, rate, count) for (noise, rate), count in steps.items()), order
-
-    def standing(self) -> Standing:
-        """The sum; epsilon is computed here."""
-        epsilon, accountant = 0.0, ""
-        if self.budget is not None:
-            epsilon, accountant = spent(self.history, self.budget, self._order)
+    def standing(self, run_key: str | None = None) -> Standing:
+        """The sum of all releases, or of those of one run."""
         reserved = Counter({place: len(attempts) for place, attempts in self._attempts.items()})
-        return Standing(
-            epsilon=epsilon,
-            accountant=accountant,
-            steps=self._steps.total(),
+        unfinished, spending = reserved - self._released, self.spending
+        if run_key is not None:
+            spending = self._runs.get(run_key, Spending())
+            reserved, unfinished = _of_run(reserved, run_key), _of_run(unfinished, run_key)
+        return spending.standing(
             releases=reserved.total(),
-            unfinished=(reserved - self._released).total(),
+            unfinished=unfinished.total(),
             content_changes=max(0, self._fingerprints - 1),
-            budget=self.budget,
             head=self.head,
         )
 
@@ -162,11 +230,13 @@ class Tally:
         return not first
 
     def _reserve(self, entry: Entry, place: Place) -> bool:
-        match entry:
+        match {**BEFORE_RELATIONS, **entry}:
             case {
                 "noise_multiplier": float(noise),
                 "sample_rate": float(rate),
                 "steps": int(steps),
+                "charged_as": charged,
+                "neighboring_relation": relation,
                 "determined_by": str(determined_by),
                 "target_epsilon": float(epsilon),
                 "target_delta": float(delta),
@@ -175,12 +245,30 @@ class Tally:
                 budget = Budget(target_epsilon=epsilon, target_delta=delta, accountant=accountant)
             case _:
                 return False
-        if not self._steps:
-            self._order = first_order(noise, rate, budget)
-        self.budget = budget
-        self._steps[noise, rate] += steps
+        setting = self._charged(charged, (noise, rate))
+        if setting is None or relation not in list(NeighboringRelation):
+            return False
+        for spending in (self.spending, self._runs[place[0]]):
+            spending.add(setting, steps, budget, NeighboringRelation(relation))
         self._attempts.setdefault(place, []).append(determined_by)
         return True
+
+    def _charged(self, charged: object, made: Setting) -> Setting | None:
+        """The setting that counts: the release's own, or an earlier one that dominates it; else None."""
+        match charged:
+            case None:
+                return made
+            case [float(noise), float(rate)] if (noise, rate) in self.spending.steps:
+                return (noise, rate) if dominates((noise, rate), made) else None
+        return None
+
+
+def _of_run(places: Counter[Place], run_key: str) -> Counter[Place]:
+    return Counter({place: count for place, count in places.items() if place[0] == run_key})
+
+
+def _history(steps: Counter[Setting]) -> History:
+    return tuple((noise, rate, count) for (noise, rate), count in steps.items())
 
 
 def open_entry(identity: str, fingerprint: str) -> Entry:
@@ -199,7 +287,7 @@ def open_entry(identity: str, fingerprint: str) -> Entry:
     }
 
 
-def reserve_entry(release: Release, budget: Budget, attempt: int) -> Entry:
+def reserve_entry(release: Release, budget: Budget, attempt: int, charged_as: Setting) -> Entry:
     """The line that charges a release."""
     return {
         "kind": "reserve",
@@ -208,6 +296,8 @@ def reserve_entry(release: Release, budget: Budget, attempt: int) -> Entry:
         "noise_multiplier": float(release.noise_multiplier),
         "sample_rate": float(release.sample_rate),
         "steps": release.steps,
+        "charged_as": None if charged_as == release.setting else list(map(float, charged_as)),
+        "neighboring_relation": release.neighboring_relation.value,
         "seeded": bool(release.determined_by),
         "determined_by": release.determined_by,
         **dataclasses.asdict(budget),

@@ -5,7 +5,9 @@ and the sample rate of a later release may have been chosen after looking at ear
 
 * *One noise multiplier and sample rate throughout.* The budget fixes beforehand the most steps that fit,
   and all that can depend on earlier releases is when to stop, which is post-processing of those steps.
-  Ordinary composition holds, by the tight accountant too (``prv``).
+  Ordinary composition holds, by the tight accountant too (``prv``). A step of more noise or of a lower rate
+  counts as one of this setting: its privacy loss is dominated by that one's, so that composition holds
+  however the step was chosen (Zhu, Dong and Wang, AISTATS 2022, Theorem 10).
 * *Several.* PRV accounting is not known to be a filter (exact ones are known for Gaussian noise without
   sampling: Koskela, Tobaben and Honkela, ICLR 2023), nor is the minimum over Renyi orders. At one order
   alpha that is fixed beforehand Renyi DP is: if the sum of the steps' ``rho_t(alpha)`` never exceeds B,
@@ -14,8 +16,9 @@ and the sample rate of a later release may have been chosen after looking at ear
   ledger's first release best, settled before anything was released. What ``prv`` had decided while
   there was one setting is summed again in Renyi terms.
 
-Each case is (epsilon, delta)-DP. Whoever lets outputs decide *whether* to change the settings, and not
-only how, mixes the two and has (epsilon, 2 delta). Outputs must not decide what the target is.
+Each case is (epsilon, delta)-DP. Outputs may decide not only how the settings change, but *whether*: then the
+two mix, and their deltas add up. So from the first change on the delta that is stated (`stated_delta`) is
+the sum of both. Outputs must not decide what the target is.
 """
 
 from __future__ import annotations
@@ -43,6 +46,33 @@ class Budget:
     target_epsilon: float
     target_delta: float
     accountant: str
+
+
+Setting = tuple[float, float]
+"""Noise multiplier and sample rate."""
+
+
+def dominates(charged: Setting, made: Setting) -> bool:
+    """Whether a step with the setting ``charged`` costs at least what one with ``made`` costs.
+
+    More noise is post-processing. A lower rate is a mixture of the higher one's draws with leaving the
+    example out, and the hockey-stick divergence of mixtures is at most that of the worse part.
+
+    >>> dominates((1.0, 0.1), (1.0001, 0.1)), dominates((1.0, 0.1), (1.1, 0.11))
+    (True, False)
+    """
+    return charged[0] <= made[0] and charged[1] >= made[1]
+
+
+def stated_delta(before_change: float, budget: Budget) -> float:
+    """The delta that holds with the epsilon of a history.
+
+    Args:
+        before_change: the largest target delta by which releases were decided while there was one setting;
+            0 as long as there is only one.
+        budget: of the last release.
+    """
+    return before_change + budget.target_delta
 
 
 _bounds: dict[tuple[float, float, Budget], tuple[int, float]] = {}

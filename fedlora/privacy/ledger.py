@@ -4,13 +4,17 @@ One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lin
 
     open                  schema, salt, identity, fingerprint of the content
     reserve               a release: run, round, partition, attempt; noise multiplier, sample rate, steps;
-                          the budget it was decided by; for seeded releases a digest of all that
-                          determines their bits
+                          an earlier setting that it is charged as, if that costs less; between which
+                          neighbours it holds; the budget it was decided by; for seeded releases a digest
+                          of all that determines their bits
     released              its training came to an end
     fingerprint-changed   the content differs from what it was; what was spent stays spent
 
 The order is: `Ledger.reserve`, which is on disk when it returns; training; `Ledger.released`, which is for
 reading only. A release that was reserved counts, whether or not anything came of it.
+
+The last head of each ledger is also kept beside the directory, in ``<directory>.heads``: a ledger that is set
+back or lost, alone or with its directory, is refused by every later run, too.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from fedlora.privacy.entries import (
     released_entry,
     reserve_entry,
 )
-from fedlora.privacy.filter import Budget, fits, spent
+from fedlora.privacy.filter import Budget, Setting, fits, spent
 
 
 class Ledger:
@@ -48,11 +52,18 @@ class Ledger:
         self.directory = directory
         self.dataset = dataset
         self.path = directory / _file_name(dataset.identity)
+        self._kept_head = directory.with_name(f"{directory.name}.heads") / self.path.stem
         self._chain = Chain(self.path)
         self._tally = Tally(self.path)
 
     def reserve(
-        self, release: Release, budget: Budget, *, planned_steps: int = 0, known_head: str = ""
+        self,
+        release: Release,
+        budget: Budget,
+        *,
+        planned_steps: int = 0,
+        known_head: str = "",
+        max_delta: float = 1.0,
     ) -> Standing:
         """Charge a release; on disk when this returns, and only then may it be trained.
 
@@ -63,6 +74,10 @@ class Ledger:
             budget: what all releases together may cost.
             planned_steps: see `fedlora.privacy.filter.fits`.
             known_head: a head that this ledger is known to have had; empty if none is known.
+            max_delta: the largest delta that may be stated.
+
+        Returns:
+            What the release's run has spent; what others have is for the owner, see `standing`.
 
         Raises:
             BudgetExceeded: it would cost more than is left.
@@ -73,8 +88,13 @@ class Ledger:
             self._open(known_head)
             attempts = self._tally.attempts(release)
             if not (release.determined_by and release.determined_by in attempts):
-                self._decide(release, budget, planned_steps)
-                self._append(reserve_entry(release, budget, attempt=len(attempts)))
+                setting = self._decide(release, budget, planned_steps, max_delta)
+                self._append(reserve_entry(release, budget, len(attempts), setting))
+                self._keep_head()
+        return self._tally.standing(release.run_key)
+
+    def standing(self) -> Standing:
+        """What all runs have spent, as far as it was read."""
         return self._tally.standing()
 
     def released(self, release: Release) -> None:
@@ -93,18 +113,19 @@ class Ledger:
             LedgerRefused: as `reserve`.
         """
         admit(self.directory, self.dataset)
-        if not known_head and not self.path.exists():
+        if not known_head and not self.path.exists() and not self._kept_head.exists():
             return
         with self._chain.locked():
             self._open(known_head)
 
     def _open(self, known_head: str) -> None:
         chain, dataset = self._chain, self.dataset
-        if known_head and known_head not in chain.hashes:
-            raise LedgerRefused(
-                f"{self.path}: was set back: an entry that it had ({known_head[:12]}) is gone; "
-                "restore the file"
-            )
+        for head, where in ((known_head, ""), (self._last_head(), f" ({self._kept_head} has its hash)")):
+            if head and head not in chain.hashes:
+                raise LedgerRefused(
+                    f"{self.path}: was set back: an entry that it had ({head[:12]}) is gone{where}; "
+                    "restore the file"
+                )
         if not chain.entries:
             self._append(open_entry(dataset.identity, dataset.fingerprint))
         self._tally.count(chain.entries, chain.hashes)
@@ -123,8 +144,28 @@ class Ledger:
         self._chain.append(entry, durable=durable)
         self._tally.count(self._chain.entries, self._chain.hashes)
 
-    def _decide(self, release: Release, budget: Budget, planned_steps: int) -> None:
-        history, order = self._tally.with_one_more(release, budget)
+    def _last_head(self) -> str:
+        """The head that was kept; empty where there is none, or one that a power cut spoiled."""
+        try:
+            head = self._kept_head.read_text()
+        except (FileNotFoundError, UnicodeDecodeError):
+            return ""
+        return head if re.fullmatch(r"[0-9a-f]{64}", head) else ""
+
+    def _keep_head(self) -> None:
+        """Not flushed: what a power cut leaves is an older head, which the ledger still has, or none."""
+        self._kept_head.parent.mkdir(exist_ok=True)
+        self._kept_head.write_text(self._tally.head)
+
+    def _decide(self, release: Release, budget: Budget, planned_steps: int, max_delta: float) -> Setting:
+        spending = self._tally.spending
+        setting = spending.charged_as(release, budget)
+        history, order, delta = spending.with_one_more(setting, release.steps, budget)
+        if delta > max_delta:
+            raise BudgetExceeded(
+                f"privacy.target-delta = {budget.target_delta:g}: noise or rate changed in the ledger of "
+                f"{self.dataset.identity}, so that delta {delta:g} would be stated, allowed is {max_delta:g}"
+            )
         if not fits(history, budget, order, planned_steps):
             epsilon, accountant = spent(history, budget, order)
             steps = sum(steps for _, _, steps in history)
@@ -132,6 +173,7 @@ class Ledger:
                 f"privacy.target-epsilon = {budget.target_epsilon}: {steps} steps would spend {epsilon:.3f} "
                 f"({accountant}), {steps - release.steps} of them in the ledger of {self.dataset.identity}"
             )
+        return setting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

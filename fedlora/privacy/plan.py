@@ -1,6 +1,7 @@
 """Noise before a run: what the worst case needs, and what more hopeful ways of counting would have spent.
 
-A client with N examples trains T steps in each round that it takes part in, with sample rate q = B / N.
+A client with N examples, or N declared ones, trains T steps in each round that it takes part in, with sample
+rate q = B / N.
 Whoever sees the rounds knows who took part, so its steps are those of the rounds it is really picked for:
 
     worst case        P T steps at rate q         P rounds at most, the server refuses more
@@ -21,6 +22,7 @@ from typing import Any, ParamSpec
 from scipy.stats import binom
 
 from fedlora.config.checks import one_of, require
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE, MAX_DELTA, ZERO_OUT_ONE
 from fedlora.errors import ConfigError
 from fedlora.privacy.accountants import ACCOUNTANTS
 from fedlora.privacy.calibration import MAX_EPSILON, calibrate_noise, epsilon_spent
@@ -33,7 +35,8 @@ class Request:
     """What a plan is made for; the fields are the options of ``fedlora privacy plan``.
 
     Attributes:
-        dataset_size: N, examples of the client.
+        dataset_size: N, the public number of examples of the client: the real one under ``zero_out_one``, the
+            declared one under ``add_or_remove_one``.
         batch_size: B, the expected batch.
         local_steps: T, steps of a round.
         rounds: R.
@@ -42,6 +45,8 @@ class Request:
         target_epsilon: the budget of the client over the whole run.
         target_delta: its delta.
         accountant: ``prv``, ``pld`` or ``rdp``.
+        neighboring_relation: which of `fedlora.privacy.types.NeighboringRelation` the plan is for; it decides
+            what N is, and nothing else.
     """
 
     dataset_size: int
@@ -53,6 +58,7 @@ class Request:
     target_epsilon: float
     target_delta: float
     accountant: str
+    neighboring_relation: str = ZERO_OUT_ONE
 
     def __post_init__(self) -> None:
         for name in ("dataset_size", "batch_size", "local_steps", "rounds", "max_participations"):
@@ -71,7 +77,11 @@ class Request:
             0 < self.target_epsilon <= MAX_EPSILON, "--target-epsilon", self.target_epsilon,
             f"must be > 0 and at most {MAX_EPSILON:g}",
         )  # fmt: skip
-        require(0 < self.target_delta < 1, "--target-delta", self.target_delta, "must be in (0, 1)")
+        require(
+            0 < self.target_delta <= MAX_DELTA, "--target-delta", self.target_delta,
+            f"must be in (0, {MAX_DELTA:g}]",
+        )  # fmt: skip
+        one_of("--neighboring-relation", self.neighboring_relation, (ZERO_OUT_ONE, ADD_OR_REMOVE_ONE))
         one_of("--accountant", self.accountant, tuple(ACCOUNTANTS))
 
     @property
@@ -131,6 +141,7 @@ def make_plan(request: Request) -> dict[str, Any]:
         "sample_rate": r.sample_rate,
         "participations": r.max_participations,
         "accountant": r.accountant,
+        "neighboring_relation": r.neighboring_relation,
         "expected_case": {
             "participations": r.expected_participations,
             "steps": r.expected_steps,

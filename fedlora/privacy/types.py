@@ -5,6 +5,22 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from enum import StrEnum
+
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE, ZERO_OUT_ONE
+
+
+class NeighboringRelation(StrEnum):
+    """How two data sets differ that a claim holds apart by at most epsilon.
+
+    Poisson-subsampled Gaussian steps with a rate and a noise that do not differ between them cost the same
+    under both. A rate of batch size / examples differs as soon as the number of examples does.
+    """
+
+    ZERO_OUT_ONE = ZERO_OUT_ONE
+    """By one example that is replaced by nothing, its place being kept; the number of examples is public."""
+    ADD_OR_REMOVE_ONE = ADD_OR_REMOVE_ONE
+    """By one example more or less; rate and noise go by a number that the owner of the data declares."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,16 +28,16 @@ class PrivacySpent:
     """What one client's training has cost so far.
 
     Attributes:
-        epsilon: the loss of everything on the client's ledger, for the given delta.
-        delta: target delta.
+        epsilon: the loss of all that the client released in this run, for the given delta.
+        delta: what it is for: the target, or more where noise and rate changed, see `fedlora.privacy.filter`.
         granularity: what is hidden, ``example`` or ``client``.
-        neighboring_relation: how two data sets differ, ``add_or_remove_one``.
+        neighboring_relation: how two data sets differ, see `NeighboringRelation`.
         sampling_method: how batches are drawn, ``poisson``.
         accountant: ``prv``, ``pld`` or ``rdp``; always ``rdp`` where noise or rate changed on the way.
         noise_multiplier: noise standard deviation / clipping norm, of the last release.
         sample_rate: probability with which an example is in a batch, of the last release.
-        steps: optimiser steps of all releases.
-        releases: releases on the ledger, unfinished ones included.
+        steps: optimiser steps of the run's releases.
+        releases: how many these are, unfinished ones included.
         ledger_head: what every later state of the ledger contains, see `fedlora.privacy.ledger`.
     """
 
@@ -41,11 +57,11 @@ class PrivacySpent:
         """What leaves the client.
 
         Args:
-            count: the example count leaves it, too. Otherwise that does not follow exactly: noise and rate
-                stay, and epsilon is rounded up to two decimals, so that a range of counts remains.
+            count: the example count leaves it, too. Otherwise, where noise and rate go by the real count,
+                they stay, and epsilon is rounded up to two decimals; whoever wants to can still find it out.
         """
         whole = dataclasses.asdict(self)
-        if count:
+        if count or self.neighboring_relation == NeighboringRelation.ADD_OR_REMOVE_ONE:
             return whole
         kept = {key: value for key, value in whole.items() if key not in ("noise_multiplier", "sample_rate")}
         return kept | {"epsilon": math.ceil(100 * self.epsilon) / 100}

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
-from fedlora.privacy.types import PrivacySpent
+from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 from strategies.client_dp import ClientDP
 
 FULL = 1.0
@@ -52,7 +52,7 @@ def clients_spent(config: RunConfig, participations: Mapping[int, int]) -> dict[
                 epsilon=epsilon_spent(noise, FULL, rounds, privacy.target_delta, privacy.accountant),
                 delta=privacy.target_delta,
                 granularity="client",
-                neighboring_relation="zero_out_one",
+                neighboring_relation=NeighboringRelation.ZERO_OUT_ONE,
                 sampling_method="none",
                 accountant=privacy.accountant,
                 noise_multiplier=noise,

@@ -17,6 +17,7 @@ from fedlora.config import RunConfig
 from fedlora.core.factors import Tensors
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.privacy.calibration import warn_of_delta
 from fedlora.server.build import assemble
 from fedlora.server.client_privacy import clients_spent
 from fedlora.server.directory import RunDirectory
@@ -78,6 +79,8 @@ class FederatedRun:
         self.evaluator = GlobalEvaluator(self.config, self.runtime)
         if self.config.privacy.private and self.nodes is None:
             self._check_private()
+        if self.config.privacy.client_level:
+            warn_of_delta(self.config.privacy.target_delta, len(self.partitions), "clients")
         self.strategy = assemble(
             rule,
             self.config,
@@ -148,13 +151,18 @@ class FederatedRun:
 
     def _check_private(self) -> None:
         """Refuse data here that cannot be trained on privately; nodes look at their own."""
+        from clients.budget import rate_of
         from clients.ledger_ref import check_disjoint
         from clients.training.dp_sgd import check_private
 
-        data = self.runtime.data
-        for partition in self.partitions:
-            check_private(self.config.train, len(data.indices(partition)))
-        check_disjoint(self.config, data, self.partitions)
+        data, config = self.runtime.data, self.config
+        rates = {p: rate_of(config, len(data.indices(p))) for p in self.partitions}
+        for rate in rates.values():
+            check_private(config.train, rate)
+        check_disjoint(config, data, self.partitions)
+        largest = min(rates, key=lambda p: rates[p])
+        public = round(config.train.batch_size / rates[largest])
+        warn_of_delta(config.privacy.target_delta, public, f"examples of partition {largest}")
 
     def _restore(self, checkpoint: ServerState | None) -> None:
         self.run_key = self.directory.run_key()

@@ -21,7 +21,11 @@ from fedlora.core.code import code_root, top_packages
 NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
 """Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
 compared with, who else is told. The engine's two that change bits, device and size of cohorts, are inputs."""
-ADDED = {"train.optimizer-options": ""}
+ADDED = {
+    "train.optimizer-options": "",
+    "privacy.neighboring-relation": "zero_out_one",
+    "privacy.declared-examples": 0,
+}
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (
     "torch", "numpy", "scipy", "transformers", "tokenizers", "peft", "opacus", "dp-accounting", "flwr",

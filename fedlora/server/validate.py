@@ -57,7 +57,7 @@ def check(config: RunConfig) -> Rule:
                 f"train.precision = {config.train.precision!r}: must be 'float32' in private training, whose "
                 "self-test compares gradients to rounding"
             )
-        check_private(config.train, num_examples=config.train.batch_size)
+        check_private(config.train)
     if config.model.quantization != "none":
         check_quantised(config, rule)
     if config.train.gradient_checkpointing:

@@ -40,7 +40,7 @@ changes = st.fixed_dictionaries(
         "train.learning-rate": st.floats(1e-9, 10.0),
         "train.optimizer": st.sampled_from(["sgd", "adamw"]),
         "strategy.options": st.sampled_from(["", "{}", '{"lam": 0.1}']),
-        "privacy.target-delta": st.floats(1e-12, 0.5),
+        "privacy.target-delta": st.floats(1e-12, 0.01),
         "engine.num-gpus": st.sampled_from([0.0, 0.25, 1.0, 8.0]),
     },
 )
@@ -108,7 +108,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("train.momentum", 1.0, "must be < 1"),
     ("data.test-fraction", 0.0, "must be > 0"),
     ("data.test-fraction", 1.0, "must be < 1"),
-    ("privacy.target-delta", 1.0, "must be < 1"),
+    ("privacy.target-delta", 0.99, "must be <= 0.01"),
     ("privacy.target-delta", 0.0, "must be > 0"),
     ("data.max-length", 7, "must be >= 8"),
     ("data.partitioner", "dirichlet", "needs >= 1"),

@@ -29,6 +29,7 @@ def made(directory: Path, *releases: Release, budget: Budget = WIDE) -> Standing
     """The standing after these releases."""
     ledger = Ledger(directory, DATASET)
     for one in releases:
-        standing = ledger.reserve(one, budget)
+        ledger.reserve(one, budget)
+        standing = ledger.standing()
         ledger.released(one)
     return standing

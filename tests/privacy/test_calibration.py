@@ -232,7 +232,7 @@ def test_what_was_spent_says_what_it_means() -> None:
         epsilon=1.0,
         delta=DELTA,
         granularity="example",
-        neighboring_relation="add_or_remove_one",
+        neighboring_relation="zero_out_one",
         sampling_method="poisson",
         accountant="prv",
         noise_multiplier=1.0,

@@ -13,7 +13,7 @@ def spent(examples: int) -> PrivacySpent:
     rate = 16 / examples
     return PrivacySpent(
         epsilon=epsilon_spent(1.0, rate, 10, 1e-5, "rdp"), delta=1e-5, granularity="example",
-        neighboring_relation="add_or_remove_one", sampling_method="poisson", accountant="rdp",
+        neighboring_relation="zero_out_one", sampling_method="poisson", accountant="rdp",
         noise_multiplier=1.0, sample_rate=rate, steps=10,
     )  # fmt: skip
 

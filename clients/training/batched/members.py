@@ -31,6 +31,7 @@ class Member:
         steps: optimiser steps, >= 1.
         seed: its own and its round's; ignored where the mechanism is secure.
         mechanism: what its private steps do; None where it trains without privacy.
+        sample_rate: probability with which an example is in a private batch; None: batch size / examples.
     """
 
     adapters: AdapterSet
@@ -43,6 +44,7 @@ class Member:
     seed: int
     tail: RankRegularizer | None = None
     mechanism: Mechanism | None = None
+    sample_rate: float | None = None
 
     @property
     def rank(self) -> int:
@@ -77,7 +79,7 @@ def open_streams(member: Member, config: TrainConfig, device: torch.device) -> S
         batches = shuffled_batches(member.indices, config.batch_size, member.steps, rng)
     else:
         seed, rng = private_streams(member.seed, secure=member.mechanism.secure)
-        rate = config.batch_size / len(member.indices)
+        rate = config.batch_size / len(member.indices) if member.sample_rate is None else member.sample_rate
         batches = poisson_batches(member.indices, rate, member.steps, rng)
     return Streams(
         batches=batches,

@@ -82,6 +82,9 @@ dataset-id = {dataset_id}
 # More than this is never spent on it, whatever a run asks for; 0 means: as the run says.
 max-epsilon = 0.0
 max-delta = 1e-5
+# 0: the number of your examples is public. Otherwise a public number that stands for it and is not below it;
+# runs must then say privacy.neighboring-relation = "add_or_remove_one".
+declared-examples = 0
 
 # Keep the base model in memory between messages.
 keep-model = true

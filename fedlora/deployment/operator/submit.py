@@ -60,6 +60,11 @@ def submit(
     check(config)
     if config.privacy.ledger:
         raise ConfigError(f"privacy.ledger = {config.privacy.ledger!r}: a node has its own ledger")
+    if config.privacy.declared_examples:
+        raise ConfigError(
+            f"privacy.declared-examples = {config.privacy.declared_examples}: a node's owner declares "
+            "its own in node.toml"
+        )
     directory = RunDirectory(path.absolute(), resume=resume)
     # The directory is looked through here, so that the ServerApp may always go on with what is there.
     config = replace(whole_paths(config), output_dir=str(directory.path), resume=True)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.config import FlatConfig, RunConfig, Scalar, from_flat, to_flat
+from fedlora.config import FlatConfig, PrivacyConfig, RunConfig, Scalar, from_flat, to_flat
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.data.columns import BY_NATURE
 from fedlora.server.identity import NO_EFFECT, code_of
 from fedlora.study.analyse.results import TAKEN_FROM, CellResult
@@ -128,9 +129,15 @@ def _privacy(configs: Sequence[RunConfig]) -> str:
         described.append(
             f"DP-SGD at each client with Poisson batches, gradients clipped to {p.max_grad_norm:g}, {noise} "
             f"at delta {significant(p.target_delta)} for the whole run, {p.accountant.upper()} accountant; "
-            "neighbouring datasets differ by one example of one client, added or removed"
+            f"neighbouring datasets differ by one example of one client, {_neighbours(p)}"
         )
     return "; or ".join(dict.fromkeys(described))
+
+
+def _neighbours(privacy: PrivacyConfig) -> str:
+    if privacy.neighboring_relation == ADD_OR_REMOVE_ONE:
+        return f"added or removed, at a declared count of {privacy.declared_examples:,} examples"
+    return "replaced by nothing, the count of examples being public"
 
 
 def _evaluation(config: RunConfig, examples: int) -> str:

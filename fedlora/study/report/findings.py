@@ -242,8 +242,10 @@ def _private(row: Row, rows: Sequence[Row]) -> Markup:
 def _same_privacy(row: Row, other: Row) -> bool:
     if row.epsilon is None or other.epsilon is None:
         return False
-    same_delta = row.config.privacy.target_delta == other.config.privacy.target_delta
-    return same_delta and math.isclose(row.epsilon, other.epsilon, rel_tol=SAME_EPSILON)
+    ours, theirs = (
+        (r.config.privacy.target_delta, r.config.privacy.neighboring_relation) for r in (row, other)
+    )
+    return ours == theirs and math.isclose(row.epsilon, other.epsilon, rel_tol=SAME_EPSILON)
 
 
 # --- caveats -----------------------------------------------------------------------------------------
