@@ -31,6 +31,7 @@ from clients.training.batches import num_steps
 from clients.training.optimizers.registry import NOTHING
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.core.adapters import lora_set, tensor_names
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.privacy.types import PrivacySpent
 
@@ -101,9 +102,9 @@ def train_orders(assignments: Sequence[Assignment]) -> list[Answer]:
 
 
 def _key(one: Assignment, resolved: ResolvedInstruction) -> tuple[Any, ...]:
-    cored = next(iter(resolved.adapters.values())).R is not None
+    tensors = tensor_names(resolved.adapters)
     run = (one.config, one.node.own, one.node.simulation, one.order.server_round)
-    return (*run, one.order.needs.base, one.order.trained, cored)
+    return (*run, one.order.needs.base, one.order.trained, tensors)
 
 
 def _fits(runtime: ClientRuntime) -> bool:
@@ -199,7 +200,7 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
     config = one.config
     steps = config.local_steps_of(ready.partition_id)
     return Member(
-        adapters=ready.resolved.adapters,
+        adapters=lora_set(ready.resolved.adapters),
         head=ready.resolved.head,
         trained=one.order.trained,
         modules=modules_of(one.order),

@@ -18,6 +18,7 @@ from peft import PeftModel
 
 from clients.store import ClientStore, resolve
 from fedlora import wire
+from fedlora.core.adapters import lora_set
 from fedlora.errors import FedLoraError, first_line
 from fedlora.models.peft_model import check_fits, moving_base
 
@@ -58,7 +59,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
         if model(context) is not own:
             reason = "base_mod: the model must be the same object for every message, use functools.cache"
             return wire.Reply(status=wire.DECLINED, reason=reason)
-        check_fits(own, resolved.adapters)
+        check_fits(own, lora_set(resolved.adapters))
         if order.config.get("moves-base"):
             moving_base(own).check_whole()
         moving_base(own).move_to([resolved.patch(name) for name in order.needs.base])

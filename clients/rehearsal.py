@@ -16,14 +16,14 @@ from clients.training.batched.self_check import check_cohort
 from clients.training.dp_step import Mechanism
 from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
-from fedlora.core.factors import AdapterSet
+from fedlora.core.adapters import Adapters
 from fedlora.errors import ConfigError, RunFailed
 
 
 def rehearse(
     runtime: ClientRuntime,
     config: RunConfig,
-    adapters: AdapterSet,
+    adapters: Adapters,
     head: Mapping[str, Tensor],
     trained: frozenset[str],
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor, nn
 
+from fedlora.adapters import AdapterKind, adapter_kind
 from fedlora.config import RunConfig, from_flat
 from fedlora.core.state import Patch
 from fedlora.data.chat.template import chat_settings
@@ -97,13 +98,15 @@ def client_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRunti
     key = key_of(config) if own is None else (*key_of(config), own)
     if key not in _runtimes:
         _, data, network, modules = _read(config, own)
-        return _settle(key, network, data, modules, config.engine.device)
+        kind = adapter_kind(config.lora, config.seed)
+        return _settle(key, network, data, modules, kind, config.engine.device)
     return _runtimes[key]
 
 
 def key_of(config: RunConfig) -> Key:
     """What a `ClientRuntime` is made from: configurations with the same key share one."""
-    return (config.task, config.model, _targets(config), config.data, config.seed, config.engine.device)
+    kind = adapter_kind(config.lora, config.seed)
+    return (config.task, config.model, _targets(config), config.data, config.seed, config.engine.device, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,14 @@ class SharedArrays:
         structure, arrays: the model, see `fedlora.models.shared_memory`.
         data: the prepared data, or where it lies.
         modules: as in `ClientRuntime`.
+        kind: of the adapter.
     """
 
     structure: bytes
     arrays: list[np.ndarray]
     data: Prepared | Path
     modules: Mapping[str, tuple[str, ...]]
+    kind: AdapterKind
 
 
 def parts_of(config: RunConfig, *, with_data: bool = False) -> SharedArrays:
@@ -130,7 +135,8 @@ def parts_of(config: RunConfig, *, with_data: bool = False) -> SharedArrays:
     """
     path, data, network, modules = _read(config)
     structure, arrays = take_apart(network)
-    return SharedArrays(structure, arrays, data if with_data else path, modules)
+    kind = adapter_kind(config.lora, config.seed)
+    return SharedArrays(structure, arrays, data if with_data else path, modules, kind)
 
 
 def runtime_of(parts: SharedArrays, key: Key, device: str) -> ClientRuntime:
@@ -145,16 +151,23 @@ def runtime_of(parts: SharedArrays, key: Key, device: str) -> ClientRuntime:
         ConfigError: the device is not there.
     """
     data = open_prepared(parts.data) if isinstance(parts.data, Path) else parts.data
-    return _settle(key, put_together(parts.structure, parts.arrays), data, parts.modules, device)
+    network = put_together(parts.structure, parts.arrays)
+    return _settle(key, network, data, parts.modules, parts.kind, device)
 
 
 def _settle(
-    key: Key, network: nn.Module, data: Prepared, modules: Mapping[str, tuple[str, ...]], device: str
+    key: Key,
+    network: nn.Module,
+    data: Prepared,
+    modules: Mapping[str, tuple[str, ...]],
+    kind: AdapterKind,
+    device: str,
 ) -> ClientRuntime:
     _runtimes.clear()
     adapted = dict.fromkeys(name for names in modules.values() for name in names)
     network.to(pick_device(device))
-    _runtimes[key] = ClientRuntime(AdaptedModel(network, list(adapted), task_named(data.task)), data, modules)
+    model = AdaptedModel(network, list(adapted), task_named(data.task), kind)
+    _runtimes[key] = ClientRuntime(model, data, modules)
     return _runtimes[key]
 
 

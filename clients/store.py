@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from fedlora import wire
-from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.adapters import Adapters, tensor_names
+from fedlora.core.factors import Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.state import Patch, digest
 from fedlora.errors import UpdateRefused
@@ -28,18 +29,18 @@ class ResolvedInstruction:
     """An order whose parts are all here.
 
     Attributes:
-        adapters: the complete starting adapter, all factors of every module.
+        adapters: the complete starting adapter, all tensors of every module.
         head: the other tensors that travelled.
         store: the store; the base patches are in it under ``order.needs.base``.
     """
 
-    adapters: AdapterSet
+    adapters: Adapters
     head: Tensors
     store: ClientStore
 
     def with_own(self, own: Tensors) -> ResolvedInstruction:
         """The same with tensors that the client kept to itself, in PEFT's spelling, in their place."""
-        mine = wire.from_peft(own)
+        mine = wire.from_peft(own, tensor_names(self.adapters))
         return ResolvedInstruction(mine.over(self.adapters), {**self.head, **mine.head}, self.store)
 
     def patch(self, name: str) -> Patch:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedlora.core.adapters import as_lora
 from fedlora.core.factors import LoraFactors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State, Template
@@ -51,12 +52,13 @@ def error(rule: Rule, seed: int) -> float:
         updates = [_trained(rule, state, k, own[k] - base) for k in range(CLIENTS)]
         state, _ = rule.aggregate(state, updates, diagnostics=False)
     base = sum((patch.products["x"].dense() for patch in state.base), start=torch.zeros(SIZE, SIZE))
-    return float((wanted - base - state.adapters["x"].delta()).norm() / wanted.norm())
+    return float((wanted - base - as_lora(state.adapters["x"]).delta()).norm() / wanted.norm())
 
 
 def _trained(rule: Rule, state: State, client: int, wanted: torch.Tensor) -> ClientUpdate:
     """Gradient steps on ``||wanted - B A||^2 / 2``, whitened inputs."""
-    sent = rule.broadcast(state, ClientSpec(partition_id=client, rank=RANK, scaling=1.0)).adapters["x"]
+    spec = ClientSpec(partition_id=client, rank=RANK, scaling=1.0)
+    sent = as_lora(rule.broadcast(state, spec).adapters["x"])
     B = sent.B.clone()
     for _ in range(STEPS):
         B += RATE * (wanted - B @ sent.A) @ sent.A.T

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fedlora.core.factors import LoraFactors
+from fedlora.core.adapters import LayerAdapter
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError
@@ -104,26 +104,24 @@ class ClientDP:
 def _changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:
     """What came back minus what was sent, by a unique name; zero where nothing is trained."""
     changes = {
-        f"{factor} {name}": update.adapters[name].tensors()[factor] - sent.tensors()[factor]
-        for name, sent in start.adapters.items()
-        for factor in sorted(start.uploaded)
+        f"{name} {module}": update.adapters[module].tensors()[name] - sent.tensors()[name]
+        for module, sent in start.adapters.items()
+        for name in sorted(start.uploaded & sent.tensors().keys())
     }
     return changes | {f"head {name}": update.head[name] - start.head[name] for name in sorted(start.head)}
 
 
 def _moved(
     start: Broadcast, *changes: Mapping[str, Tensor]
-) -> tuple[dict[str, LoraFactors], dict[str, Tensor]]:
+) -> tuple[dict[str, LayerAdapter], dict[str, Tensor]]:
     """What was sent, plus the given changes."""
 
     def of(name: str, tensor: Tensor) -> Tensor:
         return sum((change[name] for change in changes if name in change), start=tensor)
 
     adapters = {
-        module: LoraFactors(
-            scaling=f.scaling, **{factor: of(f"{factor} {module}", t) for factor, t in f.tensors().items()}
-        )
-        for module, f in start.adapters.items()
+        module: sent.replaced({name: of(f"{name} {module}", t) for name, t in sent.tensors().items()})
+        for module, sent in start.adapters.items()
     }
     return adapters, {name: of(f"head {name}", t) for name, t in start.head.items()}
 

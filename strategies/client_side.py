@@ -16,27 +16,27 @@ def needs_core(facts: Facts) -> str:
     return f"{facts.title} trains a core that PEFT has no place for: its clients need fedlora's ClientApp"
 
 
-def needs_own_mod(facts: Facts, factor: str) -> str:
+def needs_own_mod(facts: Facts, tensor: str) -> str:
     """To a client that sends back what it should keep."""
     return (
-        f"{facts.title} leaves lora_{factor} with its client: give the ClientApp "
+        f"{facts.title} leaves {tensor} with its client: give the ClientApp "
         "mods=[own_mod(directory)] from fedlora.clients"
     )
 
 
-def needs_freezing(facts: Facts, factor: str) -> str:
+def needs_freezing(facts: Facts, tensor: str) -> str:
     """To a client that trained a factor which rests in this round."""
     return (
-        f"lora_{factor} came back changed, but {facts.title} does not train it in this round: call "
+        f"{tensor} came back changed, but {facts.title} does not train it in this round: call "
         "train_as_ordered(model, message) from fedlora.clients before training"
     )
 
 
-def needs_precision(facts: Facts, factor: str, dtype: str) -> str:
+def needs_precision(facts: Facts, tensor: str, dtype: str) -> str:
     """To a client whose adapter cannot hold a factor that rests as it was sent."""
     way_out = "wire_dtype='float16' to the strategy, or keep" if dtype == "float16" else "keep"
     prefix = "give " if dtype == "float16" else ""
     return (
-        f"lora_{factor} comes back in {dtype}, but {facts.title} leaves it as it is in float32: "
+        f"{tensor} comes back in {dtype}, but {facts.title} leaves it as it is in float32: "
         f"{prefix}{way_out} the adapter in float32 (PEFT's autocast_adapter_dtype=True)"
     )

@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from fedlora.core.adapters import as_lora
 from fedlora.core.factors import LoraFactors, Product, add, as_product, norm, scale
 from strategies.layer import Layer, Merged
 
@@ -78,7 +79,7 @@ class LayerMeasure:
 def measure(layer: Layer, merged: Merged) -> LayerMeasure:
     """The measures of one layer."""
     start = layer.start
-    reached = [as_product(merged.adapter)]
+    reached = [as_product(as_lora(merged.adapter))]
     if merged.into_base is not layer.target:  # else the target cancels, bit for bit
         reached.append(scale(-1.0, layer.target))
         if merged.into_base is not None:

@@ -16,8 +16,11 @@ class Facts:
         name: the key of ``strategy.name``.
         title: the name in the paper.
         paper: citation.
-        trained: the factors that clients train, over all rounds.
-        uploaded: the trained factors that come back, over all rounds.
+        trained: the factors that clients train, over all rounds; of another kind of adapter the tensors in
+            these roles, see `NamedTensors.parts`.
+        uploaded: those of them that come back, over all rounds.
+        any_kind: the rule needs a mean of named tensors and no product of factors, so that it takes adapters
+            of any kind (``lora.method``).
         exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
         mixed_ranks: clients may have different ranks.
         updates_base: the rule adds patches to the base weights.
@@ -41,6 +44,7 @@ class Facts:
     paper: str
     trained: frozenset[str] = PLAIN
     uploaded: frozenset[str] = PLAIN
+    any_kind: bool = False
     exact: bool
     mixed_ranks: bool = False
     updates_base: bool = False

@@ -9,6 +9,7 @@ that it can be had every round. `fedlora.models.export.global_adapters` takes th
 
 from __future__ import annotations
 
+from fedlora.core.adapters import lora_set
 from fedlora.core.factors import AdapterSet, LoraFactors, Product, bounded
 from fedlora.core.state import State
 
@@ -20,7 +21,7 @@ def stacked_adapters(state: State) -> AdapterSet:
     have a rank of min(out, in) at most, and their scaling is still that of the state's adapter.
     """
     moved = state.moved
-    return {n: _whole(state, n) if n in moved else factors.folded() for n, factors in state.adapters.items()}
+    return {n: _whole(state, n) if n in moved else f.folded() for n, f in lora_set(state.adapters).items()}
 
 
 def _whole(state: State, name: str) -> LoraFactors:

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fedlora.core.adapters import LayerAdapter, as_lora
 from fedlora.core.factors import LoraFactors, Product, Tensors, stack
 from fedlora.core.seeding import torch_stream
 from fedlora.errors import ConfigError
@@ -16,10 +17,15 @@ from fedlora.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """One client's factors of one layer with its normalised weight p_k."""
+    """One client's adapter of one layer with its normalised weight p_k."""
 
     weight: float
-    factors: LoraFactors
+    adapter: LayerAdapter
+
+    @property
+    def factors(self) -> LoraFactors:
+        """The adapter as LoRA's factors."""
+        return as_lora(self.adapter)
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,24 @@ class Layer:
 
     Attributes:
         name: the module.
-        start: the global factors before the round.
-        clients: the clients' factors, in partition order, weights summing to 1.
+        adapter: the global adapter before the round.
+        clients: the clients' adapters, in partition order, weights summing to 1.
         server_round: the round that is being aggregated, from 1.
         seed: the root seed of the run, for directions that the server draws.
         memory: what the rule kept of this layer, `Merged.memory` of the last round.
     """
 
     name: str
-    start: LoraFactors
+    adapter: LayerAdapter
     clients: Sequence[Weighted]
     server_round: int
     seed: int = 0
     memory: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def start(self) -> LoraFactors:
+        """The global adapter as LoRA's factors."""
+        return as_lora(self.adapter)
 
     @cached_property
     def target(self) -> Product:
@@ -51,17 +62,17 @@ class Layer:
     def weights(self) -> list[float]:
         return [c.weight for c in self.clients]
 
-    def shipped(self, factor: str) -> list[Tensor]:
+    def shipped(self, name: str) -> list[Tensor]:
         """The clients' A_k (r, in), or their ``(s_k / s) B_k`` (out, r), ``(s_k / s) R_k`` (r, r).
 
-        Scalings are folded into B, and into the core where there is one.
+        Scalings are folded into B, and into the core where there is one; another kind's tensors have one.
         """
-        tensors = [c.factors.tensors()[factor] for c in self.clients]
-        if factor == "A":
+        tensors = [c.adapter.tensors()[name] for c in self.clients]
+        if name == "A":
             return tensors
-        s = self.start.scaling
+        s = self.adapter.scaling
         return [
-            t if c.factors.scaling == s else (c.factors.scaling / s) * t
+            t if c.adapter.scaling == s else (c.adapter.scaling / s) * t
             for c, t in zip(self.clients, tensors, strict=True)
         ]
 
@@ -74,7 +85,7 @@ class Layer:
 class Merged:
     """A layer after aggregation: the next adapter, what moves into the base, and what is remembered."""
 
-    adapter: LoraFactors
+    adapter: LayerAdapter
     into_base: Product | None = None
     memory: Tensors = field(default_factory=dict)
 

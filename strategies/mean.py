@@ -1,6 +1,6 @@
 """Rules whose aggregate is a mean of what is shipped; server optimisers and robust centres compose with all.
 
-    X' = step(X, center_k X_k)    for each shipped factor X, and for each tensor of the head
+    X' = step(X, center_k X_k)    for each shipped tensor X of a layer, and for each tensor of the head
 
 with `Center` the weighted mean or a robust one, and `ServerOptimizer` the step. What a rule then makes of
 (A', B') is `MeanRule.settle`.
@@ -47,21 +47,26 @@ class MeanRule(Rule):
             )
 
     def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
-        """The next adapter, given the stepped mean; ``memory`` is the optimiser's."""
+        """The next adapter of LoRA, given the stepped mean; ``memory`` is the optimiser's."""
         return Merged(adapter, memory=memory)
 
-    def middle(self, layer: Layer, factor: str) -> Tensor:
-        """The centre of one factor over the clients, in the shape of the global one."""
-        return self.center.of(layer.weights, layer.shipped(factor))
+    def middle(self, layer: Layer, name: str) -> Tensor:
+        """The centre of one tensor over the clients, in the shape of the global one."""
+        return self.center.of(layer.weights, layer.shipped(name))
 
     def merge(self, layer: Layer) -> Merged:
-        factors = layer.start.tensors()
-        memory = dict(layer.memory)
-        for factor in sorted(self.shipped(layer.server_round)):
-            center = self.middle(layer, factor)
-            factors[factor], kept = self.optimizer.step(factor, factors[factor], center, layer.memory)
+        tensors, memory = layer.adapter.tensors(), dict(layer.memory)
+        shipped = layer.adapter.part(self.shipped(layer.server_round))
+        for name in sorted(shipped & tensors.keys()):
+            center = self.middle(layer, name)
+            tensors[name], kept = self.optimizer.step(name, tensors[name], center, layer.memory)
             memory |= kept
-        return self.settle(layer, LoraFactors(scaling=layer.start.scaling, **factors), memory)
+        adapter = layer.adapter.replaced(tensors)
+        return (
+            self.settle(layer, adapter, memory)
+            if isinstance(adapter, LoraFactors)
+            else Merged(adapter, memory=memory)
+        )
 
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         return self.center.choose(updates)

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, resize
+from fedlora.core.adapters import Adapters, lora_set
+from fedlora.core.factors import Tensors, resize
 from fedlora.core.state import Broadcast, Patch, State
 
 
@@ -44,7 +45,7 @@ def padded(broadcast: Broadcast, rank: int) -> Broadcast:
 
     For models that keep the rank which they were built with, like PEFT's.
     """
-    adapters = {name: resize(factors, rank, factors.scaling) for name, factors in broadcast.adapters.items()}
+    adapters = {name: resize(f, rank, f.scaling) for name, f in lora_set(broadcast.adapters).items()}
     return replace(broadcast, adapters=adapters)
 
 
@@ -56,11 +57,8 @@ def _patch(patch: Patch, dtype: torch.dtype) -> Patch:
     return patch if same else Patch.from_tensors(rounded)
 
 
-def _adapters(adapters: AdapterSet, dtype: torch.dtype) -> AdapterSet:
-    return {
-        name: LoraFactors(**_tensors(factors.tensors(), dtype), scaling=factors.scaling)
-        for name, factors in adapters.items()
-    }
+def _adapters(adapters: Adapters, dtype: torch.dtype) -> Adapters:
+    return {name: adapter.replaced(_tensors(adapter.tensors(), dtype)) for name, adapter in adapters.items()}
 
 
 def _tensors(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensors:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from logging import WARNING
 from typing import Any
 
@@ -16,7 +15,9 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedlora import wire
-from fedlora.core.factors import PLAIN, AdapterSet, LoraFactors, Tensors, resize
+from fedlora.core.adapters import Adapters, as_lora, tensor_names
+from fedlora.core.factors import PLAIN, Tensors, resize
+from fedlora.core.peft_keys import peft_name
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import UpdateRefused
 from fedlora.wire import Reply
@@ -49,30 +50,30 @@ def validate_reply(
         raise UpdateRefused(request.failure)
     if reply.status != wire.OK:
         raise UpdateRefused(reply.reason or f"answered {reply.status!r} (lacks {len(reply.missing)} parts)")
-    shipped = wire.from_peft(reply.arrays)
+    shipped = wire.from_peft(reply.arrays, tensor_names(request.broadcast.adapters))
     plain = not (reply.answers or reply.holds)
     if plain and facts.updates_base:
         raise UpdateRefused(client_side.needs_base_mod(facts))
-    if plain and not facts.trained <= PLAIN and not shipped.R:
+    if plain and not facts.trained <= PLAIN and not shipped.of("R"):
         raise UpdateRefused(client_side.needs_core(facts))
     unacknowledged = set(request.needs.base) - set(reply.holds)
     if unacknowledged:
         raise UpdateRefused(
             f"does not acknowledge {len(unacknowledged)} base patches, which {facts.title} moved the base by"
         )
-    factor = partial(_factor, facts=facts, broadcast=request.broadcast, half=reply.half and not request.half)
+    half = reply.half and not request.half
     adapters = {
-        name: LoraFactors(
-            A=factor("A", name, start.A, shipped.A),
-            B=factor("B", name, start.B, shipped.B),
-            scaling=start.scaling,
-            R=None if start.R is None else factor("R", name, start.R, shipped.R),
+        module: start.replaced(
+            {
+                name: _tensor(module, name, shipped, facts=facts, broadcast=request.broadcast, half=half)
+                for name in start.tensors()
+            }
         )
-        for name, start in request.broadcast.adapters.items()
+        for module, start in request.broadcast.adapters.items()
     }
     _refuse_foreign(request.broadcast.adapters, shipped)
     if request.rank:
-        adapters = {name: resize(f, request.rank, f.scaling) for name, f in adapters.items()}
+        adapters = {name: resize(as_lora(f), request.rank, f.scaling) for name, f in adapters.items()}
     update = ClientUpdate(
         partition_id=request.partition_id,
         adapters=adapters,
@@ -110,36 +111,39 @@ def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None
         raise UpdateRefused(f"moved by {distance:.3g}, strategy.max-update-norm = {most:g}")
 
 
-def _factor(
-    factor: str, module: str, start: Tensor, shipped: Tensors, *, facts: Facts, broadcast: Broadcast,
-    half: bool,
-) -> Tensor:  # fmt: skip
-    expected = factor in broadcast.uploaded and module in broadcast.modules
-    if module not in shipped:
+def _tensor(
+    module: str, name: str, shipped: wire.PeftTensors, *, facts: Facts, broadcast: Broadcast, half: bool
+) -> Tensor:
+    """One tensor of a layer: what came back, or as it was sent."""
+    adapter, given = broadcast.adapters[module], shipped.layers.get(module, {})
+    start, spelled = adapter.tensors()[name], peft_name(name)
+    expected = name in broadcast.uploaded and module in broadcast.modules
+    if name not in given:
         if expected:
-            raise UpdateRefused(f"{module}: lora_{factor} is missing")
+            raise UpdateRefused(f"{module}: {spelled} is missing")
         return start
-    tensor = shipped[module]
-    _check(f"{module}: lora_{factor}", tensor, start)
+    tensor = given[name]
+    _check(f"{module}: {spelled}", tensor, start)
     if expected:
         return tensor
-    if half and (factor in facts.trained or facts.rotates_basis):
-        raise UpdateRefused(client_side.needs_precision(facts, factor, "float16"))
+    if half and (name in adapter.part(facts.trained) or facts.rotates_basis):
+        raise UpdateRefused(client_side.needs_precision(facts, spelled, "float16"))
     if not torch.equal(tensor, start):
-        raise UpdateRefused(f"{module}: {_why_changed(factor, module, tensor, start, facts, broadcast)}")
+        raise UpdateRefused(f"{module}: {_why_changed(name, module, tensor, start, facts, broadcast)}")
     return start
 
 
 def _why_changed(
-    factor: str, module: str, tensor: Tensor, start: Tensor, facts: Facts, broadcast: Broadcast
+    name: str, module: str, tensor: Tensor, start: Tensor, facts: Facts, broadcast: Broadcast
 ) -> str:
-    """What a client did that sent another value for a factor which it should not send."""
-    if factor in broadcast.trained and module in broadcast.modules:
-        return client_side.needs_own_mod(facts, factor)
+    """What a client did that sent another value for a tensor which it should not send."""
+    spelled = peft_name(name)
+    if name in broadcast.trained and module in broadcast.modules:
+        return client_side.needs_own_mod(facts, spelled)
     for dtype in (torch.float16, torch.bfloat16):
         if torch.equal(tensor, start.to(dtype).to(start.dtype)):
-            return client_side.needs_precision(facts, factor, str(dtype).removeprefix("torch."))
-    return client_side.needs_freezing(facts, factor)
+            return client_side.needs_precision(facts, spelled, str(dtype).removeprefix("torch."))
+    return client_side.needs_freezing(facts, spelled)
 
 
 def _head(start: Tensors, shipped: Tensors) -> Tensors:
@@ -162,13 +166,14 @@ def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
         raise UpdateRefused(f"{name} holds a NaN or an infinity")
 
 
-def _refuse_foreign(adapters: AdapterSet, shipped: wire.PeftTensors) -> None:
-    foreign = sorted(shipped.modules - set(adapters))
+def _refuse_foreign(adapters: Adapters, shipped: wire.PeftTensors) -> None:
+    foreign = sorted(set(shipped.layers) - set(adapters))
     if foreign:
         raise UpdateRefused(f"unknown module {foreign[0]} ({len(adapters)} modules are adapted)")
-    for name in sorted(shipped.R):
-        if adapters[name].R is None:
-            raise UpdateRefused(f"{name}: lora_R came back, but the adapter has no core")
+    for module, given in sorted(shipped.layers.items()):
+        for name in sorted(given.keys() - adapters[module].tensors().keys()):
+            why = "the adapter has no core" if name == "R" else "the adapter has no such tensor"
+            raise UpdateRefused(f"{module}: {peft_name(name)} came back, but {why}")
 
 
 TRAIN_LOSS = "train-loss"

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from fedlora.core.adapters import LayerAdapter, check_same_shapes
 from fedlora.core.factors import LoraFactors, Tensors, check_same_modules, resize
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
@@ -112,10 +113,12 @@ class Rule:
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """What this client starts the next round from: the global adapter at its rank and scaling."""
+        layers = state.adapters.values()
+        trained, shipped = self.trained(state.round + 1), self.shipped(state.round + 1)
         return Broadcast(
-            adapters={name: at_rank(factors, client) for name, factors in state.adapters.items()},
-            trained=self.trained(state.round + 1),
-            uploaded=self.shipped(state.round + 1),
+            adapters={name: at_rank(adapter, client) for name, adapter in state.adapters.items()},
+            trained=frozenset().union(*(adapter.part(trained) for adapter in layers)),
+            uploaded=frozenset().union(*(adapter.part(shipped) for adapter in layers)),
             modules=trained_modules(state, client),
             head=state.head,
             updates_base=self.facts.updates_base,
@@ -147,7 +150,8 @@ class Rule:
         def of(name: str) -> tuple[Merged, LayerMeasure | None]:
             layer = self._layer(state, name, counted, weights)
             merged = self.merge(layer)
-            return merged, measure(layer, merged) if diagnostics else None
+            measured = diagnostics and isinstance(layer.adapter, LoraFactors)
+            return merged, measure(layer, merged) if measured else None
 
         done = dict(zip(state.adapters, parallel_map(of, state.adapters), strict=True))
         merged = {name: m for name, (m, _) in done.items()}
@@ -184,6 +188,9 @@ class Rule:
         check_same_modules(state.adapters, update.adapters, who)
         for name, start in state.adapters.items():
             given = update.adapters[name]
+            if not (isinstance(start, LoraFactors) and isinstance(given, LoraFactors)):
+                check_same_shapes(start, given, f"{who}, {name}")
+                continue
             shape, expected = (given.out_features, given.in_features), (start.out_features, start.in_features)
             if shape != expected:
                 raise FactorShapeError(f"{who}, {name}: the layer is {shape}, expected {expected}")
@@ -242,11 +249,11 @@ def check_heads(head: Mapping[str, object], updates: Sequence[ClientUpdate]) -> 
     return shipped
 
 
-def at_rank(factors: LoraFactors, client: ClientSpec) -> LoraFactors:
-    """The leading part of the global factors at the client's rank and scaling."""
-    if factors.rank == client.rank and factors.scaling == client.scaling:
-        return factors
-    return resize(factors, client.rank, client.scaling)
+def at_rank(adapter: LayerAdapter, client: ClientSpec) -> LayerAdapter:
+    """The leading part of the global factors at the client's rank and scaling; other kinds have one rank."""
+    if isinstance(adapter, LoraFactors) and (adapter.rank, adapter.scaling) != (client.rank, client.scaling):
+        return resize(adapter, client.rank, client.scaling)
+    return adapter
 
 
 def _shape(tensors: Mapping[str, object], name: str) -> str:

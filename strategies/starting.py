@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
+from torch import Tensor
 
 from fedlora import wire
 from fedlora.core.decompositions import completed, split
@@ -39,7 +41,7 @@ def template_of(arrays: ArrayRecord, scaling: float, rule: Rule, rank: int = 0, 
     if not (math.isfinite(scaling) and scaling > 0):
         raise ConfigError(f"scaling = {scaling}: must be alpha / r of the PEFT model, finite and > 0")
     parts = _parts(arrays)
-    given = {n: _factors(n, parts, scaling) for n in parts.A}
+    given = {n: _factors(n, own, scaling) for n, own in parts.layers.items()}
     ranks = {f.rank for f in given.values()}
     if not rank and len(ranks) > 1:
         raise ConfigError(
@@ -85,15 +87,16 @@ def _parts(arrays: ArrayRecord) -> wire.PeftTensors:
     except UpdateRefused as error:
         raise ConfigError(f"initial_arrays: {error}") from None
     parts = wire.from_peft(tensors)
-    if not parts.A or set(parts.A) != set(parts.B):
+    if not parts.layers or set(parts.of("A")) != set(parts.of("B")):
         raise ConfigError(f"initial_arrays holds no pairs of lora_A and lora_B: {WHERE_FROM}")
     for key, tensor in tensors.items():
         if not key.startswith(wire.PREFIX):
             raise ConfigError(f"initial_arrays: {key}: PEFT's names begin with {wire.PREFIX}, {WHERE_FROM}")
         if not torch.isfinite(tensor).all():
             raise ConfigError(f"initial_arrays: {key} holds a NaN or an infinity")
-    for name in (*parts.R, *parts.head):
-        if name in parts.R or any(part.startswith("lora_") for part in name.split(".")):
+    cored = parts.of("R")
+    for name in (*cored, *parts.head):
+        if name in cored or any(part.startswith("lora_") for part in name.split(".")):
             raise ConfigError(
                 f"initial_arrays: {name}: only lora_A and lora_B of linear layers can be federated, "
                 f"{WHERE_FROM} of a plain LoRA model"
@@ -101,8 +104,8 @@ def _parts(arrays: ArrayRecord) -> wire.PeftTensors:
     return parts
 
 
-def _factors(name: str, parts: wire.PeftTensors, scaling: float) -> LoraFactors:
+def _factors(name: str, own: Mapping[str, Tensor], scaling: float) -> LoraFactors:
     try:
-        return LoraFactors(parts.A[name], parts.B[name], scaling)
+        return LoraFactors(own["A"], own["B"], scaling)
     except FactorShapeError as error:
         raise ConfigError(f"initial_arrays: {name}: {error}: only linear layers can be federated") from None

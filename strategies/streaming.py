@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.factors import Tensors
 from fedlora.core.parallel import one_thread
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
@@ -52,9 +52,9 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
                 mean = _added(mean, update, rule, state)
     if mean is None or not math.isfinite(total):
         raise ConfigError(f"the weights of all updates sum to {total:g}: nothing can be averaged")
-    for factors in mean.adapters.values():
-        for factor in rule.shipped(state.round + 1):
-            getattr(factors, factor).div_(total)
+    for adapter in mean.adapters.values():
+        for name in adapter.part(rule.shipped(state.round + 1)) & adapter.tensors().keys():
+            adapter.tensors()[name].div_(total)
     for tensor in mean.head.values():
         tensor.div_(total)
     return rule.aggregate(state, [mean], diagnostics=False)[0]
@@ -74,9 +74,10 @@ def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, stat
         check_heads(state.head, [mean, update])
     for name, factors in update.adapters.items():
         ratio = factors.scaling / state.adapters[name].scaling
-        for factor in shipped:
+        given, sums = factors.tensors(), mean.adapters[name].tensors()
+        for factor in state.adapters[name].part(shipped) & given.keys():
             weight = update.weight * (1.0 if factor == "A" else ratio)
-            getattr(mean.adapters[name], factor).add_(getattr(factors, factor), alpha=weight)
+            sums[factor].add_(given[factor], alpha=weight)
     for name, tensor in update.head.items():
         mean.head[name].add_(tensor, alpha=update.weight)
     return mean
@@ -85,10 +86,7 @@ def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, stat
 def _zero(update: ClientUpdate, state: State, shipped: frozenset[str]) -> ClientUpdate:
     check_heads(state.head, [update])
     adapters = {
-        name: LoraFactors(
-            scaling=f.scaling,
-            **{k: torch.zeros_like(t) if k in shipped else t for k, t in f.tensors().items()},
-        )
+        name: f.replaced({k: torch.zeros_like(t) for k, t in f.tensors().items() if k in f.part(shipped)})
         for name, f in state.adapters.items()
     }
     head: Tensors = {name: tensor.new_zeros(tensor.shape) for name, tensor in update.head.items()}

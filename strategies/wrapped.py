@@ -93,7 +93,7 @@ def with_arrays(state: State, arrays: ArrayRecord) -> State:
     parts = wire.from_peft(wire.from_record(arrays))
     scaling = next(iter(state.adapters.values())).scaling
     try:
-        adapters = parts.adapters(scaling)
+        adapters = parts.lora(scaling)
     except FactorShapeError as error:
         raise ConfigError(f"the arrays of the round: {error}") from None
     given = {wire.key_of(n, x): t.shape for n, f in adapters.items() for x, t in f.tensors().items()}

@@ -1,10 +1,11 @@
 """One private step by the parts of Opacus: clip each example, sum, add noise, let the optimiser move.
 
-Two ways to the same clipped sum (``grad_sample_mode``):
+Three ways to the same clipped sum (``grad_sample_mode``):
 
 * ``hooks``: a backward pass keeps every example's gradient of every trained tensor, then clips it;
 * ``ghost``: a first backward pass finds only the norms, a second one goes through the loss in which
-  each example is weighted by its clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022).
+  each example is weighted by its clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022);
+* ``loop``: one backward pass for each example, for adapters of which Opacus' hooks see nothing.
 
 Opacus is imported by the first private step, not by every process that might take one.
 """
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -42,7 +44,7 @@ class Mechanism:
         expected_batch_size: what the noisy sum is divided by, whatever was drawn.
         clipping: ``flat`` clips each example's gradient over all trained tensors together to C,
             ``per-layer`` each of its L tensors to C / sqrt(L).
-        grad_sample_mode: ``hooks`` or ``ghost``; ``ghost`` clips flat only.
+        grad_sample_mode: ``hooks``, ``ghost`` or ``loop``; ``ghost`` clips flat only.
         max_physical_batch_size: examples that are in memory at once; 0 means all that were drawn.
         secure: noise from the operating system, which nobody can draw again.
     """
@@ -109,6 +111,8 @@ class PrivateSteps:
     def _backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
         if len(drawn) == 0:
             return self._nobody()
+        if self._mechanism.grad_sample_mode == "loop":
+            return self._one_by_one(examples, drawn, pad_token_id)
         batch = load_batch(examples, drawn, pad_token_id, self._model.device)
         losses = batch_loss(self._model, batch, reduction="none")
         if self._mechanism.grad_sample_mode == "ghost":
@@ -118,6 +122,22 @@ class PrivateSteps:
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]
         return losses.detach().sum()
+
+    def _one_by_one(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        """A backward pass for each example; one that takes no part in the loss has a gradient of zero."""
+        parameters, total = self.optimizer.params, torch.zeros((), device=self._model.device)
+        rows: list[tuple[Tensor, ...]] = []
+        for example in drawn:
+            batch = load_batch(examples, np.array([example]), pad_token_id, self._model.device)
+            loss = batch_loss(self._model, batch, reduction="none").sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            pairs = zip(parameters, found, strict=True)
+            rows.append(tuple(torch.zeros_like(p) if g is None else g for p, g in pairs))
+            total += loss.detach()
+        for parameter, gradients in zip(parameters, zip(*rows, strict=True), strict=True):
+            parameter.grad_sample = torch.stack(gradients)  # (examples, *shape), as Opacus leaves it
+            parameter.grad = parameter.grad_sample.sum(dim=0)
+        return total
 
     def _nobody(self) -> Tensor:
         for parameter in self.optimizer.params:
@@ -136,6 +156,8 @@ def private_steps(
 ) -> Iterator[PrivateSteps]:
     """Inside, the model is watched by Opacus' hooks, on trained layers only; no trace is left afterwards.
 
+    A ``loop`` needs no hooks.
+
     Args:
         model: inside its ``training()``.
         optimizer: over exactly the trained tensors.
@@ -143,14 +165,15 @@ def private_steps(
         generator: draws the noise unless ``mechanism.secure``.
         canaries: the gradients of an audit's canaries, which are numbered on from the examples.
     """
-    watched = _watch(model, mechanism)
+    watched = None if mechanism.grad_sample_mode == "loop" else _watch(model, mechanism)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             private = _private(optimizer, mechanism, generator)
             yield PrivateSteps(model, watched, private, mechanism, canaries)
     finally:
-        watched.to_standard_module()
+        if watched is not None:
+            watched.to_standard_module()
         for layer in model.module.modules():  # what a step that failed half-way leaves
             vars(layer).pop("activations", None)
             vars(layer).pop("max_batch_len", None)
@@ -188,9 +211,8 @@ def _private(
     """Opacus' optimiser for that mode and clipping, with the system's noise if it is to be secure."""
     from opacus.optimizers import get_optimizer_class
 
-    kind = get_optimizer_class(
-        mechanism.clipping.replace("-", "_"), distributed=False, grad_sample_mode=mechanism.grad_sample_mode
-    )
+    mode = "ghost" if mechanism.grad_sample_mode == "ghost" else "hooks"
+    kind = get_optimizer_class(mechanism.clipping.replace("-", "_"), distributed=False, grad_sample_mode=mode)
     if mechanism.secure:
         kind = type(f"SystemNoise{kind.__name__}", (SystemNoise, kind), {})
     clip: float | list[float] = mechanism.max_grad_norm

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
 from clients.training.optimizers.registry import make_optimizer
 from fedlora.config import TrainConfig
-from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.adapters import Adapters
+from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive, stream
 from fedlora.core.state import RankRegularizer, Trainable
 from fedlora.data.examples import Examples
@@ -24,14 +25,14 @@ class LocalResult:
     """What a client has after its local steps.
 
     Attributes:
-        adapters: both factors of every adapted layer.
+        adapters: all tensors of every adapted layer.
         head: the head tensors if the head was trained, else empty.
         num_examples: how many examples the client holds.
         steps: optimiser steps taken.
         loss: mean training loss over the examples seen; None where it stays private.
     """
 
-    adapters: AdapterSet
+    adapters: Adapters
     head: Tensors
     num_examples: int
     steps: int

@@ -39,8 +39,9 @@ class PrivacyConfig:
     """``client``: all that a client changed is clipped to this norm."""
     clipping: Literal["flat", "per-layer"] = "flat"
     """``flat``: all trained tensors together; ``per-layer``: each of L tensors to max-grad-norm / sqrt(L)."""
-    grad_sample_mode: Literal["hooks", "ghost"] = "hooks"
-    """``hooks`` keeps each example's gradient, ``ghost`` only its norm and goes back twice (less memory)."""
+    grad_sample_mode: Literal["hooks", "ghost", "loop"] = "hooks"
+    """``hooks`` keeps each example's gradient, ``ghost`` only its norm and goes back twice (less memory),
+    ``loop`` goes back once for each example: for a ``lora.method`` of which Opacus sees nothing."""
     max_physical_batch_size: NonNegativeInt = 0
     """Examples of a drawn batch that are in memory at once; 0 means all of them."""
     max_participations: NonNegativeInt = 0
@@ -59,7 +60,7 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         self._check_relation()
         require(
-            self.clipping == "flat" or self.grad_sample_mode == "hooks",
+            self.clipping == "flat" or self.grad_sample_mode != "ghost",
             "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
         )  # fmt: skip
 

@@ -9,9 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import float_list, int_list, name_list, one_of, parse_json, require
-from fedlora.config.methods import NOT_HERE
-from fedlora.config.section import by_field, section
-from fedlora.errors import ConfigError
+from fedlora.config.section import by_field, section, snake
 
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
 BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
@@ -68,13 +66,21 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
     method: str = "lora"
-    """``lora``; others of PEFT are refused, each with its reason."""
+    """``lora``, or another of PEFT's tuners, which takes of rank, alpha and dropout what it has of them:
+    ``vera``, ``randlora``, ``fourierft``, ``waveft``, ``c3a``, ``shira``, ``ia3``, ``loha``, ``lokr``,
+    ``hira``, ``gralora``; see ``docs/peft.md``."""
+    method_options: str = ""
+    """JSON object of further fields of that tuner's configuration in PEFT, for instance
+    ``{"n_frequency": 500}``."""
 
     def __post_init__(self) -> None:
-        if self.method in NOT_HERE:
-            raise ConfigError(f"lora.method = {self.method!r}: {NOT_HERE[self.method]}, accepted is lora")
-        one_of("lora.method", self.method, ("lora",))
+        _ = self.method_option_dict
         require(all(r >= 1 for r in self.rank_list), "lora.ranks", self.ranks, "ranks must be >= 1")
+
+    @cached_property
+    def method_option_dict(self) -> dict[str, Any]:
+        """The decoded ``method_options``, by PEFT's names."""
+        return {snake(k): v for k, v in parse_json("lora.method-options", self.method_options, dict).items()}
 
     @cached_property
     def rank_list(self) -> tuple[int, ...]:

@@ -83,6 +83,14 @@ class LoraFactors:
         """The factors by name: A and B, and R where there is a core."""
         return {"A": self.A, "B": self.B} | ({} if self.R is None else {"R": self.R})
 
+    def replaced(self, tensors: Mapping[str, Tensor]) -> LoraFactors:
+        """The same with these factors in place of its own."""
+        return LoraFactors(scaling=self.scaling, **{**self.tensors(), **tensors})
+
+    def part(self, roles: Iterable[str]) -> frozenset[str]:
+        """The names of the tensors in these roles: the factors are their own, see `NamedTensors.parts`."""
+        return frozenset(roles)
+
     def folded(self) -> LoraFactors:
         """The same delta without a core, ``A' = R A``; itself where there is none."""
         return self if self.R is None else LoraFactors(self.R @ self.A, self.B, self.scaling)

@@ -13,7 +13,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from fedlora.core.factors import AdapterSet, Product, Tensors, add, as_product
+from fedlora.core.adapters import Adapters, as_lora
+from fedlora.core.factors import Product, Tensors, add, as_product
 from fedlora.errors import FactorShapeError
 
 
@@ -45,7 +46,7 @@ class Template:
     rank: int
     scaling: float
     head: Tensors = field(default_factory=dict)
-    adapters: AdapterSet | None = None
+    adapters: Adapters | None = None
     base: Patch | None = None
     gradients: Tensors | None = None
 
@@ -153,16 +154,17 @@ class Broadcast:
 
     Attributes:
         adapters: the starting adapter, at the client's rank and scaling, over all modules.
-        trained: which factors it trains, a subset of {"A", "B", "R"}; the rest stays as it is here.
-        uploaded: which of the trained factors come back; the rest stays at the client.
-        modules: the modules whose factors it trains.
+        trained: the names of the tensors of a layer that it trains, of LoRA a subset of {"A", "B", "R"}; the
+            rest stays as it is here.
+        uploaded: which of them come back; the rest stays at the client.
+        modules: the modules whose tensors it trains.
         head: the other trained tensors.
         fresh_seed: where set, ``adapters`` is ``fresh_adapters(..., fresh_seed)`` and need not travel.
         tail: where set, what the client adds to its loss.
         updates_base: later rounds will send base patches.
     """
 
-    adapters: AdapterSet
+    adapters: Adapters
     trained: frozenset[str]
     uploaded: frozenset[str]
     modules: frozenset[str]
@@ -178,13 +180,13 @@ class ClientUpdate:
 
     Attributes:
         partition_id: who it is from; sums run in this order.
-        adapters: all factors of every module after training; what was not shipped is as broadcast.
+        adapters: all tensors of every module after training; what was not shipped is as broadcast.
         head: the other trained tensors after training (empty if there are none).
         weight: its unnormalised weight, usually the number of examples.
     """
 
     partition_id: int
-    adapters: AdapterSet
+    adapters: Adapters
     head: Tensors
     weight: float
 
@@ -203,7 +205,7 @@ class State:
     """
 
     round: int
-    adapters: AdapterSet
+    adapters: Adapters
     head: Tensors
     base: tuple[Patch, ...] = ()
     memory: Tensors = field(default_factory=dict)
@@ -217,7 +219,7 @@ class State:
     def product(self, name: str) -> Product:
         """Sum that the global model adds to one layer of the pristine base: its patches and its adapter."""
         patches = [patch.products[name] for patch in self.base if name in patch.products]
-        adapter = self.adapters[name]
+        adapter = as_lora(self.adapters[name])
         return add(*patches, as_product(adapter)) if adapter.B.any() or not patches else add(*patches)
 
 

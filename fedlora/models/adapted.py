@@ -1,22 +1,21 @@
-"""One resident base model that serves clients of different ranks, with and without a core, in turn."""
+"""One base model that serves clients of different ranks, or of one other kind of adapter, in turn."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft.functional import inject_adapter_in_model, set_adapter
 from torch import Tensor, nn
 
-from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, check_same_modules
+from fedlora.adapters.kind import AdapterKind, InjectedAdapter
+from fedlora.adapters.lora import LoraKind
+from fedlora.core.adapters import Adapters
+from fedlora.core.factors import Tensors, check_same_modules
 from fedlora.core.state import ModuleSpec, RankRegularizer, Template, Trainable
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.models.base_weights import PatchedBase
-from fedlora.models.cored import CoredOutput
 from fedlora.models.gradient_checkpointing import recomputed
 from fedlora.models.layers import head_tensors, is_transposed, linear_layers
 from fedlora.models.shared_memory import hashes
@@ -24,7 +23,7 @@ from fedlora.tasks import CLASSIFICATION, Task
 
 
 class AdaptedModel:
-    """A frozen base with LoRA from PEFT, one PEFT adapter for each rank that was asked for, cored or not.
+    """A frozen base with an adapter from PEFT, LoRA of any rank or of one other kind.
 
     `load` makes one client's (or the global) adapter the only active one; `read` takes it out.
 
@@ -32,6 +31,7 @@ class AdaptedModel:
         module: the model; its task calls it and knows what it returns.
         task: what it is trained for.
         modules: the adapted layers, in the order of the model.
+        adapter: what is in them.
         base: their weights, which patches move.
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
@@ -40,10 +40,19 @@ class AdaptedModel:
         `fedlora.models.gradient_checkpointing`.
     """
 
-    def __init__(self, module: nn.Module, modules: Collection[str], task: Task = CLASSIFICATION) -> None:
-        """Adapt the named layers of a model from `build_model`, in place.
+    def __init__(
+        self,
+        module: nn.Module,
+        modules: Collection[str],
+        task: Task = CLASSIFICATION,
+        kind: AdapterKind | None = None,
+    ) -> None:
+        """Adapt the named layers of a model from `build_model`, in place; without a kind, by LoRA.
 
         The head is copied; no other tensor of the model is ever written to, so that they may be shared.
+
+        Raises:
+            ConfigError: settings of the kind that these layers do not allow.
         """
         self.task = task
         self.module = module.requires_grad_(False).eval()
@@ -62,9 +71,10 @@ class AdaptedModel:
         }
         self.precision = torch.float32
         self.checkpointing = False
-        self._adapters: set[str] = set()
-        self._active = ""
         self._tail: RankRegularizer | None = None
+        self.adapter: InjectedAdapter = (kind or LoraKind()).inject(
+            module, self.modules, fan_in_fan_out=self.fan_in_fan_out
+        )
 
     @property
     def device(self) -> torch.device:
@@ -83,18 +93,17 @@ class AdaptedModel:
         """
         self.check_rank(rank)
         head = dict(self.initial_head) if share_head else {}
-        return Template(modules=self.modules, rank=rank, scaling=scaling, head=head)
+        return Template(
+            modules=self.modules, rank=rank, scaling=scaling, head=head, adapters=self.adapter.start()
+        )
 
     def check_rank(self, rank: int) -> None:
         """Refuse a rank that is larger than an adapted layer allows."""
-        for name, spec in self.modules.items():
-            most = min(spec.out_features, spec.in_features)
-            if rank > most:
-                raise ConfigError(f"lora.rank = {rank}: {name} allows at most {most}")
+        self.adapter.check_rank(rank)
 
     def load(
         self,
-        adapters: AdapterSet,
+        adapters: Adapters,
         head: Mapping[str, Tensor],
         *,
         trained: frozenset[str] = frozenset(),
@@ -106,10 +115,10 @@ class AdaptedModel:
         """Make these values the model's own; nothing of the last client remains.
 
         Args:
-            adapters: factors of one rank for every adapted layer.
+            adapters: one for every adapted layer, all of one rank.
             head: head tensors; those not given take their initial values.
-            trained: the factors that will be trained, a subset of {"A", "B", "R"}.
-            modules: the layers whose factors will be trained; None means all.
+            trained: the names of the tensors that will be trained, of LoRA a subset of {"A", "B", "R"}.
+            modules: the layers whose tensors will be trained; None means all.
             dropout: on the adapter's input, while training.
             train_head: whether the head will be trained.
             tail: what will be added to the loss.
@@ -120,39 +129,34 @@ class AdaptedModel:
         """
         self.check(adapters, head)
         self._tail = tail
-        first = next(iter(adapters.values()))
-        self._activate(first.rank, cored=first.R is not None)
-        for name, factors in adapters.items():
-            layer = self._lora(name)
-            layer.scaling[self._active] = factors.scaling
-            layer.lora_dropout[self._active].p = dropout
-            chosen = modules is None or name in modules
-            for letter, parameter in self._factors(name).items():
-                _assign(parameter, factors.tensors()[letter], chosen and letter in trained)
+        self.adapter.activate(adapters, dropout)
+        for module, adapter in adapters.items():
+            chosen, tensors = modules is None or module in modules, adapter.tensors()
+            for name, parameter in self.adapter.parameters(module).items():
+                _assign(parameter, tensors[name], chosen and name in trained)
         for name, parameter in self._head.items():
             _assign(parameter, head.get(name, self.initial_head[name]), train_head)
         self.module.eval()
 
-    def read(self) -> tuple[AdapterSet, Tensors]:
+    def read(self) -> tuple[Adapters, Tensors]:
         """The active adapter and the whole head, as detached float32 copies on the CPU."""
         adapters = {
-            name: LoraFactors(
-                **{letter: _copy(p) for letter, p in self._factors(name).items()},
-                scaling=self._lora(name).scaling[self._active],
+            module: self.adapter.adapter(
+                module, {name: _copy(p) for name, p in self.adapter.parameters(module).items()}
             )
-            for name in self.modules
+            for module in self.modules
         }
         return adapters, {name: _copy(p) for name, p in self._head.items()}
 
     def trainable(self) -> Trainable:
         """The parameters that the last `load` asked to train."""
-        factors = {f"{name}.{x}": p for name in self.modules for x, p in self._factors(name).items()}
+        tensors = {f"{m}.{n}": p for m in self.modules for n, p in self.adapter.parameters(m).items()}
         return Trainable(
-            factors={name: p for name, p in factors.items() if p.requires_grad},
+            factors={name: p for name, p in tensors.items() if p.requires_grad},
             head={name: p for name, p in self._head.items() if p.requires_grad},
             tail=self._tail,
-            frozen={name: p for name, p in factors.items() if not p.requires_grad},
-            scaling={name: self._lora(name).scaling[self._active] for name in self.modules},
+            frozen={name: p for name, p in tensors.items() if not p.requires_grad},
+            scaling={module: self.adapter.scaling(module) for module in self.modules},
         )
 
     @contextmanager
@@ -179,11 +183,10 @@ class AdaptedModel:
 
     @contextmanager
     def training(self) -> Iterator[Trainable]:
-        """The trained parameters, while LoRA dropout is on and the base stays in evaluation mode."""
+        """The trained parameters, while the adapter's dropout is on and the base stays in evaluation mode."""
         for module in self.module.modules():
             module.training = any(p.requires_grad for p in module.parameters(recurse=False))
-        for name in self.modules:
-            dropout = self._lora(name).lora_dropout[self._active]
+        for dropout in self.adapter.dropouts():
             dropout.train(dropout.p > 0)
         try:
             with recomputed(self.module, self.checkpointing):
@@ -197,59 +200,14 @@ class AdaptedModel:
         pristine = {f"{name}.weight": weight for name, weight in self.base.pristine_weights.items()}
         return hashes({**self._frozen, **pristine})
 
-    def _lora(self, name: str) -> Any:
-        """PEFT's layer in place of the adapted one; there is none before the first `load`."""
-        return self.module.get_submodule(name)
-
-    def _factors(self, name: str) -> dict[str, nn.Parameter]:
-        layer = self._lora(name)
-        inner, outer = layer.lora_A[self._active], layer.lora_B[self._active]
-        if isinstance(outer, CoredOutput):
-            return {"A": inner.weight, "B": outer.outer.weight, "R": outer.core.weight}
-        return {"A": inner.weight, "B": outer.weight}
-
-    def _activate(self, rank: int, *, cored: bool) -> None:
-        """One PEFT adapter per rank and shape; its values, scaling and dropout are set by `load`."""
-        adapter = f"rank{rank}core" if cored else f"rank{rank}"
-        if adapter not in self._adapters:
-            self.check_rank(rank)
-            config = PeftLoraConfig(
-                r=rank,
-                lora_dropout=0.5,
-                target_modules=list(self.modules),
-                fan_in_fan_out=self.fan_in_fan_out,
-                init_lora_weights=False,
-            )
-            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-                inject_adapter_in_model(config, self.module, adapter)
-            for layer in map(self._lora, self.modules if cored else ()):
-                layer.lora_B[adapter] = CoredOutput(layer.lora_B[adapter])
-            self._adapters.add(adapter)
-        if adapter != self._active:
-            self._active = adapter
-            set_adapter(self.module, self._active)
-
-    def check(self, adapters: AdapterSet, head: Mapping[str, Tensor]) -> None:
+    def check(self, adapters: Adapters, head: Mapping[str, Tensor]) -> None:
         """Refuse what `load` would refuse, for the same reasons."""
         check_same_modules(self.modules, adapters, "the adapter")
-        ranks = sorted({factors.rank for factors in adapters.values()})
-        if len(ranks) > 1:
-            raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
-        if len({factors.R is None for factors in adapters.values()}) > 1:
-            raise FactorShapeError("an adapter has a core in all layers or in none, this one in some")
-        for name, factors in adapters.items():
-            spec, shape = self.modules[name], (factors.out_features, factors.in_features)
-            if shape != (spec.out_features, spec.in_features):
-                raise FactorShapeError(
-                    f"{name}: the factors are for a layer {shape}, the layer is "
-                    f"{(spec.out_features, spec.in_features)}"
-                )
+        self.adapter.check(adapters)
         for name, tensor in head.items():
             if name not in self._head or self._head[name].shape != tensor.shape:
                 known = ", ".join(f"{n} {tuple(p.shape)}" for n, p in self._head.items())
                 raise FactorShapeError(f"the head has no {name} {tuple(tensor.shape)}, it is {known}")
-        self.check_rank(ranks[0])
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import warnings
@@ -21,6 +22,7 @@ from torch import nn
 
 from fedlora.assets.models import RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
+from fedlora.core.adapters import as_lora
 from fedlora.core.decompositions import svd
 from fedlora.core.factors import PLAIN, AdapterSet, LoraFactors, Product, Tensors
 from fedlora.core.files import new_directory
@@ -28,6 +30,7 @@ from fedlora.core.parallel import parallel_map
 from fedlora.core.peft_keys import PREFIX, key_of, to_peft
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
+from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model
 from fedlora.models.reloaded import check_reloads
 from fedlora.tasks import CLASSIFICATION, task_named
@@ -101,6 +104,28 @@ def save_adapter(
     adapters = global_adapters(state)
     fields: dict[str, Any] = {"fan_in_fan_out": fan_in_fan_out, **_identity(card)}
     write_adapter(directory, adapters, {**head, **state.head}, card, **fields)
+
+
+def save_loaded(directory: Path, model: AdaptedModel, card: AdapterCard) -> None:
+    """Write the adapter that a model holds in its own PEFT format, where `InjectedAdapter.saved` gives one.
+
+    What was there before is replaced at once.
+    """
+    saved = model.adapter.saved()
+    assert saved is not None, "an adapter that is written from the state"
+    config, tensors = copy.deepcopy(saved[0]), saved[1]
+    _, head = model.read()
+    config.modules_to_save = sorted({name.partition(".")[0] for name in head}) or None
+    config.target_modules = targets_of(model.modules, head)
+    config.inference_mode = True
+    for field, value in _identity(card).items():
+        setattr(config, field, value)
+    tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
+    with new_directory(directory) as fresh:
+        config.save_pretrained(fresh)
+        contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, fresh / TENSORS_FILE, {"format": "pt"})
+        card.write(fresh)
 
 
 def write_adapter(
@@ -191,7 +216,7 @@ def global_adapters(state: State) -> AdapterSet:
     def whole(name: str) -> LoraFactors:
         if name in state.moved:
             return _recompressed(state.product(name))
-        return state.adapters[name].folded()
+        return as_lora(state.adapters[name]).folded()
 
     return dict(zip(state.adapters, parallel_map(whole, state.adapters), strict=True))
 

@@ -72,9 +72,9 @@ def read_adapter(path: Path) -> PeftAdapter:
     try:
         tensors, embeddings = _as_linear(tensors)
         parts = from_peft(tensors)
-        if parts.R:
-            raise ConfigError(f"{min(parts.R)}: a core (lora_R) is fedlora's own, PEFT's adapters have none")
-        adapters = _factors(_float(parts.A), _float(parts.B), config)
+        if cored := parts.of("R"):
+            raise ConfigError(f"{min(cored)}: a core (lora_R) is fedlora's own, PEFT's adapters have none")
+        adapters = _factors(_float(parts.of("A")), _float(parts.of("B")), config)
         head, frozen = _heads(parts.head, adapters, config)
         return PeftAdapter(
             path=path,

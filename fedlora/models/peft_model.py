@@ -109,7 +109,7 @@ def load_any_rank(model: Any, tensors: Mapping[str, Tensor]) -> None:
         FactorShapeError: other modules than the model has, or an A without its B.
     """
     layers, adapter = lora_layers(model), model.active_adapter
-    adapters = from_peft(tensors).adapters(1.0)
+    adapters = from_peft(tensors).lora(1.0)
     check_same_modules(layers, adapters, "the state dict")
     if model in _moving:
         _moving[model].reset()

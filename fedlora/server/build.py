@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from fedlora.core.init_svd import subtract_from_base
 from fedlora.core.state import ClientSpec, Template
 from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.client_privacy import client_mechanism
+from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
@@ -80,7 +82,15 @@ def assemble(
         keep_ranks=False,
         node_directory=node_directory,
     )
-    strategy.begin(_template(rule, config, runtime, max(ranks)))
+    template = _template(rule, config, runtime, max(ranks))
+    if template.adapters is not None and config.lora.method != "lora":
+        check_parts(rule, config.lora.method, template.adapters)
+        if rule.facts.global_adapter and not mean_is_exact(rule, runtime.model, template.adapters):
+            logging.getLogger("fedlora").warning(
+                "lora.method = %r: the mean of what %s ships is not the mean of the clients' weights",
+                config.lora.method, rule.facts.name,
+            )  # fmt: skip
+    strategy.begin(template)
     return strategy
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load, save
 
+from fedlora.core.adapters import LayerAdapter, NamedTensors
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.state import Patch, ServerState, State
@@ -35,7 +37,8 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         "round": state.round,
         "seed": state.seed,
         "patches": len(state.base),
-        "scaling": {module: f.scaling for module, f in state.adapters.items()},
+        "scaling": {module: adapter.scaling for module, adapter in state.adapters.items()},
+        **_parts(state),
         "participations": checkpoint.participations,
         "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
         "ledger-heads": checkpoint.ledger_heads,
@@ -56,15 +59,15 @@ def read_checkpoint(folder: Path) -> ServerState | None:
         Patch.from_tensors(load((folder / f"patch-{v:05d}.safetensors").read_bytes()))
         for v in range(1, about["patches"] + 1)
     ]
-    adapters = {
-        module: LoraFactors(
-            tensors[f"adapter.{module}.A"],
-            tensors[f"adapter.{module}.B"],
-            scaling,
-            tensors.get(f"adapter.{module}.R"),
-        )
-        for module, scaling in about["scaling"].items()
-    }
+    parts = about.get("parts", {})
+    adapters: dict[str, LayerAdapter] = {}
+    for module, scaling in about["scaling"].items():
+        own, roles = _under(f"adapter.{module}.", tensors), parts.get(module)
+        if roles is None:
+            adapters[module] = LoraFactors(scaling=scaling, **own)
+        else:
+            named = {role: tuple(names) for role, names in roles.items()}
+            adapters[module] = NamedTensors(own, about["rank"], scaling, named)
     state = State(
         round=about["round"],
         adapters=adapters,
@@ -85,6 +88,14 @@ def _state_tensors(state: State) -> Tensors:
     tensors = {f"adapter.{m}.{side}": t for m, f in state.adapters.items() for side, t in f.tensors().items()}
     tensors |= {f"head.{name}": t for name, t in state.head.items()}
     return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
+
+
+def _parts(state: State) -> dict[str, Any]:
+    """What is no tensor in adapters that are none of LoRA; nothing for LoRA."""
+    named = {m: a for m, a in state.adapters.items() if isinstance(a, NamedTensors)}
+    if not named:
+        return {}
+    return {"parts": {m: a.parts for m, a in named.items()}, "rank": next(iter(named.values())).rank}
 
 
 def _contiguous(tensors: Tensors) -> Tensors:

@@ -12,11 +12,12 @@ from clients.runtime import ClientRuntime
 from clients.store import OWN, ClientStore
 from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
+from fedlora.core.adapters import tensor_names
 from fedlora.core.factors import Tensors
 from fedlora.core.peft_keys import from_peft
 from fedlora.core.state import ClientSpec, State
 from fedlora.data.image_reader import PRETRAINED, TINY
-from fedlora.models import AdapterCard, save_adapter
+from fedlora.models import AdapterCard, save_adapter, save_loaded
 from fedlora.models.same_base import absolute
 from fedlora.server.build import client_spec
 from strategies.rule import at_rank
@@ -59,6 +60,10 @@ def _save(directory: Path, config: RunConfig, runtime: ClientRuntime, state: Sta
         assistant_loss=config.data.assistant_loss,
     )
     model = runtime.model
+    if config.lora.method != "lora":
+        model.load(state.adapters, state.head)
+        save_loaded(directory, model, card)
+        return
     save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)
 
 
@@ -84,7 +89,7 @@ def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict
 
 def model_of(state: State, own: Tensors, client: ClientSpec | None = None) -> State:
     """The global state, at a client's rank and scaling, with its own tensors in their place."""
-    mine, adapters = from_peft(own), state.adapters
+    mine, adapters = from_peft(own, tensor_names(state.adapters)), state.adapters
     if client is not None:
         adapters = {name: at_rank(factors, client) for name, factors in adapters.items()}
     return replace(state, adapters=mine.over(adapters), head={**state.head, **mine.head})

@@ -22,6 +22,7 @@ from fedlora.server.build import assemble
 from fedlora.server.client_privacy import clients_spent
 from fedlora.server.directory import RunDirectory
 from fedlora.server.evaluator import GlobalEvaluator
+from fedlora.server.exactness import mean_is_exact
 from fedlora.server.export import export, own_tensors
 from fedlora.server.inputs import inputs_digest
 from fedlora.server.records import (
@@ -244,6 +245,10 @@ class FederatedRun:
                 by_client = accuracy_by_client(whole, data, self.partitions, self.config.data.partitioner)
         outcome |= spread(by_client)
         result = result_record(self.config, data, records, outcome, self.directory.before())
+        if self.config.lora.method != "lora":
+            rule, model = self.strategy.rule, self.runtime.model
+            exact = mean_is_exact(rule, model, self.state.adapters)
+            result |= {"lora_method": self.config.lora.method, "exact": exact}
         self._verify()
         self._write_samples("after")
         average = bool(self.strategy.rule.facts.uploaded)

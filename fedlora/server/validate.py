@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clients.training.optimizers.registry import check_optimizer
+from fedlora.adapters import check_kind
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
@@ -24,8 +25,11 @@ def check(config: RunConfig) -> Rule:
         ConfigError: an unknown strategy or option, or a value that cannot work.
     """
     check_tracking(config.tracking.tool)
+    check_kind(config.lora)
     rule = configured_rule(config.strategy)
     check_task(config, rule)
+    if config.lora.method != "lora":
+        check_other_kind(config, rule)
     ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
     if len(ranks) > 1 and not rule.facts.mixed_ranks:
         able = ", ".join(name for name, r in RULES.items() if r.facts.mixed_ranks)
@@ -95,6 +99,37 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     if not task.labelled and not rule.facts.trained:
         raise NotApplicable(
             f"strategy.name = {rule.facts.name!r}: task {task.name} has no head, so nothing trains"
+        )
+
+
+def check_other_kind(config: RunConfig, rule: Rule) -> None:
+    """Refuse what only LoRA has.
+
+    Raises:
+        NotApplicable: a rule that reads products of A and B, a start of A, or clients of their own ranks.
+        ConfigError: a base in 4 bits, or a step size of B alone.
+    """
+    key = f"lora.method = {config.lora.method!r}"
+    if not rule.facts.any_kind:
+        able = ", ".join(name for name, r in RULES.items() if r.facts.any_kind)
+        raise NotApplicable(
+            f"{key}: {rule.facts.name} reads the product of A and B, which lora alone has (able: {able})"
+        )
+    if rule.init_a != "kaiming":
+        raise NotApplicable(f"{key}: strategy.init-a = {rule.init_a!r} makes the A of lora, leave it out")
+    if any(g.rank is not None or g.alpha is not None for g in config.groups):
+        raise NotApplicable(f"{key}: client-groups: rank and alpha of a group are of lora alone")
+    if config.model.quantization != "none":
+        raise ConfigError(
+            f"{key}: model.quantization = {config.model.quantization!r} is for lora, use 'none'"
+        )
+    if config.train.loraplus_lr_ratio != 1:
+        ratio = config.train.loraplus_lr_ratio
+        raise ConfigError(f"{key}: train.loraplus-lr-ratio = {ratio}: is of lora's B, must be 1")
+    if config.privacy.private and config.privacy.grad_sample_mode != "loop":
+        raise ConfigError(
+            f"{key}: privacy.grad-sample-mode = {config.privacy.grad_sample_mode!r}: Opacus sees lora alone, "
+            "use 'loop'"
         )
 
 

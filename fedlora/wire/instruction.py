@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from torch import Tensor
 
-from fedlora.core.factors import FACTORS, AdapterSet, Tensors
+from fedlora.core.adapters import Adapters, lora_set, tensor_names
+from fedlora.core.factors import FACTORS, LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.peft_keys import from_peft, to_peft
+from fedlora.core.peft_keys import from_peft, of_names, to_peft
 from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer
 from fedlora.errors import FactorShapeError, UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
@@ -67,6 +67,11 @@ class TrainInstruction:
         return identity(self.config)
 
     @property
+    def tensors(self) -> frozenset[str]:
+        """The names of a layer's tensors, where its adapter is none of LoRA; else empty."""
+        return names(self.config.get("tensors", ""))
+
+    @property
     def trained(self) -> frozenset[str]:
         return names(self.config["trained"])
 
@@ -100,7 +105,8 @@ def frozen_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that no client sends back: not trained, or personal. A client may hold them already."""
     if broadcast.fresh_seed is not None:
         return {}
-    return to_peft(broadcast.adapters, {}, FACTORS - (broadcast.trained & broadcast.uploaded))
+    moving = broadcast.trained & broadcast.uploaded
+    return to_peft(broadcast.adapters, {}, tensor_names(broadcast.adapters) - moving)
 
 
 def moving_tensors(broadcast: Broadcast) -> Tensors:
@@ -117,7 +123,7 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
 
 ORDER_KEYS = frozenset(
     {"rank", "scaling", "trained", "uploaded", "modules", "needs-base", "needs-frozen", "needs-moving"}
-    | {"tail-weight", "tail-start", "fresh", "moves-base"}
+    | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
 )
 """The settings that `instruction_config` writes: nobody else's may have these names."""
 
@@ -136,12 +142,14 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
     }
     if needs.moving:
         config["needs-moving"] = needs.moving
+    if not isinstance(first, LoraFactors):
+        config["tensors"] = ",".join(sorted(tensor_names(broadcast.adapters)))
     if broadcast.updates_base:
         config["moves-base"] = True
     if broadcast.tail is not None:
         config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
     if broadcast.fresh_seed is not None:
-        shapes = {name: [f.out_features, f.in_features] for name, f in broadcast.adapters.items()}
+        shapes = {name: [f.out_features, f.in_features] for name, f in lora_set(broadcast.adapters).items()}
         config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})
     return config
 
@@ -201,33 +209,27 @@ def _names(content: RecordDict) -> tuple[str, str]:
 
 def frozen_part(order: TrainInstruction) -> Tensors:
     """What `frozen_tensors` gave, if it travelled; empty if the client is expected to hold it."""
-    return _factors_in(order.arrays, FACTORS - (order.trained & order.uploaded))
+    return of_names(order.arrays, (order.tensors or FACTORS) - (order.trained & order.uploaded))
 
 
 def moving_part(order: TrainInstruction) -> Tensors:
     """What `moving_tensors` gave, if it travelled; empty if the client is expected to hold it."""
-    return _factors_in(order.arrays, order.trained & order.uploaded)
+    return of_names(order.arrays, order.trained & order.uploaded)
 
 
-def complete_adapters(order: TrainInstruction, held: Tensors) -> tuple[AdapterSet, Tensors]:
+def complete_adapters(order: TrainInstruction, held: Tensors) -> tuple[Adapters, Tensors]:
     """The starting adapter and head of an order, from what travelled, what is held, and fresh draws.
 
     Raises:
         UpdateRefused: a module has only some of its factors.
     """
-    parts = from_peft({**held, **order.arrays})
-    scaling = float(order.config["scaling"])
+    parts = from_peft({**held, **order.arrays}, order.tensors)
+    rank, scaling = int(order.config["rank"]), float(order.config["scaling"])
     if "fresh" in order.config:
         fresh = json.loads(order.config["fresh"])
         specs = {n: ModuleSpec(out_features=o, in_features=i) for n, (o, i) in fresh["shapes"].items()}
-        rank = int(order.config["rank"])
         return fresh_adapters(specs, rank, scaling, fresh["seed"], fresh["init-a"]), parts.head
     try:
-        return parts.adapters(scaling), parts.head
+        return parts.adapters(scaling, order.tensors, rank), parts.head
     except FactorShapeError as error:
         raise UpdateRefused(f"round {order.server_round}: {error}") from None
-
-
-def _factors_in(arrays: Mapping[str, Tensor], factors: frozenset[str]) -> Tensors:
-    endings = tuple(f".lora_{factor}.weight" for factor in factors)
-    return {key: tensor for key, tensor in arrays.items() if key.endswith(endings)}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from itertools import combinations
 from typing import Any
 
 from fedlora.core.factors import FACTORS
@@ -18,7 +17,7 @@ from fedlora.wire.arrays import read_json
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RUN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SETS_OF_FACTORS = {",".join(c) for n in range(4) for c in combinations(sorted(FACTORS), n)}
+_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}(\.[A-Za-z0-9_]{1,64}){0,3}")
 LARGEST = 2**24
 """Of a layer's features: no model has more."""
 
@@ -38,7 +37,8 @@ def check_settings(config: Mapping[str, Any]) -> None:
         "needs-frozen, needs-moving": all(name == "" or _is_digest(name) for name in digests),
         "rank": isinstance(config.get("rank"), int) and 1 <= config["rank"] <= LARGEST,
         "scaling": _is_number(config.get("scaling")),
-        "trains, ships": all(_are_factors(config.get(name)) for name in ("trained", "uploaded")),
+        "tensors": config.get("tensors", "") == "" or _are_tensors(config["tensors"]),
+        "trains, ships": all(_are_among(config, config.get(name)) for name in ("trained", "uploaded")),
         "modules": _are_names(config.get("modules")),
         "tail-weight, tail-start": _is_number(config.get("tail-weight", 0.0))
         and isinstance(config.get("tail-start", 0), int)
@@ -56,8 +56,21 @@ def _are_digests(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_digest, value))
 
 
-def _are_factors(value: object) -> bool:
-    return isinstance(value, str) and value in _SETS_OF_FACTORS
+def _are_tensors(value: object) -> bool:
+    """Whether it is a sorted comma list of names of tensors, which lead nowhere else."""
+    if not isinstance(value, str):
+        return False
+    names = value.split(",")
+    return names == sorted(set(names)) and all(map(_NAME.fullmatch, names))
+
+
+def _are_among(config: Mapping[str, Any], value: object) -> bool:
+    """Whether it is a sorted comma list of some of the layer's tensors, LoRA's unless they are named."""
+    if not isinstance(value, str):
+        return False
+    known = set(str(config["tensors"]).split(",")) if config.get("tensors") else FACTORS
+    names = list(filter(None, value.split(",")))
+    return names == sorted(set(names)) and known.issuperset(names) and ",".join(names) == value
 
 
 def _is_digest(value: object) -> bool:

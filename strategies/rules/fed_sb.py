@@ -43,6 +43,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlora.core.adapters import as_lora
 from fedlora.core.decompositions import outside, svd
 from fedlora.core.factors import LoraFactors, Product, Tensors, as_product, check_same_modules
 from fedlora.core.init_drawn import INIT_A
@@ -132,7 +133,7 @@ class FedSBRule(MeanRule):
         state = super().init(template, seed)
 
         def start(name: str) -> LoraFactors:
-            return self._start(state.adapters[name].folded(), first.get(name), drawn(seed, name))
+            return self._start(as_lora(state.adapters[name]).folded(), first.get(name), drawn(seed, name))
 
         starts = parallel_map(start, state.adapters)
         return replace(state, adapters=dict(zip(state.adapters, starts, strict=True)))

@@ -28,6 +28,7 @@ class FedAvgRule(MeanRule):
         name="fedavg",
         title="FedAvg / FedIT",
         paper="Zhang et al., ICASSP 2024, arXiv 2305.05644",
+        any_kind=True,
         exact=False,
         mean=True,
         secure_sum=True,

@@ -32,6 +32,7 @@ class FedSALoRARule(MeanRule):
         title="FedSA-LoRA",
         paper="Guo et al., ICLR 2025, arXiv 2410.01463",
         uploaded=frozenset({"A"}),
+        any_kind=True,
         exact=False,
         mean=True,
         secure_sum=True,

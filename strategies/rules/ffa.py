@@ -27,6 +27,7 @@ class FFALoRARule(MeanRule):
         paper="Sun et al., ICLR 2024, arXiv 2403.12313",
         trained=frozenset({"B"}),
         uploaded=frozenset({"B"}),
+        any_kind=True,
         exact=True,
         mean=True,
         secure_sum=True,

@@ -20,6 +20,7 @@ from typing import ClassVar
 
 import torch
 
+from fedlora.core.adapters import lora_set
 from fedlora.core.factors import LoraFactors, as_product
 from fedlora.core.init_drawn import DRAWN, fresh_adapters
 from fedlora.core.seeding import derive
@@ -53,15 +54,16 @@ class FLoRARule(Rule):
     def init(self, template: Template, seed: int) -> State:
         """The state before round 1; a given adapter is the first patch, as clients start from B = 0."""
         state = super().init(template, seed)
-        given = {name: as_product(f) for name, f in state.adapters.items() if f.B.any()}
-        empty = {name: _emptied(f) for name, f in state.adapters.items()}
+        adapters = lora_set(state.adapters)
+        given = {name: as_product(f) for name, f in adapters.items() if f.B.any()}
+        empty = {name: _emptied(f) for name, f in adapters.items()}
         return replace(state, adapters=empty, base=(*state.base, Patch(given)) if given else state.base)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         seed = derive(state.seed, "fresh-adapter", state.round + 1, client.partition_id)
         modules = {
             name: ModuleSpec(out_features=f.out_features, in_features=f.in_features)
-            for name, f in state.adapters.items()
+            for name, f in lora_set(state.adapters).items()
         }
         adapters = fresh_adapters(modules, client.rank, client.scaling, seed, self.init_a)
         return replace(super().broadcast(state, client), adapters=adapters, fresh_seed=seed)

@@ -22,6 +22,7 @@ class HeadOnlyRule(MeanRule):
         paper="control",
         trained=frozenset(),
         uploaded=frozenset(),
+        any_kind=True,
         exact=True,
         mixed_ranks=True,
         mean=True,

@@ -34,6 +34,7 @@ from typing import ClassVar
 
 import torch
 
+from fedlora.core.adapters import as_lora, lora_set
 from fedlora.core.factors import LoraFactors, Tensors, as_product, norm, resize
 from fedlora.core.init_drawn import FRESH
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, RankRegularizer, State
@@ -117,7 +118,7 @@ class HetLoRARule(Rule):
         for update in received:
             start = self.pruned(_rank(update))
             if update.weight > 0 and tail_shrank(state, update, start):
-                dtype = next(iter(state.adapters.values())).A.dtype
+                dtype = as_lora(next(iter(state.adapters.values()))).A.dtype
                 ranks[str(update.partition_id)] = torch.tensor(float(start), dtype=dtype)
         remembered = {f"{RANK}/{partition}": ranks[partition] for partition in sorted(ranks, key=int)}
         return replace(after, memory={**after.memory, **remembered}), measured
@@ -130,8 +131,8 @@ class HetLoRARule(Rule):
 def tail_shrank(state: State, update: ClientUpdate, start: int) -> bool:
     """Whether a client's tail from ``start`` on is smaller than that of the adapter it was sent."""
     before = after = 0.0
-    for name, given in update.adapters.items():
-        sent = resize(state.adapters[name], given.rank, given.scaling)
+    for name, given in lora_set(update.adapters).items():
+        sent = resize(as_lora(state.adapters[name]), given.rank, given.scaling)
         before, after = before + tail(sent, start), after + tail(given, start)
     return after < before
 

@@ -22,6 +22,7 @@ class LocalOnlyRule(MeanRule):
         title="Local only (reference)",
         paper="reference",
         uploaded=frozenset(),
+        any_kind=True,
         exact=False,
         mixed_ranks=True,
         mean=True,

@@ -33,6 +33,7 @@ class RoLoRARule(MeanRule):
         name="rolora",
         title="RoLoRA",
         paper="Chen et al., NeurIPS 2025, arXiv 2502.01755",
+        any_kind=True,
         exact=True,
         mean=True,
         secure_sum=True,

@@ -26,6 +26,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedlora.core.adapters import Adapters, lora_set
 from fedlora.core.factors import AdapterSet, LoraFactors, resize
 from fedlora.core.state import ClientUpdate
 from strategies.facts import Facts
@@ -80,13 +81,13 @@ class ZeroPaddingRule(MeanRule):
 
 def padded(layer: Layer) -> Layer:
     """The layer as if every client had the global rank: zeros where it has less, cut where it has more."""
-    clients = [replace(c, factors=_sized(c.factors, layer.start.rank)) for c in layer.clients]
+    clients = [replace(c, adapter=_sized(c.factors, layer.start.rank)) for c in layer.clients]
     return replace(layer, clients=clients)
 
 
-def _as_large(adapters: AdapterSet, updates: Sequence[ClientUpdate]) -> AdapterSet:
+def _as_large(adapters: Adapters, updates: Sequence[ClientUpdate]) -> AdapterSet:
     largest = {name: max(u.adapters[name].rank for u in updates) for name in adapters}
-    return {name: _sized(factors, largest[name]) for name, factors in adapters.items()}
+    return {name: _sized(factors, largest[name]) for name, factors in lora_set(adapters).items()}
 
 
 def _sized(factors: LoraFactors, rank: int) -> LoraFactors:

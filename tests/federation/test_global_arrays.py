@@ -47,7 +47,7 @@ class DenseServer:
 def dense(arrays: ArrayRecord, scaling: float = SCALING) -> dict[str, oracles.Array]:
     """What PEFT computes with these arrays at that scaling, and nothing else that is known of the run."""
     parts = wire.from_peft(wire.from_record(arrays))
-    return {n: scaling * (parts.B[n].double() @ A.double()).numpy() for n, A in parts.A.items()}
+    return {n: scaling * (own["B"].double() @ own["A"].double()).numpy() for n, own in parts.layers.items()}
 
 
 def strategy_of(name: str, **options: Any) -> FactorStrategy:
@@ -80,7 +80,7 @@ def test_result_and_evaluate_fn_get_the_dense_computation(name: str, tmp_path: P
     assert set(given) == set(MODULES)
     for layer, delta in given.items():
         assert relative(delta, server.total[layer]) < 1e-5, layer
-        rank = wire.from_peft(wire.from_record(result.arrays)).A[layer].shape[0]
+        rank = wire.from_peft(wire.from_record(result.arrays)).of("A")[layer].shape[0]
         assert rank <= max(RANK, min(MODULES[layer]))
     assert strategy.state is not None
     assert np.array_equal(result.arrays[HEAD].numpy(), strategy.state.head["classifier.weight"].numpy())

@@ -8,13 +8,13 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fedlora.adapters.lora import CoredOutput
 from fedlora.config import ModelConfig
 from fedlora.core.factors import AdapterSet
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import FactorShapeError
 from fedlora.models import AdaptedModel, AdapterCard, build_model, save_adapter
-from fedlora.models.cored import CoredOutput
 from fedlora.models.layers import oriented
 from tests.models.samples import adapted, cored_adapters, logits, random_adapters, random_patch, token_batch
 

@@ -9,12 +9,10 @@ import pytest
 import torch
 from peft import MissConfig, get_peft_model
 
-from fedlora.config import LoraConfig, ModelConfig
-from fedlora.config.methods import NOT_HERE
+from fedlora.config import ModelConfig
 from fedlora.core.init_drawn import initial_a
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ClientSpec, ClientUpdate
-from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, build_model, load_adapter, save_adapter
 from strategies.registry import make_rule
 from tests.models.samples import adapted, logits, token_batch
@@ -53,18 +51,3 @@ def test_the_mean_of_pefts_matrices_is_what_ffa_exports(rank: int, tmp_path: Pat
     exported, _ = load_adapter(tmp_path / "adapter")
     torch.testing.assert_close(logits(exported, batch), logits(peft, batch), rtol=1e-4, atol=1e-5)
     assert (logits(exported, batch) - logits(adapted().module, batch)).abs().max() > 0.01
-
-
-@pytest.mark.parametrize("method", NOT_HERE)
-def test_methods_that_are_not_here_say_why(method: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        LoraConfig(method=method)
-    text = str(error.value)
-    assert text.startswith(f"lora.method = '{method}': ")
-    assert text.endswith(", accepted is lora")
-    assert "\n" not in text
-
-
-def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^lora\.method = 'vera': accepted are lora$"):
-        LoraConfig(method="vera")

@@ -56,6 +56,8 @@ class Route:
 
 def why_alone(model: AdaptedModel) -> str:
     """Why clients of this model must be trained one by one; empty if they can be trained together."""
+    if not model.adapter.batched:
+        return "their adapters are none of LoRA"
     for name in sorted({name.rpartition(".")[0] for name in model.initial_head}):
         layer = model.module.get_submodule(name)
         if type(layer) is not nn.Linear:

@@ -32,6 +32,7 @@ from clients.training.self_check import (
     synthetic_examples,
 )
 from fedlora.config import TrainConfig
+from fedlora.core.adapters import lora_set
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
@@ -105,7 +106,7 @@ def _two_clients(model: AdaptedModel, named: Named, examples: Examples, pad_toke
     factors = [name.rpartition(".") for name in named if name not in head]
     members = [
         Member(
-            adapters=adapters,
+            adapters=lora_set(adapters),
             head=head,
             trained=frozenset(letter for _, _, letter in factors),
             modules=frozenset(module for module, _, _ in factors),

@@ -106,7 +106,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
     factors = {
         f"{name}.{letter}": parameter.detach().clone()
         for name in network.modules
-        for letter, parameter in network._factors(name).items()
+        for letter, parameter in network.adapter.parameters(name).items()
     }
     return {**factors, **{n: p.detach().clone() for n, p in network._head.items()}}, result.loss or 0.0
 

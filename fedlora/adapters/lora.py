@@ -1,0 +1,158 @@
+"""LoRA by PEFT, with or without a core: one PEFT adapter for each rank that was asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedlora.core.adapters import Adapters, lora_set
+from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.state import ModuleSpec
+from fedlora.errors import ConfigError, FactorShapeError
+
+
+@dataclass(frozen=True, slots=True)
+class LoraKind:
+    """``s B A``, or ``s B R A``; ranks and scalings come with the values."""
+
+    @property
+    def name(self) -> str:
+        return "lora"
+
+    def inject(
+        self, module: nn.Module, modules: Mapping[str, ModuleSpec], *, fan_in_fan_out: bool
+    ) -> InjectedLora:
+        """See `AdapterKind.inject`; the layers are replaced by the first `InjectedLora.activate`."""
+        return InjectedLora(module, modules, fan_in_fan_out)
+
+
+class InjectedLora:
+    """LoRA inside a model; see `fedlora.adapters.kind.InjectedAdapter`."""
+
+    batched = True
+
+    def __init__(self, module: nn.Module, modules: Mapping[str, ModuleSpec], fan_in_fan_out: bool) -> None:
+        self._module, self._modules = module, modules
+        self._fan_in_fan_out = fan_in_fan_out
+        self._adapters: set[str] = set()
+        self._active = ""
+
+    def start(self) -> None:
+        """Drawn by the rule."""
+
+    def check_rank(self, rank: int) -> None:
+        """Refuse a rank over the features of an adapted layer."""
+        for name, spec in self._modules.items():
+            most = min(spec.out_features, spec.in_features)
+            if rank > most:
+                raise ConfigError(f"lora.rank = {rank}: {name} allows at most {most}")
+
+    def check(self, adapters: Adapters) -> None:
+        """Refuse other shapes, more than one rank, or a core in some layers only."""
+        factors = lora_set(adapters)
+        ranks = sorted({f.rank for f in factors.values()})
+        if len(ranks) > 1:
+            raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
+        if len({f.R is None for f in factors.values()}) > 1:
+            raise FactorShapeError("an adapter has a core in all layers or in none, this one in some")
+        for name, f in factors.items():
+            spec, shape = self._modules[name], (f.out_features, f.in_features)
+            if shape != (spec.out_features, spec.in_features):
+                raise FactorShapeError(
+                    f"{name}: the factors are for a layer {shape}, the layer is "
+                    f"{(spec.out_features, spec.in_features)}"
+                )
+        self.check_rank(ranks[0])
+
+    def activate(self, adapters: Adapters, dropout: float) -> None:
+        """One PEFT adapter per rank and shape, at the given scalings."""
+        from peft.functional import set_adapter
+
+        first = next(iter(lora_set(adapters).values()))
+        name = f"rank{first.rank}" + ("" if first.R is None else "core")
+        if name not in self._adapters:
+            self._add(name, first.rank, cored=first.R is not None)
+        if name != self._active:
+            self._active = name
+            set_adapter(self._module, name)
+        for module, adapter in adapters.items():
+            layer = self._layer(module)
+            layer.scaling[name] = adapter.scaling
+            layer.lora_dropout[name].p = dropout
+
+    def parameters(self, module: str) -> dict[str, nn.Parameter]:
+        """A, B and, where there is one, the core R."""
+        layer = self._layer(module)
+        inner, outer = layer.lora_A[self._active], layer.lora_B[self._active]
+        if isinstance(outer, CoredOutput):
+            return {"A": inner.weight, "B": outer.outer.weight, "R": outer.core.weight}
+        return {"A": inner.weight, "B": outer.weight}
+
+    def adapter(self, module: str, tensors: Tensors) -> LoraFactors:
+        """The factors with the layer's scaling."""
+        return LoraFactors(scaling=self._layer(module).scaling[self._active], **tensors)
+
+    def saved(self) -> None:
+        """See `fedlora.models.export.save_adapter`."""
+
+    def dropouts(self) -> Iterator[nn.Dropout]:
+        """PEFT's, one for each layer."""
+        for name in self._modules:
+            yield self._layer(name).lora_dropout[self._active]
+
+    def _layer(self, name: str) -> Any:
+        """PEFT's layer in place of the adapted one; there is none before the first `activate`."""
+        return self._module.get_submodule(name)
+
+    def _add(self, name: str, rank: int, *, cored: bool) -> None:
+        from peft import LoraConfig
+        from peft.functional import inject_adapter_in_model
+
+        self.check_rank(rank)
+        config = LoraConfig(
+            r=rank,
+            lora_dropout=0.5,
+            target_modules=list(self._modules),
+            fan_in_fan_out=self._fan_in_fan_out,
+            init_lora_weights=False,
+        )
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, self._module, name)
+        for layer in map(self._layer, self._modules if cored else ()):
+            layer.lora_B[name] = CoredOutput(layer.lora_B[name])
+        self._adapters.add(name)
+
+
+class CoredOutput(nn.Module):
+    """Takes the place of a PEFT layer's ``lora_B``: ``x -> B R x``.
+
+    PEFT computes ``lora_B(lora_A(dropout(x))) * scaling``, so that the adapter becomes ``s B R A``. R and B
+    are plain linear layers, for which Opacus has per-example gradients.
+
+    Attributes:
+        core: R (r, r), zero at first.
+        outer: PEFT's own ``lora_B``, (out, r).
+    """
+
+    def __init__(self, outer: nn.Linear) -> None:
+        super().__init__()
+        rank, like = outer.in_features, outer.weight
+        self.core = nn.Linear(rank, rank, bias=False, device="meta")  # draws nothing
+        self.core.weight = nn.Parameter(torch.zeros(rank, rank, device=like.device, dtype=like.dtype))
+        self.outer = outer
+
+    @property
+    def weight(self) -> Tensor:
+        """``B R``, (out, r): what PEFT multiplies by A where it merges."""
+        return self.outer.weight @ self.core.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``B R x`` of inputs (..., r)."""
+        y: Tensor = self.outer(self.core(x))
+        return y
