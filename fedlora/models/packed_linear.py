@@ -41,6 +41,8 @@ def packed_base(model: AdaptedModel, precision: torch.dtype = torch.float32) -> 
         yield
         return
     layers = frozen_layers(model)
+    if not model.adapter.batched:  # a tuner may change in place what its layer's base gives
+        layers = {name: layer for name, layer in layers.items() if name not in model.modules}
     try:
         for name, forward in frozen_forwards(model, layers, precision).items():
             vars(layers[name])["forward"] = forward

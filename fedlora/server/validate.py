@@ -121,7 +121,7 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(f"{key}: client-groups: rank and alpha of a group are of lora alone")
     if config.model.quantization != "none":
         raise ConfigError(
-            f"{key}: model.quantization = {config.model.quantization!r} is for lora, use 'none'"
+            f"{key}: model.quantization = {config.model.quantization!r} is for lora alone"
         )
     if config.train.loraplus_lr_ratio != 1:
         ratio = config.train.loraplus_lr_ratio

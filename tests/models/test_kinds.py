@@ -16,10 +16,10 @@ from fedlora.adapters import KINDS, NOT_HERE, TUNERS, check_kind
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.state import ClientSpec, ClientUpdate, ServerState, State
-from fedlora.errors import ConfigError, FactorShapeError, RunFailed
+from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed
 from fedlora.models import AdaptedModel, AdapterCard, build_model, save_loaded
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
-from fedlora.server.exactness import mean_is_exact
+from fedlora.server.exactness import check_parts, mean_is_exact
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests.clients.samples import PAD
@@ -30,6 +30,7 @@ SPEC = ClientSpec(partition_id=0, rank=4, scaling=4.0)
 ANY_KIND = [name for name, rule in RULES.items() if rule.facts.any_kind]
 AFFINE = {"fourierft", "waveft", "c3a", "shira", "ia3"}
 """Kinds whose weight is affine in all that is trained; measured here, declared nowhere else."""
+DOCUMENTED = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
 LOOP = Mechanism(noise_multiplier=0.8, max_grad_norm=0.5, expected_batch_size=16, grad_sample_mode="loop")
 
 
@@ -154,6 +155,24 @@ def weights(model: AdaptedModel, adapters: Adapters) -> torch.Tensor:
             for name, spec in model.modules.items()
         ]
     return torch.cat(rows)
+
+
+@pytest.mark.parametrize("method", TUNERS)
+def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> None:
+    row = next(r for r in DOCUMENTED.splitlines() if r.startswith(f"| `{method}` |"))
+    _, _, config, *cells, has, _ = (cell.strip() for cell in row.split("|"))
+    tuner, model = TUNERS[method], model_with(method)
+    adapters = start_of(model)
+    assert config == f"`{tuner.config}`"
+    assert has == (", ".join(n for n in ("rank", "alpha", "dropout") if getattr(tuner, n)) or "-")
+    for name, cell in zip(("fedavg", "ffa", "rolora"), cells, strict=True):
+        rule = make_rule(name)
+        try:
+            check_parts(rule, method, adapters)
+        except NotApplicable:
+            assert cell == "-"
+        else:
+            assert cell == ("yes" if mean_is_exact(rule, model, adapters) else "no"), (name, method)
 
 
 @pytest.mark.parametrize("method", TUNERS)
