@@ -59,6 +59,10 @@ class InjectedAdapter(Protocol):
         """The active tensors of a layer by name."""
         ...
 
+    def scaling(self, module: str) -> float:
+        """What the active tensors of a layer are multiplied with."""
+        ...
+
     def adapter(self, module: str, tensors: Tensors) -> LayerAdapter:
         """The layer's active adapter with these values."""
         ...

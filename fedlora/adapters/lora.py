@@ -93,9 +93,13 @@ class InjectedLora:
             return {"A": inner.weight, "B": outer.outer.weight, "R": outer.core.weight}
         return {"A": inner.weight, "B": outer.weight}
 
+    def scaling(self, module: str) -> float:
+        """Alpha / r, as PEFT has it."""
+        return float(self._layer(module).scaling[self._active])
+
     def adapter(self, module: str, tensors: Tensors) -> LoraFactors:
         """The factors with the layer's scaling."""
-        return LoraFactors(scaling=self._layer(module).scaling[self._active], **tensors)
+        return LoraFactors(scaling=self.scaling(module), **tensors)
 
     def saved(self) -> None:
         """See `fedlora.models.export.save_adapter`."""

@@ -220,6 +220,10 @@ class InjectedTuner:
             if f".{ACTIVE}" in name and not name.startswith("base_layer.")
         }
 
+    def scaling(self, module: str) -> float:
+        """One: a tuner scales by itself."""
+        return 1.0
+
     def adapter(self, module: str, tensors: Tensors) -> NamedTensors:
         """The start with these values."""
         return self._start[module].replaced(tensors)

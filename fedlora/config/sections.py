@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import float_list, int_list, name_list, one_of, parse_json, require
-from fedlora.config.section import by_field, section, snake
+from fedlora.config.section import by_field, section
 
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
 BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
@@ -80,7 +80,7 @@ class LoraConfig:
     @cached_property
     def method_option_dict(self) -> dict[str, Any]:
         """The decoded ``method_options``, by PEFT's names."""
-        return {snake(k): v for k, v in parse_json("lora.method-options", self.method_options, dict).items()}
+        return by_field(parse_json("lora.method-options", self.method_options, dict))
 
     @cached_property
     def rank_list(self) -> tuple[int, ...]:

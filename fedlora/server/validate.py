@@ -120,9 +120,7 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
     if any(g.rank is not None or g.alpha is not None for g in config.groups):
         raise NotApplicable(f"{key}: client-groups: rank and alpha of a group are of lora alone")
     if config.model.quantization != "none":
-        raise ConfigError(
-            f"{key}: model.quantization = {config.model.quantization!r} is for lora alone"
-        )
+        raise ConfigError(f"{key}: model.quantization = {config.model.quantization!r} is for lora alone")
     if config.train.loraplus_lr_ratio != 1:
         ratio = config.train.loraplus_lr_ratio
         raise ConfigError(f"{key}: train.loraplus-lr-ratio = {ratio}: is of lora's B, must be 1")
