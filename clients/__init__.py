@@ -1,7 +1,7 @@
 """Client side: local training, DP-SGD, evaluation, and what a client keeps between messages.
 
-The names below are for ClientApps of other people; each is imported when it is first used, because a
-ClientApp is a new process for every message.
+The names below are for ClientApps and optimisers of other people; each is imported when it is first used,
+because a ClientApp is a new process for every message.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clients.mod import base_mod, identify
     from clients.plain_client import own_mod, train_as_ordered
+    from clients.training.optimizers.local import Layer, LocalOptimizer
 
 _MODULES = {
+    "Layer": "training.optimizers.local",
+    "LocalOptimizer": "training.optimizers.local",
     "base_mod": "mod",
     "identify": "mod",
     "own_mod": "plain_client",
     "train_as_ordered": "plain_client",
 }
 
-__all__ = ["base_mod", "identify", "own_mod", "train_as_ordered"]
+__all__ = ["Layer", "LocalOptimizer", "base_mod", "identify", "own_mod", "train_as_ordered"]
 
 
 def __getattr__(name: str) -> Any:

@@ -85,8 +85,9 @@ class LocalOptimizer(torch.optim.Optimizer):
                     if parameter.grad is not None:
                         self._move(parameter, parameter.grad, group)
             elif len(layer.gradients) == len(layer.trained):
-                for letter, direction in self.direction(layer).items():
-                    self._move(layer.factors[letter], direction, group)
+                directions = self.direction(layer)
+                for letter in layer.trained:
+                    self._move(layer.factors[letter], directions[letter], group)
 
     def _move(self, parameter: Tensor, direction: Tensor, group: Mapping[str, Any]) -> None:
         if group["momentum"]:

@@ -1,0 +1,93 @@
+"""The optimiser of docs/optimizer.md, used and tested as the page says."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import fedlora
+from clients.training.optimizers.registry import check_optimizer
+from fedlora.config import flatten, from_flat
+from fedlora.errors import ConfigError
+from tests.docs_commands import ROOT, blocks
+
+PAGE = (ROOT / "docs" / "optimizer.md").read_text()
+(CODE,) = blocks(PAGE, "python")
+TABLES = [flatten(tomllib.loads(table)) for table in blocks(PAGE, "toml")]
+BOTH = [frozenset("AB")]
+
+
+@pytest.fixture
+def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where somebody stands who has the page's file."""
+    (tmp_path / "scaled_gd.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "scaled_gd", raising=False)
+    return tmp_path
+
+
+def under_laws(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    command = re.search(r"\$ (FEDLORA_OPTIMIZER=\S+) python -m pytest (.*)", PAGE)
+    assert command
+    name, _, optimizer = command[1].partition("=")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *command[2].split(), *more],
+        cwd=ROOT,
+        env={**os.environ, name: optimizer, "PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_example_is_short_and_obeys_the_laws(there: Path) -> None:
+    assert CODE.count("\n") < 40
+    done = under_laws(there, "-v")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("scaled_gd:ScaledGD") > 5
+
+
+@pytest.mark.slow
+def test_the_laws_hold_it_to_what_it_says_of_stacks(there: Path) -> None:
+    """One that looks beyond its own client's numbers, which a stack has beside them."""
+    (there / "scaled_gd.py").write_text(
+        CODE.replace("gradient / layer", "gradient / gradient.norm() / layer")
+    )
+    done = under_laws(there, "-k", "alone")
+    assert done.returncode == 1
+    assert "2 failed" in done.stdout
+
+
+def test_what_the_page_configures_is_accepted(there: Path) -> None:
+    assert len(TABLES) == 2
+    for table in TABLES:
+        check_optimizer(from_flat(table).train, trained=BOTH, head=True)
+    table = {**TABLES[1], "train.optimizer-options": '{"dumping": 1}'}
+    with pytest.raises(ConfigError, match="dumping = 1: scaled_gd:ScaledGD accepts damping"):
+        check_optimizer(from_flat(table).train, trained=BOTH, head=True)
+
+
+def test_a_direction_that_is_missing_is_refused(there: Path) -> None:
+    (there / "scaled_gd.py").write_text(CODE.replace("return moved", 'return {"A": moved["A"]}'))
+    with pytest.raises(ConfigError, match=r"takes no step on layer.A .*KeyError: 'B'"):
+        check_optimizer(from_flat(TABLES[1]).train, trained=BOTH, head=True)
+
+
+@pytest.mark.slow
+def test_client_processes_find_it_where_one_stands(there: Path) -> None:
+    tiny = {
+        "model.name": "tiny",
+        "data.name": "synthetic",
+        "data.evaluate-examples": 60,
+        "num-server-rounds": 1,
+        "train.local-steps": 1,
+    }
+    result = fedlora.run({**tiny, **TABLES[1]}, there / "out")
+    assert result.rounds[0]["round"] == 1
