@@ -24,7 +24,7 @@ from fedlora.study.analyse.summary import Row, summarise
 from fedlora.study.analyse.tuning import Trial, Tuning, choose, reported, trials
 from fedlora.study.plan.absent import applicable
 from fedlora.study.plan.cells import Cell, expand
-from fedlora.study.report import claims
+from fedlora.study.report.findings import CLAIMS_HEADER, claim
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"
@@ -82,13 +82,13 @@ def accuracy_table(found: Kept) -> str:
 
 def claims_table(found: Kept) -> str:
     """The declared comparisons as the report has them: points of accuracy, seed by seed."""
-    return markdown(claims.HEADER, map(claims.line, found.comparisons))
+    return markdown(CLAIMS_HEADER, map(claim, found.comparisons))
 
 
 def decided_table(names: Iterable[str]) -> str:
     """What the kept cells of some studies have decided: one comparison a line."""
     decided = [
-        (name, dict(zip(claims.HEADER, claims.line(comparison), strict=True)))
+        (name, dict(zip(CLAIMS_HEADER, claim(comparison), strict=True)))
         for name in names
         for comparison in kept(name).comparisons
         if comparison.verdict != "undecided"
@@ -96,8 +96,8 @@ def decided_table(names: Iterable[str]) -> str:
     return markdown(
         ["Study", *SHOWN],
         (
-            [f"[{name}](experiments/published/{name}/README.md)", *(claim[column] for column in SHOWN)]
-            for name, claim in decided
+            [f"[{name}](experiments/published/{name}/README.md)", *(shown[column] for column in SHOWN)]
+            for name, shown in decided
         ),
     )
 

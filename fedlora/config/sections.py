@@ -248,7 +248,8 @@ class StudyConfig:
     title: str = ""
     """Heading of the report, for instance ``Ranks``."""
     strategies: str = ""
-    """Comma list of strategies to compare, for instance ``fedavg,flora``."""
+    """Comma list of strategies to compare, for instance ``fedavg,own:Rule,mixed=flora``; the last is
+    ``flora`` under a name of its own, for ``overrides``."""
     seeds: str = ""
     """Comma list of seeds, for instance ``1,2,3``; empty means the run's own ``seed``."""
     references: str = ""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 from matplotlib import rc_context
 
-from fedlora.study.report.figure import Canvas
+from fedlora.study.report.figure import SETTINGS, Canvas
 from fedlora.study.report.format import significant
-from fedlora.study.report.svg import SETTINGS
 
 
 @pytest.mark.parametrize(

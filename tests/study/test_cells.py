@@ -36,6 +36,21 @@ def test_each_strategy_has_its_overrides_and_nothing_else() -> None:
     assert [fedavg.label, flora.label, flora.group, flora.kind] == ["fedavg", "flora", "flora", "strategy"]
 
 
+def test_own_methods_and_one_strategy_with_several_settings_are_strategies() -> None:
+    cells = study(
+        study__strategies="flora, mixed = flora, strategies.rules.flora:FLoRARule",
+        study__overrides='{"mixed": {"lora.ranks": "2,4,8,16"}, "FLoRARule": {"train.learning-rate": 0.5}}',
+    )
+    assert [(cell.label, cell.kind) for cell in cells] == [
+        (n, "strategy") for n in ("flora", "mixed", "FLoRARule")
+    ]
+    assert changed(cells[1]) == {"strategy.name": "flora", "lora.ranks": "2,4,8,16"}
+    assert changed(cells[2]) == {
+        "strategy.name": "strategies.rules.flora:FLoRARule",
+        "train.learning-rate": 0.5,
+    }
+
+
 def test_cells_carry_no_study_so_that_its_title_can_change_later() -> None:
     (cell,) = study(study__strategies="flora", study__title="a title")
     assert cell.config.study == StudyConfig()

@@ -49,17 +49,7 @@ def test_the_chart_is_left_out_where_the_domains_say_the_same() -> None:
     assert "domains" in names
 
 
-@pytest.mark.parametrize(
-    ("keys", "said"),
-    [
-        (
-            {"data.partitioner": "dirichlet", "data.num-partitions": 4},
-            "clients have no test examples of their own",
-        ),
-        ({}, "clients do not differ in their domains, or the runs are older"),
-    ],
-)
-def test_the_page_says_why_there_are_none(keys: dict[str, Any], said: str) -> None:
-    page = render("None", [run("flora", None, **keys)])
-    assert said in page
-    assert "Worst client" not in page
+def test_without_any_there_are_no_columns_and_the_page_says_why() -> None:
+    page = render("None", [run("flora", None)])
+    assert "not known where data is not divided by domain" in " ".join(page.split())
+    assert "Worst client</button>" not in page

@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 from fedlora.errors import ConfigError
 from fedlora.study.analyse.comparisons import Comparison, compare, declared, sign_flip
 from fedlora.study.analyse.summary import Row, summarise
-from fedlora.study.report.claims import sentence
+from fedlora.study.report.findings import claims
 from tests.study.made_up import result
 
 SEEDS = range(10)
@@ -127,10 +127,11 @@ def test_a_pair_of_names_that_were_not_run_is_refused(pairs: str) -> None:
 
 def test_few_claims_are_spelt_out_and_many_counted() -> None:
     gains = {"a": 0.02, "b": 0.02, "c": 0.02, "d": -0.02}
-    assert sentence(compare(rows({"a": 0.02}), "a:base")) == (
-        "Of 1 declared comparisons 1 is decided: a is better than base by 2.0\xa0points."
+    assert claims(compare(rows({"a": 0.02}), "a:base")) == (
+        "Declared comparisons: 1, decided: 1 (a against base: better, +2.0 points)."
     )
-    assert sentence(compare(rows(gains), "*:base")) == (
-        "Of 4 declared comparisons 4 are decided: 3 better and 1 worse."
+    gains["e"] = 0.02
+    assert claims(compare(rows(gains), "*:base")) == (
+        "Declared comparisons: 5, decided: 5 (4 better and 1 worse)."
     )
-    assert "a claim wants 10" in sentence(compare(rows(gains, 9), "*:base"))
+    assert "a claim wants 10 paired seeds, there are 9" in claims(compare(rows(gains, 9), "*:base"))

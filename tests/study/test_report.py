@@ -124,7 +124,7 @@ def test_claims_stand_on_the_first_screen_and_in_a_table_of_their_own(tmp_path: 
     ]  # fmt: skip
     write_report(tmp_path / "report.html", "Claims", runs, "fedsvd:base")
     page = (tmp_path / "report.html").read_text()
-    said = "Of 1 declared comparisons 1 is decided: fedsvd is better than base by 1.3"
+    said = "Declared comparisons: 1, decided: 1 (fedsvd against base: better, +1.3 points)"
     assert said in page[: page.index("<main>")]
     assert "10 of 10" in page[page.index("<main>") :]
     (line,) = pyarrow.csv.read_csv(tmp_path / "comparisons.csv").to_pylist()
@@ -173,7 +173,7 @@ def test_charts_without_data_are_left_out(page: Page) -> None:
         outcome={"accuracy_by_domain": {}},
     )
     assert draw_charts(summarise([bare])) == []
-    assert "Kind" in render("Bare", [bare])
+    assert "<h2" in render("Bare", [bare])
 
 
 @pytest.mark.parametrize(
@@ -189,6 +189,23 @@ def test_charts_without_data_are_left_out(page: Page) -> None:
 )
 def test_odd_runs_have_a_report_too(damaged: dict[str, object]) -> None:
     Page(render("Odd", [result("flora", **damaged)]))  # type: ignore[arg-type]
+
+
+def test_the_table_has_differences_what_needs_no_training_and_no_domains(html: str) -> None:
+    table = html[html.index('class="sortable"') : html.index("</table>")]
+    assert re.search(r'data-value="-0\.012\d*">\N{MINUS SIGN}1\.2 <small>\N{MINUS SIGN}4\.5 to \+2\.1', table)
+    assert re.search(r">highest</td>", table)
+    assert re.search(
+        r'majority baseline <small>untrained</small></th>\s*<td class="number" data-value="0.529">', table
+    )
+    assert "amazon" not in table
+    domains = html[html.index('id="chart-domains"') :]
+    assert "<td>83.7%</td>" in domains[: domains.index("</figure>")]
+
+
+def test_a_gap_of_nothing_is_interpreted_where_a_run_loses_all_the_same(html: str) -> None:
+    assert "ffa, head-only and fedsvd: no gap, and yet behind." in html
+    assert "yet behind" not in render("One", [result("flora")])
 
 
 def test_only_references_have_a_report_too() -> None:

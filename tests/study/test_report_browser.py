@@ -72,7 +72,7 @@ def _style(page: Any, selector: str, name: str) -> str:
 def test_it_loads_without_a_word_on_the_console(page: Any) -> None:
     assert page.get_log("browser") == []
     assert page.title == "A study"
-    assert _find(page, ".sortable tbody th")[0].text == "fedavg"
+    assert _find(page, ".sortable tbody th")[0].text == "fedavg\nstrategy"
 
 
 def test_the_browser_asks_for_nothing_but_the_file(page: Any, address: str) -> None:
@@ -122,10 +122,10 @@ def _column(page: Any, number: int) -> list[str]:
 
 
 def test_the_table_sorts_by_number_and_by_name(page: Any) -> None:
-    names, _, accuracy = _find(page, ".sortable thead th")[:3]
+    names, accuracy = _find(page, ".sortable thead th")[:2]
     before = _column(page, 1)
     accuracy.find_element("css selector", "button").click()
-    shown = [float(text.rstrip("%")) for text in _column(page, 3)]
+    shown = [float(text.rstrip("%")) for text in _column(page, 2)]
     assert shown == sorted(shown, reverse=True)
     assert accuracy.get_attribute("aria-sort") == "descending"
     accuracy.find_element("css selector", "button").click()
@@ -142,7 +142,7 @@ def test_missing_numbers_stay_last_in_both_directions(page: Any) -> None:
     number = _find(page, ".sortable thead th").index(header) + 1
     for _ in range(2):
         header.find_element("css selector", "button").click()
-        assert _column(page, number) == ["7.94"] * 3 + ["\u2013"] * 8
+        assert _column(page, number) == ["7.94"] * 3 + ["\u2013"] * 9
 
 
 def test_nothing_sticks_out_on_a_phone(page: Any) -> None:
@@ -163,6 +163,24 @@ def test_text_in_charts_is_legible_on_a_phone(page: Any) -> None:
     assert min(heights) >= 9
 
 
+OVERLAP = """
+const names = [...document.querySelectorAll(arguments[0] + " [data-series] text")];
+const drawn = [...document.querySelectorAll(arguments[0] + " [data-series] :is(use, path)")];
+const hits = names.flatMap(name => drawn.filter(part => {
+  const [a, b] = [name.getBoundingClientRect(), part.getBoundingClientRect()];
+  return a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+}));
+return [names.length, hits.length];
+"""
+
+
+@pytest.mark.parametrize("chart", ["accuracy", "traffic", "epsilon"])
+def test_no_name_of_a_level_hides_a_marker_a_line_or_a_band(page: Any, chart: str) -> None:
+    names, hits = page.execute_script(OVERLAP, f"#chart-{chart}")
+    assert names >= 1
+    assert hits == 0
+
+
 @pytest.fixture(scope="module")
 def large_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of five hundred runs, opened."""
@@ -179,13 +197,13 @@ def test_five_hundred_runs_are_less_than_five_megabytes_and_load_in_peace(
 ) -> None:
     assert large_page.stat().st_size < 5_000_000
     assert browser.get_log("browser") == []
-    assert len(_find(browser, ".sortable tbody tr")) == 50
+    assert len(_find(browser, ".sortable tbody tr")) == 51
 
 
 def test_a_large_page_still_sorts_and_hides(browser: Any, large_page: Path) -> None:
-    accuracy = _find(browser, ".sortable thead th")[2]
+    accuracy = _find(browser, ".sortable thead th")[1]
     accuracy.find_element("css selector", "button").click()
-    shown = [float(text.rstrip("%")) for text in _column(browser, 3)]
+    shown = [float(text.rstrip("%")) for text in _column(browser, 2)]
     assert shown == sorted(shown, reverse=True)
     _find(browser, "[data-all]")[0].click()
     assert not any(part.is_displayed() for part in _find(browser, f"#chart-accuracy{OF_RUNS}"))

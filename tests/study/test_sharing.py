@@ -53,7 +53,7 @@ def test_a_cell_of_a_study_beside_is_taken_whatever_it_is_called(
         **provenance(one / "fedavg"), "taken-from": "one/fedavg"
     }  # fmt: skip
     assert everything(one) == before
-    assert "had run with the same code: 1 of one." in page
+    assert "Taken over (same configuration, same code): 1 of one." in page
     assert "mean-seed-0" in page
 
 
@@ -219,4 +219,4 @@ def test_cells_by_other_code_stay_and_the_report_says_so(
     page = run_study(config, tmp_path / "out", resume=True).read_text()
     assert shared.ran == ["fedavg", "flora", "mean"], "the variant is the strategy, but by today's code"
     assert "1 cell finished by other code than today" in capsys.readouterr().err
-    assert "These runs come from 2 versions of the code (yesterday&#39;s: 1 and " in page
+    assert "2 versions of the code (yesterday&#39;s: 1 and " in page

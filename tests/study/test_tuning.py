@@ -57,7 +57,10 @@ def test_each_method_runs_with_its_own_rate_on_all_training_examples(
     assert {name: found["chosen"] for name, found in record["learning-rates"].items()} == BEST
     assert record["learning-rates"]["fedavg"]["accuracy"]["0.01"] == pytest.approx(0.8)
     page = report.read_text()
-    assert "tuned on seeds 101 and 102 and a validation part, 10% of the training examples" in page
+    assert (
+        "a validation part, 10% of the training examples, held apart from those trials; seeds: 101 and 102."
+        in page
+    )
     assert "<td>0.03 (at the edge)</td>" in page
     assert "<td>80.0%</td><td>74.5%</td><td>0.01</td>" in page
     assert "tuning-" not in page, "trials are no results"

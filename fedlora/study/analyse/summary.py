@@ -1,4 +1,4 @@
-"""What the runs of one group amount to, with an interval, and how two groups differ.
+"""What the runs of one group amount to, with an interval.
 
 One seed: the interval is Wilson's, for the share of the test examples that are right; it knows nothing
 of other seeds. Several seeds: mean and Student's t interval over the seeds. Both at 95 %.
@@ -20,10 +20,8 @@ from fedlora.study.plan.cells import Kind
 
 CONTROL = "head-only"
 """The strategy that every other one has to beat: it trains no adapter."""
-WORTHWHILE = 0.02
-"""A gain in accuracy below this over the control is not worth an adapter."""
-SAME_EPSILON = 0.05
-"""Relative difference up to which two epsilons count as equal."""
+LEVEL = 0.05
+"""Of all tests; intervals hold at 1 - LEVEL."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,49 +204,16 @@ def is_number(value: Any) -> bool:
 # --- intervals ---------------------------------------------------------------------------------------
 
 
-def of_examples(accuracy: float, examples: int) -> Estimate:
+def of_examples(accuracy: float, examples: int, level: float = 1 - LEVEL) -> Estimate:
     """A share of test examples with its Wilson interval."""
-    bounds = binomtest(round(accuracy * examples), examples).proportion_ci(method="wilson")
+    bounds = binomtest(round(accuracy * examples), examples).proportion_ci(level, method="wilson")
     return Estimate(value=accuracy, low=float(bounds.low), high=float(bounds.high))
 
 
-def over_seeds(values: Sequence[float], *, low: float = 0.0, high: float = 1.0) -> Estimate:
+def over_seeds(
+    values: Sequence[float], *, low: float = 0.0, high: float = 1.0, level: float = 1 - LEVEL
+) -> Estimate:
     """The mean with its t interval, cut to what is possible; at least two values."""
     mean, count = fmean(values), len(values)
-    half = float(t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
+    half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(values) / math.sqrt(count)
     return Estimate(value=mean, low=max(low, mean - half), high=min(high, mean + half))
-
-
-def difference(row: Row, other: Row) -> Estimate:
-    """How much more accurate ``row`` is: over the seeds that both have, paired; no interval for one seed."""
-    mine, theirs = row.accuracy_by_seed, other.accuracy_by_seed
-    paired = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
-    if len(paired) > 1:
-        return over_seeds(paired, low=-1.0)
-    return Estimate(value=paired[0] if paired else row.accuracy.value - other.accuracy.value)
-
-
-def beats(row: Row, other: Row) -> bool:
-    """Whether ``row`` is more accurate by at least `WORTHWHILE`."""
-    return difference(row, other).value >= WORTHWHILE - 1e-9
-
-
-def told_apart(row: Row, other: Row) -> bool:
-    """Whether the study separates two accuracies.
-
-    Several seeds: the interval of the paired difference leaves out 0. One seed: the difference exceeds
-    `resolution`.
-    """
-    found = difference(row, other)
-    if found.low is None or found.high is None:
-        return abs(found.value) >= resolution(row)
-    return found.low > 0 or found.high < 0
-
-
-def resolution(row: Row) -> float:
-    """The difference in accuracy that the size of the test set alone explains in 19 of 20 cases.
-
-    That is 1.96 standard errors of the difference of two independent shares near ``row``'s.
-    """
-    p = row.accuracy.value
-    return 1.96 * math.sqrt(2 * p * (1 - p) / row.units)

@@ -144,9 +144,19 @@ def _placed(entry: _Entry, setting: str, overrides: Mapping[str, FlatConfig]) ->
 
 
 def _strategies(config: RunConfig, overrides: Mapping[str, FlatConfig]) -> Iterator[_Entry]:
-    for name in name_list(config.study.strategies):
-        flat = {**to_flat(config), "strategy.name": name, **overrides.get(name, {})}
+    for name, strategy in _named(config.study.strategies):
+        flat = {**to_flat(config), "strategy.name": strategy, **overrides.get(name, {})}
         yield _Entry(name, "strategy", flat, f"study.overrides {name}: " if name in overrides else "")
+
+
+def _named(strategies: str) -> list[tuple[str, str]]:
+    """Name and strategy of each: ``STRATEGY``, ``module:Class`` (named after the class), ``NAME=STRATEGY``.
+
+    >>> _named("fedavg, own:Rule, mixed=flora")
+    [('fedavg', 'fedavg'), ('Rule', 'own:Rule'), ('mixed', 'flora')]
+    """
+    entries = [entry.rpartition("=") for entry in name_list(strategies)]
+    return [(name.strip() or s.rpartition(":")[2], s.strip()) for name, _, s in entries]
 
 
 def _variants(config: RunConfig, variants: Mapping[str, FlatConfig]) -> Iterator[_Entry]:
@@ -256,9 +266,9 @@ def _flat(keys: Mapping[str, Any], where: str) -> FlatConfig:
 
 
 def _check_names(study: StudyConfig, overrides: Mapping[str, FlatConfig], groups: set[str]) -> None:
-    listed = name_list(study.strategies)
-    for key in ("strategies", "references"):
-        _refuse_repetition(f"study.{key}", name_list(getattr(study, key)))
+    listed = [name for name, _ in _named(study.strategies)]
+    _refuse_repetition("study.strategies", listed)
+    _refuse_repetition("study.references", name_list(study.references))
     _refuse_repetition("study.seeds", [str(seed) for seed in study.seed_list])
     for name in overrides:
         if name not in listed and name not in groups:

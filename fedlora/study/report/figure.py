@@ -1,11 +1,14 @@
-"""One figure being drawn: series with markers that say their value, named level lines, plain axes."""
+"""Figures of the report as inline SVG: series with markers that say their value, named levels, axes."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+from xml.etree import ElementTree
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -15,7 +18,85 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from fedlora.study.analyse.curves import Curve
 from fedlora.study.analyse.summary import CONTROL, Estimate, Row
-from fedlora.study.report.svg import HUES, MUTED, PAPER, SETTINGS, inline_svg, series_gid
+
+INK, MUTED, RULE, PAPER = "#1d1f21", "#6d6f73", "#dad7ce", "#fbfaf7"
+HUES = ("#2f5fe0", "#d0410f", "#46a049", "#d955cc", "#1b3a6b", "#7f1d22")
+"""Distinct to the colour-blind (prot-, deuter- and tritanopia simulated), contrast with the paper >= 3."""
+VARIABLES = {
+    INK: "var(--ink)",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+    PAPER: "var(--paper)",
+    **{hue: f"var(--hue-{index})" for index, hue in enumerate(HUES)},
+}
+"""Drawn colour -> the style sheet's variable, which has a light and a dark value."""
+SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "fedlora",
+    "text.parse_math": False,
+    "font.size": 12,
+    "text.color": INK,
+    "axes.labelcolor": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+}
+"""Matplotlib settings under which figures are made and written."""
+SERIES = "series:"
+_NOISE = r'<metadata>.*?</metadata>|<style.*?</style>| xmlns(:\w+)?="[^"]*"|font-family: [^;"]*;? ?|xlink:'
+"""Metadata, style sheets, namespaces and fonts, of which a page has its own."""
+
+
+def series_gid(key: str, part: str) -> str:
+    """The gid of an artist that belongs to the series ``key``; parts are told apart by name."""
+    return f"{SERIES}{key}:{part}"
+
+
+def inline_svg(
+    figure: Figure, name: str, label: str, notes: Mapping[str, Sequence[str]] | None = None
+) -> Markup:
+    """The figure as an ``<svg>`` element for HTML.
+
+    Artists with a `series_gid` become ``<g class="series" data-series=KEY>``. Colours become variables of the
+    style sheet; the ids that are used are hashes with ``name``, so that several charts share a page.
+
+    Args:
+        figure: what was drawn, under `SETTINGS`.
+        name: unique on the page.
+        label: what assistive technology reads out; empty marks a decoration.
+        notes: gid -> what each marker says when pointed at, in drawing order.
+    """
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    text = re.sub(_NOISE, "", buffer.getvalue(), flags=re.S)
+    text = re.sub(r"\s*\n\s*", " ", text[text.index("<svg") :]).replace("> <", "><")
+    for colour, variable in VARIABLES.items():
+        text = text.replace(colour, variable)
+    root = ElementTree.fromstring(text)
+    for group in root.iter("g"):
+        gid = group.attrib.pop("id", "")
+        if gid.startswith(SERIES):
+            group.attrib |= {"class": "series", "data-series": gid.split(":")[1]}
+        if notes and gid in notes:
+            for marker, note in zip(group.iter("use"), notes[gid], strict=True):
+                ElementTree.SubElement(marker, "title").text = note
+    spoken = {"role": "img", "aria-label": label} if label else {"aria-hidden": "true"}
+    root.attrib = {"viewBox": root.attrib["viewBox"], **spoken}
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
 
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "p", "<", ">", "h", "*")
 LineStyle = str | tuple[int, tuple[float, ...]]
@@ -85,8 +166,7 @@ def swatch(style: Style) -> Markup:
         return inline_svg(figure, f"swatch-{style.key}", "")
 
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
+class Numbers(NamedTuple):
     """A table: usually a line for each round and a column for each run."""
 
     header: tuple[str, ...]
@@ -108,6 +188,8 @@ WIDTH, HEIGHT = 460, 300
 """Of a chart, in SVG units; a phone shows it at about 0.75, so that 12 units of text stay legible."""
 MARKERS = 40
 """A series of more points has markers on some of them only."""
+LONGEST_NAME = 16
+"""Letters of a level's name beside a chart; the legend and the table have all of them."""
 FEW_DECADES = 50.0
 """A logarithmic axis that spans less than this factor has too few powers of ten to read it by."""
 Which = Literal["x", "y"]
@@ -115,15 +197,16 @@ Which = Literal["x", "y"]
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A horizontal line with its name; its style's key ties it to a series, or to nothing."""
+    """A horizontal line with its name and value; its style's key ties it to a series, or to nothing."""
 
     name: str
     value: float
+    shown: str
     style: Style
 
 
 class Canvas:
-    """A figure of the report, to be used under `fedlora.study.report.svg.SETTINGS`."""
+    """A figure of the report, to be used under `SETTINGS`."""
 
     def __init__(self, height: float = HEIGHT) -> None:
         self.figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
@@ -162,32 +245,22 @@ class Canvas:
             self.axes.plot([x, x], bounds, color=style.colour, linewidth=1.2, zorder=2.5, gid=gid)
 
     def levels(self, levels: Sequence[Level]) -> None:
-        """Lines across, their names at the left, moved apart where they would overlap."""
+        """Lines across, their names right of the axes, where they hide nothing, moved apart."""
         for level in levels:
-            gid = series_gid(level.style.key, "level")
-            line = level.style.line
-            self.axes.axhline(
-                level.value, gid=gid, color=level.style.colour, linestyle=line, linewidth=1.3, zorder=1.5
-            )
+            style, gid = level.style, series_gid(level.style.key, "level")
+            look: dict[str, Any] = {"color": style.colour, "linestyle": style.line, "linewidth": 1.3}
+            self.axes.axhline(level.value, gid=gid, zorder=1.5, **look)
         low, high = self.axes.get_ylim()
-        least, position = 0.055 * (high - low), -math.inf
+        least, position = 0.11 * (high - low), -math.inf
         for level in sorted(levels, key=lambda each: each.value):
-            position = max(level.value + 0.012 * (high - low), position + least)
-            self._name(level, position)
-        self.axes.set_ylim(low, max(high, position + least))
-
-    def _name(self, level: Level, position: float) -> None:
-        self.axes.text(
-            0.01,
-            position,
-            level.name,
-            transform=self.axes.get_yaxis_transform(),
-            fontsize=10.5,
-            color=MUTED,
-            verticalalignment="bottom",
-            gid=series_gid(level.style.key, "name"),
-            zorder=4,
-        )
+            position = max(level.value, position + least)
+            name = level.name if len(level.name) <= LONGEST_NAME else f"{level.name[: LONGEST_NAME - 1]}…"
+            self.axes.text(
+                1.015, position, f"{name}\n{level.shown}", transform=self.axes.get_yaxis_transform(),
+                fontsize=10.5, color=MUTED, verticalalignment="center",
+                gid=series_gid(level.style.key, "name"),
+            )  # fmt: skip
+        self.axes.set_ylim(low, max(high, position))
 
     # --- axes ----------------------------------------------------------------------------------------
 
@@ -222,5 +295,5 @@ class Canvas:
         self.axes.tick_params(axis="y", which="both", length=0)
 
     def finish(self, name: str, label: str) -> Markup:
-        """The figure for the page; ``label`` is read out in its place."""
+        """The figure for the page, see `inline_svg`."""
         return inline_svg(self.figure, name, label, self._notes)

@@ -22,14 +22,16 @@ def percent(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.1f}%"
 
 
-def interval(estimate: Estimate) -> str:
-    """The bounds of a share, without the percent sign on the first.
+def interval(estimate: Estimate, difference: bool = False) -> str:
+    """The bounds of a share in percent, or of a difference in points; empty where there are none.
 
-    >>> interval(Estimate(value=0.5, low=0.4, high=0.6))
-    '40.0 to 60.0%'
+    >>> interval(Estimate(value=0.5, low=0.4, high=0.6)), interval(Estimate(value=0.1, low=0, high=0.2), True)
+    ('40.0 to 60.0%', '0.0 to +20.0')
     """
     if estimate.low is None or estimate.high is None:
         return ""
+    if difference:
+        return f"{signed(estimate.low)} to {signed(estimate.high)}"
     return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}%"
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +11,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from fedlora.core.files import write_atomic
 from fedlora.errors import ConfigError
 from fedlora.study.analyse.comparisons import Comparison, compare
+from fedlora.study.analyse.contests import contests
 from fedlora.study.analyse.results import CellResult
-from fedlora.study.analyse.summary import Estimate, Row, summarise
+from fedlora.study.analyse.summary import CONTROL, Estimate, Row, summarise
 from fedlora.study.analyse.tuning import Tuning
 from fedlora.study.plan.absent import Absent
-from fedlora.study.report import claims, format
+from fedlora.study.report import configuration, format
 from fedlora.study.report.charts import draw_charts
-from fedlora.study.report.config_text import (
-    differences,
-    learning_rates,
-    origins,
-    provenances,
-    setting,
-    shared_config,
-)
 from fedlora.study.report.figure import styles_of, swatch
-from fedlora.study.report.findings import find
-from fedlora.study.report.notes import absence, absent_lines, how_tuned, tuned_header, tuned_lines
+from fedlora.study.report.findings import CLAIMS_HEADER, claim, claims, find
 from fedlora.study.report.tables import write_tables
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Value:
-    """A cell of the sortable table: what is read, and the number it is sorted by (None sorts last)."""
-
-    text: str
-    order: float | None
-    small: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Line:
-    """A line of the sortable table; run and kind sort as text, the strategy is named if the run does not."""
-
-    run: str
-    strategy: str
-    values: tuple[Value, ...]
-    kind: str
-    private: bool
+EMPTY = (format.DASH, None, "")
 
 
 def write_report(
@@ -90,9 +63,8 @@ def render(
 ) -> str:
     """The report as HTML."""
     rows = summarise(results)
-    shared = shared_config(rows)
+    shared = configuration.shared_config(rows)
     styles = styles_of(rows)
-    domains = list(dict.fromkeys(d for row in rows for d in row.accuracy_by_domain))
     environment = Environment(
         loader=PackageLoader("fedlora.study.report", "page"),
         autoescape=select_autoescape(),
@@ -104,73 +76,94 @@ def render(
     return environment.get_template("report.html").render(
         title=title,
         findings=find(rows),
-        notes=[said for said in (absence(absent, len(results)), how_tuned(tuning, rows)) if said],
-        absent=absent_lines(absent),
-        claims=claims.sentence(comparisons),
-        claims_header=claims.HEADER,
-        claims_table=[claims.line(comparison) for comparison in comparisons],
-        columns=_columns(rows, domains),
-        table=[_line(row, domains, any(row.worst_client for row in rows)) for row in rows],
+        claims=claims(comparisons),
+        claims_header=CLAIMS_HEADER,
+        claims_table=[claim(comparison) for comparison in comparisons],
+        table=_table(rows),
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
         charts=draw_charts(rows),
         details=[_detail(row, shared) for row in rows],
-        setting=setting(rows, shared),
-        learning_rates=learning_rates(rows),
-        tuned_header=tuned_header(tuning),
-        tuned=tuned_lines(tuning),
-        origins=origins(results),
-        provenances=provenances(results),
+        facts=configuration.facts(rows),
+        keys=configuration.shared_keys(shared),
+        absent=configuration.without_result(absent, len(results)),
+        learning_rates=configuration.learning_rates(rows),
+        tuned=configuration.tuned(tuning, any(row.private for row in rows)),
+        origins=configuration.origins(results),
+        provenances=configuration.provenances(results),
     )
 
 
 # --- the table of all runs ---------------------------------------------------------------------------
 
-
-def _columns(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
-    written = ["Perplexity"] if rows[0].unit == "token" else []
-    worst = [name for name, _ in WORST] if any(row.worst_client for row in rows) else []
-    return [*written, "Accuracy", *worst, "MB up", "MB down", "Gap", "Epsilon", "Time", *domains]
-
-
-def _line(row: Row, domains: Sequence[str], worst: bool) -> Line:
-    """One row; the values are in the order of `_columns`, with ``worst`` those of `WORST`."""
-    accuracy = row.accuracy
-    shown = format.DASH if row.epsilon is None else f"{row.epsilon:.2f}"
-    perplexity = [Value(text=format.significant(row.perplexity), order=row.perplexity)]
-    values = (
-        *(perplexity if row.unit == "token" else []),
-        Value(text=format.percent(accuracy.value), order=accuracy.value, small=format.interval(accuracy)),
-        *(_estimate(of(row)) for _, of in WORST if worst),
-        Value(text=format.megabytes(row.bytes_up), order=row.bytes_up),
-        Value(text=format.megabytes(row.bytes_down), order=row.bytes_down),
-        Value(text=format.significant(row.gap), order=row.gap),
-        Value(text=shown, order=row.epsilon, small=_delta(row)),
-        Value(text=format.duration(row.seconds), order=row.seconds),
-        *(_share(row.accuracy_by_domain.get(domain)) for domain in domains),
-    )
-    strategy = "" if row.strategy == row.name else row.strategy
-    return Line(run=row.name, strategy=strategy, values=values, kind=row.kind, private=row.private)
+Value = tuple[str, float | None, str]
+"""A cell of the sortable table: what is read, the number it is sorted by (None sorts last), small print."""
+Column = Mapping[str, Value]
+"""By the name of the row; a row that is not there has nothing to show."""
 
 
-def _estimate(estimate: Estimate | None) -> Value:
-    if estimate is None:
-        return _share(None)
-    return Value(text=format.percent(estimate.value), order=estimate.value, small=format.interval(estimate))
+def _table(rows: Sequence[Row]) -> dict[str, Any]:
+    """The sortable table: its columns, a line for each row, and one for what needs no training."""
+    columns = {
+        "Perplexity": _column(rows, lambda row: row.perplexity, format.significant),
+        "Accuracy": {row.name: _estimate(row.accuracy) for row in rows},
+        **_against(rows),
+        "Worst client": {row.name: _estimate(row.worst_client) for row in rows if row.worst_client},
+        "Worst decile": {row.name: _estimate(row.worst_decile) for row in rows if row.worst_decile},
+        "MB up": _column(rows, lambda row: row.bytes_up, format.megabytes),
+        "MB down": _column(rows, lambda row: row.bytes_down, format.megabytes),
+        "Gap": _column(rows, lambda row: row.gap, format.significant),
+        "Epsilon": {row.name: _epsilon(row.epsilon, row) for row in rows if row.epsilon is not None},
+        "Time": _column(rows, lambda row: row.seconds, format.duration),
+    }  # fmt: skip
+    columns = {name: column for name, column in columns.items() if column}
+    lines = [
+        (row.name, _kind(row), [column.get(row.name, EMPTY) for column in columns.values()]) for row in rows
+    ]
+    for name, accuracy in dict.fromkeys(row.reference for row in rows):
+        first = next(row for row in rows if row.reference == (name, accuracy))
+        before = (first.results[0].result.get("before") or {}).get("perplexity")
+        known = {
+            "Accuracy": _estimate(Estimate(value=accuracy)),
+            "Perplexity": (format.significant(before), before, ""),
+        }
+        lines.append((name, "untrained", [known.get(column, EMPTY) for column in columns]))
+    return {"columns": list(columns), "lines": lines}
 
 
-WORST: tuple[tuple[str, Callable[[Row], Estimate | None]], ...] = (
-    ("Worst client", lambda row: row.worst_client),
-    ("Worst decile", lambda row: row.worst_decile),
-)
-"""Columns that are there where clients have test examples of their own."""
+def _column(rows: Sequence[Row], of: Callable[[Row], float | None], show: Callable[[float], str]) -> Column:
+    return {row.name: (show(value), value, "") for row in rows if (value := of(row)) is not None}
 
 
-def _share(share: float | None) -> Value:
-    return Value(text=format.percent(share), order=share)
+def _estimate(estimate: Estimate) -> Value:
+    return format.percent(estimate.value), estimate.value, format.interval(estimate)
 
 
-def _delta(row: Row) -> str:
-    return f"delta {format.significant(row.config.privacy.target_delta)}" if row.private else ""
+def _against(rows: Sequence[Row]) -> dict[str, Column]:
+    """Differences in points within each contest: to the highest, and to the head alone."""
+    highest: dict[str, Value] = {}
+    control: dict[str, Value] = {}
+    for contest in contests(rows):
+        first, *others = contest.rows
+        for row in others:
+            highest[row.name] = _difference(contest.difference(row, first))
+            highest[first.name] = ("highest", 0.0, "")
+        for row in contest.rows:
+            if contest.control and row is not contest.control:
+                control[row.name] = _difference(contest.difference(row, contest.control))
+    return {"To the highest": highest, f"Over {CONTROL}": control}
+
+
+def _difference(estimate: Estimate) -> Value:
+    return format.signed(estimate.value), estimate.value, format.interval(estimate, True)
+
+
+def _epsilon(epsilon: float, row: Row) -> Value:
+    return f"{epsilon:.2f}", epsilon, f"delta {format.significant(row.config.privacy.target_delta)}"
+
+
+def _kind(row: Row) -> str:
+    strategy = f" of {row.strategy}" if row.kind == "variant" else ""
+    return f"{row.kind}{strategy}{', private' if row.private else ''}"
 
 
 # --- one run -----------------------------------------------------------------------------------------
@@ -180,7 +173,7 @@ def _detail(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
     """What the page tells about one row beyond the table."""
     return {
         "row": row,
-        "runs": [(result, differences(result.config, shared)) for result in row.results],
+        "runs": [(result, configuration.differences(result.config, shared)) for result in row.results],
         "refused": [
             (result.label, record["round"], client, reason)
             for result in row.results

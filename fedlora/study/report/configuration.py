@@ -1,0 +1,154 @@
+"""How a study was run: shared keys and each run's own, rates and their trials, absent runs, provenance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.config import FlatConfig, RunConfig, Scalar, to_flat
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE
+from fedlora.server.identity import NO_EFFECT, code_of
+from fedlora.study.analyse.results import TAKEN_FROM, CellResult
+from fedlora.study.analyse.summary import Row
+from fedlora.study.analyse.tuning import Tuning
+from fedlora.study.plan.absent import Absent
+from fedlora.study.report.format import listed, percent
+
+NOT_A_SETTING = ("seed", "strategy.name", *NO_EFFECT)
+"""Keys that the report shows elsewhere or that change no result."""
+RATES = {
+    "train.learning-rate": "Learning rate", "train.head-learning-rate": "Of the head (0: the same)",
+    "train.optimizer": "Optimiser", "train.local-steps": "Local steps",
+    "train.local-epochs": "Local epochs (0: steps)", "train.batch-size": "Examples a step",
+}  # fmt: skip
+"""Keys that each run is shown with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A table of the page; without a body it is left out."""
+
+    title: str
+    header: tuple[str, ...]
+    body: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+
+def shared_config(rows: Sequence[Row]) -> FlatConfig:
+    """The commonest value of each key over the rows; of equally common ones the first.
+
+    References are asked only where there is nothing else.
+    """
+    flats = [to_flat(row.config) for row in rows if row.kind != "reference"] or [to_flat(rows[0].config)]
+    return {key: Counter(flat[key] for flat in flats).most_common(1)[0][0] for key in flats[0]}
+
+
+def differences(config: RunConfig, shared: FlatConfig) -> list[tuple[str, Scalar]]:
+    """The keys, with values, in which one run departs from what is shared."""
+    return [
+        (key, value)
+        for key, value in to_flat(config).items()
+        if value != shared[key] and not key.startswith(NOT_A_SETTING)
+    ]
+
+
+def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Sizes of the study that no key says."""
+    runs = [result for row in rows for result in row.results]
+    rounds = [record for run in runs for record in run.rounds]
+    evaluated = {f"{record['examples']:,}" for record in rounds if record.get("examples")}
+    labels = rows[0].results[0].result.get("labels") or []
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    found = {
+        "Seeds": ", ".join(map(str, seeds)),
+        "Clients that took part": str(len({client for r in rounds for client in r["participants"]})),
+        "Test examples": f"{rows[0].examples:,}",
+        "Test examples in a round": " or ".join(sorted(evaluated)),
+        "Neighbouring data sets": "; or ".join({_neighbours(r.config): None for r in rows if r.private}),
+        "Labels": f"{len(labels)} ({', '.join(map(str, labels))})" if labels else "",
+    }  # fmt: skip
+    return [(name, value) for name, value in found.items() if value]
+
+
+def _neighbours(config: RunConfig) -> str:
+    differ = "replaced by nothing, the count of examples being public"
+    if config.privacy.neighboring_relation == ADD_OR_REMOVE_ONE:
+        differ = f"added or removed, at a declared count of {config.privacy.declared_examples:,} examples"
+    return f"differ by one example of one client, {differ}"
+
+
+def shared_keys(shared: FlatConfig) -> list[tuple[str, Scalar]]:
+    """What all runs share, but for keys that are off."""
+    return [(key, value) for key, value in shared.items() if value and not key.startswith(NOT_A_SETTING)]
+
+
+def learning_rates(rows: Sequence[Row]) -> Table:
+    """What each run trains with, a line for each row."""
+    configs = [(row.name, to_flat(row.config)) for row in rows]
+    body = (
+        (name, *(f"{v:g}" if isinstance(v := flat[key], float) else str(v) for key in RATES))
+        for name, flat in configs
+    )
+    return Table(title="Learning rates", header=("Run", *RATES.values()), body=tuple(body))
+
+
+def tuned(tuning: Tuning | None, private: bool) -> Table:
+    """Validation accuracy of each group with each rate, and the rate that was chosen."""
+    groups = tuning.groups if tuning else ()
+    rates = sorted({rate for found in groups for rate in found.tried})
+    note = ""
+    if tuning:
+        note = (
+            f"Mean accuracy on a validation part, {100 * tuning.validation_fraction:g}% of the training "
+            f"examples, held apart from those trials; seeds: {listed([*map(str, tuning.seeds)])}. What is "
+            "reported has other seeds and trains on all. Of equals the smallest rate was chosen; at the "
+            f"edge: none beyond it was tried.{' Tuning is outside epsilon.' * private}"
+        )
+    lines = []
+    for found in groups:
+        tried = ("failed" if a is None else percent(a) for a in map(found.tried.get, rates))
+        chosen = "none" if found.rate is None else f"{found.rate:g}{' (at the edge)' * found.at_the_edge}"
+        lines.append((found.group, *tried, chosen))
+    header = ("Run", *(f"{rate:g}" for rate in rates), "Chosen")
+    return Table(title="How the learning rates were tuned", header=header, body=tuple(lines), note=note)
+
+
+def without_result(absent: Sequence[Absent], finished: int) -> Table:
+    """Run, why it is not there, reason: what cannot exist once for all seeds, each failure by itself."""
+    lines = [(a.group if a.why == "not applicable" else a.label, a.why, a.reason) for a in absent]
+    counts = Counter(missing.why for missing in absent)
+    said = listed([f"{number} {why}" for why, number in counts.items()])
+    return Table(
+        title="Runs without a result",
+        header=("Run", "Why", "Reason"),
+        body=tuple(dict.fromkeys(lines)),
+        note=f"{finished} runs finished, {said}.",
+    )
+
+
+def provenances(results: Sequence[CellResult]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Versions, code and machine, with the runs that share them."""
+    groups: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for result in results:
+        found = {k: v for k, v in result.provenance.items() if k not in ("seed", "identity", TAKEN_FROM)}
+        packages = found.pop("packages", None) or {}
+        found |= {name: version or "not installed" for name, version in packages.items()}
+        found["code"] = code_of(result.provenance)
+        groups.setdefault(str(found), ([], found))[0].append(result.label)
+    return list(groups.values())
+
+
+def origins(results: Sequence[CellResult]) -> list[str]:
+    """More than one version of the code, and cells of other studies."""
+    codes = Counter(code_of(result.provenance) for result in results)
+    taken = Counter(str(o).partition("/")[0] for r in results if (o := r.provenance.get(TAKEN_FROM)))
+    said = []
+    if len(codes) > 1:
+        counted = listed([f"{code}: {number}" for code, number in codes.items()])
+        said.append(f"{len(codes)} versions of the code ({counted}): what differs may be the code.")
+    if taken:
+        counted = listed([f"{number} of {study}" for study, number in taken.items()])
+        said.append(f"Taken over (same configuration, same code): {counted}.")
+    return said
