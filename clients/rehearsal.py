@@ -14,6 +14,7 @@ from clients.runtime import ClientRuntime
 from clients.training.batched.layers import why_alone
 from clients.training.batched.self_check import check_cohort
 from clients.training.dp_step import Mechanism
+from clients.training.optimizers.registry import make_optimizer
 from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
 from fedlora.core.adapters import Adapters
@@ -34,14 +35,17 @@ def rehearse(
         config: the run, ``engine.cohort-size`` decided.
         adapters: what the first round begins with.
         head: likewise.
-        trained: the factors that it trains.
+        trained: the factors, or the roles of tensors, that it trains.
 
     Raises:
         ConfigError: the step does not compute what it claims on this model.
     """
     model, privacy = runtime.model, config.privacy
     together = config.engine.cohort_size > 1 and not why_alone(model)
-    model.load(adapters, head, trained=trained, train_head=config.model.head != "freeze")
+    names = frozenset().union(*(adapter.part(trained) for adapter in adapters.values()))
+    model.load(adapters, head, trained=names, train_head=config.model.head != "freeze")
+    if not model.adapter.batched and model.trainable().all:
+        make_optimizer(model.trainable(), config.train)  # some take matrices alone
     if not (together or privacy.private) or not model.trainable().all:
         return
     mechanism = None

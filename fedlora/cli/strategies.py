@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedlora.cli.console import one_line_errors, out
 
-COLUMNS = ("name", "exact", "mixed_ranks", "updates_base", "client_dp", "up", "down", "paper")
+COLUMNS = ("name", "exact", "any_kind", "mixed_ranks", "updates_base", "client_dp", "up", "down", "paper")
 """Facts that ``fedlora strategies`` shows in columns; ``--json`` has all of them."""
 
 
@@ -35,6 +35,9 @@ def strategies(
     for row in rows:
         table.add_row(*(_cell(row[column]) for column in COLUMNS))
     out.print(table)
+    out.print(
+        "\nexact: of lora; of another lora.method a run measures it where any kind is taken (docs/peft.md)"
+    )
     out.print("\n[bold]Where they differ from their papers or the authors' code[/bold]")
     for name, text in deviations().items():
         out.print(f"{name}: {text}", highlight=False, markup=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from clients.training.optimizers.registry import check_optimizer
+from clients.training.optimizers.local import LocalOptimizer
+from clients.training.optimizers.registry import check_optimizer, optimizer_type
 from fedlora.adapters import check_kind
 from fedlora.config import RunConfig, StrategyConfig
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
@@ -124,6 +125,8 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
     if config.train.loraplus_lr_ratio != 1:
         ratio = config.train.loraplus_lr_ratio
         raise ConfigError(f"{key}: train.loraplus-lr-ratio = {ratio}: is of lora's B, must be 1")
+    if issubclass(optimizer_type(config.train.optimizer), LocalOptimizer):
+        raise ConfigError(f"{key}: train.optimizer = {config.train.optimizer!r} moves the A and B of lora")
     if config.privacy.private and config.privacy.grad_sample_mode != "loop":
         raise ConfigError(
             f"{key}: privacy.grad-sample-mode = {config.privacy.grad_sample_mode!r}: Opacus sees lora alone, "

@@ -14,7 +14,7 @@ from clients.training.train import train_local
 from fedlora.adapters import TUNERS
 from fedlora.config import from_flat
 from fedlora.core.seeding import derive
-from fedlora.errors import ConfigError, NotApplicable
+from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.models import load_adapter
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
@@ -142,6 +142,7 @@ def test_round_trips_carry_only_what_is_trained(tmp_path: Path, cache: Path) -> 
         ),
         ({"train.loraplus-lr-ratio": 4.0}, "is of lora's B"),
         ({"model.quantization": "4bit"}, "is for lora alone"),
+        ({"train.optimizer": "lora-pro"}, "moves the A and B of lora"),
         ({"privacy.mode": "example"}, "Opacus sees lora alone, use 'loop'"),
         ({"lora.ranks": "2,4"}, r"lora\.ranks = '2,4': is of lora alone"),
     ],
@@ -158,6 +159,22 @@ def test_a_rule_of_two_parts_refuses_a_kind_that_has_one(name: str, tmp_path: Pa
         NotApplicable, match=f"'{name}': tells two parts of an adapter apart, fourierft has one"
     ):
         run(tmp_path, **{**keys_of("fourierft"), "strategy.name": name})
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_private_step_is_rehearsed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: object) -> None:
+        raise RunFailed("privacy self-test: wrong on this model")
+
+    monkeypatch.setattr("clients.rehearsal.check_steps", wrong)
+    with pytest.raises(ConfigError, match=r"model\.name = 'tiny': privacy self-test: wrong on this model"):
+        run(tmp_path, **VERA, **PRIVATE, **{"model.head": "freeze"})
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_an_optimiser_of_matrices_alone_is_refused_before_a_round(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.optimizer = 'torch.optim:Muon': cannot be made"):
+        run(tmp_path, **VERA, **{"train.optimizer": "torch.optim:Muon", "model.head": "freeze"})
     assert not (tmp_path / "run" / "rounds.jsonl").exists()
 
 
