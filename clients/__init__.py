@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from clients.mod import base_mod, identify
-    from clients.plain_client import own_mod, train_as_ordered
+    from clients.plain_client import own_mod, train_as_ordered, upload_mod
     from clients.training.optimizers.local import Layer, LocalOptimizer
 
 _MODULES = {
@@ -21,9 +21,10 @@ _MODULES = {
     "identify": "mod",
     "own_mod": "plain_client",
     "train_as_ordered": "plain_client",
+    "upload_mod": "plain_client",
 }
 
-__all__ = ["Layer", "LocalOptimizer", "base_mod", "identify", "own_mod", "train_as_ordered"]
+__all__ = ["Layer", "LocalOptimizer", "base_mod", "identify", "own_mod", "train_as_ordered", "upload_mod"]
 
 
 def __getattr__(name: str) -> Any:

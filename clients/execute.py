@@ -98,13 +98,18 @@ def answer(
     own = wire.to_peft(result.adapters, result.head if local else {}, order.trained - order.uploaded, modules)
     if own:
         resolved.store.keep_personal(node.partition_id, OWN, order.server_round, own)
-    shared = result.head if config.model.head == "train" else {}
+    shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})
+    arrays, start = (
+        wire.to_peft(adapters, head, order.uploaded, modules)
+        for adapters, head in zip((result.adapters, resolved.adapters), shared, strict=True)
+    )
     metrics: dict[str, float] = {}
     if result.loss is not None:
         metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}
     return wire.Reply(
         status=wire.OK,
-        arrays=wire.to_peft(result.adapters, shared, order.uploaded, modules),
+        arrays=arrays,
+        start=start,
         metrics=metrics,
         holds=order.needs.digests,
         privacy=None if spent is None else spent.told(count=config.privacy.release_metrics),

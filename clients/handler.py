@@ -53,7 +53,7 @@ def handle(
         log(WARNING, "%s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
         reply = wire.Reply(status=wire.DECLINED, reason=told)
-    return wire.encode_reply(replace(reply, answers=order.identity), config.wire_dtype, packed=order.packed)
+    return wire.encode_reply(reply, order, packed=order.packed)
 
 
 def handle_together(
@@ -86,8 +86,7 @@ def handle_together(
         replies = train_orders(list(assignments.values()))
     for (place, assigned), reply in zip(assignments.items(), replies, strict=True):
         if isinstance(reply, wire.Reply):
-            reply = replace(reply, answers=assigned.order.identity)
-            answers[place] = wire.encode_reply(reply, assigned.config.wire_dtype)
+            answers[place] = wire.encode_reply(reply, assigned.order)
         else:
             answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]

@@ -45,8 +45,10 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             return Message(wire.encode_reply(refusal), reply_to=message)
         reply = call_next(message, context)
         if reply.has_content():
+            said = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
+            coded = {key: value for key, value in said.items() if key == "upload"}
             reply.content[wire.CONFIG] = ConfigRecord(
-                {"status": wire.OK, "answers": order.identity, **_holds(order)}
+                {"status": wire.OK, "answers": order.identity, **_holds(order), **coded}
             )
         return reply
 

@@ -1,7 +1,8 @@
-"""What an app with a plain PEFT client adds for strategies that freeze factors or leave them with a client.
+"""What an app with a plain PEFT client adds: to freeze factors, to keep them, to send fewer bytes.
 
     train_as_ordered(model, message)                            (in the train function, before training)
     app = ClientApp(mods=[own_mod("~/state")])
+    app = ClientApp(mods=[upload_mod])
 
 Which rules need which is in the table of ``docs/flower.md``; those that move the base need `clients.mod`.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import nn
 
@@ -64,3 +65,22 @@ def own_mod(state_dir: Path | str) -> Mod:
         return reply
 
     return mod
+
+
+def upload_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
+    """A mod that writes the reply's arrays as the strategy's ``upload`` says; without it they stay floats.
+
+    The last of the mods (``mods=[base_mod(...), upload_mod]``), so that it sees what training begins from.
+    """
+    if wire.order_settings(message.content) is None:
+        return call_next(message, context)
+    order = wire.decode_instruction(message.content)
+    reply = call_next(message, context)
+    arrays = wire.array_record(reply.content) if reply.has_content() else None
+    if order.upload == "float32" or arrays is None:
+        return reply
+    name = next(name for name, record in reply.content.array_records.items() if record is arrays)
+    reply.content[name] = wire.to_record(order.coded(order.arrays, wire.from_record(arrays)), None)
+    said = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
+    reply.content[wire.CONFIG] = ConfigRecord({**said, "upload": order.upload})
+    return reply

@@ -66,6 +66,7 @@ class FactorStrategy(Rounds):
             which does not cover them.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
         wire_dtype: ``float32`` or ``float16``, see `strategies.precision`.
+        upload: how clients write down what they send, see `fedlora.wire.upload`; empty: as ``wire_dtype``.
         packed: see `strategies.transport.Transport`.
         node_directory: who is who among the connected nodes; by default what they say, see `NodeDirectory`.
 
@@ -98,6 +99,7 @@ class FactorStrategy(Rounds):
         diagnostics: bool = True,
         client_dp: ClientDP | None = None,
         wire_dtype: str = "float32",
+        upload: str = "",
         packed: bool = False,
         keep_ranks: bool = True,
         node_directory: NodeDirectory | None = None,
@@ -136,7 +138,7 @@ class FactorStrategy(Rounds):
         self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
         self.keep_ranks = keep_ranks
         self.transport = Transport(
-            rule.init_a, wire_dtype, packed=packed,
+            rule.init_a, wire_dtype, upload=upload, seed=seed, packed=packed,
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)

@@ -50,7 +50,7 @@ def validate_reply(
         raise UpdateRefused(request.failure)
     if reply.status != wire.OK:
         raise UpdateRefused(reply.reason or f"answered {reply.status!r} (lacks {len(reply.missing)} parts)")
-    shipped = wire.from_peft(reply.arrays, tensor_names(request.broadcast.adapters))
+    shipped = wire.from_peft(_decoded(request, reply), tensor_names(request.broadcast.adapters))
     plain = not (reply.answers or reply.holds)
     if plain and facts.updates_base:
         raise UpdateRefused(client_side.needs_base_mod(facts))
@@ -83,6 +83,16 @@ def validate_reply(
     if max_update_norm > 0:
         _check_distance(update, request.broadcast, max_update_norm)
     return update
+
+
+def _decoded(request: PendingRequest, reply: Reply) -> Tensors:
+    """What a client sent as float32, whatever codec wrote it."""
+    if not reply.codec:
+        return reply.arrays
+    if reply.codec != request.upload:
+        raise UpdateRefused(f"its arrays are written as {reply.codec!r}, asked for was {request.upload!r}")
+    start = wire.to_peft(request.broadcast.adapters, request.broadcast.head)
+    return wire.CODECS[reply.codec].decode(start, reply.arrays)
 
 
 def evaluated(request: PendingRequest, weighted_by_key: str | None) -> dict[str, float]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fedlora import wire
 from fedlora.core.factors import Tensors
+from fedlora.core.seeding import derive
 from fedlora.core.state import Broadcast, Patch, digest
 from fedlora.errors import ConfigError, UpdateRefused
 
@@ -38,6 +39,7 @@ class PendingRequest:
         needs: what the client must hold for it.
         rank: of the adapter that the rule wants, where it travels padded to a larger one; else 0.
         half: it travels in half precision.
+        upload: the codec of its reply, see `fedlora.wire.upload`.
         reply: the decoded reply, once there is one.
         failure: why there is none.
         identity: of the order, once it is sent.
@@ -51,6 +53,7 @@ class PendingRequest:
     needs: wire.Needs
     rank: int = 0
     half: bool = False
+    upload: str = "float32"
     reply: wire.Reply | None = None
     failure: str = "no reply before the deadline"
     identity: str = ""
@@ -69,6 +72,8 @@ class Transport:
     Args:
         init_a: how clients draw a fresh A.
         wire_dtype: ``float32``, or ``float16`` for broadcasts that are rounded to it.
+        upload: codec of the replies, see `fedlora.wire.upload`; empty for that of ``wire_dtype``.
+        seed: root of what codecs draw.
         packed: each record travels as one array, which only fedlora's own clients read.
         arrayrecord_key, configrecord_key: names of the records in the orders.
 
@@ -79,7 +84,7 @@ class Transport:
         requests: of this round.
 
     Raises:
-        ConfigError: names of records that are not different.
+        ConfigError: names of records that are not different, or no such codec.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class Transport:
         init_a: str,
         wire_dtype: str = "float32",
         *,
+        upload: str = "",
+        seed: int = 0,
         packed: bool = False,
         arrayrecord_key: str = wire.ARRAYS,
         configrecord_key: str = wire.CONFIG,
@@ -96,7 +103,8 @@ class Transport:
                 f"arrayrecord_key = {arrayrecord_key!r}, configrecord_key = {configrecord_key!r}: must "
                 f"be two names, neither of them {wire.PARTS!r}"
             )
-        self.init_a, self.wire_dtype = init_a, wire_dtype
+        self.init_a, self.wire_dtype, self.upload, self.seed = init_a, wire_dtype, upload or wire_dtype, seed
+        wire.codec_named(self.upload)
         self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
         self._places: dict[str, int] = {}
         self.packed = packed
@@ -134,7 +142,8 @@ class Transport:
         needs = wire.Needs(
             base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
         )
-        request = PendingRequest(partition_id, node_id, broadcast, needs, rank, self.wire_dtype == "float16")
+        half = self.wire_dtype == "float16"
+        request = PendingRequest(partition_id, node_id, broadcast, needs, rank, half, self.upload)
         self.requests.append(request)
         self._by_node[node_id] = request
 
@@ -231,6 +240,9 @@ class Transport:
             travels |= wire.frozen_tensors(request.broadcast)
         head = self.ledger_heads.get(request.partition_id, "")
         own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
+        if self.upload != "float32":
+            who = config["server-round"], request.partition_id
+            own |= {"upload": self.upload, "upload-seed": derive(self.seed, "upload", *who)}
         settings = {
             **config,
             **({"ledger-head": head} if head else {}),

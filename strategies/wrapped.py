@@ -68,10 +68,11 @@ def check_wrapped(strategy: FactorStrategy, wrapper: str) -> None:
             "client_dp = strategies.client_dp.ClientDP(...)" if rule.facts.client_dp else "another strategy"
         )
         raise ConfigError(f"{wrapper} around {rule.facts.title}: {why}, use {instead}")
-    if rule.init_a != "kaiming" or strategy.transport.wire_dtype != "float32" or strategy.own_specs:
+    rounded = {strategy.transport.wire_dtype, strategy.transport.upload} != {"float32"}
+    if rule.init_a != "kaiming" or rounded or strategy.own_specs:
         raise ConfigError(
             f"{wrapper} around {rule.facts.title}: updates are clipped against the global arrays, so that "
-            "all clients must start from these: leave out init_a, wire_dtype and client_spec"
+            "all clients must start from these: leave out init_a, wire_dtype, upload and client_spec"
         )
     if strategy.weighted_by_key is not None:
         log(

@@ -57,9 +57,7 @@ class AuditGrid(LocalGrid):
                 reply = self._train(order, node)
             else:
                 reply = evaluate_order(order, self._config, node)
-            replies.append(
-                Message(wire.encode_reply(replace(reply, answers=order.identity)), reply_to=message)
-            )
+            replies.append(Message(wire.encode_reply(reply, order), reply_to=message))
         return replies
 
     def _train(self, order: wire.TrainInstruction, node: Node) -> wire.Reply:

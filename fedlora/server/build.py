@@ -78,6 +78,7 @@ def assemble(
         diagnostics=config.strategy.diagnostics,
         client_dp=client_mechanism(config, seeded=seeded),
         wire_dtype=config.wire_dtype,
+        upload=config.upload,
         packed=packed,
         keep_ranks=False,
         node_directory=node_directory,

@@ -11,6 +11,7 @@ from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
 from fedlora.tasks import task_named
+from fedlora.wire import codec_named
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -27,6 +28,7 @@ def check(config: RunConfig) -> Rule:
     """
     check_tracking(config.tracking.tool)
     check_kind(config.lora)
+    codec_named(config.upload or config.wire_dtype)
     rule = configured_rule(config.strategy)
     check_task(config, rule)
     if config.lora.method != "lora":

@@ -9,7 +9,8 @@ A training message holds, under Flower's usual names,
 * ``config``: the round, which factors to train and to send back, and the digests of everything the
   client must hold (`Needs`). A client that lacks one answers ``missing`` and is served in the same round.
 
-A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` with its ``status``.
+A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` with its ``status``; the arrays
+as floats, or written by the codec that the order names, see `fedlora.wire.upload`.
 Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 """
 
@@ -42,9 +43,11 @@ from fedlora.wire.reply import (
     encode_reply,
     metrics_in,
 )
+from fedlora.wire.upload import CODECS, UploadCodec, codec_named
 
 __all__ = [
     "ARRAYS",
+    "CODECS",
     "CONFIG",
     "DECLINED",
     "METRICS",
@@ -57,7 +60,9 @@ __all__ = [
     "PeftTensors",
     "Reply",
     "TrainInstruction",
+    "UploadCodec",
     "array_record",
+    "codec_named",
     "complete_adapters",
     "decode_instruction",
     "decode_reply",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,15 +26,26 @@ from fedlora.errors import UpdateRefused, first_line
 ARRAYS, PARTS, CONFIG, METRICS = "arrays", "parts", "config", "metrics"
 """Names of the records in a message."""
 DTYPES = {"float32", "float16", "float64"}
+"""Of floats that are understood wherever numbers travel."""
+CODED = DTYPES | {"int8"}
+"""Of arrays that an upload codec may write."""
 PACKED = "safetensors"
 """The only array of a record whose tensors travel together; no tensor has this name."""
 LENGTH_BYTES = 8
 """In which a file in the safetensors format says how long its header is."""
 
 
-def to_record(tensors: Mapping[str, Tensor], dtype: str = "float32", *, packed: bool = False) -> ArrayRecord:
-    """An ArrayRecord of the tensors as ``float32`` or ``float16``, names kept; ``packed`` into one array."""
-    kind = getattr(torch, dtype)
+def to_record(
+    tensors: Mapping[str, Tensor], dtype: str | None = "float32", *, packed: bool = False
+) -> ArrayRecord:
+    """An ArrayRecord of the tensors, names kept; ``packed`` into one array.
+
+    Args:
+        tensors: by name.
+        dtype: what they travel as, ``float32`` or ``float16``; None leaves each as it is.
+        packed: see the module.
+    """
+    kind = None if dtype is None else getattr(torch, dtype)
     plain = {name: t.detach().to("cpu", kind).contiguous() for name, t in tensors.items()}
     if packed:
         return ArrayRecord({PACKED: Array(np.frombuffer(save(plain), np.uint8))})
@@ -46,36 +57,44 @@ def is_packed(record: ArrayRecord) -> bool:
     return list(record) == [PACKED]
 
 
-def from_record(record: ArrayRecord) -> Tensors:
-    """The tensors of an ArrayRecord, in either form.
+def from_record(record: ArrayRecord, *, coded: bool = False) -> Tensors:
+    """The tensors of an ArrayRecord, in either form, as float32.
+
+    Args:
+        record: what arrived.
+        coded: an upload codec wrote it, which reads it as it is: each tensor keeps its type.
 
     Raises:
         UpdateRefused: an array that is not a plain NumPy array of floats, or lies about its shape.
     """
-    if is_packed(record):
-        return _unpacked(record[PACKED])
+    accepted = CODED if coded else DTYPES
+    tensors = _unpacked(record[PACKED], accepted) if is_packed(record) else _single(record, accepted)
+    return tensors if coded else {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+
+
+def _single(record: ArrayRecord, accepted: Collection[str]) -> Tensors:
     tensors: Tensors = {}
     for name, array in record.items():
         decoded = _decoded(name, array)
-        if str(decoded.dtype) not in DTYPES or decoded.shape != tuple(array.shape):
+        if str(decoded.dtype) not in accepted or decoded.shape != tuple(array.shape):
             raise UpdateRefused(
                 f"array {name} is {decoded.dtype} {decoded.shape}, announced as {tuple(array.shape)}; "
-                f"accepted are {', '.join(sorted(DTYPES))}"
+                f"accepted are {', '.join(sorted(accepted))}"
             )
-        tensors[name] = torch.from_numpy(np.array(decoded, dtype=np.float32, order="C"))
+        tensors[name] = torch.from_numpy(np.array(decoded, order="C"))
     return tensors
 
 
-def _unpacked(array: Array) -> Tensors:
+def _unpacked(array: Array, accepted: Collection[str]) -> Tensors:
     decoded = _decoded(PACKED, array)
     try:
         tensors = load(decoded.astype(np.uint8, casting="no").tobytes())
     except (SafetensorError, TypeError, ValueError, KeyError) as error:
         raise UpdateRefused(f"array {PACKED} cannot be decoded: {first_line(error)}") from None
     for name, tensor in tensors.items():
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            raise UpdateRefused(f"array {name} is {tensor.dtype}; accepted are {', '.join(sorted(DTYPES))}")
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+        if str(tensor.dtype).removeprefix("torch.") not in accepted:
+            raise UpdateRefused(f"array {name} is {tensor.dtype}; accepted are {', '.join(sorted(accepted))}")
+    return tensors
 
 
 def _decoded(name: str, array: Array) -> NDArray[Any]:

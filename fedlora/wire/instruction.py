@@ -13,9 +13,11 @@ from fedlora.core.adapters import Adapters, lora_set, tensor_names
 from fedlora.core.factors import FACTORS, LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.peft_keys import from_peft, of_names, to_peft
+from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer
 from fedlora.errors import FactorShapeError, UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
+from fedlora.wire.upload import CODECS
 from fedlora.wire.validation import check_settings
 
 
@@ -80,6 +82,16 @@ class TrainInstruction:
         return names(self.config["uploaded"])
 
     @property
+    def upload(self) -> str:
+        """The codec of the reply's arrays, see `fedlora.wire.upload`."""
+        return str(self.config.get("upload", "float32"))
+
+    def coded(self, start: Tensors, trained: Tensors) -> Tensors:
+        """The arrays of the reply, as that codec writes what was trained from ``start``."""
+        generator = torch_stream(int(self.config.get("upload-seed", 0)), "upload")
+        return CODECS[self.upload].encode(start, trained, generator)
+
+    @property
     def tail(self) -> RankRegularizer | None:
         """What the client adds to its loss, if anything."""
         if "tail-weight" not in self.config:
@@ -123,9 +135,9 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
 
 ORDER_KEYS = frozenset(
     {"rank", "scaling", "trained", "uploaded", "modules", "needs-base", "needs-frozen", "needs-moving"}
-    | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
+    | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors", "upload", "upload-seed"}
 )
-"""The settings that `instruction_config` writes: nobody else's may have these names."""
+"""The settings that a strategy writes: nobody else's may have these names."""
 
 
 def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, from_record, read_json, to_record
+from fedlora.wire.instruction import TrainInstruction
+from fedlora.wire.upload import CODECS
 
 OK, MISSING, DECLINED = "ok", "missing", "declined"
 """What a reply's status can be."""
@@ -23,7 +25,9 @@ class Reply:
 
     Attributes:
         status: ``ok``, ``missing`` or ``declined``.
-        arrays: what was shipped, in PEFT's spelling.
+        arrays: what was shipped, in PEFT's spelling; as ``codec`` wrote it, if that is not empty.
+        start: at the client, what those tensors began from; it does not travel.
+        codec: of `fedlora.wire.upload`; empty for plain floats.
         metrics: single numbers that the client released, not all of them need be finite.
         missing: digests that it lacks, with status ``missing``.
         holds: digests that it now holds, which need not be sent again.
@@ -36,6 +40,8 @@ class Reply:
 
     status: str
     arrays: Tensors = field(default_factory=dict)
+    start: Tensors = field(default_factory=dict)
+    codec: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     holds: tuple[str, ...] = ()
@@ -46,20 +52,30 @@ class Reply:
     half: bool = False
 
 
-def encode_reply(reply: Reply, dtype: str = "float32", *, packed: bool = False) -> RecordDict:
-    """The records of a reply, its arrays as ``float32`` or ``float16``; ``packed`` as in `to_record`."""
+def encode_reply(reply: Reply, order: TrainInstruction | None = None, *, packed: bool = False) -> RecordDict:
+    """The records of a reply.
+
+    Args:
+        reply: its arrays are plain floats.
+        order: which it answers, by whose codec the arrays are written; by default they travel as float32.
+        packed: as in `to_record`.
+    """
+    codec, arrays, answers = "", reply.arrays, reply.answers if order is None else order.identity
+    if order is not None and arrays:
+        codec, arrays = order.upload, order.coded(reply.start, arrays)
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),
         "holds": list(reply.holds),
         "reason": reply.reason,
         "privacy": json.dumps(reply.privacy),
-        **({"answers": reply.answers} if reply.answers else {}),
+        **({"answers": answers} if answers else {}),
+        **({"upload": codec} if codec else {}),
         **({"cohort-halved": True} if reply.cohort_halved else {}),
     }
     return RecordDict(
         {
-            ARRAYS: to_record(reply.arrays, dtype, packed=packed),
+            ARRAYS: to_record(arrays, None if codec else "float32", packed=packed),
             METRICS: MetricRecord(dict(reply.metrics)),
             CONFIG: ConfigRecord({key: value for key, value in config.items() if value != []}),
         }
@@ -80,10 +96,13 @@ def decode_reply(content: RecordDict, *, trained: bool = True) -> Reply:
     if arrays is None and trained:
         raise UpdateRefused(f"the reply has no record {ARRAYS!r}")
     config = content.config_records.get(CONFIG, ConfigRecord())
+    codec = str(config.get("upload", ""))
+    codec = codec if codec in CODECS else ""
     numbers = {k: float(v) for k, v in metrics_in(content).items() if isinstance(v, (int, float))}
     return Reply(
         status=_status(config),
-        arrays={} if arrays is None else from_record(arrays),
+        arrays={} if arrays is None else from_record(arrays, coded=bool(codec)),
+        codec=codec,
         metrics=numbers,
         missing=_strings(config.get("missing", [])),
         holds=_strings(config.get("holds", [])),

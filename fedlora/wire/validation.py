@@ -14,6 +14,7 @@ from fedlora.core.factors import FACTORS
 from fedlora.core.init_drawn import DRAWN
 from fedlora.errors import UpdateRefused
 from fedlora.wire.arrays import read_json
+from fedlora.wire.upload import CODECS
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _RUN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -46,10 +47,13 @@ def check_settings(config: Mapping[str, Any]) -> None:
         and ("tail-weight" in config) == ("tail-start" in config),
         "moves-base": isinstance(config.get("moves-base", False), bool),
         "fresh": _is_fresh(config.get("fresh")),
+        "upload-seed": isinstance(config.get("upload-seed", 0), int),
     }
     for keys, holds in sound.items():
         if not holds:
             raise UpdateRefused(f"the message's {keys} cannot be read")
+    if str(config.get("upload", "float32")) not in CODECS:
+        raise UpdateRefused(f"upload = {config['upload']!r}: this client knows {', '.join(CODECS)}")
 
 
 def _are_digests(value: object) -> bool:

@@ -90,11 +90,11 @@ class ToyClient:
         reply = wire.Reply(
             status=wire.OK,
             arrays=wire.to_peft(moved, head, order.uploaded),
+            start=wire.to_peft(opened.adapters, opened.head, order.uploaded),
             metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
             holds=order.needs.digests,
-            answers=order.identity,
         )
-        return Message(wire.encode_reply(reply), reply_to=message)
+        return Message(wire.encode_reply(reply, order), reply_to=message)
 
     @staticmethod
     def moved(f: LoraFactors, order: wire.TrainInstruction, partition: int, name: str) -> LoraFactors:

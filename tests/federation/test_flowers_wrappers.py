@@ -125,6 +125,7 @@ REFUSED: dict[str, tuple[FactorStrategy, str]] = {
     "optimiser": (FedAvg(optimizer=ServerOptimizer(name="fedavgm")), "a robust centre or a server optimiser"),
     "another start": (FFALoRA(init_a="orthonormal"), "leave out init_a"),
     "half": (FedAvg(wire_dtype="float16"), "leave out init_a, wire_dtype"),
+    "coded": (FedAvg(upload="int8"), "leave out init_a, wire_dtype, upload"),
 }
 
 

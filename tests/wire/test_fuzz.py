@@ -23,7 +23,7 @@ from strategies.transport import PendingRequest, Transport
 from tests.wire.mutations import TOUCHED, mutate
 
 REPLIES, ORDERS = 12_000, 6_000
-"""Of each every second has its tensors in one array."""
+"""Of each every second has its tensors in one array; of replies every second is written by a codec."""
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 HEAD = {"classifier.weight": torch.zeros(2, 6)}
 
@@ -38,12 +38,15 @@ def broadcast() -> Broadcast:
                      modules=frozenset(MODULES))  # fmt: skip
 
 
-def reply(*, packed: bool = False) -> RecordDict:
+def reply(*, packed: bool = False, coded: bool = False) -> RecordDict:
     arrays = wire.to_peft(broadcast().adapters, HEAD)
     spent = {"epsilon": 1.5, "delta": 1e-5, "ledger_head": "0" * 64}
     metrics = {"num-examples": 12.0, "train-loss": 0.5}
     return wire.encode_reply(
-        wire.Reply(status=wire.OK, arrays=arrays, metrics=metrics, privacy=spent, holds=("0" * 64,)),
+        wire.Reply(
+            status=wire.OK, arrays=arrays, start=arrays, metrics=metrics, privacy=spent, holds=("0" * 64,)
+        ),
+        wire.decode_instruction(order()) if coded else None,
         packed=packed,
     )
 
@@ -52,7 +55,7 @@ def order(*, packed: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
-    transport = Transport("kaiming", packed=packed)
+    transport = Transport("kaiming", packed=packed, upload="int8")
     transport.open((patch,))
     transport.add(0, 2, broadcast())
     (message,) = transport.messages("train", {"server-round": 3, "run-key": "abc"})
@@ -61,11 +64,11 @@ def order(*, packed: bool = False) -> RecordDict:
 
 def test_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
     rng, outcomes = stream(0, "fuzz", "replies"), Counter[str]()
-    originals = reply(), reply(packed=True)
+    originals = [reply(packed=p, coded=c) for p in (False, True) for c in (False, True)]
     for number in range(REPLIES):
-        content = copy.deepcopy(originals[number % 2])
+        content = copy.deepcopy(originals[number % 4])
         how = mutate(content, rng)
-        request = PendingRequest(0, 2, broadcast(), wire.Needs())
+        request = PendingRequest(0, 2, broadcast(), wire.Needs(), upload="int8")
         assert wire.payload_bytes(content) >= 0
         try:
             request.reply = wire.decode_reply(content)
