@@ -1,4 +1,4 @@
-"""One client's answer to one order: hold what it needs, set up the model, train or evaluate, reply."""
+"""Executes one instruction of one client: hold what it needs, set up the model, train or evaluate, reply."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from clients.budget import PlannedRelease, plan_release, train_within_budget
 from clients.evaluation import evaluate
 from clients.ledger_ref import LedgerRef, ledger_directory
-from clients.runtime import ClientRuntime, client_runtime
+from clients.runtime import ClientRuntime
 from clients.store import OWN, ClientStore, ResolvedInstruction, resolve
 from clients.training.batches import Indices
 from clients.training.canaries import Canaries
@@ -28,7 +28,6 @@ from fedlora.data.examples import evaluation_subset
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.models.packed_linear import packed_base
 from fedlora.prepared.cache import Prepared
-from fedlora.prepared.node_data import OwnData
 from fedlora.privacy.types import PrivacySpent
 
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
@@ -39,43 +38,42 @@ ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
-    """Where an order is carried out.
+    """Client that an instruction is for, and where it keeps what it holds.
 
     Attributes:
         partition_id: whose data is trained on.
         state_dir: what this machine keeps between messages.
         simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
         canaries: what an audit hides among the client's examples, in private training.
-        own: the machine's own examples, where it does not train on the run's.
-        max_epsilon, max_delta: the owner's limits on what is ever spent on them.
+        max_epsilon, max_delta: the owner's limits on what is ever spent on its examples.
     """
 
     partition_id: int
     state_dir: Path
     simulation: bool = False
     canaries: Canaries | None = None
-    own: OwnData | None = None
     max_epsilon: float = math.inf
     max_delta: float = 1.0
 
 
-def train_instruction(order: wire.TrainInstruction, config: RunConfig, node: Node) -> wire.Reply:
-    """The reply to an order to train."""
-    ready = set_up(order, config, node)
-    if isinstance(ready, wire.Reply):
-        return ready
-    runtime, resolved = ready
-    load(runtime, resolved, order, config)
+def train_instruction(
+    runtime: ClientRuntime, instruction: wire.TrainInstruction, config: RunConfig, node: Node
+) -> wire.Reply:
+    """The reply to an instruction to train."""
+    resolved = set_up(runtime, instruction, config, node)
+    if isinstance(resolved, wire.Reply):
+        return resolved
+    load(runtime, resolved, instruction, config)
     try:
-        result, spent = _train(runtime, resolved, order, config, node)
+        result, spent = _train(runtime, resolved, instruction, config, node)
     except (BudgetExceeded, LedgerRefused) as error:
-        return declined(error, order, node)
-    return answer(resolved, order, config, node, result, spent)
+        return declined(error, instruction, node)
+    return answer(resolved, instruction, config, node, result, spent)
 
 
 def answer(
     resolved: ResolvedInstruction,
-    order: wire.TrainInstruction,
+    instruction: wire.TrainInstruction,
     config: RunConfig,
     node: Node,
     result: LocalResult,
@@ -87,20 +85,22 @@ def answer(
 
     Args:
         resolved: what it started from.
-        order: what it was asked for.
+        instruction: what it was asked for.
         config: the run.
         node: where.
         result: what it has now.
         spent: what it has spent; None where it trained without privacy.
         halved: it trained in a smaller cohort than was meant, see `clients.training.batched.oom_retry`.
     """
-    modules, local = modules_of(order), config.model.head == "local"
-    own = wire.to_peft(result.adapters, result.head if local else {}, order.trained - order.uploaded, modules)
+    modules, local = modules_of(instruction), config.model.head == "local"
+    own = wire.to_peft(
+        result.adapters, result.head if local else {}, instruction.trained - instruction.uploaded, modules
+    )
     if own:
-        resolved.store.keep_personal(node.partition_id, OWN, order.server_round, own)
+        resolved.store.keep_personal(node.partition_id, OWN, instruction.server_round, own)
     shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})
     arrays, start = (
-        wire.to_peft(adapters, head, order.uploaded, modules)
+        wire.to_peft(adapters, head, instruction.uploaded, modules)
         for adapters, head in zip((result.adapters, resolved.adapters), shared, strict=True)
     )
     metrics: dict[str, float] = {}
@@ -111,36 +111,39 @@ def answer(
         arrays=arrays,
         start=start,
         metrics=metrics,
-        holds=order.needs.digests,
+        holds=instruction.needs.digests,
         privacy=None if spent is None else spent.told(count=config.privacy.release_metrics),
         cohort_halved=halved,
     )
 
 
-def declined(error: BudgetExceeded | LedgerRefused, order: wire.TrainInstruction, node: Node) -> wire.Reply:
+def declined(
+    error: BudgetExceeded | LedgerRefused, instruction: wire.TrainInstruction, node: Node
+) -> wire.Reply:
     """The reply of a client that does not train.
 
     Where a node's files lie, and what other runs have spent, is for the log of its own machine.
     """
     reason = str(error)
     if not node.simulation:
-        logging.getLogger("fedlora").warning("round %d: %s", order.server_round, reason)
+        logging.getLogger("fedlora").warning("round %d: %s", instruction.server_round, reason)
         what = "ledger" if isinstance(error, LedgerRefused) else "budget"
         reason = f"the node's privacy {what} refuses; its own log says why"
     return wire.Reply(status=wire.DECLINED, reason=reason)
 
 
-def evaluate_order(order: wire.TrainInstruction, config: RunConfig, node: Node) -> wire.Reply:
-    """The reply to an order to evaluate: this client's model on the test examples of its own domains.
+def evaluate_instruction(
+    runtime: ClientRuntime, instruction: wire.TrainInstruction, config: RunConfig, node: Node
+) -> wire.Reply:
+    """The reply to an instruction to evaluate: this client's model on the test examples of its own domains.
 
     The fixed subset of them, and all of them after the last round.
     """
-    ready = set_up(order, config, node, after_round=True)
-    if isinstance(ready, wire.Reply):
-        return ready
-    runtime, resolved = ready
+    resolved = set_up(runtime, instruction, config, node, after_round=True)
+    if isinstance(resolved, wire.Reply):
+        return resolved
     runtime.model.load(resolved.adapters, resolved.head)
-    last = order.server_round == config.num_server_rounds
+    last = instruction.server_round == config.num_server_rounds
     chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)
     own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
     outcome = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
@@ -150,30 +153,38 @@ def evaluate_order(order: wire.TrainInstruction, config: RunConfig, node: Node) 
     for domain, results in outcome.by_domain().items():
         metrics[f"{ACCURACY_IN}{domain}"] = results.accuracy
         metrics[f"{EXAMPLES_IN}{domain}"] = float(results.num_units)
-    return wire.Reply(status=wire.OK, metrics=metrics, holds=order.needs.digests)
+    return wire.Reply(status=wire.OK, metrics=metrics, holds=instruction.needs.digests)
 
 
 def set_up(
-    order: wire.TrainInstruction, config: RunConfig, node: Node, *, after_round: bool = False
-) -> tuple[ClientRuntime, ResolvedInstruction] | wire.Reply:
-    """This process's model with its base where the order wants it, or the reply that says what is missing.
+    runtime: ClientRuntime,
+    instruction: wire.TrainInstruction,
+    config: RunConfig,
+    node: Node,
+    *,
+    after_round: bool = False,
+) -> ResolvedInstruction | wire.Reply:
+    """Bring the base to where the instruction wants it; the reply that says what is missing, if anything is.
 
     Raises:
         ConfigError: the partition does not exist in the data.
         UpdateRefused: a part does not have the content that its digest promises.
     """
-    ready = gather_parts(order, config, node, after_round=after_round)
-    if not isinstance(ready, wire.Reply):
-        runtime, resolved = ready
-        runtime.move_to(order.needs.base, resolved.patch)
-    return ready
+    resolved = gather_parts(runtime, instruction, config, node, after_round=after_round)
+    if not isinstance(resolved, wire.Reply):
+        runtime.move_to(instruction.needs.base, resolved.patch)
+    return resolved
 
 
 def gather_parts(
-    order: wire.TrainInstruction, config: RunConfig, node: Node, *, after_round: bool = False
-) -> tuple[ClientRuntime, ResolvedInstruction] | wire.Reply:
+    runtime: ClientRuntime,
+    instruction: wire.TrainInstruction,
+    config: RunConfig,
+    node: Node,
+    *,
+    after_round: bool = False,
+) -> ResolvedInstruction | wire.Reply:
     """As `set_up`, with the base left where it is."""
-    runtime = client_runtime(config, node.own)
     runtime.model.precision = getattr(torch, config.train.precision)
     runtime.model.checkpointing = config.train.gradient_checkpointing
     count = runtime.data.num_partitions
@@ -181,39 +192,42 @@ def gather_parts(
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")
     if node.partition_id in runtime.data.left_out:
         raise ConfigError(f"partition-id = {node.partition_id}: {runtime.data.left_out[node.partition_id]}")
-    resolved = resolve(order, ClientStore(node.state_dir / run_key(order)))
+    resolved = resolve(instruction, ClientStore(node.state_dir / run_key(instruction), runtime.whole))
     if isinstance(resolved, wire.Reply):
         return resolved
-    before = order.server_round + 1 if after_round else order.server_round
+    before = instruction.server_round + 1 if after_round else instruction.server_round
     own = resolved.store.personal(node.partition_id, OWN, before)
-    return runtime, resolved if own is None else resolved.with_own(own)
+    return resolved if own is None else resolved.with_own(own)
 
 
 def load(
-    runtime: ClientRuntime, resolved: ResolvedInstruction, order: wire.TrainInstruction, config: RunConfig
+    runtime: ClientRuntime,
+    resolved: ResolvedInstruction,
+    instruction: wire.TrainInstruction,
+    config: RunConfig,
 ) -> frozenset[str]:
-    """Make the model ready to train as ordered; returns the modules whose factors it trains."""
-    modules = modules_of(order)
+    """Make the model ready to train as instructed; returns the modules whose factors it trains."""
+    modules = modules_of(instruction)
     runtime.model.load(
         resolved.adapters,
         resolved.head,
-        trained=order.trained,
+        trained=instruction.trained,
         modules=modules,
         dropout=config.lora.dropout,
         train_head=config.model.head != "freeze",
-        tail=order.tail,
+        tail=instruction.tail,
     )
     return modules
 
 
-def modules_of(order: wire.TrainInstruction) -> frozenset[str]:
+def modules_of(instruction: wire.TrainInstruction) -> frozenset[str]:
     """The modules whose factors a client trains."""
-    return frozenset(json.loads(order.config["modules"]))
+    return frozenset(json.loads(instruction.config["modules"]))
 
 
-def run_key(order: wire.TrainInstruction) -> str:
+def run_key(instruction: wire.TrainInstruction) -> str:
     """What names the run at its clients."""
-    return str(order.config.get("run-key", "run"))
+    return str(instruction.config.get("run-key", "run"))
 
 
 def own_test_indices(data: Prepared, partition_id: int) -> Indices:
@@ -224,15 +238,15 @@ def own_test_indices(data: Prepared, partition_id: int) -> Indices:
     return np.flatnonzero(np.isin(data.test.domains, held))
 
 
-def seed_of(order: wire.TrainInstruction, config: RunConfig, node: Node) -> int:
+def seed_of(instruction: wire.TrainInstruction, config: RunConfig, node: Node) -> int:
     """A client's own seed of one round."""
-    return derive(config.seed, "client", order.server_round, node.partition_id)
+    return derive(config.seed, "client", instruction.server_round, node.partition_id)
 
 
 def plan_of(
     runtime: ClientRuntime,
     resolved: ResolvedInstruction,
-    order: wire.TrainInstruction,
+    instruction: wire.TrainInstruction,
     config: RunConfig,
     node: Node,
     cohort: Sequence[int] = (),
@@ -240,8 +254,8 @@ def plan_of(
     """What a private client is about to release; ``cohort`` as in `plan_release`."""
     ledger_ref = LedgerRef(
         directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
-        run_key=run_key(order),
-        known_head=str(order.config.get("ledger-head", "")),
+        run_key=run_key(instruction),
+        known_head=str(instruction.config.get("ledger-head", "")),
         max_epsilon=node.max_epsilon,
         max_delta=node.max_delta,
     )
@@ -250,10 +264,10 @@ def plan_of(
         config,
         ledger_ref,
         partition_id=node.partition_id,
-        server_round=order.server_round,
+        server_round=instruction.server_round,
         local_steps=config.local_steps_of(node.partition_id),
-        seed=seed_of(order, config, node) if node.simulation else None,
-        start=_start(order, resolved) if node.simulation else "",
+        seed=seed_of(instruction, config, node) if node.simulation else None,
+        start=_start(instruction, resolved) if node.simulation else "",
         cohort=cohort,
     )
 
@@ -261,13 +275,13 @@ def plan_of(
 def _train(
     runtime: ClientRuntime,
     resolved: ResolvedInstruction,
-    order: wire.TrainInstruction,
+    instruction: wire.TrainInstruction,
     config: RunConfig,
     node: Node,
 ) -> tuple[LocalResult, PrivacySpent | None]:
-    seed = seed_of(order, config, node)
+    seed = seed_of(instruction, config, node)
     if config.privacy.private:
-        plan = plan_of(runtime, resolved, order, config, node)
+        plan = plan_of(runtime, resolved, instruction, config, node)
         return train_within_budget(
             runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )
@@ -284,10 +298,15 @@ def _train(
     return result, None
 
 
-def _start(order: wire.TrainInstruction, resolved: ResolvedInstruction) -> str:
+def _start(instruction: wire.TrainInstruction, resolved: ResolvedInstruction) -> str:
     """A digest of what training starts from: base, adapter, head, what of them is trained, and how."""
     factors = {f"{name}.{x}": t for name, f in resolved.adapters.items() for x, t in f.tensors().items()}
     values = [digest(factors), digest(resolved.head)]
-    settings = [order.config["scaling"], order.needs.base, sorted(order.trained), order.config["modules"]]
-    tail = [] if order.tail is None else [order.tail.weight, order.tail.start]
+    settings = [
+        instruction.config["scaling"],
+        instruction.needs.base,
+        sorted(instruction.trained),
+        instruction.config["modules"],
+    ]
+    tail = [] if instruction.tail is None else [instruction.tail.weight, instruction.tail.start]
     return json.dumps([*values, *settings, *tail])

@@ -1,4 +1,4 @@
-"""Orders of several clients carried out together: whoever fits into a cohort trains in it, the rest alone."""
+"""Executes instructions of several clients: whoever fits into a cohort trains in it, the rest alone."""
 
 from __future__ import annotations
 
@@ -38,9 +38,10 @@ from fedlora.privacy.types import PrivacySpent
 
 @dataclass(frozen=True, slots=True)
 class Assignment:
-    """An order to train, and by whom it is to be carried out."""
+    """Instruction to train, by whom, and with what model and data."""
 
-    order: wire.TrainInstruction
+    runtime: ClientRuntime
+    instruction: wire.TrainInstruction
     config: RunConfig
     node: Node
 
@@ -51,7 +52,7 @@ Answer: TypeAlias = wire.Reply | Exception
 
 @dataclass(slots=True)
 class Ready:
-    """A client whose parts are all here.
+    """Client whose parts are all here.
 
     Attributes:
         place: of its assignment and its answer.
@@ -71,40 +72,37 @@ class Ready:
         return self.assignment.node.partition_id
 
 
-def train_orders(assignments: Sequence[Assignment]) -> list[Answer]:
-    """An answer to each order, in their order; one client's failure leaves the others alone.
+def train_instructions(assignments: Sequence[Assignment]) -> list[Answer]:
+    """An answer to each assignment, in their order; one client's failure leaves the others alone.
 
     Clients train together that have the same run, base, trained factors and data, and no canaries; in a
     cohort of one a client trains as by `train_instruction`.
     """
     answers: dict[int, Answer] = {}
     groups: dict[Any, list[Ready]] = {}
-    workers: dict[Any, ClientRuntime] = {}
     for place, one in enumerate(assignments):
         try:
-            ready = gather_parts(one.order, one.config, one.node)
+            resolved = gather_parts(one.runtime, one.instruction, one.config, one.node)
         except Exception as error:
             answers[place] = error
             continue
-        if isinstance(ready, wire.Reply):
-            answers[place] = ready
+        if isinstance(resolved, wire.Reply):
+            answers[place] = resolved
             continue
-        runtime, resolved = ready
-        key = _key(one, resolved) if one.node.canaries is None and _fits(runtime) else place
+        key = _key(one, resolved) if one.node.canaries is None and _fits(one.runtime) else place
         groups.setdefault(key, []).append(Ready(place, one, resolved))
-        workers[key] = runtime
-    for key, group in groups.items():
+    for group in groups.values():
         if len(group) == 1:
             answers[group[0].place] = _alone(group[0].assignment)
         else:
-            answers |= _together(workers[key], group)
+            answers |= _together(group[0].assignment.runtime, group)
     return [answers[place] for place in range(len(assignments))]
 
 
 def _key(one: Assignment, resolved: ResolvedInstruction) -> tuple[Any, ...]:
     tensors = tensor_names(resolved.adapters)
-    run = (one.config, one.node.own, one.node.simulation, one.order.server_round)
-    return (*run, one.order.needs.base, one.order.trained, tensors)
+    run = (one.config, id(one.runtime), one.node.simulation, one.instruction.server_round)
+    return (*run, one.instruction.needs.base, one.instruction.trained, tensors)
 
 
 def _fits(runtime: ClientRuntime) -> bool:
@@ -121,7 +119,7 @@ def _say_alone(reason: str) -> None:
 
 def _alone(one: Assignment) -> Answer:
     try:
-        return train_instruction(one.order, one.config, one.node)
+        return train_instruction(one.runtime, one.instruction, one.config, one.node)
     except Exception as error:
         return error
 
@@ -131,12 +129,12 @@ def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answe
     answers: dict[int, Answer] = {}
     config = group[0].assignment.config
     try:
-        runtime.move_to(group[0].assignment.order.needs.base, group[0].resolved.patch)
+        runtime.move_to(group[0].assignment.instruction.needs.base, group[0].resolved.patch)
         group = _able(runtime, group, answers)
         if not group:
             return answers
         first = group[0]
-        load(runtime, first.resolved, first.assignment.order, config)
+        load(runtime, first.resolved, first.assignment.instruction, config)
         check_cohort(
             runtime.model, runtime.data.pad_token_id, None if first.plan is None else first.plan.mechanism
         )
@@ -152,7 +150,7 @@ def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answe
         if ready.plan is not None:
             ready.plan.released()
         answers[ready.place] = answer(
-            ready.resolved, one.order, config, one.node, result, ready.spent, halved=halved
+            ready.resolved, one.instruction, config, one.node, result, ready.spent, halved=halved
         )
     return answers
 
@@ -166,12 +164,14 @@ def _able(runtime: ClientRuntime, group: Sequence[Ready], answers: dict[int, Ans
         try:
             runtime.model.check(ready.resolved.adapters, ready.resolved.head)
             num_steps(one.config.train, len(runtime.data.indices(ready.partition_id)), 1)
-            if one.config.model.head == "freeze" and not (one.order.trained and modules_of(one.order)):
+            if one.config.model.head == "freeze" and not (
+                one.instruction.trained and modules_of(one.instruction)
+            ):
                 raise ConfigError(NOTHING)
             if one.config.privacy.private:
-                ready.plan = plan_of(runtime, ready.resolved, one.order, one.config, one.node, cohort)
+                ready.plan = plan_of(runtime, ready.resolved, one.instruction, one.config, one.node, cohort)
         except LedgerRefused as error:
-            answers[ready.place] = declined(error, one.order, one.node)
+            answers[ready.place] = declined(error, one.instruction, one.node)
         except Exception as error:
             answers[ready.place] = error
         else:
@@ -187,7 +187,7 @@ def _charged(group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:
         try:
             ready.spent = None if ready.plan is None else ready.plan.reserve()
         except (BudgetExceeded, LedgerRefused) as error:
-            answers[ready.place] = declined(error, one.order, one.node)
+            answers[ready.place] = declined(error, one.instruction, one.node)
         except Exception as error:
             answers[ready.place] = error
         else:
@@ -202,13 +202,13 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
     return Member(
         adapters=lora_set(ready.resolved.adapters),
         head=ready.resolved.head,
-        trained=one.order.trained,
-        modules=modules_of(one.order),
+        trained=one.instruction.trained,
+        modules=modules_of(one.instruction),
         train_head=config.model.head != "freeze",
-        tail=one.order.tail,
+        tail=one.instruction.tail,
         indices=indices,
         steps=steps if config.privacy.private else num_steps(config.train, len(indices), steps),
-        seed=seed_of(one.order, config, one.node),
+        seed=seed_of(one.instruction, config, one.node),
         mechanism=None if ready.plan is None else ready.plan.mechanism,
         sample_rate=None if ready.plan is None else ready.plan.release.sample_rate,
     )

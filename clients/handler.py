@@ -1,4 +1,4 @@
-"""One message at a node: within what its owner allows, on its own data if it has any."""
+"""Handles messages at a node: within what its owner allows, on its own data if it has any."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from flwr.app import RecordDict
 from flwr.common.logger import log
 
-from clients.execute import Node, evaluate_order, train_instruction
+from clients.execute import Node, evaluate_instruction, train_instruction
 from clients.node_settings import NodeSettings, node_settings, own_of
-from clients.runtime import configured
+from clients.runtime import RuntimeCache, configured
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
@@ -24,7 +24,11 @@ TRAIN, EVALUATE = "train", "evaluate"
 
 
 def handle(
-    kind: str, content: RecordDict, run_config: Mapping[str, Any], node_config: Mapping[str, Any]
+    kind: str,
+    content: RecordDict,
+    run_config: Mapping[str, Any],
+    node_config: Mapping[str, Any],
+    runtimes: RuntimeCache,
 ) -> RecordDict:
     """The reply to a message.
 
@@ -33,39 +37,42 @@ def handle(
         content: of the message.
         run_config: Flower's, of the run.
         node_config: Flower's, of the node.
+        runtimes: of this process.
 
     Raises:
-        UpdateRefused: the message is not an order.
+        UpdateRefused: the message is not an instruction.
     """
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
-    order = wire.decode_instruction(content)
-    answer = evaluate_order if kind == EVALUATE else train_instruction
+    instruction = wire.decode_instruction(content)
+    answer = evaluate_instruction if kind == EVALUATE else train_instruction
     try:
         if kind == TRAIN:
             refuse_beyond_limit(config, settings)
         with one_thread():
-            own = in_owners_name(config, settings, simulation=simulation)
-            reply = answer(order, own, _node(order, settings, simulation))
+            config = in_owners_name(config, settings, simulation=simulation)
+            runtime = runtimes.get(config, own_of(settings, _labels(instruction)))
+            reply = answer(runtime, instruction, config, _node(settings, simulation=simulation))
     except ConfigError as error:
         if simulation:
             raise
         log(WARNING, "%s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
         reply = wire.Reply(status=wire.DECLINED, reason=told)
-    return wire.encode_reply(reply, order, packed=order.packed)
+    return wire.encode_reply(reply, instruction, packed=instruction.packed)
 
 
 def handle_together(
     contents: Sequence[RecordDict],
     run_configs: Sequence[Mapping[str, Any]],
     node_configs: Sequence[Mapping[str, Any]],
+    runtimes: RuntimeCache,
 ) -> list[RecordDict | str]:
     """The replies to messages to train for several simulated nodes in this process, in their order.
 
     A node that fails has the first line of its error instead; the others do not notice.
     """
-    from clients.execute_cohort import Assignment, train_orders
+    from clients.execute_cohort import Assignment, train_instructions
 
     answers: dict[int, RecordDict | str] = {}
     assignments: dict[int, Assignment] = {}
@@ -75,18 +82,20 @@ def handle_together(
         try:
             config, settings = configured(run_config), node_settings(node_config)
             refuse_beyond_limit(config, settings)
-            order = wire.decode_instruction(content)
             simulation = bool(node_config.get("simulation", False))
-            node = _node(order, settings, simulation)
-            own = in_owners_name(config, settings, simulation=simulation)
-            assignments[place] = Assignment(order, own, node)
+            config = in_owners_name(config, settings, simulation=simulation)
+            instruction = wire.decode_instruction(content)
+            runtime = runtimes.get(config, own_of(settings, _labels(instruction)))
+            assignments[place] = Assignment(
+                runtime, instruction, config, _node(settings, simulation=simulation)
+            )
         except Exception as error:
             answers[place] = _line(error)
     with one_thread():
-        replies = train_orders(list(assignments.values()))
+        replies = train_instructions(list(assignments.values()))
     for (place, assigned), reply in zip(assignments.items(), replies, strict=True):
         if isinstance(reply, wire.Reply):
-            answers[place] = wire.encode_reply(reply, assigned.order)
+            answers[place] = wire.encode_reply(reply, assigned.instruction)
         else:
             answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]
@@ -132,15 +141,20 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
         if hidden and not declared:
             raise ConfigError(f"{key}: the owner of this node declares no declared-examples, which it takes")
         privacy = replace(privacy, declared_examples=declared)
-    return replace(config, privacy=replace(privacy, dataset_id=settings.dataset_id or privacy.dataset_id))
+    if settings.dataset_id:
+        privacy = replace(privacy, dataset_id=settings.dataset_id)
+    return config if privacy is config.privacy else replace(config, privacy=privacy)
 
 
-def _node(order: wire.TrainInstruction, settings: NodeSettings, simulation: bool) -> Node:
+def _labels(instruction: wire.TrainInstruction) -> tuple[str, ...]:
+    return tuple(instruction.config.get("labels", ()))
+
+
+def _node(settings: NodeSettings, *, simulation: bool) -> Node:
     return Node(
         partition_id=settings.partition_id,
         state_dir=settings.home,
         simulation=simulation,
-        own=own_of(settings, tuple(order.config.get("labels", ()))),
         max_epsilon=settings.max_epsilon or float("inf"),
         max_delta=settings.max_delta if settings.max_epsilon else 1.0,
     )

@@ -3,8 +3,8 @@
     app = ClientApp(mods=[base_mod(lambda context: own_model(), "~/state")])
 
 The mod stores base patches and frozen factors, asks for those that are missing, moves the base of the app's
-own model, refuses an order whose ranks or scaling are not the model's, hands the app a complete PEFT state
-dict under ``arrays``, and acknowledges in the reply what the client holds.
+own model, refuses an instruction whose ranks or scaling are not the model's, hands the app a complete PEFT
+state dict under ``arrays``, and acknowledges in the reply what the client holds.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
         if wire.order_settings(message.content) is None:
             return call_next(message, context)
         try:
-            order = wire.decode_instruction(message.content)
-            refusal = _prepared(order, message, context)
+            instruction = wire.decode_instruction(message.content)
+            refusal = _prepared(instruction, message, context)
         except FedLoraError as error:
             refusal = wire.Reply(status=wire.DECLINED, reason=first_line(error))
         if refusal is not None:
@@ -48,13 +48,17 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             said = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
             coded = {key: value for key, value in said.items() if key == "upload"}
             reply.content[wire.CONFIG] = ConfigRecord(
-                {"status": wire.OK, "answers": order.identity, **_holds(order), **coded}
+                {"status": wire.OK, "answers": instruction.identity, **_holds(instruction), **coded}
             )
         return reply
 
-    def _prepared(order: wire.TrainInstruction, message: Message, context: Context) -> wire.Reply | None:
-        """Bring base and arrays to what the order says; or the reply that says what is lacking."""
-        resolved = resolve(order, ClientStore(root / str(order.config.get("run-key", context.run_id))))
+    def _prepared(
+        instruction: wire.TrainInstruction, message: Message, context: Context
+    ) -> wire.Reply | None:
+        """Bring base and arrays to what the instruction says; or the reply that says what is lacking."""
+        resolved = resolve(
+            instruction, ClientStore(root / str(instruction.config.get("run-key", context.run_id)))
+        )
         if isinstance(resolved, wire.Reply):
             return resolved
         own = model(context)
@@ -62,10 +66,10 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
             reason = "base_mod: the model must be the same object for every message, use functools.cache"
             return wire.Reply(status=wire.DECLINED, reason=reason)
         check_fits(own, lora_set(resolved.adapters))
-        if order.config.get("moves-base"):
+        if instruction.config.get("moves-base"):
             moving_base(own).check_whole()
-        moving_base(own).move_to([resolved.patch(name) for name in order.needs.base])
-        message.content[order.named] = wire.to_record(wire.to_peft(resolved.adapters, resolved.head))
+        moving_base(own).move_to([resolved.patch(name) for name in instruction.needs.base])
+        message.content[instruction.named] = wire.to_record(wire.to_peft(resolved.adapters, resolved.head))
         return None
 
     return mod
@@ -82,5 +86,5 @@ def identify(message: Message, context: Context) -> Message:
     return Message(RecordDict({wire.CONFIG: answer}), reply_to=message)
 
 
-def _holds(order: wire.TrainInstruction) -> dict[str, list[str]]:
-    return {"holds": list(order.needs.digests)} if order.needs.digests else {}
+def _holds(instruction: wire.TrainInstruction) -> dict[str, list[str]]:
+    return {"holds": list(instruction.needs.digests)} if instruction.needs.digests else {}

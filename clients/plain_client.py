@@ -24,7 +24,7 @@ from fedlora.core.factors import PLAIN
 def train_as_ordered(model: nn.Module, message: Message) -> None:
     """Let exactly those LoRA factors of a PEFT model require gradients that the message orders to train.
 
-    Other parameters stay as they are, and so does the model where the message is no order of a fedlora
+    Other parameters stay as they are, and so does the model where the message is no instruction of a fedlora
     strategy. A trained factor of the round before may rest in this one: call it for every message.
     """
     settings = wire.order_settings(message.content)
@@ -50,18 +50,18 @@ def own_mod(state_dir: Path | str) -> Mod:
         settings = wire.order_settings(message.content)
         if settings is None:
             return call_next(message, context)
-        order = wire.decode_instruction(message.content)
-        endings = tuple(f".lora_{factor}.weight" for factor in order.trained - order.uploaded)
+        instruction = wire.decode_instruction(message.content)
+        endings = tuple(f".lora_{factor}.weight" for factor in instruction.trained - instruction.uploaded)
         who = int(context.node_config.get("partition-id", context.node_id))
-        store = ClientStore(root / str(order.config.get("run-key", context.run_id)))
+        store = ClientStore(root / str(instruction.config.get("run-key", context.run_id)))
         trained = not message.metadata.message_type.startswith(MessageType.EVALUATE)
-        held = store.personal(who, OWN, order.server_round + (0 if trained else 1)) or {}
-        message.content[order.named] = wire.to_record({**order.arrays, **held})
+        held = store.personal(who, OWN, instruction.server_round + (0 if trained else 1)) or {}
+        message.content[instruction.named] = wire.to_record({**instruction.arrays, **held})
         reply = call_next(message, context)
         arrays = wire.array_record(reply.content) if trained and endings and reply.has_content() else None
         if arrays is not None:
             own = {name: arrays.pop(name) for name in list(arrays) if name.endswith(endings)}
-            store.keep_personal(who, OWN, order.server_round, wire.from_record(ArrayRecord(own)))
+            store.keep_personal(who, OWN, instruction.server_round, wire.from_record(ArrayRecord(own)))
         return reply
 
     return mod
@@ -74,13 +74,15 @@ def upload_mod(message: Message, context: Context, call_next: ClientAppCallable)
     """
     if wire.order_settings(message.content) is None:
         return call_next(message, context)
-    order = wire.decode_instruction(message.content)
+    instruction = wire.decode_instruction(message.content)
     reply = call_next(message, context)
     arrays = wire.array_record(reply.content) if reply.has_content() else None
-    if order.upload == "float32" or arrays is None:
+    if instruction.upload == "float32" or arrays is None:
         return reply
     name = next(name for name, record in reply.content.array_records.items() if record is arrays)
-    reply.content[name] = wire.to_record(order.coded(order.arrays, wire.from_record(arrays)), None)
+    reply.content[name] = wire.to_record(
+        instruction.coded(instruction.arrays, wire.from_record(arrays)), None
+    )
     said = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
-    reply.content[wire.CONFIG] = ConfigRecord({**said, "upload": order.upload})
+    reply.content[wire.CONFIG] = ConfigRecord({**said, "upload": instruction.upload})
     return reply

@@ -1,9 +1,9 @@
-"""What one process keeps between messages: the prepared data and one base model with adapters."""
+"""Keeps the prepared data and one base model with adapters between the messages of a process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedlora.adapters import AdapterKind, adapter_kind
 from fedlora.config import RunConfig, from_flat
-from fedlora.core.state import Patch
+from fedlora.core.state import Patch, State
 from fedlora.data.chat.template import chat_settings
 from fedlora.models import (
     AdaptedModel,
@@ -33,19 +33,21 @@ Key: TypeAlias = tuple[Any, ...]
 
 @dataclass(slots=True)
 class ClientRuntime:
-    """A model and its data.
+    """Model and data that messages are carried out with.
 
     Attributes:
         model: the base with LoRA injected; whatever a client leaves in it is overwritten by the next.
         data: tokenised examples and who holds which.
         modules: the adapted layers that each ``target-modules`` string of the configuration means.
         base: digests of the patches P_1 .. P_v that are in the weights, in order.
+        whole: files of a client's store that were found whole, each with its time and size then.
     """
 
     model: AdaptedModel
     data: Prepared
     modules: Mapping[str, tuple[str, ...]]
     base: tuple[str, ...] = ()
+    whole: dict[Path, tuple[int, int]] = field(default_factory=dict)
 
     def move_to(self, chain: Sequence[str], patch_of: Callable[[str], Patch]) -> None:
         """Bring the base weights to a chain of patches: apply what is new, or start again from W_0.
@@ -65,6 +67,12 @@ class ClientRuntime:
             self.model.base.move([patch_of(name)], since=len(self.base))
             self.base = (*self.base, name)
 
+    def load_state(self, state: State) -> None:
+        """Make the model the global one of a state: base, adapter and head."""
+        patches = {patch.digest(): patch for patch in state.base}
+        self.move_to(tuple(patches), patches.__getitem__)
+        self.model.load(state.adapters, state.head)
+
     def adopt(self, chain: Sequence[str], weights: Mapping[str, Tensor]) -> None:
         """Bring the base weights to a chain that another process has applied; see `PatchedBase.adopt`."""
         if tuple(chain) != self.base:
@@ -82,25 +90,41 @@ def _configured(items: tuple[tuple[str, Any], ...]) -> RunConfig:
     return from_flat(dict(items))
 
 
-_runtimes: dict[Key, ClientRuntime] = {}
+class RuntimeCache:
+    """Holds the last `ClientRuntime` of a process, which is made anew only when its key changes.
 
-
-def client_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime:
-    """This process's model and data for a configuration; made anew only when either changes.
-
-    Args:
-        config: the run.
-        own: a node's own examples, in the place of the run's.
-
-    Raises:
-        ConfigError: a model, target modules, data or partition that cannot be had.
+    Whoever starts the process owns it and hands it to the handler: an actor, a node's model server, an engine
+    in this process.
     """
-    key = key_of(config) if own is None else (*key_of(config), own)
-    if key not in _runtimes:
-        _, data, network, modules = _read(config, own)
-        kind = adapter_kind(config.lora, config.seed)
-        return _settle(key, network, data, modules, kind, config.engine.device)
-    return _runtimes[key]
+
+    def __init__(self) -> None:
+        self._held: tuple[Key, ClientRuntime] | None = None
+
+    def get(self, config: RunConfig, own: OwnData | None = None) -> ClientRuntime:
+        """The model and data of a configuration.
+
+        Args:
+            config: the run.
+            own: a node's own examples, in the place of the run's.
+
+        Raises:
+            ConfigError: a model, target modules, data or partition that cannot be had.
+        """
+        key = key_of(config) if own is None else (*key_of(config), own)
+        if self._held is None or self._held[0] != key:
+            self._held = None  # two models at a time might be too many
+            self._held = key, read_runtime(config, own)
+        return self._held[1]
+
+    def hold(self, key: Key, runtime: ClientRuntime) -> None:
+        """Hold what was made elsewhere."""
+        self._held = key, runtime
+
+
+def read_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime:
+    """The model and data of a configuration, read; for the arguments and errors see `RuntimeCache.get`."""
+    _, data, network, modules = _read(config, own)
+    return _runtime(network, data, modules, adapter_kind(config.lora, config.seed), config.engine.device)
 
 
 def key_of(config: RunConfig) -> Key:
@@ -139,36 +163,28 @@ def parts_of(config: RunConfig, *, with_data: bool = False) -> SharedArrays:
     return SharedArrays(structure, arrays, data if with_data else path, modules, kind)
 
 
-def runtime_of(parts: SharedArrays, key: Key, device: str) -> ClientRuntime:
-    """Make these parts the process's own: `client_runtime` gives them from now on; returns them.
-
-    Args:
-        parts: mapped or not; on the CPU the model's tensors are views of them.
-        key: what `client_runtime` will be asked for.
-        device: as ``engine.device``.
+def runtime_of(parts: SharedArrays, device: str) -> ClientRuntime:
+    """The model and data on these parts, mapped or not; on the CPU the model's tensors are views of them.
 
     Raises:
         ConfigError: the device is not there.
     """
     data = open_prepared(parts.data) if isinstance(parts.data, Path) else parts.data
     network = put_together(parts.structure, parts.arrays)
-    return _settle(key, network, data, parts.modules, parts.kind, device)
+    return _runtime(network, data, parts.modules, parts.kind, device)
 
 
-def _settle(
-    key: Key,
+def _runtime(
     network: nn.Module,
     data: Prepared,
     modules: Mapping[str, tuple[str, ...]],
     kind: AdapterKind,
     device: str,
 ) -> ClientRuntime:
-    _runtimes.clear()
     adapted = dict.fromkeys(name for names in modules.values() for name in names)
     network.to(pick_device(device))
     model = AdaptedModel(network, list(adapted), task_named(data.task), kind)
-    _runtimes[key] = ClientRuntime(model, data, modules)
-    return _runtimes[key]
+    return ClientRuntime(model, data, modules)
 
 
 def _read(

@@ -26,12 +26,12 @@ from fedlora.errors import UpdateRefused
 
 @dataclass(frozen=True, slots=True)
 class ResolvedInstruction:
-    """An order whose parts are all here.
+    """Instruction whose parts are all here.
 
     Attributes:
         adapters: the complete starting adapter, all tensors of every module.
         head: the other tensors that travelled.
-        store: the store; the base patches are in it under ``order.needs.base``.
+        store: the store; the base patches are in it under ``instruction.needs.base``.
     """
 
     adapters: Adapters
@@ -55,34 +55,31 @@ class ResolvedInstruction:
         return Patch.from_tensors(tensors)
 
 
-def resolve(order: wire.TrainInstruction, store: ClientStore) -> ResolvedInstruction | wire.Reply:
-    """The resolved order, or the reply that lists what this client lacks.
+def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedInstruction | wire.Reply:
+    """The resolved instruction, or the reply that lists what this client lacks.
 
     Raises:
         UpdateRefused: a part does not have the content that its digest promises.
     """
+    named = {
+        instruction.needs.frozen: wire.frozen_part(instruction),
+        instruction.needs.moving: wire.moving_part(instruction),
+    }
+    named.pop("", None)
     try:
-        for name, tensors in order.parts.items():
-            store.keep(name, tensors)
-        for name, tensors in _named_parts(order):
-            if tensors:
+        for name, tensors in {**instruction.parts, **named}.items():
+            if tensors:  # else it is expected to be here
                 store.keep(name, tensors)
     except ValueError as error:
         raise UpdateRefused(str(error)) from None
-    missing = tuple(name for name in order.needs.digests if not store.has(name))
+    missing = tuple(name for name in instruction.needs.digests if not store.has(name))
     if missing:
         return wire.Reply(status=wire.MISSING, missing=missing)
     held = Tensors()
-    for name, _ in _named_parts(order):
+    for name in named:
         held |= store.get(name) or {}
-    adapters, head = wire.complete_adapters(order, held)
+    adapters, head = wire.complete_adapters(instruction, held)
     return ResolvedInstruction(adapters, head, store)
-
-
-def _named_parts(order: wire.TrainInstruction) -> list[tuple[str, Tensors]]:
-    """The digests of factors that the order names, each with what travelled of it (nothing, or all)."""
-    parts = [(order.needs.frozen, wire.frozen_part(order)), (order.needs.moving, wire.moving_part(order))]
-    return [(name, tensors) for name, tensors in parts if name]
 
 
 OWN = "own"
@@ -91,15 +88,17 @@ KEEP_ROUNDS = 2
 """Versions of a personal tensor set that are kept."""
 
 
-_verified: dict[Path, tuple[int, int]] = {}
-"""Files that this process has found whole, each with its time and size then."""
-
-
 class ClientStore:
-    """A client machine's store for one run; parts are also kept in memory once read."""
+    """Store of a client's machine for one run; parts are also kept in memory once read.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: of the run.
+        whole: files that this process has found whole, each with its time and size then; added to.
+    """
+
+    def __init__(self, directory: Path, whole: dict[Path, tuple[int, int]] | None = None) -> None:
         self.directory = directory
+        self._whole = {} if whole is None else whole
         self._parts: dict[str, Tensors] = {}
 
     def keep(self, name: str, tensors: Tensors) -> None:
@@ -127,12 +126,12 @@ class ClientStore:
             return True
         path = self._part(name)
         stamp = _stamp(path)
-        return stamp is not None and (_verified.get(path) == stamp or _whole(path, name) is not None)
+        return stamp is not None and (self._whole.get(path) == stamp or self._read(path, name) is not None)
 
     def get(self, name: str) -> Tensors | None:
         """The part of that digest, or None if it is not here or damaged."""
         if name not in self._parts:
-            tensors = _whole(self._part(name), name)
+            tensors = self._read(self._part(name), name)
             if tensors is None:
                 return None
             self._parts[name] = tensors
@@ -149,23 +148,22 @@ class ClientStore:
         """A client's own tensors as the last round before ``before_round`` left them."""
         for path in sorted(self._personal(partition_id).glob(f"{name}-*.safetensors"), reverse=True):
             if int(path.stem.rpartition("-")[2]) < before_round:
-                return _read(path)
+                return _tensors(path)
         return None
+
+    def _read(self, path: Path, name: str) -> Tensors | None:
+        """The part in a file, or None if it has not that digest."""
+        stamp, tensors = _stamp(path), _tensors(path)
+        if stamp is None or tensors is None or digest(tensors) != name:
+            return None
+        self._whole[path] = stamp
+        return tensors
 
     def _part(self, name: str) -> Path:
         return self.directory / "parts" / f"{name}.safetensors"
 
     def _personal(self, partition_id: int) -> Path:
         return self.directory / "personal" / str(partition_id)
-
-
-def _whole(path: Path, name: str) -> Tensors | None:
-    """The part in a file, or None if it has not that digest."""
-    stamp, tensors = _stamp(path), _read(path)
-    if stamp is None or tensors is None or digest(tensors) != name:
-        return None
-    _verified[path] = stamp
-    return tensors
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -176,7 +174,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_mtime_ns, found.st_size
 
 
-def _read(path: Path) -> Tensors | None:
+def _tensors(path: Path) -> Tensors | None:
     try:
         return dict(load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError):

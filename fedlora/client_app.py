@@ -5,8 +5,9 @@ Importing this imports nothing heavy, as in deployment there is a new process fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import cache
 from logging import WARNING
+from typing import TYPE_CHECKING
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -14,6 +15,9 @@ from flwr.common.logger import log
 
 from clients.node_settings import node_settings
 from fedlora.deployment.node.model_client import ask, start
+
+if TYPE_CHECKING:
+    from clients.runtime import RuntimeCache
 
 app = ClientApp()
 
@@ -33,33 +37,14 @@ def identify(message: Message, context: Context) -> Message:
 
 @app.train()
 def train_message(message: Message, context: Context) -> Message:
-    """Carry out an order to train."""
+    """Carry out an instruction to train."""
     return Message(_carried_out("train", message, context), reply_to=message)
 
 
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
-    """Carry out an order to evaluate."""
+    """Carry out an instruction to evaluate."""
     return Message(_carried_out("evaluate", message, context), reply_to=message)
-
-
-def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message | str]:
-    """Carry out orders to train for several simulated nodes in this process; see `clients.training.batched`.
-
-    Returns:
-        The replies, in the order of the messages; of a node that failed its one-line error.
-    """
-    from clients.handler import handle_together
-
-    replies = handle_together(
-        [message.content for message in messages],
-        [context.run_config for context in contexts],
-        [context.node_config for context in contexts],
-    )
-    return [
-        reply if isinstance(reply, str) else Message(reply, reply_to=message)
-        for message, reply in zip(messages, replies, strict=True)
-    ]
 
 
 def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
@@ -70,4 +55,13 @@ def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
             return reply
     from clients.handler import handle
 
-    return handle(kind, message.content, context.run_config, context.node_config)
+    return handle(kind, message.content, context.run_config, context.node_config, _runtimes())
+
+
+@cache
+def _runtimes() -> RuntimeCache:
+    """The model of this process."""
+    # A module global: Flower imports the module and calls its functions, so no object of ours could own it.
+    from clients.runtime import RuntimeCache
+
+    return RuntimeCache()

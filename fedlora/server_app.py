@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from clients.runtime import configured
+from clients.runtime import configured, read_runtime
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
 from fedlora.deployment.operator.layout import FAILURE, roll_of
@@ -19,6 +19,8 @@ from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.session import Session
+from fedlora.server.validate import check
 from strategies.nodes import NodeDirectory
 
 FEDERATION = "FEDLORA_FEDERATION"
@@ -35,7 +37,8 @@ def main(grid: Grid, context: Context) -> None:
     directory = RunDirectory(path, resume=config.resume)
     try:
         with system_errors_in_words():
-            _federation(config, directory).run(PollingGrid(grid))
+            check(config)
+            FederatedRun(_session(config), directory).run(PollingGrid(grid))
     except FedLoraError as error:
         failure = {"wrong-request": isinstance(error, ConfigError), "reason": str(error)}
         with suppress(OSError):  # on a full disk the log alone has the reason
@@ -43,11 +46,11 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
-def _federation(config: RunConfig, directory: RunDirectory) -> FederatedRun:
-    """The run; where keys stand for partitions, their nodes are the only ones that take part."""
-    file = os.environ.get(FEDERATION)
+def _session(config: RunConfig) -> Session:
+    """Where keys stand for partitions, their nodes are the only ones that take part."""
+    runtime, file = read_runtime(config), os.environ.get(FEDERATION)
     if not file:
-        return FederatedRun(config, directory)
-    roll = NodeKeys(roll_of(Path(file)))
-    nodes = sorted(roll.partitions.values())
-    return FederatedRun(config, directory, nodes=nodes, node_directory=NodeDirectory(roll))
+        return Session(config=config, runtime=runtime)
+    keys = NodeKeys(roll_of(Path(file)))
+    nodes = sorted(keys.partitions.values())
+    return Session(config=config, runtime=runtime, nodes=nodes, node_directory=NodeDirectory(keys))

@@ -52,7 +52,7 @@ class FactorStrategy(Rounds):
             fewer valid updates than ``min_train_nodes`` raises `RunFailed`, too.
         min_available_nodes: the run waits for so many clients.
         weighted_by_key: the metric that weighs clients; None weighs them equally.
-        arrayrecord_key, configrecord_key: names of the records in the orders.
+        arrayrecord_key, configrecord_key: names of the records in the instructions.
         train_metrics_aggr_fn, evaluate_metrics_aggr_fn: what makes one record of the clients' metrics, as in
             Flower; by default `strategies.replies.mean_metrics`.
         scaling: alpha / r of the adapters in ``initial_arrays``.
@@ -150,18 +150,18 @@ class FactorStrategy(Rounds):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """The orders of one round. They are made from ``self.state``, into which changed arrays are taken."""
+        """The instructions of one round, made from ``self.state``, into which changed arrays are taken."""
         self.report = RoundReport(server_round=server_round)
         self._take(arrays)
         if self.selection.fraction_train == 0:
-            return self._orders([], {}, MessageType.TRAIN, server_round, config)
+            return self._instructions([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
         for partition_id, reason in self.node_directory.refused.items():
             self.report.refused[partition_id] = reason
             log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
         chosen = self.selection.choose(present, server_round)
         log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
-        return self._orders(chosen, present, MessageType.TRAIN, server_round, config)
+        return self._instructions(chosen, present, MessageType.TRAIN, server_round, config)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -213,7 +213,7 @@ class FactorStrategy(Rounds):
                 if self.selection.fraction_evaluate > 0:
                     present = self._present(grid, self.selection.min_evaluate_nodes)
                 chosen = self.selection.evaluators(present, server_round)
-        return self._orders(chosen, present, MessageType.EVALUATE, server_round, config)
+        return self._instructions(chosen, present, MessageType.EVALUATE, server_round, config)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Each client's metrics go into the report where all are finite; returned are their means."""
@@ -257,7 +257,7 @@ class FactorStrategy(Rounds):
             minimum = max(minimum, wanted)
         return self.node_directory.refresh(grid, minimum, CONNECT_TIMEOUT)
 
-    def _orders(
+    def _instructions(
         self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
         config: ConfigRecord,
     ) -> list[Message]:  # fmt: skip

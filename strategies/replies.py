@@ -35,7 +35,7 @@ def validate_reply(
     """The update in a request's reply; factors that were not shipped are as they were broadcast.
 
     Args:
-        request: the order and its reply.
+        request: the instruction and its reply.
         facts: of the rule, for what a client that is not fedlora's must do.
         weighted_by_key: metric that weighs the clients; None weighs them equally.
         max_update_norm: the furthest that all tensors together may have moved; 0 means any distance.
@@ -62,15 +62,15 @@ def validate_reply(
             f"does not acknowledge {len(unacknowledged)} base patches, which {facts.title} moved the base by"
         )
     half = reply.half and not request.half
-    adapters = {
-        module: start.replaced(
-            {
-                name: _tensor(module, name, shipped, facts=facts, broadcast=request.broadcast, half=half)
-                for name in start.tensors()
-            }
-        )
-        for module, start in request.broadcast.adapters.items()
+    starts = {module: adapter.tensors() for module, adapter in request.broadcast.adapters.items()}
+    checked = {
+        module: {
+            name: _tensor(module, name, start, shipped, facts=facts, broadcast=request.broadcast, half=half)
+            for name, start in tensors.items()
+        }
+        for module, tensors in starts.items()
     }
+    adapters = {m: start.replaced(checked[m]) for m, start in request.broadcast.adapters.items()}
     _refuse_foreign(request.broadcast.adapters, shipped)
     if request.rank:
         adapters = {name: resize(as_lora(f), request.rank, f.scaling) for name, f in adapters.items()}
@@ -96,7 +96,7 @@ def _decoded(request: PendingRequest, reply: Reply) -> Tensors:
 
 
 def evaluated(request: PendingRequest, weighted_by_key: str | None) -> dict[str, float]:
-    """The metrics in a request's reply to an order to evaluate.
+    """The metrics in a request's reply to an instruction to evaluate.
 
     Raises:
         UpdateRefused: no usable reply, or no weight.
@@ -122,22 +122,23 @@ def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None
 
 
 def _tensor(
-    module: str, name: str, shipped: wire.PeftTensors, *, facts: Facts, broadcast: Broadcast, half: bool
-) -> Tensor:
+    module: str, name: str, start: Tensor, shipped: wire.PeftTensors, *, facts: Facts, broadcast: Broadcast,
+    half: bool,
+) -> Tensor:  # fmt: skip
     """One tensor of a layer: what came back, or as it was sent."""
-    adapter, given = broadcast.adapters[module], shipped.layers.get(module, {})
-    start, spelled = adapter.tensors()[name], peft_name(name)
+    given = shipped.layers.get(module, {})
     expected = name in broadcast.uploaded and module in broadcast.modules
     if name not in given:
         if expected:
-            raise UpdateRefused(f"{module}: {spelled} is missing")
+            raise UpdateRefused(f"{module}: {peft_name(name)} is missing")
         return start
     tensor = given[name]
-    _check(f"{module}: {spelled}", tensor, start)
+    if fault := _fault(tensor, start):
+        raise UpdateRefused(f"{module}: {peft_name(name)} {fault}")
     if expected:
         return tensor
-    if half and (name in adapter.part(facts.trained) or facts.rotates_basis):
-        raise UpdateRefused(client_side.needs_precision(facts, spelled, "float16"))
+    if half and (name in broadcast.adapters[module].part(facts.trained) or facts.rotates_basis):
+        raise UpdateRefused(client_side.needs_precision(facts, peft_name(name), "float16"))
     if not torch.equal(tensor, start):
         raise UpdateRefused(f"{module}: {_why_changed(name, module, tensor, start, facts, broadcast)}")
     return start
@@ -165,15 +166,16 @@ def _head(start: Tensors, shipped: Tensors) -> Tensors:
     for name, expected in start.items():
         if name not in shipped:
             raise UpdateRefused(f"{name} is missing")
-        _check(name, shipped[name], expected)
+        if fault := _fault(shipped[name], expected):
+            raise UpdateRefused(f"{name} {fault}")
     return shipped
 
 
-def _check(name: str, tensor: Tensor, expected: Tensor) -> None:
+def _fault(tensor: Tensor, expected: Tensor) -> str:
+    """What is wrong with a tensor that came back, after its name; empty if nothing is."""
     if tensor.shape != expected.shape:
-        raise UpdateRefused(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}")
-    if not torch.isfinite(tensor).all():
-        raise UpdateRefused(f"{name} holds a NaN or an infinity")
+        return f"has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
+    return "" if torch.isfinite(tensor).all() else "holds a NaN or an infinity"
 
 
 def _refuse_foreign(adapters: Adapters, shipped: wire.PeftTensors) -> None:
@@ -266,6 +268,7 @@ class RoundReport:
         client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
         train_metrics, evaluate_metrics: the clients' means as in Flower's Result; None where there are none.
         arrays: the global ones after the round.
+        record: its line in ``rounds.jsonl``, which whoever runs the strategy fills in.
     """
 
     server_round: int
@@ -281,6 +284,7 @@ class RoundReport:
     train_metrics: MetricRecord | None = None
     evaluate_metrics: MetricRecord | None = None
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
+    record: dict[str, Any] = field(default_factory=dict)
 
     def refusals(self) -> str:
         """Who was refused why, on one line; those of one reason together."""

@@ -20,8 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from fedlora.core.adapters import LayerAdapter, check_same_shapes
-from fedlora.core.factors import LoraFactors, Tensors, check_same_modules, resize
+from fedlora.core.adapters import check_same_shapes, resized
+from fedlora.core.factors import LoraFactors, Tensors, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
@@ -116,9 +116,9 @@ class Rule:
         layers = state.adapters.values()
         trained, shipped = self.trained(state.round + 1), self.shipped(state.round + 1)
         return Broadcast(
-            adapters={name: at_rank(adapter, client) for name, adapter in state.adapters.items()},
-            trained=frozenset().union(*(adapter.part(trained) for adapter in layers)),
-            uploaded=frozenset().union(*(adapter.part(shipped) for adapter in layers)),
+            adapters=resized(state.adapters, client.rank, client.scaling),
+            trained=frozenset().union(*[adapter.part(trained) for adapter in layers]),
+            uploaded=frozenset().union(*[adapter.part(shipped) for adapter in layers]),
             modules=trained_modules(state, client),
             head=state.head,
             updates_base=self.facts.updates_base,
@@ -247,13 +247,6 @@ def check_heads(head: Mapping[str, object], updates: Sequence[ClientUpdate]) -> 
                 who = f"partition {update.partition_id}, head tensor {name}"
                 raise FactorShapeError(f"{who}: {given}, expected {expected}")
     return shipped
-
-
-def at_rank(adapter: LayerAdapter, client: ClientSpec) -> LayerAdapter:
-    """The leading part of the global factors at the client's rank and scaling; other kinds have one rank."""
-    if isinstance(adapter, LoraFactors) and (adapter.rank, adapter.scaling) != (client.rank, client.scaling):
-        return resize(adapter, client.rank, client.scaling)
-    return adapter
 
 
 def _shape(tensors: Mapping[str, object], name: str) -> str:

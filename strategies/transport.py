@@ -1,4 +1,4 @@
-"""What is sent to whom: orders are encoded once per distinct payload, and nobody is sent what he holds.
+"""Delta-encodes broadcasts against what each client has acknowledged, once for each distinct broadcast.
 
 The transport remembers, for each partition, the digests of base patches and factors that it has
 acknowledged. It leaves those out, counts the bytes of what does travel, and serves a client that
@@ -28,21 +28,39 @@ Acknowledged = dict[int, set[str]]
 """Partition id -> digests that it has acknowledged."""
 
 
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """Tensors of a broadcast in PEFT's spelling, taken out of it once for all clients that get the same.
+
+    Attributes:
+        source: whose they are; held, as it is known by the identity of its tensors.
+        moving: see `fedlora.wire.moving_tensors`.
+        frozen: see `fedlora.wire.frozen_tensors`.
+        head: the other trained tensors.
+    """
+
+    source: Broadcast
+    moving: Tensors
+    frozen: Tensors
+    head: Tensors
+
+
 @dataclass(slots=True)
 class PendingRequest:
-    """One client's order on its way, and what came of it.
+    """Instruction to one client on its way, and what came of it.
 
     Attributes:
         partition_id: whose it is.
         node_id: where it goes.
         broadcast: what it says.
+        payload: the same as tensors with names.
         needs: what the client must hold for it.
         rank: of the adapter that the rule wants, where it travels padded to a larger one; else 0.
         half: it travels in half precision.
         upload: the codec of its reply, see `fedlora.wire.upload`.
         reply: the decoded reply, once there is one.
         failure: why there is none.
-        identity: of the order, once it is sent.
+        identity: of the instruction, once it is sent.
         bytes_down, bytes_up: payload bytes that travelled, repetitions included.
         sent: the messages that carried it.
     """
@@ -50,6 +68,7 @@ class PendingRequest:
     partition_id: int
     node_id: int
     broadcast: Broadcast
+    payload: Payload
     needs: wire.Needs
     rank: int = 0
     half: bool = False
@@ -67,7 +86,7 @@ class PendingRequest:
 
 
 class Transport:
-    """Encodes orders and reads replies; what it knows of clients survives a restart through the checkpoint.
+    """Encodes instructions and reads replies; what it knows of clients is part of a snapshot.
 
     Args:
         init_a: how clients draw a fresh A.
@@ -75,7 +94,7 @@ class Transport:
         upload: codec of the replies, see `fedlora.wire.upload`; empty for that of ``wire_dtype``.
         seed: root of what codecs draw.
         packed: each record travels as one array, which only fedlora's own clients read.
-        arrayrecord_key, configrecord_key: names of the records in the orders.
+        arrayrecord_key, configrecord_key: names of the records in the instructions.
 
     Attributes:
         acknowledged: see `Acknowledged`.
@@ -113,6 +132,7 @@ class Transport:
         self.requests: list[PendingRequest] = []
         self._by_node: dict[int, PendingRequest] = {}
         self._patches: dict[str, Patch] = {}
+        self._payloads: dict[tuple[Any, ...], Payload] = {}
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
         self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
         self._parts: dict[tuple[str, ...], ArrayRecord] = {}
@@ -127,31 +147,30 @@ class Transport:
         return {name: tensors[name] for name in sorted(tensors, key=lambda n: self._places.get(n, last))}
 
     def open(self, base: tuple[Patch, ...]) -> None:
-        """Begin a round of orders over this base; the last round's payloads are forgotten."""
-        self._records, self._digests, self._parts, self.requests, self._by_node = {}, {}, {}, [], {}
+        """Begin a round of instructions over this base; the last round's payloads are forgotten."""
+        self._payloads, self._records, self._digests, self._parts = {}, {}, {}, {}
+        self.requests, self._by_node = [], {}
         self._patches = {patch.digest(): patch for patch in base}
 
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> None:
-        """Another client's order, with everything it must hold for it; ``rank`` as in `PendingRequest`."""
-        frozen = self._digest(wire.frozen_tensors(broadcast))
-        known = {*self._patches, frozen}
-        others = (
-            self.acknowledged.get(partition_id, set()) - known
-        )  # without any, moving factors are not hashed
-        moving = self._digest(wire.moving_tensors(broadcast)) if others else ""
+        """Another client's instruction, with all it must hold for it; ``rank`` as in `PendingRequest`."""
+        payload = self._payload(broadcast)
+        frozen = self._digest(payload.frozen)
+        others = self.acknowledged.get(partition_id, set()) - {*self._patches, frozen}
+        moving = self._digest(payload.moving) if others else ""  # without others, nothing to be hashed for
         needs = wire.Needs(
             base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
         )
         half = self.wire_dtype == "float16"
-        request = PendingRequest(partition_id, node_id, broadcast, needs, rank, half, self.upload)
+        request = PendingRequest(partition_id, node_id, broadcast, payload, needs, rank, half, self.upload)
         self.requests.append(request)
         self._by_node[node_id] = request
 
     def messages(self, message_type: str, config: Mapping[str, Any]) -> list[Message]:
-        """The messages of all orders; ``config`` holds at least ``server-round``.
+        """The messages of all instructions; ``config`` holds at least ``server-round``.
 
         Raises:
-            ConfigError: a name in ``config`` that the orders' own settings have.
+            ConfigError: a name in ``config`` that the instructions' own settings have.
         """
         if taken := sorted(wire.ORDER_KEYS & config.keys()):
             raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
@@ -161,7 +180,7 @@ class Transport:
         self, grid: Grid, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
         timeout: float,
     ) -> list[Message]:  # fmt: skip
-        """Send the orders; clients that lack a part are served once more within ``timeout`` seconds."""
+        """Send the instructions; clients that lack a part are served once more within ``timeout`` seconds."""
         if not messages:
             return []
         deadline = time.monotonic() + timeout
@@ -192,8 +211,8 @@ class Transport:
         """Put each reply into its request and note what its client holds now.
 
         Args:
-            replies: to the orders of this round.
-            trained: they answer orders to train, so that they must hold arrays.
+            replies: to the instructions of this round.
+            trained: they answer instructions to train, so that they must hold arrays.
 
         Returns:
             Partition id -> content of its reply, in the order of partitions.
@@ -207,7 +226,7 @@ class Transport:
             contents[request.partition_id] = message.content
             if reply.status == wire.OK:
                 self.acknowledged[request.partition_id] = set(reply.holds) & set(request.needs.digests)
-            elif reply.status == wire.MISSING:  # where the loop serves nobody twice, the next order has it
+            elif reply.status == wire.MISSING:  # a loop that serves nobody twice: next round
                 self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
         return dict(sorted(contents.items()))
 
@@ -233,11 +252,11 @@ class Transport:
         return message
 
     def _content(self, request: PendingRequest, config: Mapping[str, Any]) -> RecordDict:
-        held = self.acknowledged.get(request.partition_id, set())
-        travels = wire.moving_tensors(request.broadcast) if request.needs.moving not in held else Tensors()
-        travels |= wire.head_tensors(request.broadcast)
+        held, payload = self.acknowledged.get(request.partition_id, set()), request.payload
+        travels = {} if request.needs.moving in held else dict(payload.moving)
+        travels |= payload.head
         if request.needs.frozen not in held:
-            travels |= wire.frozen_tensors(request.broadcast)
+            travels |= payload.frozen
         head = self.ledger_heads.get(request.partition_id, "")
         own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
         if self.upload != "float32":
@@ -258,6 +277,18 @@ class Transport:
         if lacks:
             content[wire.PARTS] = self._part(lacks)
         return content
+
+    def _payload(self, broadcast: Broadcast) -> Payload:
+        values = (*broadcast.adapters.values(), *broadcast.head.values())
+        key = (broadcast.trained, broadcast.uploaded, broadcast.fresh_seed, *map(id, values))
+        if key not in self._payloads:
+            self._payloads[key] = Payload(
+                broadcast,
+                wire.moving_tensors(broadcast),
+                wire.frozen_tensors(broadcast),
+                wire.head_tensors(broadcast),
+            )
+        return self._payloads[key]
 
     def _record(self, tensors: Tensors) -> ArrayRecord:
         """One record for tensors of the same bits, so that an engine can ship it once."""

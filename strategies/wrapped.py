@@ -2,8 +2,8 @@
 
 `DifferentialPrivacyServerSideFixedClipping` and its kin clip the clients' arrays and add noise to what
 `aggregate_train` returns, for as long as these arrays are the clients' plain mean. The noise protects
-somebody only if the next orders are made from the noisy arrays, and if no other number of the clients gets
-past it. So strategies whose aggregate is another function are refused where the wrapper is built, which
+somebody only if the next instructions are made from the noisy arrays, and if no other number of the clients
+gets past it. So strategies whose aggregate is another function are refused where the wrapper is built, which
 Flower has no hook for: `watch_flowers_wrappers` puts one before the constructors of its two base classes.
 """
 

@@ -59,4 +59,6 @@ def load_batch(
 ) -> dict[str, Tensor]:
     """``input_ids``, ``attention_mask`` (batch, tokens) and ``labels`` (batch,) on the device."""
     batch = collate(examples, indices, pad_token_id)
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    for name in batch:
+        batch[name] = batch[name].to(device)
+    return batch

@@ -9,8 +9,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -36,11 +34,9 @@ NOISE_DRAWS = 40_000
 Named = dict[str, nn.Parameter]
 """The trained tensors, as in `fedlora.models.Trainable`."""
 
-_passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
-
 
 def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
-    """`check_steps` and `check_noise`, each once in a process for what it depends on.
+    """`check_steps` and `check_noise`, each once for a model and what it depends on.
 
     Args:
         model: loaded, so that it is known what is trained; it stays as it is.
@@ -53,13 +49,12 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
     trained = model.trainable()
     shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
     same_steps = replace(mechanism, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
-    passed = _passed.setdefault(model, set())
-    if ("steps", shapes, same_steps) not in passed:
+    if ("steps", shapes, same_steps) not in model.passed:
         check_steps(model, pad_token_id, same_steps)
-        passed.add(("steps", shapes, same_steps))
-    if ("noise", shapes, mechanism) not in passed:
+        model.passed.add(("steps", shapes, same_steps))
+    if ("noise", shapes, mechanism) not in model.passed:
         check_noise(model, pad_token_id, mechanism)
-        passed.add(("noise", shapes, mechanism))
+        model.passed.add(("noise", shapes, mechanism))
 
 
 def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:

@@ -13,21 +13,17 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
-from flwr.app import Message, MessageType
-
-from clients.handler import handle
-from fedlora.config import from_flat, to_flat
+from fedlora.config import from_flat
 from fedlora.core.code import code_root
+from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
-from fedlora.simulation.local_grid import LocalGrid
+from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.simulate import quiet
 
 TINY = {
@@ -38,6 +34,7 @@ TINY = {
     "data.evaluate-examples": 60,
     "train.local-steps": 3,
     "lora.rank": 4,
+    "engine.cohort-size": 1,
 }
 PACKAGES = ("fedlora", "strategies", "clients")
 
@@ -77,25 +74,6 @@ class Trip:
         self._last = file
 
 
-class OneProcess(LocalGrid):
-    """The clients one after the other in this process."""
-
-    def __init__(self, run: FederatedRun, home: Path) -> None:
-        super().__init__(run.partitions)
-        self._config, self._home = to_flat(run.config), str(home)
-
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Carry out all messages."""
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid4())
-            partition = self.partition_ids[message.metadata.dst_node_id]
-            node = {"partition-id": partition, "state-dir": self._home, "simulation": True}
-            kind = "train" if message.metadata.message_type == MessageType.TRAIN else "evaluate"
-            yield Message(handle(kind, message.content, self._config, node), reply_to=message)
-
-
 def second_round(strategy: str) -> Trip:
     """The trip of the second round under a strategy."""
     trip = Trip()
@@ -108,9 +86,9 @@ def second_round(strategy: str) -> Trip:
 
     quiet()
     with tempfile.TemporaryDirectory() as directory:
-        home = Path(directory)
-        run = FederatedRun(from_flat({**TINY, "strategy.name": strategy}), RunDirectory(home / "run"), watch)
-        run.run(OneProcess(run, home / "clients"))
+        path = Path(directory) / "run"
+        session = InProcessEngine().session(from_flat({**TINY, "strategy.name": strategy}), path)
+        FederatedRun(session, RunDirectory(path), [Tell(watch)]).run()
     return trip
 
 

@@ -9,7 +9,8 @@ from uuid import uuid4
 
 from flwr.app import Message, MessageType
 
-from clients.execute import Node, evaluate_order, load, set_up, train_instruction
+from clients.execute import Node, evaluate_instruction, load, set_up, train_instruction
+from clients.runtime import ClientRuntime
 from clients.training.dp_sgd import train_private
 from fedlora import wire
 from fedlora.audit.canaries import ClientCanaries, Design
@@ -27,15 +28,18 @@ class AuditGrid(LocalGrid):
     """One node for each partition; what the clients ship is shown to the attacker.
 
     Args:
+        runtime: model and data of all clients.
         config: the run.
         design: the canaries.
         view: the attacker at the server.
         state_dir: where clients keep what they hold between messages.
     """
 
-    def __init__(self, config: RunConfig, design: Design, view: ServerView, state_dir: Path) -> None:
+    def __init__(
+        self, runtime: ClientRuntime, config: RunConfig, design: Design, view: ServerView, state_dir: Path
+    ) -> None:
         super().__init__(design.clients)
-        self._config = config
+        self._runtime, self._config = runtime, config
         self._design = design
         self._view = view
         self._state_dir = state_dir
@@ -47,36 +51,39 @@ class AuditGrid(LocalGrid):
         replies = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(uuid4())
-            order = wire.decode_instruction(message.content)
+            instruction = wire.decode_instruction(message.content)
             node = Node(
                 partition_id=self.partition_ids[message.metadata.dst_node_id],
                 state_dir=self._state_dir,
                 simulation=True,
             )
             if message.metadata.message_type == MessageType.TRAIN:
-                reply = self._train(order, node)
+                reply = self._train(instruction, node)
             else:
-                reply = evaluate_order(order, self._config, node)
-            replies.append(Message(wire.encode_reply(reply, order), reply_to=message))
+                reply = evaluate_instruction(self._runtime, instruction, self._config, node)
+            replies.append(Message(wire.encode_reply(reply, instruction), reply_to=message))
         return replies
 
-    def _train(self, order: wire.TrainInstruction, node: Node) -> wire.Reply:
-        canaries = ClientCanaries(self._design, node.partition_id, order.uploaded)
-        reply = train_instruction(order, self._config, replace(node, canaries=canaries))
+    def _train(self, instruction: wire.TrainInstruction, node: Node) -> wire.Reply:
+        canaries = ClientCanaries(self._design, node.partition_id, instruction.uploaded)
+        reply = train_instruction(self._runtime, instruction, self._config, replace(node, canaries=canaries))
         if reply.status == wire.OK:
-            self._view.see(canaries, tensors_of(reply.arrays), rehearsal(order, self._config, node))
+            self._view.see(
+                canaries, tensors_of(reply.arrays), rehearsal(self._runtime, instruction, self._config, node)
+            )
         return reply
 
 
-def rehearsal(order: wire.TrainInstruction, config: RunConfig, node: Node) -> Tensors:
+def rehearsal(
+    runtime: ClientRuntime, instruction: wire.TrainInstruction, config: RunConfig, node: Node
+) -> Tensors:
     """What a client would send without canaries and without noise, by larger batches of the attacker's own.
 
     Under differential privacy the attacker may know everything but the coin, the other examples included.
     """
-    ready = set_up(order, config, node)
-    assert not isinstance(ready, wire.Reply)  # the client has just carried out the same order
-    runtime, resolved = ready
-    modules = load(runtime, resolved, order, config)
+    resolved = set_up(runtime, instruction, config, node)
+    assert not isinstance(resolved, wire.Reply)  # the client has just carried out the same instruction
+    modules = load(runtime, resolved, instruction, config)
     privacy, indices = config.privacy, runtime.data.indices(node.partition_id)
     result = train_private(
         runtime.model,
@@ -87,8 +94,8 @@ def rehearsal(order: wire.TrainInstruction, config: RunConfig, node: Node) -> Te
         local_steps=config.local_steps_of(node.partition_id),
         noise_multiplier=0.0,
         max_grad_norm=privacy.max_grad_norm,
-        seed=derive(config.seed, "audit", "rehearsal", order.server_round, node.partition_id),
+        seed=derive(config.seed, "audit", "rehearsal", instruction.server_round, node.partition_id),
         clipping=privacy.clipping,
         max_physical_batch_size=privacy.max_physical_batch_size,
     )
-    return tensors_of(wire.to_peft(result.adapters, result.head, order.uploaded, modules))
+    return tensors_of(wire.to_peft(result.adapters, result.head, instruction.uploaded, modules))

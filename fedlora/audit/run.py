@@ -26,9 +26,11 @@ from fedlora.audit.views import ServerView, final_scores
 from fedlora.config import RunConfig
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
+from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
+from fedlora.simulation.in_process import InProcessEngine, InProcessSession
 from fedlora.simulation.simulate import quiet
 
 SERVER, FINAL = "server", "final-model"
@@ -100,11 +102,12 @@ def audit(
     quiet()
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
         home = Path(directory)
-        federation = FederatedRun(config, RunDirectory(home / "run"), progress, home / "clients")
+        session = InProcessSession(InProcessEngine(), config, home / "clients")
+        federation = FederatedRun(session, RunDirectory(home / "run"), [Tell(progress)] if progress else [])
         design = design_of(federation, canaries)
         view = ServerView(design, _exposure(federation))
         before = federation.state
-        result = federation.run(AuditGrid(config, design, view, home / "clients"))
+        result = federation.run(AuditGrid(session.runtime, session.config, design, view, home / "clients"))
     return Audit(
         strategy=config.strategy.name,
         optimizer=config.train.optimizer,
@@ -218,11 +221,8 @@ def _bounds(
 
 def _membership(federation: FederatedRun) -> Membership:
     """By the loss of the final model; the clients' examples are the members."""
-    runtime, state = federation.runtime, federation.state
-    patches = {patch.digest(): patch for patch in state.base}
-    runtime.move_to(tuple(patches), patches.__getitem__)
-    runtime.model.load(state.adapters, state.head)
-    data = runtime.data
+    runtime, data = federation.runtime, federation.runtime.data
+    runtime.load_state(federation.state)
     members = np.concatenate([data.indices(p) for p in sorted(federation.partitions)])
     inside = evaluate(runtime.model, data.train, members, data.pad_token_id)
     outside = evaluate(runtime.model, data.test, np.arange(len(data.test)), data.pad_token_id)

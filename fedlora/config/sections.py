@@ -212,6 +212,8 @@ class TrainConfig:
 class EngineConfig:
     """How ``fedlora run`` drives the clients; ``flwr run`` has its own settings."""
 
+    name: Literal["ray", "in-process"] = "ray"
+    """``ray``, or ``in-process``: one client after the other, for small runs and debuggers."""
     address: str = ""
     """A Ray cluster's address, for instance ``auto``; empty starts Ray on this machine."""
     num_actors: NonNegativeInt = 0

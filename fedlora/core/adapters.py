@@ -12,7 +12,7 @@ from typing import Protocol, Self, TypeAlias
 
 from torch import Tensor
 
-from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, resize
 from fedlora.errors import FactorShapeError, NotApplicable
 
 
@@ -95,7 +95,7 @@ def lora_set(adapters: Adapters) -> AdapterSet:
 
 def tensor_names(adapters: Adapters) -> frozenset[str]:
     """The names that tensors of some layer have."""
-    return frozenset(name for adapter in adapters.values() for name in adapter.tensors())
+    return frozenset().union(*[adapter.tensors() for adapter in adapters.values()])
 
 
 def check_same_shapes(start: LayerAdapter, given: LayerAdapter, who: str) -> None:
@@ -111,3 +111,16 @@ def check_same_shapes(start: LayerAdapter, given: LayerAdapter, who: str) -> Non
             raise FactorShapeError(
                 f"{who}: {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}"
             )
+
+
+def resized(adapters: Adapters, rank: int, scaling: float) -> dict[str, LayerAdapter]:
+    """The leading part of factors at a rank and scaling, by `resize`; the same objects where they have both.
+
+    Other kinds have one rank, and stay as they are.
+    """
+    return {
+        name: resize(adapter, rank, scaling)
+        if isinstance(adapter, LoraFactors) and (adapter.rank, adapter.scaling) != (rank, scaling)
+        else adapter
+        for name, adapter in adapters.items()
+    }

@@ -62,11 +62,9 @@ def fresh_adapters(
 
     The same arguments give the same bits on every machine for ``kaiming`` (no linear algebra).
     """
+    streams = {name: torch_stream(seed, "init-a", name) for name in modules}
+    drawn = {n: initial_a(init_a, rank, spec.in_features, streams[n]) for n, spec in modules.items()}
     return {
-        name: LoraFactors(
-            A=initial_a(init_a, rank, spec.in_features, torch_stream(seed, "init-a", name)),
-            B=torch.zeros(spec.out_features, rank),
-            scaling=scaling,
-        )
+        name: LoraFactors(A=drawn[name], B=torch.zeros(spec.out_features, rank), scaling=scaling)
         for name, spec in modules.items()
     }

@@ -44,11 +44,11 @@ def to_peft(
 ) -> Tensors:  # fmt: skip
     """Named tensors in PEFT's spelling: those of the chosen names and modules (None: all), and the head."""
     chosen = set(adapters if modules is None else modules)
+    values = {module: adapter.tensors() for module, adapter in adapters.items() if module in chosen}
     tensors = {
         key_of(module, name): tensor
-        for module, adapter in adapters.items()
-        if module in chosen
-        for name, tensor in adapter.tensors().items()
+        for module, of_module in values.items()
+        for name, tensor in of_module.items()
         if names is None or name in names
     }
     return tensors | {PREFIX + name: tensor for name, tensor in head.items()}

@@ -17,7 +17,7 @@ from fedlora.core.state import ModuleSpec, RankRegularizer, Template, Trainable
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.models.base_weights import PatchedBase
 from fedlora.models.gradient_checkpointing import recomputed
-from fedlora.models.layers import head_tensors, is_transposed, linear_layers
+from fedlora.models.layers import LinearLayer, head_tensors, is_transposed, linear_layers
 from fedlora.models.shared_memory import hashes
 from fedlora.tasks import CLASSIFICATION, Task
 
@@ -33,6 +33,10 @@ class AdaptedModel:
         modules: the adapted layers, in the order of the model.
         adapter: what is in them.
         base: their weights, which patches move.
+        frozen: all linear layers of the base, by name.
+        packed: what `fedlora.models.packed_linear` has laid out of them.
+        passed: the self-checks that this model has passed, each with what it depends on.
+        device: where it is, and stays.
         initial_head: the head before any training.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
         precision: what training passes are computed in, see `computing`.
@@ -62,6 +66,14 @@ class AdaptedModel:
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
         self.base = PatchedBase(layers)
         self._head = head_tensors(module)
+        head = {name.rpartition(".")[0] for name in self._head}
+        self.frozen: dict[str, LinearLayer] = {
+            name: layer
+            for name, layer in module.named_modules()
+            if isinstance(layer, LinearLayer) and name not in head
+        }
+        self.packed: dict[tuple[str, torch.dtype], Any] = {}
+        self.passed: set[tuple[Any, ...]] = set()
         for parameter in self._head.values():
             parameter.data = parameter.data.clone()
         self._frozen = {
@@ -69,16 +81,13 @@ class AdaptedModel:
             for name, tensor in (*module.named_parameters(), *module.named_buffers())
             if name not in {*self._head, *(f"{layer}.weight" for layer in layers)}
         }
+        self.device = next(module.parameters()).device
         self.precision = torch.float32
         self.checkpointing = False
         self._tail: RankRegularizer | None = None
         self.adapter: InjectedAdapter = (kind or LoraKind()).inject(
             module, self.modules, fan_in_fan_out=self.fan_in_fan_out
         )
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
 
     def template(self, rank: int, scaling: float, *, share_head: bool = True) -> Template:
         """What a rule must know before round 1.
@@ -130,23 +139,22 @@ class AdaptedModel:
         self.check(adapters, head)
         self._tail = tail
         self.adapter.activate(adapters, dropout)
-        for module, adapter in adapters.items():
-            chosen, tensors = modules is None or module in modules, adapter.tensors()
-            for name, parameter in self.adapter.parameters(module).items():
-                _assign(parameter, tensors[name], chosen and name in trained)
+        tensors = {module: adapter.tensors() for module, adapter in adapters.items()}
+        parameters = {module: self.adapter.parameters(module) for module in adapters}
+        for module, of_module in parameters.items():
+            chosen = modules is None or module in modules
+            for name, parameter in of_module.items():
+                _assign(parameter, tensors[module][name], chosen and name in trained)
         for name, parameter in self._head.items():
             _assign(parameter, head.get(name, self.initial_head[name]), train_head)
         self.module.eval()
 
     def read(self) -> tuple[Adapters, Tensors]:
         """The active adapter and the whole head, as detached float32 copies on the CPU."""
-        adapters = {
-            module: self.adapter.adapter(
-                module, {name: _copy(p) for name, p in self.adapter.parameters(module).items()}
-            )
-            for module in self.modules
-        }
-        return adapters, {name: _copy(p) for name, p in self._head.items()}
+        parameters = {module: self.adapter.parameters(module) for module in self.modules}
+        tensors = {module: {n: _copy(p) for n, p in found.items()} for module, found in parameters.items()}
+        head = {name: _copy(p) for name, p in self._head.items()}
+        return {module: self.adapter.adapter(module, found) for module, found in tensors.items()}, head
 
     def trainable(self) -> Trainable:
         """The parameters that the last `load` asked to train."""

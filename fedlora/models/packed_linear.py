@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.models import AdaptedModel
-from fedlora.models.layers import LinearLayer, head_tensors, is_transposed
 
 MOST_BYTES = 256 * 2**20
 """Weights of a model that are laid out at most: each is kept twice more, for either direction, and half as
@@ -40,16 +39,16 @@ def packed_base(model: AdaptedModel, precision: torch.dtype = torch.float32) -> 
     if not packs(model, precision):
         yield
         return
-    layers = frozen_layers(model)
+    forwards = frozen_forwards(model, precision)
     if not model.adapter.batched:  # a tuner may change in place what its layer's base gives
-        layers = {name: layer for name, layer in layers.items() if name not in model.modules}
+        forwards = {name: forward for name, forward in forwards.items() if name not in model.modules}
     try:
-        for name, forward in frozen_forwards(model, layers, precision).items():
-            vars(layers[name])["forward"] = forward
+        for name, forward in forwards.items():
+            vars(model.frozen[name])["forward"] = forward
         with model.computing(torch.float32):
             yield
     finally:
-        for layer in layers.values():
+        for layer in model.frozen.values():
             vars(layer).pop("forward", None)
 
 
@@ -58,34 +57,20 @@ def between(model: AdaptedModel, precision: torch.dtype) -> AbstractContextManag
     return model.computing(torch.float32) if packs(model, precision) else nullcontext()
 
 
-def frozen_layers(model: AdaptedModel) -> dict[str, LinearLayer]:
-    """The linear layers of the base by the names that they had before any adapter."""
-    head = {name.rpartition(".")[0] for name in head_tensors(model.module)}
-    found: dict[str, LinearLayer] = {}
-    inside: tuple[str, ...] = tuple(f"{name}." for name in model.modules)
-    for name, module in model.module.named_modules():
-        layer: Any = getattr(module, "base_layer", module) if name in model.modules else module
-        if isinstance(layer, LinearLayer) and name not in head and not name.startswith(inside):
-            found[name] = layer
-    return found
-
-
-def frozen_forwards(
-    model: AdaptedModel, layers: dict[str, LinearLayer], precision: torch.dtype
-) -> dict[str, Forward]:
+def frozen_forwards(model: AdaptedModel, precision: torch.dtype) -> dict[str, Forward]:
     """The forward of each frozen layer, without hooks: packed where that may be and pays, else its own."""
     pack = packs(model, precision)
     return {
-        name: _packed_forward(layer, precision)
+        name: _packed_forward(packed(model, name, precision), layer.bias)
         if pack and type(layer) in (nn.Linear, Conv1D)
-        else _own_forward(layer)
-        for name, layer in layers.items()
+        else partial(type(layer).forward, layer)
+        for name, layer in model.frozen.items()
     }
 
 
 def packs(model: AdaptedModel, precision: torch.dtype) -> bool:
     """Whether a model's frozen layers can be packed, and whether it pays."""
-    weights = [layer.weight for layer in frozen_layers(model).values()]
+    weights = [layer.weight for layer in model.frozen.values()]
     return (
         model.device.type == "cpu"
         and all(weight.dtype == torch.float32 for weight in weights)
@@ -120,22 +105,17 @@ class Packed:
     back: Tensor
 
 
-_packed: dict[torch.dtype, WeakKeyDictionary[nn.Module, Packed]] = {
-    torch.float32: WeakKeyDictionary(),
-    torch.bfloat16: WeakKeyDictionary(),
-}
-
-
-def packed(layer: LinearLayer, precision: torch.dtype = torch.float32) -> Packed:
-    """The layer's weight, packed; anew only when the base has moved.
+def packed(model: AdaptedModel, name: str, precision: torch.dtype = torch.float32) -> Packed:
+    """A frozen layer's weight, packed; anew only when the base has moved.
 
     Weights are never written in place (see `PatchedBase`), so that another weight has another address.
     """
-    kept, weight = _packed[precision], layer.weight.detach()
-    found = kept.get(layer)
+    layer = model.frozen[name]
+    weight: Tensor = layer.weight.detach()
+    found: Packed | None = model.packed.get((name, precision))
     if found is None or found.source.data_ptr() != weight.data_ptr():
-        matrix = (weight.T if is_transposed(layer) else weight).to(precision)
-        found = kept[layer] = Packed(weight, _laid_out(matrix), _laid_out(matrix.T))
+        matrix = (weight.T if isinstance(layer, Conv1D) else weight).to(precision)
+        found = model.packed[name, precision] = Packed(weight, _laid_out(matrix), _laid_out(matrix.T))
     return found
 
 
@@ -152,22 +132,12 @@ class PackedLinear(torch.autograd.Function):
         return _product(gradients[0].contiguous(), ctx.back, None), None, None
 
 
-def _packed_forward(layer: LinearLayer, precision: torch.dtype) -> Forward:
-    weight, bias = packed(layer, precision), layer.bias
-
+def _packed_forward(weight: Packed, bias: Tensor | None) -> Forward:
     def forward(x: Tensor) -> Tensor:
         if x.requires_grad:
             y: Tensor = PackedLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
             return y
         return _product(x, weight.forth, bias)
-
-    return forward
-
-
-def _own_forward(layer: LinearLayer) -> Forward:
-    def forward(x: Tensor) -> Tensor:
-        y: Tensor = type(layer).forward(layer, x)
-        return y
 
     return forward
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 from flwr.app import ArrayRecord
 
@@ -17,8 +17,10 @@ from fedlora.core.init_svd import subtract_from_base
 from fedlora.core.state import ClientSpec, Template
 from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.client_privacy import client_mechanism
+from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
+from fedlora.server.validate import kept
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
 from strategies.rule import Rule
@@ -37,10 +39,9 @@ def assemble(
     runtime: ClientRuntime,
     partitions: Collection[int],
     *,
-    clients_evaluate: Callable[[int], bool],
     seeded: bool,
     packed: bool,
-    node_directory: NodeDirectory | None,
+    node_directory: NodeDirectory | None = None,
 ) -> FactorStrategy:
     """The strategy, with its state before round 1.
 
@@ -49,7 +50,6 @@ def assemble(
         config: the run.
         runtime: its model and data.
         partitions: those that may take part.
-        clients_evaluate: after which rounds clients evaluate.
         seeded: noise for whole clients may come from the run's seed.
         packed: each record of an order travels as one array.
         node_directory: who is who among the nodes, where their keys say so.
@@ -69,12 +69,12 @@ def assemble(
         min_available_nodes=config.min_available_nodes,
         seed=config.seed,
         weighted_by_key="num-examples" if config.privacy.mode == "none" else None,
-        client_spec=partial(client_spec, config, runtime),
+        client_spec=cache(partial(client_spec, config, runtime)),
         partitions=frozenset(partitions),
         max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
         max_update_norm=config.strategy.max_update_norm,
         fraction_evaluate=None,
-        clients_evaluate=clients_evaluate,
+        clients_evaluate=partial(is_measured, config) if kept(config, rule) else _never,
         diagnostics=config.strategy.diagnostics,
         client_dp=client_mechanism(config, seeded=seeded),
         wire_dtype=config.wire_dtype,
@@ -93,6 +93,10 @@ def assemble(
             )  # fmt: skip
     strategy.begin(template)
     return strategy
+
+
+def _never(server_round: int) -> bool:
+    return False
 
 
 def client_spec(config: RunConfig, runtime: ClientRuntime, partition_id: int) -> ClientSpec:

@@ -12,7 +12,7 @@ from clients.runtime import ClientRuntime
 from clients.store import OWN, ClientStore
 from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
-from fedlora.core.adapters import tensor_names
+from fedlora.core.adapters import resized, tensor_names
 from fedlora.core.factors import Tensors
 from fedlora.core.peft_keys import from_peft
 from fedlora.core.state import ClientSpec, State
@@ -20,7 +20,6 @@ from fedlora.data.image_reader import PRETRAINED, TINY
 from fedlora.models import AdapterCard, save_adapter, save_loaded
 from fedlora.models.same_base import absolute
 from fedlora.server.build import client_spec
-from strategies.rule import at_rank
 
 
 def export(
@@ -91,7 +90,7 @@ def model_of(state: State, own: Tensors, client: ClientSpec | None = None) -> St
     """The global state, at a client's rank and scaling, with its own tensors in their place."""
     mine, adapters = from_peft(own, tensor_names(state.adapters)), state.adapters
     if client is not None:
-        adapters = {name: at_rank(factors, client) for name, factors in adapters.items()}
+        adapters = resized(adapters, client.rank, client.scaling)
     return replace(state, adapters=mine.over(adapters), head={**state.head, **mine.head})
 
 

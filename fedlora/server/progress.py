@@ -1,4 +1,4 @@
-"""Progress for people: a bar on a terminal, one plain line a round elsewhere."""
+"""Shows progress to people: a bar on a terminal, one plain line a round elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The body of an actor: a ClientApp in a process of its own, on one thread."""
+"""Body of an actor: the clients of a simulation in a process of its own, on one thread."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fedlora.core.code import prefer_own_code
 from fedlora.errors import RunFailed, named_line
 
 if TYPE_CHECKING:
-    from fedlora.simulation.shared_model import Hashes, SharedModelRef
+    from flwr.app import Context, Message, RecordDict
+
+    from fedlora.simulation.shared_model import AttachedModel, Hashes, SharedModelRef
 
 FEDLORA_APP = "fedlora.client_app:app"
 Answer = tuple[Any, Any]
@@ -41,8 +43,11 @@ class ClientActor:
     """Carries out what a driver asks for.
 
     Args:
-        client_app: ``module:attribute`` of the ClientApp.
+        client_app: ``module:attribute`` of the ClientApp. Messages for fedlora's own, which come with a ref,
+            go straight to its handler, with the model of this process.
     """
+
+    _model: AttachedModel
 
     def __init__(self, client_app: str) -> None:
         import torch
@@ -50,11 +55,12 @@ class ClientActor:
         torch.set_num_threads(1)
         prefer_own_code()
         module, _, name = client_app.partition(":")
-        self._module = importlib.import_module(module)
-        self._app = getattr(self._module, name)
+        self._app = getattr(importlib.import_module(module), name)
         if client_app == FEDLORA_APP:  # which imports nothing heavy by itself
             importlib.import_module("clients.handler")
-            importlib.import_module("fedlora.simulation.shared_model")
+            from fedlora.simulation.shared_model import AttachedModel
+
+            self._model = AttachedModel()
 
     def ready(self) -> int:
         """The process id, once everything is imported."""
@@ -70,30 +76,39 @@ class ClientActor:
         """An answer to each message, in their order; several messages are trained together.
 
         Args:
-            messages: one message, or a cohort of orders to train for fedlora's ClientApp.
+            messages: one message, or a cohort of instructions to train for fedlora's ClientApp.
             ref: the model and the data, if the ClientApp is fedlora's.
 
         Raises:
             RunFailed: the run directory is not on this machine.
         """
-        from fedlora.simulation.shared_model import attach
-
         contexts = [message.context for message in messages]
+        contents: list[RecordDict | str]
         if ref is not None:
             _check_shared(str(contexts[0].node_config["state-dir"]))
         try:
-            if ref is not None:
-                attach(ref)
-            messages = [_opened(message) for message in messages]
-            if len(messages) > 1:
-                replies = self._module.train_together(messages, contexts)
+            opened = [_opened(message) for message in messages]
+            if ref is None:
+                contents = [self._app(opened[0], contexts[0]).content]
             else:
-                replies = [self._app(messages[0], contexts[0])]
+                contents = self._handled(opened, contexts, ref)
         except Exception as error:
             logging.getLogger("fedlora").exception("client failed")
-            replies = [named_line(error)] * len(messages)
-        contents = [reply if isinstance(reply, str) else reply.content for reply in replies]
+            contents = [named_line(error)] * len(messages)
         return list(zip(contents, [context.state for context in contexts], strict=True))
+
+    def _handled(
+        self, messages: Sequence[Message], contexts: Sequence[Context], ref: SharedModelRef
+    ) -> list[RecordDict | str]:
+        from clients.handler import handle, handle_together
+
+        self._model.attach(ref)
+        runtimes = self._model.runtimes
+        contents = [message.content for message in messages]
+        runs, nodes = [c.run_config for c in contexts], [c.node_config for c in contexts]
+        if len(messages) > 1:
+            return handle_together(contents, runs, nodes, runtimes)
+        return [handle(messages[0].metadata.message_type, contents[0], runs[0], nodes[0], runtimes)]
 
     def evaluate(self, ref: SharedModelRef, model: Any, batches: Sequence[Any]) -> list[Any]:
         """The outcome of each batch of test examples.
@@ -105,9 +120,8 @@ class ClientActor:
         """
         from clients.evaluation import run_batch
         from fedlora.models.packed_linear import packed_base
-        from fedlora.simulation.shared_model import attach
 
-        runtime = attach(ref)
+        runtime = self._model.attach(ref)
         runtime.model.load(*model)
         data = runtime.data
         module, task = runtime.model.module, runtime.model.task
@@ -115,10 +129,8 @@ class ClientActor:
             return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
 
     def base_hashes(self, ref: SharedModelRef) -> Hashes:
-        """See `fedlora.simulation.shared_model.base_hashes`."""
-        from fedlora.simulation import shared_model
-
-        return shared_model.base_hashes(ref)
+        """See `fedlora.simulation.shared_model.AttachedModel.base_hashes`."""
+        return self._model.base_hashes(ref)
 
 
 def _check_shared(state_dir: str) -> None:

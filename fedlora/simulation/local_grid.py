@@ -1,4 +1,4 @@
-"""What is alike in every Grid whose clients are always there and whose replies are collected at once."""
+"""Base of Grids whose clients are always there and whose replies are collected at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 from fedlora.simulation.flower_identity import SERVER_NODE_ID, speak_as_server
+
+CLIENT_FAILED = 1
+"""Code of an error reply: the client raised."""
 
 
 class LocalGrid(Grid):

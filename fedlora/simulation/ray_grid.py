@@ -16,16 +16,13 @@ from flwr.app import Context, Error, Message, RecordDict
 
 from fedlora.config import FlatConfig
 from fedlora.core.state import Patch
-from fedlora.simulation.actor import FEDLORA_APP, RemoteMessage
+from fedlora.simulation.actor import RemoteMessage
 from fedlora.simulation.dispatch import Dispatcher, Job
-from fedlora.simulation.local_grid import LocalGrid
+from fedlora.simulation.local_grid import CLIENT_FAILED, LocalGrid
 from fedlora.simulation.ray_cluster import put
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.scheduling import Work, cohorts, equal_work
 from fedlora.simulation.shared_model import SharedModel
-
-CLIENT_FAILED = 1
-"""Code of an error reply: the ClientApp raised."""
 
 
 class RayGrid(LocalGrid):
@@ -39,7 +36,7 @@ class RayGrid(LocalGrid):
         run_id: Flower's run id.
         shared_model: the model and the data that fedlora's ClientApp uses; None for another ClientApp.
         base: the patches that are in the base now.
-        cohort_size: orders to train that one actor carries out together.
+        cohort_size: instructions to train that one actor carries out together, with a shared model.
         work: what a partition's training costs, in any unit: the longest go first.
     """
 
@@ -66,7 +63,7 @@ class RayGrid(LocalGrid):
         self._states: dict[int, RecordDict] = {}
         self._dispatcher = Dispatcher(pool)
         self._shared_model, self._base, self._work = shared_model, base, work
-        self._cohort_size = cohort_size if pool.client_app == FEDLORA_APP else 1
+        self._cohort_size = 1 if shared_model is None else cohort_size
 
     @property
     def retries(self) -> int:

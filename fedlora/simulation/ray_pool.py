@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import EngineConfig, RunConfig
@@ -11,12 +12,13 @@ from fedlora.simulation.places import actors_of, places, resources_of
 from fedlora.simulation.ray_cluster import QUIET, connect
 
 if TYPE_CHECKING:
-    from clients.runtime import SharedArrays
+    from clients.runtime import ClientRuntime, SharedArrays
+    from fedlora.simulation.ray_session import RaySession
     from fedlora.simulation.shared_model import SharedModel
 
 
 class RayPool:
-    """Actors on a machine or a cluster; started once, used by any number of runs.
+    """Engine of actors on a machine or a cluster; started once, used by any number of runs.
 
     Args:
         engine: resources of one actor and where Ray is.
@@ -54,6 +56,16 @@ class RayPool:
             self._shared_model = None
             self._shared_model = SharedModel(config, parts)
         return self._shared_model
+
+    def runtime(self, config: RunConfig) -> ClientRuntime:
+        """The driver's model and data on the shared arrays."""
+        return self.shared_model(config).runtime
+
+    def session(self, config: RunConfig, path: Path) -> RaySession:
+        """The session of a run; see `fedlora.server.session.Engine`."""
+        from fedlora.simulation.ray_session import RaySession
+
+        return RaySession(self, config, path)
 
     def verify(self, shared_model: SharedModel) -> None:
         """Compare the base weights in every actor with what was lent.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TypeAlias
@@ -32,6 +33,7 @@ def equal_work(partition_id: int) -> float:
 def predicted_work(config: RunConfig, data: Prepared) -> Work:
     """Tokens that a partition trains on in one round, before padding."""
 
+    @cache
     def work(partition_id: int) -> float:
         held = data.indices(partition_id)
         steps = num_steps(config.train, len(held), config.local_steps_of(partition_id))

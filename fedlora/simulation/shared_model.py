@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from clients.runtime import ClientRuntime, Key, SharedArrays, key_of, parts_of, runtime_of
+from clients.runtime import ClientRuntime, Key, RuntimeCache, SharedArrays, key_of, parts_of, runtime_of
 from fedlora.config import RunConfig
 from fedlora.core.state import Patch
 from fedlora.errors import RunFailed
@@ -62,7 +62,7 @@ class SharedModel:
         parts = parts or parts_of(config, with_data=bool(config.engine.address))
         self.ref = SharedModelRef(key_of(config), config.engine.device, put(parts))
         del parts  # the driver maps it, too
-        self.runtime = attach(SharedModelRef(self.ref.key, "cpu", self.ref.parts))
+        self.runtime = AttachedModel().attach(SharedModelRef(self.ref.key, "cpu", self.ref.parts))
         self._pristine = self.runtime.model.base_digests()
         self._moved: dict[str, str] = {}
 
@@ -82,7 +82,7 @@ class SharedModel:
         return self.ref
 
     def compare(self, found: Hashes) -> None:
-        """Compare what `base_hashes` gave in a process.
+        """Compare what `AttachedModel.base_hashes` gave in a process.
 
         Raises:
             RunFailed: a weight that a process changed although all share it.
@@ -96,37 +96,44 @@ class SharedModel:
                     )
 
 
-_mapped: list[tuple[Any, ClientRuntime]] = []
-"""The ref that this process uses: its parts' reference, and what was made of it."""
+class AttachedModel:
+    """The side of a process: maps what a ref stands for.
 
-
-def attach(ref: SharedModelRef) -> ClientRuntime:
-    """This process's model and data as lent; on the CPU, nothing of the base is copied.
-
-    Raises:
-        ConfigError: the device is not there.
+    Attributes:
+        runtimes: holds the model and data of the last ref, for the handler.
     """
-    import ray
 
-    if not _mapped or _mapped[0][0] != ref.parts:
-        _mapped.clear()
-        parts: SharedArrays = ray.get(ref.parts)
-        _mapped.append((ref.parts, runtime_of(parts, ref.key, ref.device)))
-    runtime = _mapped[0][1]
-    if runtime.base != ref.chain:
-        runtime.adopt(ref.chain, _weights(ref.moved))
-    return runtime
+    def __init__(self) -> None:
+        self.runtimes = RuntimeCache()
+        self._mapped: tuple[Any, ClientRuntime] | None = None
 
+    def attach(self, ref: SharedModelRef) -> ClientRuntime:
+        """The model and data of a ref; on the CPU, nothing of the base is copied.
 
-def base_hashes(ref: SharedModelRef) -> Hashes:
-    """Hashes of the pristine base and of the moved weights; empty where this process uses others."""
-    if not _mapped or _mapped[0][0] != ref.parts:
-        return {}, {}
-    runtime = _mapped[0][1]
-    return (
-        runtime.model.base_digests(),
-        runtime.model.base.moved_digests() if runtime.base == ref.chain else {},
-    )
+        Raises:
+            ConfigError: the device is not there.
+        """
+        import ray
+
+        if self._mapped is None or self._mapped[0] != ref.parts:
+            self._mapped, self.runtimes = None, RuntimeCache()  # two models at a time might be too many
+            parts: SharedArrays = ray.get(ref.parts)
+            self._mapped = ref.parts, runtime_of(parts, ref.device)
+            self.runtimes.hold(ref.key, self._mapped[1])
+        runtime = self._mapped[1]
+        if runtime.base != ref.chain:
+            runtime.adopt(ref.chain, _weights(ref.moved))
+        return runtime
+
+    def base_hashes(self, ref: SharedModelRef) -> Hashes:
+        """Hashes of the pristine base and of the moved weights; empty where this process uses others."""
+        if self._mapped is None or self._mapped[0] != ref.parts:
+            return {}, {}
+        runtime = self._mapped[1]
+        return (
+            runtime.model.base_digests(),
+            runtime.model.base.moved_digests() if runtime.base == ref.chain else {},
+        )
 
 
 def _weights(moved: Any) -> dict[str, Tensor]:

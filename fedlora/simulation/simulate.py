@@ -1,4 +1,4 @@
-"""One run in simulation: check, start the engine, run, and always leave the engine tidy.
+"""Simulates one run: check, start the engine, run, and always leave the engine tidy.
 
 Starting takes seconds, nearly all of it imports. So the driver imports while Ray starts, and the actors
 import while it reads the model; modules that import transformers or Ray are imported where they are needed.
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.config import RunConfig, to_flat
+from fedlora.config import RunConfig
 from fedlora.server.directory import RunDirectory, held
 from fedlora.server.progress import RoundProgress
 from fedlora.server.validate import check
@@ -22,7 +23,7 @@ from fedlora.simulation.ray_cluster import check_address
 
 if TYPE_CHECKING:
     from clients.runtime import SharedArrays
-    from fedlora.simulation.ray_pool import RayPool
+    from fedlora.server.session import Engine
 
 
 def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -38,63 +39,35 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
     check_address(config.engine.address)
     with held(path):
         directory = RunDirectory(path, resume=resume)
-        pool = start(config)
+        engine = start(config)
         try:
-            return simulate_on(pool, config, directory)
+            return simulate_on(engine, config, directory)
         finally:
-            pool.close()
+            engine.close()
 
 
-def start(config: RunConfig) -> RayPool:
-    """Actors for a configuration, and its model and data in the object store.
+def start(config: RunConfig) -> Engine:
+    """The engine of a configuration, and its model and data.
 
     Raises:
         ConfigError: no place for the actors, then nothing was read; or a model, data or partition that
             cannot be had.
     """
-    from fedlora.simulation.ray_pool import RayPool
-
-    with ThreadPoolExecutor(1) as aside:
-        aside.submit(_import_models)
-        pool = RayPool(config.engine)
-        try:
-            pool.shared_model(config, aside.submit(_read, config).result())
-        except BaseException:
-            pool.close()
-            raise
-    return pool
+    return ENGINES[config.engine.name](config)
 
 
 def simulate_on(
-    pool: RayPool, config: RunConfig, directory: RunDirectory, title: str = "", *, alone: bool = True
+    engine: Engine, config: RunConfig, directory: RunDirectory, title: str = "", *, alone: bool = True
 ) -> dict[str, Any]:
-    """The same on actors that are already there; ``alone`` as in `RoundProgress`."""
+    """The same on an engine that is already there; ``alone`` as in `RoundProgress`."""
+    from fedlora.server.callbacks import Tell
     from fedlora.server.federated_run import FederatedRun
-    from fedlora.simulation.evaluation import SharedEvaluation
-    from fedlora.simulation.ray_grid import RayGrid
-    from fedlora.simulation.scheduling import predicted_work, with_cohort_size
 
-    title = title or config.strategy.name
-    with RoundProgress(title, config.num_server_rounds, alone=alone) as progress:
-        shared_model = pool.shared_model(config)
-        config = with_cohort_size(config, directory.path, shared_model.runtime)
-        stores = directory.path / "clients"
-        federation = FederatedRun(config, directory, progress.update, stores)
-        federation.evaluator.evaluator = SharedEvaluation(pool, shared_model, federation.runtime.data)
-        federation.verify = lambda: pool.verify(shared_model)
-        grid = RayGrid(
-            pool,
-            federation.partitions,
-            to_flat(config),
-            stores,
-            shared_model=shared_model,
-            base=lambda: federation.state.base,
-            cohort_size=config.engine.cohort_size,
-            work=predicted_work(config, federation.runtime.data),
-        )
-        progress.begin(federation.state.round, federation.left_out)
+    with RoundProgress(title or config.strategy.name, config.num_server_rounds, alone=alone) as progress:
+        session = engine.session(config, directory.path)
+        run = FederatedRun(session, directory, [Tell(progress.update, progress.begin)])
         with PeakMemory() as memory:
-            result = federation.run(grid)
+            result = run.run()
     result["peak_memory_bytes"] = memory.peak_bytes
     directory.write_result(result)
     return result
@@ -107,11 +80,31 @@ def quiet() -> None:
     logger.propagate = False
 
 
-def _import_models() -> None:
-    importlib.import_module("clients.runtime")
+def _ray(config: RunConfig) -> Engine:
+    from fedlora.simulation.ray_pool import RayPool
+
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(importlib.import_module, "clients.runtime")
+        pool = RayPool(config.engine)
+        try:
+            pool.shared_model(config, aside.submit(_read, config).result())
+        except BaseException:
+            pool.close()
+            raise
+    return pool
 
 
 def _read(config: RunConfig) -> SharedArrays:
     from clients.runtime import parts_of
 
     return parts_of(config, with_data=bool(config.engine.address))
+
+
+def _in_process(config: RunConfig) -> Engine:
+    from fedlora.simulation.in_process import InProcessEngine
+
+    return InProcessEngine()
+
+
+ENGINES: dict[str, Callable[[RunConfig], Engine]] = {"ray": _ray, "in-process": _in_process}
+"""By ``engine.name``; an engine has sessions and ends with `close`, see `fedlora.server.session.Engine`."""

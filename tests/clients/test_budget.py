@@ -22,7 +22,6 @@ from clients.ledger_ref import (
     ledger_directory,
     name_of,
 )
-from clients.runtime import client_runtime
 from fedlora import wire
 from fedlora.config import RunConfig, read_config
 from fedlora.core.factors import LoraFactors
@@ -35,6 +34,7 @@ from fedlora.privacy.types import PrivacySpent
 from fedlora.server.directory import RunDirectory
 from tests.clients.samples import examples
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 
 PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
 
@@ -155,7 +155,8 @@ def test_an_order_is_the_same_release_only_from_the_same_start(tmp_path: Path, c
         order = wire.TrainInstruction(
             server_round=1, arrays=arrays, parts={}, needs=wire.Needs(), config=given
         )
-        return train_instruction(order, config, Node(partition_id=0, state_dir=tmp_path, simulation=True))
+        node = Node(partition_id=0, state_dir=tmp_path, simulation=True)
+        return train_instruction(client_runtime(config), order, config, node)
 
     replies = [ordered(), ordered(), ordered(1), ordered(trained="B")]
     assert [reply.privacy and reply.privacy["releases"] for reply in replies] == [1, 1, 2, 3]

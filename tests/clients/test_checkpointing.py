@@ -11,7 +11,6 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from clients.execute import Node, train_instruction
-from clients.runtime import client_runtime
 from clients.training.batched import train_cohort
 from clients.training.self_check import check_steps
 from clients.training.train import LocalResult, train_local
@@ -21,13 +20,12 @@ from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel, gradient_checkpointing
 from fedlora.models.gradient_checkpointing import blocks
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
 from tests.clients.cohort.samples import mechanism, member, task
 from tests.clients.samples import BOTH, PAD, examples
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
+from tests.in_process import client_runtime, federated
 from tests.models.language import ARCHITECTURES, adapted_lm, save_tiny_lm
 from tests.models.samples import adapted, random_adapters, save_tiny_gpt2
 
@@ -131,11 +129,13 @@ def test_a_run_does_as_it_is_told_with_the_same_bits(tmp_path: Path, cache: Path
     for on in (False, True):
         keys = {"train.gradient-checkpointing": on, "num-server-rounds": 1, "engine.device": "cpu"}
         config = tiny_config(**keys)
-        federation = FederatedRun(config, RunDirectory(tmp_path / str(on), resume=True))
+        federation = federated(config, tmp_path / str(on))
 
         def client(message: Message, partition: int, config: RunConfig = config) -> Message:
             node = Node(partition_id=partition, state_dir=tmp_path / "clients", simulation=True)
-            reply = train_instruction(wire.decode_instruction(message.content), config, node)
+            reply = train_instruction(
+                client_runtime(config), wire.decode_instruction(message.content), config, node
+            )
             assert client_runtime(config).model.checkpointing == config.train.gradient_checkpointing
             return Message(wire.encode_reply(reply), reply_to=message)
 
@@ -150,4 +150,4 @@ def test_a_run_of_a_model_without_blocks_does_not_begin(
     config = tiny_config(**{"train.gradient-checkpointing": True, "engine.device": "cpu"})
     monkeypatch.setattr(gradient_checkpointing, "GradientCheckpointingLayer", torch.nn.Bilinear)
     with pytest.raises(ConfigError, match=r"true: MeanPooledClassifier has no blocks"):
-        FederatedRun(config, RunDirectory(tmp_path, resume=True))
+        federated(config, tmp_path / "run")

@@ -12,13 +12,13 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.execute import Node, train_instruction
-from clients.runtime import client_runtime
 from clients.training import dp_sgd, dp_step
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import Broadcast
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 
 PRIVATE: dict[str, Any] = {
     "privacy.mode": "example",
@@ -52,9 +52,8 @@ def order(config: RunConfig) -> wire.TrainInstruction:
 
 
 def train(config: RunConfig, state_dir: Path, *, simulation: bool = False) -> wire.Reply:
-    reply = train_instruction(
-        order(config), config, Node(partition_id=0, state_dir=state_dir, simulation=simulation)
-    )
+    node = Node(partition_id=0, state_dir=state_dir, simulation=simulation)
+    reply = train_instruction(client_runtime(config), order(config), config, node)
     assert reply.status == wire.OK, reply.reason
     return wire.decode_reply(wire.encode_reply(reply))
 

@@ -42,17 +42,17 @@ def test_a_part_is_read_once_as_long_as_its_file_is_untouched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each message has a store of its own; a base that has moved a hundred times has a hundred parts."""
-    name = digest(PART)
+    name, whole = digest(PART), dict[Path, tuple[int, int]]()
     ClientStore(tmp_path).keep(name, PART)
-    assert ClientStore(tmp_path).has(name)
+    assert ClientStore(tmp_path, whole).has(name)
     with monkeypatch.context() as patched:
-        patched.setattr(store, "_read", lambda _: pytest.fail("was read again"))
-        assert ClientStore(tmp_path).has(name)
+        patched.setattr(store, "_tensors", lambda _: pytest.fail("was read again"))
+        assert ClientStore(tmp_path, whole).has(name)
     (file,) = (tmp_path / "parts").iterdir()
     file.write_bytes(file.read_bytes()[:-1])
-    assert not ClientStore(tmp_path).has(name)
+    assert not ClientStore(tmp_path, whole).has(name)
     file.unlink()
-    assert not ClientStore(tmp_path).has(name)
+    assert not ClientStore(tmp_path, whole).has(name)
 
 
 def test_a_round_that_is_run_again_starts_from_the_same_own_tensors(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from clients.training.batched import train_cohort
 from clients.training.train import train_local
 from fedlora.models import AdaptedModel
 from fedlora.models import packed_linear as packing
-from fedlora.models.packed_linear import PackedLinear, frozen_forwards, frozen_layers, packed, packed_base
+from fedlora.models.packed_linear import PackedLinear, frozen_forwards, packed, packed_base
 from tests.clients.cohort.samples import DATA, member, model, task
 from tests.clients.samples import PAD
 from tests.models.samples import save_tiny_gpt2
@@ -34,9 +34,9 @@ def test_packed_layers_are_the_layers(precision: torch.dtype, tolerance: float, 
         model(torch.float32),
         model(torch.float32, name=str(save_tiny_gpt2(tmp_path)), targets="c_attn"),
     ):
-        layers = frozen_layers(network)
+        layers = network.frozen
         assert set(network.modules) < set(layers)
-        for name, forward in frozen_forwards(network, layers, precision).items():
+        for name, forward in frozen_forwards(network, precision).items():
             width = network.modules[name].in_features if name in network.modules else None
             layer = layers[name]
             width = width or min(layer.weight.shape[::-1], key=lambda n: _fits(layer, n))
@@ -47,8 +47,9 @@ def test_packed_layers_are_the_layers(precision: torch.dtype, tolerance: float, 
             g = torch.randn_like(y)
             back = [torch.autograd.grad(out, x, g)[0] for out in (y, wanted)]
             torch.testing.assert_close(*back, rtol=tolerance, atol=tolerance)
-            assert packed(layer, precision) is packed(layer, precision)
-            assert packed(layer, precision).forth.dtype == precision
+            again = packed(network, name, precision)
+            assert again is packed(network, name, precision)
+            assert again.forth.dtype == precision
 
 
 def _fits(layer: Any, width: int) -> int:
@@ -69,7 +70,8 @@ class Doubling(nn.Linear):
 def test_other_kinds_of_linear_layers_compute_what_they_compute() -> None:
     network = model(torch.float32)
     layer, x = Doubling(32, 32), torch.randn(2, 3, 32)
-    forward = frozen_forwards(network, {"layer": layer}, torch.float32)["layer"]
+    network.frozen = {"layer": layer}
+    forward = frozen_forwards(network, torch.float32)["layer"]
     assert torch.equal(forward(x), layer(x))
 
 
@@ -126,7 +128,7 @@ def test_where_nothing_is_packed_the_precision_is_that_of_the_pass(monkeypatch: 
     network, seen = model(torch.float32), []
     network.precision = torch.bfloat16
     network.load(*_values(network))
-    layer = frozen_layers(network)[next(iter(network.modules))]
+    layer = network.frozen[next(iter(network.modules))]
     layer.register_forward_hook(lambda _, __, y: seen.append(y.dtype))
     with packed_base(network, network.precision), network.computing():
         assert _overlaid(network) == []
@@ -147,7 +149,7 @@ def test_the_model_is_as_it_was_also_after_a_failure() -> None:
 
     with pytest.raises(RuntimeError, match="in the middle"):
         fail()
-    assert len(overlaid) == len(frozen_layers(network))
+    assert len(overlaid) == len(network.frozen)
     assert _overlaid(network) == []
 
 

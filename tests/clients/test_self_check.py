@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,14 +253,6 @@ def test_it_is_asked_once_for_what_it_depends_on(monkeypatch: pytest.MonkeyPatch
     assert newly() == both
     reload(model)
     assert newly() == []
-
-
-def test_what_passed_is_forgotten_with_the_model() -> None:
-    check(model := loaded(), HOOKS)
-    count = len(clients.training.self_check._passed)
-    del model
-    gc.collect()
-    assert len(clients.training.self_check._passed) < count
 
 
 def test_the_noise_bounds_are_those_of_normal_numbers() -> None:

@@ -11,7 +11,6 @@ from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
 from clients.execute import Node, train_instruction
-from clients.runtime import client_runtime
 from clients.training.batches import load_batch, shuffled_batches
 from clients.training.dp_sgd import train_private
 from clients.training.train import Penalties, TailGradient, batch_loss, train_local
@@ -24,6 +23,7 @@ from fedlora.models import AdaptedModel
 from tests.clients.measures import tensors, values
 from tests.clients.samples import BOTH, PAD, everyone, examples, loaded
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 from tests.models.samples import random_adapters
 
 DATA = examples()
@@ -167,7 +167,7 @@ def test_a_client_that_is_ordered_to_shrink_its_tail_does(mode: str, tmp_path: P
         record = ConfigRecord({key: value for key, value in settings.items() if value != []})
         content = RecordDict({wire.ARRAYS: wire.to_record(wire.moving_tensors(sent)), wire.CONFIG: record})
         node = Node(partition_id=0, state_dir=tmp_path / str(weight), simulation=True)
-        reply = train_instruction(wire.decode_instruction(content), config, node)
+        reply = train_instruction(client_runtime(config), wire.decode_instruction(content), config, node)
         assert reply.status == wire.OK, reply.reason
         trained = wire.from_peft(reply.arrays).adapters(2.0)
         factors = {f"{name}.{x}": t for name, f in trained.items() for x, t in f.tensors().items()}

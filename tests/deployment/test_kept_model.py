@@ -29,6 +29,7 @@ from fedlora.deployment.node.model_client import FAILED, SOCKET, ask, from_bytes
 from fedlora.errors import RunFailed
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import order
+from tests.in_process import RUNTIMES
 
 pytestmark = pytest.mark.slow
 
@@ -69,7 +70,7 @@ def test_one_process_answers_all_messages_with_the_same_bits_and_ends_with_its_o
     first = ask(TRAIN, content, flat, node(home), settings)
     server = server_of(home)
     second = ask(TRAIN, content, flat, node(home), settings)
-    plain = handle(TRAIN, content, flat, {**node(tmp_path / "plain"), "keep-model": False})
+    plain = handle(TRAIN, content, flat, {**node(tmp_path / "plain"), "keep-model": False}, RUNTIMES)
     assert first is not None
     assert second is not None
     assert server_of(home).pid == server.pid

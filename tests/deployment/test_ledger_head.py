@@ -14,11 +14,10 @@ from clients.handler import TRAIN, handle
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
 from fedlora.errors import RunFailed
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.wire.arrays import is_packed
 from tests.conftest import tiny_config
+from tests.in_process import RUNTIMES, federated
 
 NODES = range(3)
 
@@ -51,7 +50,7 @@ class Nodes(LocalGrid):
                 self.ledger(0).write_bytes(b"".join(lines[:-2]))
                 ledger_ref._ledger.cache_clear()  # the node's next message has a process of its own
             node_config = {"partition-id": partition, "state-dir": str(self.state_dir / str(partition))}
-            answer = handle(TRAIN, message.content, to_flat(self.config), node_config)
+            answer = handle(TRAIN, message.content, to_flat(self.config), node_config, RUNTIMES)
             records = (message.content.array_records[wire.ARRAYS], answer.array_records[wire.ARRAYS])
             self.packed |= {is_packed(record) for record in records}
             replies.append(Message(answer, reply_to=message))
@@ -62,7 +61,7 @@ def run(tmp_path: Path, set_back_before: int = 0, **overrides: object) -> Nodes:
     keys = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
     config = tiny_config(**keys, **overrides)
     grid = Nodes(config, tmp_path / "nodes", set_back_before)
-    FederatedRun(config, RunDirectory(tmp_path / "run", resume=True), nodes=NODES).run(grid)
+    federated(config, tmp_path / "run", resume=True, nodes=NODES).run(grid)
     return grid
 
 

@@ -12,7 +12,6 @@ from flwr.app import ConfigRecord, RecordDict
 
 from clients.handler import TRAIN, handle
 from clients.node_settings import node_settings, read_node
-from clients.runtime import client_runtime
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
 from fedlora.core.init_drawn import fresh_adapters
@@ -20,6 +19,7 @@ from fedlora.core.state import Broadcast
 from fedlora.errors import ConfigError
 from fedlora.privacy.ledger import read_ledgers
 from tests.conftest import tiny_config
+from tests.in_process import RUNTIMES, client_runtime
 
 PRIVATE: dict[str, Any] = {
     "privacy.mode": "example",
@@ -57,7 +57,7 @@ def reply(
     **node: Any,
 ) -> wire.Reply:
     node_config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), **node}
-    content = handle(TRAIN, order(config, server_round, labels), to_flat(config), node_config)
+    content = handle(TRAIN, order(config, server_round, labels), to_flat(config), node_config, RUNTIMES)
     return wire.decode_reply(content)
 
 

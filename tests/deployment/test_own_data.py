@@ -11,12 +11,12 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
 from clients.evaluation import evaluate
-from clients.runtime import client_runtime
 from fedlora.errors import ConfigError, OwnDataRefused
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.prepared.node_data import OwnData, own_data, read_own
 from fedlora.tasks import task_named
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 
 ROWS = [
     {"text": f"{word} film number {i}", "label": label, "domain": domain}

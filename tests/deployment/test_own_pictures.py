@@ -13,7 +13,6 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from typer.testing import CliRunner
 
-from clients.runtime import client_runtime
 from fedlora.cli import cli
 from fedlora.data.images import fitted
 from fedlora.deployment.operator.create import create
@@ -23,6 +22,7 @@ from fedlora.prepared.node_data import OwnData, own_data, read_own
 from fedlora.tasks import task_named
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import reply
+from tests.in_process import client_runtime
 from tests.vision.samples import shaded
 
 TASK = task_named("image-classification")

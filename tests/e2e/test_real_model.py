@@ -12,7 +12,6 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from clients.evaluation import evaluate
-from clients.runtime import client_runtime
 from clients.training.train import train_local
 from fedlora.assets.fetch import asset_path
 from fedlora.config import EngineConfig, RunConfig, TrainConfig, from_flat
@@ -24,6 +23,7 @@ from fedlora.models import build_model
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.simulate import simulate_on
+from tests.in_process import client_runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
 

@@ -14,7 +14,6 @@ from flwr.app import Message
 from safetensors.torch import load_file
 
 from clients.execute import Node, train_instruction
-from clients.runtime import client_runtime
 from clients.training.batches import load_batch
 from clients.training.train import batch_loss
 from fedlora import wire
@@ -26,10 +25,10 @@ from fedlora.errors import ConfigError
 from fedlora.models import load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.server import public_data
-from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
+from tests.in_process import client_runtime, federated
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
 
 RANK = 4
@@ -60,18 +59,19 @@ def config_of(subspace: str, moods: Path, **keys: Any) -> RunConfig:
 
 def run(config: RunConfig, path: Path, stop_after: int = 0) -> FederatedRun:
     """The rounds that are left, in this process; ``stop_after`` breaks it off."""
-    federation = FederatedRun(config, RunDirectory(path, resume=True))
 
     def client(message: Message, partition: int) -> Message:
         node = Node(partition_id=partition, state_dir=path / "clients", simulation=True)
-        reply = train_instruction(wire.decode_instruction(message.content), config, node)
+        reply = train_instruction(
+            client_runtime(config), wire.decode_instruction(message.content), config, node
+        )
         return Message(wire.encode_reply(reply), reply_to=message)
 
     def progress(record: dict[str, Any]) -> None:
         if record["round"] == stop_after:
             raise KeyboardInterrupt
 
-    federation.progress = progress
+    federation = federated(config, path, progress, resume=True)
     federation.run(FakeGrid(federation.partitions, client))
     return federation
 

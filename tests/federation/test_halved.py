@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from clients.runtime import client_runtime
 from fedlora.server.directory import RunDirectory
 from fedlora.server.records import result_record, round_record
 from strategies import FedAvg
@@ -16,6 +15,7 @@ from strategies.replies import RoundReport
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays, watched
+from tests.in_process import client_runtime
 
 
 def test_the_report_names_who_trained_in_a_halved_cohort(tmp_path: Path) -> None:

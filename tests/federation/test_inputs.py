@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from clients.runtime import ClientRuntime, client_runtime
+from clients.runtime import ClientRuntime
 from fedlora.server.inputs import inputs_digest
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 
 
 def digest(**keys: Any) -> str | None:

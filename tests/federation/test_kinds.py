@@ -16,12 +16,12 @@ from fedlora.config import from_flat
 from fedlora.core.seeding import derive
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.models import load_adapter
-from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
 from strategies.registry import RULES
 from tests.clients.cohort.test_runs import CohortGrid
 from tests.conftest import tiny_config
+from tests.in_process import federated
 from tests.models.kinds import keys_of
 
 VERA = {"lora.method": "vera", "num-server-rounds": 2}
@@ -30,7 +30,7 @@ PRIVATE = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "privacy.
 
 def run(path: Path, *, resume: bool = False, together: bool = False, **keys: Any) -> FederatedRun:
     config = tiny_config(**keys)
-    federation = FederatedRun(config, RunDirectory(path / "run", resume=resume))
+    federation = federated(config, path / "run", resume=resume)
     federation.run(CohortGrid(federation.partitions, config, path / "clients", together=together))
     return federation
 

@@ -15,11 +15,10 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from fedlora.server.progress import RoundProgress
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
+from tests.in_process import client_runtime, federated
 
 CUT = "no example of 'b' has anything to learn within data.max-length = 64"
 HELD = "all examples of 'b' are held out for evaluation"
@@ -83,15 +82,15 @@ def test_a_run_leaves_it_out_and_says_so(
     tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.warns(UserWarning, match="are left out"):
-        federation = FederatedRun(
-            talks(tmp_path), RunDirectory(tmp_path / "run"), stores=tmp_path / "clients"
-        )
+        federation = federated(talks(tmp_path), tmp_path / "run", stores=tmp_path / "clients")
     assert federation.partitions == (0, 2)
     ranks: dict[int, int] = {}
 
     def client(message: Message, partition: int) -> Message:
         node = Node(partition_id=partition, state_dir=tmp_path / "clients", simulation=True)
-        reply = train_instruction(wire.decode_instruction(message.content), federation.config, node)
+        reply = train_instruction(
+            federation.runtime, wire.decode_instruction(message.content), federation.config, node
+        )
         ranks[partition] = min(min(tensor.shape) for name, tensor in reply.arrays.items() if "lora_A" in name)
         answered = replace(reply, answers=wire.decode_instruction(message.content).identity)
         return Message(wire.encode_reply(answered), reply_to=message)
@@ -114,13 +113,13 @@ def test_it_cannot_be_asked_for_and_its_node_says_why(tmp_path: Path, cache: Pat
         pytest.warns(UserWarning, match="are left out"),
         pytest.raises(ConfigError, match=f"partition 1 .*{CUT}"),
     ):
-        _ = FederatedRun(talks(tmp_path, partitions="0-1"), RunDirectory(tmp_path / "run")).partitions
-    federation = FederatedRun(config, RunDirectory(tmp_path / "other"), stores=tmp_path / "clients")
+        _ = federated(talks(tmp_path, partitions="0-1"), tmp_path / "run").partitions
+    federation = federated(config, tmp_path / "other", stores=tmp_path / "clients")
 
     def client(message: Message, partition: int) -> Message:
         node = Node(partition_id=1, state_dir=tmp_path / "clients", simulation=True)
         with pytest.raises(ConfigError, match=f"partition-id = 1: {CUT}"):
-            train_instruction(wire.decode_instruction(message.content), config, node)
+            train_instruction(client_runtime(config), wire.decode_instruction(message.content), config, node)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from clients.runtime import client_runtime
 from clients.training.batches import load_batch
 from fedlora.config import RunConfig
 from fedlora.core.init_eva import InputMoments
@@ -24,6 +23,7 @@ from fedlora.server.build import assemble
 from fedlora.server.validate import check
 from fedlora.tasks.task import inputs
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 from tests.models.samples import logits, random_patch, token_batch
 
 PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 4.0, "privacy.accountant": "rdp"}
@@ -56,10 +56,8 @@ def begun(config: RunConfig) -> State:
         config,
         runtime,
         range(2),
-        clients_evaluate=lambda _: False,
         seeded=True,
         packed=False,
-        node_directory=None,
     )
     assert strategy.state is not None
     return strategy.state

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import ConfigError
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from tests.conftest import tiny_config
+from tests.in_process import federated
 from tests.models.families import words
 
 PRIVATE = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "train.batch-size": 2}
@@ -40,7 +39,7 @@ def test_before_the_run_in_one_line(
     )  # fmt: skip
     out = tmp_path / "run"
     with pytest.raises(ConfigError) as error:
-        FederatedRun(config, RunDirectory(out), stores=out / "clients")
+        federated(config, out, stores=out / "clients")
     assert reason in str(error.value)
     assert "\n" not in str(error.value)
     assert not [path for path in out.rglob("*") if path.is_file()]

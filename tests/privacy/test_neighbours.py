@@ -13,7 +13,6 @@ from clients.budget import plan_release, rate_of
 from clients.handler import in_owners_name
 from clients.ledger_ref import LedgerRef
 from clients.node_settings import node_settings
-from clients.runtime import client_runtime
 from fedlora.config import from_flat
 from fedlora.errors import ConfigError, OwnDataRefused
 from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
@@ -21,10 +20,9 @@ from fedlora.privacy.entries import BEFORE_RELATIONS
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger, read_ledgers
 from fedlora.privacy.types import NeighboringRelation
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from fedlora.server.identity import config_digest
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime, federated
 from tests.privacy.hockey_stick import epsilon, sums
 from tests.privacy.ledgers import DATASET, WIDE, made, release
 
@@ -106,7 +104,7 @@ def test_a_simulation_without_a_count_or_below_the_largest_client_does_not_begin
     for declared in (0, 5):
         config = tiny_config(**HIDING, **{"privacy.declared-examples": declared})
         with pytest.raises(ConfigError, match=f"declared-examples = {declared}: there are"):
-            FederatedRun(config, RunDirectory(tmp_path / str(declared)), stores=tmp_path / "stores")
+            federated(config, tmp_path / str(declared), stores=tmp_path / "stores")
     assert not (tmp_path / "stores").exists()
 
 

@@ -12,11 +12,11 @@ from flwr.app import MessageType, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clients.runtime import client_runtime
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.simulation.scheduling import cohorts, predicted_work, with_cohort_size
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime
 
 
 class Grid(LocalGrid):

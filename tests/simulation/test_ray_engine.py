@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from fedlora.config import EngineConfig, RunConfig, to_flat
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from fedlora.server.inputs import inputs_digest
 from fedlora.simulation.ray_grid import RayGrid
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.scheduling import with_cohort_size
 from fedlora.simulation.simulate import simulate_on
 from tests.conftest import tiny_config
+from tests.in_process import federated
 
 MIXED: dict[str, Any] = {
     "strategy.name": "flora",
@@ -102,8 +102,12 @@ def test_a_killed_actor_is_replaced_and_its_client_trained_again(pool: RayPool, 
     config = tiny_config(**MIXED)
     expected = run(pool, config, tmp_path / "expected")
     victim = ray.get(pool.actors[0].ready.remote())
-    federation = FederatedRun(config, RunDirectory(tmp_path / "killed"))
-    federation.progress = lambda record: os.kill(victim, signal.SIGKILL) if record["round"] == 1 else None
+
+    def kill(record: dict[str, Any]) -> None:
+        if record["round"] == 1:
+            os.kill(victim, signal.SIGKILL)
+
+    federation = federated(config, tmp_path / "killed", kill)
     grid = RayGrid(pool, federation.partitions, to_flat(config), tmp_path / "killed" / "clients")
     federation.run(grid)
     assert grid.retries == 1
@@ -122,7 +126,7 @@ def test_a_stopped_run_resumes_with_the_same_bits(pool: RayPool, tmp_path: Path)
             raise Stop
 
     path = tmp_path / "resumed"
-    federation = FederatedRun(config, RunDirectory(path), stop)
+    federation = federated(config, path, stop)
     with pytest.raises(Stop):
         federation.run(RayGrid(pool, federation.partitions, to_flat(config), path / "clients"))
     (path / "rounds.jsonl").open("a").write('{"round": 3, "half')

@@ -15,22 +15,23 @@ import pytest
 import ray
 import torch
 
-from clients.evaluation import evaluate
-from clients.runtime import client_runtime
+from clients.evaluation import Evaluation, evaluate
 from clients.training.batches import Indices
 from fedlora.config import EngineConfig, RunConfig, from_flat, to_flat
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.server.callbacks import Checkpoint
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.session import Session
 from fedlora.simulation import ray_grid
-from fedlora.simulation.evaluation import SharedEvaluation
 from fedlora.simulation.ray_grid import RayGrid
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.scheduling import predicted_work
 from fedlora.simulation.simulate import simulate_on
 from tests.conftest import tiny_config
+from tests.in_process import client_runtime, federated
 from tests.simulation.test_ray_engine import MIXED, adapter
 
 MANY: dict[str, Any] = {"data.partitioner": "iid", "data.num-partitions": 6, "engine.cohort-size": 3}
@@ -61,7 +62,7 @@ def test_a_shared_base_gives_the_bits_and_figures_of_a_base_for_each(
     keys = MIXED if strategy == "flora" else {**MIXED, "lora.ranks": ""}
     config = tiny_config(**{**keys, "strategy.name": strategy, "engine.cohort-size": 1})
     together = lent(pool, config, tmp_path / "lent")
-    own = FederatedRun(config, RunDirectory(tmp_path / "own"))
+    own = federated(config, tmp_path / "own")
     own.run(RayGrid(pool, own.partitions, to_flat(config), tmp_path / "own" / "clients"))
     assert adapter(tmp_path / "own") == together
     assert measured(tmp_path / "own") == measured(tmp_path / "lent")
@@ -83,14 +84,14 @@ def spoil_moved(federation: FederatedRun) -> None:
 def test_writing_into_a_shared_weight_ends_the_run(
     spoil: Callable[[FederatedRun], None], pool: RayPool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    after_round = FederatedRun._after_round
+    after_round = Checkpoint.after_round
 
-    def and_spoil(self: FederatedRun, report: Any) -> None:
-        after_round(self, report)
+    def and_spoil(self: Checkpoint, run: FederatedRun, report: Any) -> None:
+        after_round(self, run, report)
         if report.server_round == 3:
-            spoil(self)
+            spoil(run)
 
-    monkeypatch.setattr(FederatedRun, "_after_round", and_spoil)
+    monkeypatch.setattr(Checkpoint, "after_round", and_spoil)
     config = tiny_config(**{**MIXED, "seed": 5})
     with pytest.raises(RunFailed, match=r"base weight .* was written to"):
         simulate_on(pool, config, RunDirectory(tmp_path / "spoiled"))
@@ -128,7 +129,7 @@ def test_a_cohort_whose_process_is_killed_is_trained_again_and_nobody_is_lost(
             threading.Timer(1.0, os.kill, (victim, signal.SIGKILL)).start()
 
     path = tmp_path / "killed"
-    federation = FederatedRun(config, RunDirectory(path), stop)
+    federation = federated(config, path, stop)
     shared_model = pool.shared_model(config)
     grid = RayGrid(
         pool, federation.partitions, to_flat(config), path / "clients",
@@ -142,7 +143,7 @@ def test_a_cohort_whose_process_is_killed_is_trained_again_and_nobody_is_lost(
     assert all(len(r["participants"]) == 6 and not r["refused"] for r in records)
 
 
-def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool) -> None:
+def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config()
     shared_model = pool.shared_model(config)
     data, model = shared_model.runtime.data, shared_model.runtime.model
@@ -153,7 +154,7 @@ def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool) -> None:
         factors.B.copy_(torch.randn(factors.B.shape, generator=generator))
     state = State(round=1, adapters=adapters, head=template.head, base=(), memory={}, seed=0)
     indices = np.tile(np.arange(len(data.test))[::-1], 6)  # twelve batches, two in a job
-    two = SharedEvaluation(pool, shared_model, data)(state, indices)
+    two = pool.session(config, tmp_path).evaluate(state, indices)
     model.load(adapters, template.head)
     alone = evaluate(model, data.test, indices, data.pad_token_id)
     assert two.losses.tobytes() == alone.losses.tobytes()
@@ -164,16 +165,15 @@ def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool) -> None:
 @pytest.mark.usefixtures("cache")
 def test_no_model_is_evaluated_twice_on_the_same_examples(pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config(**{"evaluate-every": 2, "num-server-rounds": 5})
-    federation = FederatedRun(config, RunDirectory(tmp_path))
     asked: list[tuple[int, int]] = []
 
-    def evaluator(state: State, indices: Indices) -> Any:
-        asked.append((state.round, len(indices)))
-        runtime = client_runtime(config)
-        runtime.model.load(state.adapters, state.head)
-        return evaluate(runtime.model, runtime.data.test, indices, runtime.data.pad_token_id)
+    class Counting(Session):
+        def evaluate(self, state: State, indices: Indices) -> Evaluation:
+            asked.append((state.round, len(indices)))
+            return super().evaluate(state, indices)
 
-    federation.evaluator.evaluator = evaluator
+    session = Counting(config=config, runtime=client_runtime(config))
+    federation = FederatedRun(session, RunDirectory(tmp_path))
     federation.run(RayGrid(pool, federation.partitions, to_flat(config), tmp_path / "clients"))
     assert asked == [(2, 60), (4, 60), (5, 128)]
 

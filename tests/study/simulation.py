@@ -28,8 +28,8 @@ class Simulation:
     def start(self, config: RunConfig) -> Any:
         self.started += 1
         data = SimpleNamespace(num_partitions=4)
-        shared_model = SimpleNamespace(runtime=SimpleNamespace(data=data))
-        return SimpleNamespace(shared_model=lambda config: shared_model, close=lambda: None, size=4)
+        runtime = SimpleNamespace(data=data)
+        return SimpleNamespace(runtime=lambda config: runtime, close=lambda: None, size=4)
 
     def simulate_on(
         self, pool: Any, config: RunConfig, directory: RunDirectory, title: str, *, alone: bool

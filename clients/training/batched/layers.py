@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.models.gradient_checkpointing import recomputed
-from fedlora.models.packed_linear import Forward, between, frozen_forwards, frozen_layers
+from fedlora.models.packed_linear import Forward, between, frozen_forwards
 
 Dropout = Callable[[Tensor], Tensor]
 
@@ -69,8 +69,8 @@ def why_alone(model: AdaptedModel) -> str:
 def row_wise(model: AdaptedModel, route: Route) -> Iterator[None]:
     """Inside, the model computes row-wise, in evaluation mode; afterwards it is as it was."""
     network = model.module
-    layers = frozen_layers(model)
-    forwards = frozen_forwards(model, layers, model.precision)
+    layers = model.frozen
+    forwards = frozen_forwards(model, model.precision)
     replaced: dict[str, Callable[..., Tensor]] = {}
     for name in layers:
         replaced[name] = _adapted(name, forwards[name], route) if name in model.modules else forwards[name]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -41,8 +39,6 @@ SHARED_OUT = (EXAMPLES[:3], EXAMPLES[3:])
 """Which of the made-up examples each of the two clients has."""
 NOBODY = (EXAMPLES[:0], EXAMPLES[:0])
 
-_passed: WeakKeyDictionary[AdaptedModel, set[tuple[Any, ...]]] = WeakKeyDictionary()
-
 
 def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | None) -> None:
     """Check gradients, clipping and noise, as `clients.training.self_check` asks them of Opacus.
@@ -58,8 +54,7 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
     trained = model.trainable()
     shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
     unit = None if mechanism is None else replace(mechanism, noise_multiplier=1.0, max_grad_norm=1.0)
-    passed = _passed.setdefault(model, set())
-    if (shapes, unit) in passed:
+    if ("cohort", shapes, unit) in model.passed:
         return
     examples = synthetic_examples(model, pad_token_id)
     with model.computing(torch.float32), prepared(model) as named:
@@ -72,7 +67,7 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
             else:
                 _check_clipping(cohort, unit, alone)
                 _check_noise(cohort, unit)
-    passed.add((shapes, unit))
+    model.passed.add(("cohort", shapes, unit))
 
 
 def _check_clipping(cohort: Cohort, mechanism: Mechanism, alone: dict[str, Tensor]) -> None:

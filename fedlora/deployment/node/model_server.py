@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from fedlora.errors import named_line
 WATCH_SECONDS = 1.0
 LARGEST_HEAD = 64 * 2**20
 Handle = Callable[[str, RecordDict, Mapping[str, Any], Mapping[str, Any]], RecordDict]
-"""`clients.handler.handle`."""
+"""`clients.handler.handle` with the model of this process."""
 
 
 def serve(home: Path, owner: int) -> None:
@@ -49,12 +50,14 @@ def serve(home: Path, owner: int) -> None:
     with _listening(home / SOCKET) as listener:
         threading.Thread(target=_end_with, args=(owner, home / SOCKET), daemon=True).start()
         from clients.handler import handle
+        from clients.runtime import RuntimeCache
 
+        answer = partial(handle, runtimes=RuntimeCache())
         while True:
             accepted, _ = listener.accept()
             own = _is_own_user(accepted)
             with Connection(accepted.detach()) as connection:
-                if own and not _answer(connection, handle):
+                if own and not _answer(connection, answer):
                     (home / SOCKET).unlink(missing_ok=True)
                     return
 

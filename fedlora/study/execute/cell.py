@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,10 +13,12 @@ from fedlora.config import RunConfig
 from fedlora.errors import system_errors_in_words
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation import ray_cluster
-from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.simulate import simulate_on, start
 from fedlora.study.plan.absent import FAILED, write_failure
 from fedlora.study.plan.cells import Cell
+
+if TYPE_CHECKING:
+    from fedlora.server.session import Engine as RunEngine
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -30,7 +33,7 @@ class Engine:
 
     def __init__(self, config: RunConfig, *, join: str = "") -> None:
         self.config, self._join = config, join
-        self._pool: RayPool | None = None
+        self._pool: RunEngine | None = None
 
     @property
     def alone(self) -> bool:
@@ -38,7 +41,7 @@ class Engine:
         return not self._join
 
     @property
-    def pool(self) -> RayPool:
+    def pool(self) -> RunEngine:
         """Actors that no failed run has left behind."""
         if self._pool is None:
             if self._join:
@@ -59,7 +62,7 @@ class Engine:
         from fedlora.server.inputs import inputs_digest
         from fedlora.simulation.scheduling import with_cohort_size
 
-        runtime = self.pool.shared_model(config).runtime
+        runtime = self.pool.runtime(config)
         return inputs_digest(with_cohort_size(config, home, runtime), runtime)
 
     def close(self) -> None:

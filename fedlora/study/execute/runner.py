@@ -112,7 +112,7 @@ def with_rates(cells: Sequence[Cell], tuning: Tuning) -> tuple[list[Cell], list[
 
 def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:
     """The runs that can exist, and those that cannot."""
-    cells = expand(config, engine.pool.shared_model(config).runtime.data.num_partitions)
+    cells = expand(config, engine.pool.runtime(config).data.num_partitions)
     declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
     return applicable(cells)
 

@@ -13,10 +13,9 @@ from flwr.app import ConfigRecord, RecordDict
 
 from clients import execute_cohort
 from clients.execute import Node, train_instruction
-from clients.execute_cohort import Assignment, train_orders
+from clients.execute_cohort import Assignment, train_instructions
 from clients.handler import handle_together
 from clients.ledger_ref import ledger_directory
-from clients.runtime import client_runtime
 from clients.training.batched import oom_retry
 from clients.training.batched.cohort_size import cohort_size
 from clients.training.batched.train import train_cohort
@@ -28,6 +27,7 @@ from fedlora.core.state import Broadcast
 from fedlora.errors import RunFailed, UpdateRefused
 from fedlora.privacy.ledger import read_ledgers
 from tests.conftest import tiny_config
+from tests.in_process import RUNTIMES, client_runtime
 
 PRIVATE = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
 PARTITIONS = (2, 0, 3, 1)
@@ -53,6 +53,7 @@ def content(config: RunConfig, rank: int = 4, server_round: int = 1, **settings:
 def assignments(config: RunConfig, path: Path, **options: Any) -> list[Assignment]:
     return [
         Assignment(
+            client_runtime(config),
             wire.decode_instruction(content(config, rank=2 + k % 2)),
             config,
             Node(partition_id=partition, state_dir=path, simulation=True, **options),
@@ -62,7 +63,7 @@ def assignments(config: RunConfig, path: Path, **options: Any) -> list[Assignmen
 
 
 def alone(given: list[Assignment]) -> list[wire.Reply]:
-    return [train_instruction(one.order, one.config, one.node) for one in given]
+    return [train_instruction(one.runtime, one.instruction, one.config, one.node) for one in given]
 
 
 def assert_alike(found: wire.Reply, wanted: wire.Reply) -> None:
@@ -87,7 +88,7 @@ def test_each_reply_is_what_its_own_message_gives(keys: dict[str, Any], tmp_path
     groups = '[{"partitions": "0", "local-steps": 5}]'
     config = tiny_config(**keys, **{"client-groups": groups})
     wanted = alone(assignments(config, tmp_path / "alone"))
-    found = train_orders(assignments(config, tmp_path / "together"))
+    found = train_instructions(assignments(config, tmp_path / "together"))
     for one, other in zip(found, wanted, strict=True):
         assert_alike(one, other)
     entries = [p.read_text() for p in (tmp_path / "together").glob("ledger/*-*.jsonl")]
@@ -108,12 +109,12 @@ def test_whoever_fails_falls_out_alone(tmp_path: Path, cache: Path, monkeypatch:
     lost = wire.decode_instruction(content(config))
     given += [
         replace(given[0], node=replace(given[0].node, partition_id=77)),
-        replace(given[0], order=replace(lost, needs=wire.Needs(base=("f" * 64,)))),
-        replace(given[0], order=replace(lost, config={**lost.config, "trained": "B", "uploaded": "B"})),
-        replace(given[0], order=replace(lost, arrays={n: t[..., :-1] for n, t in lost.arrays.items()})),
+        replace(given[0], instruction=replace(lost, needs=wire.Needs(base=("f" * 64,)))),
+        replace(given[0], instruction=replace(lost, config={**lost.config, "trained": "B", "uploaded": "B"})),
+        replace(given[0], instruction=replace(lost, arrays={n: t[..., :-1] for n, t in lost.arrays.items()})),
     ]
     wanted = alone(given[:4])
-    found = train_orders(given)
+    found = train_instructions(given)
     for one, other in zip(found[:4], wanted, strict=True):
         assert_alike(one, other)
     assert str(found[4]) == "partition-id = 77: the data has partitions 0 to 3"
@@ -128,9 +129,12 @@ def test_whoever_fails_falls_out_alone(tmp_path: Path, cache: Path, monkeypatch:
 def test_spent_budgets_decline_and_the_others_train(tmp_path: Path, cache: Path) -> None:
     config = tiny_config(**PRIVATE, **{"num-server-rounds": 1})
     spent = assignments(config, tmp_path)[0]
-    assert train_instruction(spent.order, spent.config, spent.node).status == wire.OK
-    again = [replace(one, order=replace(one.order, server_round=2)) for one in assignments(config, tmp_path)]
-    found = train_orders(again)
+    assert train_instruction(spent.runtime, spent.instruction, spent.config, spent.node).status == wire.OK
+    again = [
+        replace(one, instruction=replace(one.instruction, server_round=2))
+        for one in assignments(config, tmp_path)
+    ]
+    found = train_instructions(again)
     assert [reply.status for reply in found if isinstance(reply, wire.Reply)] == [wire.DECLINED] + [
         wire.OK
     ] * 3
@@ -149,7 +153,7 @@ def test_all_is_charged_before_anybody_trains_and_a_failed_test_charges_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(execute_cohort, "check_cohort", refuses)
-        found = train_orders(assignments(config, tmp_path))
+        found = train_instructions(assignments(config, tmp_path))
     assert [str(error) for error in found] == ["cohort self-test: no"] * 4
     assert not ledgers.exists() or [a.standing.releases for a in read_ledgers(ledgers)] in ([], [0] * 4)
     seen: list[int] = []
@@ -160,7 +164,7 @@ def test_all_is_charged_before_anybody_trains_and_a_failed_test_charges_nothing(
         return real(*arguments)
 
     monkeypatch.setattr(oom_retry, "train_cohort", counted)
-    train_orders(assignments(config, tmp_path))
+    train_instructions(assignments(config, tmp_path))
     assert seen == [1] * 4
 
 
@@ -176,7 +180,7 @@ def test_one_by_one_too_a_failed_test_charges_nothing(
     config = tiny_config(**PRIVATE)
     one = assignments(config, tmp_path)[0]
     with pytest.raises(RunFailed):
-        train_instruction(one.order, one.config, one.node)
+        train_instruction(one.runtime, one.instruction, one.config, one.node)
     ledgers = ledger_directory(config, tmp_path, simulation=True)
     assert not ledgers.exists() or read_ledgers(ledgers) == []
 
@@ -186,7 +190,7 @@ def test_the_same_cohort_again_is_the_same_release_and_another_is_not(tmp_path: 
     config = tiny_config(**PRIVATE, **{"num-server-rounds": 4})
 
     def releases(chosen: slice) -> list[int]:
-        train_orders(assignments(config, tmp_path)[chosen])
+        train_instructions(assignments(config, tmp_path)[chosen])
         return [account.standing.releases for account in read_ledgers(tmp_path / "ledger")]
 
     assert releases(slice(4)) == [1] * 4
@@ -218,7 +222,7 @@ def test_a_cohort_that_does_not_fit_is_halved_and_marked(
 
     monkeypatch.setattr(oom_retry, "train_cohort", small)
     with caplog.at_level(logging.WARNING):
-        found = [train_orders(assignments(config, tmp_path / n)) for n in ("one", "two")]
+        found = [train_instructions(assignments(config, tmp_path / n)) for n in ("one", "two")]
     assert tried == [4, 2, 1, 1, 2, 1, 1] * 2
     assert (
         len([r for r in caplog.records if "they train in halves" in r.message and ": 4 " in r.message]) == 1
@@ -238,7 +242,7 @@ def test_what_does_not_fit_alone_is_an_error(
         raise MemoryError("full")
 
     monkeypatch.setattr(oom_retry, "train_cohort", never)
-    found = train_orders(assignments(tiny_config(), tmp_path))
+    found = train_instructions(assignments(tiny_config(), tmp_path))
     assert all(isinstance(error, MemoryError) for error in found)
     assert not oom_retry.out_of_memory(RuntimeError("shapes differ"))
 
@@ -249,7 +253,7 @@ def test_a_model_that_cannot_trains_one_by_one(
     config = tiny_config()
     wanted = alone(assignments(config, tmp_path / "alone"))
     monkeypatch.setattr(execute_cohort, "why_alone", lambda model: "the head is odd")
-    found = train_orders(assignments(config, tmp_path / "together"))
+    found = train_instructions(assignments(config, tmp_path / "together"))
     for one, other in zip(found, wanted, strict=True):
         assert all(torch.equal(one.arrays[n], t) for n, t in other.arrays.items())
 
@@ -258,12 +262,14 @@ def test_messages_become_replies_or_lines(tmp_path: Path, cache: Path) -> None:
     config = tiny_config()
     node = {"state-dir": str(tmp_path), "simulation": True}
     nodes = [{**node, "partition-id": p} for p in (0, 9, 1)]
-    found = handle_together([content(config) for _ in nodes], [to_flat(config)] * 3, nodes)
+    found = handle_together([content(config) for _ in nodes], [to_flat(config)] * 3, nodes, RUNTIMES)
     assert found[1] == "ConfigError: partition-id = 9: the data has partitions 0 to 3"
     assert [wire.decode_reply(found[k]).status for k in (0, 2)] == [wire.OK] * 2
     with pytest.raises(UpdateRefused):
         wire.decode_instruction(RecordDict())
-    broken = handle_together([RecordDict(), content(config)], [to_flat(config)] * 2, [nodes[0], nodes[2]])
+    broken = handle_together(
+        [RecordDict(), content(config)], [to_flat(config)] * 2, [nodes[0], nodes[2]], RUNTIMES
+    )
     assert isinstance(broken[0], str)
     assert broken[0].startswith("UpdateRefused: ")
     assert wire.decode_reply(broken[1]).status == wire.OK
@@ -277,18 +283,20 @@ def test_a_node_tells_nobody_where_its_ledger_lies(
     config = tiny_config(**PRIVATE)
     given = assignments(config, tmp_path)[:2]
     for one in given:
-        assert train_instruction(one.order, one.config, one.node).status == wire.OK
+        assert train_instruction(one.runtime, one.instruction, one.config, one.node).status == wire.OK
     for path in (tmp_path / "ledger").glob("*partition*.jsonl"):
         path.write_text("{}\n")
     for simulation in (True, False):
         again = [
             replace(
-                one, order=replace(one.order, server_round=2), node=replace(one.node, simulation=simulation)
+                one,
+                instruction=replace(one.instruction, server_round=2),
+                node=replace(one.node, simulation=simulation),
             )
             for one in given
         ]
         with caplog.at_level(logging.WARNING):
-            found = train_orders(again) if together else alone(again)
+            found = train_instructions(again) if together else alone(again)
         for reply in found:
             assert isinstance(reply, wire.Reply)
             assert reply.status == wire.DECLINED

@@ -13,14 +13,12 @@ from flwr.app import Error, Message, MessageType
 from torch import Tensor
 
 from clients.handler import handle, handle_together
-from clients.runtime import client_runtime
 from fedlora.config import RunConfig
 from fedlora.config.files import to_flat
-from fedlora.server.directory import RunDirectory
-from fedlora.server.federated_run import FederatedRun
 from strategies.registry import RULES
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid
+from tests.in_process import RUNTIMES, client_runtime, federated
 from tests.models.samples import logits, token_batch
 
 UNEQUAL_RANKS = {name for name, rule in RULES.items() if rule.facts.mixed_ranks and rule.facts.uploaded}
@@ -53,10 +51,12 @@ class CohortGrid(FakeGrid):
             for m in given
         ]
         if self._together and given[0].metadata.message_type == MessageType.TRAIN:
-            contents = handle_together([m.content for m in given], [self._config] * len(given), nodes)
+            contents = handle_together(
+                [m.content for m in given], [self._config] * len(given), nodes, RUNTIMES
+            )
         else:
             contents = [
-                handle(m.metadata.message_type.split(".")[0], m.content, self._config, node)
+                handle(m.metadata.message_type.split(".")[0], m.content, self._config, node, RUNTIMES)
                 for m, node in zip(given, nodes, strict=True)
             ]
         return [
@@ -69,7 +69,7 @@ class CohortGrid(FakeGrid):
 
 def run(config: RunConfig, path: Path, *, together: bool) -> tuple[dict[str, Tensor], Tensor, list[Any]]:
     """How far each layer and the head have moved, the logits of the last model, and the records."""
-    federation = FederatedRun(config, RunDirectory(path / "run"))
+    federation = federated(config, path / "run")
     federation.run(CohortGrid(federation.partitions, config, path / "clients", together=together))
     state = federation.state
     moved = {f"head.{name}": tensor for name, tensor in state.head.items()}

@@ -1,0 +1,188 @@
+"""Callbacks of a run, in the order in which they are called: evaluation, record, tracker, checkpoint.
+
+`FederatedRun` calls each before its rounds, after each round and at the end. The record of a round
+(``report.record``) and the result are filled in as they are passed on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedlora.core.factors import Tensors
+from fedlora.server.client_privacy import clients_spent
+from fedlora.server.evaluator import GlobalEvaluator, is_measured
+from fedlora.server.exactness import mean_is_exact
+from fedlora.server.export import export, own_tensors
+from fedlora.server.records import (
+    BY_CLIENT,
+    MEASURED,
+    accuracy_by_client,
+    personal_summary,
+    result_record,
+    round_record,
+    spread,
+)
+from fedlora.server.tracking import Tracking
+from strategies.replies import RoundReport
+
+if TYPE_CHECKING:
+    from fedlora.server.federated_run import FederatedRun
+
+
+class Callback:
+    """Called by a run; each of these does nothing."""
+
+    def before_run(self, run: FederatedRun) -> None:
+        """Before the first of the rounds that are not done yet."""
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """After each round; ``run.strategy`` is between two rounds."""
+
+    def after_run(self, run: FederatedRun, result: dict[str, Any]) -> None:
+        """After the last round; what is in ``result`` then is returned."""
+
+    def close(self) -> None:
+        """However the run ends."""
+
+
+class Evaluate(Callback):
+    """Evaluates the global model, or where clients keep a part of it collects what they found."""
+
+    def before_run(self, run: FederatedRun) -> None:
+        """What a pretrained model can do already, where it is no fresh head that decides that."""
+        self._global = GlobalEvaluator(run.session)
+        if run.runtime.model.task.labelled or run.directory.before() is not None:
+            return
+        began = time.monotonic()
+        whole = self._global.whole(run.state)
+        self._write_samples(run, "before")
+        run.directory.write_before(self._global.record(whole))
+        measured = self._global.part(run.state)
+        run.before = {"round": 0, **measured, "refused": {}, "seconds": time.monotonic() - began}
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """Begin the round's record: accuracy, loss and what else the task has; None where not measured."""
+        report.record = {"accuracy": None, "loss": None}
+        if not is_measured(run.config, report.server_round):
+            return
+        if run.personal:
+            data, task = run.runtime.data, run.runtime.model.task
+            report.record = personal_summary(report.client_metrics, data.domain_names, task)
+            return
+        if report.server_round == run.config.num_server_rounds:
+            self._global.whole(run.state)
+        report.record = self._global.part(run.state)
+
+    def after_run(self, run: FederatedRun, result: dict[str, Any]) -> None:
+        """Begin the result: the last model on the whole test set, and how clients differ."""
+        last = run.directory.rounds()[-1]
+        outcome: dict[str, Any] = {key: last[key] for key in MEASURED if key in last}
+        by_client = last.get(BY_CLIENT)
+        if not run.personal:
+            whole = self._global.whole(run.state)
+            outcome, by_client = self._global.record(whole), None
+            if run.session.nodes is None:  # nodes alone know which domains they hold
+                partitioner = run.config.data.partitioner
+                by_client = accuracy_by_client(whole, run.runtime.data, run.partitions, partitioner)
+        result |= outcome | spread(by_client)
+        self._write_samples(run, "after")
+
+    def _write_samples(self, run: FederatedRun, when: str) -> None:
+        """``samples.json``: what the global model writes, where it writes."""
+        if run.runtime.model.task.unit == "token" and not run.personal:
+            run.directory.write_samples(when, self._global.samples(run.state))
+
+
+class Record(Callback):
+    """Writes ``rounds.jsonl``, and at the end ``adapter/``; it completes the result."""
+
+    def before_run(self, run: FederatedRun) -> None:
+        """Time runs from here."""
+        self._began = time.monotonic()
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """Complete the round's record and write it."""
+        if run.config.privacy.client_level:
+            report.privacy = clients_spent(run.config, run.strategy.snapshot().participations)
+        now = time.monotonic()
+        report.record = round_record(run.config, report, report.record, now - self._began)
+        if run.left_out:
+            report.record["left_out"] = {str(p): why for p, why in run.left_out.items()}
+        self._began = now
+        run.directory.append_round(report.record)
+
+    def after_run(self, run: FederatedRun, result: dict[str, Any]) -> None:
+        """Complete the result, and write the adapters."""
+        records, before = run.directory.rounds(), run.directory.before()
+        whole = result_record(run.config, run.runtime.data, records, dict(result), before)
+        result.clear()
+        result.update(whole)
+        if run.config.lora.method != "lora":
+            exact = mean_is_exact(run.strategy.rule, run.runtime.model, run.state.adapters)
+            result |= {"lora_method": run.config.lora.method, "exact": exact}
+        average = bool(run.strategy.rule.facts.uploaded)
+        export(run.directory.path, run.config, run.runtime, run.state, _own(run), average=average)
+
+
+def _own(run: FederatedRun) -> dict[int, Tensors]:
+    """What clients kept to themselves, where it can be reached."""
+    if not run.personal or run.session.stores is None:
+        return {}
+    return own_tensors(run.session.stores / run.run_key, run.partitions, run.state.round)
+
+
+class Track(Callback):
+    """Hands records on to an experiment tracker."""
+
+    def before_run(self, run: FederatedRun) -> None:
+        """Open the tracker."""
+        self._tracking = Tracking(run.config, run.directory.path)
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """The round's record."""
+        self._tracking.log_round(report.record)
+
+    def after_run(self, run: FederatedRun, result: dict[str, Any]) -> None:
+        """The result."""
+        self._tracking.log_result(result)
+
+    def close(self) -> None:
+        """Finish the tracker's run."""
+        self._tracking.close()
+
+
+class Checkpoint(Callback):
+    """Writes what the run needs to go on after this round."""
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """Replace the checkpoint."""
+        run.directory.save_checkpoint(run.strategy.snapshot())
+
+
+class Tell(Callback):
+    """Calls a function with each round's record.
+
+    Args:
+        function: also called with the evaluation before round 1, as round 0.
+        begin: called before that with the last round that was done before, and who takes no part and why.
+    """
+
+    def __init__(
+        self,
+        function: Callable[[dict[str, Any]], None],
+        begin: Callable[[int, Mapping[int, str]], None] | None = None,
+    ) -> None:
+        self._function, self._begin = function, begin
+
+    def before_run(self, run: FederatedRun) -> None:
+        """Where the run stands, and what was measured before round 1, if it just was."""
+        if self._begin is not None:
+            self._begin(run.state.round, run.left_out)
+        if run.before:
+            self._function(run.before)
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """The round's record."""
+        self._function(report.record)
