@@ -8,10 +8,11 @@ between them stays float32, which on a processor is faster than half precision t
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from fedlora.models import AdaptedModel
 MOST_BYTES = 256 * 2**20
 """Weights of a model that are laid out at most: each is kept twice more, for either direction, and half as
 much again where training is in bfloat16, evaluation in float32."""
+OPERATORS = ("_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported")
+"""torch's private operators that this module calls, all of them and nowhere else."""
 ROWS = 512
 """Tokens of a pass for which the layout is chosen."""
 Forward = Callable[[Tensor], Tensor]
@@ -80,14 +83,23 @@ def packs(model: AdaptedModel, precision: torch.dtype) -> bool:
 
 
 def has_onednn(precision: torch.dtype) -> bool:
-    """Whether this torch has the products that are used here, and this processor the arithmetic."""
-    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    half = precision == torch.bfloat16
-    return (
-        available
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        and (not half or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
+    """Whether this torch has the private operators that are used here, and this processor the arithmetic.
+
+    This is the one switch: where it says no, every layer is computed by torch's own product.
+    """
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    lacking = [name for name in OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    if lacking:
+        _tell(f"torch {torch.__version__} has no mkldnn.{lacking[0]}: frozen layers are not packed, slower")
+        return False
+    return precision != torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def _tell(line: str) -> None:
+    """Say a line once in a process."""
+    logging.getLogger("fedlora").warning(line)
 
 
 @dataclass(frozen=True, slots=True)

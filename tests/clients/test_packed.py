@@ -160,3 +160,19 @@ def _overlaid(network: AdaptedModel) -> list[str]:
 def _values(network: AdaptedModel) -> tuple[Any, Any]:
     one = member(network, 0)
     return one.adapters, one.head
+
+
+def test_a_torch_without_the_operators_computes_by_itself_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, dense = model(torch.float32), "backbone.encoder.layer.0.intermediate.dense"
+    monkeypatch.setattr(packing, "OPERATORS", (*packing.OPERATORS, "_no_such_operator"))
+    layers = frozen_layers(network)
+    x = torch.randn(2, 3, layers[dense].in_features)
+    with packed_base(network):
+        forward = frozen_forwards(network, layers, torch.float32)[dense]
+        assert torch.equal(forward(x), layers[dense](x))
+        assert not any("forward" in vars(layer) for layer in layers.values())
+    line = f"torch {torch.__version__} has no mkldnn._no_such_operator: frozen layers are not packed, slower"
+    said = [r.message for r in caplog.records if "_no_such_operator" in r.message]
+    assert said == [line]

@@ -53,6 +53,15 @@ def test_it_starts_at_the_base_and_alike_for_one_seed(method: str) -> None:
     assert torch.equal(logits(one.module, batch), logits(two.module, batch))
 
 
+@pytest.mark.parametrize("method", [name for name, tuner in TUNERS.items() if tuner.seed])
+def test_what_is_drawn_and_not_trained_is_of_the_runs_seed(method: str) -> None:
+    one, other, batch = model_with(method, seed=7), model_with(method, seed=8), token_batch()
+    given = moved(start_of(one), 1)
+    one.load(given, {})
+    other.load(given, {})
+    assert (logits(one.module, batch) - logits(other.module, batch)).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("method", KINDS)
 def test_what_is_loaded_is_read_and_other_shapes_are_refused(method: str) -> None:
     model = model_with(method)
