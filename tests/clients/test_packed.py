@@ -167,10 +167,10 @@ def test_a_torch_without_the_operators_computes_by_itself_and_says_so(
 ) -> None:
     network, dense = model(torch.float32), "backbone.encoder.layer.0.intermediate.dense"
     monkeypatch.setattr(packing, "OPERATORS", (*packing.OPERATORS, "_no_such_operator"))
-    layers = frozen_layers(network)
+    layers = network.frozen
     x = torch.randn(2, 3, layers[dense].in_features)
     with packed_base(network):
-        forward = frozen_forwards(network, layers, torch.float32)[dense]
+        forward = frozen_forwards(network, torch.float32)[dense]
         assert torch.equal(forward(x), layers[dense](x))
         assert not any("forward" in vars(layer) for layer in layers.values())
     line = f"torch {torch.__version__} has no mkldnn._no_such_operator: frozen layers are not packed, slower"
