@@ -18,7 +18,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 INNER = ("strategies", "clients")
 """Folders that move below ``fedlora``; modules of these names there are their stand-ins in a checkout."""
 IMPORT = re.compile(rf"(?m)(^\s*(?:from|import)\s+|import_module\(\")(?=(?:{'|'.join(INNER)})\b)")
-KEPT = (".py", ".pyi", ".typed", ".html", ".css", ".js")
+KEPT = (".py", ".pyi", ".typed", ".html", ".css", ".js", ".sh", ".service", ".toml")
 
 
 class NestedPackages(BuildHookInterface):  # type: ignore[type-arg]
@@ -42,6 +42,8 @@ class NestedPackages(BuildHookInterface):  # type: ignore[type-arg]
                     (target / where).write_text(IMPORT.sub(r"\1fedlora.", file.read_text()))
                 else:
                     shutil.copyfile(file, target / where)
+        for name in ("pyproject.toml", "LICENSE"):  # what a Flower app is declared by
+            shutil.copyfile(top / name, inside / name)
         build_data["force_include"][str(inside)] = "fedlora"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

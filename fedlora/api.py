@@ -9,11 +9,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora.config import RunConfig, Scalar, from_flat, read_config, to_flat
 from fedlora.errors import ConfigError
-from fedlora.merge.aggregate import Outcome
+
+if TYPE_CHECKING:
+    from fedlora.merge.aggregate import Outcome
 
 AnyPath: TypeAlias = str | Path
 Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Scalar]
@@ -61,24 +63,39 @@ class StudyResult:
 
 
 def run(
-    config: Config, out: AnyPath, *, overrides: Mapping[str, Scalar] | None = None, resume: bool = False
+    config: Config,
+    out: AnyPath,
+    *,
+    overrides: Mapping[str, Scalar] | None = None,
+    resume: bool = False,
+    federation: AnyPath | None = None,
 ) -> RunResult:
-    """One simulated run.
+    """One run, in simulation or deployed.
 
     Args:
         config: see `Config`.
         out: the run directory; empty or absent, except with ``resume``.
         overrides: dotted keys that go over those of ``config``.
         resume: go on after the last checkpoint in ``out``.
+        federation: the directory of a federation that is up; without it the run is simulated.
 
     Raises:
         ConfigError: a configuration that cannot be carried out, or a directory in use; nothing was started.
         RunFailed: the run stopped; what was written before is kept.
     """
-    from fedlora.simulation.simulate import simulate
+    settings, path = _settings(config, overrides), Path(out).expanduser()
+    if federation is None:
+        from fedlora.simulation.simulate import simulate
 
-    path = Path(out).expanduser()
-    simulate(_settings(config, overrides), path, resume=resume)
+        simulate(settings, path, resume=resume)
+    else:
+        from fedlora.deployment.operator.layout import open_layout
+        from fedlora.deployment.operator.submit import submit
+        from fedlora.server.progress import RoundProgress
+
+        layout = open_layout(Path(federation).expanduser())
+        with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
+            submit(layout, settings, path, resume=resume, progress=progress.update)
     return load_run(path)
 
 

@@ -13,8 +13,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.runtime import configured, read_runtime
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.layout import FAILURE, roll_of
-from fedlora.deployment.superlink.node_keys import NodeKeys
+from fedlora.deployment.operator.layout import FAILURE, NodeKeys, roll_of
 from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory

@@ -22,7 +22,7 @@ def fedlora(*arguments: str) -> Result:
 
 BAD_REQUESTS = {
     "unknown key": (["--set", "lora.rnak=4"], "lora.rnak", "lora.rank"),
-    "wrong type": (["--set", "lora.rank=four"], "lora.rank = 'four'", "whole number"),
+    "wrong type": (["--set", "lora.rank=four"], "lora.rank = 'four'", "valid integer"),
     "impossible value": (["--set", "fraction-train=1.5"], "fraction-train = 1.5", "(0, 1]"),
     "unknown strategy": (["--set", "strategy.name=fedavgg"], "'fedavgg'", "did you mean fedavg?"),
     "unknown option": (["--set", 'strategy.options={"lam": 1}'], "lam", "flora accepts init_a"),
@@ -38,7 +38,7 @@ BAD_REQUESTS = {
     "target modules that match nothing": (["--set", "lora.target-modules=q_proj"], "q_proj", "query"),
     "missing column": (["--set", "data.label-column=stars"], "", ""),
     "mixed ranks refused": (["--set", "strategy.name=fedavg"], "fedavg needs equal ranks", "flora"),
-    "ranks that are no numbers": (["--set", "lora.ranks=2,x"], "lora.ranks = '2,x'", "whole number"),
+    "ranks that are no numbers": (["--set", "lora.ranks=2,x"], "lora.ranks = '2,x'", "valid integer"),
     "bad groups": (["--set", 'client-groups=[{"rank": 2}]'], "client-groups", "partitions is missing"),
     "not json": (["--set", "strategy.options={"], "strategy.options", "not JSON"),
     "init": (["--set", "strategy.init-a=zeros"], "'zeros'", "kaiming, orthonormal"),

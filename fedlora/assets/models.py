@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.assets.fetch import announced, asset_identity, asset_path, cache_dir, create_directory
+from fedlora.core.code import need_extra
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM_MODELS = ("tiny", "tiny-lm")
@@ -37,6 +38,7 @@ def converted_home() -> Path:
 
 def _convert(source: Path, draft: Path) -> None:
     """GGUF with weights of 4 bits to safetensors with the same weights in float32."""
+    need_extra("offline", "model.name = 'smollm2'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

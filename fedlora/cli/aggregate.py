@@ -48,24 +48,22 @@ def aggregate(
 
     Example: fedlora aggregate --strategy flora --weights 3,1 --out global clients/a clients/b
     """
-    from fedlora.merge.aggregate import Request
-    from fedlora.merge.aggregate import aggregate as carry_out
+    from fedlora import api
 
-    request = Request(
-        adapters=adapters,
+    outcome = api.aggregate(
+        adapters,
+        out_dir,
         strategy=strategy,
         options=parse_options(option),
         weights=None if weights is None else parse_weights(weights),
         base=base,
         merge=merge,
-        out=out_dir,
     )
-    outcome = carry_out(request)
     if as_json:
         paths = {"adapters": list(map(str, adapters)), "out": str(out_dir)}
         sys.stdout.write(json.dumps(asdict(outcome) | paths) + "\n")
         return
-    lines = summary_lines(request.adapters, outcome, equal=weights is None)
+    lines = summary_lines(adapters, outcome, equal=weights is None)
     for line in (*lines, f"{'model' if merge else 'adapter'} in {out_dir}"):
         out.print(line, highlight=False, markup=False)
 

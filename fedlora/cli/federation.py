@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedlora.cli.console import err, one_line_errors, out
+from fedlora.core.code import need_extra
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's directory.")]
 Port = Annotated[int, typer.Option("--port", help="Port that nodes reach; 0 takes a free one.")]
@@ -40,6 +41,7 @@ def init(
 
     Example: fedlora federation init hospitals --nodes 3 --host fl.example.org
     """
+    need_extra("deploy", "fedlora federation init")
     from fedlora.deployment.operator.create import create
 
     layout = create(directory, nodes, host, port=port, data=data)
@@ -59,6 +61,7 @@ def up(
 
     Example: fedlora federation up hospitals
     """
+    need_extra("deploy", "fedlora federation up")
     from fedlora.deployment.operator.layout import open_layout
     from fedlora.deployment.operator.loopback import Loopback
 
@@ -167,6 +170,7 @@ def gate(
     control_port: Annotated[int, typer.Option("--control-port", help="The SuperLink's own port.")] = 8001,
 ) -> None:
     """Let SuperNodes through to the SuperLink, and nobody else; ``gate.sh`` calls it."""
+    need_extra("deploy", "fedlora federation gate")
     from fedlora.deployment.superlink.proxy import serve_gate
 
     serve_gate(directory, host, port, control_port)

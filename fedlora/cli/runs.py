@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from fedlora.cli.console import one_line_errors, out, percent
 from fedlora.errors import ConfigError
-
-if TYPE_CHECKING:
-    from fedlora.config import RunConfig
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -41,15 +38,12 @@ def run(
 
     Example: fedlora run experiments/demo.toml --set strategy.name=flora --out runs/flora
     """
+    from fedlora import api
     from fedlora.config import parse_overrides, read_config
 
     settings = read_config(config, parse_overrides(set_))
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
-    result = (
-        _simulated(settings, path, resume)
-        if federation is None
-        else _deployed(settings, path, resume, federation)
-    )
+    result = api.run(settings, path, resume=resume, federation=federation).record
     out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
@@ -83,15 +77,19 @@ def compare(
 
     Example: fedlora compare experiments/demo.toml --out runs/demo
     """
-    from fedlora.config import parse_overrides, read_config
-    from fedlora.study.execute.runner import run_study
+    from fedlora import api
+    from fedlora.config import parse_overrides
 
-    settings = read_config(config, parse_overrides(set_))
-    path = out_dir or Path(f"runs/{config.stem}")
-    report = run_study(
-        settings, path, resume=resume, retry_failed=retry_failed, share=share, parallel=parallel
+    study = api.compare(
+        config,
+        out_dir or Path(f"runs/{config.stem}"),
+        overrides=parse_overrides(set_),
+        resume=resume,
+        retry_failed=retry_failed,
+        share=share,
+        parallel=parallel,
     )
-    out.print(f"report: {report}")
+    out.print(f"report: {study.report}")
 
 
 @one_line_errors
@@ -117,9 +115,9 @@ def evaluate(
     if lm_eval:
         _by_harness(adapter, lm_eval, limit, as_json)
         return
-    from fedlora.evaluation.adapter import evaluate_adapter
+    from fedlora import api
 
-    result = evaluate_adapter(adapter, data, text_column=text_column, label_column=label_column)
+    result = api.evaluate(adapter, data, text_column=text_column, label_column=label_column)
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return
@@ -143,19 +141,3 @@ def _measured(result: dict[str, Any]) -> str:
     if result.get("perplexity") is None:
         return f"accuracy {percent(result['accuracy'])}"
     return f"perplexity {result['perplexity']:.2f}, next-token accuracy {percent(result['accuracy'])}"
-
-
-def _simulated(settings: RunConfig, path: Path, resume: bool) -> dict[str, Any]:
-    from fedlora.simulation.simulate import simulate
-
-    return simulate(settings, path, resume=resume)
-
-
-def _deployed(settings: RunConfig, path: Path, resume: bool, federation: Path) -> dict[str, Any]:
-    from fedlora.deployment.operator.layout import open_layout
-    from fedlora.deployment.operator.submit import submit
-    from fedlora.server.progress import RoundProgress
-
-    layout = open_layout(federation)
-    with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
-        return submit(layout, settings, path, resume=resume, progress=progress.update)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,29 @@ from fedlora.errors import ConfigError, named_line
 _HOME = Path(__file__).resolve().parents[1]
 BESIDE = ("clients", "strategies")
 """Packages that lie beside ``fedlora`` in a checkout or an app bundle, and in it in a wheel."""
+
+
+EXTRAS = {
+    "deploy": ("cryptography", "httpx", "uvicorn"),
+    "report": ("matplotlib",),
+    "offline": ("gguf", "rdata"),
+}
+"""What ``pip install 'fedlora[NAME]'`` installs beside the rest."""
+
+
+def need_extra(extra: str, use: str) -> None:
+    """Refuse a use for which the packages of an extra are missing.
+
+    Args:
+        extra: a name of `EXTRAS`.
+        use: what needs it, for the message.
+
+    Raises:
+        ConfigError: one is missing.
+    """
+    missing = [package for package in EXTRAS[extra] if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{use} needs {', '.join(missing)}: pip install 'fedlora[{extra}]'")
 
 
 def code_root() -> Path:
@@ -23,6 +47,12 @@ def top_packages() -> tuple[str, ...]:
     """Names of the top-level packages that hold this code, sorted."""
     nested = all((_HOME / name).is_dir() for name in BESIDE)
     return ("fedlora",) if nested else tuple(sorted(("fedlora", *BESIDE)))
+
+
+def project_file() -> Path:
+    """The ``pyproject.toml`` of this code, with ``LICENSE`` beside it; a wheel has copies of both."""
+    beside = code_root() / "pyproject.toml"
+    return beside if len(top_packages()) > 1 else _HOME / "pyproject.toml"
 
 
 def prefer_own_code() -> None:

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from fedlora.deployment.operator.keys import fingerprint
-from fedlora.deployment.superlink.node_keys import NodeKeys
+from fedlora.deployment.operator.layout import NodeKeys
 from fedlora.errors import RunFailed
 from strategies import FedAvg
 from strategies.flower import FactorStrategy

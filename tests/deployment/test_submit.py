@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_files_beside_the_operator_are_found_by_a_server_that_works_elsewhere(
         "synthetic",
     )
     assert submit.whole_paths(tiny_config(**{"data.name": "here.jsonl"})).data.test == ""
+
+
+def test_the_app_is_declared_as_the_project_is(tmp_path: Path) -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    with submit._app(tmp_path) as app:
+        declared = tomllib.loads((app / "pyproject.toml").read_text())
+        included = declared["tool"]["flwr"]["app"].pop("fab-include")
+        assert all(any(app.glob(pattern.lstrip("/"))) for pattern in included)
+    wanted = project["tool"]["flwr"]
+    assert set(included) == {p for p in wanted["app"].pop("fab-include") if p != "/README.md"}
+    assert declared["tool"]["flwr"] == wanted
+    assert declared["project"]["version"] == project["project"]["version"]
 
 
 def test_the_server_is_told_whole_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

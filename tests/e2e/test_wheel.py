@@ -93,7 +93,8 @@ def test_the_wheel_holds_one_package_with_all_modules(wheel: Path) -> None:
     for package in ("clients", "strategies"):
         kept |= {f"fedlora/{p.relative_to(ROOT)}" for p in (ROOT / package).rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == kept
-    assert "fedlora/py.typed" in names
+    others = ("py.typed", "pyproject.toml", "LICENSE", "deployment/operator/templates/start.sh")
+    assert {f"fedlora/{name}" for name in others} <= set(names)
 
 
 @pytest.mark.slow

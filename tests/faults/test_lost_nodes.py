@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from fedlora.deployment.operator.create import create
-from fedlora.deployment.operator.environment import flower_environment
 from fedlora.deployment.operator.loopback import free_ports
 from fedlora.deployment.operator.operate import node_states
+from fedlora.deployment.operator.scripts import flower_environment
 from tests.faults.deployed import NODES, Up, adapter, federation, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]

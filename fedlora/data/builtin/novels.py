@@ -16,6 +16,7 @@ from typing import Any
 from datasets import Dataset
 
 from fedlora.assets.fetch import announced, cache_dir, create_directory, file_sha256
+from fedlora.core.code import need_extra
 from fedlora.data.split import PARAGRAPH
 from fedlora.errors import AssetError, first_line
 
@@ -86,6 +87,7 @@ def _do(command: list[str], folder: Path) -> None:
 
 def _texts(home: Path) -> dict[str, str]:
     """Title -> text, out of R's lazy-load database: an index, and zlib behind a length for each object."""
+    need_extra("offline", "data.name = 'novels'")
     import rdata
 
     texts = {}

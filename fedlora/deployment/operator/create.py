@@ -11,15 +11,7 @@ import tomli_w
 from fedlora.core.files import check_place, new_directory, write_atomic
 from fedlora.deployment.operator.keys import write_authority, write_node_key, write_server
 from fedlora.deployment.operator.layout import SERVER_FILE, Layout, open_layout
-from fedlora.deployment.operator.scripts import (
-    RESTART_SECONDS,
-    flower_config,
-    gate_script,
-    node_script,
-    node_toml,
-    superlink_script,
-    unit,
-)
+from fedlora.deployment.operator.scripts import RESTART_SECONDS, filled, flower_config, node_toml, unit
 from fedlora.errors import ConfigError
 
 FOLDER, SCRIPT = 0o700, 0o755
@@ -84,8 +76,8 @@ def _write_server(
         folder.mkdir(mode=FOLDER)
     (server / "ca.crt").write_bytes(authority[0].read_bytes())
     write_server(server / "server.crt", server / "server.key", authority, hosts)
-    _write_script(server / "superlink.sh", superlink_script(port + 1))
-    _write_script(server / "gate.sh", gate_script(port, port + 1))
+    _write_script(server / "superlink.sh", filled("superlink.sh", control_port=port + 1))
+    _write_script(server / "gate.sh", filled("gate.sh", port=port, control_port=port + 1))
     superlink = unit("SuperLink of a fedlora federation", "server", "superlink.sh", 5)
     (server / "fedlora-superlink.service").write_text(superlink)
     gate = unit("Gate of a fedlora federation", "server", "gate.sh", 5)
@@ -104,7 +96,7 @@ def _write_node(draft: Path, partition: int, address: str, data: str) -> dict[st
     (node / "ca.crt").write_bytes((draft / "ca" / "ca.crt").read_bytes())
     own = str(Path(data).absolute()) if data else ""
     (node / "node.toml").write_text(node_toml(partition, own, Path(data).stem if data else ""))
-    _write_script(node / "start.sh", node_script(address))
+    _write_script(node / "start.sh", filled("start.sh", address=address))
     text = unit(f"Node {partition} of a fedlora federation", name, "start.sh", RESTART_SECONDS)
     (node / "fedlora-supernode.service").write_text(text)
     return {"name": name, "partition-id": partition, "fingerprint": mark}

@@ -14,9 +14,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
 
 SERVER_FILE = "federation.toml"
 FAILURE = "failure.json"
@@ -122,6 +125,27 @@ def roll_of(file: Path) -> dict[str, int]:
     """
     nodes = _nodes(file, read_server_file(file))
     return {node.fingerprint: node.partition_id for node in nodes}
+
+
+class NodeKeys:
+    """The partitions of keys, for `strategies.nodes.NodeDirectory`: a node is who its key says that it is.
+
+    The SuperLink answers a SuperNode only if it signs with the key that it was registered with, and tells the
+    ServerApp each node's public key. A key that is not on the roll takes no part, whatever it claims.
+
+    Args:
+        partitions: key fingerprint -> partition id, see `roll_of`.
+    """
+
+    def __init__(self, partitions: Mapping[str, int]) -> None:
+        self.partitions = dict(partitions)
+
+    def __call__(self, grid: Grid) -> dict[int, int | None]:
+        """Node id -> the partition of its key, None for a key that is not on the roll."""
+        from fedlora.deployment.operator.keys import fingerprint
+
+        nodes: list[Any] = list(grid.get_nodes())
+        return {node.node_id: self.partitions.get(fingerprint(node.public_key)) for node in nodes}
 
 
 def _nodes(file: Path, table: Mapping[str, Any]) -> tuple[NodeEntry, ...]:

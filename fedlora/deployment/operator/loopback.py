@@ -20,11 +20,10 @@ from typing import Any
 import psutil
 
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.environment import flower_environment
 from fedlora.deployment.operator.layout import Layout, NodeEntry
 from fedlora.deployment.operator.operate import node_states, register
 from fedlora.deployment.operator.running import GATE, SUPERLINK, supervisor
-from fedlora.deployment.operator.scripts import REQUEST_REFUSED, RESTART_SECONDS
+from fedlora.deployment.operator.scripts import REQUEST_REFUSED, RESTART_SECONDS, flower_environment
 from fedlora.errors import ConfigError, RunFailed
 
 START_SECONDS = 120.0

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.environment import flower_environment
 from fedlora.deployment.operator.layout import CONNECTION, Layout, NodeEntry
 from fedlora.deployment.operator.running import control_port
-from fedlora.deployment.operator.scripts import flower_config
+from fedlora.deployment.operator.scripts import flower_config, flower_environment
 from fedlora.errors import RunFailed
 
 REGISTERED = "in use"

@@ -7,17 +7,17 @@ import shutil
 import subprocess
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from fedlora.config import RunConfig, to_flat, unflatten
-from fedlora.core.code import code_root, top_packages
+from fedlora.core.code import code_root, project_file, top_packages
 from fedlora.data.columns import BUILT_IN
 from fedlora.deployment.operator.layout import CONNECTION, FAILURE, Layout
 from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
@@ -108,23 +108,12 @@ def _app(near: Path) -> Iterator[Path]:
         for package in top_packages():
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(code_root() / package, app / package, ignore=ignored)
-        project = {
-            "project": {"name": APP, "version": version(APP), "license": "Apache-2.0"},
-            "tool": {
-                "flwr": {
-                    "app": {
-                        "publisher": APP,
-                        "fab-include": [f"{package}/**/*.py" for package in top_packages()],
-                        "components": {
-                            "serverapp": "fedlora.server_app:app",
-                            "clientapp": "fedlora.client_app:app",
-                        },
-                        "config": unflatten(to_flat(RunConfig())),
-                    }
-                }
-            },
-        }
-        (app / "pyproject.toml").write_text(tomli_w.dumps(project))
+        declared = tomllib.loads(project_file().read_text())
+        project = {key: declared["project"][key] for key in ("name", "version", "license", "dependencies")}
+        flower = declared["tool"]["flwr"]
+        flower["app"]["fab-include"] = [*(f"{package}/**/*.py" for package in top_packages()), "/LICENSE"]
+        shutil.copyfile(project_file().with_name("LICENSE"), app / "LICENSE")
+        (app / "pyproject.toml").write_text(tomli_w.dumps({"project": project, "tool": {"flwr": flower}}))
         yield app
 
 

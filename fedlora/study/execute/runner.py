@@ -12,6 +12,7 @@ from typing import Any
 from rich.markup import escape
 
 from fedlora.config import RunConfig
+from fedlora.core.code import need_extra
 from fedlora.core.files import write_atomic
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import held
@@ -28,7 +29,6 @@ from fedlora.study.execute.reuse import STUDY, check_shared, others_beside
 from fedlora.study.execute.scheduler import RunOptions, run_cells
 from fedlora.study.plan.absent import Absent, applicable
 from fedlora.study.plan.cells import Cell, expand
-from fedlora.study.report.report import write_report
 
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
@@ -55,6 +55,7 @@ def run_study(
             at a time; nothing was run or written.
         RunFailed: cells failed; the report is on the others.
     """
+    need_extra("report", "fedlora compare")
     if path.is_dir() and any(path.iterdir()) and not resume:
         raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
     check_schema(path / STUDY)
@@ -82,6 +83,8 @@ def run_study(
     if not results:
         raise _failure(failed, 0, "there is nothing to report on")
     report, title = path / "report.html", config.study.title or path.name
+    from fedlora.study.report.report import write_report
+
     write_report(report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning)
     peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
     console.print(f"{len(results)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
