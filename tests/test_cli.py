@@ -38,7 +38,7 @@ BAD_REQUESTS = {
     "target modules that match nothing": (["--set", "lora.target-modules=q_proj"], "q_proj", "query"),
     "missing column": (["--set", "data.label-column=stars"], "", ""),
     "mixed ranks refused": (["--set", "strategy.name=fedavg"], "fedavg needs equal ranks", "flora"),
-    "ranks that are no numbers": (["--set", "lora.ranks=2,x"], "lora.ranks = '2,x'", "valid integer"),
+    "ranks that are no numbers": (["--set", "lora.ranks=2,x"], "lora.ranks = '2,x'", "whole number"),
     "bad groups": (["--set", 'client-groups=[{"rank": 2}]'], "client-groups", "partitions is missing"),
     "not json": (["--set", "strategy.options={"], "strategy.options", "not JSON"),
     "init": (["--set", "strategy.init-a=zeros"], "'zeros'", "kaiming, orthonormal"),
