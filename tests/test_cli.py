@@ -23,7 +23,7 @@ def fedlora(*arguments: str) -> Result:
 BAD_REQUESTS = {
     "unknown key": (["--set", "lora.rnak=4"], "lora.rnak", "lora.rank"),
     "wrong type": (["--set", "lora.rank=four"], "lora.rank = 'four'", "valid integer"),
-    "impossible value": (["--set", "fraction-train=1.5"], "fraction-train = 1.5", "(0, 1]"),
+    "impossible value": (["--set", "fraction-train=1.5"], "fraction-train = 1.5", "<= 1"),
     "unknown strategy": (["--set", "strategy.name=fedavgg"], "'fedavgg'", "did you mean fedavg?"),
     "unknown option": (["--set", 'strategy.options={"lam": 1}'], "lam", "flora accepts init_a"),
     "option of another type": (
