@@ -71,8 +71,8 @@ class RunConfig:
     wire_dtype: Literal["float32", "float16"] = "float32"
     """Numbers travel as ``float32``, or as ``float16``: half the bytes, rounded where they come from."""
     upload: str = ""
-    """What clients send travels as ``float32``, ``float16``, or ``int8``: the change in 8 bits by stochastic
-    rounding, a quarter of the bytes; empty means as ``wire-dtype``."""
+    """What clients send travels as ``float32``, ``float16``, or, for instance ``int8``, the change in 8 bits
+    by stochastic rounding, a quarter of the bytes; empty means as ``wire-dtype``."""
     output_dir: str = ""
     """Where results go, for instance ``runs/a``; empty means ``runs/<name of the config file>``, or a
     folder named after the run."""

@@ -87,7 +87,7 @@ FROM_ZERO = ("seed", "train.head-learning-rate", "train.weight-decay", "train.lo
              "train.max-grad-norm", "train.proximal-mu", "data.num-partitions", "data.evaluate-examples",
              "privacy.noise-multiplier", "privacy.max-participations", "engine.num-actors",
              "engine.max-retries")  # fmt: skip
-CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.optimizer", "privacy.mode",
+CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.precision", "privacy.mode",
            "privacy.accountant", "engine.device")  # fmt: skip
 
 BAD: list[tuple[str, Any, str]] = [
