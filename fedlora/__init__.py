@@ -13,21 +13,23 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.api import RunResult, StudyResult, aggregate, compare, evaluate, load_run, load_study, run
+    from fedlora.api import aggregate, evaluate, run
     from fedlora.config import RunConfig
     from fedlora.errors import ConfigError, FedLoraError, RunFailed
     from fedlora.merge.aggregate import Outcome
+    from fedlora.server.results import RunResult, load_run
+    from fedlora.study.library import StudyResult, compare, load_study
 
     __version__: str
 
 _HOMES = {
-    "RunResult": "fedlora.api",
-    "StudyResult": "fedlora.api",
+    "RunResult": "fedlora.server.results",
+    "StudyResult": "fedlora.study.library",
     "aggregate": "fedlora.api",
-    "compare": "fedlora.api",
+    "compare": "fedlora.study.library",
     "evaluate": "fedlora.api",
-    "load_run": "fedlora.api",
-    "load_study": "fedlora.api",
+    "load_run": "fedlora.server.results",
+    "load_study": "fedlora.study.library",
     "run": "fedlora.api",
     "Outcome": "fedlora.merge.aggregate",
     "RunConfig": "fedlora.config",

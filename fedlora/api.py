@@ -5,61 +5,15 @@ A script that runs a simulation needs no ``if __name__ == "__main__"``: Ray star
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from fedlora.config import RunConfig, Scalar, from_flat, read_config, to_flat
-from fedlora.errors import ConfigError
+from fedlora.config import AnyPath, Config, Scalar, as_config
+from fedlora.server.results import RunResult, load_run
 
 if TYPE_CHECKING:
     from fedlora.merge.aggregate import Outcome
-
-AnyPath: TypeAlias = str | Path
-Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Scalar]
-"""A configuration: an object, a TOML file, or a mapping of dotted keys such as ``{"lora.rank": 4}``."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """One finished run, read from its directory.
-
-    Attributes:
-        path: the run directory.
-        config: the configuration that it ran with.
-        record: ``result.json``: the final model on the whole test set, and totals over the rounds.
-        rounds: ``rounds.jsonl``: one record a round.
-    """
-
-    path: Path
-    config: RunConfig
-    record: dict[str, Any]
-    rounds: list[dict[str, Any]]
-
-    @property
-    def adapter(self) -> Path:
-        """The directory with the global adapter in PEFT's format."""
-        return self.path / "adapter"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudyResult:
-    """The finished runs of a study.
-
-    Attributes:
-        path: the study's directory.
-        runs: by label, in the order of the labels.
-    """
-
-    path: Path
-    runs: dict[str, RunResult]
-
-    @property
-    def report(self) -> Path:
-        """The page that compares the runs."""
-        return self.path / "report.html"
 
 
 def run(
@@ -83,7 +37,7 @@ def run(
         ConfigError: a configuration that cannot be carried out, or a directory in use; nothing was started.
         RunFailed: the run stopped; what was written before is kept.
     """
-    settings, path = _settings(config, overrides), Path(out).expanduser()
+    settings, path = as_config(config, overrides), Path(out).expanduser()
     if federation is None:
         from fedlora.simulation.simulate import simulate
 
@@ -97,45 +51,6 @@ def run(
         with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
             submit(layout, settings, path, resume=resume, progress=progress.update)
     return load_run(path)
-
-
-def compare(
-    config: Config,
-    out: AnyPath,
-    *,
-    overrides: Mapping[str, Scalar] | None = None,
-    resume: bool = False,
-    retry_failed: bool = False,
-    share: Sequence[AnyPath] = (),
-    parallel: int = 1,
-) -> StudyResult:
-    """Every run of a configuration's ``[study]`` table, and the report.
-
-    Args:
-        config: see `Config`.
-        out: the study's directory; empty or absent, except with ``resume``.
-        overrides: dotted keys that go over those of ``config``.
-        resume: keep finished runs and go on.
-        retry_failed: with ``resume``, try again what failed.
-        share: directories of other studies; their finished runs of the same configuration are taken over.
-        parallel: runs at a time; they divide the actors.
-
-    Raises:
-        ConfigError: a study that cannot be carried out; nothing was run.
-        RunFailed: runs failed; the report is on the others.
-    """
-    from fedlora.study.execute.runner import run_study
-
-    path = Path(out).expanduser()
-    run_study(
-        _settings(config, overrides),
-        path,
-        resume=resume,
-        retry_failed=retry_failed,
-        share=[Path(other).expanduser() for other in share],
-        parallel=parallel,
-    )
-    return load_study(path)
 
 
 def aggregate(
@@ -196,43 +111,3 @@ def evaluate(
 
     where = Path(adapter).expanduser()
     return evaluate_adapter(where, data, text_column=text_column, label_column=label_column)
-
-
-def load_run(path: AnyPath) -> RunResult:
-    """A finished run.
-
-    Raises:
-        ConfigError: no finished run in this directory.
-    """
-    from fedlora.server.directory import read_rounds
-
-    home = Path(path).expanduser()
-    result = home / "result.json"
-    if not result.is_file():
-        raise ConfigError(f"{home}: no finished run, there is no result.json in it")
-    return RunResult(
-        path=home,
-        config=read_config(home / "config.toml"),
-        record=json.loads(result.read_text()),
-        rounds=read_rounds(home),
-    )
-
-
-def load_study(path: AnyPath) -> StudyResult:
-    """The finished runs of a study.
-
-    Raises:
-        ConfigError: no study in this directory.
-    """
-    home = Path(path).expanduser()
-    if not (home / "study.json").is_file():
-        raise ConfigError(f"{home}: no study, there is no study.json in it")
-    found = sorted(result.parent for result in home.glob("*/result.json"))
-    return StudyResult(path=home, runs={one.name: load_run(one) for one in found})
-
-
-def _settings(config: Config, overrides: Mapping[str, Scalar] | None) -> RunConfig:
-    if isinstance(config, (str, Path)):
-        return read_config(Path(config).expanduser(), dict(overrides or {}))
-    flat = to_flat(config) if isinstance(config, RunConfig) else dict(config)
-    return from_flat({**flat, **(overrides or {})})

@@ -77,10 +77,10 @@ def compare(
 
     Example: fedlora compare experiments/demo.toml --out runs/demo
     """
-    from fedlora import api
     from fedlora.config import parse_overrides
+    from fedlora.study.library import compare as compare_all
 
-    study = api.compare(
+    study = compare_all(
         config,
         out_dir or Path(f"runs/{config.stem}"),
         overrides=parse_overrides(set_),

@@ -7,7 +7,10 @@ only booleans, integers, floats and strings, so lists are comma strings and stru
 
 from fedlora.config.checks import Scalar, float_list, int_list, name_list
 from fedlora.config.files import (
+    AnyPath,
+    Config,
     FlatConfig,
+    as_config,
     flatten,
     from_flat,
     parse_overrides,
@@ -29,7 +32,9 @@ from fedlora.config.sections import (
 from fedlora.config.strategy import StrategyConfig
 
 __all__ = [
+    "AnyPath",
     "ClientGroup",
+    "Config",
     "DataConfig",
     "EngineConfig",
     "FlatConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "StudyConfig",
     "TrackingConfig",
     "TrainConfig",
+    "as_config",
     "flatten",
     "float_list",
     "from_flat",

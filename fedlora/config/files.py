@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from fedlora.config.checks import Scalar, refusal
 from fedlora.config.run import RunConfig
@@ -16,6 +16,9 @@ from fedlora.core.files import user_path
 from fedlora.errors import ConfigError
 
 FlatConfig = dict[str, Scalar]
+AnyPath: TypeAlias = str | Path
+Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Scalar]
+"""A configuration: an object, a TOML file, or a mapping of dotted keys such as ``{"lora.rank": 4}``."""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
@@ -108,6 +111,18 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     if isinstance(template, str) and template and "{" not in template:
         flat["model.chat-template"] = _text_of("model.chat-template", template)
     return from_flat(flat)
+
+
+def as_config(config: Config, overrides: Mapping[str, Scalar] | None = None) -> RunConfig:
+    """A checked configuration, with overrides on top.
+
+    Raises:
+        ConfigError: as `read_config` and `from_flat`.
+    """
+    if isinstance(config, (str, Path)):
+        return read_config(Path(config).expanduser(), dict(overrides or {}))
+    flat = to_flat(config) if isinstance(config, RunConfig) else dict(config)
+    return from_flat({**flat, **(overrides or {})})
 
 
 def _text_of(key: str, name: str) -> str:
