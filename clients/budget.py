@@ -36,6 +36,8 @@ BOOKKEEPING = (
     "dataset_id", "ledger",
 )  # fmt: skip
 """Keys of ``privacy`` that do not change the bits of a release."""
+ADDED = ("declared_examples", "method_options", "optimizer_options")
+"""Keys that came after releases had been charged; empty they mean what their absence meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,18 +254,14 @@ def privacy_spent(release: Release, standing: Standing) -> PrivacySpent:
 
 
 def _settings(config: RunConfig) -> list[Any]:
-    privacy, train = dataclasses.asdict(config.privacy), dataclasses.asdict(config.train)
-    if not train["optimizer_options"]:
-        del train["optimizer_options"]  # came later: releases that were charged without it stay the same
+    privacy = dataclasses.asdict(config.privacy)
     mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
-    if not config.privacy.declared_examples:  # as it was before there was the key: the same bits
-        del mechanism["declared_examples"]
-    return [
-        mechanism,
-        config.task,
-        *(dataclasses.asdict(section) for section in (config.model, config.lora)),
-        train,
-    ]
+    sections = [mechanism, *(dataclasses.asdict(part) for part in (config.model, config.lora, config.train))]
+    for section in sections:
+        for key in ADDED:
+            if not section.get(key, True):  # as it was before there was the key: the same bits
+                del section[key]
+    return [sections[0], config.task, *sections[1:]]
 
 
 def _digest(*parts: object) -> str:

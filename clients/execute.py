@@ -7,16 +7,17 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from clients.budget import PlannedRelease, plan_release, train_within_budget
+from clients.budget import PlannedRelease, train_within_budget
 from clients.evaluation import evaluate
-from clients.ledger_ref import LedgerRef, ledger_directory
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
-from clients.store import OWN, ClientStore, ResolvedInstruction, resolve
+from clients.store import OWN, ClientStore, ResolvedInstruction, resolve, run_key
 from clients.training.batches import Indices
 from clients.training.canaries import Canaries
 from clients.training.train import LocalResult, train_local
@@ -225,11 +226,6 @@ def modules_of(instruction: wire.TrainInstruction) -> frozenset[str]:
     return frozenset(json.loads(instruction.config["modules"]))
 
 
-def run_key(instruction: wire.TrainInstruction) -> str:
-    """What names the run at its clients."""
-    return str(instruction.config.get("run-key", "run"))
-
-
 def own_test_indices(data: Prepared, partition_id: int) -> Indices:
     """The test examples of the domains that a client holds; all of them where there are no domains."""
     if not data.domain_names:
@@ -250,26 +246,10 @@ def plan_of(
     config: RunConfig,
     node: Node,
     cohort: Sequence[int] = (),
-) -> PlannedRelease:
-    """What a private client is about to release; ``cohort`` as in `plan_release`."""
-    ledger_ref = LedgerRef(
-        directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
-        run_key=run_key(instruction),
-        known_head=str(instruction.config.get("ledger-head", "")),
-        max_epsilon=node.max_epsilon,
-        max_delta=node.max_delta,
-    )
-    return plan_release(
-        runtime,
-        config,
-        ledger_ref,
-        partition_id=node.partition_id,
-        server_round=instruction.server_round,
-        local_steps=config.local_steps_of(node.partition_id),
-        seed=seed_of(instruction, config, node) if node.simulation else None,
-        start=_start(instruction, resolved) if node.simulation else "",
-        cohort=cohort,
-    )
+) -> PlannedRelease | None:
+    """What a client is about to release, where its privacy is its own; ``cohort`` as in `plan_release`."""
+    seed, start = seed_of(instruction, config, node), partial(_start, instruction, resolved)
+    return mechanism_of(config).local(runtime, instruction, node, seed=seed, start=start, cohort=cohort)
 
 
 def _train(
@@ -280,8 +260,8 @@ def _train(
     node: Node,
 ) -> tuple[LocalResult, PrivacySpent | None]:
     seed = seed_of(instruction, config, node)
-    if config.privacy.private:
-        plan = plan_of(runtime, resolved, instruction, config, node)
+    plan = plan_of(runtime, resolved, instruction, config, node)
+    if plan is not None:
         return train_within_budget(
             runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )

@@ -168,8 +168,7 @@ def _able(runtime: ClientRuntime, group: Sequence[Ready], answers: dict[int, Ans
                 one.instruction.trained and modules_of(one.instruction)
             ):
                 raise ConfigError(NOTHING)
-            if one.config.privacy.private:
-                ready.plan = plan_of(runtime, ready.resolved, one.instruction, one.config, one.node, cohort)
+            ready.plan = plan_of(runtime, ready.resolved, one.instruction, one.config, one.node, cohort)
         except LedgerRefused as error:
             answers[ready.place] = declined(error, one.instruction, one.node)
         except Exception as error:
@@ -207,7 +206,7 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         train_head=config.model.head != "freeze",
         tail=one.instruction.tail,
         indices=indices,
-        steps=steps if config.privacy.private else num_steps(config.train, len(indices), steps),
+        steps=num_steps(config.train, len(indices), steps) if ready.plan is None else steps,
         seed=seed_of(one.instruction, config, one.node),
         mechanism=None if ready.plan is None else ready.plan.mechanism,
         sample_rate=None if ready.plan is None else ready.plan.release.sample_rate,

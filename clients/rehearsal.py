@@ -10,10 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.training.batched.layers import why_alone
 from clients.training.batched.self_check import check_cohort
-from clients.training.dp_step import Mechanism
 from clients.training.optimizers.registry import make_optimizer
 from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
@@ -40,24 +40,14 @@ def rehearse(
     Raises:
         ConfigError: the step does not compute what it claims on this model.
     """
-    model, privacy = runtime.model, config.privacy
+    model, mechanism = runtime.model, mechanism_of(config).step()
     together = config.engine.cohort_size > 1 and not why_alone(model)
     names = frozenset().union(*(adapter.part(trained) for adapter in adapters.values()))
     model.load(adapters, head, trained=names, train_head=config.model.head != "freeze")
     if not model.adapter.batched and model.trainable().all:
         make_optimizer(model.trainable(), config.train)  # some take matrices alone
-    if not (together or privacy.private) or not model.trainable().all:
+    if not (together or mechanism) or not model.trainable().all:
         return
-    mechanism = None
-    if privacy.private:
-        mechanism = Mechanism(
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            expected_batch_size=1,
-            clipping=privacy.clipping,
-            grad_sample_mode=privacy.grad_sample_mode,
-            max_physical_batch_size=privacy.max_physical_batch_size,
-        )
     try:
         if together:
             check_cohort(model, runtime.data.pad_token_id, mechanism)

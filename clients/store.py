@@ -55,6 +55,11 @@ class ResolvedInstruction:
         return Patch.from_tensors(tensors)
 
 
+def run_key(instruction: wire.TrainInstruction) -> str:
+    """What names the run at its clients."""
+    return str(instruction.config.get("run-key", "run"))
+
+
 def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedInstruction | wire.Reply:
     """The resolved instruction, or the reply that lists what this client lacks.
 

@@ -9,6 +9,7 @@ from functools import cache, partial
 
 from flwr.app import ArrayRecord
 
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
@@ -16,7 +17,6 @@ from fedlora.core.init_eva import most_varied
 from fedlora.core.init_svd import subtract_from_base
 from fedlora.core.state import ClientSpec, Template
 from fedlora.models.gradient_checkpointing import blocks
-from fedlora.server.client_privacy import client_mechanism
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
@@ -62,21 +62,22 @@ def assemble(
         runtime.model.check_rank(rank)
     if config.train.gradient_checkpointing:
         blocks(runtime.model.module)
+    privacy = mechanism_of(config)
     strategy = OwnStrategy(
         rule,
         fraction_train=config.fraction_train,
         min_train_nodes=config.min_train_nodes,
         min_available_nodes=config.min_available_nodes,
         seed=config.seed,
-        weighted_by_key="num-examples" if config.privacy.mode == "none" else None,
+        weighted_by_key=privacy.weighted_by_key,
         client_spec=cache(partial(client_spec, config, runtime)),
         partitions=frozenset(partitions),
-        max_participations=0 if config.privacy.mode == "none" else config.privacy.max_participations,
+        max_participations=privacy.max_participations,
         max_update_norm=config.strategy.max_update_norm,
         fraction_evaluate=None,
         clients_evaluate=partial(is_measured, config) if kept(config, rule) else _never,
         diagnostics=config.strategy.diagnostics,
-        client_dp=client_mechanism(config, seeded=seeded),
+        client_dp=privacy.server(seeded=seeded),
         wire_dtype=config.wire_dtype,
         upload=config.upload,
         packed=packed,

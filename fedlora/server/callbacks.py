@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from clients.privacy import mechanism_of
 from fedlora.core.factors import Tensors
-from fedlora.server.client_privacy import clients_spent
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
 from fedlora.server.export import export, own_tensors
@@ -104,8 +104,8 @@ class Record(Callback):
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Complete the round's record and write it."""
-        if run.config.privacy.client_level:
-            report.privacy = clients_spent(run.config, run.strategy.snapshot().participations)
+        spent = mechanism_of(run.config).spent(run.strategy.snapshot().participations)
+        report.privacy = spent or report.privacy
         now = time.monotonic()
         report.record = round_record(run.config, report, report.record, now - self._began)
         if run.left_out:

@@ -9,10 +9,10 @@ from typing import Any
 from flwr.app import ConfigRecord
 from flwr.serverapp import Grid
 
+from clients.privacy import mechanism_of
 from clients.rehearsal import rehearse
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.privacy.calibration import warn_of_delta
 from fedlora.server.build import assemble
 from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, Record, Track
 from fedlora.server.directory import RunDirectory
@@ -48,10 +48,8 @@ class FederatedRun:
         self.before: dict[str, Any] = {}
         rule = check(self.config)
         self.personal = bool(kept(self.config, rule))
-        if self.config.privacy.private and session.nodes is None:
-            self._check_private()
-        if self.config.privacy.client_level:
-            warn_of_delta(self.config.privacy.target_delta, len(self.partitions), "clients")
+        privacy = mechanism_of(self.config)
+        privacy.check_data(self.runtime.data if session.nodes is None else None, self.partitions)
         self.strategy = assemble(
             rule,
             self.config,
@@ -63,7 +61,9 @@ class FederatedRun:
         )
         rehearse(self.runtime, self.config, self.state.adapters, self.state.head, rule.trained(1))
         checkpoint = directory.load_checkpoint()
-        self._check_ledgers({} if checkpoint is None else checkpoint.ledger_heads)
+        if session.stores is not None:
+            heads = {} if checkpoint is None else checkpoint.ledger_heads
+            privacy.check_ledgers(self.runtime.data, self.partitions, session.stores, heads)
         inputs = inputs_digest(self.config, self.runtime) if session.nodes is None else None
         directory.open(self.config, inputs, continues=checkpoint is not None)
         self.run_key = directory.run_key()
@@ -123,30 +123,6 @@ class FederatedRun:
                 callback.after_run(self, result)
         self.directory.write_result(result)
         return result
-
-    def _check_private(self) -> None:
-        """Refuse data here that cannot be trained on privately; nodes look at their own."""
-        from clients.budget import rate_of
-        from clients.ledger_ref import check_disjoint
-        from clients.training.dp_sgd import check_private
-
-        data, config = self.runtime.data, self.config
-        rates = {p: rate_of(config, len(data.indices(p))) for p in self.partitions}
-        for rate in rates.values():
-            check_private(config.train, rate)
-        check_disjoint(config, data, self.partitions)
-        largest = min(rates, key=lambda p: rates[p])
-        public = round(config.train.batch_size / rates[largest])
-        warn_of_delta(config.privacy.target_delta, public, f"examples of partition {largest}")
-
-    def _check_ledgers(self, heads: Mapping[int, str]) -> None:
-        """Refuse ledgers here that a private run cannot go on with; nodes look at their own."""
-        if not self.config.privacy.private or self.session.stores is None:
-            return
-        from clients.ledger_ref import check_ledgers, ledger_directory
-
-        ledgers = ledger_directory(self.config, self.session.stores, simulation=True)
-        check_ledgers(self.config, self.runtime.data, self.partitions, ledgers, heads)
 
     def _restore(self, checkpoint: ServerState | None) -> None:
         if checkpoint is not None:

@@ -23,6 +23,7 @@ NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
 compared with, who else is told. The engine's two that change bits, device and size of cohorts, are inputs."""
 ADDED = {
     "train.optimizer-options": "",
+    "lora.method-options": "",
     "privacy.neighboring-relation": "zero_out_one",
     "privacy.declared-examples": 0,
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from clients.evaluation import Evaluation
 from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS
+from clients.privacy import mechanism_of
 from fedlora.config import RunConfig
 from fedlora.data.columns import BY_NATURE
 from fedlora.errors import RunFailed
@@ -87,8 +88,6 @@ def round_record(
 ) -> dict[str, Any]:
     """A line of ``rounds.jsonl``.
 
-    Client-level privacy covers the model; losses of clients are outside unless they are released.
-
     Args:
         config: the run.
         report: what happened.
@@ -96,16 +95,16 @@ def round_record(
         seconds: since the round before.
     """
     epsilons = {str(p): spent["epsilon"] for p, spent in sorted(report.privacy.items())}
-    told = not config.privacy.client_level or config.privacy.release_metrics
+    privacy = mechanism_of(config)
     return {
         "round": report.server_round,
         "strategy": config.strategy.name,
         **measured,
-        "train_loss": report.train_loss if told else None,
+        "train_loss": report.train_loss if privacy.tells_losses else None,
         "bytes_up": report.bytes_up,
         "bytes_down": report.bytes_down,
         "seconds": round(seconds, 3),
-        "private": config.privacy.mode != "none",
+        "private": privacy.private,
         "epsilon": max(epsilons.values(), default=None),
         "epsilon_by_client": epsilons,
         **(report.diagnostics.as_dict() if report.diagnostics else {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from clients.privacy import mechanism_of
 from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import check_optimizer, optimizer_type
 from fedlora.adapters import check_kind
@@ -44,27 +45,7 @@ def check(config: RunConfig) -> Rule:
             f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
             "a client of lower rank would lack a part of the base weight"
         )
-    if config.privacy.client_level:
-        check_client_level(config, rule, ranks)
-    if config.privacy.private:
-        from clients.training.dp_sgd import check_private  # imports Opacus
-
-        if config.data.partitioner == "bootstrap":
-            raise ConfigError(
-                "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
-                "belongs to one client"
-            )
-        if not config.privacy.release_metrics and (own := kept(config, rule)):
-            raise NotApplicable(
-                f"privacy.release-metrics = false: {own} is measured by clients alone, and what they find "
-                "tells which domains they hold; true lets them"
-            )
-        if config.train.precision != "float32":
-            raise ConfigError(
-                f"train.precision = {config.train.precision!r}: must be 'float32' in private training, whose "
-                "self-test compares gradients to rounding"
-            )
-        check_private(config.train)
+    mechanism_of(config).check(rule, kept(config, rule))
     if config.model.quantization != "none":
         check_quantised(config, rule)
     if config.train.gradient_checkpointing:
@@ -129,11 +110,6 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
         raise ConfigError(f"{key}: train.loraplus-lr-ratio = {ratio}: is of lora's B, must be 1")
     if issubclass(optimizer_type(config.train.optimizer), LocalOptimizer):
         raise ConfigError(f"{key}: train.optimizer = {config.train.optimizer!r} moves the A and B of lora")
-    if config.privacy.private and config.privacy.grad_sample_mode != "loop":
-        raise ConfigError(
-            f"{key}: privacy.grad-sample-mode = {config.privacy.grad_sample_mode!r}: Opacus sees lora alone, "
-            "use 'loop'"
-        )
 
 
 def check_quantised(config: RunConfig, rule: Rule) -> None:
@@ -160,41 +136,14 @@ def check_checkpointing(config: RunConfig) -> None:
     """Refuse where a block that is computed again would not be what it was.
 
     Raises:
-        ConfigError: private training, or cohorts with dropout.
+        ConfigError: cohorts with dropout.
     """
     key = "train.gradient-checkpointing = true"
-    if config.privacy.private:
-        raise ConfigError(
-            f"{key}: must be false in private training, whose per-example gradients are wrong where a layer "
-            "runs twice"
-        )
     if config.lora.dropout > 0 and config.engine.cohort_size != 1:
         raise ConfigError(
             f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
             f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
         )
-
-
-def check_client_level(config: RunConfig, rule: Rule, ranks: set[int]) -> None:
-    """Refuse what noise on a mean does not cover.
-
-    Raises:
-        NotApplicable: a rule whose aggregate is no mean, a robust centre, or clients of unequal scaling.
-    """
-    mode, name = "privacy.mode = 'client'", rule.facts.name
-    if not rule.facts.client_dp:
-        able = ", ".join(n for n, r in RULES.items() if r.facts.client_dp)
-        raise NotApplicable(
-            f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does not "
-            f"cover it (able: {able})"
-        )
-    if config.strategy.robust != "none":
-        robust = config.strategy.robust
-        raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
-    if own := kept(config, rule):
-        raise NotApplicable(f"{mode}: {own} is measured by clients, outside the guarantee")
-    if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
-        raise NotApplicable(f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm")
 
 
 def kept(config: RunConfig, rule: Rule) -> str:

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from flwr.app import Message, MessageType
 
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.training.batched.cohort_size import cohort_size
 from clients.training.batches import num_steps
@@ -32,12 +33,13 @@ def equal_work(partition_id: int) -> float:
 
 def predicted_work(config: RunConfig, data: Prepared) -> Work:
     """Tokens that a partition trains on in one round, before padding."""
+    expected = mechanism_of(config).draws_batches
 
     @cache
     def work(partition_id: int) -> float:
         held = data.indices(partition_id)
         steps = num_steps(config.train, len(held), config.local_steps_of(partition_id))
-        batch = config.train.batch_size if config.privacy.private else min(config.train.batch_size, len(held))
+        batch = config.train.batch_size if expected else min(config.train.batch_size, len(held))
         return float(steps * batch * data.train.lengths_of(held).mean())
 
     return work

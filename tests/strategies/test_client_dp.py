@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from clients.privacy import mechanism_of
 from fedlora.config import ModelConfig, PrivacyConfig, RunConfig, StrategyConfig
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from fedlora.errors import ConfigError
-from fedlora.server.client_privacy import client_mechanism, clients_spent
 from fedlora.server.validate import check
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
@@ -164,14 +164,14 @@ def test_what_a_client_has_spent_counts_its_own_participations() -> None:
     from scipy.stats import norm
 
     run = config()
-    mechanism = client_mechanism(run, seeded=True)
+    mechanism = mechanism_of(run).server(seeded=True)
     assert mechanism is not None
 
     def delta_of(epsilon: float, sigma: float) -> float:
         a, b = 1 / (2 * sigma) - epsilon * sigma, -1 / (2 * sigma) - epsilon * sigma
         return float(norm.cdf(a) - math.exp(epsilon) * norm.cdf(b))
 
-    spent = clients_spent(run, {0: 1, 3: 4})
+    spent = mechanism_of(run).spent({0: 1, 3: 4})
     for partition, rounds in ((0, 1), (3, 4)):
         sigma = mechanism.noise_multiplier / math.sqrt(rounds)
         exact = brentq(lambda e, s=sigma: delta_of(e, s) - 1e-5, 1e-3, 50)
@@ -179,7 +179,7 @@ def test_what_a_client_has_spent_counts_its_own_participations() -> None:
         assert spent[partition]["granularity"] == "client"
     assert spent[3]["epsilon"] <= 2.0
     assert spent[0]["epsilon"] < spent[3]["epsilon"]
-    assert client_mechanism(RunConfig(), seeded=True) is None
+    assert mechanism_of(RunConfig()).server(seeded=True) is None
 
 
 @pytest.mark.parametrize("name", [n for n, r in RULES.items() if not r.facts.client_dp])

@@ -1,0 +1,99 @@
+"""Client-level privacy: the server clips and noises whole updates (`strategies.client_dp`).
+
+One Gaussian mechanism for every round in which a client was asked; nothing is amplified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from clients.privacy.mechanism import PrivacyMechanism
+from fedlora.errors import NotApplicable
+from fedlora.privacy.calibration import calibrate_noise, epsilon_spent, warn_of_delta
+from fedlora.privacy.types import NeighboringRelation, PrivacySpent
+from strategies.client_dp import ClientDP
+from strategies.registry import RULES
+from strategies.rule import Rule
+
+if TYPE_CHECKING:
+    from fedlora.prepared.cache import Prepared
+
+FULL = 1.0
+"""The rate of a round: cohorts have a fixed size, clients know when they take part; nothing is amplified."""
+
+
+class ClientPrivacy(PrivacyMechanism):
+    """One client is hidden in the global model, from everybody but the server."""
+
+    mode: ClassVar[str] = "client"
+    weighted_by_key: ClassVar[str | None] = None
+
+    @property
+    def tells_losses(self) -> bool:
+        """The guarantee covers the model; losses of clients are outside unless they are released."""
+        return self.config.privacy.release_metrics
+
+    @property
+    def noise(self) -> float:
+        """The given noise multiplier, or the one that reaches the target after the most participations.
+
+        Raises:
+            ConfigError: a target that no noise reaches.
+        """
+        privacy = self.config.privacy
+        if privacy.noise_multiplier:
+            return privacy.noise_multiplier
+        rounds = privacy.max_participations or self.config.num_server_rounds
+        return calibrate_noise(privacy.target_epsilon, privacy.target_delta, FULL, rounds, privacy.accountant)
+
+    def check(self, rule: Rule, kept: str) -> None:
+        """Refuse what noise on a mean does not cover: no mean, a robust centre, or unequal scalings."""
+        mode, config, name = "privacy.mode = 'client'", self.config, rule.facts.name
+        if not rule.facts.client_dp:
+            able = ", ".join(n for n, r in RULES.items() if r.facts.client_dp)
+            raise NotApplicable(
+                f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does "
+                f"not cover it (able: {able})"
+            )
+        if config.strategy.robust != "none":
+            robust = config.strategy.robust
+            raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
+        if kept:
+            raise NotApplicable(f"{mode}: {kept} is measured by clients, outside the guarantee")
+        ranks = {*config.lora.rank_list} | {g.rank for g in config.groups if g.rank is not None}
+        if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
+            raise NotApplicable(
+                f"{mode}: needs equal ranks and alphas, a client's own would stretch its norm"
+            )
+
+    def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
+        warn_of_delta(self.config.privacy.target_delta, len(partitions), "clients")
+
+    def server(self, *, seeded: bool) -> ClientDP:
+        return ClientDP(
+            clipping_norm=self.config.privacy.clipping_norm,
+            noise_multiplier=self.noise,
+            seed=self.config.seed if seeded else None,
+        )
+
+    def spent(self, participations: Mapping[int, int]) -> dict[int, dict[str, Any]]:
+        privacy, noise = self.config.privacy, self.noise
+        return {
+            partition: asdict(
+                PrivacySpent(
+                    epsilon=epsilon_spent(noise, FULL, rounds, privacy.target_delta, privacy.accountant),
+                    delta=privacy.target_delta,
+                    granularity="client",
+                    neighboring_relation=NeighboringRelation.ZERO_OUT_ONE,
+                    sampling_method="none",
+                    accountant=privacy.accountant,
+                    noise_multiplier=noise,
+                    sample_rate=FULL,
+                    steps=rounds,
+                    releases=rounds,
+                )
+            )
+            for partition, rounds in sorted(participations.items())
+        }

@@ -1,0 +1,134 @@
+"""Example-level privacy: clients train by DP-SGD within a ledger of their own (`clients.budget`).
+
+The methods import what they need when they are called, because it imports PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from clients.privacy.mechanism import PrivacyMechanism
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.privacy.calibration import warn_of_delta
+from strategies.rule import Rule
+
+if TYPE_CHECKING:
+    from clients.budget import PlannedRelease
+    from clients.execute import Node
+    from clients.runtime import ClientRuntime
+    from clients.training.dp_step import Mechanism
+    from fedlora import wire
+    from fedlora.prepared.cache import Prepared
+
+
+class ExamplePrivacy(PrivacyMechanism):
+    """One example at a client is hidden, from its server too."""
+
+    mode: ClassVar[str] = "example"
+    weighted_by_key: ClassVar[str | None] = None
+    draws_batches: ClassVar[bool] = True
+
+    def check(self, rule: Rule, kept: str) -> None:
+        from clients.training.dp_sgd import check_private
+
+        config = self.config
+        if config.data.partitioner == "bootstrap":
+            raise ConfigError(
+                "data.partitioner = 'bootstrap': clients share examples; under privacy.mode = 'example' each "
+                "belongs to one client"
+            )
+        if kept and not config.privacy.release_metrics:
+            raise NotApplicable(
+                f"privacy.release-metrics = false: {kept} is measured by clients alone, and what they find "
+                "tells which domains they hold; true lets them"
+            )
+        if config.train.precision != "float32":
+            raise ConfigError(
+                f"train.precision = {config.train.precision!r}: must be 'float32' in private training, whose "
+                "self-test compares gradients to rounding"
+            )
+        check_private(config.train)
+        if config.train.gradient_checkpointing:
+            raise ConfigError(
+                "train.gradient-checkpointing = true: must be false in private training, whose per-example "
+                "gradients are wrong where a layer runs twice"
+            )
+        if config.lora.method != "lora" and config.privacy.grad_sample_mode != "loop":
+            raise ConfigError(
+                f"lora.method = {config.lora.method!r}: privacy.grad-sample-mode = "
+                f"{config.privacy.grad_sample_mode!r}: Opacus sees lora alone, use 'loop'"
+            )
+
+    def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
+        """Nodes look at their own."""
+        if data is None:
+            return
+        from clients.budget import rate_of
+        from clients.ledger_ref import check_disjoint
+        from clients.training.dp_sgd import check_private
+
+        config = self.config
+        rates = {p: rate_of(config, len(data.indices(p))) for p in partitions}
+        for rate in rates.values():
+            check_private(config.train, rate)
+        check_disjoint(config, data, partitions)
+        largest = min(rates, key=lambda p: rates[p])
+        public = round(config.train.batch_size / rates[largest])
+        warn_of_delta(config.privacy.target_delta, public, f"examples of partition {largest}")
+
+    def check_ledgers(
+        self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]
+    ) -> None:
+        from clients.ledger_ref import check_ledgers, ledger_directory
+
+        ledgers = ledger_directory(self.config, stores, simulation=True)
+        check_ledgers(self.config, data, partitions, ledgers, heads)
+
+    def step(self) -> Mechanism:
+        from clients.training.dp_step import Mechanism
+
+        privacy = self.config.privacy
+        return Mechanism(
+            noise_multiplier=0.0,
+            max_grad_norm=1.0,
+            expected_batch_size=1,
+            clipping=privacy.clipping,
+            grad_sample_mode=privacy.grad_sample_mode,
+            max_physical_batch_size=privacy.max_physical_batch_size,
+        )
+
+    def local(
+        self,
+        runtime: ClientRuntime,
+        instruction: wire.TrainInstruction,
+        node: Node,
+        *,
+        seed: int,
+        start: Callable[[], str],
+        cohort: Sequence[int] = (),
+    ) -> PlannedRelease:
+        from clients.budget import plan_release
+        from clients.ledger_ref import LedgerRef, ledger_directory
+        from clients.store import run_key
+
+        config = self.config
+        ledger_ref = LedgerRef(
+            directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
+            run_key=run_key(instruction),
+            known_head=str(instruction.config.get("ledger-head", "")),
+            max_epsilon=node.max_epsilon,
+            max_delta=node.max_delta,
+        )
+        return plan_release(
+            runtime,
+            config,
+            ledger_ref,
+            partition_id=node.partition_id,
+            server_round=instruction.server_round,
+            local_steps=config.local_steps_of(node.partition_id),
+            seed=seed if node.simulation else None,
+            start=start() if node.simulation else "",
+            cohort=cohort,
+        )

@@ -1,0 +1,147 @@
+"""Seam of differential privacy: the places of a run where a mode acts, and what happens there without one.
+
+A run asks its mechanism and knows no mode. In the order of a run:
+
+    check           what the mode excludes, by configuration alone
+    check_data      what it excludes in the data and ledgers that lie here
+    step            what a client's step does to gradients, asked for the rehearsal
+    local           a client's training as a release that is planned, charged and then made
+    server          clipping and noise on updates, before any rule sees them
+    spent           what each client has spent, where the server knows it and clients do not say
+
+A newcomer is a subclass and its mode among those that ``privacy.mode`` accepts. Adaptive clipping (Andrew et
+al., NeurIPS 2021), for instance, is one of `clients.privacy.client` whose `server` returns a `ClientDP` that
+chooses each round's norm by a noisy count of the updates within it; only what that count is released with is
+charged beside the sum in `spent`. The norm is state between rounds, which a checkpoint has to take along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fedlora.config import RunConfig
+from strategies.rule import Rule
+
+if TYPE_CHECKING:  # these import PEFT
+    from clients.budget import PlannedRelease
+    from clients.execute import Node
+    from clients.runtime import ClientRuntime
+    from clients.training.dp_step import Mechanism
+    from fedlora import wire
+    from fedlora.prepared.cache import Prepared
+    from strategies.client_dp import ClientDP
+
+
+class PrivacyMechanism:
+    """No privacy.
+
+    Args:
+        config: the run.
+
+    Attributes:
+        mode: of ``privacy.mode``.
+        weighted_by_key: the metric by which clients weigh; None where their example counts are hidden.
+        tells_losses: the record of a round has the clients' training loss.
+        draws_batches: batches are drawn example by example, so that their size is an expectation.
+    """
+
+    mode: ClassVar[str] = "none"
+    weighted_by_key: ClassVar[str | None] = "num-examples"
+    draws_batches: ClassVar[bool] = False
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    @property
+    def private(self) -> bool:
+        """Whether anything is hidden at all."""
+        return self.mode != "none"
+
+    @property
+    def tells_losses(self) -> bool:
+        return True
+
+    @property
+    def max_participations(self) -> int:
+        """Rounds in which one client may train at most; 0 means all of them."""
+        return self.config.privacy.max_participations if self.private else 0
+
+    def check(self, rule: Rule, kept: str) -> None:
+        """Refuse what the mode excludes.
+
+        Args:
+            rule: of the run.
+            kept: what clients train and keep to themselves, see `fedlora.server.validate.kept`.
+
+        Raises:
+            NotApplicable: what it excludes by its nature.
+            ConfigError: a value that it cannot work with.
+        """
+
+    def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
+        """Refuse data that cannot be trained on privately, and warn of a delta that is too large.
+
+        Args:
+            data: of the clients; None where nodes hold their own.
+            partitions: those that take part.
+        """
+
+    def check_ledgers(
+        self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]
+    ) -> None:
+        """Refuse ledgers here that the run cannot go on with.
+
+        Args:
+            data: of the clients.
+            partitions: those that take part.
+            stores: where simulated clients keep what they hold.
+            heads: a head that each ledger had, as far as the server remembers one.
+        """
+
+    def step(self) -> Mechanism | None:
+        """What a client's step does to gradients, without noise; None for plain steps."""
+        return None
+
+    def local(
+        self,
+        runtime: ClientRuntime,
+        instruction: wire.TrainInstruction,
+        node: Node,
+        *,
+        seed: int,
+        start: Callable[[], str],
+        cohort: Sequence[int] = (),
+    ) -> PlannedRelease | None:
+        """A client's training as a release, not yet charged; None where it releases no more than updates.
+
+        Args:
+            runtime: the model and the data.
+            instruction: what is asked for.
+            node: where.
+            seed: the client's own of this round, which decides nothing outside of a simulation.
+            start: makes a digest of what training starts from.
+            cohort: who trains together, on which the last bits depend; empty where the client trains alone.
+
+        Raises:
+            LedgerRefused: the ledger cannot be read.
+            ConfigError: a configuration that the mode does not cover.
+        """
+        return None
+
+    def server(self, *, seeded: bool) -> ClientDP | None:
+        """Makes updates private before they are aggregated; None where they are as they come.
+
+        Args:
+            seeded: in simulation, where the noise may be drawn again.
+        """
+        return None
+
+    def spent(self, participations: Mapping[int, int]) -> dict[int, dict[str, Any]]:
+        """What each client has spent by taking part so often, where the server knows; else empty.
+
+        Args:
+            participations: rounds by partition.
+        """
+        return {}
