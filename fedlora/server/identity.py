@@ -24,6 +24,7 @@ compared with, who else is told. The engine's two that change bits, device and s
 ADDED = {
     "train.optimizer-options": "",
     "lora.method-options": "",
+    "upload": "",
     "privacy.neighboring-relation": "zero_out_one",
     "privacy.declared-examples": 0,
 }
