@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ class Node:
         simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
         canaries: what an audit hides among the client's examples, in private training.
         max_epsilon, max_delta: the owner's limits on what is ever spent on its examples.
+        before_evaluation: called before an evaluation; raises ConfigError where none may leave.
     """
 
     partition_id: int
@@ -55,6 +56,7 @@ class Node:
     canaries: Canaries | None = None
     max_epsilon: float = math.inf
     max_delta: float = 1.0
+    before_evaluation: Callable[[], None] | None = None
 
 
 def train_instruction(
@@ -143,6 +145,8 @@ def evaluate_instruction(
     resolved = set_up(runtime, instruction, config, node, after_round=True)
     if isinstance(resolved, wire.Reply):
         return resolved
+    if node.before_evaluation is not None:
+        node.before_evaluation()
     runtime.model.load(resolved.adapters, resolved.head)
     last = instruction.server_round == config.num_server_rounds
     chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)

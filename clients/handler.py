@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from logging import WARNING
+from functools import partial
 from typing import Any
 
 from flwr.app import RecordDict
-from flwr.common.logger import log
 
 from clients.execute import Node, evaluate_instruction, train_instruction
 from clients.node_settings import NodeSettings, node_settings, own_of
+from clients.owner import (
+    count_evaluation,
+    explained_refusal,
+    in_owners_name,
+    is_protected,
+    one_refusal,
+    refuse_beyond_limit,
+)
 from clients.runtime import RuntimeCache, configured
 from fedlora import wire
-from fedlora.config import RunConfig
-from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.core.parallel import one_thread
-from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused, named_line
+from fedlora.errors import FedLoraError, named_line
 
 TRAIN, EVALUATE = "train", "evaluate"
 
@@ -41,24 +45,29 @@ def handle(
 
     Raises:
         UpdateRefused: the message is not an instruction.
+        FedLoraError: in simulation, whatever is wrong.
     """
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
     instruction = wire.decode_instruction(content)
-    answer = evaluate_instruction if kind == EVALUATE else train_instruction
-    try:
+    protected = not simulation and is_protected(config, settings)
+
+    def answer() -> wire.Reply:
         if kind == TRAIN:
             refuse_beyond_limit(config, settings)
         with one_thread():
-            config = in_owners_name(config, settings, simulation=simulation)
-            runtime = runtimes.get(config, own_of(settings, _labels(instruction)))
-            reply = answer(runtime, instruction, config, _node(settings, simulation=simulation))
-    except ConfigError as error:
-        if simulation:
-            raise
-        log(WARNING, "%s", error)
-        told = error.told if isinstance(error, OwnDataRefused) else str(error)
-        reply = wire.Reply(status=wire.DECLINED, reason=told)
+            own = in_owners_name(config, settings, simulation=simulation)
+            runtime = runtimes.get(own, own_of(settings, _labels(instruction)))
+            node = _node(settings, simulation=simulation, protected=protected)
+            execute = evaluate_instruction if kind == EVALUATE else train_instruction
+            return execute(runtime, instruction, own, node)
+
+    if protected:
+        reply = one_refusal(answer)
+    elif simulation:
+        reply = answer()
+    else:
+        reply = explained_refusal(answer)
     return wire.encode_reply(reply, instruction, packed=instruction.packed)
 
 
@@ -87,7 +96,7 @@ def handle_together(
             instruction = wire.decode_instruction(content)
             runtime = runtimes.get(config, own_of(settings, _labels(instruction)))
             assignments[place] = Assignment(
-                runtime, instruction, config, _node(settings, simulation=simulation)
+                runtime, instruction, config, _node(settings, simulation=simulation, protected=False)
             )
         except Exception as error:
             answers[place] = _line(error)
@@ -107,54 +116,16 @@ def _line(error: Exception) -> str:
     return named_line(error)
 
 
-def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
-    """Hold a run to the owner's limit, as far as it shows before training; the ledger does the rest.
-
-    Raises:
-        ConfigError: a run that gives no guarantee for an example, or a looser one than is allowed.
-    """
-    if not settings.max_epsilon:
-        return
-    limit = f"the owner of this node allows epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"
-    if not config.privacy.private:
-        raise ConfigError(f"privacy.mode = {config.privacy.mode!r}: {limit}, which takes 'example'")
-    if config.privacy.target_delta > settings.max_delta:
-        raise ConfigError(f"privacy.target-delta = {config.privacy.target_delta:g}: {limit}")
-
-
-def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: bool) -> RunConfig:
-    """The run with the owner's name for the data and the owner's count of them, whatever the run says.
-
-    Raises:
-        ConfigError: a run that takes the count for public although the owner declares another, or that
-            needs a declared one where the owner declares none.
-    """
-    privacy, declared = config.privacy, settings.declared_examples
-    if privacy.private and (declared or not simulation):
-        hidden = privacy.neighboring_relation == ADD_OR_REMOVE_ONE
-        key = f"privacy.neighboring-relation = {privacy.neighboring_relation!r}"
-        if declared and not hidden:
-            raise ConfigError(
-                f"{key}: the owner of this node declares how many examples count, which takes "
-                f"{ADD_OR_REMOVE_ONE!r}"
-            )
-        if hidden and not declared:
-            raise ConfigError(f"{key}: the owner of this node declares no declared-examples, which it takes")
-        privacy = replace(privacy, declared_examples=declared)
-    if settings.dataset_id:
-        privacy = replace(privacy, dataset_id=settings.dataset_id)
-    return config if privacy is config.privacy else replace(config, privacy=privacy)
-
-
 def _labels(instruction: wire.TrainInstruction) -> tuple[str, ...]:
     return tuple(instruction.config.get("labels", ()))
 
 
-def _node(settings: NodeSettings, *, simulation: bool) -> Node:
+def _node(settings: NodeSettings, *, simulation: bool, protected: bool) -> Node:
     return Node(
         partition_id=settings.partition_id,
         state_dir=settings.home,
         simulation=simulation,
         max_epsilon=settings.max_epsilon or float("inf"),
         max_delta=settings.max_delta if settings.max_epsilon else 1.0,
+        before_evaluation=partial(count_evaluation, settings) if protected else None,
     )

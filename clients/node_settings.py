@@ -47,6 +47,10 @@ class NodeSettings:
     """Delta of that limit."""
     declared_examples: NonNegativeInt = 0
     """A public number that stands for that of the examples, not below it; 0: the real one is public."""
+    release_metrics: bool = False
+    """Give private runs that ask the training loss and the number of examples, outside the claim."""
+    max_evaluations: NonNegativeInt = 0
+    """Exact evaluations that may leave a protected node in all, outside the claim; ``docs/privacy.md``."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
     state_dir: str = ""

@@ -24,7 +24,7 @@ app = ClientApp()
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """Say which partition this node holds."""
+    """The partition that this node holds."""
     settings = node_settings(context.node_config)
     if settings.keep_model:
         try:

@@ -19,6 +19,7 @@ from fedlora.core.code import need_extra
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's directory.")]
 Port = Annotated[int, typer.Option("--port", help="Port that nodes reach; 0 takes a free one.")]
 LOOK_SECONDS = 0.5
+NO_LIMIT = "none, what leaves is up to each run (max-epsilon in node.toml sets one)"
 
 
 @one_line_errors
@@ -73,6 +74,9 @@ def up(
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with Loopback(layout, _say, port) as loopback:
+            unlimited = [entry.name for entry in layout.nodes if not _limited(layout.node(entry))]
+            if unlimited:
+                _say(f"{', '.join(unlimited)}: limit: {NO_LIMIT}")
             _say(f"up: fedlora run CONFIG.toml --federation {directory}; Ctrl-C stops everything")
             while True:
                 loopback.supervise()
@@ -144,8 +148,8 @@ def check(
 
     settings = read_node(directory)
     own = own_of(settings)
-    limit = f"epsilon {settings.max_epsilon:g}" if settings.max_epsilon else "as the run says"
-    out.print(f"partition {settings.partition_id}, limit: {limit}")
+    limit = f"epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"
+    out.print(f"partition {settings.partition_id}, limit: {limit if settings.max_epsilon else NO_LIMIT}")
     if own is None:
         out.print("data: this partition of the run's dataset")
         return
@@ -174,6 +178,12 @@ def gate(
     from fedlora.deployment.superlink.proxy import serve_gate
 
     serve_gate(directory, host, port, control_port)
+
+
+def _limited(node: Path) -> bool:
+    from clients.node_settings import read_node
+
+    return read_node(node).max_epsilon > 0
 
 
 def _detached(directory: Path, port: int) -> None:

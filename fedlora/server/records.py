@@ -62,7 +62,7 @@ def personal_summary(
     weights = {p: m.get(NUM_UNITS, m[NUM_EXAMPLES]) for p, m in metrics.items()}
     total = sum(weights.values())
     if total == 0:
-        raise RunFailed("no client could be evaluated")
+        raise RunFailed("no client could be evaluated; a node's max-evaluations says how often it may be")
     by_domain = {}
     for number, name in enumerate(domain_names):
         counted = [m for m in metrics.values() if f"{EXAMPLES_IN}{number}" in m]

@@ -9,7 +9,7 @@ from uuid import uuid4
 import pytest
 from flwr.app import Message
 
-from clients import ledger_ref
+from clients import ledger_ref, owner
 from clients.handler import TRAIN, handle
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
@@ -57,6 +57,11 @@ class Nodes(LocalGrid):
         return replies
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "REFUSAL_SECONDS", 0.01)
+
+
 def run(tmp_path: Path, set_back_before: int = 0, **overrides: object) -> Nodes:
     keys = {"privacy.mode": "example", "privacy.target-epsilon": 3.0, "privacy.accountant": "rdp"}
     config = tiny_config(**keys, **overrides)
@@ -80,7 +85,7 @@ def test_a_ledger_that_was_set_back_is_not_written_on(
 ) -> None:
     """Not in this run, and not when the server begins again; the node's own log says why."""
     for set_back_before in (2, 0):
-        with pytest.raises(RunFailed, match="partition 0: the node's privacy ledger refuses"):
+        with pytest.raises(RunFailed, match="partition 0: the node declines; its own log says why"):
             run(tmp_path, set_back_before, **{"min-train-nodes": 3})
         assert "was set back: an entry that it had" in caplog.text
         caplog.clear()

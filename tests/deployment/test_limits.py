@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+from clients import owner
 from clients.handler import TRAIN, handle
 from clients.node_settings import node_settings, read_node
 from fedlora import wire
@@ -31,6 +32,11 @@ PRIVATE: dict[str, Any] = {
 
 
 LABELS = ("neg", "pos")
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, "REFUSAL_SECONDS", 0.01)
 
 
 def order(config: RunConfig, server_round: int, labels: Sequence[str] = LABELS) -> RecordDict:
@@ -62,11 +68,13 @@ def reply(
 
 
 @pytest.mark.parametrize("mode", ["none", "client"])
-def test_a_run_without_a_guarantee_for_examples_is_declined(mode: str, tmp_path: Path, cache: Path) -> None:
+def test_a_run_without_a_guarantee_for_examples_is_declined(
+    mode: str, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     config = tiny_config(**{"privacy.mode": mode})
     refused = reply(config, tmp_path, **{"max-epsilon": 3.0})
     assert refused.status == wire.DECLINED
-    assert refused.reason.startswith(f"privacy.mode = {mode!r}: the owner of this node allows epsilon 3")
+    assert f"privacy.mode = {mode!r}: the owner of this node allows epsilon 3" in caplog.text
     assert reply(config, tmp_path).status == wire.OK
 
 

@@ -1,0 +1,136 @@
+"""Owner's policy of a node: what may leave it, whatever a run asks for.
+
+A node is protected in every private run, and in every run where its owner sets a limit (``max-epsilon``).
+From a protected node leave
+
+    the noisy update, and the claim that goes with it
+    with ``release-metrics``    the training loss and the number of examples
+    with ``max-evaluations``    exact accuracies and losses, so many times in all
+
+The last two are outside of the claim, which is why only the owner can allow them. Whatever else is asked for
+has one answer: the same words after the same time, so that neither tells a server anything of the data.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from filelock import FileLock
+
+from clients.node_settings import NodeSettings
+from fedlora import wire
+from fedlora.config import RunConfig
+from fedlora.config.privacy import ADD_OR_REMOVE_ONE
+from fedlora.core.files import write_atomic
+from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused
+
+REFUSAL = "the node declines; its own log says why"
+REFUSAL_SECONDS = 5.0
+"""A refusal leaves a protected node at a whole multiple of this after its message came in."""
+EVALUATIONS = "evaluations.json"
+
+
+def is_protected(config: RunConfig, settings: NodeSettings) -> bool:
+    """Whether the owner's policy holds for this run."""
+    return config.privacy.private or settings.max_epsilon > 0
+
+
+def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
+    """Hold a run to the owner's limit, as far as it shows before training; the ledger does the rest.
+
+    Raises:
+        ConfigError: a run that gives no guarantee for an example, or a looser one than is allowed.
+    """
+    if not settings.max_epsilon:
+        return
+    limit = f"the owner of this node allows epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"
+    if not config.privacy.private:
+        raise ConfigError(f"privacy.mode = {config.privacy.mode!r}: {limit}, which takes 'example'")
+    if config.privacy.target_delta > settings.max_delta:
+        raise ConfigError(f"privacy.target-delta = {config.privacy.target_delta:g}: {limit}")
+
+
+def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: bool) -> RunConfig:
+    """The run with the owner's name for the data, count of them and say on metrics, whatever the run says.
+
+    Raises:
+        ConfigError: a run that takes the count for public although the owner declares another, or that
+            needs a declared one where the owner declares none.
+    """
+    privacy, declared = config.privacy, settings.declared_examples
+    if privacy.private and (declared or not simulation):
+        hidden = privacy.neighboring_relation == ADD_OR_REMOVE_ONE
+        key = f"privacy.neighboring-relation = {privacy.neighboring_relation!r}"
+        if declared and not hidden:
+            raise ConfigError(
+                f"{key}: the owner of this node declares how many examples count, which takes "
+                f"{ADD_OR_REMOVE_ONE!r}"
+            )
+        if hidden and not declared:
+            raise ConfigError(f"{key}: the owner of this node declares no declared-examples, which it takes")
+        privacy = replace(privacy, declared_examples=declared)
+    if privacy.private and not simulation:
+        privacy = replace(privacy, release_metrics=privacy.release_metrics and settings.release_metrics)
+    return replace(config, privacy=replace(privacy, dataset_id=settings.dataset_id or privacy.dataset_id))
+
+
+def count_evaluation(settings: NodeSettings) -> None:
+    """Count one evaluation of a protected node, on disk before it begins.
+
+    Raises:
+        ConfigError: the owner allows none, or no further one.
+    """
+    most, path = settings.max_evaluations, settings.home / EVALUATIONS
+    if not most:
+        raise ConfigError("max-evaluations = 0: the owner of this node lets no evaluation out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        done = _evaluations_done(path)
+        if done >= most:
+            raise ConfigError(f"max-evaluations = {most}: so many have left this node, see {path}")
+        write_atomic(path, json.dumps({"done": done + 1}) + "\n")
+
+
+def _evaluations_done(path: Path) -> int:
+    if not path.exists():
+        return 0
+    try:
+        done = json.loads(path.read_text())["done"]
+    except (ValueError, KeyError, TypeError):
+        done = None
+    if type(done) is not int or done < 0:
+        raise ConfigError(f"{path}: is damaged, no evaluation leaves the node until its owner has mended it")
+    return done
+
+
+def one_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
+    """The reply of a protected node: whatever goes wrong, and every reply that declines, as the one refusal.
+
+    The reason is for the node's own log.
+    """
+    began = time.monotonic()
+    try:
+        reply = answer()
+    except Exception as error:
+        foreseen = isinstance(error, FedLoraError)
+        logging.getLogger("fedlora").warning("declined: %s", error, exc_info=None if foreseen else error)
+        reply = wire.Reply(status=wire.DECLINED)
+    if reply.status != wire.DECLINED:
+        return reply
+    time.sleep(REFUSAL_SECONDS - (time.monotonic() - began) % REFUSAL_SECONDS)
+    return wire.Reply(status=wire.DECLINED, reason=REFUSAL)
+
+
+def explained_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
+    """The reply of an unprotected node: a request that cannot be carried out is declined with its reason."""
+    try:
+        return answer()
+    except ConfigError as error:
+        logging.getLogger("fedlora").warning("declined: %s", error)
+        told = error.told if isinstance(error, OwnDataRefused) else str(error)
+        return wire.Reply(status=wire.DECLINED, reason=told)
