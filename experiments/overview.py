@@ -46,14 +46,15 @@ STUDIES = (
         "steps are many and where they are few.",
         found="2026-11-23, ten seeds: probably, not certainly. FLoRA is ahead of zero-padding by 0.6 and 1.2 "
         "points, of FlexLoRA by 1.3 and 2.1, and of FedEx, which does not start anew, by 0.8 and 0.6; p "
-        "below 0.1 each, 0.14 to 0.2 after Holm's correction.",
+        "below 0.1 each, 0.14 to 0.6 after Holm's correction.",
     ),
     Study(
         name="lora_fair",
         claim="LoRA-FAIR (Bian et al., ICCV 2025): it beats FedIT, FFA, FLoRA and FlexLoRA under feature "
         "shift, and under feature plus label shift; without its penalty (lambda = 0) it loses 4 points.",
-        found="2026-11-22, ten seeds: no. Alike FedAvg, FlexLoRA is ahead by 1.5 points under feature shift "
-        "and by 2.9 under both (part of it a tuned rate), FLoRA by 2.5 under both; lambda = 0 loses nothing.",
+        found="2026-11-22, ten seeds: no. Alike FedAvg under feature shift; FlexLoRA is ahead by 1.5 points "
+        "there and by 2.9 under both (part of it a tuned rate), FLoRA by 2.5 under both; lambda = 0 loses "
+        "nothing under feature shift.",
     ),
     Study(
         name="exact",
@@ -61,15 +62,15 @@ STUDIES = (
         "the same total of local steps: 100 rounds of 1, 10 of 10, 2 of 50.",
         found="2026-11-23, ten seeds: nowhere certain. Averaging is the less exact the less often one "
         "averages, but only in two rounds of 50 are FedEx (+0.9) and FLoRA (+0.8) ahead, not certain after "
-        "Holm's correction; FlexLoRA is alike there, FLoRA alike FedEx.",
+        "Holm's correction; FlexLoRA is alike there.",
     ),
     Study(
         name="privacy",
         claim="FedSVD (NeurIPS 2025): under differential privacy it beats FedAvg and FFA.",
         found="2026-11-22, ten seeds: FedSVD ahead of FedAvg by 2.5, 2.1 and 1.7 points at epsilon 1, 3 and "
         "6, of FFA at its own rate by 0.9, 0.5 and 0.8, none of it certain after Holm's correction; without "
-        "privacy alike. Certain under privacy: at epsilon 1 an A that is renewed beats one that stays, by "
-        "1.0.",
+        "privacy undecided. Certain under privacy: at epsilon 1 an A that is renewed beats one that stays, "
+        "by 1.0.",
     ),
     Study(
         name="adaptive",

@@ -28,7 +28,7 @@ from fedlora.study.report.findings import CLAIMS_HEADER, claim
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"
-SHOWN = ("Claim", "Difference in points", "Holm p", "Verdict")
+SHOWN = ("Claim", "Difference in points", "Holm p", "Alike, Holm p", "Verdict")
 """Of a decided claim, in the README."""
 ALL_SHOWN = 4
 """So few seeds are shown one by one."""

@@ -160,6 +160,28 @@ def test_the_time_that_is_left_counts_the_runs_that_are_left(
     ]  # fmt: skip
 
 
+def test_claims_that_so_many_seeds_can_never_decide_are_named_at_the_start(
+    simulation: Simulation, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = '{"a": {}, "b": {}}'
+    config = study(strategies="fedavg,flora", settings=settings, seeds="1,2", comparisons="flora:fedavg")
+    run_study(config, tmp_path)
+    said = capsys.readouterr().err
+    assert said.startswith("study.comparisons: a claim wants 10 seeds, there are 2\n")
+
+
+def test_a_study_that_was_looked_at_before_its_last_seed_says_so(
+    simulation: Simulation, tmp_path: Path
+) -> None:
+    said = "Looked at before its last seed, with"
+    assert said not in run_study(study(strategies="fedavg", seeds="1,2"), tmp_path).read_text()
+    again = run_study(study(strategies="fedavg", seeds="1,2"), tmp_path, resume=True)
+    assert said not in again.read_text()
+    later = run_study(study(strategies="fedavg", seeds="1,2,3"), tmp_path, resume=True)
+    assert f"{said} 2: intervals" in later.read_text()
+    assert json.loads((tmp_path / "study.json").read_text())["looks"] == [2, 3]
+
+
 # --- directories -------------------------------------------------------------------------------------
 
 

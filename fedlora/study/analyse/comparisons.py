@@ -1,9 +1,12 @@
 """Claims of one method against another, seed by seed, and whether this study carries them.
 
 Both methods of a pair ran with the same seeds, so their differences are paired: a 95 % interval by Student's
-t, and an exact test that flips the sign of each difference in every way (Fisher, "The Design of Experiments",
-1935, section 21). The p-values of all pairs that the study file declares, under all its settings, are
-one family and are corrected together (Holm, Scandinavian Journal of Statistics 6, 1979).
+t, the exact sign-flip test that they differ, and two one-sided t tests that they are alike (Schuirmann,
+Journal of Pharmacokinetics and Biopharmaceutics 15, 1987). Both questions of all pairs that the study file
+declares, under all its settings, are one family, corrected together (Holm, Scandinavian Journal of Statistics
+6, 1979).
+No pair differs both by nothing and by a point, so that one of its two null hypotheses at most is true: a step
+counts pairs, not hypotheses (Shaffer, Journal of the American Statistical Association 81, 1986).
 """
 
 from __future__ import annotations
@@ -14,21 +17,17 @@ from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Literal
 
-import numpy as np
-from scipy.stats import permutation_test, t
+from scipy.stats import t
 
 from fedlora.config import name_list
 from fedlora.errors import ConfigError
-from fedlora.study.analyse.summary import Estimate, Row, over_seeds
+from fedlora.study.analyse.sign_flip import detectable, least_p, sign_flip
+from fedlora.study.analyse.summary import LEVEL, Estimate, Row, over_seeds
 
-LEVEL = 0.05
 ENOUGH_SEEDS = 10
 """A claim wants at least so many paired seeds; with 5 the exact test cannot go below 0.06."""
 ALIKE = 0.01
-"""Two methods are alike where the whole interval of their difference lies within one point."""
-POWER = 0.8
-EXACT_UP_TO = 2**17
-"""Sign patterns that are all tried; beyond that so many random ones."""
+"""Two methods are alike where their true difference is certain to lie within one point."""
 
 Verdict = Literal["better", "worse", "alike", "undecided"]
 
@@ -42,8 +41,11 @@ class Comparison:
         differences: method minus baseline in accuracy, one for each seed that both have.
         mean: of the differences, with its 95 % interval over seeds.
         p_value: of the exact sign-flip test, two-sided; None for fewer than two seeds.
-        p_holm: the same, corrected over the family.
-        detectable: the smallest true difference that so many seeds would find in four of five studies.
+        p_alike: of two one-sided t tests against a difference of `ALIKE` or more; None as before.
+        p_holm: ``p_value`` corrected over the family.
+        p_alike_holm: ``p_alike`` corrected over the family.
+        detectable: the smallest true difference that so many seeds are sure to find in four of five studies,
+            whatever the other comparisons come to; None where no difference would do.
     """
 
     method: str
@@ -51,9 +53,11 @@ class Comparison:
     setting: str
     differences: tuple[float, ...]
     mean: Estimate
-    p_value: float | None
-    p_holm: float | None
-    detectable: float | None
+    p_value: float | None = None
+    p_alike: float | None = None
+    p_holm: float | None = None
+    p_alike_holm: float | None = None
+    detectable: float | None = None
 
     @property
     def wins(self) -> int:
@@ -63,12 +67,11 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         """What may be said."""
-        low, high = self.mean.low, self.mean.high
-        if len(self.differences) < ENOUGH_SEEDS or low is None or high is None or self.p_holm is None:
+        if len(self.differences) < ENOUGH_SEEDS or self.p_holm is None or self.p_alike_holm is None:
             return "undecided"
-        if self.p_holm < LEVEL:
+        if self.p_holm <= LEVEL:
             return "better" if self.mean.value > 0 else "worse"
-        return "alike" if low > -ALIKE and high < ALIKE else "undecided"
+        return "alike" if self.p_alike_holm <= LEVEL else "undecided"
 
 
 def compare(rows: Sequence[Row], pairs: str, absent: Iterable[str] = ()) -> list[Comparison]:
@@ -116,27 +119,37 @@ def declared(pairs: str, methods: Iterable[str]) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p-value: how often random signs give a mean at least as far from 0.
-
-    >>> sign_flip([0.01, 0.02, 0.03])
-    0.25
-    """
-    test = permutation_test(
-        (np.asarray(differences),), np.mean, permutation_type="samples", vectorized=True,
-        n_resamples=EXACT_UP_TO, rng=np.random.default_rng(0),
-    )  # fmt: skip
-    return float(test.pvalue)
-
-
 def holm(family: Sequence[Comparison]) -> list[Comparison]:
-    """The same comparisons with corrected p-values."""
-    tested = sorted((c.p_value, place) for place, c in enumerate(family) if c.p_value is not None)
-    corrected, least = list(family), 0.0
-    for rank, (p_value, place) in enumerate(tested):
-        least = max(least, min(1.0, (len(tested) - rank) * p_value))
-        corrected[place] = replace(family[place], p_holm=least)
-    return corrected
+    """The same comparisons with corrected p-values, and what they could have found."""
+    tested = sorted(
+        (p_value, place, key)
+        for place, found in enumerate(family)
+        for key, p_value in (("p_holm", found.p_value), ("p_alike_holm", found.p_alike))
+        if p_value is not None
+    )
+    size = len({place for _, place, _ in tested})
+    corrected, least, seen, settled = list(family), 0.0, set[int](), 0
+    for p_value, place, key in tested:
+        least = max(least, min(1.0, (size - settled) * p_value))
+        corrected[place] = replace(corrected[place], **{key: least})  # type: ignore[arg-type]
+        settled += place in seen
+        seen.add(place)
+    return [replace(found, detectable=_detectable(found.differences, size)) for found in corrected]
+
+
+def undecidable(seeds: int, family: int) -> str:
+    """Why so many seeds can call none of so many comparisons better or worse; empty where they can."""
+    if not family:
+        return ""
+    if seeds < ENOUGH_SEEDS:
+        return f"a claim wants {ENOUGH_SEEDS} seeds, there are {seeds}"
+    most = int(LEVEL / least_p(seeds))
+    if family <= most:
+        return ""
+    return (
+        f"{seeds} seeds can call none of {family} comparisons better or worse, whatever comes out; it takes "
+        f"{most} at most, or {math.ceil(1 - math.log2(LEVEL / family))} seeds"
+    )
 
 
 def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
@@ -146,23 +159,28 @@ def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
 def _compared(mine: Row, theirs: Row) -> Comparison:
     ours, others = mine.accuracy_by_seed, theirs.accuracy_by_seed
     differences = tuple(ours[seed] - others[seed] for seed in ours if seed in others)
-    several = len(differences) > 1
-    return Comparison(
+    found = Comparison(
         method=mine.method,
         baseline=theirs.method,
         setting=mine.setting,
         differences=differences,
-        mean=over_seeds(differences, low=-1.0)
-        if several
-        else Estimate(value=fmean(differences or (math.nan,))),
-        p_value=sign_flip(differences) if several else None,
-        p_holm=None,
-        detectable=_detectable(differences) if several else None,
+        mean=Estimate(value=fmean(differences or (math.nan,))),
     )
+    if len(differences) < 2:
+        return found
+    mean = over_seeds(differences, low=-1.0)
+    return replace(found, mean=mean, p_value=sign_flip(differences), p_alike=_p_alike(differences))
 
 
-def _detectable(differences: Sequence[float]) -> float:
-    """(t_{1 - level/2} + t_{power}) standard errors, each of n - 1 degrees of freedom."""
-    n = len(differences)
-    quantiles = t.ppf(1 - LEVEL / 2, n - 1) + t.ppf(POWER, n - 1)
-    return float(quantiles) * stdev(differences) / math.sqrt(n)
+def _p_alike(differences: Sequence[float]) -> float:
+    """The larger p-value of the two tests that the mean lies above -`ALIKE` and below it."""
+    mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
+    room = ALIKE - abs(mean)
+    return float(t.sf(room / error, len(differences) - 1)) if error else float(room <= 0)
+
+
+def _detectable(differences: Sequence[float], family: int) -> float | None:
+    if len(differences) < ENOUGH_SEEDS:
+        return None
+    least = detectable(len(differences), LEVEL / family)
+    return None if least is None else least * stdev(differences)

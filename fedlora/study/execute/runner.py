@@ -20,7 +20,7 @@ from fedlora.server.provenance import SCHEMA, check_schema
 from fedlora.server.validate import check
 from fedlora.simulation.ray_cluster import check_address
 from fedlora.simulation.simulate import quiet
-from fedlora.study.analyse.comparisons import declared
+from fedlora.study.analyse.comparisons import declared, undecidable
 from fedlora.study.analyse.results import check_directory, load_results
 from fedlora.study.analyse.tuning import Trial, Tuning, check_tuning, choose, reported, trials
 from fedlora.study.execute.cell import Engine, console, say
@@ -85,7 +85,12 @@ def run_study(
     report, title = path / "report.html", config.study.title or path.name
     from fedlora.study.report.report import write_report
 
-    write_report(report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning)
+    looks, seeds = _looks(path), len({run.seed for run in results})
+    _write_record(config, path, tuning, [*looks, seeds])
+    write_report(
+        report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning,
+        looks=[look for look in looks if look < seeds],
+    )  # fmt: skip
     peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
     console.print(f"{len(results)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
     if failed:
@@ -97,7 +102,7 @@ def tune(engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, 
     """Run the trials that are not finished, and keep the rates in ``study.json``."""
     failed = run_cells(engine, [trial.cell for trial in tried], path, manner)
     tuning = choose(config.study, tried, path, {missing.label for missing in failed})
-    _write_record(config, path, tuning)
+    _write_record(config, path, tuning, _looks(path))
     for tuned in tuning.groups:
         edge = ", at the edge of what was tried" if tuned.at_the_edge else ""
         rate = "failed with every rate" if tuned.rate is None else f"{tuned.rate:g}{edge}"
@@ -116,8 +121,13 @@ def with_rates(cells: Sequence[Cell], tuning: Tuning) -> tuple[list[Cell], list[
 def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:
     """The runs that can exist, and those that cannot."""
     cells = expand(config, engine.pool.runtime(config).data.num_partitions)
-    declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
-    return applicable(cells)
+    pairs = declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
+    possible, absent = applicable(cells)
+    there = {(cell.method, cell.setting) for cell in possible}
+    family = sum((mine, s) in there for mine, theirs in pairs for method, s in there if method == theirs)
+    if reason := undecidable(len({cell.seed for cell in possible}), family):
+        say(f"study.comparisons: {reason}")
+    return possible, absent
 
 
 def _trials(config: RunConfig, cells: Sequence[Cell]) -> list[Trial]:
@@ -142,8 +152,16 @@ def _begin(config: RunConfig, path: Path, absent: Sequence[Absent]) -> None:
         console.print(f"{missing.label}: not applicable ({escape(missing.reason)})")
 
 
-def _write_record(config: RunConfig, path: Path, tuning: Tuning | None = None) -> None:
-    record: dict[str, Any] = {"schema": SCHEMA, "title": config.study.title}
+def _looks(path: Path) -> list[int]:
+    """With how many seeds the study was reported on."""
+    looks: list[int] = json.loads((path / STUDY).read_text()).get("looks", [])
+    return looks
+
+
+def _write_record(
+    config: RunConfig, path: Path, tuning: Tuning | None = None, looks: Sequence[int] = ()
+) -> None:
+    record: dict[str, Any] = {"schema": SCHEMA, "title": config.study.title, "looks": sorted(set(looks))}
     if tuning is not None:
         record["tuning"] = tuning.record()
     write_atomic(path / STUDY, json.dumps(record, indent=2) + "\n")

@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.study.analyse.comparisons import ENOUGH_SEEDS, Comparison
+from fedlora.study.analyse.comparisons import Comparison, undecidable
 from fedlora.study.analyse.contests import WORTHWHILE, Contest, contests
 from fedlora.study.analyse.summary import CONTROL, Row
 from fedlora.study.report.format import DASH, interval, listed, percent, points, signed, significant
 
 CLAIMS_HEADER = (
-    "Claim", "Seeds", "Difference in points", "Ahead on", "Exact p", "Holm p", "Could detect", "Verdict",
+    "Claim", "Seeds", "Difference in points", "Ahead on", "Exact p", "Holm p", "Alike, Holm p",
+    "Could detect", "Verdict",
 )  # fmt: skip
 MOST_NAMED = 4
 """Names in one sentence; more are counted."""
@@ -39,8 +40,8 @@ class Findings:
     caveats: tuple[str, ...]
 
 
-def find(rows: Sequence[Row]) -> Findings:
-    """The findings of a study."""
+def find(rows: Sequence[Row], looks: Sequence[int] = ()) -> Findings:
+    """The findings of a study that was looked at before with so many seeds."""
     found = contests(rows)
     leaders = [_leader(contest) for contest in found]
     if len(found) > 1:
@@ -52,7 +53,7 @@ def find(rows: Sequence[Row]) -> Findings:
     return Findings(
         headline=headline,
         lines=(*lines, *(_gains(c, len(found) > 1) for c in found if c.control), *_below(rows)),
-        caveats=tuple(_caveats(rows, found)),
+        caveats=tuple(_caveats(rows, found, looks)),
     )
 
 
@@ -109,7 +110,7 @@ def _named(rows: Sequence[Row]) -> str:
     return listed([*names, *([f"{more} more"] if more > 0 else [])])
 
 
-def _caveats(rows: Sequence[Row], found: Sequence[Contest]) -> list[str]:
+def _caveats(rows: Sequence[Row], found: Sequence[Contest], looks: Sequence[int]) -> list[str]:
     seeds = sorted({len(row.seeds) for row in rows})
     caveats = [
         "One seed: intervals are those of the test set; how far another seed would move a run is unknown."
@@ -117,6 +118,11 @@ def _caveats(rows: Sequence[Row], found: Sequence[Contest]) -> list[str]:
     if seeds != [1]:
         number = " or ".join(map(str, seeds))
         caveats = [f"{number} seeds: means with 95% Student t intervals over the seeds, on one test set."]
+    if looks:
+        before = listed([*map(str, looks)])
+        caveats.append(
+            f"Looked at before its last seed, with {before}: intervals and p-values do not know it."
+        )
     if any(len(contest.rows) > 1 for contest in found):
         caveats.append(
             f"Two runs are told apart where the interval of their difference leaves out 0; those of all "
@@ -151,7 +157,8 @@ def claim(comparison: Comparison) -> tuple[str, ...]:
         f"{found.wins} of {seeds}",
         _probability(found.p_value),
         _probability(found.p_holm),
-        DASH if found.detectable is None else points(found.detectable),
+        _probability(found.p_alike_holm),
+        "nothing" if found.detectable is None else points(found.detectable),
         found.verdict,
     )
 
@@ -160,12 +167,12 @@ def claims(comparisons: Sequence[Comparison]) -> str:
     """What the declared comparisons come to; empty if there are none."""
     if not comparisons:
         return ""
-    few = min(len(c.differences) for c in comparisons)
+    hopeless = undecidable(min(len(c.differences) for c in comparisons), len(comparisons))
     decided = [c for c in comparisons if c.verdict != "undecided"]
     counts = Counter(c.verdict for c in decided)
     said = f"Declared comparisons: {len(comparisons)}, decided: {len(decided) or 'none'}"
-    if few < ENOUGH_SEEDS:
-        return f"{said}; a claim wants {ENOUGH_SEEDS} paired seeds, there are {few}."
+    if hopeless and not decided:
+        return f"{said}; {hopeless}."
     if len(decided) > MOST_NAMED:
         return f"{said} ({listed([f'{n} {verdict}' for verdict, n in counts.items()])})."
     named = [f"{name_of(c)}: {c.verdict}, {signed(c.mean.value)} points" for c in decided]

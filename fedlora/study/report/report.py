@@ -33,6 +33,7 @@ def write_report(
     *,
     absent: Sequence[Absent] = (),
     tuning: Tuning | None = None,
+    looks: Sequence[int] = (),
 ) -> None:
     """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
 
@@ -43,6 +44,7 @@ def write_report(
         pairs: ``study.comparisons``.
         absent: the runs of the study that have no result.
         tuning: how their learning rates were found, if the study did that.
+        looks: with how many seeds there was a report before.
 
     Raises:
         ConfigError: there is no run to report on.
@@ -51,7 +53,7 @@ def write_report(
         raise ConfigError(f"{path}: there is no finished run to report on")
     comparisons = compare(summarise(results), pairs, [missing.method for missing in absent])
     write_tables(path.parent, results, comparisons)
-    write_atomic(path, render(title, results, comparisons, absent, tuning))
+    write_atomic(path, render(title, results, comparisons, absent, tuning, looks))
 
 
 def render(
@@ -60,6 +62,7 @@ def render(
     comparisons: Sequence[Comparison] = (),
     absent: Sequence[Absent] = (),
     tuning: Tuning | None = None,
+    looks: Sequence[int] = (),
 ) -> str:
     """The report as HTML."""
     rows = summarise(results)
@@ -75,7 +78,7 @@ def render(
     environment.filters |= {name: getattr(format, name) for name in ("percent", "duration", "significant")}
     return environment.get_template("report.html").render(
         title=title,
-        findings=find(rows),
+        findings=find(rows, looks),
         claims=claims(comparisons),
         claims_header=CLAIMS_HEADER,
         claims_table=[claim(comparison) for comparison in comparisons],

@@ -59,6 +59,8 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "high": found.mean.high,
         "p_sign_flip": found.p_value,
         "p_holm": found.p_holm,
+        "p_alike": found.p_alike,
+        "p_alike_holm": found.p_alike_holm,
         "detectable": found.detectable,
         "verdict": found.verdict,
     }
