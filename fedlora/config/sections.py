@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -12,7 +12,6 @@ from fedlora.config.checks import float_list, int_list, name_list, one_of, parse
 from fedlora.config.section import by_field, section
 
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
-BetweenZeroAndOne = Annotated[float, Field(gt=0, lt=1)]
 
 
 @section("model.")
@@ -96,7 +95,6 @@ Partitioner = Literal[
     "natural", "iid", "dirichlet", "pathological", "shard", "linear", "square", "exponential", "bootstrap",
     "natural-dirichlet",
 ]  # fmt: skip
-PARTITIONERS: tuple[Partitioner, ...] = get_args(Partitioner)
 
 
 @section("data.")
@@ -123,7 +121,7 @@ class DataConfig:
     """Column of what must not be split between train and test, for instance ``author``."""
     domain_column: str = ""
     """Column by which accuracy is also reported, for instance ``source``."""
-    test_fraction: BetweenZeroAndOne = 0.2
+    test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Share held out where the data brings no test split."""
     validation_fraction: FromZeroBelowOne = 0.0
     """Tuning: evaluate on this share of the training examples, taken out of them, not on the test set."""

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import DataConfig
-from fedlora.config.sections import PARTITIONERS
+from fedlora.config.sections import Partitioner
 from fedlora.data.partition import partition
 from fedlora.errors import ConfigError
 
-DISJOINT = [name for name in PARTITIONERS if name != "bootstrap"]
+DISJOINT = [name for name in get_args(Partitioner) if name != "bootstrap"]
 SKEWED: dict[str, Any] = {
     "label": [i % 4 for i in range(400)],
     "domain": [["east", "north", "south", "west"][min(i // 50, 3)] for i in range(400)],
