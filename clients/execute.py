@@ -96,16 +96,13 @@ def answer(
         halved: it trained in a smaller cohort than was meant, see `clients.training.batched.oom_retry`.
     """
     modules, local = modules_of(instruction), config.model.head == "local"
-    own = wire.to_peft(
-        result.adapters, result.head if local else {}, instruction.trained - instruction.uploaded, modules
-    )
+    kept = instruction.trained - instruction.uploaded
+    own = wire.to_peft(result.adapters, result.head if local else {}, kept, modules) if kept or local else {}
     if own:
         resolved.store.keep_personal(node.partition_id, OWN, instruction.server_round, own)
     shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})
-    arrays, start = (
-        wire.to_peft(adapters, head, instruction.uploaded, modules)
-        for adapters, head in zip((result.adapters, resolved.adapters), shared, strict=True)
-    )
+    arrays = wire.to_peft(result.adapters, shared[0], instruction.uploaded, modules)
+    start = wire.to_peft(resolved.adapters, shared[1], instruction.uploaded, modules)
     metrics: dict[str, float] = {}
     if result.loss is not None:
         metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}

@@ -127,6 +127,7 @@ def read_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime
     return _runtime(network, data, modules, adapter_kind(config.lora, config.seed), config.engine.device)
 
 
+@lru_cache(maxsize=8)
 def key_of(config: RunConfig) -> Key:
     """What a `ClientRuntime` is made from: configurations with the same key share one."""
     kind = adapter_kind(config.lora, config.seed)

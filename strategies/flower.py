@@ -266,8 +266,8 @@ class FactorStrategy(Rounds):
         for partition_id in chosen:
             client = self.client_spec(partition_id)
             broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
-            rank = next(iter(broadcast.adapters.values())).rank
-            if self.keep_ranks and rank < client.rank:
+            rank = 0 if not self.keep_ranks else next(iter(broadcast.adapters.values())).rank
+            if 0 < rank < client.rank:
                 self.transport.add(partition_id, present[partition_id], padded(broadcast, client.rank), rank)
             else:
                 self.transport.add(partition_id, present[partition_id], broadcast)

@@ -113,12 +113,14 @@ class Rule:
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """What this client starts the next round from: the global adapter at its rank and scaling."""
-        layers = state.adapters.values()
-        trained, shipped = self.trained(state.round + 1), self.shipped(state.round + 1)
+        layers, roles = state.adapters.values(), self.trained(state.round + 1)
+        trained = frozenset().union(*[adapter.part(roles) for adapter in layers])
+        shipped = self.shipped(state.round + 1)
+        uploaded = trained if shipped == roles else frozenset().union(*[a.part(shipped) for a in layers])
         return Broadcast(
             adapters=resized(state.adapters, client.rank, client.scaling),
-            trained=frozenset().union(*[adapter.part(trained) for adapter in layers]),
-            uploaded=frozenset().union(*[adapter.part(shipped) for adapter in layers]),
+            trained=trained,
+            uploaded=uploaded,
             modules=trained_modules(state, client),
             head=state.head,
             updates_base=self.facts.updates_base,

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fedlora.core.adapters import Adapters, LayerAdapter
+from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ModuleSpec
@@ -63,8 +63,8 @@ class InjectedAdapter(Protocol):
         """What the active tensors of a layer are multiplied with."""
         ...
 
-    def adapter(self, module: str, tensors: Tensors) -> LayerAdapter:
-        """The layer's active adapter with these values."""
+    def adapters(self, tensors: Mapping[str, Tensors]) -> Adapters:
+        """The layers' active adapters with these values, by module."""
         ...
 
     def saved(self) -> tuple[Any, Tensors] | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapters import Adapters, lora_set
-from fedlora.core.factors import LoraFactors, Tensors
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError, FactorShapeError
 
@@ -73,7 +73,8 @@ class InjectedLora:
         """One PEFT adapter per rank and shape, at the given scalings."""
         from peft.functional import set_adapter
 
-        first = next(iter(lora_set(adapters).values()))
+        first = next(iter(adapters.values()))
+        assert isinstance(first, LoraFactors)  # see `check`
         name = f"rank{first.rank}" + ("" if first.R is None else "core")
         if name not in self._adapters:
             self._add(name, first.rank, cored=first.R is not None)
@@ -97,9 +98,10 @@ class InjectedLora:
         """Alpha / r, as PEFT has it."""
         return float(self._layer(module).scaling[self._active])
 
-    def adapter(self, module: str, tensors: Tensors) -> LoraFactors:
-        """The factors with the layer's scaling."""
-        return LoraFactors(scaling=self.scaling(module), **tensors)
+    def adapters(self, tensors: Mapping[str, Tensors]) -> AdapterSet:
+        """The factors with the layers' scalings."""
+        scaling = {module: self.scaling(module) for module in tensors}
+        return {module: LoraFactors(scaling=scaling[module], **own) for module, own in tensors.items()}
 
     def saved(self) -> None:
         """See `fedlora.models.export.save_adapter`."""

@@ -224,9 +224,9 @@ class InjectedTuner:
         """One: a tuner scales by itself."""
         return 1.0
 
-    def adapter(self, module: str, tensors: Tensors) -> NamedTensors:
+    def adapters(self, tensors: Mapping[str, Tensors]) -> dict[str, NamedTensors]:
         """The start with these values."""
-        return self._start[module].replaced(tensors)
+        return {module: self._start[module].replaced(own) for module, own in tensors.items()}
 
     def dropouts(self) -> Iterator[nn.Dropout]:
         """Those of the tuner, if it has any."""

@@ -154,7 +154,7 @@ class AdaptedModel:
         parameters = {module: self.adapter.parameters(module) for module in self.modules}
         tensors = {module: {n: _copy(p) for n, p in found.items()} for module, found in parameters.items()}
         head = {name: _copy(p) for name, p in self._head.items()}
-        return {module: self.adapter.adapter(module, found) for module, found in tensors.items()}, head
+        return self.adapter.adapters(tensors), head
 
     def trainable(self) -> Trainable:
         """The parameters that the last `load` asked to train."""

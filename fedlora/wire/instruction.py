@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
@@ -21,7 +22,7 @@ from fedlora.wire.upload import CODECS
 from fedlora.wire.validation import check_settings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Needs:
     """What a client must hold to carry out an order, by digest.
 
@@ -36,14 +37,14 @@ class Needs:
     frozen: str = ""
     moving: str = ""
 
-    @property
+    @cached_property
     def digests(self) -> tuple[str, ...]:
         return (*self.base, *filter(None, (self.frozen, self.moving)))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainInstruction:
-    """A decoded training message.
+    """A decoded training message; what its settings say is read once.
 
     Attributes:
         server_round: from 1.
@@ -63,25 +64,25 @@ class TrainInstruction:
     packed: bool = False
     named: str = ARRAYS
 
-    @property
+    @cached_property
     def identity(self) -> str:
         """What a reply says that it answers."""
         return identity(self.config)
 
-    @property
+    @cached_property
     def tensors(self) -> frozenset[str]:
         """The names of a layer's tensors, where its adapter is none of LoRA; else empty."""
         return names(self.config.get("tensors", ""))
 
-    @property
+    @cached_property
     def trained(self) -> frozenset[str]:
         return names(self.config["trained"])
 
-    @property
+    @cached_property
     def uploaded(self) -> frozenset[str]:
         return names(self.config["uploaded"])
 
-    @property
+    @cached_property
     def upload(self) -> str:
         """The codec of the reply's arrays, see `fedlora.wire.upload`."""
         return str(self.config.get("upload", "float32"))
@@ -91,7 +92,7 @@ class TrainInstruction:
         generator = torch_stream(int(self.config.get("upload-seed", 0)), "upload")
         return CODECS[self.upload].encode(start, trained, generator)
 
-    @property
+    @cached_property
     def tail(self) -> RankRegularizer | None:
         """What the client adds to its loss, if anything."""
         if "tail-weight" not in self.config:

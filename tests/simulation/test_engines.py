@@ -1,4 +1,4 @@
-"""Laws of every engine: a run has the same bits and figures on each; a new one is held to them by its name."""
+"""Laws of every engine: a run has the same bits and figures on each; a new one is held to them, too."""
 
 from __future__ import annotations
 
