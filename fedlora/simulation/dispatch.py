@@ -1,7 +1,11 @@
-"""Jobs to actors, in the given order, each to whoever is free first; what dies is done again.
+"""Dispatches jobs to actors, in the given order, each to whoever is free first; what dies is done again.
 
 The driver sleeps until an actor answers, dies, or the deadline passes; only while nobody works does it look
 now and then whether an actor can still start.
+
+Ray's own ``max_restarts`` and ``max_task_retries`` would not replace this: a job is retried on the actor that
+died, which has to start first while others are free; an actor that is killed for its deadline runs the same
+job again before the next one; and what a job died of is not told.
 """
 
 from __future__ import annotations
