@@ -76,7 +76,9 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
         privacy = replace(privacy, declared_examples=declared)
     if privacy.private and not simulation:
         privacy = replace(privacy, release_metrics=privacy.release_metrics and settings.release_metrics)
-    return replace(config, privacy=replace(privacy, dataset_id=settings.dataset_id or privacy.dataset_id))
+    if settings.dataset_id:
+        privacy = replace(privacy, dataset_id=settings.dataset_id)
+    return config if privacy is config.privacy else replace(config, privacy=privacy)
 
 
 def count_evaluation(settings: NodeSettings) -> None:
