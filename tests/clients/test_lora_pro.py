@@ -126,6 +126,15 @@ def test_nor_do_many_steps_with_momentum_and_weight_decay(x: str, split: Tensor)
     assert (ends[0] - product({k: v for k, v in factors().items() if k != "R"})).norm() > 0.1
 
 
+def test_even_shares_the_common_part_out_by_halves() -> None:
+    start = factors()
+    A, B = start["A"], start["B"]
+    found = directions(start, optimizer_options='{"x": "even"}')
+    of_a, of_b = B @ found["A"] @ projector(A.T), projector(B) @ found["B"] @ A
+    torch.testing.assert_close(of_a, of_b, rtol=1e-8, atol=1e-8)
+    assert of_a.norm() > 0.1
+
+
 def test_plain_gradients_do_depend_on_it() -> None:
     """So that the laws above cannot hold by themselves."""
     moves = []

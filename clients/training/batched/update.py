@@ -74,7 +74,7 @@ class StackedSteps:
     """One optimiser for all members, over the stacked tensors."""
 
     def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
-        self._stacks = stacks
+        self._stacks, self._active = stacks, len(stacks.members)
         # share the numbers of the stacks; their .data becomes the prefix of those still at work
         self._moved = {
             name: nn.Parameter(value.detach(), requires_grad=name in stacks.trained)
@@ -96,21 +96,28 @@ class StackedSteps:
 
     def step(self, gradients: Gradients, active: int) -> None:
         """As `Steps`; AdamW moves even by a zero gradient, so what a member does not train is put back."""
+        if active < self._active:
+            self._narrow(active)
         for name, parameter in self._moved.items():
+            parameter.grad = gradients.get(name)
+        self._optimizer.step()
+        for name, start in self._still.items():
+            holding = self._stacks.holding(name, active)
+            if holding is not None:
+                self._moved[name].data.index_copy_(0, holding, start[holding])
+
+    def _narrow(self, active: int) -> None:
+        """Leave those out who have done their steps."""
+        self._active = active
+        for parameter in self._moved.values():
             parameter.grad = None
             parameter.data = parameter.data[:active]
-            parameter.grad = gradients.get(name)
         for scaling in self._scaling.values():
             scaling.data = scaling.data[:active]
         for state in self._optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:  # moments; a count of steps is one number
                     state[key] = value[:active]
-        self._optimizer.step()
-        for name, start in self._still.items():
-            holding = self._stacks.holding(name, active)
-            if holding is not None:
-                self._moved[name].data.index_copy_(0, holding, start[holding])
 
 
 class MemberSteps:
