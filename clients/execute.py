@@ -97,7 +97,7 @@ def answer(
     """
     modules, local = modules_of(instruction), config.model.head == "local"
     kept = instruction.trained - instruction.uploaded
-    own = wire.to_peft(result.adapters, result.head if local else {}, kept, modules) if kept or local else {}
+    own = wire.to_peft(result.adapters, result.head if local else {}, kept) if kept or local else {}
     if own:
         resolved.store.keep_personal(node.partition_id, OWN, instruction.server_round, own)
     shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})

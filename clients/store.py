@@ -70,6 +70,8 @@ def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedI
         instruction.needs.frozen: wire.frozen_part(instruction),
         instruction.needs.moving: wire.moving_part(instruction),
     }
+    travelled = wire.layers_travelled(instruction) if instruction.needs.layers else {}
+    named |= {name: travelled.get(name, {}) for name in instruction.needs.layers}
     named.pop("", None)
     try:
         for name, tensors in {**instruction.parts, **named}.items():

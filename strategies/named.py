@@ -1,8 +1,9 @@
 """The rules as Flower strategies, one public class for each: `FLoRA` is that of `FLoRARule`.
 
 Keyword arguments are those of `FactorStrategy`, the rule's own options (``lam``, ``period``, ``init_a``,
-...), and, where the aggregate is a mean, ``center`` (see `strategies.robust`) and ``optimizer`` (see
-`strategies.server_optimizer`). Type checkers read the classes in ``strategies/__init__.pyi``, see `stub`.
+...), ``allocation`` (see `strategies.allocation`), and, where the aggregate is a mean, ``center`` (see
+`strategies.robust`) and ``optimizer`` (see `strategies.server_optimizer`). Type checkers read the classes in
+``strategies/__init__.pyi``, see `stub`.
 """
 
 from __future__ import annotations

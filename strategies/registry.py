@@ -17,6 +17,7 @@ from typing import Any
 from fedlora.core.code import import_own
 from fedlora.errors import ConfigError, NotApplicable
 from strategies import rules
+from strategies.allocation import Allocation
 from strategies.center import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule
@@ -37,8 +38,8 @@ def found() -> dict[str, type[Rule]]:
 
 RULES: Mapping[str, type[Rule]] = MappingProxyType(found())
 """Name -> rule, in the order of the tables."""
-COMPOSED = ("center", "optimizer")
-"""Fields of a `MeanRule` that are no options of its own: what it is composed with."""
+COMPOSED = ("center", "optimizer", "allocation")
+"""Fields of rules that are no options of their own: what they are composed with."""
 
 
 def make_rule(
@@ -47,11 +48,13 @@ def make_rule(
     *,
     center: Center | None = None,
     optimizer: ServerOptimizer | None = None,
+    allocation: Allocation | None = None,
 ) -> Rule:
     """The rule of that name, or class, with its options (its fields), composed with what is given.
 
     Raises:
-        NotApplicable: a robust centre or a server optimiser for a rule whose aggregate is no mean.
+        NotApplicable: a robust centre or a server optimiser for a rule whose aggregate is no mean, or an
+            allocation that it cannot take.
         ConfigError: an unknown name or option, or a value that the rule refuses.
 
     >>> make_rule("fedsvd", {"period": 2}).period
@@ -70,6 +73,7 @@ def make_rule(
         if type(value) is not expected:
             raise ConfigError(f"strategy.options {key} = {value!r}: {called} expects {expected.__name__}")
     composed = _composed(rule, center, optimizer)
+    composed |= {} if allocation is None else {"allocation": allocation}
     return rule(**(options or {}), **composed)
 
 

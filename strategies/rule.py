@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedlora.core.adapters import check_same_shapes, resized
@@ -26,6 +26,7 @@ from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_a
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable
+from strategies.allocation import All, Allocation
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged, Weighted, weighted_sum
@@ -39,16 +40,21 @@ class Rule:
         init_a: how the first A is made, ``kaiming``, ``orthonormal`` or ``miss``; ``pissa``, ``olora`` and
             ``lora-ga`` start both factors as a part of the base weight, which leaves the base; ``eva`` looks
             at inputs.
+        allocation: which layers a round trains.
 
     Raises:
-        NotApplicable: an ``init_a`` that the rule does not accept.
+        NotApplicable: an ``init_a`` or an allocation that the rule does not accept.
         ConfigError: an option outside what there is.
     """
 
     facts: ClassVar[Facts]
     init_a: str = "kaiming"
+    allocation: Allocation = field(default_factory=All)
 
     def __post_init__(self) -> None:
+        if self.needs_all_layers and self.allocation.name != "all":
+            name = self.allocation.name
+            raise NotApplicable(f"strategy.allocation = {name!r}: {self.facts.name} {self.needs_all_layers}")
         if self.init_a not in INIT_A:
             raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
         if self.init_a not in self.facts.supported_inits:
@@ -89,6 +95,11 @@ class Rule:
         return head, {}
 
     @property
+    def needs_all_layers(self) -> str:
+        """Why no layer can rest, to follow the rule's name; empty where any can."""
+        return "" if self.facts.trained else "trains no layer"
+
+    @property
     def gradient_examples(self) -> int:
         """How many public examples `init` needs the gradient of (`Template.gradients`); 0 for none."""
         return 0
@@ -108,11 +119,13 @@ class Rule:
         adapters = template.adapters or fresh_adapters(
             template.modules, template.rank, template.scaling, seed, self.init_a
         )
+        self.allocation.check(adapters)
         base = () if template.base is None else (template.base,)
         return State(round=0, adapters=dict(adapters), head=dict(template.head), base=base, seed=seed)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """What this client starts the next round from: the global adapter at its rank and scaling."""
+        allocated = self.allocation.modules(state)
         layers, roles = state.adapters.values(), self.trained(state.round + 1)
         trained = frozenset().union(*[adapter.part(roles) for adapter in layers])
         shipped = self.shipped(state.round + 1)
@@ -121,7 +134,8 @@ class Rule:
             adapters=resized(state.adapters, client.rank, client.scaling),
             trained=trained,
             uploaded=uploaded,
-            modules=trained_modules(state, client),
+            modules=trained_modules(state, client) & allocated,
+            resting=frozenset(state.adapters) - allocated,
             head=state.head,
             updates_base=self.facts.updates_base,
         )
@@ -131,6 +145,7 @@ class Rule:
     ) -> tuple[State, Diagnostics | None]:
         """One round: normalise weights, merge layer by layer in partition order, measure what it did.
 
+        Layers at rest stay as they are, whatever clients say of them.
         A client of weight zero is checked, then left out altogether, whatever its tensors hold.
 
         Args:
@@ -149,7 +164,11 @@ class Rule:
         counted = self.choose([update for update in received if update.weight > 0])
         weights = normalised(counted)
 
+        allocated = self.allocation.modules(state)
+
         def of(name: str) -> tuple[Merged, LayerMeasure | None]:
+            if name not in allocated:
+                return Merged(state.adapters[name], memory=self.kept(state, name)), None
             layer = self._layer(state, name, counted, weights)
             merged = self.merge(layer)
             measured = diagnostics and isinstance(layer.adapter, LoraFactors)

@@ -36,12 +36,14 @@ class Payload:
         source: whose they are; held, as it is known by the identity of its tensors.
         moving: see `fedlora.wire.moving_tensors`.
         frozen: see `fedlora.wire.frozen_tensors`.
+        layers: see `fedlora.wire.layer_parts`.
         head: the other trained tensors.
     """
 
     source: Broadcast
     moving: Tensors
     frozen: Tensors
+    layers: list[tuple[Tensors, bool]]
     head: Tensors
 
 
@@ -158,8 +160,12 @@ class Transport:
         frozen = self._digest(payload.frozen)
         others = self.acknowledged.get(partition_id, set()) - {*self._patches, frozen}
         moving = self._digest(payload.moving) if others else ""  # without others, nothing to be hashed for
+        layers = [(self._digest(part), rests) for part, rests in payload.layers]
         needs = wire.Needs(
-            base=tuple(self._patches), frozen=frozen, moving=moving if moving in others else ""
+            base=tuple(self._patches),
+            frozen=frozen,
+            moving=moving if moving in others else "",
+            layers=tuple(name for name, rests in layers if rests or name in others),
         )
         half = self.wire_dtype == "float16"
         request = PendingRequest(partition_id, node_id, broadcast, payload, needs, rank, half, self.upload)
@@ -257,6 +263,9 @@ class Transport:
         travels |= payload.head
         if request.needs.frozen not in held:
             travels |= payload.frozen
+        for part, _ in payload.layers:
+            if self._digest(part) not in held:
+                travels |= part
         head = self.ledger_heads.get(request.partition_id, "")
         own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
         if self.upload != "float32":
@@ -280,12 +289,14 @@ class Transport:
 
     def _payload(self, broadcast: Broadcast) -> Payload:
         values = (*broadcast.adapters.values(), *broadcast.head.values())
-        key = (broadcast.trained, broadcast.uploaded, broadcast.fresh_seed, *map(id, values))
+        what = broadcast.trained, broadcast.uploaded, broadcast.resting, broadcast.fresh_seed
+        key = (*what, *map(id, values))
         if key not in self._payloads:
             self._payloads[key] = Payload(
                 broadcast,
                 wire.moving_tensors(broadcast),
                 wire.frozen_tensors(broadcast),
+                wire.layer_parts(broadcast),
                 wire.head_tensors(broadcast),
             )
         return self._payloads[key]

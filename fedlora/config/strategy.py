@@ -24,6 +24,10 @@ class StrategyConfig:
     """Public examples (``data.public``) that ``eva`` and ``lora-ga`` look at."""
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
+    allocation: str = "all"
+    """Layers that a round trains: ``all``, or ``random-layers``, transformer blocks drawn anew each round."""
+    allocation_options: str = ""
+    """JSON object of the allocation's own options: ``{"layers": 2}``, the number of blocks."""
     robust: str = "none"
     """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``."""
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
@@ -48,7 +52,7 @@ class StrategyConfig:
     """Measure each aggregation (gap, cosine, effective rank, energy lost)."""
 
     def __post_init__(self) -> None:
-        _ = self.option_dict
+        _ = self.option_dict, self.allocation_dict
 
     @cached_property
     def option_dict(self) -> dict[str, Any]:
@@ -56,3 +60,9 @@ class StrategyConfig:
         options = {snake(k): v for k, v in parse_json("strategy.options", self.options, dict).items()}
         require("init_a" not in options, "strategy.options", self.options, "init-a is strategy.init-a")
         return {"init_a": self.init_a, **options}
+
+    @cached_property
+    def allocation_dict(self) -> dict[str, Any]:
+        """The decoded options of the allocation."""
+        given = parse_json("strategy.allocation-options", self.allocation_options, dict)
+        return {snake(k): v for k, v in given.items()}

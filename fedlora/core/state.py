@@ -162,6 +162,7 @@ class Broadcast:
         fresh_seed: where set, ``adapters`` is ``fresh_adapters(..., fresh_seed)`` and need not travel.
         tail: where set, what the client adds to its loss.
         updates_base: later rounds will send base patches.
+        resting: modules that nobody trains in this round.
     """
 
     adapters: Adapters
@@ -172,6 +173,7 @@ class Broadcast:
     fresh_seed: int | None = None
     tail: RankRegularizer | None = None
     updates_base: bool = False
+    resting: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

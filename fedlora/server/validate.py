@@ -13,6 +13,7 @@ from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
 from fedlora.tasks import task_named
 from fedlora.wire import codec_named
+from strategies.allocation import make_allocation
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -32,6 +33,11 @@ def check(config: RunConfig) -> Rule:
     codec_named(config.upload or config.wire_dtype)
     rule = configured_rule(config.strategy)
     check_task(config, rule)
+    if rule.allocation.name != "all" and any(group.target_modules is not None for group in config.groups):
+        raise ConfigError(
+            f"strategy.allocation = {rule.allocation.name!r}: a client with target-modules of its own "
+            "(client-groups) could have nothing to train"
+        )
     if config.lora.method != "lora":
         check_other_kind(config, rule)
     ranks = set(config.lora.rank_list) | {g.rank for g in config.groups if g.rank is not None}
@@ -158,6 +164,7 @@ def configured_rule(config: StrategyConfig) -> Rule:
     return make_rule(
         config.name,
         config.option_dict,
+        allocation=make_allocation(config.allocation, config.allocation_dict),
         center=make_center(
             config.robust,
             trim_fraction=config.trim_fraction,

@@ -13,9 +13,9 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from fedlora.core.adapters import Adapters, lora_set, tensor_names
 from fedlora.core.factors import FACTORS, LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.peft_keys import from_peft, of_names, to_peft
+from fedlora.core.peft_keys import from_peft, key_of, of_names, to_peft
 from fedlora.core.seeding import torch_stream
-from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer
+from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer, digest
 from fedlora.errors import FactorShapeError, UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
 from fedlora.wire.upload import CODECS
@@ -31,15 +31,18 @@ class Needs:
         frozen: the factors of `frozen_tensors`; empty if there are none.
         moving: the factors of `moving_tensors`, where the client held them when the order was made; else
             empty, and they travel unnamed.
+        layers: in place of these two, where layers rest: the parts of `layer_parts` that rest, and those that
+            move and were held when the order was made.
     """
 
     base: tuple[str, ...] = ()
     frozen: str = ""
     moving: str = ""
+    layers: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
-        return (*self.base, *filter(None, (self.frozen, self.moving)))
+        return (*self.base, *filter(None, (self.frozen, self.moving)), *self.layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +119,7 @@ def names(text: str) -> frozenset[str]:
 
 def frozen_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that no client sends back: not trained, or personal. A client may hold them already."""
-    if broadcast.fresh_seed is not None:
+    if broadcast.fresh_seed is not None or broadcast.resting:
         return {}
     moving = broadcast.trained & broadcast.uploaded
     return to_peft(broadcast.adapters, {}, tensor_names(broadcast.adapters) - moving)
@@ -124,9 +127,25 @@ def frozen_tensors(broadcast: Broadcast) -> Tensors:
 
 def moving_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that are trained and sent back. A client holds them only if they rested before."""
-    if broadcast.fresh_seed is not None:
+    if broadcast.fresh_seed is not None or broadcast.resting:
         return {}
     return to_peft(broadcast.adapters, {}, broadcast.trained & broadcast.uploaded)
+
+
+def layer_parts(broadcast: Broadcast) -> list[tuple[Tensors, bool]]:
+    """Where layers rest, the factors layer by layer, those that move apart; and whether they rest.
+
+    So a layer that nobody has trained since a client was sent it need not be sent again.
+    """
+    if broadcast.fresh_seed is not None or not broadcast.resting:
+        return []
+    moving, everything = broadcast.trained & broadcast.uploaded, tensor_names(broadcast.adapters)
+    parts = [
+        (to_peft(broadcast.adapters, {}, names, [module]), rests or module in broadcast.resting)
+        for module in broadcast.adapters
+        for names, rests in ((moving, False), (everything - moving, True))
+    ]
+    return [(tensors, rests) for tensors, rests in parts if tensors]
 
 
 def head_tensors(broadcast: Broadcast) -> Tensors:
@@ -135,8 +154,19 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
 
 
 ORDER_KEYS = frozenset(
-    {"rank", "scaling", "trained", "uploaded", "modules", "needs-base", "needs-frozen", "needs-moving"}
-    | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors", "upload", "upload-seed"}
+    {
+        "rank",
+        "scaling",
+        "trained",
+        "uploaded",
+        "modules",
+        "needs-base",
+        "needs-frozen",
+        "needs-moving",
+        "needs-layers",
+    }
+    | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
+    | {"upload", "upload-seed"}
 )
 """The settings that a strategy writes: nobody else's may have these names."""
 
@@ -155,6 +185,8 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
     }
     if needs.moving:
         config["needs-moving"] = needs.moving
+    if needs.layers:
+        config["needs-layers"] = list(needs.layers)
     if not isinstance(first, LoraFactors):
         config["tensors"] = ",".join(sorted(tensor_names(broadcast.adapters)))
     if broadcast.updates_base:
@@ -201,6 +233,7 @@ def decode_instruction(content: RecordDict) -> TrainInstruction:
             base=tuple(config.get("needs-base", [])),
             frozen=config["needs-frozen"],
             moving=config.get("needs-moving", ""),
+            layers=tuple(config.get("needs-layers", [])),
         ),
         config=config,
         packed=is_packed(content.array_records[arrays]),
@@ -228,6 +261,15 @@ def frozen_part(order: TrainInstruction) -> Tensors:
 def moving_part(order: TrainInstruction) -> Tensors:
     """What `moving_tensors` gave, if it travelled; empty if the client is expected to hold it."""
     return of_names(order.arrays, order.trained & order.uploaded)
+
+
+def layers_travelled(order: TrainInstruction) -> dict[str, Tensors]:
+    """The parts of `layer_parts` that travelled, by digest."""
+    moving, parts = order.trained & order.uploaded, dict[tuple[str, bool], Tensors]()
+    for module, tensors in from_peft(order.arrays, order.tensors).layers.items():
+        for name, tensor in tensors.items():
+            parts.setdefault((module, name in moving), {})[key_of(module, name)] = tensor
+    return {digest(part): part for part in parts.values()}
 
 
 def complete_adapters(order: TrainInstruction, held: Tensors) -> tuple[Adapters, Tensors]:

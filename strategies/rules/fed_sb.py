@@ -112,6 +112,10 @@ class FedSBRule(MeanRule):
         return self.trained(server_round)
 
     @property
+    def needs_all_layers(self) -> str:
+        return "finds A and B of every layer in its first two rounds" if self.subspace == "private" else ""
+
+    @property
     def gradient_examples(self) -> int:
         return self.public_examples if self.subspace == "public" else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -85,12 +86,13 @@ class ToyClient:
             return Message(wire.encode_reply(opened), reply_to=message)
         self.bases[partition] = [opened.patch(name).tensors() for name in order.needs.base]
         self.starts[partition] = opened.adapters
-        moved = {name: self.moved(f, order, partition, name) for name, f in opened.adapters.items()}
+        modules = json.loads(order.config["modules"])
+        moved = {n: self.moved(f, order, partition, n) for n, f in opened.adapters.items() if n in modules}
         head = {name: t + 0.1 * (partition + 1) for name, t in opened.head.items()}
         reply = wire.Reply(
             status=wire.OK,
             arrays=wire.to_peft(moved, head, order.uploaded),
-            start=wire.to_peft(opened.adapters, opened.head, order.uploaded),
+            start=wire.to_peft(opened.adapters, opened.head, order.uploaded, modules),
             metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
             holds=order.needs.digests,
         )

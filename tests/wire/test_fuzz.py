@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ from strategies.transport import Payload, PendingRequest, Transport
 from tests.wire.mutations import TOUCHED, mutate
 
 REPLIES, ORDERS = 12_000, 6_000
-"""Of each every second has its tensors in one array; of replies every second is written by a codec."""
+"""Of each every second has its tensors in one array; of replies every second is written by a codec, and in
+every second order layers rest."""
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 HEAD = {"classifier.weight": torch.zeros(2, 6)}
 
@@ -51,13 +53,16 @@ def reply(*, packed: bool = False, coded: bool = False) -> RecordDict:
     )
 
 
-def order(*, packed: bool = False) -> RecordDict:
+def order(*, packed: bool = False, resting: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
     transport = Transport("kaiming", packed=packed, upload="int8")
     transport.open((patch,))
-    transport.add(0, 2, broadcast())
+    given = broadcast()
+    if resting:
+        given = replace(given, modules=frozenset({"encoder.q"}), resting=frozenset({"encoder.v"}))
+    transport.add(0, 2, given)
     (message,) = transport.messages("train", {"server-round": 3, "run-key": "abc"})
     return message.content
 
@@ -95,10 +100,10 @@ def sound(update: ClientUpdate) -> bool:
 
 def test_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: Path) -> None:
     rng, outcomes = stream(0, "fuzz", "orders"), Counter[str]()
-    originals = order(), order(packed=True)
+    originals = [order(packed=p, resting=r) for p in (False, True) for r in (False, True)]
     home = tmp_path / "deep" / "home"
     for number in range(ORDERS):
-        content = copy.deepcopy(originals[number % 2])
+        content = copy.deepcopy(originals[number % 4])
         how = mutate(content, rng)
         try:
             decoded = wire.decode_instruction(content)

@@ -1,0 +1,128 @@
+"""Layers at rest cost no bytes in either direction, and clients hold the bits that the server means."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Message
+
+import strategies
+from fedlora import wire
+from fedlora.core.factors import LoraFactors
+from strategies.allocation import make_allocation
+from strategies.flower import FactorStrategy
+from strategies.replies import RoundReport
+from tests.federation.fake_grid import FakeGrid, ToyClient
+from tests.federation.small import watched
+
+BLOCKS, RANK, OUT, IN, HEAD, CLIENTS = 4, 3, 5, 7, 12, 2
+A, B = 4 * RANK * IN, 4 * RANK * OUT
+ROUNDS = 6
+
+
+def arrays() -> ArrayRecord:
+    g = torch.Generator().manual_seed(0)
+    adapters = {
+        f"h.{block}.q": LoraFactors(torch.randn(RANK, IN, generator=g), torch.zeros(OUT, RANK), 2.0)
+        for block in range(BLOCKS)
+    }
+    return wire.to_record(wire.to_peft(adapters, {"classifier.weight": torch.zeros(2, 6)}))
+
+
+class Watching(ToyClient):
+    """Compares what it starts from with what the server broadcast; ``forgets`` names rounds before which."""
+
+    def __init__(self, root: Path, forgets: tuple[int, ...] = ()) -> None:
+        super().__init__(root)
+        self.forgets = set(forgets)
+        self.strategy: FactorStrategy | None = None
+        self.compared = 0
+
+    def __call__(self, message: Message, partition: int) -> Message | None:
+        server_round = int(message.content["config"]["server-round"])
+        if server_round in self.forgets and partition == 0:
+            self.forgets.discard(server_round)
+            shutil.rmtree(self.root / "0", ignore_errors=True)
+        reply = super().__call__(message, partition)
+        assert reply is not None
+        assert self.strategy is not None
+        if wire.decode_reply(reply.content, trained=False).status == wire.OK:
+            (sent,) = (r for r in self.strategy.transport.requests if r.partition_id == partition)
+            for module, factors in self.starts[partition].items():
+                expected = sent.broadcast.adapters[module].tensors()
+                assert all(torch.equal(t, expected[x]) for x, t in factors.tensors().items()), module
+                self.compared += 1
+        return reply
+
+
+def run(
+    name: str, path: Path, layers: int = 1, forgets: tuple[int, ...] = (), **options: str
+) -> tuple[FactorStrategy, list[RoundReport], list[set[str]]]:
+    """The strategy, its reports, and the modules that each round trained."""
+    allocation = make_allocation("random-layers", {"layers": layers})
+    rule = strategies.make_rule(name, allocation=allocation)
+    strategy = FactorStrategy(rule, scaling=2.0, seed=3, fraction_evaluate=0.0, **options)
+    client = Watching(path, forgets)
+    client.strategy = strategy
+    reports, grid = watched(strategy), FakeGrid(range(CLIENTS), client)
+    strategy.start(grid, arrays(), num_rounds=ROUNDS)
+    assert [report.refused for report in reports] == [{}] * ROUNDS
+    assert client.compared == ROUNDS * CLIENTS * BLOCKS
+    trained = {
+        int(m.content["config"]["server-round"]): str(m.content["config"]["modules"]) for m in grid.sent
+    }
+    return strategy, reports, [set(json.loads(trained[t + 1])) for t in range(ROUNDS)]
+
+
+@pytest.mark.parametrize("name", [n for n, rule in strategies.RULES.items() if rule.facts.trained])
+def test_under_every_rule_only_trained_layers_go_up(name: str, tmp_path: Path) -> None:
+    strategy, reports, _ = run(name, tmp_path)
+    sizes = {"A": A, "B": B, "R": 4 * RANK**2}
+    up = [sum(sizes[x] for x in strategy.rule.shipped(t)) + 4 * HEAD for t in range(1, ROUNDS + 1)]
+    assert [report.bytes_up for report in reports] == [CLIENTS * bytes_up for bytes_up in up]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_down_goes_what_the_round_before_trained(layers: int, tmp_path: Path) -> None:
+    """A layer that was at rest is held by every client, whether it is trained next or not."""
+    _, reports, trained = run("fedavg", tmp_path, layers)
+    assert len({frozenset(modules) for modules in trained}) > 1
+    down = [BLOCKS * (A + B)] + [layers * (A + B)] * (ROUNDS - 1)
+    assert [report.bytes_down for report in reports] == [CLIENTS * (d + 4 * HEAD) for d in down]
+
+
+def test_a_frozen_factor_of_any_layer_travels_once(tmp_path: Path) -> None:
+    _, reports, _ = run("ffa", tmp_path)
+    down = [BLOCKS * (A + B)] + [B] * (ROUNDS - 1)
+    assert [report.bytes_down for report in reports] == [CLIENTS * (d + 4 * HEAD) for d in down]
+
+
+def test_the_factor_that_rests_in_a_trained_layer_does_not_travel_again(tmp_path: Path) -> None:
+    _, reports, _ = run("rolora", tmp_path)
+    down = [BLOCKS * (A + B)] + [B, A] * (ROUNDS // 2)
+    assert [r.bytes_down for r in reports] == [CLIENTS * (d + 4 * HEAD) for d in down[:ROUNDS]]
+
+
+def test_patches_hold_the_trained_layers_alone(tmp_path: Path) -> None:
+    for name in ("flora", "fedex"):
+        strategy, _, trained = run(name, tmp_path / name)
+        assert strategy.state is not None
+        assert [set(patch.products) for patch in strategy.state.base] == trained
+
+
+def test_a_client_that_lost_its_store_is_served_in_the_same_round(tmp_path: Path) -> None:
+    _, plain, _ = run("fedavg", tmp_path / "plain")
+    _, reports, _ = run("fedavg", tmp_path / "lost", forgets=(4,))
+    assert reports[3].bytes_down > plain[3].bytes_down
+    assert [r.bytes_down for r in reports[4:]] == [r.bytes_down for r in plain[4:]]
+
+
+def test_half_precision_and_codecs_go_with_it(tmp_path: Path) -> None:
+    _, whole, _ = run("fedavg", tmp_path / "whole")
+    _, half, _ = run("fedavg", tmp_path / "half", wire_dtype="float16", upload="int8")
+    assert [2 * r.bytes_down for r in half] == [r.bytes_down for r in whole]
+    assert all(h.bytes_up < 0.4 * w.bytes_up for h, w in zip(half, whole, strict=True))
