@@ -45,9 +45,11 @@ def test_a_page_without_its_marks_is_refused() -> None:
 def test_the_command_shows_the_same_facts_as_the_table() -> None:
     shown = CliRunner().invoke(cli, ["strategies"]).stdout
     for line in markdown_table().splitlines()[2:]:
-        name, _, exact, mixed, moves, up, down, _ = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        name, _, exact, kind, mixed, moves, up, down, _ = (
+            cell.strip(" `") for cell in line.strip("|").split("|")
+        )
         (row,) = [row for row in shown.splitlines() if row.split()[:1] == [name]]
-        assert row.split()[1:4] == [exact, mixed, moves]
+        assert row.split()[1:5] == [exact, kind, mixed, moves]
         assert up in row
         assert down in row
 
