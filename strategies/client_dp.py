@@ -31,10 +31,7 @@ from fedlora.core.adapters import LayerAdapter
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError
-from fedlora.privacy.entropy import system_normal
-
-ABSENT = -1
-"""Partition id of the clients that did not answer, as one zero update."""
+from fedlora.privacy.entropy import on_grid, system_normal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +60,10 @@ class ClientDP:
     def privatise(
         self, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast], planned: int, server_round: int
     ) -> list[ClientUpdate]:
-        """Updates whose plain mean is the private one: clipped, equally weighted, the noise on the first.
+        """The updates as one, whose values are the private mean; sum and noise are added in float64.
+
+        The noisy sum lies on a grid (`fedlora.privacy.entropy.on_grid`), so that its last bits do not tell
+        which terms it has.
 
         Args:
             updates: what was received, at least one.
@@ -72,61 +72,51 @@ class ClientDP:
             server_round: names the noise in simulation.
         """
         ordered = sorted(updates, key=lambda update: update.partition_id)
-        clipped = [self._clipped(update, sent[update.partition_id]) for update in ordered]
         start = sent[ordered[0].partition_id]
-        noisy = [_moved(start, _changes(clipped[0], start), self._noise(clipped[0], start, server_round))]
-        private = [replace(clipped[0], adapters=noisy[0][0], head=noisy[0][1]), *clipped[1:]]
-        absent = planned - len(private)
-        if absent > 0:
-            private.append(_still(start, absent))
-        return private
+        clipped = [self._clipped(_changes(update, sent[update.partition_id])) for update in ordered]
+        sums = {name: sum((c[name] for c in clipped[1:]), start=clipped[0][name]) for name in clipped[0]}
+        adapters, head = _moved(
+            start, {name: self._noisy(total, name, server_round) / planned for name, total in sums.items()}
+        )
+        return [replace(ordered[0], adapters=adapters, head=head, weight=1.0)]
 
-    def _clipped(self, update: ClientUpdate, start: Broadcast) -> ClientUpdate:
-        changes = _changes(update, start)
-        norm = math.sqrt(sum(float(t.double().square().sum()) for t in changes.values()))
+    def _clipped(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
+        norm = math.sqrt(sum(float(t.square().sum()) for t in changes.values()))
         factor = min(1.0, self.clipping_norm / norm) if norm > 0 else 1.0
-        adapters, head = _moved(start, {name: factor * t for name, t in changes.items()})
-        return replace(update, adapters=adapters, head=head, weight=1.0)
+        return {name: factor * t for name, t in changes.items()}
 
-    def _noise(self, update: ClientUpdate, start: Broadcast, server_round: int) -> dict[str, Tensor]:
+    def _noisy(self, total: Tensor, name: str, server_round: int) -> Tensor:
         std = self.noise_multiplier * self.clipping_norm
-        noise = {}
-        for name, tensor in _changes(update, start).items():
-            if self.seed is None:
-                drawn = system_normal(tensor.shape)
-            else:
-                generator = torch_stream(self.seed, "client-dp", server_round, name)
-                drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-            noise[name] = (std * drawn).to(tensor.dtype)
-        return noise
+        if self.seed is None:
+            drawn = system_normal(total.shape)
+        else:
+            generator = torch_stream(self.seed, "client-dp", server_round, name)
+            drawn = torch.randn(total.shape, generator=generator, dtype=torch.float64)
+        return on_grid(total + std * drawn, std)
 
 
 def _changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:
-    """What came back minus what was sent, by a unique name; zero where nothing is trained."""
+    """Updates minus starts in float64, by unique names; zero where nothing is trained."""
     changes = {
-        f"{name} {module}": update.adapters[module].tensors()[name] - sent.tensors()[name]
+        f"{name} {module}": update.adapters[module].tensors()[name].double() - sent.tensors()[name].double()
         for module, sent in start.adapters.items()
         for name in sorted(start.uploaded & sent.tensors().keys())
     }
-    return changes | {f"head {name}": update.head[name] - start.head[name] for name in sorted(start.head)}
+    return changes | {
+        f"head {name}": update.head[name].double() - start.head[name].double() for name in sorted(start.head)
+    }
 
 
 def _moved(
-    start: Broadcast, *changes: Mapping[str, Tensor]
+    start: Broadcast, changes: Mapping[str, Tensor]
 ) -> tuple[dict[str, LayerAdapter], dict[str, Tensor]]:
-    """What was sent, plus the given changes."""
+    """Starts plus float64 changes, in the type of the starts."""
 
     def of(name: str, tensor: Tensor) -> Tensor:
-        return sum((change[name] for change in changes if name in change), start=tensor)
+        return (tensor.double() + changes[name]).to(tensor.dtype) if name in changes else tensor
 
     adapters = {
         module: sent.replaced({name: of(f"{name} {module}", t) for name, t in sent.tensors().items()})
         for module, sent in start.adapters.items()
     }
     return adapters, {name: of(f"head {name}", t) for name, t in start.head.items()}
-
-
-def _still(start: Broadcast, count: int) -> ClientUpdate:
-    return ClientUpdate(
-        partition_id=ABSENT, adapters=start.adapters, head=dict(start.head), weight=float(count)
-    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ from clients.training.batches import Indices, load_batch
 from clients.training.canaries import Rows, add_rows
 from clients.training.train import batch_loss
 from fedlora.data.examples import Examples
+from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.privacy.entropy import system_normal
+from fedlora.privacy.entropy import on_grid, system_normal
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
@@ -119,9 +120,26 @@ class PrivateSteps:
             from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
             DPTensorFastGradientClipping(self._watched, self.optimizer, losses, "sum").backward()
+            if not all(bool(p.grad.isfinite().all()) for p in self.optimizer.params):
+                return self._without_overflowed(examples, drawn, pad_token_id)
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]
+            drop_overflowed(self.optimizer.params)
         return losses.detach().sum()
+
+    def _without_overflowed(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        """The clipped sum over the examples whose own gradient is finite, each looked at alone."""
+        parameters, finite = self.optimizer.params, []
+        for example in drawn:
+            batch = load_batch(examples, np.array([example]), pad_token_id, self._model.device)
+            loss = batch_loss(self._model, batch, reduction="none").sum()
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            finite.append(all(g is None or bool(g.norm().isfinite()) for g in found))
+        for parameter in parameters:
+            parameter.grad = None
+        if all(finite):
+            raise RunFailed("the clipped sum of finite gradients is not finite")
+        return self._backward(examples, drawn[np.array(finite)], pad_token_id)
 
     def _one_by_one(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
         """A backward pass for each example; one that takes no part in the loss has a gradient of zero."""
@@ -137,6 +155,7 @@ class PrivateSteps:
         for parameter, gradients in zip(parameters, zip(*rows, strict=True), strict=True):
             parameter.grad_sample = torch.stack(gradients)  # (examples, *shape), as Opacus leaves it
             parameter.grad = parameter.grad_sample.sum(dim=0)
+        drop_overflowed(parameters)
         return total
 
     def _nobody(self) -> Tensor:
@@ -179,6 +198,19 @@ def private_steps(
             vars(layer).pop("max_batch_len", None)
         for parameter in model.module.parameters():
             vars(parameter).pop("summed_grad", None)
+
+
+def drop_overflowed(parameters: Sequence[Any]) -> None:
+    """Let an example count as zero whose gradient or its norm is not finite.
+
+    Clipping would make NaN of it, inf x 0, which shows in all that is released.
+    """
+    norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters])  # (tensors, examples)
+    overflowed = ~norms.norm(dim=0).isfinite()
+    if overflowed.any():
+        for parameter in parameters:
+            shape = (-1, *[1] * (parameter.grad_sample.ndim - 1))
+            parameter.grad_sample = parameter.grad_sample.masked_fill(overflowed.view(shape), 0.0)
 
 
 def physical_batches(drawn: Indices, most: int) -> list[Indices]:
@@ -239,8 +271,8 @@ class SystemNoise:
     max_grad_norm: float
 
     def add_noise(self) -> None:
-        """``grad = summed_grad + N(0, (noise_multiplier C)^2)``, added in float64 and then rounded."""
+        """``grad = summed_grad + N(0, (noise_multiplier C)^2)``, added in float64 and rounded to a grid."""
+        std = self.noise_multiplier * self.max_grad_norm
         for parameter in self.params:
-            noise = self.noise_multiplier * self.max_grad_norm * system_normal(parameter.shape)
-            noisy = parameter.summed_grad.cpu().double() + noise
+            noisy = on_grid(parameter.summed_grad.cpu().double() + std * system_normal(parameter.shape), std)
             parameter.grad = noisy.to(parameter.dtype).to(parameter.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from opacus.optimizers import get_optimizer_class
 from torch import Tensor
 
 from clients.training import dp_step
+from clients.training.batched.private import ClippedSums
 from clients.training.batches import load_batch, poisson_batches
 from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism, physical_batches, private_steps
@@ -167,3 +170,56 @@ def test_we_refuse_the_pairs_that_opacus_refuses(mode: str, clipping: str) -> No
 def test_unknown_ways_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"privacy\.{key.replace('_', '-')} = "):
         PrivacyConfig(**{key: value})
+
+
+@pytest.mark.parametrize("factor", [math.inf, 1e307])
+@pytest.mark.parametrize(("mode", "clipping"), [*WAYS, ("loop", "flat")])
+def test_an_example_that_overflows_counts_as_zero(
+    mode: str, clipping: str, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipping would make NaN of it, which shows in all that is released that it was drawn."""
+    drawn, bad = np.arange(5), 2
+
+    def step(chosen: np.ndarray[Any, Any], overflows: bool) -> list[Tensor]:
+        model = doubled()
+        tokens = load_batch(DATA, drawn[bad : bad + 1], PAD, model.device)["input_ids"][0]
+
+        def loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:
+            losses, ids = batch_loss(model, batch, reduction), batch["input_ids"]
+            marked = (ids[:, : len(tokens)] == tokens[: ids.shape[1]]).all(dim=1)
+            return losses * torch.where(marked & overflows, torch.tensor(factor, dtype=losses.dtype), 1.0)
+
+        monkeypatch.setattr(dp_step, "batch_loss", loss)
+        mechanism = Mechanism(
+            noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=EXPECTED, clipping=clipping,
+            grad_sample_mode=mode,
+        )  # fmt: skip
+        with model.training() as values:
+            optimizer = torch.optim.SGD(values.all, lr=0.1)
+            with private_steps(model, optimizer, mechanism, torch.Generator()) as private:
+                private.step(DATA, chosen, PAD)
+        return trained(model)
+
+    assert close(step(drawn, True), step(np.delete(drawn, bad), False))
+    assert not close(step(drawn, False), step(np.delete(drawn, bad), False))
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan, 1e300])
+@pytest.mark.parametrize("clipping", ["flat", "per-layer"])
+def test_an_example_that_overflows_counts_as_zero_in_a_cohort(bad: float, clipping: str) -> None:
+    stacks: Any = SimpleNamespace(
+        trained=["A", "B"], device=torch.device("cpu"), dtype=torch.float64, members=["m", "n"],
+        values={"A": torch.zeros(2, 3, dtype=torch.float64), "B": torch.zeros(2, 4, dtype=torch.float64)},
+        trained_by=lambda member: ["A", "B"], holding=lambda name, active: None,
+    )  # fmt: skip
+    mechanism = Mechanism(
+        noise_multiplier=0.0, max_grad_norm=CLIP, expected_batch_size=EXPECTED, clipping=clipping
+    )
+    rows = {"A": torch.randn(5, 3, dtype=torch.float64), "B": torch.randn(5, 4, dtype=torch.float64)}
+    clients, others = torch.tensor([0, 1, 1, 0, 1]), torch.tensor([0, 1, 3, 4])
+    rows["B"][2, 1] = bad
+    one, wanted = (ClippedSums(stacks, [mechanism, mechanism]) for _ in range(2))
+    one.add(rows, clients)
+    wanted.add({name: row[others] for name, row in rows.items()}, clients[others])
+    for name in stacks.trained:
+        torch.testing.assert_close(one.sums[name], wanted.sums[name])

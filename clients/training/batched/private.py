@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.dp_step import Mechanism
-from fedlora.privacy.entropy import system_normal
+from fedlora.privacy.entropy import on_grid, system_normal
 
 
 class ClippedSums:
@@ -58,6 +58,11 @@ class ClippedSums:
         found = [gradients[name] for name in self._stacks.trained]
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found])
         trained = self._trained[:, clients]
+        # (rows,): such an example counts as zero
+        overflowed = ~(norms.isfinite() | (trained == 0)).all(dim=0)
+        if overflowed.any():
+            norms = norms.masked_fill(overflowed, 0.0)
+            found = [g.masked_fill(overflowed.view(-1, *[1] * (g.ndim - 1)), 0.0) for g in found]
         norms = torch.where(trained > 0, norms, torch.zeros_like(norms))
         if not self._per_layer:
             norms = norms.norm(dim=0).expand_as(norms)
@@ -79,11 +84,11 @@ class ClippedSums:
 
 
 def noisy(total: Tensor, mechanism: Mechanism, generator: torch.Generator) -> Tensor:
-    """``total + N(0, (noise_multiplier C)^2)``; the system's noise is added in float64 and then rounded."""
+    """``total + N(0, (noise_multiplier C)^2)``; the system's noise is added in float64, rounded to a grid."""
     std = mechanism.noise_multiplier * mechanism.max_grad_norm
     if mechanism.secure:
-        noise = std * system_normal(total.shape)
-        return (total.cpu().double() + noise).to(total.device, total.dtype)
+        drawn = on_grid(total.cpu().double() + std * system_normal(total.shape), std)
+        return drawn.to(total.device, total.dtype)
     if std == 0:
         return total
     return total + torch.normal(
