@@ -24,7 +24,7 @@ from fedlora.wire import Reply
 from strategies import client_side
 from strategies.diagnostics import Diagnostics
 from strategies.facts import Facts
-from strategies.transport import PendingRequest
+from strategies.request import PendingRequest
 
 NUM_EXAMPLES = "num-examples"
 

@@ -19,8 +19,9 @@ from fedlora.core.state import Broadcast, ClientUpdate, Patch
 from fedlora.errors import UpdateRefused
 from fedlora.simulation.flower_identity import speak_as_server
 from strategies.replies import validate_reply
+from strategies.request import Payload, PendingRequest
 from strategies.rules.fedavg import FedAvgRule
-from strategies.transport import Payload, PendingRequest, Transport
+from strategies.transport import Transport
 from tests.wire.mutations import TOUCHED, mutate
 
 REPLIES, ORDERS = 12_000, 6_000
@@ -74,7 +75,7 @@ def test_spoiled_replies_are_aggregated_or_refused_in_one_line() -> None:
         content = copy.deepcopy(originals[number % 4])
         how = mutate(content, rng)
         sent = broadcast()
-        request = PendingRequest(0, 2, sent, Payload(sent, {}, {}, {}), wire.Needs(), upload="int8")
+        request = PendingRequest(0, 2, sent, Payload(sent, {}, {}, [], {}), wire.Needs(), upload="int8")
         assert wire.payload_bytes(content) >= 0
         try:
             request.reply = wire.decode_reply(content)
