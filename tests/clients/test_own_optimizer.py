@@ -49,7 +49,7 @@ def under_laws(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_example_is_short_and_obeys_the_laws(there: Path) -> None:
     assert CODE.count("\n") < 40
-    done = under_laws(there, "-v")
+    done = under_laws(there, "-vv")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("scaled_gd:ScaledGD") > 5
 
