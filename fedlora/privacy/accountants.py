@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.fft import irfft, next_fast_len, rfft
 
 History = tuple[tuple[float, float, int], ...]
 """Entries of (noise multiplier, sample rate, steps)."""
@@ -84,6 +85,48 @@ def prv(history: History, target_delta: float) -> float:
             _one_step_loss.cache_clear()
         _, _, upper = composed.compute_epsilon(target_delta, target_delta * DELTA_ERROR, EPSILON_ERROR)
         return float(upper)
+
+
+def prv_of_equal_steps(noise_multiplier: float, sample_rate: float, steps: int, target_delta: float) -> float:
+    """As `prv` to rounding, some three times as fast: what a growing account is told by after each release.
+
+    The grid is padded to a length that Fourier transforms like (the one of `prv` may be twice a prime, and
+    noise was calibrated by its last bits), and one step's transform is kept.
+    """
+    from opacus.accountants.analysis.prv import DiscretePRV
+
+    most = 1 << (steps - 1).bit_length()
+    with warnings.catch_warnings():  # log(1 - q) at q = 1 leaves an upper bound
+        warnings.simplefilter("ignore")
+        spectrum, domain = _one_step_spectrum(noise_multiplier, sample_rate, most, target_delta)
+        pmf = irfft(spectrum**steps, domain.size)
+        shift = steps - 1 + (domain.size // 2 if steps % 2 == 0 else 0)
+        composed = DiscretePRV(np.roll(pmf, shift), domain.shift_right(domain.shifts * (steps - 1)))
+        _, _, upper = composed.compute_epsilon(target_delta, target_delta * DELTA_ERROR, EPSILON_ERROR)
+    if domain.size > LONGEST_KEPT:
+        _one_step_spectrum.cache_clear()
+        _one_step_loss.cache_clear()
+    return max(0.0, float(upper))
+
+
+@lru_cache(maxsize=8)
+def _one_step_spectrum(noise_multiplier: float, sample_rate: float, most: int, target_delta: float) -> Any:
+    """The Fourier transform of one step's privacy loss with zeros on both sides, and the grid with them."""
+    from opacus.accountants.analysis.prv import Domain
+
+    one_step = _one_step_loss(noise_multiplier, sample_rate, most, target_delta)
+    domain = one_step.domain
+    size = len(one_step)
+    while (size := next_fast_len(size, real=True)) % 2:
+        size += 1
+    margin = (size - len(one_step)) // 2
+    padded = Domain(
+        t_min=domain.t_min - margin * domain.dt,
+        t_max=domain.t_max + margin * domain.dt,
+        size=size,
+        shifts=domain.shifts,
+    )
+    return rfft(np.pad(one_step.pmf, margin)), padded
 
 
 @lru_cache(maxsize=32)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from scipy.optimize import brentq
 
 from fedlora.errors import ConfigError
-from fedlora.privacy.accountants import ACCOUNTANTS, History
+from fedlora.privacy.accountants import ACCOUNTANTS, History, prv_of_equal_steps
 
 MAX_EPSILON = 100.0
 """Larger targets protect nobody."""
@@ -43,13 +43,16 @@ def epsilon_spent(
 
 
 @lru_cache(maxsize=4096)
-def epsilon_of(history: History, target_delta: float, accountant: str = "prv") -> float:
+def epsilon_of(
+    history: History, target_delta: float, accountant: str = "prv", *, quick: bool = False
+) -> float:
     """The epsilon of all steps of a history together; 0 without a step, infinite without noise.
 
     Args:
         history: (noise multiplier, sample rate, steps) for each stretch of equal steps, in any order.
         target_delta: the delta that it is for.
         accountant: ``prv``, ``pld`` or ``rdp``.
+        quick: equal steps by `prv_of_equal_steps`: as ``prv``, but for the last digits.
 
     Raises:
         ConfigError: an argument out of range, or beyond what ``prv`` and ``pld`` resolve (epsilon near
@@ -70,6 +73,8 @@ def epsilon_of(history: History, target_delta: float, accountant: str = "prv") -
         bound <= LIMIT, "privacy.noise-multiplier", least,
         f"epsilon up to {LIMIT:g}, here it is near {bound:.0f}", accountant,
     )  # fmt: skip
+    if quick and accountant == "prv" and len(composed) == 1:
+        return prv_of_equal_steps(*composed[0], target_delta)
     return _account(accountant, composed, target_delta)
 
 

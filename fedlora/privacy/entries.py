@@ -137,6 +137,7 @@ class Spending:
         epsilon, delta, accountant = 0.0, 0.0, ""
         if self.budget is not None:
             epsilon, accountant = spent(_history(self.steps), self.budget, self._order)
+            epsilon = min(epsilon, self.budget.target_epsilon)  # all was found to fit, but for rounding
             delta = stated_delta(self._changed(len(self.steps)), self.budget)
         return Standing(
             epsilon=epsilon,

@@ -111,7 +111,7 @@ def spent(history: History, budget: Budget, order: float) -> tuple[float, str]:
         return renyi_epsilon(history, budget.target_delta, order), "rdp"
     if not history:
         return 0.0, budget.accountant
-    return _epsilon(*history[0], budget), budget.accountant
+    return epsilon_of(history, budget.target_delta, budget.accountant, quick=True), budget.accountant
 
 
 @lru_cache(maxsize=1024)

@@ -227,6 +227,20 @@ def test_the_highest_target_can_be_accounted_for() -> None:
     assert 99.0 < epsilon_spent(noise, 1.0, 1, DELTA) <= 100.0
 
 
+@pytest.mark.parametrize("steps", [1, 2, 7, 64, 65, 400])
+@pytest.mark.parametrize(("noise", "rate"), [(0.6, 0.02), (1.1, 0.3), (4.0, 1.0)])
+def test_the_quick_account_is_the_slow_one_but_for_the_last_digits(
+    noise: float, rate: float, steps: int
+) -> None:
+    history = ((noise, rate, steps),)
+    assert epsilon_of(history, DELTA, quick=True) == pytest.approx(epsilon_of(history, DELTA), rel=1e-6)
+
+
+def test_prv_never_says_less_than_nothing() -> None:
+    for quick in (False, True):
+        assert epsilon_of(((1000.0, 0.01, 1),), 1e-2, quick=quick) == 0.0
+
+
 def test_what_was_spent_says_what_it_means() -> None:
     spent = PrivacySpent(
         epsilon=1.0,
