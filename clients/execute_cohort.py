@@ -75,8 +75,8 @@ class Ready:
 def train_instructions(assignments: Sequence[Assignment]) -> list[Answer]:
     """An answer to each assignment, in their order; one client's failure leaves the others alone.
 
-    Clients train together that have the same run, base, trained factors and data, and no canaries; in a
-    cohort of one a client trains as by `train_instruction`.
+    Clients train together that have the same run, base, trained factors and data; in a cohort of one a
+    client trains as by `train_instruction`.
     """
     answers: dict[int, Answer] = {}
     groups: dict[Any, list[Ready]] = {}
@@ -89,7 +89,7 @@ def train_instructions(assignments: Sequence[Assignment]) -> list[Answer]:
         if isinstance(resolved, wire.Reply):
             answers[place] = resolved
             continue
-        key = _key(one, resolved) if one.node.canaries is None and _fits(one.runtime) else place
+        key = _key(one, resolved) if _fits(one.runtime) else place
         groups.setdefault(key, []).append(Ready(place, one, resolved))
     for group in groups.values():
         if len(group) == 1:
@@ -209,6 +209,7 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         steps=num_steps(config.train, len(indices), steps) if ready.plan is None else steps,
         seed=seed_of(one.instruction, config, one.node),
         mechanism=None if ready.plan is None else ready.plan.mechanism,
+        canaries=one.node.canaries,
         sample_rate=None if ready.plan is None else ready.plan.release.sample_rate,
     )
 

@@ -73,17 +73,18 @@ class ClientDP:
         """
         ordered = sorted(updates, key=lambda update: update.partition_id)
         start = sent[ordered[0].partition_id]
-        clipped = [self._clipped(_changes(update, sent[update.partition_id])) for update in ordered]
+        clipped = [self.clipped(changes(update, sent[update.partition_id])) for update in ordered]
         sums = {name: sum((c[name] for c in clipped[1:]), start=clipped[0][name]) for name in clipped[0]}
-        adapters, head = _moved(
+        adapters, head = moved(
             start, {name: self._noisy(total, name, server_round) / planned for name, total in sums.items()}
         )
         return [replace(ordered[0], adapters=adapters, head=head, weight=1.0)]
 
-    def _clipped(self, changes: dict[str, Tensor]) -> dict[str, Tensor]:
-        norm = math.sqrt(sum(float(t.square().sum()) for t in changes.values()))
+    def clipped(self, changed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A change that is at most the clipping norm long."""
+        norm = math.sqrt(sum(float(t.square().sum()) for t in changed.values()))
         factor = min(1.0, self.clipping_norm / norm) if norm > 0 else 1.0
-        return {name: factor * t for name, t in changes.items()}
+        return {name: factor * t for name, t in changed.items()}
 
     def _noisy(self, total: Tensor, name: str, server_round: int) -> Tensor:
         std = self.noise_multiplier * self.clipping_norm
@@ -95,25 +96,25 @@ class ClientDP:
         return on_grid(total + std * drawn, std)
 
 
-def _changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:
+def changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:
     """Updates minus starts in float64, by unique names; zero where nothing is trained."""
-    changes = {
+    changed = {
         f"{name} {module}": update.adapters[module].tensors()[name].double() - sent.tensors()[name].double()
         for module, sent in start.adapters.items()
         for name in sorted(start.uploaded & sent.tensors().keys())
     }
-    return changes | {
+    return changed | {
         f"head {name}": update.head[name].double() - start.head[name].double() for name in sorted(start.head)
     }
 
 
-def _moved(
-    start: Broadcast, changes: Mapping[str, Tensor]
+def moved(
+    start: Broadcast, changed: Mapping[str, Tensor]
 ) -> tuple[dict[str, LayerAdapter], dict[str, Tensor]]:
     """Starts plus float64 changes, in the type of the starts."""
 
     def of(name: str, tensor: Tensor) -> Tensor:
-        return (tensor.double() + changes[name]).to(tensor.dtype) if name in changes else tensor
+        return (tensor.double() + changed[name]).to(tensor.dtype) if name in changed else tensor
 
     adapters = {
         module: sent.replaced({name: of(f"{name} {module}", t) for name, t in sent.tensors().items()})

@@ -30,6 +30,10 @@ class Canaries(Protocol):
         """Their gradients, once it is known what is trained."""
         ...
 
+    def drew(self, sizes: Sequence[int], examples: int) -> None:
+        """What was drawn: sizes of the batches, and among how many, canaries included."""
+        ...
+
 
 def among(indices: Indices, canaries: Canaries | None, num_examples: int) -> Indices:
     """The client's examples and after them its canaries, which count on from the data set's examples."""
@@ -42,3 +46,15 @@ def add_rows(parameters: Sequence[Tensor], rows: Sequence[Tensor]) -> None:
     """Append per-example gradients to those that Opacus left at the parameters."""
     for parameter, row in zip(parameters, rows, strict=True):
         parameter.grad_sample = torch.cat([parameter.grad_sample, row.to(parameter)])  # type: ignore[attr-defined]
+
+
+def add_clipped(parameters: Sequence[Tensor], rows: Sequence[Tensor], max_grad_norm: float) -> None:
+    """Add per-example gradients, each clipped over all tensors, to the clipped sum that ghost clipping left.
+
+    There is no example's gradient that Opacus could clip here: that it clips is for the self-test to find.
+    """
+    norms = torch.stack([torch.linalg.vector_norm(row.flatten(1), dim=1) for row in rows]).norm(dim=0)
+    factors = (max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+    for parameter, row in zip(parameters, rows, strict=True):
+        assert parameter.grad is not None
+        parameter.grad += torch.einsum("n,n...->...", factors, row).to(parameter)

@@ -14,6 +14,7 @@ really does.
 from __future__ import annotations
 
 import secrets
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,13 +23,14 @@ from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.optimizers.registry import make_optimizer
-from clients.training.self_check import self_check
+from clients.training.self_check import FALSE_ALARM, self_check
 from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
 from fedlora.data.examples import Examples
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel
+from fedlora.privacy.plausible import flaw_of_draws
 
 
 def train_private(
@@ -88,7 +90,7 @@ def train_private(
     self_check(model, pad_token_id, mechanism)
     seed, draw = private_streams(seed, secure=secure)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
-    total, seen = torch.zeros((), device=model.device), 0
+    total, sizes = torch.zeros((), device=model.device), list[int]()
     with (
         model.training() as trained,
         dropout_stream(seed, model.device),
@@ -105,9 +107,27 @@ def train_private(
         everyone = among(indices, canaries, len(examples))
         for drawn in poisson_batches(everyone, rate, local_steps, draw):
             total += private.step(examples, drawn, pad_token_id)
-            seen += len(drawn)
-    loss = float(total) / max(seen, 1) if release_loss else None
+            sizes.append(len(drawn))
+    if canaries is not None:
+        canaries.drew(sizes, len(everyone))
+    check_drawn(sizes, len(everyone), rate)
+    loss = float(total) / max(sum(sizes), 1) if release_loss else None
     return local_result(model, trained, len(indices), local_steps, loss)
+
+
+def check_drawn(sizes: Sequence[int], examples: int, sample_rate: float) -> None:
+    """Hold the batches that were drawn to the rate that is claimed; they know nobody's data.
+
+    Args:
+        sizes: of the batches.
+        examples: how many could be drawn.
+        sample_rate: probability of each.
+
+    Raises:
+        RunFailed: they are no draws with that rate, so nothing may be released.
+    """
+    if flaw := flaw_of_draws(sizes, examples, sample_rate, FALSE_ALARM):
+        raise RunFailed(f"privacy self-test: {flaw}; nothing is released")
 
 
 def private_streams(seed: int, *, secure: bool) -> tuple[int, np.random.Generator]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from clients.training.batches import Indices, load_batch
-from clients.training.canaries import Rows, add_rows
+from clients.training.canaries import Rows, add_clipped, add_rows
 from clients.training.train import batch_loss
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
@@ -106,7 +106,11 @@ class PrivateSteps:
             return self._backward(examples, drawn, pad_token_id)
         real = drawn < len(examples)
         total = self._backward(examples, drawn[real], pad_token_id)
-        add_rows(self.optimizer.params, self._canaries(drawn[~real] - len(examples)))
+        rows = self._canaries(drawn[~real] - len(examples))
+        if self._mechanism.grad_sample_mode == "ghost":
+            add_clipped(self.optimizer.params, rows, self._mechanism.max_grad_norm)
+        else:
+            add_rows(self.optimizer.params, rows)
         return total
 
     def _backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clients.training import batches
 from clients.training.batches import load_batch
 from clients.training.dp_step import Mechanism, PrivateSteps, private_steps
 from clients.training.train import batch_loss
@@ -21,6 +22,7 @@ from fedlora.core.seeding import torch_stream
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed, named_line
 from fedlora.models import AdaptedModel
+from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_spread
 
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
@@ -28,15 +30,18 @@ HUGE = 1e9
 EXAMPLES = np.arange(4)
 FALSE_ALARM = 1e-9
 """Probability with which correct noise is refused."""
-NOISE_DRAWS = 40_000
-"""Coordinates of noise that are drawn at least: 5 % too much or too little is 14 standard errors off."""
+NOISE_DRAWS, NOISE_AGAIN = 500_000, 40_000
+"""Coordinates of noise that are drawn at least: 1 % too much or too little is 10 standard errors off. Again,
+for the same mechanism with another noise or norm: 5 % is 14."""
+DRAWN_FROM, DRAWN_RATE, DRAWN_STEPS = 1000, 0.1, 400
+"""Examples, rate and steps by which the drawing of batches is tested."""
 
 Named = dict[str, nn.Parameter]
 """The trained tensors, as in `fedlora.models.Trainable`."""
 
 
 def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
-    """`check_steps` and `check_noise`, each once for a model and what it depends on.
+    """`check_draws`, `check_steps` and `check_noise`, each once for a model and what it depends on.
 
     Args:
         model: loaded, so that it is known what is trained; it stays as it is.
@@ -49,12 +54,17 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
     trained = model.trainable()
     shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
     same_steps = replace(mechanism, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+    if ("draws",) not in model.passed:
+        check_draws()
+        model.passed.add(("draws",))
     if ("steps", shapes, same_steps) not in model.passed:
         check_steps(model, pad_token_id, same_steps)
         model.passed.add(("steps", shapes, same_steps))
     if ("noise", shapes, mechanism) not in model.passed:
-        check_noise(model, pad_token_id, mechanism)
-        model.passed.add(("noise", shapes, mechanism))
+        known = ("noise like", shapes, same_steps)
+        numbers = NOISE_AGAIN if known in model.passed else NOISE_DRAWS
+        check_noise(model, pad_token_id, mechanism, numbers)
+        model.passed |= {("noise", shapes, mechanism), known}
 
 
 def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
@@ -84,11 +94,39 @@ def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
                     _check(f"the {what} step of {name}", error, gradients)
 
 
-def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
-    """The noise has the claimed standard deviation, on each trained tensor and on all of them, and is fresh.
+def check_draws() -> None:
+    """Batches are Poisson draws: all counts, those of each example, sizes, nothing from step to step.
 
-    Steps on nobody's data are compared with N(0, noise_std^2), see `plausible`, and with each other, tensor
-    by tensor: noise that comes twice cancels in a difference.
+    Raises:
+        RunFailed: they are not.
+    """
+    rng = np.random.default_rng()
+    everyone = np.arange(DRAWN_FROM)
+    drawn = np.zeros((DRAWN_STEPS, DRAWN_FROM), dtype=bool)
+    for step, batch in enumerate(batches.poisson_batches(everyone, DRAWN_RATE, DRAWN_STEPS, rng)):
+        drawn[step, batch] = True
+    tests = [
+        flaw_of_draws(drawn.sum(axis=1).tolist(), DRAWN_FROM, DRAWN_RATE, FALSE_ALARM),
+        flaw_of_spread([(int(n), DRAWN_STEPS, DRAWN_RATE) for n in drawn.sum(axis=0)], FALSE_ALARM),
+        flaw_of_draws((drawn[1:] & drawn[:-1]).sum(axis=1).tolist(), DRAWN_FROM, DRAWN_RATE**2, FALSE_ALARM),
+    ]
+    for flaw in filter(None, tests):
+        _refuse(flaw)
+
+
+def check_noise(
+    model: AdaptedModel, pad_token_id: int, mechanism: Mechanism, numbers: int = NOISE_DRAWS
+) -> None:
+    """The noise is fresh, and N(0, noise_std^2) on each trained tensor and on all of them.
+
+    Steps on nobody's data are compared with that law, see `flaw_of_noise`, and with each other, tensor by
+    tensor: noise that comes twice cancels in a difference.
+
+    Args:
+        model: see `self_check`.
+        pad_token_id: likewise.
+        mechanism: likewise.
+        numbers: how many are drawn at least.
 
     Raises:
         RunFailed: it has another one, or the same numbers come again.
@@ -96,20 +134,14 @@ def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
     examples = synthetic_examples(model, pad_token_id)
     draws: list[list[Tensor]] = []
     with prepared(model) as named, _steps(model, named, mechanism) as private:
-        for _ in range(max(2, math.ceil(NOISE_DRAWS / sum(p.numel() for p in named.values())))):
+        for _ in range(max(2, math.ceil(numbers / sum(p.numel() for p in named.values())))):
             private.step(examples, EXAMPLES[:0], pad_token_id)
             draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
     begins = [tuple(tensor[:8].tolist()) for drawn in draws for tensor in drawn if tensor.any()]
     if len(set(begins)) < len(begins):
         _refuse("the same noise came twice")
-    noise = {name: torch.cat(drawn) for name, drawn in zip(named, zip(*draws, strict=True), strict=True)}
-    noise["all trained tensors"] = torch.cat(list(noise.values()))
-    for name, drawn in noise.items():
-        if not plausible(drawn, mechanism.noise_std, FALSE_ALARM / len(noise)):
-            _refuse(
-                f"the noise on {name} has standard deviation {float(drawn.square().mean().sqrt()):.4g}, "
-                f"claimed is {mechanism.noise_std:.4g}"
-            )
+    if flaw := flaw_of_tensors(list(named), draws, mechanism.noise_std):
+        _refuse(flaw)
 
 
 def _check_gradients(
@@ -132,8 +164,8 @@ def _check_gradients(
 
 def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
     """Each example's gradient from a batch of one, stacked: (examples, *parameter.shape)."""
-    batches = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
-    gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in batches]
+    single = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
+    gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in single]
     return [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
 
 
@@ -148,18 +180,20 @@ def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Ten
     return [torch.einsum("n,n...->n...", f, g) for f, g in zip(factors, gradients, strict=True)]
 
 
-def plausible(draws: Tensor, std: float, false_alarm: float) -> bool:
-    """Whether numbers can be N(0, std^2): sum(x^2) / std^2 within the chi-square law of that many.
+def flaw_of_tensors(names: Sequence[str], draws: Sequence[Sequence[Tensor]], std: float) -> str:
+    """`flaw_of_noise` on each tensor and on all of them.
 
-    >>> plausible(torch.tensor([1.0, -1.0] * 500), 1.0, 1e-9)
-    True
-    >>> plausible(torch.tensor([1.0, -1.0] * 500), 2.0, 1e-9)
-    False
+    Args:
+        names: of the tensors.
+        draws: for each step the noise on each tensor, flat, float64.
+        std: its standard deviation.
     """
-    from scipy.stats import chi2  # half a second
-
-    low, high = chi2.ppf(false_alarm / 2, draws.numel()), chi2.isf(false_alarm / 2, draws.numel())
-    return bool(low * std**2 <= float(draws.square().sum()) <= high * std**2)
+    by_tensor = dict(zip(names, zip(*draws, strict=True), strict=True))
+    by_tensor["all trained tensors"] = tuple(torch.cat(list(step)) for step in draws)
+    for name, steps in by_tensor.items():
+        if flaw := flaw_of_noise(steps, std, FALSE_ALARM / len(by_tensor)):
+            return f"the noise on {name} {flaw}"
+    return ""
 
 
 def _norms(gradients: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Times a ledger's reserve with the epsilon that it reports, beside the account that noise is calibrated with.
+"""Times a ledger's reserve with its reported epsilon, beside the account that noise is calibrated with.
 
 Both in one run and by turns, so that their ratio holds on a busy machine, too.
 

@@ -9,6 +9,7 @@ one of them out is found there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -55,12 +56,13 @@ class Design:
         count, place = self.counts[group], self.clients.index(partition)
         together = count * len(self.clients)
         if together <= dimension and together * dimension <= ROOM:
-            return _orthonormal(self.seed, group, together, dimension)[place * count : (place + 1) * count]
-        return _orthonormal(self.seed, f"{group} {partition}", count, dimension)
+            return orthonormal(self.seed, group, together, dimension)[place * count : (place + 1) * count]
+        return orthonormal(self.seed, f"{group} {partition}", count, dimension)
 
 
 @lru_cache(maxsize=4)
-def _orthonormal(seed: int, name: str, count: int, dimension: int) -> Tensor:
+def orthonormal(seed: int, name: str, count: int, dimension: int) -> Tensor:
+    """Directions that no other name has: orthonormal rows (count, dimension)."""
     generator = torch_stream(seed, "audit", "directions", name)
     rows: Tensor = torch.linalg.qr(torch.randn(dimension, count, generator=generator)).Q.T
     return rows.contiguous()
@@ -74,13 +76,26 @@ class ClientCanaries:
         design: all canaries.
         partition: whose these are.
         uploaded: the factors that come back; canaries push along nothing else.
+        clipping: of the run.
+        silent: they are drawn and push along nothing, so that a round can be repeated without them.
         names: group -> the tensors that its canaries push along, known once the round is trained.
+        gains: group -> the length that clipping leaves of a canary / max_grad_norm, on average.
+        sizes, examples: of the batches, and how many examples and canaries each was drawn from.
     """
 
     design: Design
     partition: int
     uploaded: frozenset[str]
+    clipping: str = "flat"
+    silent: bool = False
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    gains: dict[str, float] = field(default_factory=dict)
+    sizes: list[int] = field(default_factory=list)
+    examples: int = 0
+
+    def drew(self, sizes: Sequence[int], examples: int) -> None:
+        """See `clients.training.canaries.Canaries`."""
+        self.sizes, self.examples = list(sizes), examples
 
     def members(self) -> Indices:
         """Numbers of the canaries whose coin says so; groups count on one after the other."""
@@ -94,8 +109,14 @@ class ClientCanaries:
         spread: dict[str, Tensor] = {}
         for group, names in self.names.items():
             sizes = [trained[name].numel() for name in names]
-            directions = length * self.design.directions(group, self.partition, sum(sizes))
-            spread |= dict(zip(names, torch.split(directions, sizes, dim=1), strict=True))
+            directions = self.design.directions(group, self.partition, sum(sizes))
+            parts = torch.split(directions, sizes, dim=1)
+            self.gains[group] = 1.0
+            if self.clipping == "per-layer":
+                of_parts = torch.stack([part.norm(dim=1) for part in parts]).sum(dim=0)
+                self.gains[group] = float(of_parts.mean()) / math.sqrt(len(trained))
+            strength = 0.0 if self.silent else length
+            spread |= {name: strength * part for name, part in zip(names, parts, strict=True)}
         group_of = {name: group for group, names in self.names.items() for name in names}
         starts = dict(zip(self.design.counts, np.cumsum([0, *self.design.counts.values()]), strict=False))
 

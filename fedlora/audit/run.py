@@ -9,33 +9,42 @@ therefore the canaries of all clients may be pooled, and the bound is one on tha
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from clients.budget import noise_of, rate_of
 from clients.evaluation import evaluate
 from fedlora.audit.attack import Bound, bound_of
 from fedlora.audit.bounds import shared_confidence
 from fedlora.audit.canaries import FACTORS, HEAD, Design
+from fedlora.audit.client_level import WithCanaries
 from fedlora.audit.grid import AuditGrid
 from fedlora.audit.membership import Membership, membership
-from fedlora.audit.views import ServerView, final_scores
+from fedlora.audit.separation import Expected, Separation, separation
+from fedlora.audit.views import ServerView, final_scores, standardised
 from fedlora.config import RunConfig
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
+from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_pairs, flaw_of_spread
 from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
 from fedlora.simulation.in_process import InProcessEngine, InProcessSession
 from fedlora.simulation.simulate import quiet
+from strategies.client_dp import ClientDP
 
-SERVER, FINAL = "server", "final-model"
+SERVER, FINAL, PUBLISHED, CLIENTS = "server", "final-model", "published means", "clients"
 CANARIES = 512
 CONFIDENCE = 0.95
+FALSE_ALARM = 1e-3
+"""Probability with which separations, draws and pairs, all together, speak against a right mechanism."""
+TOGETHER = "together"
+REFUTED, STANDS, INCONCLUSIVE = "refuted", "stands", "inconclusive"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +60,9 @@ class Audit:
         target_delta: delta of claim and bounds.
         confidence: probability with which all bounds hold together.
         bounds: view -> group of tensors -> what the attack shows; a view that cannot be measured is left out.
+        separations: group -> how far its canaries stand apart, by the claim and really, and of all groups
+            together; empty where the optimiser hides it.
+        flaws: what of the draws and of the updates' noise does not fit the claim, in words.
         unmeasured: why the final model was not attacked; empty if it was.
         membership: the attack on real examples; None where there is no global model.
     """
@@ -63,6 +75,8 @@ class Audit:
     target_delta: float
     confidence: float
     bounds: dict[str, dict[str, Bound]]
+    separations: dict[str, Separation]
+    flaws: tuple[str, ...]
     unmeasured: str
     membership: Membership | None
 
@@ -73,9 +87,18 @@ class Audit:
         return max(found, key=lambda entry: entry[2].epsilon)
 
     @property
-    def refuted(self) -> bool:
-        """Whether the claim is disproved, at the confidence."""
-        return self.strongest[2].epsilon > self.claimed_epsilon
+    def found_wrong(self) -> list[str]:
+        """Everything that is not what is claimed, in words."""
+        apart = [f"{group}: {s.flaw}" for group, s in self.separations.items() if s.flaw]
+        return [*apart, *self.flaws]
+
+    @property
+    def outcome(self) -> str:
+        """`REFUTED`, `STANDS`, or `INCONCLUSIVE` where half the noise would not have been noticed either."""
+        if self.strongest[2].epsilon > self.claimed_epsilon or self.found_wrong:
+            return REFUTED
+        told = any(s.resolved for s in self.separations.values())
+        return STANDS if told or self.strongest[2].largest > self.claimed_epsilon else INCONCLUSIVE
 
 
 def audit(
@@ -88,8 +111,8 @@ def audit(
     """Train privately with canaries, attack, and compare with what the clients claim.
 
     Args:
-        config: a run with ``privacy.mode = "example"``.
-        canaries: of each group (factors, head), over all clients.
+        config: a run with privacy.
+        canaries: of each group (factors, head), over all clients; at client level made-up clients.
         confidence: of all bounds together.
         progress: told about each round.
 
@@ -100,6 +123,8 @@ def audit(
     check_audit(config, canaries, confidence)
     config = audited(config)
     quiet()
+    if config.privacy.client_level:
+        return _client_level(config, canaries, confidence, progress)
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
         home = Path(directory)
         session = InProcessSession(InProcessEngine(), config, home / "clients")
@@ -107,7 +132,9 @@ def audit(
         design = design_of(federation, canaries)
         view = ServerView(design, _exposure(federation))
         before = federation.state
-        result = federation.run(AuditGrid(session.runtime, session.config, design, view, home / "clients"))
+        result = federation.run(
+            AuditGrid(session.runtime, session.config, design.clients, home / "clients", view)
+        )
     return Audit(
         strategy=config.strategy.name,
         optimizer=config.train.optimizer,
@@ -117,6 +144,8 @@ def audit(
         target_delta=config.privacy.target_delta,
         confidence=confidence,
         bounds=_bounds(federation, view, before, confidence),
+        separations=_separations(federation, view),
+        flaws=tuple(filter(None, _flaws(federation, view))),
         unmeasured=unmeasured(federation),
         membership=None if federation.personal else _membership(federation),
     )
@@ -126,23 +155,53 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
     """Refuse what cannot be audited.
 
     Raises:
-        ConfigError: no example-level privacy, clients that ship nothing, a mode that keeps no per-example
-            gradients, or numbers out of range.
+        ConfigError: no privacy, clients that ship nothing, or numbers out of range.
     """
     rule = check(config)
-    if config.privacy.mode != "example":
-        raise ConfigError(f'privacy.mode = {config.privacy.mode!r}: an audit needs "example"')
-    if config.privacy.grad_sample_mode != "hooks":
-        raise ConfigError(
-            f"privacy.grad-sample-mode = {config.privacy.grad_sample_mode!r}: an audit adds gradients of its "
-            'own to those of the examples, which only "hooks" keeps'
-        )
+    if config.privacy.mode == "none":
+        raise ConfigError("privacy.mode = 'none': an audit needs a claim, 'example' or 'client'")
     if not rule.facts.uploaded and config.model.head != "train":
         raise ConfigError(f"strategy.name = {config.strategy.name!r}: clients send nothing, so nothing leaks")
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
     if not 0 < confidence < 1:
         raise ConfigError(f"--confidence {confidence:g}: must be in (0, 1)")
+
+
+def _client_level(
+    config: RunConfig, canaries: int, confidence: float, progress: Callable[[dict[str, Any]], None] | None
+) -> Audit:
+    with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
+        home = Path(directory)
+        session = InProcessSession(InProcessEngine(), config, home / "clients")
+        federation = FederatedRun(session, RunDirectory(home / "run"), [Tell(progress)] if progress else [])
+        mechanism, clients = federation.strategy.client_dp, sorted(federation.partitions)
+        assert isinstance(mechanism, ClientDP)
+        last = config.num_server_rounds
+        rounds = min(config.privacy.max_participations or last, last)
+        most = sum(_dimensions(federation).values())
+        hidden = WithCanaries(mechanism, min(canaries, most), rounds, config.seed)
+        federation.strategy.client_dp = cast(ClientDP, hidden)
+        result = federation.run(AuditGrid(session.runtime, session.config, clients, home / "clients"))
+    noise, delta = mechanism.noise_multiplier, config.privacy.target_delta
+    expected = Expected(steps=rounds, sample_rate=1.0, noise_multiplier=noise)
+    alarm, scores = FALSE_ALARM / 3, hidden.scores / expected.noise
+    by_round = [noise_of_round.numpy() for noise_of_round in hidden.noise]
+    flaws = (flaw_of_noise(hidden.noise, noise, alarm), flaw_of_pairs(by_round, alarm))
+    return Audit(
+        strategy=config.strategy.name,
+        optimizer=config.train.optimizer,
+        clients=len(clients),
+        draws=float(rounds),
+        claimed_epsilon=float(result["epsilon"]),
+        target_delta=delta,
+        confidence=confidence,
+        bounds={PUBLISHED: {CLIENTS: bound_of(scores, hidden.coins, delta, confidence)}},
+        separations={CLIENTS: separation(scores, hidden.coins, expected.separation, delta, alarm)},
+        flaws=tuple(f"the published means' noise {flaw}" for flaw in flaws if flaw),
+        unmeasured="at client level every published mean was",
+        membership=_membership(federation),
+    )
 
 
 def audited(config: RunConfig) -> RunConfig:
@@ -186,11 +245,7 @@ def _dimensions(federation: FederatedRun) -> dict[str, int]:
 
 
 def _exposure(federation: FederatedRun) -> dict[int, float]:
-    config, data = federation.config, federation.runtime.data
-    return {
-        p: config.local_steps_of(p) * config.train.batch_size / len(data.indices(p))
-        for p in federation.partitions
-    }
+    return {p: federation.config.local_steps_of(p) * _rate(federation, p) for p in federation.partitions}
 
 
 def unmeasured(federation: FederatedRun) -> str:
@@ -217,6 +272,59 @@ def _bounds(
             scores = final_scores(view, group, before, federation.state)
             bounds[FINAL][group] = bound_of(scores, coins, delta, each)
     return bounds
+
+
+def _separations(federation: FederatedRun, view: ServerView) -> dict[str, Separation]:
+    """Of each group and of all together, where an update is the sum of what its steps let out."""
+    config, train = federation.config, federation.config.train
+    if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
+        return {}
+    found, pooled = {}, []
+    for group, gains in view.gains.items():
+        rate = (train.head_learning_rate if group == HEAD else 0.0) or train.learning_rate
+        expected = {p: _expected(federation, view, p, gain) for p, gain in sorted(gains.items())}
+        if not all(e.noise for e in expected.values()):
+            return {}
+        unit = rate * config.privacy.max_grad_norm / train.batch_size
+        scores, (_, coins) = standardised(view, group, unit, expected), view.pooled(group)
+        theory = float(np.mean([e.separation for e in expected.values()]))
+        pooled.append((group, scores, coins, theory))
+    if len(pooled) > 1:
+        parts = [(s - s[~c].mean(), c) for _, s, c, _ in pooled]
+        scores, coins = (np.concatenate(column) for column in zip(*parts, strict=True))
+        sizes = [len(s) for _, s, _, _ in pooled]
+        pooled.append((TOGETHER, scores, coins, float(np.average([t for *_, t in pooled], weights=sizes))))
+    alarm = FALSE_ALARM / (len(pooled) + 2)
+    for group, scores, coins, theory in pooled:
+        found[group] = separation(scores, coins, theory, config.privacy.target_delta, alarm)
+    return found
+
+
+def _expected(federation: FederatedRun, view: ServerView, partition: int, gain: float) -> Expected:
+    config = federation.config
+    rate, steps = _rate(federation, partition), config.local_steps_of(partition)
+    return Expected(
+        steps=view.rounds[partition] * steps,
+        sample_rate=rate,
+        noise_multiplier=noise_of(config, rate, steps),
+        gain=gain,
+    )
+
+
+def _flaws(federation: FederatedRun, view: ServerView) -> Iterator[str]:
+    """Draws against the claimed rates, client by client; updates against independent noise, pair by pair."""
+    alarm, clients = FALSE_ALARM / 5, sorted(view.rounds)
+    rates = {p: _rate(federation, p) for p in clients}
+    for partition in clients:
+        own = [(size, examples) for size, examples, p in view.draws if p == partition]
+        flaw = flaw_of_draws([size for size, _ in own], own[0][1], rates[partition], alarm / len(clients))
+        yield flaw and f"partition {partition}: {flaw}"
+    yield flaw_of_spread([(size, examples, rates[p]) for size, examples, p in view.draws], alarm)
+    yield flaw_of_pairs(view.residuals, alarm)
+
+
+def _rate(federation: FederatedRun, partition: int) -> float:
+    return rate_of(federation.config, len(federation.runtime.data.indices(partition)))
 
 
 def _membership(federation: FederatedRun) -> Membership:

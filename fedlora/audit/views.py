@@ -8,14 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from fedlora import wire
 from fedlora.audit.attack import Coins, Scores
 from fedlora.audit.canaries import ClientCanaries, Design, flat
+from fedlora.audit.separation import Expected
 from fedlora.core.factors import Tensors
 from fedlora.core.state import State
+
+Vector = np.ndarray[Any, np.dtype[np.float64]]
+KEPT, LONGEST = 64, 20_000
+"""Updates, and numbers of each, that are compared pair by pair."""
 
 
 @dataclass(slots=True)
@@ -28,6 +34,9 @@ class ServerView:
         scores: group -> partition -> the sum over its updates of ``<direction, expected - shipped>``.
         rounds: partition -> updates seen.
         pushed: partition -> the sets of tensors that its canaries pushed along.
+        gains: group -> partition -> see `ClientCanaries`, of the last round.
+        draws: (size, examples, partition) of every batch.
+        residuals: ``expected - shipped`` of so many updates as are kept, in units of each group's step.
     """
 
     design: Design
@@ -35,13 +44,22 @@ class ServerView:
     scores: dict[str, dict[int, Scores]] = field(default_factory=dict)
     rounds: dict[int, int] = field(default_factory=dict)
     pushed: dict[int, set[tuple[tuple[str, tuple[str, ...]], ...]]] = field(default_factory=dict)
+    gains: dict[str, dict[int, float]] = field(default_factory=dict)
+    draws: list[tuple[int, int, int]] = field(default_factory=list)
+    residuals: list[Vector] = field(default_factory=list)
 
     def see(self, canaries: ClientCanaries, shipped: Tensors, expected: Tensors) -> None:
         """One update: descent moves against the gradient, so a canary that was in lowers the product."""
         partition = canaries.partition
         self.rounds[partition] = self.rounds.get(partition, 0) + 1
         self.pushed.setdefault(partition, set()).add(tuple(canaries.names.items()))
+        self.draws += [(size, canaries.examples, partition) for size in canaries.sizes]
+        group, names = next(iter(canaries.names.items()))
+        if len(self.residuals) < KEPT:
+            apart = (flat(expected, names) - flat(shipped, names))[:LONGEST]
+            self.residuals.append(apart.double().numpy())
         for group, names in canaries.names.items():
+            self.gains.setdefault(group, {})[partition] = canaries.gains[group]
             moved = flat(expected, names) - flat(shipped, names)
             found = self.design.directions(group, partition, len(moved)) @ moved
             of_group = self.scores.setdefault(group, {})
@@ -54,6 +72,19 @@ class ServerView:
         scores = [of_group[p] / (self.rounds[p] * self.exposure[p]) for p in partitions]
         coins = [self.design.coins(group, p) for p in partitions]
         return np.concatenate(scores), np.concatenate(coins)
+
+
+def standardised(view: ServerView, group: str, unit: float, expected: Mapping[int, Expected]) -> Scores:
+    """The scores of a group in units of the claimed noise, in the order of `ServerView.pooled`.
+
+    Args:
+        view: what was shipped.
+        group: of tensors.
+        unit: what a canary moves the update by when it is drawn once and clipped: rate x norm / batch size.
+        expected: of each partition.
+    """
+    of_group = view.scores[group]
+    return np.concatenate([of_group[p] / (unit * expected[p].noise) for p in sorted(of_group)])
 
 
 def final_scores(view: ServerView, group: str, before: State, after: State) -> Scores:

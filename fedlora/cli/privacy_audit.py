@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from fedlora.audit.membership import Measured, Membership
     from fedlora.audit.run import Audit
 
+EXIT_CODES = {"stands": 0, "refuted": 1, "inconclusive": 3}
+
 
 @one_line_errors
 def audit(
@@ -30,7 +32,8 @@ def audit(
 ) -> None:
     """Train once with canaries among the examples, attack, and compare with the claimed epsilon.
 
-    Exit code 1 if the claim is refuted. The ledgers of the data are left alone.
+    Exit code 1 if the claim is refuted, 3 if the audit would not have noticed half the noise either. The
+    ledgers of the data are left alone.
 
     Example: fedlora privacy audit experiments/audit.toml
     """
@@ -50,15 +53,16 @@ def audit(
         out.print(_table(found))
         for line in [*verdict(found), *_notes(found), *membership_lines(found.membership)]:
             out.print(line, highlight=False)
-    if found.refuted:
-        raise typer.Exit(1)
+    raise typer.Exit(EXIT_CODES[found.outcome])
 
 
 def as_record(found: Audit) -> dict[str, Any]:
     """The audit as JSON, with the strongest bound by itself."""
     view, group, bound = found.strongest
     strongest = {"view": view, "group": group, **asdict(bound)}
-    return {**asdict(found), "strongest": strongest, "refuted": found.refuted}
+    return {
+        **asdict(found), "strongest": strongest, "outcome": found.outcome, "found_wrong": found.found_wrong,
+    }  # fmt: skip
 
 
 def verdict(found: Audit) -> list[str]:
@@ -70,11 +74,17 @@ def verdict(found: Audit) -> list[str]:
         f"canaries could show is {bound.largest:.2f}; claimed: {found.claimed_epsilon:.2f} at delta "
         f"{found.target_delta:g}."
     ]
-    if found.refuted:
+    for name, s in found.separations.items():
+        lines.append(
+            f"Canaries that are in and out lie {s.value:.2f} ({s.low:.2f} to {s.high:.2f}) standard "
+            f"deviations apart ({name}); the claimed mechanism puts them {s.theory:.2f} apart."
+        )
+    if bound.epsilon > found.claimed_epsilon:
         lines.append(f"[red]The claim is refuted[/red]: the {group} give away more than it allows.")
-    elif bound.largest <= found.claimed_epsilon:
-        lines.append("So few canaries cannot refute this claim, whatever leaks: use more.")
-    else:
+    lines += [f"[red]The mechanism is not the claimed one[/red]: {flaw}." for flaw in found.found_wrong]
+    if found.outcome == "inconclusive":
+        lines.append("Inconclusive: half the noise would not have been noticed either. Use more canaries.")
+    elif found.outcome == "stands":
         lines.append("The claim is not refuted. No audit proves one: this is what one attack found.")
     return lines
 

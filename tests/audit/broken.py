@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from opacus.optimizers import DPOptimizer
+from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor
 
-from clients import budget, rehearsal
-from clients.training import dp_sgd
+from clients import budget, execute_cohort, rehearsal
+from clients.training import batches, dp_sgd
+from clients.training.batched import private
+from strategies.client_dp import ClientDP
 from strategies.rule import Rule
 
 Patch = pytest.MonkeyPatch
@@ -75,6 +77,103 @@ def no_clipping(patch: Patch) -> None:
 
     _unchecked(patch)
     patch.setattr(DPOptimizer, "clip_and_accumulate", plain_sum)
+
+
+def half_the_noise(patch: Patch) -> None:
+    add_noise = DPOptimizer.add_noise
+
+    def halved(self: Any) -> None:
+        add_noise(self)
+        for p in self.params:
+            p.grad = (p.grad + p.summed_grad) / 2
+
+    _unchecked(patch)
+    patch.setattr(DPOptimizer, "add_noise", halved)
+
+
+def twice_the_rate(patch: Patch) -> None:
+    """Known to the accountant as half of it; too little for a round's own check where clients are small."""
+    real = dp_sgd.poisson_batches
+
+    def doubled(indices: Any, rate: float, steps: int, rng: Any) -> Any:
+        return real(indices, min(1.0, 2 * rate), steps, rng)
+
+    _unchecked(patch)
+    patch.setattr(dp_sgd, "check_drawn", lambda *arguments: None)
+    patch.setattr(dp_sgd, "poisson_batches", doubled)
+
+
+def shuffled_batches(patch: Patch) -> None:
+    def fixed(indices: Any, rate: float, steps: int, rng: Any) -> Any:
+        return batches.shuffled_batches(indices, round(rate * len(indices)), steps, rng)
+
+    _unchecked(patch)
+    patch.setattr(dp_sgd, "check_drawn", lambda *arguments: None)
+    patch.setattr(dp_sgd, "poisson_batches", fixed)
+
+
+def each_layer_by_itself(patch: Patch) -> None:
+    """Each tensor is clipped to the whole norm, and counted as if all of them together were."""
+
+    def clip(self: Any) -> None:
+        for p in self.params:
+            norms = p.grad_sample.flatten(1).norm(dim=1)
+            factors = (self.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+            p.summed_grad = torch.einsum("n,n...->...", factors, p.grad_sample)
+
+    _unchecked(patch)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", clip)
+
+
+def clipped_after_the_sum(patch: Patch) -> None:
+    def clip(self: Any) -> None:
+        sums = [p.grad_sample.sum(dim=0) for p in self.params]
+        norm = torch.stack([s.norm() for s in sums]).norm()
+        for p, total in zip(self.params, sums, strict=True):
+            p.summed_grad = total * min(1.0, self.max_grad_norm / (float(norm) + 1e-6))
+
+    _unchecked(patch)
+    patch.setattr(DPOptimizer, "clip_and_accumulate", clip)
+
+
+def the_same_noise_everywhere(patch: Patch) -> None:
+    """In every round and at every client."""
+    real = dp_sgd.derive
+    _unchecked(patch)
+    patch.setattr(dp_sgd, "derive", lambda seed, name: 7 if name == "noise" else real(seed, name))
+
+
+def half_the_noise_in_cohorts(patch: Patch) -> None:
+    real = private.noisy
+    _unchecked(patch)
+    patch.setattr(execute_cohort, "check_cohort", lambda *arguments: None)
+    patch.setattr(private, "noisy", lambda total, *how: (total + real(total, *how)) / 2)
+
+
+def half_the_noise_of_ghosts(patch: Patch) -> None:
+    add_noise = DPOptimizerFastGradientClipping.add_noise
+
+    def halved(self: Any) -> None:
+        add_noise(self)
+        for p in self.params:
+            p.grad = (p.grad + p.summed_grad) / 2
+
+    _unchecked(patch)
+    patch.setattr(DPOptimizerFastGradientClipping, "add_noise", halved)
+
+
+def half_the_noise_on_means(patch: Patch) -> None:
+    real = ClientDP._noisy
+    patch.setattr(ClientDP, "_noisy", lambda self, total, *of: (total + real(self, total, *of)) / 2)
+
+
+def clients_not_clipped(patch: Patch) -> None:
+    patch.setattr(ClientDP, "clipped", lambda self, changed: changed)
+
+
+def the_same_noise_each_round(patch: Patch) -> None:
+    real = ClientDP._noisy
+    patch.setattr(ClientDP, "_noisy", lambda self, total, name, server_round: real(self, total, name, 1))
 
 
 def _unchecked(patch: Patch) -> None:

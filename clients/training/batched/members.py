@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from clients.training.batches import Indices, poisson_batches, shuffled_batches
+from clients.training.canaries import Canaries, among
 from clients.training.dp_sgd import private_streams
 from clients.training.dp_step import Mechanism
 from fedlora.config import TrainConfig
@@ -31,6 +32,7 @@ class Member:
         steps: optimiser steps, >= 1.
         seed: its own and its round's; ignored where the mechanism is secure.
         mechanism: what its private steps do; None where it trains without privacy.
+        canaries: what an audit hides among its examples.
         sample_rate: probability with which an example is in a private batch; None: batch size / examples.
     """
 
@@ -45,6 +47,7 @@ class Member:
     tail: RankRegularizer | None = None
     mechanism: Mechanism | None = None
     sample_rate: float | None = None
+    canaries: Canaries | None = None
 
     @property
     def rank(self) -> int:
@@ -71,16 +74,23 @@ class Streams:
     noise: torch.Generator
 
 
-def open_streams(member: Member, config: TrainConfig, device: torch.device) -> Streams:
-    """The member's streams at their beginning."""
+def rate_of_member(member: Member, config: TrainConfig) -> float:
+    """The probability with which an example is in a private batch."""
+    return config.batch_size / len(member.indices) if member.sample_rate is None else member.sample_rate
+
+
+def open_streams(member: Member, config: TrainConfig, device: torch.device, num_examples: int) -> Streams:
+    """The member's streams at their beginning; canaries are numbered on from ``num_examples``."""
     if member.mechanism is None:
         seed = member.seed
         rng = stream(seed, "batches")
         batches = shuffled_batches(member.indices, config.batch_size, member.steps, rng)
     else:
         seed, rng = private_streams(member.seed, secure=member.mechanism.secure)
-        rate = config.batch_size / len(member.indices) if member.sample_rate is None else member.sample_rate
-        batches = poisson_batches(member.indices, rate, member.steps, rng)
+        rate = rate_of_member(member, config)
+        batches = poisson_batches(
+            among(member.indices, member.canaries, num_examples), rate, member.steps, rng
+        )
     return Streams(
         batches=batches,
         dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),

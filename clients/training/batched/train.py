@@ -8,22 +8,23 @@ enters another's part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from clients.training.batched.dropout import Masks
 from clients.training.batched.layers import ForwardContext, Route, row_wise
-from clients.training.batched.members import Member, open_streams
+from clients.training.batched.members import Member, open_streams, rate_of_member
 from clients.training.batched.private import ClippedSums
 from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microbatches, passes
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.batched.update import Gradients, Update
 from clients.training.batches import Indices, load_batch
+from clients.training.canaries import among
+from clients.training.dp_sgd import check_drawn
 from clients.training.dp_step import Mechanism
 from clients.training.train import LocalResult, batch_loss
 from fedlora.config import TrainConfig
@@ -104,11 +105,14 @@ class Cohort:
         self._model, self._members, self._task = model, members, task
         self.stacks = StackedAdapters(model, members)
         self._update = Update(self.stacks, task.config)
-        self._streams = [open_streams(member, task.config, self.stacks.device) for member in members]
+        self._streams = [
+            open_streams(member, task.config, self.stacks.device, len(task.examples)) for member in members
+        ]
+        self._canaries = [self._rows_of(place) for place in range(len(members))]
         self._costs = CPU if self.stacks.device.type == "cpu" else ACCELERATOR
         self._route = Route()
         self._losses = torch.zeros(len(members), device=self.stacks.device, dtype=self.stacks.dtype)
-        self._seen = np.zeros(len(members), dtype=np.int64)
+        self._sizes: list[list[int]] = [[] for _ in members]
 
     def route_laid(self) -> AbstractContextManager[None]:
         """Inside, the model computes each row by its own client's factors; steps are taken there."""
@@ -118,7 +122,8 @@ class Cohort:
         """Step ``number``, from 0, of all who have so many."""
         active = sum(member.steps > number for member in self._members)
         batches = [next(stream.batches) for stream in self._streams[:active]]
-        self._seen[:active] += [len(batch) for batch in batches]
+        for sizes, batch in zip(self._sizes, batches, strict=False):
+            sizes.append(len(batch))
         mechanisms = [m.mechanism for m in self._members[:active] if m.mechanism is not None]
         gradients = self.private(batches, mechanisms) if mechanisms else self.plain(batches)
         self._update.step(gradients, active)
@@ -137,8 +142,13 @@ class Cohort:
     def private(self, batches: Sequence[Indices], mechanisms: Sequence[Mechanism]) -> Gradients:
         """Each client's noisy mean of clipped gradients; of an empty draw noise alone."""
         sums = ClippedSums(self.stacks, mechanisms)
-        most = mechanisms[0].max_physical_batch_size
-        for wave in microbatches(batches, most):
+        most, own = mechanisms[0].max_physical_batch_size, len(self._task.examples)
+        for place, batch in enumerate(batches):
+            made_up, canaries = self._canaries[place], batch[batch >= own] - own
+            if made_up is not None and len(canaries):
+                clients = torch.full((len(canaries),), place, device=self.stacks.device)
+                sums.add(made_up(canaries), clients)
+        for wave in microbatches([batch[batch < own] for batch in batches], most):
             if any(len(batch) for batch in wave):
                 rows = gather(self._task.examples, wave)
                 for walked in self._passes(rows, by_example=True, most_rows=most):
@@ -149,6 +159,23 @@ class Cohort:
     def results(self) -> list[LocalResult]:
         """What each member has now."""
         return [self._result(place) for place in range(len(self._members))]
+
+    def _rows_of(self, place: int) -> Callable[[Indices], Gradients] | None:
+        """Numbers of a member's canaries -> their gradients, stacked by row."""
+        stacks, member = self.stacks, self._members[place]
+        if member.canaries is None:
+            return None
+        names = stacks.trained_by(member)
+        found = member.canaries.rows({n: stacks.own(stacks.values[n], n, place).detach() for n in names})
+
+        def rows(numbers: Indices) -> Gradients:
+            shapes = {n: stacks.values[n].shape[1:] for n in stacks.trained}
+            filled = {n: torch.zeros(len(numbers), *s).to(stacks.values[n]) for n, s in shapes.items()}
+            for name, row in zip(names, found(numbers), strict=True):
+                filled[name][tuple(slice(size) for size in row.shape)] = row.to(filled[name])
+            return filled
+
+        return rows
 
     def _passes(self, rows: Rows, *, by_example: bool = False, most_rows: int = 0) -> Iterator[PassResult]:
         """Forward passes over all rows; with ``by_example`` each row has leaves of its own."""
@@ -169,6 +196,12 @@ class Cohort:
 
     def _result(self, place: int) -> LocalResult:
         member = self._members[place]
+        if member.mechanism is not None:
+            rate, sizes = rate_of_member(member, self._task.config), self._sizes[place]
+            examples = len(among(member.indices, member.canaries, len(self._task.examples)))
+            if member.canaries is not None:
+                member.canaries.drew(sizes, examples)
+            check_drawn(sizes, examples, rate)
         adapters, head = self.stacks.read(place)
         told = member.mechanism is None or self._task.release_loss
         return LocalResult(
@@ -176,5 +209,5 @@ class Cohort:
             head=head if member.train_head else {},
             num_examples=len(member.indices),
             steps=member.steps,
-            loss=float(self._losses[place]) / max(int(self._seen[place]), 1) if told else None,
+            loss=float(self._losses[place]) / max(sum(self._sizes[place]), 1) if told else None,
         )

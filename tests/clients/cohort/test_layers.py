@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -83,19 +84,45 @@ def test_a_head_that_is_not_linear_trains_alone() -> None:
     assert why_alone(head) == "the head's classifier is a LayerNorm, not a linear layer"
 
 
-@pytest.mark.parametrize(
-    ("factor", "why"), [(0.9, "the noise has standard deviation"), (0.0, "the same noise came twice")]
-)
+def bare_bias(noise: torch.Tensor, std: float) -> torch.Tensor:
+    return torch.zeros_like(noise) if noise.shape == (2,) else noise
+
+
+Change = Callable[[torch.Tensor, float], torch.Tensor]
+NOISES: dict[str, tuple[Change, str]] = {
+    "a tenth too little": (lambda noise, std: 0.9 * noise, "the noise on .* has standard deviation"),
+    "one percent too much": (lambda noise, std: 1.01 * noise, "the noise on .* has standard deviation"),
+    "none": (lambda noise, std: 0 * noise, "the noise on .* has standard deviation 0, claimed"),
+    "none on the head's bias": (bare_bias, "the noise on classifier.bias has standard deviation 0, claimed"),
+    "its deviation squared": (lambda noise, std: std * noise, "the noise on .* has standard deviation"),
+    "each number twice": (
+        lambda noise, std: (
+            noise.flatten()[: (noise.numel() + 1) // 2]
+            .repeat_interleave(2)[: noise.numel()]
+            .reshape(noise.shape)
+        ),
+        "the noise on .* is correlated",
+    ),
+    "uniform": (
+        lambda noise, std: (torch.special.ndtr(noise / std) - 0.5) * 12**0.5 * std,
+        "the noise on .* is not normally distributed",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "why"), NOISES.values(), ids=NOISES)
 def test_noise_that_is_not_what_is_claimed_is_refused(
-    factor: float, why: str, monkeypatch: pytest.MonkeyPatch
+    change: Change, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = model(torch.float32)
     first = privately([member(network, 0)])[0]
     network.load(first.adapters, first.head, trained=first.trained, train_head=True)
     real = private.noisy
 
-    def wrong(total: torch.Tensor, *how: Any) -> torch.Tensor:
-        return total + factor * (real(total, *how) - total)
+    def wrong(total: torch.Tensor, mechanism: Any, generator: Any) -> torch.Tensor:
+        std = mechanism.noise_multiplier * mechanism.max_grad_norm
+        noise = real(total, mechanism, generator) - total
+        return total + change(noise, std) if std and noise.any() else total + noise
 
     monkeypatch.setattr(private, "noisy", wrong)
     with pytest.raises(RunFailed, match=why):

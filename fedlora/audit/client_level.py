@@ -1,0 +1,90 @@
+"""Client-level privacy, audited: made-up clients among the real ones, of which a coin decides who takes part.
+
+A made-up client changes the shipped tensors along its own direction, `LOUDNESS` times as far as it is clipped
+to. It takes part in as many rounds as one client may. The attacker sees each published mean and knows what
+the real clients sent; whatever the server makes of the mean is post-processing, which shows no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedlora.audit.attack import Coins, Scores
+from fedlora.audit.canaries import LOUDNESS, orthonormal
+from fedlora.core.seeding import stream
+from fedlora.core.state import Broadcast, ClientUpdate
+from strategies.client_dp import ClientDP, changes, moved
+
+FIRST = 1_000_000_000
+"""Partition id of the first made-up client; real ones come before it, as they would alone."""
+
+
+@dataclass(slots=True)
+class WithCanaries:
+    """A run's `ClientDP` with made-up clients, in its place.
+
+    Attributes:
+        mechanism: the run's own.
+        canaries: made-up clients.
+        rounds: in which each of them takes part.
+        seed: of coins and directions.
+        scores: of each: how far the published sums went along its direction, in clipping norms.
+        noise: of each round: what was published less what was sent, in clipping norms.
+    """
+
+    mechanism: ClientDP
+    canaries: int
+    rounds: int
+    seed: int
+    scores: Scores = field(init=False)
+    noise: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scores = np.zeros(self.canaries)
+
+    @property
+    def coins(self) -> Coins:
+        """Which of the made-up clients take part."""
+        return stream(self.seed, "audit", "coins", "clients").random(self.canaries) < 0.5
+
+    def privatise(
+        self, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast], planned: int, server_round: int
+    ) -> list[ClientUpdate]:
+        """See `ClientDP.privatise`."""
+        if server_round > self.rounds:
+            return self.mechanism.privatise(updates, sent, planned, server_round)
+        norm, start = self.mechanism.clipping_norm, sent[min(update.partition_id for update in updates)]
+        like = changes(updates[0], sent[updates[0].partition_id])
+        sizes = [tensor.numel() for tensor in like.values()]
+        directions = orthonormal(self.seed, "clients", self.canaries, sum(sizes))
+        made_up = [
+            self._made_up(int(number), start, like, directions[number])
+            for number in np.flatnonzero(self.coins)
+        ]
+        everyone = {**sent, **{update.partition_id: start for update in made_up}}
+        told = planned + self.canaries
+        private = self.mechanism.privatise([*updates, *made_up], everyone, told, server_round)
+        published = told * _flat(changes(private[0], start))
+        known = sum(_flat(self.mechanism.clipped(changes(u, sent[u.partition_id]))) for u in updates)
+        apart = (published - known) / norm
+        self.scores += (directions.double() @ apart).numpy()
+        self.noise.append(apart - directions[torch.from_numpy(self.coins)].double().sum(dim=0))
+        return private
+
+    def _made_up(
+        self, number: int, start: Broadcast, like: Mapping[str, Tensor], direction: Tensor
+    ) -> ClientUpdate:
+        length = LOUDNESS * self.mechanism.clipping_norm
+        parts = torch.split(length * direction, [tensor.numel() for tensor in like.values()])
+        pushed = {name: p.reshape(t.shape) for p, (name, t) in zip(parts, like.items(), strict=True)}
+        adapters, head = moved(start, pushed)
+        return ClientUpdate(partition_id=FIRST + number, adapters=adapters, head=head, weight=1.0)
+
+
+def _flat(of_update: Mapping[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.double().flatten() for tensor in of_update.values()])

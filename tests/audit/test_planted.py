@@ -1,0 +1,113 @@
+"""Faults that experts plant, each past the self-test: the audit finds them, and by which of its checks.
+
+``python -m tests.audit.test_planted`` prints the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fedlora.audit.run import INCONCLUSIVE, REFUTED, STANDS, TOGETHER, Audit, audit
+from tests.audit import broken
+from tests.audit.test_audit import config
+
+Break = Callable[[pytest.MonkeyPatch], None]
+COHORTS = {"engine.cohort-size": 2}
+GHOSTS = {"privacy.grad-sample-mode": "ghost"}
+LAYERS = {"privacy.clipping": "per-layer"}
+SMALL = {"train.batch-size": 24, "privacy.noise-multiplier": 1.2, "privacy.target-epsilon": 8.0}
+PLANTED: dict[str, tuple[Break, dict[str, Any], str, float, float]] = {
+    "half the noise": (broken.half_the_noise, {}, "farther than the claimed", 0.70, 1.05),
+    "twice the rate": (broken.twice_the_rate, SMALL, "examples were drawn in 8 steps, claimed", 0.7, 1.2),
+    "each layer by itself": (broken.each_layer_by_itself, {}, "farther than the claimed", 0.65, 1.2),
+    "clipped after the sum": (broken.clipped_after_the_sum, {}, "less far than the claimed", -0.2, 0.2),
+    "shuffled batches": (broken.shuffled_batches, {}, "too little in size for Poisson", 0.2, 0.7),
+    "the same noise everywhere": (broken.the_same_noise_everywhere, {}, "updates share noise", -1.0, 2.0),
+    "half the noise in cohorts": (broken.half_the_noise_in_cohorts, COHORTS, "farther than", 0.70, 1.05),
+    "half the noise of ghosts": (broken.half_the_noise_of_ghosts, GHOSTS, "farther than", 0.70, 1.05),
+}
+"""What is broken, keys, what the audit says of it, and the least and largest separation of all canaries."""
+
+
+@pytest.mark.parametrize(("plant", "keys", "words", "low", "high"), PLANTED.values(), ids=PLANTED)
+def test_a_planted_fault_is_found(
+    plant: Break, keys: dict[str, Any], words: str, low: float, high: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch)
+    found = audit(config(**keys))
+    assert found.outcome == REFUTED
+    assert words in " ".join(found.found_wrong)
+    assert low < found.separations[TOGETHER].value < high
+
+
+RIGHT = {"cohorts": COHORTS, "ghosts": GHOSTS, "layers": LAYERS, "small": SMALL}
+
+
+@pytest.mark.parametrize("keys", RIGHT.values(), ids=RIGHT)
+def test_a_right_mechanism_stands_where_theory_puts_it(keys: dict[str, Any]) -> None:
+    found = audit(config(**keys))
+    assert found.found_wrong == []
+    assert found.outcome == STANDS
+    together = found.separations[TOGETHER]
+    assert abs(together.value - together.theory) < 0.2
+
+
+def test_without_any_noise_no_claim_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even one that is larger than so many canaries could refute for any mechanism."""
+    broken.no_noise(monkeypatch)
+    found = audit(config(**{"privacy.noise-multiplier": 1.0, "privacy.target-epsilon": 20.0}))
+    assert found.strongest[2].largest < found.claimed_epsilon
+    assert found.outcome == REFUTED
+    assert found.separations[TOGETHER].low > found.separations[TOGETHER].theory
+
+
+def test_what_would_not_have_been_noticed_is_inconclusive() -> None:
+    few = audit(config(**{"train.batch-size": 8, "num-server-rounds": 1}), canaries=16)
+    assert few.outcome == INCONCLUSIVE
+    large = {"privacy.noise-multiplier": 1.0, "privacy.target-epsilon": 20.0}
+    hidden = audit(config(**{"train.optimizer": "adamw", **large}))
+    assert hidden.separations == {}
+    assert hidden.outcome == INCONCLUSIVE
+
+
+WHOLE = {"privacy.mode": "client", "privacy.noise-multiplier": 4.0, "num-server-rounds": 3}
+
+
+def test_client_level_stands_where_theory_puts_it() -> None:
+    found = audit(config(**WHOLE))
+    assert (found.outcome, found.found_wrong) == (STANDS, [])
+    (apart,) = found.separations.values()
+    assert apart.theory == pytest.approx(3**0.5 / 4)
+    assert abs(apart.value - apart.theory) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (broken.half_the_noise_on_means, "has standard deviation 2"),
+        (broken.clients_not_clipped, "farther than"),
+        (broken.the_same_noise_each_round, "updates share noise"),
+    ],
+)
+def test_faults_at_client_level_are_found(plant: Break, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    found = audit(config(**WHOLE))
+    assert found.outcome == REFUTED
+    assert words in " ".join(found.found_wrong)
+
+
+def _line(name: str, found: Audit) -> str:
+    parts = ", ".join(f"{g} {s.value:.2f} (theory {s.theory:.2f})" for g, s in found.separations.items())
+    return f"{name}: {found.outcome}; separation {parts}; {' | '.join(found.flaws)}"
+
+
+if __name__ == "__main__":
+    for seed in (1, 2, 3):
+        print(_line(f"right, seed {seed}", audit(config(seed=seed))), flush=True)
+        for name, (plant, keys, *_) in PLANTED.items():
+            with pytest.MonkeyPatch.context() as patch:
+                plant(patch)
+                print(_line(f"{name}, seed {seed}", audit(config(seed=seed, **keys))), flush=True)
