@@ -132,9 +132,8 @@ def audit(
         design = design_of(federation, canaries)
         view = ServerView(design, _exposure(federation))
         before = federation.state
-        result = federation.run(
-            AuditGrid(session.runtime, session.config, design.clients, home / "clients", view)
-        )
+        nodes = AuditGrid(session.runtime, session.config, design.clients, home / "clients", view)
+        result = federation.run(nodes)
     return Audit(
         strategy=config.strategy.name,
         optimizer=config.train.optimizer,

@@ -93,10 +93,11 @@ def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:
         noise_multiplier=1.7 * mechanism.noise_multiplier,
         max_grad_norm=0.6 * mechanism.max_grad_norm,
     )
-    both, draws = [mechanism, other], ([], [])  # type: tuple[list[Mechanism], tuple[list[Any], list[Any]]]
+    both = [mechanism, other]
+    draws: tuple[list[list[Tensor]], ...] = ([], [])
     names, seen = list(cohort.stacks.trained), set[tuple[float, ...]]()
     size = sum(cohort.stacks.values[name][0].numel() for name in names)
-    for _ in range(max(2, math.ceil(NOISE_DRAWS / len(both) / size))):
+    for _ in range(max(2, math.ceil(NOISE_DRAWS / size))):
         released = cohort.private(NOBODY, both)
         for place, of_client in enumerate(draws):
             of_client.append([_flat(released[name][place]) for name in names])
