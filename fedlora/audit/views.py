@@ -107,7 +107,7 @@ def final_scores(view: ServerView, group: str, before: State, after: State) -> S
 def tensors_of(arrays: Tensors) -> Tensors:
     """What was shipped, factors as ``query.A``."""
     parts = wire.from_peft(arrays)
-    factors = {f"{n}.{x}": t for x in "ABR" for n, t in getattr(parts, x).items()}
+    factors = {f"{n}.{x}": t for n, own in parts.layers.items() for x, t in own.items()}
     return {**factors, **parts.head}
 
 
