@@ -27,7 +27,7 @@ def flaw_of_noise(steps: Sequence[Tensor], std: float, false_alarm: float) -> st
 
     >>> draws = torch.randn(50, 400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     >>> flaw_of_noise(list(draws), 1.0, 1e-9), flaw_of_noise(list(draws), 2.0, 1e-9)
-    ('', 'has standard deviation 0.9983, claimed is 2')
+    ('', 'has standard deviation 1.01, claimed is 2')
     """
     from scipy.stats import chi2, kstest, norm  # half a second
 

@@ -65,9 +65,10 @@ def test_without_any_noise_no_claim_stands(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_would_not_have_been_noticed_is_inconclusive() -> None:
-    few = audit(config(**{"train.batch-size": 8, "num-server-rounds": 1}), canaries=16)
+    large = {"privacy.noise-multiplier": 0.5, "privacy.target-epsilon": 20.0}
+    few = audit(config(**{"train.batch-size": 8, "num-server-rounds": 1, **large}), canaries=16)
     assert few.outcome == INCONCLUSIVE
-    large = {"privacy.noise-multiplier": 1.0, "privacy.target-epsilon": 20.0}
+    large["privacy.noise-multiplier"] = 1.0
     hidden = audit(config(**{"train.optimizer": "adamw", **large}))
     assert hidden.separations == {}
     assert hidden.outcome == INCONCLUSIVE
