@@ -94,7 +94,7 @@ class Audit:
 
     @property
     def outcome(self) -> str:
-        """`REFUTED`, `STANDS`, or `INCONCLUSIVE`: half the noise would not show, nor the claim be refutable."""
+        """`REFUTED`, `STANDS`, or `INCONCLUSIVE`: half the noise would not show, nor any leak refute."""
         if self.strongest[2].epsilon > self.claimed_epsilon or self.found_wrong:
             return REFUTED
         told = any(s.resolved for s in self.separations.values())
