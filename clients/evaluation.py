@@ -142,7 +142,7 @@ def cut(
 def run_batch(
     module: nn.Module, task: Task, examples: Examples, indices: Indices, pad_token_id: int
 ) -> ExampleMetrics:
-    """What the model makes of one batch."""
+    """Metrics of the model on one batch."""
     module.eval()
     with torch.inference_mode():
         return task.evaluate_batch(

@@ -248,7 +248,7 @@ def plan_of(
     node: Node,
     cohort: Sequence[int] = (),
 ) -> PlannedRelease | None:
-    """What a client is about to release, where its privacy is its own; ``cohort`` as in `plan_release`."""
+    """Planned release of a client, where its privacy is its own; ``cohort`` as in `plan_release`."""
     seed, start = seed_of(instruction, config, node), partial(_start, instruction, resolved)
     return mechanism_of(config).local(runtime, instruction, node, seed=seed, start=start, cohort=cohort)
 

@@ -1,4 +1,4 @@
-"""Which ledger a client's examples belong to, and whether a run may begin on the ledgers that are there."""
+"""Ledgers of the clients' examples, and whether a run may begin on those that are there."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OPEN_LEDGERS = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerRef:
-    """Where a client writes down what it spends.
+    """Location of a client's ledger.
 
     Attributes:
         directory: the ledger directory.

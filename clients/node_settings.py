@@ -66,7 +66,7 @@ class NodeSettings:
 
     @property
     def home(self) -> Path:
-        """Where the node keeps things between messages."""
+        """Directory that the node keeps between messages."""
         path = self.state_dir or os.environ.get("FEDLORA_STATE_DIR")
         return Path(path) if path else cache_dir() / "clients"
 

@@ -1,4 +1,4 @@
-"""What an app with a plain PEFT client adds: to freeze factors, to keep them, to send fewer bytes.
+"""Additions to an app with a plain PEFT client: to freeze factors, to keep them, to send fewer bytes.
 
     train_as_ordered(model, message)                            (in the train function, before training)
     app = ClientApp(mods=[own_mod("~/state")])

@@ -129,14 +129,14 @@ def read_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime
 
 @lru_cache(maxsize=8)
 def key_of(config: RunConfig) -> Key:
-    """What a `ClientRuntime` is made from: configurations with the same key share one."""
+    """Key of a `ClientRuntime`: configurations with the same key share one."""
     kind = adapter_kind(config.lora, config.seed)
     return (config.task, config.model, _targets(config), config.data, config.seed, config.engine.device, kind)
 
 
 @dataclass(frozen=True, slots=True)
 class SharedArrays:
-    """What processes can share of a `ClientRuntime`: the arrays are only read, so that they may be mapped.
+    """Shareable arrays of a `ClientRuntime`: they are only read, so that processes may map them.
 
     Attributes:
         structure, arrays: the model, see `fedlora.models.shared_memory`.

@@ -1,4 +1,4 @@
-"""What a client's machine keeps between messages: shared parts by digest, and personal tensors.
+"""Store of a client's machine between messages: shared parts by digest, and personal tensors.
 
 One directory for a run (``<state-dir>/<run-key>``), safetensors files written atomically:
 
@@ -56,7 +56,7 @@ class ResolvedInstruction:
 
 
 def run_key(instruction: wire.TrainInstruction) -> str:
-    """What names the run at its clients."""
+    """Name of the run at its clients."""
     return str(instruction.config.get("run-key", "run"))
 
 

@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _session(config: RunConfig) -> Session:
-    """Where keys stand for partitions, their nodes are the only ones that take part."""
+    """Directory of the nodes: where keys stand for partitions, theirs are the only ones that take part."""
     runtime, file = read_runtime(config), os.environ.get(FEDERATION)
     if not file:
         return Session(config=config, runtime=runtime)

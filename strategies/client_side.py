@@ -1,4 +1,4 @@
-"""What a PEFT client that is not fedlora's must do for a rule: the sentences that say so in round 1."""
+"""Requirements of a rule on a PEFT client that is not fedlora's: the sentences that say so in round 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a round did to the model, measured alike for every rule.
+"""Diagnostics of a round, measured alike for every rule.
 
 With dW_k client k's change from the *global* effective weight before the round, W_before = W_0 + patches
 + s B A, and D = sum_k p_k dW_k = T - s B A the change that the clients' mean asks for:
@@ -39,7 +39,7 @@ RESOLUTION = 1e-6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Diagnostics:
-    """What one round's aggregation did.
+    """Diagnostics of one round's aggregation.
 
     Attributes:
         gap: relative aggregation error, 0 for exact rules up to rounding (about 1e-7 in float32).

@@ -1,4 +1,4 @@
-"""What is declared of a rule; tests, tables and refusals are derived from it."""
+"""Declared facts of a rule; tests, tables and refusals are derived from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fedlora.core.init_drawn import INIT_A
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What is true of a rule.
+    """Facts of a rule.
 
     Attributes:
         name: the key of ``strategy.name``.

@@ -251,7 +251,7 @@ class FactorStrategy(Rounds):
         return ClientSpec(partition_id=partition_id, rank=first.rank, scaling=self.scaling)
 
     def _present(self, grid: Grid, wanted: int) -> dict[int, int]:
-        """Who is connected; where anybody may take part the run waits for as many as a round wants."""
+        """Connected partitions; where anybody may take part the run waits for as many as a round wants."""
         minimum = self.min_available_nodes
         if self.selection.partitions is None:
             minimum = max(minimum, wanted)

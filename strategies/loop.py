@@ -71,7 +71,7 @@ class Rounds(Strategy):
         return self._released
 
     def snapshot(self) -> ServerState:
-        """What `restore` needs to go on from here; later rounds leave it as it is."""
+        """State that `restore` goes on from; later rounds leave it as it is."""
         assert self.state is not None
         acknowledged = {partition: set(held) for partition, held in self.transport.acknowledged.items()}
         heads = dict(self.transport.ledger_heads)
@@ -195,7 +195,7 @@ class Rounds(Strategy):
 
 
 def settings_of(config: ConfigRecord, server_round: int) -> dict[str, Any]:
-    """What the instructions of a round say to everybody."""
+    """Settings of a round that go to everybody."""
     return {**config, "server-round": server_round}
 
 

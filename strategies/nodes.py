@@ -1,4 +1,4 @@
-"""Who is connected: the mapping between Flower's random node ids and stable partition ids.
+"""Directory of connected nodes: Flower's random node ids and stable partition ids.
 
 A Grid that knows its partitions says so (``grid.partition_ids``). Elsewhere nodes not yet known are
 asked by a ``query`` message, again every round, because nodes join, leave and return. A node whose

@@ -132,7 +132,7 @@ def fact_rows() -> list[dict[str, Any]]:
 
 
 def deviations() -> dict[str, str]:
-    """Where rules differ from their papers, by name; rules that are not known to differ are left out."""
+    """Deviations of rules from their papers, by name; rules that are not known to differ are left out."""
     return {name: rule.facts.deviation for name, rule in RULES.items() if rule.facts.deviation}
 
 

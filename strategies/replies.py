@@ -86,7 +86,7 @@ def validate_reply(
 
 
 def _decoded(request: PendingRequest, reply: Reply) -> Tensors:
-    """What a client sent as float32, whatever codec wrote it."""
+    """Tensors of a reply as float32, whatever codec wrote them."""
     if not reply.codec:
         return reply.arrays
     if reply.codec != request.upload:
@@ -147,7 +147,7 @@ def _tensor(
 def _why_changed(
     name: str, module: str, tensor: Tensor, start: Tensor, facts: Facts, broadcast: Broadcast
 ) -> str:
-    """What a client did that sent another value for a tensor which it should not send."""
+    """Explanation for a client that sent another value for a tensor which it should not send."""
     spelled = peft_name(name)
     if name in broadcast.trained and module in broadcast.modules:
         return client_side.needs_own_mod(facts, spelled)
@@ -172,7 +172,7 @@ def _head(start: Tensors, shipped: Tensors) -> Tensors:
 
 
 def _fault(tensor: Tensor, expected: Tensor) -> str:
-    """What is wrong with a tensor that came back, after its name; empty if nothing is."""
+    """Fault of a tensor that came back, to follow its name; empty if there is none."""
     if tensor.shape != expected.shape:
         return f"has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
     return "" if torch.isfinite(tensor).all() else "holds a NaN or an infinity"
@@ -287,14 +287,14 @@ class RoundReport:
     record: dict[str, Any] = field(default_factory=dict)
 
     def refusals(self) -> str:
-        """Who was refused why, on one line; those of one reason together."""
+        """Refusals on one line, those of one reason together."""
         partitions: dict[str, list[int]] = {}
         for partition, reason in self.refused.items():
             partitions.setdefault(reason, []).append(partition)
         return "; ".join(f"partition {', '.join(map(str, p))}: {reason}" for reason, p in partitions.items())
 
     def note(self, partition_id: int, reply: Reply | None) -> None:
-        """What an accepted reply says besides its arrays."""
+        """Notes what an accepted reply says besides its arrays."""
         if reply is not None and reply.privacy is not None:
             self.privacy[partition_id] = reply.privacy
         if reply is not None and reply.cohort_halved:

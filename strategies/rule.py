@@ -70,7 +70,7 @@ class Rule:
         raise NotImplementedError
 
     def weights(self, layer: Layer) -> Sequence[float]:
-        """What each client counts in one layer, summing to 1: its p_k."""
+        """Weights of the clients in one layer, summing to 1: p_k."""
         return layer.weights
 
     def trained(self, server_round: int) -> frozenset[str]:
@@ -96,12 +96,12 @@ class Rule:
 
     @property
     def needs_all_layers(self) -> str:
-        """Why no layer can rest, to follow the rule's name; empty where any can."""
+        """Reason that no layer can rest, to follow the rule's name; empty where any can."""
         return "" if self.facts.trained else "trains no layer"
 
     @property
     def gradient_examples(self) -> int:
-        """How many public examples `init` needs the gradient of (`Template.gradients`); 0 for none."""
+        """Number of public examples that `init` needs the gradient of (`Template.gradients`); 0 for none."""
         return 0
 
     # --- rounds -------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ class Rule:
         return State(round=0, adapters=dict(adapters), head=dict(template.head), base=base, seed=seed)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
-        """What this client starts the next round from: the global adapter at its rank and scaling."""
+        """Start of this client's next round: the global adapter at its rank and scaling."""
         allocated = self.allocation.modules(state)
         layers, roles = state.adapters.values(), self.trained(state.round + 1)
         trained = frozenset().union(*[adapter.part(roles) for adapter in layers])
@@ -194,7 +194,7 @@ class Rule:
 
     @staticmethod
     def kept(state: State, owner: str) -> Tensors:
-        """What the last round remembered of a layer, or of the head."""
+        """Memory of a layer, or of the head, from the last round."""
         start = f"{owner}/"
         return {k.removeprefix(start): t for k, t in state.memory.items() if k.startswith(start)}
 

@@ -1,4 +1,4 @@
-"""Which clients take part in a round: partitions are sampled, never node ids, from a seeded stream.
+"""Sampling of clients: partitions, never node ids, from a seeded stream.
 
 The numbers are Flower's: ``max(min_nodes, int(fraction * connected))``, and a fraction of 0 asks nobody.
 """
@@ -14,7 +14,7 @@ from fedlora.errors import ConfigError, RunFailed
 
 @dataclass(slots=True, kw_only=True)
 class Selection:
-    """Who trains and who evaluates in a round, and how often each client has been asked to train.
+    """Selection of who trains and evaluates in a round, and how often each client was asked to train.
 
     Attributes:
         fraction_train: share of the clients that may train, in [0, 1]; 0 trains nobody.

@@ -29,7 +29,7 @@ FIRST, SECOND = "momentum", "second-moment"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerOptimizer:
-    """How the server moves towards the mean.
+    """Server optimiser: the step towards the mean.
 
     Attributes:
         name: ``none`` goes there, ``fedavgm`` with momentum, ``fedadam`` with a step per coordinate.

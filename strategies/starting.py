@@ -1,4 +1,4 @@
-"""What a strategy starts from: shapes and factors out of a PEFT state dict, of whatever rank."""
+"""Start of a strategy: shapes and factors out of a PEFT state dict, of whatever rank."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHERE_FROM = "pass ArrayRecord(get_peft_model_state_dict(model))"
 
 
 def template_of(arrays: ArrayRecord, scaling: float, rule: Rule, rank: int = 0, seed: int = 0) -> Template:
-    """What a PEFT state dict says of the model; a drawn A is replaced where the rule asks for it.
+    """Template of the model in a PEFT state dict; a drawn A is replaced where the rule asks for it.
 
     An adapter of another rank, for instance the arrays of an earlier run, goes on at ``rank``: by its SVD the
     strongest directions stay an adapter, the others become the first base patch.

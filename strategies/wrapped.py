@@ -41,7 +41,7 @@ BASES = (
 
 
 def no_plain_mean(rule: Rule) -> str:
-    """Why the arrays after a round are no plain mean of what clients ship; empty if they are."""
+    """Reason that the arrays after a round are no plain mean of what clients ship; empty if they are."""
     facts = rule.facts
     if not facts.mean:
         return "its aggregate is no mean of what clients ship"

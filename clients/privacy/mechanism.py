@@ -101,7 +101,7 @@ class PrivacyMechanism:
         """
 
     def step(self) -> Mechanism | None:
-        """What a client's step does to gradients, without noise; None for plain steps."""
+        """Clipping of a client's step, without noise; None for plain steps."""
         return None
 
     def local(
@@ -139,7 +139,7 @@ class PrivacyMechanism:
         return None
 
     def spent(self, participations: Mapping[int, int]) -> dict[int, dict[str, Any]]:
-        """What each client has spent by taking part so often, where the server knows; else empty.
+        """Spending of each client that took part so often, where the server knows it; else empty.
 
         Args:
             participations: rounds by partition.

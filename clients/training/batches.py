@@ -1,4 +1,4 @@
-"""Which examples each local step sees: shuffled passes, or independent draws for DP-SGD."""
+"""Batches of the local steps: shuffled passes, or independent draws for DP-SGD."""
 
 from __future__ import annotations
 

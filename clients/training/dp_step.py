@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mechanism:
-    """What a private step does, in Opacus' terms.
+    """Settings of a private step, in Opacus' terms.
 
     Attributes:
         noise_multiplier: noise standard deviation / ``max_grad_norm``.

@@ -22,7 +22,7 @@ from fedlora.models import AdaptedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalResult:
-    """What a client has after its local steps.
+    """Result of a client's local steps.
 
     Attributes:
         adapters: all tensors of every adapted layer.
@@ -130,7 +130,7 @@ class TailGradient:
 
 
 class Penalties:
-    """What is added to the loss and knows no example, so that it costs no privacy."""
+    """Penalties added to the loss; they know no example and cost no privacy."""
 
     def __init__(self, trained: Trainable, config: TrainConfig) -> None:
         self.terms: list[Proximal | TailGradient] = [Proximal(trained.all, config.proximal_mu)]
@@ -157,7 +157,7 @@ def dropout_stream(seed: int, device: torch.device) -> Iterator[None]:
 def local_result(
     model: AdaptedModel, trained: Trainable, num_examples: int, steps: int, loss: float | None
 ) -> LocalResult:
-    """What the model holds now."""
+    """Result from the values that the model holds."""
     adapters, head = model.read()
     return LocalResult(
         adapters=adapters,

@@ -31,7 +31,7 @@ class InjectedAdapter(Protocol):
     batched: bool
 
     def start(self) -> Adapters | None:
-        """What a run begins with, the same for one seed; None where the rule draws it."""
+        """Start of a run, the same for one seed; None where the rule draws it."""
         ...
 
     def check_rank(self, rank: int) -> None:
@@ -60,7 +60,7 @@ class InjectedAdapter(Protocol):
         ...
 
     def scaling(self, module: str) -> float:
-        """What the active tensors of a layer are multiplied with."""
+        """Scaling of the active tensors of a layer."""
         ...
 
     def adapters(self, tensors: Mapping[str, Tensors]) -> Adapters:
@@ -75,7 +75,7 @@ class InjectedAdapter(Protocol):
         ...
 
     def dropouts(self) -> Iterator[nn.Dropout]:
-        """What drops a part of the adapters' inputs, while they are trained."""
+        """Dropouts on the adapters' inputs."""
         ...
 
 

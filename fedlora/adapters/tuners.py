@@ -59,7 +59,7 @@ class Tuner:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """What ``lora.method-options`` may set."""
+        """Fields that ``lora.method-options`` may set."""
         own = {self.rank, self.alpha, self.dropout, self.seed, *self.settings, *SETTLED}
         return tuple(f.name for f in dataclasses.fields(self.config_type) if f.name not in own)
 
@@ -197,7 +197,7 @@ class InjectedTuner:
         self._start = {name: self._first(name) for name in modules}
 
     def start(self) -> Adapters:
-        """What PEFT's initialisation made, from the seed of the run."""
+        """Start by PEFT's initialisation, from the seed of the run."""
         return self._start
 
     def check_rank(self, rank: int) -> None:
@@ -212,7 +212,7 @@ class InjectedTuner:
         """The layers have one shape, and their dropout from the beginning."""
 
     def parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """What PEFT trains in a layer, by its names without that of the adapter."""
+        """Trained parameters of a layer, by PEFT's names without that of the adapter."""
         layer = self._module.get_submodule(module)
         return {
             name.replace(f".{ACTIVE}", "", 1): p

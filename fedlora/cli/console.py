@@ -1,4 +1,4 @@
-"""What all commands share: where they print, and how an error becomes one line and an exit code."""
+"""Common code of all commands: their consoles, and errors as one line and an exit code."""
 
 from __future__ import annotations
 

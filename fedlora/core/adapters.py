@@ -17,7 +17,7 @@ from fedlora.errors import FactorShapeError, NotApplicable
 
 
 class LayerAdapter(Protocol):
-    """What one adapted layer trains, by name."""
+    """Adapter of one layer: its trained tensors by name."""
 
     @property
     def rank(self) -> int: ...

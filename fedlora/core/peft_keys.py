@@ -30,7 +30,7 @@ def of_names(tensors: Mapping[str, Tensor], names: Iterable[str]) -> Tensors:
 
 
 def peft_name(name: str) -> str:
-    """What PEFT calls the tensor: ``lora_A`` for ``A``, its own names as they are."""
+    """PEFT's name of the tensor: ``lora_A`` for ``A``, its own names as they are."""
     return f"lora_{name}" if name in FACTORS else name
 
 

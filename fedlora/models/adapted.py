@@ -90,7 +90,7 @@ class AdaptedModel:
         )
 
     def template(self, rank: int, scaling: float, *, share_head: bool = True) -> Template:
-        """What a rule must know before round 1.
+        """Template of the model for rules, before round 1.
 
         Args:
             rank: the global adapter's rank.

@@ -31,7 +31,7 @@ class PatchedBase:
 
     @property
     def version(self) -> int:
-        """How many patches are in the weights."""
+        """Number of patches in the weights."""
         return len(self._applied)
 
     def pristine(self, name: str) -> Tensor:

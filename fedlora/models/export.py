@@ -41,7 +41,7 @@ TENSORS_FILE = "adapter_model.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterCard:
-    """What rebuilds the base that an adapter belongs to; kept as ``fedlora.json``.
+    """Recipe of the base that an adapter belongs to; kept as ``fedlora.json``.
 
     Attributes:
         model: which base.
@@ -189,7 +189,7 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
 
 
 def base_of(card: AdapterCard) -> str | None:
-    """Where transformers finds the base: a directory or a hub id; None of a random one and of a classifier's.
+    """Place of the base for transformers: a directory or a hub id; None if random or of a classifier.
 
     A classifier's head is built here alone.
     """

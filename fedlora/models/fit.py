@@ -1,4 +1,4 @@
-"""What a network and its examples have to fit in: tokens, types, positions, padding.
+"""Fit of a network and its examples: tokens, types, positions, padding.
 
 Asked where the model meets its data, before anything is charged or started: in a training pass the same would
 be an IndexError of every client.

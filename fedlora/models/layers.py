@@ -1,4 +1,4 @@
-"""Which layers of a model take an adapter, and which tensors are a head that is trained."""
+"""Layers of a model that take an adapter, and tensors of a head that is trained."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def _tell_experts(model: nn.Module, layers: Mapping[str, ModuleSpec]) -> None:
 
 
 def _why_not(model: nn.Module, ending: str) -> str:
-    """What stands under a name that is no linear layer of the base; empty where nothing does."""
+    """Description of what is no linear layer of the base under a name; empty where nothing is."""
     under = [name for name in _experts(model) if f".{ending}." in f".{name}."]
     if under:
         return (

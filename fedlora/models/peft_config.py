@@ -41,7 +41,7 @@ SELECTION = ("target_modules", "exclude_modules", "layers_to_transform", "layers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlainLora:
-    """What ``adapter_config.json`` says.
+    """Contents of an ``adapter_config.json``.
 
     Attributes:
         rank, alpha: for modules that no pattern names.

@@ -156,7 +156,7 @@ def _pair(name: str, A: Tensor, B: Tensor, config: PlainLora) -> LoraFactors:
 
 
 def _heads(tensors: Tensors, adapted: Collection[str], config: PlainLora) -> tuple[Tensors, Tensors]:
-    """What is trained whole, and what PEFT saved of the base."""
+    """Modules that are trained whole, and what PEFT saved of the base."""
     head: Tensors = {}
     frozen: Tensors = {}
     for name, tensor in tensors.items():

@@ -1,4 +1,4 @@
-"""What PEFT makes of an adapter that was written: a place for every tensor, or the directory is not kept."""
+"""Reloads a written adapter by PEFT: a place for every tensor, or the directory is not kept."""
 
 from __future__ import annotations
 

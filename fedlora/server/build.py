@@ -101,7 +101,7 @@ def _never(server_round: int) -> bool:
 
 
 def client_spec(config: RunConfig, runtime: ClientRuntime, partition_id: int) -> ClientSpec:
-    """What is settled for one client: rank, scaling and modules of its group, or everybody's."""
+    """Settings of one client: rank, scaling and modules of its group, or everybody's."""
     rank = config.rank_of(partition_id)
     group = config.group_of(partition_id)
     modules = None

@@ -51,7 +51,7 @@ class Evaluate(Callback):
     """Evaluates the global model, or where clients keep a part of it collects what they found."""
 
     def before_run(self, run: FederatedRun) -> None:
-        """What a pretrained model can do already, where it is no fresh head that decides that."""
+        """Evaluates a pretrained model before round 1, where no fresh head decides the figures."""
         self._global = GlobalEvaluator(run.session)
         if run.runtime.model.task.labelled or run.directory.before() is not None:
             return
@@ -127,7 +127,7 @@ class Record(Callback):
 
 
 def _own(run: FederatedRun) -> dict[int, Tensors]:
-    """What clients kept to themselves, where it can be reached."""
+    """Personal tensors of the clients, where they can be reached."""
     if not run.personal or run.session.stores is None:
         return {}
     return own_tensors(run.session.stores / run.run_key, run.partitions, run.state.round)
@@ -177,7 +177,7 @@ class Tell(Callback):
         self._function, self._begin = function, begin
 
     def before_run(self, run: FederatedRun) -> None:
-        """Where the run stands, and what was measured before round 1, if it just was."""
+        """Tells where the run stands, and what was measured before round 1, if it just was."""
         if self._begin is not None:
             self._begin(run.state.round, run.left_out)
         if run.before:

@@ -91,7 +91,7 @@ def _state_tensors(state: State) -> Tensors:
 
 
 def _parts(state: State) -> dict[str, Any]:
-    """What is no tensor in adapters that are none of LoRA; nothing for LoRA."""
+    """Fields of adapters other than LoRA's that are no tensors; nothing for LoRA."""
     named = {m: a for m, a in state.adapters.items() if isinstance(a, NamedTensors)}
     if not named:
         return {}

@@ -206,7 +206,7 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
 
 
 def read_samples(path: Path) -> dict[str, Any]:
-    """What the model of a run writes, by ``before`` and ``after``; empty where it writes nothing."""
+    """Generated texts of a run, by ``before`` and ``after``; empty where it writes none."""
     file = path / SAMPLES
     found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return found

@@ -50,7 +50,7 @@ class GlobalEvaluator:
         return summary(outcome, self._data.domain_names, self._session.runtime.model.task)
 
     def samples(self, state: State) -> list[dict[str, Any]]:
-        """What the model continues test examples with."""
+        """Continuations of test examples by the model."""
         self._session.runtime.load_state(state)
         return samples(self._session.runtime, self._session.config)
 

@@ -74,7 +74,7 @@ def _from_anywhere(model: ModelConfig) -> ModelConfig:
 
 
 def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict[int, Tensors]:
-    """What each client kept after its last round, in PEFT's spelling, without clients that never trained.
+    """Personal tensors of each client that trained, after its last round, in PEFT's spelling.
 
     Args:
         store: the run's directory among the clients' stores, ``<state-dir>/<run-key>``.

@@ -1,4 +1,4 @@
-"""What a language model writes: the likeliest continuation of a few texts that nobody trained on."""
+"""Generated texts: the likeliest continuation of a few texts that nobody trained on."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _LENGTH = 16
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What decides the result of a run, as digests.
+    """Digests of all that decides the result of a run.
 
     Attributes:
         config: of the keys that have an effect.
@@ -91,7 +91,7 @@ def recorded(provenance: Mapping[str, Any]) -> Identity | None:
 
 
 def code_of(provenance: Mapping[str, Any]) -> str:
-    """What computed a run, for people and for comparisons."""
+    """Identity of the code that computed a run, for people and for comparisons."""
     found = recorded(provenance)
     return UNRECORDED if found is None else found.code
 

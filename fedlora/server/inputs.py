@@ -1,4 +1,4 @@
-"""What a configuration names and does not hold: weights, examples, device, as they were found.
+"""Digest of the inputs that a configuration names and does not hold: weights, examples, device.
 
 A backbone that was pretrained here, a file, a hub's newest version: under one name they can be something else
 tomorrow or on another machine. So what counts is their content, as the run has it in memory.

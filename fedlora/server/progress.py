@@ -81,7 +81,7 @@ class RoundProgress:
 
 
 def _diagnosis(record: dict[str, Any]) -> str:
-    """What the aggregation did, see `strategies.diagnostics`; nothing where it was not measured."""
+    """Diagnostics of the aggregation, see `strategies.diagnostics`; nothing where it was not measured."""
     if record.get("gap") is None:
         return ""
     return (

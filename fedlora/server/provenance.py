@@ -1,4 +1,4 @@
-"""What a run was made with, and whether this version of fedlora can read it."""
+"""Provenance of a run, and whether this version of fedlora can read it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def provenance(
 
 
 def read_provenance(file: Path) -> dict[str, Any]:
-    """What a ``provenance.json`` says; empty where there is none, or nothing that can be read."""
+    """Contents of a ``provenance.json``; empty where there is none, or nothing that can be read."""
     try:
         found = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What the model makes of public examples before training: the loss's gradient, its layers' inputs.
+"""Statistics of public examples before training: the loss's gradient, the layers' inputs.
 
 For rules that start from a gradient (`Rule.gradient_examples`), for LoRA-GA and EVA. The server computes it
 once, before round 1. The examples are those of ``data.public``; for a gradient their labels must be those of
@@ -56,7 +56,7 @@ def first_gradients(runtime: ClientRuntime, config: RunConfig, number: int) -> T
 
 
 def first_inputs(runtime: ClientRuntime, config: RunConfig, number: int) -> InputMoments:
-    """What the adapted layers are given on ``number`` public examples, at W_0; padding is left out.
+    """Inputs of the adapted layers on ``number`` public examples, at W_0; padding is left out.
 
     Raises:
         ConfigError: fewer examples that are not the run's own.

@@ -155,7 +155,7 @@ def _reference(data: Prepared, before: Mapping[str, Any] | None) -> dict[str, An
 
 
 def _reproducible(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Why the run cannot be repeated bit for bit; nothing where it can."""
+    """Reasons that the run cannot be repeated bit for bit; nothing where it can."""
     halved = next((r for r in records if r.get("halved")), None)
     if halved is None:
         return {}

@@ -97,7 +97,7 @@ class Tracking:
             self._attempt(lambda: tracker.log(values, step=step))
 
     def _attempt(self, call: Callable[[], None]) -> None:
-        """What a tracker raises ends the tracking, not the run."""
+        """Tells the tracker; an error there ends the tracking, not the run."""
         try:
             call()
         except Exception as error:
@@ -126,7 +126,7 @@ def tracker_of(tool: str, path: Path) -> GeneralTracker:
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
-    """What can be plotted: finite numbers, and those by domain under ``key/domain``.
+    """Plottable values: finite numbers, and those by domain under ``key/domain``.
 
     >>> numbers({"accuracy": 0.5, "strategy": "ffa", "epsilon": None, "accuracy_by_domain": {"a": 1.0}})
     {'accuracy': 0.5, 'accuracy_by_domain/a': 1.0}

@@ -1,4 +1,4 @@
-"""What a configuration asks for, checked as a whole before anything is started."""
+"""Validation of a configuration as a whole, before anything is started."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def check_checkpointing(config: RunConfig) -> None:
 
 
 def kept(config: RunConfig, rule: Rule) -> str:
-    """What clients train and keep to themselves, so that only they can measure their models; else empty."""
+    """Tensors that clients train and keep, so that only they can measure their models; else empty."""
     if config.model.head == "local":
         return "model.head = 'local'"
     return f"a personal factor of {rule.facts.name}" if rule.facts.personal else ""

@@ -93,7 +93,7 @@ class InProcessGrid(LocalGrid):
         return replies
 
     def _contents(self, group: Sequence[Message]) -> list[RecordDict | str]:
-        """What each message is answered, or the one-line error of its client."""
+        """Replies to the messages, or the one-line error of a client."""
         nodes = []
         for message in group:
             message.metadata.__dict__["_message_id"] = str(uuid4())

@@ -1,4 +1,4 @@
-"""How many actors the machines of a cluster hold: each actor is on one machine, with all that it reserves."""
+"""Places of actors on the machines of a cluster: each actor is on one machine, with all that it reserves."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def resources_of(nodes: Iterable[Mapping[str, Any]]) -> list[Resources]:
 
 
 def actors_of(engine: EngineConfig, machines: Sequence[Resources]) -> int:
-    """How many actors to start: ``engine.num-actors``, or where that is 0 as many as fit.
+    """Number of actors to start: ``engine.num-actors``, or where that is 0 as many as fit.
 
     Raises:
         ConfigError: not one fits, or fewer than ``engine.num-actors``.
@@ -35,7 +35,7 @@ def actors_of(engine: EngineConfig, machines: Sequence[Resources]) -> int:
 
 
 def places(engine: EngineConfig, machines: Sequence[Resources]) -> int:
-    """How many actors fit on some machines, whoever else uses them.
+    """Number of actors that fit on some machines, whoever else uses them.
 
     Raises:
         ConfigError: not even one.

@@ -67,7 +67,7 @@ class RayGrid(LocalGrid):
 
     @property
     def retries(self) -> int:
-        """How often a process died and its messages were carried out again."""
+        """Number of times that a process died and its messages were carried out again."""
         return self._dispatcher.retries
 
     def send_and_receive(

@@ -103,7 +103,7 @@ class RayPool:
         self.failed_starts = 0
 
     def waits_for(self) -> str:
-        """What actors that do not start are waiting for, in one line.
+        """Reason that actors do not start, in one line.
 
         Raises:
             RunFailed: the cluster lost every machine that one actor fits on.

@@ -1,4 +1,4 @@
-"""Which clients train together, and who goes first: it follows from the messages, never from the actors.
+"""Schedule of a round: groups of clients and their order, by the messages, never by the actors.
 
 Bits depend on what is batched together, so that a run must not cut its cohorts by how many actors there are.
 """

@@ -27,7 +27,7 @@ Hashes: TypeAlias = tuple[dict[str, str], dict[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class SharedModelRef:
-    """What a process must map to carry out a run's messages; small, and travels with each of them.
+    """Reference to the shared model that a process maps; small, and travels with each message.
 
     Attributes:
         key: names the `ClientRuntime`.

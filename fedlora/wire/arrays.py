@@ -105,7 +105,7 @@ def _decoded(name: str, array: Array) -> NDArray[Any]:
 
 
 def read_json(text: object) -> Any:
-    """What a text that travelled says, None where it is no JSON."""
+    """Value of a text that travelled, None where it is no JSON."""
     try:
         return json.loads(text) if isinstance(text, str) else None
     except (ValueError, RecursionError):

@@ -24,7 +24,7 @@ from fedlora.wire.validation import check_settings
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
-    """What a client must hold to carry out an order, by digest.
+    """Digests of the parts that a client must hold to carry out an instruction.
 
     Attributes:
         base: the base patches P_1 .. P_v in order.
@@ -69,7 +69,7 @@ class TrainInstruction:
 
     @cached_property
     def identity(self) -> str:
-        """What a reply says that it answers."""
+        """Identity of the instruction, which a reply repeats."""
         return identity(self.config)
 
     @cached_property
@@ -97,7 +97,7 @@ class TrainInstruction:
 
     @cached_property
     def tail(self) -> RankRegularizer | None:
-        """What the client adds to its loss, if anything."""
+        """Regularizer of the client's loss, if any."""
         if "tail-weight" not in self.config:
             return None
         return RankRegularizer(weight=float(self.config["tail-weight"]), start=int(self.config["tail-start"]))
@@ -133,7 +133,7 @@ def moving_tensors(broadcast: Broadcast) -> Tensors:
 
 
 def layer_parts(broadcast: Broadcast) -> list[tuple[Tensors, bool]]:
-    """Where layers rest, the factors layer by layer, those that move apart; and whether they rest.
+    """Factors layer by layer where layers rest, those that move apart; and whether they rest.
 
     So a layer that nobody has trained since a client was sent it need not be sent again.
     """
@@ -247,19 +247,19 @@ def order_settings(content: RecordDict) -> ConfigRecord | None:
 
 
 def _names(content: RecordDict) -> tuple[str, str]:
-    """What the records of arrays and of settings are called: the usual names, or those of the app."""
+    """Names of the records of arrays and of settings: the usual ones, or those of the app."""
     arrays = [name for name in content.array_records if name != PARTS]
     settings = [name for name, record in content.config_records.items() if "needs-frozen" in record]
     return (arrays[0], settings[0]) if len(arrays) == len(settings) == 1 else (ARRAYS, CONFIG)
 
 
 def frozen_part(order: TrainInstruction) -> Tensors:
-    """What `frozen_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    """Tensors of `frozen_tensors`, if they travelled; empty if the client is expected to hold them."""
     return of_names(order.arrays, (order.tensors or FACTORS) - (order.trained & order.uploaded))
 
 
 def moving_part(order: TrainInstruction) -> Tensors:
-    """What `moving_tensors` gave, if it travelled; empty if the client is expected to hold it."""
+    """Tensors of `moving_tensors`, if they travelled; empty if the client is expected to hold them."""
     return of_names(order.arrays, order.trained & order.uploaded)
 
 

@@ -127,13 +127,13 @@ def metrics_in(content: RecordDict) -> dict[str, float | int | list[float] | lis
 
 
 def _status(config: ConfigRecord) -> str:
-    """What the reply says that came of the order; other people's apps may say anything under that key."""
+    """Status of the reply; other people's apps may say anything under that key."""
     status = str(config.get("status", OK))
     return status if "answers" in config or status in (OK, MISSING, DECLINED) else OK
 
 
 def _privacy(text: object) -> dict[str, Any] | None:
-    """What a client says it has spent."""
+    """Spending that a client claims."""
     if text == "null":
         return None
     found = read_json(text)

@@ -47,7 +47,7 @@ class UploadCodec(Protocol):
     def of_change(self) -> bool: ...
 
     def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator) -> Tensors:
-        """What travels.
+        """Arrays that travel.
 
         Args:
             start: what training began from, of the names and shapes of ``trained``; float32.
@@ -56,7 +56,7 @@ class UploadCodec(Protocol):
         """
 
     def decode(self, start: Tensors, arrays: Tensors) -> Tensors:
-        """What was trained, float32, as nearly as the codec tells it.
+        """Decoded tensors, float32, as nearly as the codec tells them.
 
         Args:
             start: what training began from; at least all that may come back.

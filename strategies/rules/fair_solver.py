@@ -88,7 +88,7 @@ class _Problem(NamedTuple):
         return cosine, (self.wanted / n - cosine * z / n**2) * self.singular
 
     def objective(self, flat: Vector) -> tuple[float, Vector]:
-        """What is minimised, and its gradient; y as a flat vector."""
+        """Objective and its gradient; y as a flat vector."""
         y = flat.reshape(self.unit.shape)
         cosine, slope = self.similarity(y)
         m = float(np.linalg.norm(y))

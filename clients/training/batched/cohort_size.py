@@ -1,4 +1,4 @@
-"""How many clients train together: by the model, the batch and the run, never by free memory or workers.
+"""Number of clients that train together: by model, batch and run, never by free memory or workers.
 
 Bits depend on it, so that it must be the same wherever the run is carried out. ``engine.cohort-size`` says
 something else where that is better.

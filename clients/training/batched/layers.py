@@ -24,7 +24,7 @@ Dropout = Callable[[Tensor], Tensor]
 
 @dataclass(slots=True)
 class ForwardContext:
-    """What the layers need to know of the pass that is on its way.
+    """Context of the pass that is on its way, for the layers.
 
     Attributes:
         values: each row's own tensors, (rows, ...), by name as in `StackedAdapters`; B is scaled.
@@ -55,7 +55,7 @@ class Route:
 
 
 def why_alone(model: AdaptedModel) -> str:
-    """Why clients of this model must be trained one by one; empty if they can be trained together."""
+    """Reason that clients of this model train one by one; empty if they can train together."""
     if not model.adapter.batched:
         return "their adapters are none of LoRA"
     for name in sorted({name.rpartition(".")[0] for name in model.initial_head}):

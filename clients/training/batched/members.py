@@ -61,7 +61,7 @@ class Member:
 
 @dataclass(slots=True)
 class Streams:
-    """What a member draws from, in the order in which the one-by-one trainer draws.
+    """Streams of a member, in the order in which the one-by-one trainer draws.
 
     Attributes:
         batches: the examples of each step.

@@ -20,7 +20,7 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What decides how rows are cut into passes.
+    """Limits by which rows are cut into passes.
 
     Attributes:
         most_tokens: tokens of a pass at most, padding included; a single longer row is a pass of its own.

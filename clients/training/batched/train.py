@@ -34,7 +34,7 @@ from fedlora.models import AdaptedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSettings:
-    """What is alike for all clients of a cohort.
+    """Shared settings of all clients of a cohort.
 
     Attributes:
         examples: the data set.
@@ -157,7 +157,7 @@ class Cohort:
         return sums.released([stream.noise for stream in self._streams])
 
     def results(self) -> list[LocalResult]:
-        """What each member has now."""
+        """Results of all members."""
         return [self._result(place) for place in range(len(self._members))]
 
     def _rows_of(self, place: int) -> Callable[[Indices], Gradients] | None:

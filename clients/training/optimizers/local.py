@@ -68,7 +68,7 @@ class LocalOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     def direction(self, layer: Layer) -> Mapping[str, Tensor]:
-        """What each trained factor of a layer moves against, in place of its gradient.
+        """Directions that the trained factors of a layer move against, in place of their gradients.
 
         Args:
             layer: all its gradients are there.

@@ -65,7 +65,7 @@ class Conversation:
 
     @classmethod
     def load(cls, text: str, where: str) -> Conversation:
-        """What `dump` wrote, or a JSON list of messages.
+        """Parses what `dump` wrote, or a JSON list of messages.
 
         Raises:
             ConfigError: it is no conversation; the message begins with ``where``.

@@ -38,7 +38,7 @@ DONE, ERROR, OTHER_CODE = "done", "error", "other code"
 
 
 def code_path() -> str:
-    """Where this code lies: another version of the app lies elsewhere."""
+    """Directory of this code: another version of the app lies elsewhere."""
     return str(code_root())
 
 

@@ -78,7 +78,7 @@ def _answer(connection: Connection, handle: Handle) -> bool:
 
 
 def _carried_out(about: Mapping[str, Any], body: bytes, handle: Handle) -> tuple[str, bytes]:
-    """How it went, and the reply or the reason."""
+    """Outcome of a request, and the reply or the reason."""
     try:
         content = from_bytes(body)
         return DONE, to_bytes(handle(about["kind"], content, about["run-config"], about["node-config"]))

@@ -1,4 +1,4 @@
-"""What the operator asks of a running SuperLink, through Flower's own command line."""
+"""Requests of the operator to a running SuperLink, through Flower's own command line."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def register(layout: Layout) -> None:
 
 
 def node_states(layout: Layout) -> dict[str, int]:
-    """How many registered nodes are in each of Flower's states (``online``, ``offline``, ``registered``).
+    """Number of registered nodes in each of Flower's states (``online``, ``offline``, ``registered``).
 
     Raises:
         RunFailed: the SuperLink does not answer.

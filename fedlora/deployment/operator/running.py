@@ -13,7 +13,7 @@ SUPERLINK, GATE = "superlink", "gate"
 
 
 def read_up(layout: Layout) -> dict[str, Any]:
-    """What was written about the federation that runs here; empty if none does."""
+    """Record of the federation that runs here; empty if none does."""
     try:
         content = json.loads(layout.up_file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):

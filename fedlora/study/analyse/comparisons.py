@@ -66,7 +66,7 @@ class Comparison:
 
     @property
     def verdict(self) -> Verdict:
-        """What may be said."""
+        """Claim of a comparison."""
         if len(self.differences) < ENOUGH_SEEDS or self.p_holm is None or self.p_alike_holm is None:
             return "undecided"
         if self.p_holm <= LEVEL:
@@ -138,7 +138,7 @@ def holm(family: Sequence[Comparison]) -> list[Comparison]:
 
 
 def undecidable(seeds: int, family: int) -> str:
-    """Why so many seeds can call none of so many comparisons better or worse; empty where they can."""
+    """Reason that so many seeds decide none of so many comparisons; empty where they can."""
     if not family:
         return ""
     if seeds < ENOUGH_SEEDS:

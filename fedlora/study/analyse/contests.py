@@ -53,7 +53,7 @@ class Contest:
         return not any(self.told_apart(*pair) for pair in pairs)
 
     def difference(self, row: Row, other: Row) -> Estimate:
-        """How much more accurate ``row`` is, with the interval that holds for all pairs together."""
+        """Difference in accuracy of ``row``, with the interval that holds for all pairs together."""
         return difference(row, other, self.family)
 
     def told_apart(self, row: Row, other: Row) -> bool:
@@ -99,7 +99,7 @@ def exact_and_behind(rows: Sequence[Row]) -> list[str]:
 
 
 def difference(row: Row, other: Row, family: int = 1) -> Estimate:
-    """How much more accurate ``row`` is: over the seeds that both have, else of the two shares.
+    """Difference in accuracy of ``row``: over the seeds that both have, else of the two shares.
 
     Args:
         row: a run.

@@ -1,4 +1,4 @@
-"""What the runs of one group amount to, with an interval.
+"""Summary of the runs of one group, with an interval.
 
 One seed: the interval is Wilson's, for the share of the test examples that are right; it knows nothing
 of other seeds. Several seeds: mean and Student's t interval over the seeds. Both at 95 %.
@@ -92,12 +92,12 @@ class Row:
 
     @property
     def unit(self) -> str:
-        """What accuracy is a share of."""
+        """Unit that accuracy is a share of."""
         return "token" if "tokens" in self.results[0].result else "example"
 
     @property
     def units(self) -> int:
-        """How many of them the test set has."""
+        """Number of units in the test set."""
         return int(self.results[0].result.get("tokens", self.examples))
 
     @property
@@ -108,7 +108,7 @@ class Row:
 
     @property
     def reference(self) -> tuple[str, float]:
-        """What an accuracy has to get past without any training, and its own accuracy."""
+        """Baseline without any training, and its accuracy."""
         result = self.results[0].result
         if result.get("before"):
             return "the model before training", float(result["before"]["accuracy"])

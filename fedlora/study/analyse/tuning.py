@@ -35,7 +35,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """What became of one group.
+    """Outcome of tuning one group.
 
     Attributes:
         group: a method under a setting.

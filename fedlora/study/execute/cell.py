@@ -58,7 +58,7 @@ class Engine:
         self.close()
 
     def inputs(self, config: RunConfig, home: Path) -> str | None:
-        """What a run in ``home`` would be given, see `fedlora.server.inputs`."""
+        """Inputs that a run in ``home`` would be given, see `fedlora.server.inputs`."""
         from fedlora.server.inputs import inputs_digest
         from fedlora.simulation.scheduling import with_cohort_size
 

@@ -34,7 +34,7 @@ class Runner(Protocol):
     """Runs one cell at a time."""
 
     def run(self, cell: Cell, home: Path, title: str) -> str | None:
-        """Why the cell failed, or None."""
+        """Reason that the cell failed, or None."""
 
     def close(self) -> None:
         """Stop at once, whatever it does."""
@@ -54,7 +54,7 @@ def check_parallel(parallel: int, places: int) -> None:
 
 
 def shares(places: int, parallel: int) -> list[int]:
-    """How many of the actors each process has.
+    """Number of actors of each process.
 
     >>> shares(7, 3)
     [3, 2, 2]
@@ -126,7 +126,7 @@ class CellProcess:
         self._start()
 
     def run(self, cell: Cell, home: Path, title: str) -> str | None:
-        """Why the cell failed, or None; None, too, where `close` interrupted it."""
+        """Reason that the cell failed, or None; None, too, where `close` interrupted it."""
         try:
             self._pipe.send((cell, home, title))
             reason: str | None = self._pipe.recv()

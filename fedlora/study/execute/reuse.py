@@ -73,7 +73,7 @@ class ResultCache:
                 self._homes.setdefault(found.config, []).append(file.parent)
 
     def find(self, cell: Cell, inputs: Callable[[], str | None]) -> Path | None:
-        """Where a finished cell lies that is the same as one that was not begun.
+        """Directory of a finished cell that is the same as one that was not begun.
 
         Args:
             cell: of this study.
@@ -110,6 +110,6 @@ def take(source: Path, home: Path) -> None:
 
 
 def by_other_code(cells: Iterable[Cell], path: Path) -> int:
-    """How many finished cells other code than today's computed, or such as nobody recorded."""
+    """Number of finished cells that other code than today's computed, or such as nobody recorded."""
     homes = [path / cell.label for cell in cells if finished(path / cell.label)]
     return sum(code_of(read_provenance(home / PROVENANCE)) != code_digest() for home in homes)

@@ -22,7 +22,7 @@ from fedlora.study.report.format import duration
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """How cells are run, which changes none of their results.
+    """Options of running cells, which change none of their results.
 
     Attributes:
         shared: directories of other studies, whose finished cells may be taken.

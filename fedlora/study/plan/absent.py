@@ -75,7 +75,7 @@ def write_failure(directory: Path, error: Exception) -> str:
 
 
 def read_failure(directory: Path) -> str | None:
-    """Why the run there failed; None if it did not.
+    """Reason that the run there failed; None if it did not.
 
     Raises:
         RunFailed: the record cannot be read.

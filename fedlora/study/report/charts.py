@@ -91,7 +91,7 @@ def _gap(rows: Sequence[Row], styles: Styles) -> Chart | None:
 
 
 def _exact_and_behind(rows: Sequence[Row]) -> str:
-    """What a gap of nothing does not say, where a run shows it."""
+    """Caption where a run without a gap is behind all the same."""
     said = "no gap, and yet behind. A gap says what averaging lost, not whether what was asked for was good"
     behind = exact_and_behind(rows)
     return f" {listed(behind)}: {said}: the reason is elsewhere." if behind else ""

@@ -1,4 +1,4 @@
-"""How a study was run: shared keys and each run's own, rates and their trials, absent runs, provenance."""
+"""Configuration of a study: keys shared and not, rates and their trials, absent runs, provenance."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def _neighbours(config: RunConfig) -> str:
 
 
 def shared_keys(shared: FlatConfig) -> list[tuple[str, Scalar]]:
-    """What all runs share, but for keys that are off."""
+    """Keys that all runs share, without those that are off."""
     return [(key, value) for key, value in shared.items() if value and not key.startswith(NOT_A_SETTING)]
 
 
 def learning_rates(rows: Sequence[Row]) -> Table:
-    """What each run trains with, a line for each row."""
+    """Training settings of each run, a line for each row."""
     configs = [(row.name, to_flat(row.config)) for row in rows]
     body = (
         (name, *(f"{v:g}" if isinstance(v := flat[key], float) else str(v) for key in RATES))

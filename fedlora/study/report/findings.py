@@ -58,7 +58,7 @@ def find(rows: Sequence[Row], looks: Sequence[int] = ()) -> Findings:
 
 
 def _leader(contest: Contest) -> str:
-    """Who is the most accurate, if anybody is told apart."""
+    """Headline: the most accurate, if anybody is told apart."""
     first, tied, others = contest.rows[0], contest.tied, len(contest.rows) - len(contest.tied)
     accuracy = f"{percent(first.accuracy.value)} of {first.units:,} test {first.unit}s"
     accuracy += f", 95% interval {interval(first.accuracy)}"
@@ -164,7 +164,7 @@ def claim(comparison: Comparison) -> tuple[str, ...]:
 
 
 def claims(comparisons: Sequence[Comparison]) -> str:
-    """What the declared comparisons come to; empty if there are none."""
+    """Sentences on the declared comparisons; empty if there are none."""
     if not comparisons:
         return ""
     hopeless = undecidable(min(len(c.differences) for c in comparisons), len(comparisons))

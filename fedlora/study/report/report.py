@@ -173,7 +173,7 @@ def _kind(row: Row) -> str:
 
 
 def _detail(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
-    """What the page tells about one row beyond the table."""
+    """Details of one row beyond the table."""
     return {
         "row": row,
         "runs": [(result, configuration.differences(result.config, shared)) for result in row.results],
