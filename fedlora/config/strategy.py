@@ -27,7 +27,7 @@ class StrategyConfig:
     allocation: str = "all"
     """Layers that a round trains: ``all``, or ``random-layers``, transformer blocks drawn anew each round."""
     allocation_options: str = ""
-    """JSON object of the allocation's own options: ``{"layers": 2}``, the number of blocks."""
+    """JSON object of the allocation's own options, for instance ``{"layers": 2}``, the number of blocks."""
     robust: str = "none"
     """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``."""
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
