@@ -107,19 +107,23 @@ ENOUGH, LOOSE = 5, 1.2
 
 
 def flaw_of_pairs(residuals: Sequence[np.ndarray], false_alarm: float) -> str:
-    """Against independence: the correlation of two residuals, all of one length d, is N(0, 1/d)."""
+    """Against independence: the correlation of two residuals of one length d is N(0, 1/d).
+
+    Those of other lengths, of other tensors, are not compared.
+    """
     from scipy.stats import norm
 
-    if len(residuals) < 2:
-        return ""
-    rows = np.stack(residuals).astype(np.float64)
-    length = np.linalg.norm(rows, axis=1, keepdims=True)
-    if not length.all():
-        return "an update without any noise"
-    rows = rows / length
-    pairs = np.abs((rows @ rows.T)[np.triu_indices(len(rows), 1)])
-    bound = float(norm.isf(false_alarm / 2 / len(pairs))) / math.sqrt(rows.shape[1])
-    worst = float(pairs.max())
-    if worst <= bound:
-        return ""
-    return f"updates share noise: two are correlated by {worst:.2g}, by chance at most {bound:.2g}"
+    alike = [[r for r in residuals if len(r) == d] for d in sorted({len(r) for r in residuals})]
+    count = sum(len(group) * (len(group) - 1) // 2 for group in alike)
+    for group in alike:
+        rows = np.stack(group).astype(np.float64)
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        if not length.all():
+            return "an update without any noise"
+        rows = rows / length
+        pairs = np.abs((rows @ rows.T)[np.triu_indices(len(rows), 1)])
+        bound = float(norm.isf(false_alarm / 2 / max(count, 1))) / math.sqrt(rows.shape[1])
+        worst = float(pairs.max(initial=0.0))
+        if worst > bound:
+            return f"updates share noise: two are correlated by {worst:.2g}, by chance at most {bound:.2g}"
+    return ""
