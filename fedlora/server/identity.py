@@ -27,6 +27,8 @@ ADDED = {
     "upload": "",
     "privacy.neighboring-relation": "zero_out_one",
     "privacy.declared-examples": 0,
+    "strategy.allocation": "all",
+    "strategy.allocation-options": "",
 }
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (
