@@ -137,7 +137,7 @@ def check_noise(
         for _ in range(max(2, math.ceil(numbers / sum(p.numel() for p in named.values())))):
             private.step(examples, EXAMPLES[:0], pad_token_id)
             draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
-    begins = [tuple(tensor[:8].tolist()) for drawn in draws for tensor in drawn if tensor.any()]
+    begins = [begin for drawn in draws for tensor in drawn if (begin := beginning(tensor))]
     if len(set(begins)) < len(begins):
         _refuse("the same noise came twice")
     if flaw := flaw_of_tensors(list(named), draws, mechanism.noise_std):
@@ -178,6 +178,11 @@ def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Ten
         norms = norms.norm(dim=0).expand_as(norms)
     factors = (clip / (norms + 1e-6)).clamp(max=1.0)
     return [torch.einsum("n,n...->n...", f, g) for f, g in zip(factors, gradients, strict=True)]
+
+
+def beginning(noise: Tensor) -> tuple[float, ...]:
+    """Numbers by which noise is recognised; empty for so few that they come again by chance, on a grid."""
+    return tuple(noise[:8].tolist()) if len(noise) >= 8 and noise.any() else ()
 
 
 def flaw_of_tensors(names: Sequence[str], draws: Sequence[Sequence[Tensor]], std: float) -> str:

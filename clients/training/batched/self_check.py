@@ -21,6 +21,7 @@ from clients.training.self_check import (
     HUGE,
     NOISE_DRAWS,
     Named,
+    beginning,
     check_draws,
     clipped,
     flaw_of_tensors,
@@ -101,7 +102,7 @@ def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:
         released = cohort.private(NOBODY, both)
         for place, of_client in enumerate(draws):
             of_client.append([_flat(released[name][place]) for name in names])
-            begins = [tuple((t[:8] / both[place].noise_std).tolist()) for t in of_client[-1] if t.any()]
+            begins = [b for t in of_client[-1] if (b := beginning(t / both[place].noise_std))]
             if seen & set(begins) or len(set(begins)) < len(begins):
                 _refuse("the same noise came twice")
             seen |= set(begins)
