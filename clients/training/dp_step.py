@@ -207,8 +207,12 @@ def private_steps(
 def drop_overflowed(parameters: Sequence[Any]) -> None:
     """Let an example count as zero whose gradient or its norm is not finite.
 
-    Clipping would make NaN of it, inf x 0, which shows in all that is released.
+    Clipping would make NaN of it, inf x 0, which shows in all that is released. Where a tensor has not one
+    gradient for each example nothing is done, as Opacus or the self-test refuses that.
     """
+    counts = {None if p.grad_sample is None else len(p.grad_sample) for p in parameters}
+    if None in counts or len(counts) > 1:
+        return
     norms = torch.stack([p.grad_sample.flatten(1).norm(dim=1) for p in parameters])  # (tensors, examples)
     overflowed = ~norms.norm(dim=0).isfinite()
     if overflowed.any():

@@ -227,7 +227,7 @@ def test_a_message_is_carried_out_on_own_pictures_and_declined_without_their_nam
     refused = reply(config, tmp_path, labels=list(LABELS), **node)
     assert (refused.status, refused.reason) == (
         "declined",
-        "this node's own data cannot be used, its log says why",
+        REFUSAL,
     )
 
 

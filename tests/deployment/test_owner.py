@@ -74,7 +74,7 @@ def test_an_error_that_nobody_foresaw_is_a_refusal_too(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise ValueError("row 17 of ward 7")
 
-    monkeypatch.setattr("clients.execute.plan_release", broken)
+    monkeypatch.setattr("clients.budget.plan_release", broken)
     refused = reply(TRAIN, tiny_config(**PRIVATE), tmp_path)
     assert (refused.status, refused.reason) == (wire.DECLINED, owner.REFUSAL)
 

@@ -55,5 +55,7 @@ def test_processors_that_ray_cannot_count_are_refused(value: float) -> None:
 
 @pytest.mark.parametrize("value", [0.00001, 1.5, -1.0, float("inf"), float("nan")])
 def test_gpus_that_ray_cannot_count_are_refused(value: float) -> None:
-    with pytest.raises(ConfigError, match=r"^engine.num-gpus = .*: must be .*a share from 0.0001 to 1, or whole GPUs"):
+    with pytest.raises(
+        ConfigError, match=r"^engine.num-gpus = .*: must be .*a share from 0.0001 to 1, or whole GPUs"
+    ):
         EngineConfig(num_gpus=value)
