@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from typer.testing import CliRunner
 
+from clients.owner import REFUSAL
 from fedlora.cli import cli
 from fedlora.data.images import fitted
 from fedlora.deployment.operator.create import create
