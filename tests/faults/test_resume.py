@@ -76,5 +76,6 @@ def test_a_killed_server_goes_on_where_it_was(
     told: list[dict[str, Any]] = []
     records = run(up, out, told.append, resume=True, **KEYS)
     assert [record["round"] for record in records] == [1, 2, 3, 4]
-    assert [record["round"] for record in told] == [3, 4] or [record["round"] for record in told] == [4]
+    # killed between a round's line and its checkpoint, that round is carried out again, with the same bits
+    assert [record["round"] for record in told] in ([2, 3, 4], [3, 4], [4])
     assert adapter(out) == adapter(undisturbed)
