@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
+
+OR_YOUR_OWN = ", and module:Class of your own"
 
 
 class FedLoraError(Exception):
@@ -53,6 +56,23 @@ class OwnDataRefused(ConfigError):
 
 class LedgerRefused(ConfigError):
     """A privacy ledger that cannot be relied upon, or data that it must not be opened for."""
+
+
+def unknown_name(key: str, name: str, accepted: Collection[str], more: str = "") -> ConfigError:
+    """One-line refusal of a name that is not listed, with the listed one that is most like it.
+
+    Args:
+        key: of the configuration.
+        name: its value.
+        accepted: the listed names.
+        more: what is accepted besides.
+
+    >>> print(unknown_name("strategy.name", "flor", ["flora", "ffa"]))
+    strategy.name = 'flor' (did you mean flora?): accepted are flora, ffa
+    """
+    near = get_close_matches(name, accepted, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return ConfigError(f"{key} = {name!r}{hint}: accepted are {', '.join(accepted)}{more}")
 
 
 def first_line(error: object, otherwise: str = "") -> str:

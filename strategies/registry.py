@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
 from fedlora.core.code import import_own
-from fedlora.errors import ConfigError, NotApplicable
+from fedlora.errors import OR_YOUR_OWN, ConfigError, NotApplicable, unknown_name
 from strategies import rules
 from strategies.allocation import Allocation
 from strategies.center import Center
@@ -86,11 +85,7 @@ def rule_type(name: str) -> type[Rule]:
     if name in RULES:
         return RULES[name]
     if ":" not in name:
-        near = get_close_matches(name, RULES, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"strategy.name = {name!r}{hint}: accepted are {', '.join(RULES)}, and module:Class of your own"
-        )
+        raise unknown_name("strategy.name", name, RULES, OR_YOUR_OWN)
     found = import_own("strategy.name", name)
     if not (isinstance(found, type) and issubclass(found, Rule) and hasattr(found, "facts")):
         raise ConfigError(f"strategy.name = {name!r}: is no subclass of strategies.rule.Rule with facts")

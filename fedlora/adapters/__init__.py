@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from difflib import get_close_matches
 
 from fedlora.adapters.kind import AdapterKind, InjectedAdapter, is_affine
 from fedlora.adapters.lora import LoraKind
 from fedlora.adapters.tuners import TUNERS, Tuner, TunerKind
 from fedlora.config import LoraConfig
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, unknown_name
 
 __all__ = [
     "KINDS",
@@ -82,9 +81,7 @@ def check_kind(config: LoraConfig) -> None:
     if method in NOT_HERE:
         raise ConfigError(f"{key}: {NOT_HERE[method]}, accepted are {', '.join(KINDS)}")
     if method not in KINDS:
-        near = get_close_matches(method, KINDS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(f"{key}{hint}: accepted are {', '.join(KINDS)}")
+        raise unknown_name("lora.method", method, KINDS)
     if method == "lora":
         if options:
             raise ConfigError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Mapping
-from difflib import get_close_matches
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +16,7 @@ from fedlora.config import TrainConfig
 from fedlora.config.section import snake
 from fedlora.core.code import import_own
 from fedlora.core.state import Trainable
-from fedlora.errors import ConfigError, named_line
+from fedlora.errors import OR_YOUR_OWN, ConfigError, named_line, unknown_name
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -41,12 +40,7 @@ def optimizer_type(name: str) -> type[torch.optim.Optimizer]:
     if name in OPTIMIZERS:
         return OPTIMIZERS[name]
     if ":" not in name:
-        near = get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ConfigError(
-            f"train.optimizer = {name!r}{hint}: accepted are {', '.join(OPTIMIZERS)}, and module:Class of "
-            "your own"
-        )
+        raise unknown_name("train.optimizer", name, OPTIMIZERS, OR_YOUR_OWN)
     found = import_own("train.optimizer", name)
     if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
         raise ConfigError(f"train.optimizer = {name!r}: is no subclass of torch.optim.Optimizer")
