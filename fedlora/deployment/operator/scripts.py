@@ -36,9 +36,13 @@ class _Template(string.Template):
 
 
 def filled(name: str, **values: object) -> str:
-    """A template with its placeholders filled in."""
-    text = (Path(__file__).parent / "templates" / name).read_text()
-    return _Template(text).substitute(values, quiet=" ".join(f"{k}={v}" for k, v in QUIET.items()))
+    """A template with its placeholders filled in; ``head`` is what all scripts begin with."""
+    head = _template("head.sh").substitute(quiet=" ".join(f"{k}={v}" for k, v in QUIET.items())).rstrip()
+    return _template(name).substitute(values, head=head)
+
+
+def _template(name: str) -> _Template:
+    return _Template((Path(__file__).parent / "templates" / name).read_text())
 
 
 def unit(what: str, folder: str, script: str, restart: int) -> str:

@@ -1,10 +1,5 @@
 #!/bin/sh
 # Starts the gate in front of the SuperLink; see docs/deployment.md. Flower and fedlora must be on PATH.
-set -eu
-umask 077
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here"
-export FLWR_HOME="$here/flwr"
-export @{quiet}
+@{head}
 exec fedlora federation gate "$here" --host "${FEDLORA_GATE_HOST:-0.0.0.0}" \
     --port "${FEDLORA_GATE_PORT:-@{port}}" --control-port "${FEDLORA_CONTROL_PORT:-@{control_port}}"

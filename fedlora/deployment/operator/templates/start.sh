@@ -1,11 +1,6 @@
 #!/bin/sh
 # Starts this node; see docs/deployment.md. Flower and fedlora must be on PATH.
-set -eu
-umask 077
-here=$(cd "$(dirname "$0")" && pwd)
-cd "$here"
-export FLWR_HOME="$here/flwr"
-export @{quiet}
+@{head}
 export FEDLORA_STATE_DIR="$here/state"
 fedlora federation check "$here"
 exec flower-supernode --superlink "${FEDLORA_SUPERLINK:-@{address}}" --root-certificates ca.crt \
