@@ -26,9 +26,9 @@ from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.errors import OwnDataRefused
 from fedlora.prepared.node_data import UNREADABLE
 from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
-from fedlora.privacy.entries import Release, Standing
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.spending import Release, Standing
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
 BOOKKEEPING = (

@@ -27,12 +27,12 @@ from strategies.precision import padded, rounded_broadcast, rounded_state
 from strategies.replies import (
     NUM_EXAMPLES,
     MetricsFn,
-    RoundReport,
     evaluated,
     mean_loss,
     mean_metrics,
     validate_reply,
 )
+from strategies.report import RoundReport
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.transport import Transport

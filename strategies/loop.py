@@ -22,7 +22,7 @@ from fedlora.core.state import ServerState, State, Template
 from fedlora.errors import ConfigError
 from strategies.global_adapter import stacked_adapters
 from strategies.precision import rounded_state
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.starting import template_of

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from logging import WARNING
-from typing import Any
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord, RecordDict
+from flwr.app import MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
@@ -22,7 +20,6 @@ from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import UpdateRefused
 from fedlora.wire import Reply
 from strategies import client_side
-from strategies.diagnostics import Diagnostics
 from strategies.facts import Facts
 from strategies.request import PendingRequest
 
@@ -250,52 +247,3 @@ def _mean(found: Sequence[tuple[float, float | int | list[float] | list[int]]]) 
         mean = (weights * np.where(finite, numbers, 0.0)).sum(axis=0) / weights.sum(axis=0)
     result: float | list[float] = mean.tolist()
     return result
-
-
-@dataclass(slots=True, kw_only=True)
-class RoundReport:
-    """One round of a strategy, for logs and for ``rounds.jsonl``.
-
-    Attributes:
-        server_round: from 1.
-        participants: partitions whose updates were aggregated.
-        refused: partition id -> one-line reason.
-        bytes_up, bytes_down: payload bytes over all sampled clients.
-        train_loss: weighted mean of the losses that clients released, or None.
-        privacy: partition id -> what that client has spent.
-        diagnostics: of the aggregation.
-        halved: partitions that trained in a smaller cohort than was meant, because memory ran out.
-        client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
-        train_metrics, evaluate_metrics: the clients' means as in Flower's Result; None where there are none.
-        arrays: the global ones after the round.
-        record: its line in ``rounds.jsonl``, which whoever runs the strategy fills in.
-    """
-
-    server_round: int
-    participants: list[int] = field(default_factory=list)
-    refused: dict[int, str] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    train_loss: float | None = None
-    privacy: dict[int, dict[str, Any]] = field(default_factory=dict)
-    diagnostics: Diagnostics | None = None
-    halved: list[int] = field(default_factory=list)
-    client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
-    train_metrics: MetricRecord | None = None
-    evaluate_metrics: MetricRecord | None = None
-    arrays: ArrayRecord = field(default_factory=ArrayRecord)
-    record: dict[str, Any] = field(default_factory=dict)
-
-    def refusals(self) -> str:
-        """Refusals on one line, those of one reason together."""
-        partitions: dict[str, list[int]] = {}
-        for partition, reason in self.refused.items():
-            partitions.setdefault(reason, []).append(partition)
-        return "; ".join(f"partition {', '.join(map(str, p))}: {reason}" for reason, p in partitions.items())
-
-    def note(self, partition_id: int, reply: Reply | None) -> None:
-        """Notes what an accepted reply says besides its arrays."""
-        if reply is not None and reply.privacy is not None:
-            self.privacy[partition_id] = reply.privacy
-        if reply is not None and reply.cohort_halved:
-            self.halved.append(partition_id)

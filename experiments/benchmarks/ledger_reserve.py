@@ -14,9 +14,9 @@ from pathlib import Path
 
 from fedlora.privacy.calibration import calibrate_noise, epsilon_of
 from fedlora.privacy.datasets import Dataset
-from fedlora.privacy.entries import Release
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.spending import Release
 
 ROUNDS, STEPS, RATE = 60, 10, 0.05
 

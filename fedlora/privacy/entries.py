@@ -7,153 +7,20 @@ import math
 import secrets
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedlora.errors import LedgerRefused
-from fedlora.privacy.accountants import ACCOUNTANTS, History
+from fedlora.privacy.accountants import ACCOUNTANTS
 from fedlora.privacy.chain import Entry
-from fedlora.privacy.filter import Budget, Setting, dominates, first_order, spent, stated_delta
+from fedlora.privacy.filter import Budget, Setting, dominates
+from fedlora.privacy.spending import Place, Release, Spending, Standing
 from fedlora.privacy.types import NeighboringRelation
 
 SCHEMA = 1
 BEFORE_RELATIONS = {"neighboring_relation": NeighboringRelation.ZERO_OUT_ONE.value, "charged_as": None}
 """Of entries that do not say. Their rate is batch size / examples, so that they hold under no other relation,
 although ``add_or_remove_one`` was claimed for them then."""
-Place = tuple[str, int, int]
-"""Run, round, partition."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """What is about to leave a client.
-
-    Attributes:
-        run_key, server_round, partition_id: where it belongs.
-        noise_multiplier: noise standard deviation / clipping norm.
-        sample_rate: probability with which an example is in a batch.
-        steps: optimiser steps.
-        neighboring_relation: between which data sets noise and rate are the same.
-        determined_by: a digest of all that determines its bits; empty where they come from real entropy.
-    """
-
-    run_key: str
-    server_round: int
-    partition_id: int
-    noise_multiplier: float
-    sample_rate: float
-    steps: int
-    neighboring_relation: NeighboringRelation = NeighboringRelation.ZERO_OUT_ONE
-    determined_by: str = ""
-
-    @property
-    def setting(self) -> Setting:
-        return self.noise_multiplier, self.sample_rate
-
-    @property
-    def place(self) -> Place:
-        return self.run_key, self.server_round, self.partition_id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
-    """What is on a ledger, or on it of one run.
-
-    Attributes:
-        epsilon: spent.
-        delta: at which, see `fedlora.privacy.filter.stated_delta`; 0 before the first release.
-        neighboring_relation: under which; ``zero_out_one`` if only one release is under no more than that.
-        accountant: by which.
-        steps: optimiser steps of all releases.
-        releases: how many, unfinished ones included.
-        unfinished: reserved ones whose training did not come to an end, or not yet.
-        content_changes: how often the content was found changed.
-        budget: the last release's; None before the first.
-        head: hash of the last line that is sure to be on disk.
-    """
-
-    epsilon: float
-    delta: float
-    neighboring_relation: NeighboringRelation
-    accountant: str
-    steps: int
-    releases: int
-    unfinished: int
-    content_changes: int
-    budget: Budget | None
-    head: str
-
-
-class Spending:
-    """What some releases add up to.
-
-    Attributes:
-        steps: for each setting that was charged, in the order of their first use.
-        budget: of the last release; None before the first.
-    """
-
-    def __init__(self) -> None:
-        self.steps: Counter[Setting] = Counter()
-        self.budget: Budget | None = None
-        self._order = math.nan
-        self._before_change = 0.0
-        self._largest_delta = 0.0
-        self._relation = NeighboringRelation.ADD_OR_REMOVE_ONE
-
-    def add(self, setting: Setting, steps: int, budget: Budget, relation: NeighboringRelation) -> None:
-        """Count a release by the setting that it is charged as."""
-        if not self.steps:
-            self._order = first_order(*setting, budget)
-        elif self.steps.keys() != {setting} and not self._before_change:
-            self._before_change = self._largest_delta
-        self._largest_delta = max(self._largest_delta, budget.target_delta)
-        self.steps[setting] += steps
-        self.budget = budget
-        if relation == NeighboringRelation.ZERO_OUT_ONE:
-            self._relation = relation
-
-    def with_one_more(self, setting: Setting, steps: int, budget: Budget) -> tuple[History, float, float]:
-        """The history, its Renyi order and the delta stated for it, if a release is charged so."""
-        history = _history(self.steps + Counter({setting: steps}))
-        order = self._order if self.steps else first_order(*setting, budget)
-        return history, order, stated_delta(self._changed(len(history)), budget)
-
-    def charged_as(self, release: Release, budget: Budget) -> Setting:
-        """The setting by which a release costs least: its own, or an earlier one that dominates it."""
-        own = release.setting
-        earlier = [setting for setting in self.steps if dominates(setting, own)]
-        if own in self.steps or not earlier:
-            return own
-
-        def epsilon(setting: Setting) -> float:
-            history, order, _ = self.with_one_more(setting, release.steps, budget)
-            return spent(history, budget, order)[0]
-
-        return min([*earlier, own], key=epsilon)
-
-    def standing(self, *, releases: int, unfinished: int, content_changes: int, head: str) -> Standing:
-        """The sum; epsilon is computed here."""
-        epsilon, delta, accountant = 0.0, 0.0, ""
-        if self.budget is not None:
-            epsilon, accountant = spent(_history(self.steps), self.budget, self._order)
-            epsilon = min(epsilon, self.budget.target_epsilon)  # all was found to fit, but for rounding
-            delta = stated_delta(self._changed(len(self.steps)), self.budget)
-        return Standing(
-            epsilon=epsilon,
-            delta=delta,
-            neighboring_relation=self._relation,
-            accountant=accountant,
-            steps=self.steps.total(),
-            releases=releases,
-            unfinished=unfinished,
-            content_changes=content_changes,
-            budget=self.budget,
-            head=head,
-        )
-
-    def _changed(self, settings: int) -> float:
-        return 0.0 if settings == 1 else self._before_change or self._largest_delta
 
 
 class Tally:
@@ -266,10 +133,6 @@ class Tally:
 
 def _of_run(places: Counter[Place], run_key: str) -> Counter[Place]:
     return Counter({place: count for place, count in places.items() if place[0] == run_key})
-
-
-def _history(steps: Counter[Setting]) -> History:
-    return tuple((noise, rate, count) for (noise, rate), count in steps.items())
 
 
 def open_entry(identity: str, fingerprint: str) -> Entry:

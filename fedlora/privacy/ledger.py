@@ -28,16 +28,9 @@ from pathlib import Path
 from fedlora.errors import BudgetExceeded, LedgerRefused
 from fedlora.privacy.chain import Chain, Entry, read_chain
 from fedlora.privacy.datasets import REGISTER, Dataset, admit
-from fedlora.privacy.entries import (
-    Release,
-    Standing,
-    Tally,
-    fingerprint_entry,
-    open_entry,
-    released_entry,
-    reserve_entry,
-)
+from fedlora.privacy.entries import Tally, fingerprint_entry, open_entry, released_entry, reserve_entry
 from fedlora.privacy.filter import Budget, Setting, fits, spent
+from fedlora.privacy.spending import Release, Standing
 
 
 class Ledger:

@@ -25,7 +25,7 @@ from fedlora.server.records import (
     spread,
 )
 from fedlora.server.tracking import Tracking
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun

@@ -17,7 +17,7 @@ from fedlora.data.columns import BY_NATURE
 from fedlora.errors import RunFailed
 from fedlora.prepared.cache import Prepared
 from fedlora.tasks import CLASSIFICATION, Task
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 
 MEASURED = (
     "accuracy",

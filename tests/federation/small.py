@@ -11,7 +11,7 @@ from flwr.app import ArrayRecord
 from fedlora import wire
 from fedlora.core.factors import LoraFactors
 from strategies.flower import FactorStrategy
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
 

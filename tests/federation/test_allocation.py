@@ -15,7 +15,7 @@ from fedlora import wire
 from fedlora.core.factors import LoraFactors
 from strategies.allocation import make_allocation
 from strategies.flower import FactorStrategy
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import watched
 

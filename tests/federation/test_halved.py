@@ -11,7 +11,7 @@ from flwr.app import Message
 from fedlora.server.directory import RunDirectory
 from fedlora.server.records import result_record, round_record
 from strategies import FedAvg
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays, watched

@@ -16,7 +16,7 @@ from fedlora.errors import UpdateRefused
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA
 from strategies import transport as courier_module
 from strategies.flower import FactorStrategy
-from strategies.replies import RoundReport
+from strategies.report import RoundReport
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
 from tests.federation.small import watched
 from tests.federation.test_strategy import MODULES, initial_arrays

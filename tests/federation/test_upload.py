@@ -16,7 +16,8 @@ from fedlora import wire
 from fedlora.core.state import ClientUpdate
 from fedlora.errors import ConfigError, RunFailed
 from strategies.flower import FactorStrategy
-from strategies.replies import RoundReport, validate_reply
+from strategies.replies import validate_reply
+from strategies.report import RoundReport
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import MODULES, bits, initial_arrays, watched
 from tests.federation.test_anybodys_app import ALPHA, RANK, federate, peft_model, plain_app

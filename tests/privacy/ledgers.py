@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.privacy.datasets import Dataset
-from fedlora.privacy.entries import Release, Standing
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.spending import Release, Standing
 
 DATASET = Dataset(source="sentences", partitioning="dealt", part="partition-0", fingerprint="as it was")
 BUDGET = Budget(target_epsilon=8.0, target_delta=1e-5, accountant="rdp")
