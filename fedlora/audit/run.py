@@ -9,27 +9,27 @@ therefore the canaries of all clients may be pooled, and the bound is one on tha
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
-from clients.budget import noise_of, rate_of
 from clients.evaluation import evaluate
 from fedlora.audit.attack import Bound, bound_of
 from fedlora.audit.bounds import shared_confidence
 from fedlora.audit.canaries import FACTORS, HEAD, Design
 from fedlora.audit.client_level import WithCanaries
+from fedlora.audit.evidence import FALSE_ALARM, claimed_rate, flaws_of, separations_of
 from fedlora.audit.grid import AuditGrid
 from fedlora.audit.membership import Membership, membership
 from fedlora.audit.separation import Expected, Separation, separation
-from fedlora.audit.views import ServerView, final_scores, standardised
+from fedlora.audit.views import ServerView, final_scores
 from fedlora.config import RunConfig
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_pairs, flaw_of_spread
+from fedlora.privacy.plausible import flaw_of_noise, flaw_of_pairs
 from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
@@ -41,9 +41,6 @@ from strategies.client_dp import ClientDP
 SERVER, FINAL, PUBLISHED, CLIENTS = "server", "final-model", "published means", "clients"
 CANARIES = 512
 CONFIDENCE = 0.95
-FALSE_ALARM = 1e-3
-"""Probability with which separations, draws and pairs, all together, speak against a right mechanism."""
-TOGETHER = "together"
 REFUTED, STANDS, INCONCLUSIVE = "refuted", "stands", "inconclusive"
 
 
@@ -143,8 +140,8 @@ def audit(
         target_delta=config.privacy.target_delta,
         confidence=confidence,
         bounds=_bounds(federation, view, before, confidence),
-        separations=_separations(federation, view),
-        flaws=tuple(filter(None, _flaws(federation, view))),
+        separations=separations_of(federation, view),
+        flaws=tuple(filter(None, flaws_of(federation, view))),
         unmeasured=unmeasured(federation),
         membership=None if federation.personal else _membership(federation),
     )
@@ -244,7 +241,9 @@ def _dimensions(federation: FederatedRun) -> dict[str, int]:
 
 
 def _exposure(federation: FederatedRun) -> dict[int, float]:
-    return {p: federation.config.local_steps_of(p) * _rate(federation, p) for p in federation.partitions}
+    return {
+        p: federation.config.local_steps_of(p) * claimed_rate(federation, p) for p in federation.partitions
+    }
 
 
 def unmeasured(federation: FederatedRun) -> str:
@@ -271,59 +270,6 @@ def _bounds(
             scores = final_scores(view, group, before, federation.state)
             bounds[FINAL][group] = bound_of(scores, coins, delta, each)
     return bounds
-
-
-def _separations(federation: FederatedRun, view: ServerView) -> dict[str, Separation]:
-    """Of each group and of all together, where an update is the sum of what its steps let out."""
-    config, train = federation.config, federation.config.train
-    if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
-        return {}
-    found, pooled = {}, []
-    for group, gains in view.gains.items():
-        rate = (train.head_learning_rate if group == HEAD else 0.0) or train.learning_rate
-        expected = {p: _expected(federation, view, p, gain) for p, gain in sorted(gains.items())}
-        if not all(e.noise for e in expected.values()):
-            return {}
-        unit = rate * config.privacy.max_grad_norm / train.batch_size
-        scores, (_, coins) = standardised(view, group, unit, expected), view.pooled(group)
-        theory = float(np.mean([e.separation for e in expected.values()]))
-        pooled.append((group, scores, coins, theory))
-    if len(pooled) > 1:
-        parts = [(s - s[~c].mean(), c) for _, s, c, _ in pooled]
-        scores, coins = (np.concatenate(column) for column in zip(*parts, strict=True))
-        sizes = [len(s) for _, s, _, _ in pooled]
-        pooled.append((TOGETHER, scores, coins, float(np.average([t for *_, t in pooled], weights=sizes))))
-    alarm = FALSE_ALARM / (len(pooled) + 2)
-    for group, scores, coins, theory in pooled:
-        found[group] = separation(scores, coins, theory, config.privacy.target_delta, alarm)
-    return found
-
-
-def _expected(federation: FederatedRun, view: ServerView, partition: int, gain: float) -> Expected:
-    config = federation.config
-    rate, steps = _rate(federation, partition), config.local_steps_of(partition)
-    return Expected(
-        steps=view.rounds[partition] * steps,
-        sample_rate=rate,
-        noise_multiplier=noise_of(config, rate, steps),
-        gain=gain,
-    )
-
-
-def _flaws(federation: FederatedRun, view: ServerView) -> Iterator[str]:
-    """Draws against the claimed rates, client by client; updates against independent noise, pair by pair."""
-    alarm, clients = FALSE_ALARM / 5, sorted(view.rounds)
-    rates = {p: _rate(federation, p) for p in clients}
-    for partition in clients:
-        own = [(size, examples) for size, examples, p in view.draws if p == partition]
-        flaw = flaw_of_draws([size for size, _ in own], own[0][1], rates[partition], alarm / len(clients))
-        yield flaw and f"partition {partition}: {flaw}"
-    yield flaw_of_spread([(size, examples, rates[p]) for size, examples, p in view.draws], alarm)
-    yield flaw_of_pairs(view.residuals, alarm)
-
-
-def _rate(federation: FederatedRun, partition: int) -> float:
-    return rate_of(federation.config, len(federation.runtime.data.indices(partition)))
 
 
 def _membership(federation: FederatedRun) -> Membership:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from fedlora.audit.run import INCONCLUSIVE, REFUTED, STANDS, TOGETHER, Audit, audit
+from fedlora.audit.evidence import TOGETHER
+from fedlora.audit.run import INCONCLUSIVE, REFUTED, STANDS, Audit, audit
 from tests.audit import broken
 from tests.audit.test_audit import config
 
