@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedlora.config import from_flat
+from fedlora.config import read_config
 from fedlora.core.code import code_root
 from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
@@ -26,16 +26,8 @@ from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.simulate import quiet
 
-TINY = {
-    "num-server-rounds": 3,
-    "seed": 1,
-    "model.name": "tiny",
-    "data.name": "synthetic",
-    "data.evaluate-examples": 60,
-    "train.local-steps": 3,
-    "lora.rank": 4,
-    "engine.cohort-size": 1,
-}
+TINY = code_root() / "experiments" / "tiny.toml"
+ONE_BY_ONE = {"num-server-rounds": 3, "lora.ranks": "", "engine.cohort-size": 1}
 PACKAGES = ("fedlora", "strategies", "clients")
 
 
@@ -87,7 +79,9 @@ def second_round(strategy: str) -> Trip:
     quiet()
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "run"
-        session = InProcessEngine().session(from_flat({**TINY, "strategy.name": strategy}), path)
+        session = InProcessEngine().session(
+            read_config(TINY, {**ONE_BY_ONE, "strategy.name": strategy}), path
+        )
         FederatedRun(session, RunDirectory(path), [Tell(watch)]).run()
     return trip
 

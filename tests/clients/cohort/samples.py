@@ -147,3 +147,13 @@ def privately(members: Sequence[Member], **options: Any) -> list[Member]:
         replace(m, mechanism=mechanism(noise_multiplier=0.5 + 0.1 * k, **options))
         for k, m in enumerate(members)
     ]
+
+
+def assert_rested(network: AdaptedModel, members: Sequence[Member], values: Sequence[Values]) -> None:
+    """Layers that a member does not train are what it began with, bit by bit; the others moved."""
+    for one, found in zip(members, values, strict=True):
+        begun = starts(network, one)
+        for name in network.modules:
+            for letter in "AB":
+                still = torch.equal(found[f"{name}.{letter}"], begun[f"{name}.{letter}"])
+                assert still == (name not in one.modules)

@@ -20,7 +20,7 @@ from fedlora.config import TrainConfig
 from fedlora.core.state import RankRegularizer
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from tests.clients.cohort.samples import assert_same, member, model, privately, starts, task
+from tests.clients.cohort.samples import assert_rested, assert_same, member, privately, starts, task
 
 OWN = os.environ.get("FEDLORA_OPTIMIZER", "")
 TORCHS = (
@@ -39,11 +39,6 @@ UNDER_TEST: dict[str, dict[str, Any]] = {OWN: {"optimizer": OWN}} if OWN else {*
 every = pytest.mark.parametrize("how", UNDER_TEST.values(), ids=UNDER_TEST)
 in_layers = pytest.mark.parametrize("how", ({OWN: UNDER_TEST[OWN]} if OWN else LISTED).values(), ids=str)
 RATE = {"learning_rate": 0.01}
-
-
-@pytest.fixture(scope="module")
-def network() -> AdaptedModel:
-    return model()
 
 
 def unequal(network: AdaptedModel) -> list[Member]:
@@ -100,12 +95,7 @@ def test_clients_that_train_other_layers(how: dict[str, Any], network: AdaptedMo
     members[0] = replace(members[0], modules=frozenset(names[:1]))
     members[1] = replace(members[1], modules=frozenset(names[1:]), train_head=False)
     values = assert_same(network, members, task(**{**RATE, "weight_decay": 0.1, **how}))
-    for one, found in zip(members, values, strict=True):
-        begun = starts(network, one)
-        for name in network.modules:
-            for letter in "AB":
-                still = torch.equal(found[f"{name}.{letter}"], begun[f"{name}.{letter}"])
-                assert still == (name not in one.modules)
+    assert_rested(network, members, values)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from clients.training.batched import members as drawn_by
 from clients.training.batched.train import Cohort
 from clients.training.dp_step import Mechanism
 from fedlora.models import AdaptedModel
-from tests.clients.cohort.samples import assert_same, mechanism, member, model, privately, task, together
+from tests.clients.cohort.samples import assert_same, mechanism, member, privately, task, together
 
 HOWS: list[dict[str, Any]] = [
     {},
@@ -24,11 +24,6 @@ HOWS: list[dict[str, Any]] = [
 ]
 every_how = pytest.mark.parametrize("how", HOWS, ids=lambda how: "-".join(map(str, how.values())) or "hooks")
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1}
-
-
-@pytest.fixture(scope="module")
-def network() -> AdaptedModel:
-    return model()
 
 
 def unequal(network: AdaptedModel) -> list[Member]:
