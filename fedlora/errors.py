@@ -58,7 +58,7 @@ class LedgerRefused(ConfigError):
     """A privacy ledger that cannot be relied upon, or data that it must not be opened for."""
 
 
-def unknown_name(key: str, name: str, accepted: Collection[str], more: str = "") -> ConfigError:
+def unknown_name(key: str, name: object, accepted: Collection[str], more: str = "") -> ConfigError:
     """One-line refusal of a name that is not listed, with the listed one that is most like it.
 
     Args:
@@ -70,7 +70,7 @@ def unknown_name(key: str, name: str, accepted: Collection[str], more: str = "")
     >>> print(unknown_name("strategy.name", "flor", ["flora", "ffa"]))
     strategy.name = 'flor' (did you mean flora?): accepted are flora, ffa
     """
-    near = get_close_matches(name, accepted, n=1)
+    near = get_close_matches(str(name), accepted, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return ConfigError(f"{key} = {name!r}{hint}: accepted are {', '.join(accepted)}{more}")
 

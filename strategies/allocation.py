@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fedlora.core.seeding import stream
 from fedlora.core.state import State
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, unknown_name
 
 
 class Allocation(Protocol):
@@ -104,7 +104,7 @@ def make_allocation(name: str, options: Mapping[str, Any] | None = None) -> Allo
     RandomLayers(layers=1)
     """
     if name not in ALLOCATIONS:
-        raise ConfigError(f"strategy.allocation = {name!r}: accepted are {', '.join(ALLOCATIONS)}")
+        raise unknown_name("strategy.allocation", name, ALLOCATIONS)
     own = {field.name: field for field in fields(ALLOCATIONS[name])}
     for key, value in (options or {}).items():
         if key not in own or type(value) is not type(own[key].default):

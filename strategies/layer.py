@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from fedlora.core.adapters import LayerAdapter, as_lora
 from fedlora.core.factors import LoraFactors, Product, Tensors, stack
 from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientUpdate
 from fedlora.errors import ConfigError
 
 
@@ -98,6 +100,21 @@ def weighted_sum(weights: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
     if total is None:
         raise ConfigError("there is no tensor to average")
     return total
+
+
+@dataclass(frozen=True)
+class Center:
+    """Middle of the clients' tensors: the weighted mean. `strategies.robust` has the others."""
+
+    name: ClassVar[str] = "mean"
+
+    def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
+        """The updates that count at all, in the given order."""
+        return updates
+
+    def of(self, weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+        """One tensor out of the clients' tensors of one name; weights sum to 1."""
+        return weighted_sum(weights, tensors)
 
 
 def mean_a(layer: Layer) -> Tensor:

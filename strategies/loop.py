@@ -18,9 +18,10 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
 from fedlora import wire
+from fedlora.core.adapters import lora_set
+from fedlora.core.factors import AdapterSet, LoraFactors, Product, bounded
 from fedlora.core.state import ServerState, State, Template
 from fedlora.errors import ConfigError
-from strategies.global_adapter import stacked_adapters
 from strategies.precision import rounded_state
 from strategies.report import RoundReport
 from strategies.rule import Rule
@@ -105,7 +106,7 @@ class Rounds(Strategy):
     def arrays(self) -> ArrayRecord:
         """The whole global model over the pristine base: adapter and head under PEFT's keys.
 
-        Base patches are in it, see `strategies.global_adapter`: after them a layer's rank may be any up to
+        Base patches are in it, see `stacked_adapters`: after them a layer's rank may be any up to
         min(out, in), and its scaling is ``self.scaling`` as before. `fedlora.models.arrays` loads such arrays
         into a PEFT model and writes PEFT's directories.
         """
@@ -203,3 +204,25 @@ def _evaluate(function: EvaluateFn | None, server_round: int, result: Result) ->
     metrics = None if function is None else function(server_round, result.arrays)
     if metrics is not None:
         result.evaluate_metrics_serverapp[server_round] = metrics
+
+
+def stacked_adapters(state: State) -> AdapterSet:
+    """Adapters that make the global model from the pristine base, for whoever applies no base patches.
+
+        s B A  =  P_1 + .. + P_v + s B_v A_v        (each layer; s stays the adapter's scaling)
+
+    Patches and adapter are stacked, and where their ranks sum to more than the layer has rows or columns the
+    matrix is multiplied out, ``I M`` or ``M I``. No decomposition: the cost is one product for each layer,
+    so that it can be had every round. `fedlora.models.export.global_adapters` takes the SVD, for files.
+    A layer whose base never moved keeps its own factors bit for bit (a core is folded into A). The others
+    have a rank of min(out, in) at most, and their scaling is still that of the state's adapter.
+    """
+    moved = state.moved
+    return {n: _whole(state, n) if n in moved else f.folded() for n, f in lora_set(state.adapters).items()}
+
+
+def _whole(state: State, name: str) -> LoraFactors:
+    scaling, stacked = state.adapters[name].scaling, state.product(name)
+    exact = bounded(Product(stacked.left.double(), stacked.right.double()))
+    dtype = stacked.left.dtype
+    return LoraFactors(A=(exact.right / scaling).to(dtype), B=exact.left.to(dtype), scaling=scaling)

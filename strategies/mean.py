@@ -16,8 +16,7 @@ from torch import Tensor
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from strategies.center import Center
-from strategies.layer import Layer, Merged
+from strategies.layer import Center, Layer, Merged
 from strategies.rule import Rule, check_heads
 from strategies.server_optimizer import ServerOptimizer
 

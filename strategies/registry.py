@@ -17,7 +17,7 @@ from fedlora.core.code import import_own
 from fedlora.errors import OR_YOUR_OWN, ConfigError, NotApplicable, unknown_name
 from strategies import rules
 from strategies.allocation import Allocation
-from strategies.center import Center
+from strategies.layer import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer

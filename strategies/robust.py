@@ -24,9 +24,9 @@ from flwr.serverapp.strategy.multikrum import select_multikrum
 from torch import Tensor
 
 from fedlora.core.state import ClientUpdate
-from fedlora.errors import ConfigError, RunFailed
+from fedlora.errors import ConfigError, RunFailed, unknown_name
 from fedlora.wire import to_peft, to_record
-from strategies.center import Center
+from strategies.layer import Center
 
 ROBUST = ("none", "median", "trimmed-mean", "multi-krum")
 
@@ -111,7 +111,7 @@ def make_center(robust: str, *, trim_fraction: float = 0.2, malicious: int = 1, 
         "multi-krum": lambda: MultiKrum(malicious, chosen),
     }
     if robust not in made:
-        raise ConfigError(f"strategy.robust = {robust!r}: accepted are {', '.join(ROBUST)}")
+        raise unknown_name("strategy.robust", robust, ROBUST)
     return made[robust]()
 
 

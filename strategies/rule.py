@@ -25,7 +25,7 @@ from fedlora.core.factors import LoraFactors, Tensors, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
-from fedlora.errors import ConfigError, FactorShapeError, NotApplicable
+from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, unknown_name
 from strategies.allocation import All, Allocation
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
 from strategies.facts import Facts
@@ -56,7 +56,7 @@ class Rule:
             name = self.allocation.name
             raise NotApplicable(f"strategy.allocation = {name!r}: {self.facts.name} {self.needs_all_layers}")
         if self.init_a not in INIT_A:
-            raise ConfigError(f"strategy.init-a = {self.init_a!r}: accepted are {', '.join(INIT_A)}")
+            raise unknown_name("strategy.init-a", self.init_a, INIT_A)
         if self.init_a not in self.facts.supported_inits:
             raise NotApplicable(
                 f"strategy.init-a = {self.init_a!r}: {self.facts.name} {self.facts.inits_why}, "

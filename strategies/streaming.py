@@ -18,7 +18,7 @@ from fedlora.core.factors import Tensors
 from fedlora.core.parallel import one_thread
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from strategies.center import Center
+from strategies.layer import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule, check_heads
 

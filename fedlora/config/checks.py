@@ -6,7 +6,7 @@ import json
 import math
 from typing import Any
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, unknown_name
 
 Scalar = bool | int | float | str
 
@@ -24,7 +24,8 @@ def refusal(key: str, value: object, accepted: str) -> str:
 
 def one_of(key: str, value: str, accepted: tuple[str, ...]) -> None:
     """Refuse a value outside a fixed list."""
-    require(value in accepted, key, value, f"accepted are {', '.join(accepted)}")
+    if value not in accepted:
+        raise unknown_name(key, value, accepted)
 
 
 def int_list(key: str, text: str) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedlora.config.checks import refusal
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, unknown_name
 
 T = TypeVar("T")
 SHORTER = {
@@ -77,7 +77,7 @@ def _in_one_line(prefix: str, kind: Any, error: ValidationError) -> ConfigError:
     if first["type"] == "unexpected_keyword_argument":
         accepted = f"unknown key, accepted are {', '.join(map(kebab, fields))}"
     elif first["type"] == "literal_error":
-        accepted = f"accepted are {', '.join(get_args(fields[first['loc'][0]].annotation))}"
+        return unknown_name(key, first["input"], get_args(fields[first["loc"][0]].annotation))
     else:
         accepted = first["msg"]
         for words, short in SHORTER.items():

@@ -1,4 +1,4 @@
-"""Starting values of an adapter, drawn from named streams so that everybody can draw them again."""
+"""Starting values of adapters and heads, drawn from named streams so that everybody can draw them again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedlora.core.factors import AdapterSet, LoraFactors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ModuleSpec
-from fedlora.errors import ConfigError
+from fedlora.errors import unknown_name
 
 DRAWN = ("kaiming", "orthonormal")
 """Kinds of A that are drawn."""
@@ -24,6 +24,8 @@ FROM_DATA = ("eva", "lora-ga")
 TAKEN_OUT = (*FROM_BASE, "lora-ga")
 """The kinds whose first product leaves the base."""
 INIT_A = (*FRESH, *FROM_BASE, *FROM_DATA)
+HEAD_STD = 0.02
+"""Standard deviation of the weights of a fresh head."""
 
 
 def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator) -> Tensor:
@@ -48,7 +50,7 @@ def initial_a(kind: str, rank: int, in_features: int, generator: torch.Generator
         return rows.float().contiguous()
     if kind == "miss":
         return torch.eye(rank).repeat(1, -(-in_features // rank))[:, :in_features].contiguous()
-    raise ConfigError(f"strategy.init-a = {kind!r}: accepted are {', '.join(FRESH)}")
+    raise unknown_name("strategy.init-a", kind, FRESH)
 
 
 def fresh_adapters(
@@ -68,3 +70,10 @@ def fresh_adapters(
         name: LoraFactors(A=drawn[name], B=torch.zeros(spec.out_features, rank), scaling=scaling)
         for name, spec in modules.items()
     }
+
+
+def draw_head(layer: nn.Linear, seed: int) -> None:
+    """A fresh head as transformers draws its own, weights N(0, 0.02) from ``seed``, biases 0; in place."""
+    fresh = torch.randn(layer.weight.shape, generator=torch_stream(seed, "head"))
+    layer.weight.data.copy_(HEAD_STD * fresh)
+    layer.bias.data.zero_()

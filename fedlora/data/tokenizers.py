@@ -13,10 +13,9 @@ from typing import Any, Protocol, TypeAlias
 
 from fedlora.assets.fetch import file_sha256
 from fedlora.assets.models import BUILT_IN_MODELS, model_directory
-from fedlora.data.byte_tokenizer import ByteTokenizer
+from fedlora.data.built_in_tokenizers import ByteTokenizer, TinyTokenizer
 from fedlora.data.chat.template import ChatSettings
 from fedlora.data.chat.tokenise import Chats, ChatTokenizer
-from fedlora.data.tiny_tokenizer import TinyTokenizer
 from fedlora.errors import AssetError, ConfigError, first_line
 
 TOKENIZER_FILES = (

@@ -4,13 +4,12 @@ Importing this package imports transformers and PEFT (seconds); do it where a mo
 """
 
 from fedlora.models.adapted import AdaptedModel
-from fedlora.models.build import TINY_VOCAB_SIZE, build_model, pick_device
+from fedlora.models.build import build_model, pick_device
 from fedlora.models.export import AdapterCard, load_adapter, save_adapter, save_loaded
 from fedlora.models.fit import check_fit, check_length, check_padding
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
 
 __all__ = [
-    "TINY_VOCAB_SIZE",
     "AdaptedModel",
     "AdapterCard",
     "build_model",

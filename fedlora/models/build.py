@@ -23,16 +23,15 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from fedlora.assets.loading import pretrained
 from fedlora.assets.models import BUILT_IN_MODELS, model_directory
 from fedlora.config import ModelConfig
-from fedlora.core.heads import draw_head
+from fedlora.core.init_drawn import draw_head
 from fedlora.core.seeding import drawn_from
+from fedlora.data.built_in_tokenizers import BYTE_VOCAB_SIZE, TINY_VOCAB_SIZE
 from fedlora.errors import ConfigError
 from fedlora.models.fit import pad_in_front
 from fedlora.models.layers import head_tensors
 from fedlora.models.quantized import quantise
 from fedlora.models.vision.backbones import image_classifier
 
-TINY_VOCAB_SIZE = 1000
-TINY_LM_VOCAB_SIZE = 258
 NO_LANGUAGE_MODEL = (
     "it is no causal language model; accepted are smollm2, tiny-lm, a directory and a Hugging Face id of one"
 )
@@ -199,7 +198,7 @@ def _tiny_backbone() -> Any:
 def _tiny_lm() -> Any:
     """Like SmolLM2, but small and random; the same weights for every seed of a run."""
     config = LlamaConfig(
-        vocab_size=TINY_LM_VOCAB_SIZE,
+        vocab_size=BYTE_VOCAB_SIZE,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from scipy.optimize import brentq
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, unknown_name
 from fedlora.privacy.accountants import ACCOUNTANTS, History, prv_of_equal_steps
 
 MAX_EPSILON = 100.0
@@ -183,7 +183,7 @@ def _check(history: History, target_delta: float, accountant: str) -> None:
     if not 0 < target_delta < 1:
         raise ConfigError(f"privacy.target-delta = {target_delta}: must be in (0, 1)")
     if accountant not in ACCOUNTANTS:
-        raise ConfigError(f"privacy.accountant = {accountant!r}: accepted are {', '.join(ACCOUNTANTS)}")
+        raise unknown_name("privacy.accountant", accountant, ACCOUNTANTS)
     if accountant != "rdp":
         all_steps = sum(steps for _, _, steps in history)
         _require(

@@ -1,4 +1,9 @@
-"""Base of Grids whose clients are always there and whose replies are collected at once."""
+"""Base of Grids whose clients are always there and whose replies are collected at once.
+
+Alone here is Flower's private task identity touched: outside a Flower process a `Message` cannot be built
+until the process says which run and node it speaks for, and Flower has no public way to say so (checked on
+flwr 1.41 and 1.42; a test holds this module against the installed version).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,9 @@ from collections.abc import Iterable
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
 
-from fedlora.simulation.flower_identity import SERVER_NODE_ID, speak_as_server
-
+SERVER_NODE_ID = 1
 CLIENT_FAILED = 1
 """Code of an error reply: the client raised."""
 
@@ -58,3 +63,10 @@ class LocalGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Refused: replies are only collected by `send_and_receive`."""
         raise NotImplementedError("use send_and_receive")
+
+
+def speak_as_server(run_id: int) -> None:
+    """Let this process build messages as the ServerApp of a run."""
+    TaskIdentity.task_id = 1
+    TaskIdentity.run_id = run_id
+    TaskIdentity.node_id = SERVER_NODE_ID

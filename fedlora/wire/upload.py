@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fedlora.core.factors import Tensors
-from fedlora.errors import ConfigError, UpdateRefused
+from fedlora.errors import UpdateRefused, unknown_name
 
 
 class UploadCodec(Protocol):
@@ -171,7 +171,7 @@ def codec_named(name: str) -> UploadCodec:
         ConfigError: there is none.
     """
     if name not in CODECS:
-        raise ConfigError(f"upload = {name!r}: accepted are {', '.join(CODECS)}")
+        raise unknown_name("upload", name, CODECS)
     return CODECS[name]
 
 

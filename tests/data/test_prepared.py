@@ -13,8 +13,8 @@ import pytest
 
 from fedlora.assets.fetch import cache_dir
 from fedlora.config import RunConfig, from_flat
+from fedlora.data.built_in_tokenizers import TinyTokenizer
 from fedlora.data.sources import load_examples
-from fedlora.data.tiny_tokenizer import TinyTokenizer
 from fedlora.errors import ConfigError
 from fedlora.prepared import cache as module
 from fedlora.prepared.cache import open_prepared, prepare

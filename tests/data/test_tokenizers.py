@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedlora.data.built_in_tokenizers import CLS, SEP, TINY_VOCAB_SIZE, TinyTokenizer
 from fedlora.data.builtin.synthetic import DOMAINS, MOODS, NEUTRAL
-from fedlora.data.tiny_tokenizer import CLS, SEP, VOCAB_SIZE, TinyTokenizer
 from fedlora.data.tokenizers import PretrainedTokenizer, load_tokenizer
 from fedlora.errors import ConfigError
 
@@ -24,7 +24,7 @@ def test_tiny_frames_and_cuts(text: str, pair: str, max_length: int) -> None:
         assert len(ids) <= max_length
         assert (ids[0], ids[-1]) == (CLS, SEP)
         assert sum(token == SEP for token in ids) == ends
-        assert all(0 < token < VOCAB_SIZE for token in ids)
+        assert all(0 < token < TINY_VOCAB_SIZE for token in ids)
 
 
 def test_tiny_cuts_the_end_of_the_longest_part() -> None:

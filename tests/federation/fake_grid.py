@@ -16,7 +16,7 @@ from clients.store import ClientStore, resolve
 from fedlora import wire
 from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.core.seeding import torch_stream
-from fedlora.simulation.flower_identity import speak_as_server
+from fedlora.simulation.local_grid import speak_as_server
 
 Client = Callable[[Message, int], Message | None]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedlora.config import from_flat, read_config
-from fedlora.data.byte_tokenizer import ByteTokenizer
+from fedlora.data.built_in_tokenizers import ByteTokenizer
 from fedlora.data.chat.template import ChatSettings, chat_settings
 from fedlora.errors import ConfigError, OwnDataRefused
 from fedlora.prepared.cache import Prepared, open_prepared, prepare

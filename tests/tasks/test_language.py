@@ -13,7 +13,7 @@ import torch
 
 from clients.evaluation import evaluate
 from fedlora.config import RunConfig
-from fedlora.data.byte_tokenizer import ByteTokenizer
+from fedlora.data.built_in_tokenizers import ByteTokenizer
 from fedlora.data.examples import collate
 from fedlora.errors import ConfigError
 from fedlora.prepared.cache import Prepared, open_prepared, prepare

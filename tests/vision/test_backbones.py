@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import gelu
 from transformers import AutoModelForImageClassification, BertConfig
 
-from fedlora.core.heads import HEAD_STD
+from fedlora.core.init_drawn import HEAD_STD
 from fedlora.data.image_reader import PRETRAINED, SIZES, TINY, image_format
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel, head_tensors, linear_layers, resolve_targets

@@ -17,7 +17,7 @@ from fedlora.core.factors import LoraFactors, Product
 from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, ClientUpdate, Patch
 from fedlora.errors import UpdateRefused
-from fedlora.simulation.flower_identity import speak_as_server
+from fedlora.simulation.local_grid import speak_as_server
 from strategies.replies import validate_reply
 from strategies.request import Payload, PendingRequest
 from strategies.rules.fedavg import FedAvgRule

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from fedlora.assets.loading import pretrained
-from fedlora.core.heads import draw_head
+from fedlora.core.init_drawn import draw_head
 from fedlora.core.seeding import drawn_from
 from fedlora.data.builtin.image_sets import NATIVE
 from fedlora.data.image_reader import (
