@@ -34,7 +34,7 @@ def base_mod(model: Callable[[Context], PeftModel], state_dir: Path | str) -> Mo
     root = Path(state_dir).expanduser()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        if wire.order_settings(message.content) is None:
+        if wire.instruction_settings(message.content) is None:
             return call_next(message, context)
         try:
             instruction = wire.decode_instruction(message.content)

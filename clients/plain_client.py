@@ -27,7 +27,7 @@ def train_as_ordered(model: nn.Module, message: Message) -> None:
     Other parameters stay as they are, and so does the model where the message is no instruction of a fedlora
     strategy. A trained factor of the round before may rest in this one: call it for every message.
     """
-    settings = wire.order_settings(message.content)
+    settings = wire.instruction_settings(message.content)
     if settings is None:
         return
     trained, modules = wire.names(str(settings["trained"])), set(json.loads(str(settings["modules"])))
@@ -47,7 +47,7 @@ def own_mod(state_dir: Path | str) -> Mod:
     root = Path(state_dir).expanduser()
 
     def mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        settings = wire.order_settings(message.content)
+        settings = wire.instruction_settings(message.content)
         if settings is None:
             return call_next(message, context)
         instruction = wire.decode_instruction(message.content)
@@ -72,7 +72,7 @@ def upload_mod(message: Message, context: Context, call_next: ClientAppCallable)
 
     The last of the mods (``mods=[base_mod(...), upload_mod]``), so that it sees what training begins from.
     """
-    if wire.order_settings(message.content) is None:
+    if wire.instruction_settings(message.content) is None:
         return call_next(message, context)
     instruction = wire.decode_instruction(message.content)
     reply = call_next(message, context)

@@ -119,7 +119,7 @@ class Transport:
         Raises:
             ConfigError: a name in ``config`` that the instructions' own settings have.
         """
-        if taken := sorted(wire.ORDER_KEYS & config.keys()):
+        if taken := sorted(wire.INSTRUCTION_KEYS & config.keys()):
             raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
         return [self._message(request, message_type, config) for request in self.requests]
 

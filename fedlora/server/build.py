@@ -51,7 +51,7 @@ def assemble(
         runtime: its model and data.
         partitions: those that may take part.
         seeded: noise for whole clients may come from the run's seed.
-        packed: each record of an order travels as one array.
+        packed: each record of an instruction travels as one array.
         node_directory: who is who among the nodes, where their keys say so.
 
     Raises:

@@ -48,7 +48,7 @@ def predicted_work(config: RunConfig, data: Prepared) -> Work:
 def cohorts(
     messages: Sequence[Message], partition_ids: Mapping[int, int], size: int, work: Work
 ) -> list[list[Message]]:
-    """The messages in groups of at most ``size``, the most work first; only orders to train are grouped.
+    """The messages in groups of at most ``size``, the most work first; only training is grouped.
 
     Groups are of even size and hold clients of similar work.
 

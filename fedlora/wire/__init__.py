@@ -10,14 +10,14 @@ A training message holds, under Flower's usual names,
   client must hold (`Needs`). A client that lacks one answers ``missing`` and is served in the same round.
 
 A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` with its ``status``; the arrays
-as floats, or written by the codec that the order names, see `fedlora.wire.upload`.
+as floats, or written by the codec that the instruction names, see `fedlora.wire.upload`.
 Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 """
 
 from fedlora.core.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
 from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
 from fedlora.wire.instruction import (
-    ORDER_KEYS,
+    INSTRUCTION_KEYS,
     Needs,
     TrainInstruction,
     complete_adapters,
@@ -27,12 +27,12 @@ from fedlora.wire.instruction import (
     head_tensors,
     identity,
     instruction_config,
+    instruction_settings,
     layer_parts,
     layers_travelled,
     moving_part,
     moving_tensors,
     names,
-    order_settings,
     parts_record,
 )
 from fedlora.wire.reply import (
@@ -52,10 +52,10 @@ __all__ = [
     "CODECS",
     "CONFIG",
     "DECLINED",
+    "INSTRUCTION_KEYS",
     "METRICS",
     "MISSING",
     "OK",
-    "ORDER_KEYS",
     "PARTS",
     "PREFIX",
     "Needs",
@@ -76,6 +76,7 @@ __all__ = [
     "head_tensors",
     "identity",
     "instruction_config",
+    "instruction_settings",
     "key_of",
     "layer_parts",
     "layers_travelled",
@@ -84,7 +85,6 @@ __all__ = [
     "moving_tensors",
     "names",
     "nbytes",
-    "order_settings",
     "parts_record",
     "payload_bytes",
     "to_peft",

@@ -1,4 +1,4 @@
-"""The order to train: what travels to a client, and what the client must hold besides."""
+"""The training instruction: what travels to a client, and what the client must hold besides."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Needs:
     Attributes:
         base: the base patches P_1 .. P_v in order.
         frozen: the factors of `frozen_tensors`; empty if there are none.
-        moving: the factors of `moving_tensors`, where the client held them when the order was made; else
-            empty, and they travel unnamed.
+        moving: the factors of `moving_tensors`, where the client held them when the instruction was
+            made; else empty, and they travel unnamed.
         layers: in place of these two, where layers rest: the parts of `layer_parts` that rest, and those that
-            move and were held when the order was made.
+            move and were held when the instruction was made.
     """
 
     base: tuple[str, ...] = ()
@@ -104,7 +104,7 @@ class TrainInstruction:
 
 
 def identity(config: Mapping[str, Any]) -> str:
-    """Names the round that an order belongs to, among the rounds of all runs.
+    """Names the round that an instruction belongs to, among the rounds of all runs.
 
     >>> identity({"server-round": 3, "run-key": "5e1f"})
     'round 3 of run 5e1f'
@@ -153,7 +153,7 @@ def head_tensors(broadcast: Broadcast) -> Tensors:
     return to_peft({}, broadcast.head)
 
 
-ORDER_KEYS = frozenset(
+INSTRUCTION_KEYS = frozenset(
     {
         "rank",
         "scaling",
@@ -172,7 +172,7 @@ ORDER_KEYS = frozenset(
 
 
 def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[str, Any]:
-    """The plain settings of an order, as a ConfigRecord can carry them."""
+    """The plain settings of an instruction, as a ConfigRecord can carry them."""
     first = next(iter(broadcast.adapters.values()))
     config: dict[str, Any] = {
         "rank": first.rank,
@@ -208,7 +208,7 @@ def parts_record(
 
 
 def decode_instruction(content: RecordDict) -> TrainInstruction:
-    """The order in a training message.
+    """The instruction in a training message.
 
     What names a file at the client (run, digests) is held to names that lead nowhere else.
 
@@ -241,8 +241,8 @@ def decode_instruction(content: RecordDict) -> TrainInstruction:
     )
 
 
-def order_settings(content: RecordDict) -> ConfigRecord | None:
-    """The settings of the order in a message, whatever their record is called; None where there is none."""
+def instruction_settings(content: RecordDict) -> ConfigRecord | None:
+    """Settings of a message's instruction, whatever their record is called; None where there is none."""
     return next((r for r in content.config_records.values() if "needs-frozen" in r), None)
 
 
@@ -253,38 +253,40 @@ def _names(content: RecordDict) -> tuple[str, str]:
     return (arrays[0], settings[0]) if len(arrays) == len(settings) == 1 else (ARRAYS, CONFIG)
 
 
-def frozen_part(order: TrainInstruction) -> Tensors:
+def frozen_part(instruction: TrainInstruction) -> Tensors:
     """Tensors of `frozen_tensors`, if they travelled; empty if the client is expected to hold them."""
-    return of_names(order.arrays, (order.tensors or FACTORS) - (order.trained & order.uploaded))
+    return of_names(
+        instruction.arrays, (instruction.tensors or FACTORS) - (instruction.trained & instruction.uploaded)
+    )
 
 
-def moving_part(order: TrainInstruction) -> Tensors:
+def moving_part(instruction: TrainInstruction) -> Tensors:
     """Tensors of `moving_tensors`, if they travelled; empty if the client is expected to hold them."""
-    return of_names(order.arrays, order.trained & order.uploaded)
+    return of_names(instruction.arrays, instruction.trained & instruction.uploaded)
 
 
-def layers_travelled(order: TrainInstruction) -> dict[str, Tensors]:
+def layers_travelled(instruction: TrainInstruction) -> dict[str, Tensors]:
     """The parts of `layer_parts` that travelled, by digest."""
-    moving, parts = order.trained & order.uploaded, dict[tuple[str, bool], Tensors]()
-    for module, tensors in from_peft(order.arrays, order.tensors).layers.items():
+    moving, parts = instruction.trained & instruction.uploaded, dict[tuple[str, bool], Tensors]()
+    for module, tensors in from_peft(instruction.arrays, instruction.tensors).layers.items():
         for name, tensor in tensors.items():
             parts.setdefault((module, name in moving), {})[key_of(module, name)] = tensor
     return {digest(part): part for part in parts.values()}
 
 
-def complete_adapters(order: TrainInstruction, held: Tensors) -> tuple[Adapters, Tensors]:
-    """The starting adapter and head of an order, from what travelled, what is held, and fresh draws.
+def complete_adapters(instruction: TrainInstruction, held: Tensors) -> tuple[Adapters, Tensors]:
+    """The starting adapter and head of an instruction, from what travelled, what is held, and fresh draws.
 
     Raises:
         UpdateRefused: a module has only some of its factors.
     """
-    parts = from_peft({**held, **order.arrays}, order.tensors)
-    rank, scaling = int(order.config["rank"]), float(order.config["scaling"])
-    if "fresh" in order.config:
-        fresh = json.loads(order.config["fresh"])
+    parts = from_peft({**held, **instruction.arrays}, instruction.tensors)
+    rank, scaling = int(instruction.config["rank"]), float(instruction.config["scaling"])
+    if "fresh" in instruction.config:
+        fresh = json.loads(instruction.config["fresh"])
         specs = {n: ModuleSpec(out_features=o, in_features=i) for n, (o, i) in fresh["shapes"].items()}
         return fresh_adapters(specs, rank, scaling, fresh["seed"], fresh["init-a"]), parts.head
     try:
-        return parts.adapters(scaling, order.tensors, rank), parts.head
+        return parts.adapters(scaling, instruction.tensors, rank), parts.head
     except FactorShapeError as error:
-        raise UpdateRefused(f"round {order.server_round}: {error}") from None
+        raise UpdateRefused(f"round {instruction.server_round}: {error}") from None

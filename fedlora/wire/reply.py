@@ -33,7 +33,7 @@ class Reply:
         holds: digests that it now holds, which need not be sent again.
         reason: why it declined.
         privacy: what it has spent, or None; the fields of `PrivacySpent`.
-        answers: which order it answers, see `TrainInstruction.identity`; empty from other people's apps.
+        answers: the instruction's, see `TrainInstruction.identity`; empty from other people's apps.
         cohort_halved: it trained in a smaller cohort than was meant, so that its bits are not the run's.
         half: some array travelled in half precision.
     """
@@ -52,17 +52,19 @@ class Reply:
     half: bool = False
 
 
-def encode_reply(reply: Reply, order: TrainInstruction | None = None, *, packed: bool = False) -> RecordDict:
+def encode_reply(
+    reply: Reply, instruction: TrainInstruction | None = None, *, packed: bool = False
+) -> RecordDict:
     """The records of a reply.
 
     Args:
         reply: its arrays are plain floats.
-        order: which it answers, by whose codec the arrays are written; by default they travel as float32.
+        instruction: whose codec writes the arrays; by default they travel as float32.
         packed: as in `to_record`.
     """
-    codec, arrays, answers = "", reply.arrays, reply.answers if order is None else order.identity
-    if order is not None and arrays:
-        codec, arrays = order.upload, order.coded(reply.start, arrays)
+    codec, arrays, answers = "", reply.arrays, reply.answers if instruction is None else instruction.identity
+    if instruction is not None and arrays:
+        codec, arrays = instruction.upload, instruction.coded(reply.start, arrays)
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),
@@ -87,7 +89,7 @@ def decode_reply(content: RecordDict, *, trained: bool = True) -> Reply:
 
     Args:
         content: the records; the arrays may have any name where there is one such record only.
-        trained: it answers an order to train, so that it must hold arrays.
+        trained: it answers a training instruction, so that it must hold arrays.
 
     Raises:
         UpdateRefused: there is no record ``arrays``, or something in it cannot be decoded.

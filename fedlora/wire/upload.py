@@ -1,8 +1,8 @@
 """Upload codecs: how a client's trained tensors are written down for the way to the server.
 
-An order names its codec and a seed; both sides hold the tensors that training began from, so that a codec may
-write down the change alone. What comes back is checked and aggregated as if it had been sent whole. A client
-that is not fedlora's and knows no codec sends floats, which are always understood.
+An instruction names its codec and a seed; both sides hold the tensors that training began from, so that a
+codec may write down the change alone. What comes back is checked and aggregated as if it had been sent whole.
+A client that is not fedlora's and knows no codec sends floats, which are always understood.
 
 Digests are of downloads and know nothing of this. Under differential privacy the noise is in the tensors
 already, and what a codec makes of them is post-processing: it costs nothing and weakens nothing.

@@ -1,4 +1,4 @@
-"""Whether the settings of an order are what `fedlora.wire.instruction.instruction_config` writes.
+"""Whether the settings of an instruction are what `fedlora.wire.instruction.instruction_config` writes.
 
 A client does what they say, so nothing in them may lead it elsewhere: names of files are held to a form.
 """
