@@ -78,4 +78,7 @@ def test_the_seed_decides(init_a: str) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ConfigError) as error:
         initial_a("pissa", 2, 3, torch_stream(0, "a"))
-    assert str(error.value) == "strategy.init-a = 'pissa': accepted are kaiming, orthonormal, miss"
+    assert (
+        str(error.value)
+        == "strategy.init-a = 'pissa' (did you mean miss?): accepted are kaiming, orthonormal, miss"
+    )
