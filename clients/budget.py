@@ -249,6 +249,7 @@ def privacy_spent(release: Release, standing: Standing) -> PrivacySpent:
         sample_rate=release.sample_rate,
         steps=standing.steps,
         releases=standing.releases,
+        history=standing.history,
         ledger_head=standing.head,
     )
 

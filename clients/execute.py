@@ -112,7 +112,9 @@ def answer(
         start=start,
         metrics=metrics,
         holds=instruction.needs.digests,
-        privacy=None if spent is None else spent.told(count=config.privacy.release_metrics),
+        privacy=None
+        if spent is None
+        else spent.told(count=config.privacy.release_metrics, simulated=node.simulation),
         cohort_halved=halved,
     )
 

@@ -93,6 +93,7 @@ class ClientPrivacy(PrivacyMechanism):
                     sample_rate=FULL,
                     steps=rounds,
                     releases=rounds,
+                    history=((noise, FULL, rounds),),
                 )
             )
             for partition, rounds in sorted(participations.items())

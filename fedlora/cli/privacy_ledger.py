@@ -14,6 +14,7 @@ from fedlora.cli.console import one_line_errors, out
 
 if TYPE_CHECKING:
     from fedlora.privacy.ledger import Account
+    from fedlora.privacy.trade_off import TradeOff
 
 COLUMNS = (
     "data set",
@@ -42,8 +43,11 @@ def spent(
     """
     from fedlora.privacy.ledger import read_ledgers
 
-    rows = [_row(account) for place in _places(directory) for account in read_ledgers(place)]
+    accounts = [account for place in _places(directory) for account in read_ledgers(place)]
+    rows, curves = [*map(_row, accounts)], [*map(_curve, accounts)]
     if as_json:
+        for row, curve in zip(rows, curves, strict=True):
+            row["attacker"] = curve and curve.record()
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
@@ -52,6 +56,10 @@ def spent(
     for row in rows:
         table.add_row(*map(_cell, list(row.values())[1:]))
     out.print(table)
+    for row, curve in zip(rows, curves, strict=True):
+        if curve:
+            said = f"{row['dataset']}: {curve.said()}, by {curve.found_by}"
+            out.print(said, markup=False, highlight=False)
     out.print("epsilon is of everything on a ledger; unfinished releases count, 'changes' are of the content")
 
 
@@ -113,6 +121,14 @@ def _row(account: Account) -> dict[str, Any]:
         "steps": standing.steps,
         "content_changes": standing.content_changes,
     }
+
+
+def _curve(account: Account) -> TradeOff | None:
+    """What all that is on a ledger lets an attacker find at most; None where there is nothing."""
+    from fedlora.privacy.trade_off import trade_off
+
+    standing = account.standing
+    return trade_off(standing.history, standing.epsilon, standing.delta) if standing.releases else None
 
 
 def _cell(value: Any) -> str:

@@ -83,12 +83,23 @@ def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) 
     rows = {
         "noise multiplier": f"{_noise(plan['noise_multiplier'])}  (noise standard deviation / clipping norm)",
         "epsilon": f"{_epsilon(plan['epsilon'])} at delta {plan['delta']:g}, by {plan['accountant']}",
+        "attacker": _attacker(plan["attacker"]),
         "neighbours": f"{relation}: {NEIGHBOURS[relation].format(f'{dataset_size:,}')}",
         "covers": f"{_count(rounds, 'round')} of {_count(steps // rounds, 'step')}, {steps:,} in all",
         "sample rate": f"{plan['sample_rate']:.4g}  ({batch})",
     }
     for name, text in rows.items():
         out.print(f"{name:16}  {text}", highlight=False)
+
+
+def _attacker(found: dict[str, Any]) -> str:
+    """Percent of the members, for percent of false alarms."""
+    from fedlora.privacy.trade_off import LOSSES, percent_up
+
+    rates = found["true_positive_rate_at"]
+    shares = [f"{percent_up(most)} % at {100 * float(rate):g} %" for rate, most in rates.items()]
+    loosely = "" if found["found_by"] == LOSSES else f", by {found['found_by']}"
+    return f"finds at most {', '.join(shares)} of false alarms{loosely}"
 
 
 def _print_hopeful_cases(plan: dict[str, Any], target_epsilon: float) -> None:

@@ -151,12 +151,23 @@ def _one_step_loss(noise_multiplier: float, sample_rate: float, most: int, targe
 
 
 def pld(history: History, target_delta: float) -> float:
-    """Epsilon by privacy loss distributions, on a grid of 1e-4, coarser where little noise makes it long."""
+    """Epsilon by privacy loss distributions."""
+    return float(_losses(history).get_epsilon_for_delta(target_delta))
+
+
+def profile(history: History, epsilons: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The delta of each epsilon by privacy loss distributions: of the worse direction, an upper bound."""
+    deltas: NDArray[np.float64] = _losses(history).get_delta_for_epsilon(epsilons)
+    return np.minimum(deltas, 1.0)
+
+
+def _losses(history: History) -> Any:
+    """Of all steps together, on a grid of 1e-4, coarser where little noise makes it long."""
     width = 1e-4 * max(1.0, 1.5 / min(noise_multiplier for noise_multiplier, _, _ in history))
     whole, *others = (_one_step_losses(noise, rate, width).self_compose(n) for noise, rate, n in history)
     for other in others:
         whole = whole.compose(other)
-    return float(whole.get_epsilon_for_delta(target_delta))
+    return whole
 
 
 @lru_cache(maxsize=8)

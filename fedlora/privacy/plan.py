@@ -26,6 +26,7 @@ from fedlora.config.privacy import ADD_OR_REMOVE_ONE, MAX_DELTA, ZERO_OUT_ONE
 from fedlora.errors import ConfigError
 from fedlora.privacy.accountants import ACCOUNTANTS
 from fedlora.privacy.calibration import MAX_EPSILON, calibrate_noise, epsilon_spent
+from fedlora.privacy.trade_off import trade_off
 
 Arguments = ParamSpec("Arguments")
 
@@ -110,8 +111,10 @@ def make_plan(request: Request) -> dict[str, Any]:
 
     Returns:
         ``noise_multiplier``, ``epsilon``, ``delta``, ``steps``, ``sample_rate`` and ``participations``
-        of the worst case; under ``expected_case`` and ``client_sampling`` the ``noise_multiplier`` that
-        each would have chosen, and the ``epsilon_spent`` under it in the worst case; under
+        of the worst case; under ``attacker`` what it lets an attacker find at most, see
+        `fedlora.privacy.trade_off`; under ``expected_case`` and ``client_sampling`` the
+        ``noise_multiplier`` that each would have chosen, and the ``epsilon_spent`` under it in the
+        worst case; under
         ``by_accountant`` the epsilon of the worst case as each accountant has it; under ``tight``, for
         rdp, what pld says. A number is None where the accountant cannot resolve it.
 
@@ -133,13 +136,15 @@ def make_plan(request: Request) -> dict[str, Any]:
     hidden_rate, hidden_steps = r.sample_rate * r.fraction_train, r.rounds * r.local_steps
     hidden = noise_for(hidden_rate, hidden_steps, r.accountant)
     by_accountant = {name: spent(noise, r.steps, name) for name in ACCOUNTANTS}
+    epsilon = epsilon_spent(noise, r.sample_rate, r.steps, r.target_delta, r.accountant)
     return {
         "noise_multiplier": noise,
-        "epsilon": by_accountant[r.accountant],
+        "epsilon": epsilon,
         "delta": r.target_delta,
         "steps": r.steps,
         "sample_rate": r.sample_rate,
         "participations": r.max_participations,
+        "attacker": trade_off(((noise, r.sample_rate, r.steps),), epsilon, r.target_delta).record(),
         "accountant": r.accountant,
         "neighboring_relation": r.neighboring_relation,
         "expected_case": {

@@ -54,7 +54,7 @@ class Standing:
         delta: at which, see `fedlora.privacy.filter.stated_delta`; 0 before the first release.
         neighboring_relation: under which; ``zero_out_one`` if only one release is under no more than that.
         accountant: by which.
-        steps: optimiser steps of all releases.
+        history: noise, rate and optimiser steps of each setting that was charged.
         releases: how many, unfinished ones included.
         unfinished: reserved ones whose training did not come to an end, or not yet.
         content_changes: how often the content was found changed.
@@ -66,12 +66,17 @@ class Standing:
     delta: float
     neighboring_relation: NeighboringRelation
     accountant: str
-    steps: int
+    history: History
     releases: int
     unfinished: int
     content_changes: int
     budget: Budget | None
     head: str
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all releases."""
+        return sum(steps for _, _, steps in self.history)
 
 
 class Spending:
@@ -133,7 +138,7 @@ class Spending:
             delta=delta,
             neighboring_relation=self._relation,
             accountant=accountant,
-            steps=self.steps.total(),
+            history=_history(self.steps),
             releases=releases,
             unfinished=unfinished,
             content_changes=content_changes,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE, ZERO_OUT_ONE
+from fedlora.privacy.accountants import History
 
 
 class NeighboringRelation(StrEnum):
@@ -38,6 +39,8 @@ class PrivacySpent:
         sample_rate: probability with which an example is in a batch, of the last release.
         steps: optimiser steps of the run's releases.
         releases: how many these are, unfinished ones included.
+        history: noise multiplier, sample rate and steps of each setting that was charged; empty where they
+            are not known, or something else than Poisson-subsampled Gaussian steps was released.
         ledger_head: what every later state of the ledger contains, see `fedlora.privacy.ledger`.
     """
 
@@ -51,17 +54,20 @@ class PrivacySpent:
     sample_rate: float
     steps: int
     releases: int = 1
+    history: History = ()
     ledger_head: str = ""
 
-    def told(self, *, count: bool) -> dict[str, object]:
+    def told(self, *, count: bool, simulated: bool = False) -> dict[str, object]:
         """What leaves the client.
 
         Args:
             count: the example count leaves it, too. Otherwise, where noise and rate go by the real count,
                 they stay, and epsilon is rounded up to two decimals; whoever wants to can still find it out.
+            simulated: nothing has to be kept from the server; the history goes along for its records.
         """
         whole = dataclasses.asdict(self)
         if count or self.neighboring_relation == NeighboringRelation.ADD_OR_REMOVE_ONE:
             return whole
-        kept = {key: value for key, value in whole.items() if key not in ("noise_multiplier", "sample_rate")}
+        stays = ("noise_multiplier", "sample_rate", *(() if simulated else ("history",)))
+        kept = {key: value for key, value in whole.items() if key not in stays}
         return kept | {"epsilon": math.ceil(100 * self.epsilon) / 100}

@@ -16,6 +16,7 @@ from fedlora.config import RunConfig
 from fedlora.data.columns import BY_NATURE
 from fedlora.errors import RunFailed
 from fedlora.prepared.cache import Prepared
+from fedlora.privacy.trade_off import curve_of, history_of
 from fedlora.tasks import CLASSIFICATION, Task
 from strategies.report import RoundReport
 
@@ -96,6 +97,8 @@ def round_record(
     """
     epsilons = {str(p): spent["epsilon"] for p, spent in sorted(report.privacy.items())}
     privacy = mechanism_of(config)
+    most = max(report.privacy, key=lambda p: (report.privacy[p]["epsilon"], -p), default=None)
+    claim = {} if most is None else {"claim": {"client": most, **_claim(report.privacy[most])}}
     return {
         "round": report.server_round,
         "strategy": config.strategy.name,
@@ -107,6 +110,7 @@ def round_record(
         "private": privacy.private,
         "epsilon": max(epsilons.values(), default=None),
         "epsilon_by_client": epsilons,
+        **claim,
         **(report.diagnostics.as_dict() if report.diagnostics else {}),
         "participants": report.participants,
         "refused": {str(p): reason for p, reason in report.refused.items()},
@@ -137,6 +141,7 @@ def result_record(
         **_reference(data, before),
         "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
         "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
+        **_largest_claim(records),
         "bytes_up": sum(r["bytes_up"] for r in records),
         "bytes_down": sum(r["bytes_down"] for r in records),
         "seconds": round(sum(r["seconds"] for r in records), 3),
@@ -144,6 +149,33 @@ def result_record(
         **({"left_out": {str(p): why for p, why in data.left_out.items()}} if data.left_out else {}),
         **_reproducible(records),
     }
+
+
+CLAIM = (
+    "epsilon", "delta", "granularity", "neighboring_relation", "sampling_method", "accountant", "steps",
+)  # fmt: skip
+"""Fields of `fedlora.privacy.types.PrivacySpent` that are kept, beside the history."""
+
+
+def _claim(spent: Mapping[str, Any]) -> dict[str, Any]:
+    """A client's claim, as far as it is one: a number or a short word for each field."""
+    kept = {key: value for key in CLAIM if isinstance(value := spent.get(key), int | float | str)}
+    kept = {key: value[:40] if isinstance(value, str) else value for key, value in kept.items()}
+    return kept | {"history": [list(entry) for entry in history_of(spent)[:MOST_SETTINGS]]}
+
+
+MOST_SETTINGS = 16
+"""Of a recorded history; longer ones say no more, see `fedlora.privacy.trade_off`."""
+
+
+def _largest_claim(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The claim with the largest epsilon, and what it lets an attacker find; nothing without one."""
+    claims = [record["claim"] for record in records if "claim" in record]
+    if not claims:
+        return {}
+    largest = max(claims, key=lambda claim: float(claim["epsilon"]))
+    curve = curve_of(largest)
+    return {"claim": largest} if curve is None else {"claim": largest, "attacker": curve.record()}
 
 
 def _reference(data: Prepared, before: Mapping[str, Any] | None) -> dict[str, Any]:

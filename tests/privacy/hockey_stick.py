@@ -30,6 +30,27 @@ def epsilon(p: Law, q: Law, noise: float, steps: int, delta: float) -> float:
 
 
 def _one_way(p: Law, q: Law, noise: float, steps: int, delta: float) -> float:
+    total, composed = _composed(p, q, noise, steps)
+
+    def excess(epsilon: float) -> float:
+        return _delta(total, composed, epsilon) - delta
+
+    return 0.0 if excess(0.0) <= 0 else float(brentq(excess, 0.0, 30.0, xtol=1e-4))
+
+
+def profile_of(p: Law, q: Law, noise: float, steps: int, epsilons: np.ndarray) -> np.ndarray:
+    """The delta of each epsilon, in one direction."""
+    total, composed = _composed(p, q, noise, steps)
+    return np.array([_delta(total, composed, epsilon) for epsilon in epsilons])
+
+
+def _delta(total: np.ndarray, composed: np.ndarray, epsilon: float) -> float:
+    over = total > epsilon
+    return float(composed[over] @ -np.expm1(epsilon - total[over]))
+
+
+def _composed(p: Law, q: Law, noise: float, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values of the privacy loss of all steps, and their probabilities."""
     x = np.linspace(min([*p, *q]) - 8 * noise, max([*p, *q]) + 8 * noise, 30_001)
     P, Q = (sum(w * norm.pdf(x, value, noise) for value, w in law.items()) for law in (p, q))
     mass, loss = P / P.sum(), np.log(P / Q) / MESH
@@ -40,10 +61,4 @@ def _one_way(p: Law, q: Law, noise: float, steps: int, delta: float) -> float:
     np.add.at(pmf, (below + 1) % width, mass * (loss - below))
     composed = np.fft.irfft(np.fft.rfft(pmf) ** steps, width).clip(0)
     place = np.arange(width)
-    total = MESH * np.where(place < width // 2, place, place - width)
-
-    def excess(epsilon: float) -> float:
-        over = total > epsilon
-        return float(composed[over] @ -np.expm1(epsilon - total[over])) - delta
-
-    return 0.0 if excess(0.0) <= 0 else float(brentq(excess, 0.0, 30.0, xtol=1e-4))
+    return MESH * np.where(place < width // 2, place, place - width), composed

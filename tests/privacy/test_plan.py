@@ -225,3 +225,25 @@ def test_rubbish_is_refused_in_one_line_with_exit_code_2(name: str) -> None:
     assert line.startswith("error: ")
     assert words in line
     assert (option in line) or name == "too many steps"
+
+
+def test_what_an_attacker_finds_stands_beside_epsilon() -> None:
+    found = planned()["attacker"]
+    rates = found["true_positive_rate_at"]
+    assert found["found_by"] == "the privacy loss distribution"
+    assert list(rates) == ["0.001", "0.01", "0.1"]
+    for alarm, reached in rates.items():
+        assert float(alarm) < reached < 1e-5 + math.exp(0.5) * float(alarm)
+    shown = math.ceil(1000 * rates["0.01"]) / 10
+    assert f"{shown:.1f} % at 1 %" in invoke().stdout
+
+
+def test_a_plan_for_client_level_is_the_gaussian_curve() -> None:
+    from scipy.stats import norm
+
+    plan = planned(
+        dataset_size=1, batch_size=1, local_steps=1, rounds=8, fraction_train=1.0, target_epsilon=2.0
+    )
+    for alarm, reached in plan["attacker"]["true_positive_rate_at"].items():
+        exact = norm.cdf(norm.ppf(float(alarm)) + math.sqrt(8) / plan["noise_multiplier"])
+        assert exact <= reached <= exact + 2e-4

@@ -150,6 +150,28 @@ def test_ten_long_runs_stay_below_a_megabyte() -> None:
     assert len(render("Long", runs).encode()) < 1_000_000
 
 
+def test_what_an_attacker_can_find_is_drawn_by_the_claim_of_each_run() -> None:
+    claim = {"epsilon": 7.94, "delta": 1e-5, "history": [[1.0, 0.05, 600]]}
+    client_level = {"epsilon": 5.0, "delta": 1e-5, "history": [[5.0, 1.0, 25]], "granularity": "client"}
+    runs = [
+        result("fedavg", epsilon=7.94, outcome={"claim": claim}),
+        result("ffa", epsilon=7.94),
+        result("flora", epsilon=5.0, keys={"privacy.mode": "client"}, outcome={"claim": client_level}),
+        result("fedex"),
+    ]
+    chart = next(c for c in draw_charts(summarise(runs)) if c.name == "trade-off")
+    assert chart.numbers is not None
+    lines = {line[0]: line[1:] for line in chart.numbers.body}
+    assert lines == {
+        "fedavg": ("6.8%", "22.2%", "59.3%", "the privacy loss distribution"),
+        "ffa": ("100.0%", "100.0%", "100.0%", "epsilon and delta alone"),
+        "flora": ("1.9%", "9.3%", "39.0%", "the privacy loss distribution"),
+    }
+    assert "at 1% false alarms an attacker finds at most 22.2% (fedavg)" in chart.note
+    assert "Of ffa only epsilon and delta are known" in chart.note
+    assert "fedavg, at 10% false alarms an attacker finds at most 59.3%" in chart.svg
+
+
 def test_colours_are_variables_so_that_dark_mode_can_change_them(page: Page) -> None:
     styles = [value for tag, name, value in page.attributes if name == "style"]
     assert styles
@@ -165,6 +187,7 @@ def test_charts_without_data_are_left_out(page: Page) -> None:
         "chart-cosine",
         "chart-effective-rank",
         "chart-epsilon",
+        "chart-trade-off",
         "chart-domains",
     ]
     bare = result(

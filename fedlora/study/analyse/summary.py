@@ -107,6 +107,15 @@ class Row:
         return fmean(found) if all(map(is_number, found)) else None
 
     @property
+    def claim(self) -> dict[str, Any] | None:
+        """The claim with the largest epsilon; of runs that kept none, epsilon and the target delta."""
+        if self.epsilon is None:
+            return None
+        run = next(r for r in self.results if r.result.get("epsilon") == self.epsilon)
+        bare = {"epsilon": self.epsilon, "delta": run.config.privacy.target_delta}
+        return run.result.get("claim") or bare
+
+    @property
     def reference(self) -> tuple[str, float]:
         """Baseline without any training, and its accuracy."""
         result = self.results[0].result

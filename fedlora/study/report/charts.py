@@ -11,6 +11,7 @@ from matplotlib import rc_context
 from fedlora.study.analyse.contests import exact_and_behind
 from fedlora.study.analyse.curves import LOWEST_GAP, Curve, accuracy_by_bytes, gap, per_round, sent
 from fedlora.study.analyse.summary import Row
+from fedlora.study.report.attacker import trade_off_chart
 from fedlora.study.report.figure import (
     DOTS,
     HEIGHT,
@@ -286,5 +287,8 @@ def _delta(rows: Iterable[Row]) -> str:
     return f"delta {listed([*map(significant, deltas)])}"
 
 
-DRAWN = (_accuracy, _privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, _domains, _clients)
+DRAWN = (
+    _accuracy, _privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, trade_off_chart, _domains,
+    _clients,
+)  # fmt: skip
 """In the order of the page."""
