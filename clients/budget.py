@@ -19,9 +19,10 @@ from clients.runtime import ClientRuntime
 from clients.training.canaries import Canaries
 from clients.training.dp_sgd import check_private, train_private
 from clients.training.dp_step import Mechanism
+from clients.training.schedule import Stage
 from clients.training.self_check import self_check
 from clients.training.train import LocalResult
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, TrainConfig
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.errors import OwnDataRefused
 from fedlora.prepared.node_data import UNREADABLE
@@ -36,8 +37,11 @@ BOOKKEEPING = (
     "dataset_id", "ledger",
 )  # fmt: skip
 """Keys of ``privacy`` that do not change the bits of a release."""
-ADDED = ("declared_examples", "method_options", "optimizer_options")
-"""Keys that came after releases had been charged; empty they mean what their absence meant."""
+ADDED = {
+    "declared_examples": 0, "method_options": "", "optimizer_options": "",
+    "schedule": "constant", "schedule_over": "round", "schedule_floor": 0.0, "warmup_steps": 0,
+}  # fmt: skip
+"""Keys that came after releases had been charged; at this default they mean what their absence meant."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,14 +125,14 @@ def plan_release(
         OwnDataRefused: more examples than are declared.
         ConfigError: a configuration that DP-SGD does not cover.
     """
-    privacy = config.privacy
-    rate = rate_of(config, len(runtime.data.indices(partition_id)))
-    check_private(config.train, rate)
+    privacy, train = config.privacy, config.train_of(partition_id)
+    rate = rate_of(config, partition_id, len(runtime.data.indices(partition_id)))
+    check_private(train, rate)
     if seed is None:  # the owner's log; a simulation has said so at its start
-        warn_of_delta(privacy.target_delta, round(config.train.batch_size / rate), "examples")
+        warn_of_delta(privacy.target_delta, round(train.batch_size / rate), "examples")
     noise = noise_of(config, rate, local_steps)
     ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
-    settings = [*_settings(config), runtime.model.device, *cohort]
+    settings = [*_settings(config, train), runtime.model.device, *cohort]
     release = Release(
         run_key=ledger_ref.run_key,
         server_round=server_round,
@@ -142,7 +146,7 @@ def plan_release(
     mechanism = Mechanism(
         noise_multiplier=noise,
         max_grad_norm=privacy.max_grad_norm,
-        expected_batch_size=config.train.batch_size,
+        expected_batch_size=train.batch_size,
         clipping=privacy.clipping,
         grad_sample_mode=privacy.grad_sample_mode,
         max_physical_batch_size=privacy.max_physical_batch_size,
@@ -184,7 +188,7 @@ def train_within_budget(
         runtime.data.train,
         runtime.data.indices(plan.release.partition_id),
         runtime.data.pad_token_id,
-        config.train,
+        config.train_of(plan.release.partition_id),
         local_steps=plan.release.steps,
         noise_multiplier=mechanism.noise_multiplier,
         max_grad_norm=mechanism.max_grad_norm,
@@ -196,12 +200,13 @@ def train_within_budget(
         release_loss=config.privacy.release_metrics,
         canaries=canaries,
         sample_rate=plan.release.sample_rate,
+        stage=Stage(plan.release.server_round, config.num_server_rounds),
     )
     plan.released()
     return result, spent
 
 
-def rate_of(config: RunConfig, num_examples: int) -> float:
+def rate_of(config: RunConfig, partition_id: int, num_examples: int) -> float:
     """The probability with which an example is in a batch: batch size / public number of examples.
 
     Under ``add_or_remove_one`` the public number is declared, and the real one decides nothing.
@@ -209,14 +214,14 @@ def rate_of(config: RunConfig, num_examples: int) -> float:
     Raises:
         OwnDataRefused: there are more than are declared.
     """
-    declared = config.privacy.declared_examples
+    declared, batch_size = config.privacy.declared_examples, config.train_of(partition_id).batch_size
     if config.privacy.neighboring_relation != ADD_OR_REMOVE_ONE:
-        return config.train.batch_size / num_examples
+        return batch_size / num_examples
     if num_examples > declared:
         raise OwnDataRefused(
             f"declared-examples = {declared}: there are {num_examples}, declare at least as many", UNREADABLE
         )
-    return config.train.batch_size / declared
+    return batch_size / declared
 
 
 def noise_of(config: RunConfig, sample_rate: float, local_steps: int) -> float:
@@ -254,14 +259,13 @@ def privacy_spent(release: Release, standing: Standing) -> PrivacySpent:
     )
 
 
-def _settings(config: RunConfig) -> list[Any]:
+def _settings(config: RunConfig, train: TrainConfig) -> list[Any]:
     privacy = dataclasses.asdict(config.privacy)
     mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
-    sections = [mechanism, *(dataclasses.asdict(part) for part in (config.model, config.lora, config.train))]
+    sections = [mechanism, *(dataclasses.asdict(part) for part in (config.model, config.lora, train))]
     for section in sections:
-        for key in ADDED:
-            if not section.get(key, True):  # as it was before there was the key: the same bits
-                del section[key]
+        for key in [key for key in section if (key, section[key]) in ADDED.items()]:
+            del section[key]  # as it was before there was the key: the same bits
     return [sections[0], config.task, *sections[1:]]
 
 

@@ -20,6 +20,7 @@ from clients.runtime import ClientRuntime
 from clients.store import OWN, ClientStore, ResolvedInstruction, resolve, run_key
 from clients.training.batches import Indices
 from clients.training.canaries import Canaries
+from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
 from fedlora.config import RunConfig
@@ -242,6 +243,11 @@ def seed_of(instruction: wire.TrainInstruction, config: RunConfig, node: Node) -
     return derive(config.seed, "client", instruction.server_round, node.partition_id)
 
 
+def stage_of(instruction: wire.TrainInstruction, config: RunConfig) -> Stage:
+    """Where a round stands in its run."""
+    return Stage(instruction.server_round, config.num_server_rounds)
+
+
 def plan_of(
     runtime: ClientRuntime,
     resolved: ResolvedInstruction,
@@ -274,9 +280,10 @@ def _train(
             runtime.data.train,
             runtime.data.indices(node.partition_id),
             runtime.data.pad_token_id,
-            config.train,
+            config.train_of(node.partition_id),
             local_steps=config.local_steps_of(node.partition_id),
             seed=seed,
+            stage=stage_of(instruction, config),
         )
     return result, None
 

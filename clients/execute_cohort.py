@@ -18,6 +18,7 @@ from clients.execute import (
     modules_of,
     plan_of,
     seed_of,
+    stage_of,
     train_instruction,
 )
 from clients.runtime import ClientRuntime
@@ -75,7 +76,7 @@ class Ready:
 def train_instructions(assignments: Sequence[Assignment]) -> list[Answer]:
     """An answer to each assignment, in their order; one client's failure leaves the others alone.
 
-    Clients train together that have the same run, base, trained factors and data; in a cohort of one a
+    Clients train together that have the same run, base, trained factors, rates and data; in a cohort of one a
     client trains as by `train_instruction`.
     """
     answers: dict[int, Answer] = {}
@@ -102,7 +103,8 @@ def train_instructions(assignments: Sequence[Assignment]) -> list[Answer]:
 def _key(one: Assignment, resolved: ResolvedInstruction) -> tuple[Any, ...]:
     tensors = tensor_names(resolved.adapters)
     run = (one.config, id(one.runtime), one.node.simulation, one.instruction.server_round)
-    return (*run, one.instruction.needs.base, one.instruction.trained, tensors)
+    train = one.config.train_of(one.node.partition_id)
+    return (*run, train, one.instruction.needs.base, one.instruction.trained, tensors)
 
 
 def _fits(runtime: ClientRuntime) -> bool:
@@ -141,7 +143,9 @@ def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answe
         group = _charged(group, answers)
         members = [_member(runtime, ready) for ready in group]
         results, halved = (
-            train_with_retry(runtime.model, members, _task(runtime, config)) if members else ([], False)
+            train_with_retry(runtime.model, members, _task(runtime, first.assignment))
+            if members
+            else ([], False)
         )
     except Exception as error:  # nobody's own: the model, the base, memory
         return answers | {ready.place: error for ready in group if ready.place not in answers}
@@ -163,7 +167,9 @@ def _able(runtime: ClientRuntime, group: Sequence[Ready], answers: dict[int, Ans
         one = ready.assignment
         try:
             runtime.model.check(ready.resolved.adapters, ready.resolved.head)
-            num_steps(one.config.train, len(runtime.data.indices(ready.partition_id)), 1)
+            num_steps(
+                one.config.train_of(ready.partition_id), len(runtime.data.indices(ready.partition_id)), 1
+            )
             if one.config.model.head == "freeze" and not (
                 one.instruction.trained and modules_of(one.instruction)
             ):
@@ -197,7 +203,7 @@ def _charged(group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:
 def _member(runtime: ClientRuntime, ready: Ready) -> Member:
     one, indices = ready.assignment, runtime.data.indices(ready.partition_id)
     config = one.config
-    steps = config.local_steps_of(ready.partition_id)
+    train, steps = config.train_of(ready.partition_id), config.local_steps_of(ready.partition_id)
     return Member(
         adapters=lora_set(ready.resolved.adapters),
         head=ready.resolved.head,
@@ -206,7 +212,7 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         train_head=config.model.head != "freeze",
         tail=one.instruction.tail,
         indices=indices,
-        steps=num_steps(config.train, len(indices), steps) if ready.plan is None else steps,
+        steps=num_steps(train, len(indices), steps) if ready.plan is None else steps,
         seed=seed_of(one.instruction, config, one.node),
         mechanism=None if ready.plan is None else ready.plan.mechanism,
         canaries=one.node.canaries,
@@ -214,11 +220,14 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
     )
 
 
-def _task(runtime: ClientRuntime, config: RunConfig) -> BatchSettings:
+def _task(runtime: ClientRuntime, one: Assignment) -> BatchSettings:
+    """Settings of a whole cohort, by one of it."""
+    config = one.config
     return BatchSettings(
         examples=runtime.data.train,
         pad_token_id=runtime.data.pad_token_id,
-        config=config.train,
+        config=config.train_of(one.node.partition_id),
         dropout=config.lora.dropout,
         release_loss=config.privacy.release_metrics,
+        stage=stage_of(one.instruction, config),
     )

@@ -70,12 +70,12 @@ class ExamplePrivacy(PrivacyMechanism):
         from clients.training.dp_sgd import check_private
 
         config = self.config
-        rates = {p: rate_of(config, len(data.indices(p))) for p in partitions}
-        for rate in rates.values():
-            check_private(config.train, rate)
+        rates = {p: rate_of(config, p, len(data.indices(p))) for p in partitions}
+        for partition, rate in rates.items():
+            check_private(config.train_of(partition), rate)
         check_disjoint(config, data, partitions)
         largest = min(rates, key=lambda p: rates[p])
-        public = round(config.train.batch_size / rates[largest])
+        public = round(config.train_of(largest).batch_size / rates[largest])
         warn_of_delta(config.privacy.target_delta, public, f"examples of partition {largest}")
 
     def check_ledgers(

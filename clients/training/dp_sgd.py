@@ -23,6 +23,7 @@ from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.optimizers.registry import make_optimizer
+from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
 from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
 from fedlora.config import TrainConfig
@@ -51,6 +52,7 @@ def train_private(
     release_loss: bool = False,
     canaries: Canaries | None = None,
     sample_rate: float | None = None,
+    stage: Stage = ONLY_ROUND,
 ) -> LocalResult:
     """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
 
@@ -71,6 +73,7 @@ def train_private(
         release_loss: return the training loss, which is outside the guarantee.
         canaries: what an audit hides among the examples; the sample rate is as without them.
         sample_rate: probability with which an example is in a batch; None: batch size / examples.
+        stage: where the round stands in its run.
 
     Raises:
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
@@ -96,16 +99,18 @@ def train_private(
         dropout_stream(seed, model.device),
         private_steps(
             model,
-            make_optimizer(trained, config),
+            optimizer := make_optimizer(trained, config),
             mechanism,
             noise,
             None if canaries is None else canaries.rows({**trained.factors, **trained.head}),
         ) as private,
     ):
+        rates = ScheduledRates(optimizer, rate_factors(config, local_steps, stage))
         penalties = Penalties(trained, config)  # they know no data: added after the noise
         private.optimizer.attach_step_hook(lambda _: penalties.add_gradient())
         everyone = among(indices, canaries, len(examples))
         for drawn in poisson_batches(everyone, rate, local_steps, draw):
+            rates.advance()
             total += private.step(examples, drawn, pad_token_id)
             sizes.append(len(drawn))
     if canaries is not None:

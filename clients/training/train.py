@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
 from clients.training.optimizers.registry import make_optimizer
+from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors
@@ -48,6 +49,7 @@ def train_local(
     *,
     local_steps: int,
     seed: int,
+    stage: Stage = ONLY_ROUND,
 ) -> LocalResult:
     """Train what ``model.load`` asked to train, from the values it loaded.
 
@@ -62,6 +64,7 @@ def train_local(
         config: optimiser, rates, batch size, clipping, proximal term.
         local_steps: steps, unless ``config.local_epochs`` is set.
         seed: this client's and round's own seed.
+        stage: where the round stands in its run.
 
     Raises:
         ConfigError: no example, or nothing to train.
@@ -70,6 +73,7 @@ def train_local(
     total, seen = torch.zeros((), device=model.device), 0
     with model.training() as trained, dropout_stream(seed, model.device):
         optimizer = make_optimizer(trained, config)
+        rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
         penalties = Penalties(trained, config)
         for drawn in shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches")):
             optimizer.zero_grad()
@@ -78,6 +82,7 @@ def train_local(
             penalties.add_gradient()
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
+            rates.advance()
             optimizer.step()
             total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
     return local_result(model, trained, len(indices), steps, float(total) / seen)

@@ -27,6 +27,9 @@ def separations_of(federation: FederatedRun, view: ServerView) -> dict[str, Sepa
     config, train = federation.config, federation.config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         return {}
+    scheduled = train.schedule != "constant" or train.warmup_steps
+    if scheduled or any(group.own_train for group in config.groups):  # a step then has no one unit
+        return {}
     found, pooled = {}, []
     for group, gains in view.gains.items():
         rate = (train.head_learning_rate if group == HEAD else 0.0) or train.learning_rate
@@ -73,4 +76,4 @@ def flaws_of(federation: FederatedRun, view: ServerView) -> Iterator[str]:
 
 def claimed_rate(federation: FederatedRun, partition: int) -> float:
     """Probability with which an example of a client is in a batch, as its ledger has it."""
-    return rate_of(federation.config, len(federation.runtime.data.indices(partition)))
+    return rate_of(federation.config, partition, len(federation.runtime.data.indices(partition)))

@@ -11,7 +11,7 @@ from uuid import uuid4
 from flwr.app import Message, MessageType
 
 from clients.budget import rate_of
-from clients.execute import Node, evaluate_instruction, load, seed_of, set_up, train_instruction
+from clients.execute import Node, evaluate_instruction, load, seed_of, set_up, stage_of, train_instruction
 from clients.execute_cohort import Assignment, train_instructions
 from clients.runtime import ClientRuntime
 from clients.training.dp_sgd import train_private
@@ -126,7 +126,7 @@ class AuditGrid(LocalGrid):
             runtime.data.train,
             indices,
             runtime.data.pad_token_id,
-            config.train,
+            config.train_of(node.partition_id),
             local_steps=config.local_steps_of(node.partition_id),
             noise_multiplier=0.0,
             max_grad_norm=privacy.max_grad_norm,
@@ -134,6 +134,7 @@ class AuditGrid(LocalGrid):
             clipping=privacy.clipping,
             max_physical_batch_size=privacy.max_physical_batch_size,
             canaries=self._canaries(one, view, silent=True),
-            sample_rate=rate_of(config, len(indices)),
+            sample_rate=rate_of(config, node.partition_id, len(indices)),
+            stage=stage_of(instruction, config),
         )
         return tensors_of(wire.to_peft(result.adapters, result.head, instruction.uploaded, modules))

@@ -27,9 +27,9 @@ from fedlora.config.sections import (
     ModelConfig,
     StudyConfig,
     TrackingConfig,
-    TrainConfig,
 )
 from fedlora.config.strategy import StrategyConfig
+from fedlora.config.train import TrainConfig
 
 __all__ = [
     "AnyPath",

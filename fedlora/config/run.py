@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import field
+from dataclasses import field, replace
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -18,9 +18,9 @@ from fedlora.config.sections import (
     ModelConfig,
     StudyConfig,
     TrackingConfig,
-    TrainConfig,
 )
 from fedlora.config.strategy import StrategyConfig
+from fedlora.config.train import TrainConfig
 
 
 @section("client-groups ")
@@ -37,9 +37,25 @@ class ClientGroup:
     """In place of ``lora.target-modules``, for instance ``query,value``."""
     local_steps: PositiveInt | None = None
     """In place of ``train.local-steps``, for instance ``5``."""
+    batch_size: PositiveInt | None = None
+    """In place of ``train.batch-size``, for instance ``4``."""
+    learning_rate: PositiveFloat | None = None
+    """In place of ``train.learning-rate``, for instance ``0.001``."""
+    schedule: Literal["constant", "linear", "cosine"] | None = None
+    """In place of ``train.schedule``, for instance ``cosine``."""
+    warmup_steps: NonNegativeInt | None = None
+    """In place of ``train.warmup-steps``, for instance ``2``."""
 
     def __post_init__(self) -> None:
         _ = self.members
+
+    @property
+    def own_train(self) -> dict[str, Any]:
+        """What differs from ``train``, by field."""
+        own = {
+            name: getattr(self, name) for name in ("batch_size", "learning_rate", "schedule", "warmup_steps")
+        }
+        return {name: value for name, value in own.items() if value is not None}
 
     @cached_property
     def members(self) -> tuple[int, ...]:
@@ -91,7 +107,9 @@ class RunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
-        _ = self.partition_list, self.groups
+        _ = self.partition_list
+        for group in (None, *self.groups):
+            self._check_warmup(group)
 
     @cached_property
     def partition_list(self) -> tuple[int, ...]:
@@ -132,3 +150,30 @@ class RunConfig:
         if group is None or group.local_steps is None:
             return self.train.local_steps
         return group.local_steps
+
+    def train_of(self, partition_id: int) -> TrainConfig:
+        """The ``train`` of one partition, with what its group has of its own (`local_steps_of` apart)."""
+        return self._train_by_group[self.group_of(partition_id)]
+
+    @property
+    def schedules_rounds(self) -> bool:
+        """Whether step sizes follow from how many rounds there are."""
+        falls = any(train.schedule != "constant" for train in self._train_by_group.values())
+        return falls and self.train.schedule_over != "round"
+
+    @cached_property
+    def _train_by_group(self) -> dict[ClientGroup | None, TrainConfig]:
+        return {None: self.train} | {group: replace(self.train, **group.own_train) for group in self.groups}
+
+    def _check_warmup(self, group: ClientGroup | None) -> None:
+        """Refuse a warm-up that never ends; under ``train.local-epochs`` steps follow from the data."""
+        train, steps, rounds = self._train_by_group[group], self.train.local_steps, self.num_server_rounds
+        if group is not None and group.local_steps is not None:
+            steps = group.local_steps
+        most = {"round": steps, "rounds": rounds, "run": steps * rounds}[train.schedule_over]
+        unknown = train.local_epochs > 0 and train.schedule_over != "rounds"
+        require(
+            unknown or train.warmup_steps < most or train.warmup_steps == 0,
+            "train.warmup-steps" if group is None else "client-groups warmup-steps", train.warmup_steps,
+            f"must be < {most}, which is all there is under train.schedule-over = {train.schedule_over!r}",
+        )  # fmt: skip

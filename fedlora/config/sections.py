@@ -6,7 +6,7 @@ import math
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import float_list, int_list, name_list, one_of, parse_json, require
 from fedlora.config.section import by_field, section
@@ -161,49 +161,6 @@ class DataConfig:
             self.partitioner != "bootstrap" or self.partition_size >= self.min_partition_size,
             "data.partition-size", self.partition_size, f"must be >= {self.min_partition_size}",
         )  # fmt: skip
-
-
-@section("train.")
-class TrainConfig:
-    """One client's work in one round. The optimiser is created anew every round."""
-
-    optimizer: str = "adamw"
-    """``adamw``, ``sgd``, ``lora-pro``, or ``module:Class`` of torch's kind; see ``docs/optimizer.md``."""
-    optimizer_options: str = ""
-    """JSON object of its own arguments, for instance ``{"nesterov": true}``."""
-    learning_rate: PositiveFloat = 2e-3
-    """Step size of the adapter."""
-    head_learning_rate: NonNegativeFloat = 0.0
-    """Step size of the head; 0 means ``train.learning-rate``."""
-    loraplus_lr_ratio: PositiveFloat = 1.0
-    """LoRA+: the step size of B is that of A times this."""
-    momentum: FromZeroBelowOne = 0.0
-    """Of ``sgd`` and others that have one."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled for AdamW and LoRA-Pro, L2 for SGD."""
-    local_steps: PositiveInt = 10
-    """Optimiser steps a round; ignored where ``train.local-epochs`` is set."""
-    local_epochs: NonNegativeInt = 0
-    """Passes over the client's data a round; 0 means ``train.local-steps`` decides."""
-    batch_size: PositiveInt = 8
-    """Examples a step; under DP the expected number."""
-    max_grad_norm: NonNegativeFloat = 0.0
-    """Clip the batch gradient to this norm (not DP); 0 means never."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """``float32``, or ``bfloat16``: passes in half precision, on a CPU its products with the frozen base;
-    factors stay float32."""
-    gradient_checkpointing: bool = False
-    """Keep the inputs of a transformer's blocks alone and compute the rest again: less memory, more time."""
-    proximal_mu: NonNegativeFloat = 0.0
-    """FedProx: adds mu/2 ||w - w_start||^2 over the trained tensors; 0 means off."""
-
-    def __post_init__(self) -> None:
-        _ = self.optimizer_option_dict
-
-    @cached_property
-    def optimizer_option_dict(self) -> dict[str, Any]:
-        """The decoded options."""
-        return by_field(parse_json("train.optimizer-options", self.optimizer_options, dict))
 
 
 @section("engine.")

@@ -37,7 +37,8 @@ from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_dige
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
 FREE_TO_CHANGE = ("num-server-rounds", *NO_EFFECT)
-"""Keys that a resumed run may set anew: they do not change the rounds that were done."""
+"""Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
+does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
 CHECKPOINT = "checkpoint"
@@ -94,7 +95,8 @@ class RunDirectory:
         if written.exists():
             before = read_config(written)
             for key, value in to_flat(before).items():
-                if not _may_become(key, value, flat[key]):
+                fixed = key == "num-server-rounds" and config.schedules_rounds and value != flat[key]
+                if fixed or not _may_become(key, value, flat[key]):
                     raise ConfigError(
                         f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
                     )

@@ -29,6 +29,10 @@ ADDED = {
     "privacy.declared-examples": 0,
     "strategy.allocation": "all",
     "strategy.allocation-options": "",
+    "train.schedule": "constant",
+    "train.schedule-over": "round",
+    "train.schedule-floor": 0.0,
+    "train.warmup-steps": 0,
 }
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (

@@ -37,9 +37,9 @@ def predicted_work(config: RunConfig, data: Prepared) -> Work:
 
     @cache
     def work(partition_id: int) -> float:
-        held = data.indices(partition_id)
-        steps = num_steps(config.train, len(held), config.local_steps_of(partition_id))
-        batch = config.train.batch_size if expected else min(config.train.batch_size, len(held))
+        held, train = data.indices(partition_id), config.train_of(partition_id)
+        steps = num_steps(train, len(held), config.local_steps_of(partition_id))
+        batch = train.batch_size if expected else min(train.batch_size, len(held))
         return float(steps * batch * data.train.lengths_of(held).mean())
 
     return work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,16 @@ VERA = {"lora.method": "vera", "num-server-rounds": 2}
 PRIVATE = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "privacy.grad-sample-mode": "loop"}
 
 
-def run(path: Path, *, resume: bool = False, together: bool = False, **keys: Any) -> FederatedRun:
+def run(
+    path: Path,
+    *,
+    resume: bool = False,
+    together: bool = False,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    **keys: Any,
+) -> FederatedRun:
     config = tiny_config(**keys)
-    federation = federated(config, path / "run", resume=resume)
+    federation = federated(config, path / "run", progress, resume=resume)
     federation.run(CohortGrid(federation.partitions, config, path / "clients", together=together))
     return federation
 

@@ -55,12 +55,12 @@ def test_each_mode_keeps_its_claim_and_a_rate_that_follows_the_count_does_not(
 
 def test_the_rate_goes_by_the_declared_count_and_the_real_one_moves_nothing() -> None:
     config = tiny_config(**HIDING, **{"privacy.declared-examples": 400, "train.batch-size": 16})
-    assert {rate_of(config, n) for n in (1, 15, 16, 399, 400)} == {16 / 400}
+    assert {rate_of(config, 0, n) for n in (1, 15, 16, 399, 400)} == {16 / 400}
     with pytest.raises(OwnDataRefused, match="declared-examples = 400: there are 401") as refused:
-        rate_of(config, 401)
+        rate_of(config, 0, 401)
     assert "401" not in refused.value.told
     public = tiny_config(**{"privacy.mode": "example", "train.batch-size": 16})
-    assert rate_of(public, 64) == 16 / 64
+    assert rate_of(public, 0, 64) == 16 / 64
 
 
 def test_a_client_below_its_declared_count_plans_and_tells_the_same(tmp_path: Path, cache: Path) -> None:

@@ -26,6 +26,7 @@ from clients.training.batches import Indices, load_batch
 from clients.training.canaries import among
 from clients.training.dp_sgd import check_drawn
 from clients.training.dp_step import Mechanism
+from clients.training.schedule import ONLY_ROUND, Stage
 from clients.training.train import LocalResult, batch_loss
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
@@ -42,6 +43,7 @@ class BatchSettings:
         config: optimiser, rates, batch size, clipping, proximal term.
         dropout: on the adapters' inputs.
         release_loss: return the training loss of private training too.
+        stage: where the round stands in its run.
     """
 
     examples: Examples
@@ -49,6 +51,7 @@ class BatchSettings:
     config: TrainConfig
     dropout: float = 0.0
     release_loss: bool = False
+    stage: Stage = ONLY_ROUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,7 @@ class Cohort:
     def __init__(self, model: AdaptedModel, members: Sequence[Member], task: BatchSettings) -> None:
         self._model, self._members, self._task = model, members, task
         self.stacks = StackedAdapters(model, members)
-        self._update = Update(self.stacks, task.config)
+        self._update = Update(self.stacks, task.config, task.stage)
         self._streams = [
             open_streams(member, task.config, self.stacks.device, len(task.examples)) for member in members
         ]

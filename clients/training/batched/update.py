@@ -6,7 +6,7 @@ of every stacked tensor and all have done the same number of steps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from clients.training.batched.stacks import StackedAdapters, is_trained
 from clients.training.optimizers.registry import is_stacked, make_optimizer, optimizer_type
+from clients.training.schedule import ScheduledRates, Stage, rate_factors
 from fedlora.config import TrainConfig
 from fedlora.core.state import Trainable
 
@@ -35,15 +36,21 @@ class Update:
     Args:
         stacks: what is trained.
         config: of the run.
+        stage: where the round stands in it.
     """
 
-    def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
+    def __init__(self, stacks: StackedAdapters, config: TrainConfig, stage: Stage) -> None:
         self._stacks = stacks
         self._config = config
         self._start = {name: stacks.values[name].detach().clone() for name in stacks.trained}
         self._tails = _Tails(stacks)
-        kind = StackedSteps if is_stacked(optimizer_type(config.optimizer)) else MemberSteps
-        self._optimizer: Steps = kind(stacks, config)
+        factors = [rate_factors(config, member.steps, stage) for member in stacks.members]
+        at_once = is_stacked(optimizer_type(config.optimizer)) and all(
+            f == factors[0][: len(f)] for f in factors
+        )
+        self._optimizer: Steps = (
+            StackedSteps(stacks, config, factors[0]) if at_once else MemberSteps(stacks, config, factors)
+        )
 
     def step(self, gradients: Gradients, active: int) -> None:
         """Move the first ``active`` members; the gradients are changed in place."""
@@ -71,9 +78,9 @@ class Update:
 
 
 class StackedSteps:
-    """One optimiser for all members, over the stacked tensors."""
+    """One optimiser for all members, over the stacked tensors, at the same rates."""
 
-    def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
+    def __init__(self, stacks: StackedAdapters, config: TrainConfig, rates: Sequence[float]) -> None:
         self._stacks, self._active = stacks, len(stacks.members)
         # share the numbers of the stacks; their .data becomes the prefix of those still at work
         self._moved = {
@@ -93,6 +100,7 @@ class StackedSteps:
             scaling=self._scaling,
         )
         self._optimizer = make_optimizer(trained, config)
+        self._rates = ScheduledRates(self._optimizer, rates)
 
     def step(self, gradients: Gradients, active: int) -> None:
         """As `Steps`; AdamW moves even by a zero gradient, so what a member does not train is put back."""
@@ -100,6 +108,7 @@ class StackedSteps:
             self._narrow(active)
         for name, parameter in self._moved.items():
             parameter.grad = gradients.get(name)
+        self._rates.advance()
         self._optimizer.step()
         for name, start in self._still.items():
             holding = self._stacks.holding(name, active)
@@ -123,7 +132,9 @@ class StackedSteps:
 class MemberSteps:
     """An optimiser for each member, over its own part of the stacked tensors, the filling left out."""
 
-    def __init__(self, stacks: StackedAdapters, config: TrainConfig) -> None:
+    def __init__(
+        self, stacks: StackedAdapters, config: TrainConfig, rates: Sequence[Sequence[float]]
+    ) -> None:
         self._stacks = stacks
         self._moved: list[dict[str, nn.Parameter]] = []
         self._optimizers: list[torch.optim.Optimizer] = []
@@ -139,6 +150,7 @@ class MemberSteps:
             )
             self._moved.append(moved)
             self._optimizers.append(make_optimizer(trained, config))
+        self._rates = [ScheduledRates(o, f) for o, f in zip(self._optimizers, rates, strict=True)]
 
     def step(self, gradients: Gradients, active: int) -> None:
         """As `Steps`."""
@@ -146,6 +158,7 @@ class MemberSteps:
             for name, parameter in self._moved[place].items():
                 found = gradients.get(name)
                 parameter.grad = None if found is None else self._stacks.own(found, name, place)
+            self._rates[place].advance()
             self._optimizers[place].step()
 
 

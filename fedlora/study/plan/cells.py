@@ -182,7 +182,7 @@ def _references(
 def _centralised(base: RunConfig, num_partitions: int) -> FlatConfig:
     """One client with all data: the same sequential steps, and the same number of examples each round.
 
-    Under ``client-groups`` with unequal local steps the number of examples is that of an average round.
+    Under ``client-groups`` with unequal steps or batches the number of examples is that of an average round.
     """
     sampled = max(base.min_train_nodes, int(base.fraction_train * num_partitions + 1e-9))
     sampled = min(sampled, num_partitions)
@@ -197,12 +197,12 @@ def _centralised(base: RunConfig, num_partitions: int) -> FlatConfig:
             f"and {sampled} of {num_partitions} clients a round it would see more data; use train.local-steps"
         )
     everyone = range(num_partitions)
-    steps = sum(base.local_steps_of(k) for k in everyone) / num_partitions
+    seen = sum(base.local_steps_of(k) * base.train_of(k).batch_size for k in everyone) / num_partitions
     return {
         **ALONE,
         "data.partitioner": "iid",
         "data.num-partitions": 1,
-        "train.batch-size": round(base.train.batch_size * sampled * steps / base.train.local_steps),
+        "train.batch-size": round(sampled * seen / base.train.local_steps),
         "lora.rank": max(base.rank_of(k) for k in everyone),
     }
 

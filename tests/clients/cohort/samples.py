@@ -89,7 +89,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
     network.module.to(next(iter(network.module.parameters())).dtype)
     common: Any = (network, task.examples, member.indices, task.pad_token_id, task.config)
     if member.mechanism is None:
-        result = train_local(*common, local_steps=member.steps, seed=member.seed)
+        result = train_local(*common, local_steps=member.steps, seed=member.seed, stage=task.stage)
     else:
         m = member.mechanism
         result = train_private(
@@ -102,6 +102,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
             grad_sample_mode=m.grad_sample_mode,
             max_physical_batch_size=m.max_physical_batch_size,
             release_loss=True,
+            stage=task.stage,
         )
     factors = {
         f"{name}.{letter}": parameter.detach().clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +86,8 @@ def assert_alike(found: wire.Reply, wanted: wire.Reply) -> None:
     "keys", [{}, PRIVATE, {"model.head": "local", "lora.dropout": 0.2}], ids=["plain", "private", "local"]
 )
 def test_each_reply_is_what_its_own_message_gives(keys: dict[str, Any], tmp_path: Path, cache: Path) -> None:
-    groups = '[{"partitions": "0", "local-steps": 5}]'
-    config = tiny_config(**keys, **{"client-groups": groups})
+    groups = [{"partitions": "0", "local-steps": 5}, {"partitions": "1,3", "learning-rate": 0.05}]
+    config = tiny_config(**keys, **{"client-groups": json.dumps(groups), "train.schedule": "linear"})
     wanted = alone(assignments(config, tmp_path / "alone"))
     found = train_instructions(assignments(config, tmp_path / "together"))
     for one, other in zip(found, wanted, strict=True):
