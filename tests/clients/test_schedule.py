@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the rates of known recipes, a hand-written loop, cohorts, budgets, resumed runs."""
+"""Learning-rate schedules: the rates of known recipes, a hand-written loop, cohorts, budgets, resuming."""
 
 from __future__ import annotations
 

@@ -44,13 +44,12 @@ class Update:
         self._config = config
         self._start = {name: stacks.values[name].detach().clone() for name in stacks.trained}
         self._tails = _Tails(stacks)
-        factors = [rate_factors(config, member.steps, stage) for member in stacks.members]
-        at_once = is_stacked(optimizer_type(config.optimizer)) and all(
-            f == factors[0][: len(f)] for f in factors
-        )
-        self._optimizer: Steps = (
-            StackedSteps(stacks, config, factors[0]) if at_once else MemberSteps(stacks, config, factors)
-        )
+        rates = [rate_factors(config, member.steps, stage) for member in stacks.members]
+        alike = all(own == rates[0][: len(own)] for own in rates)
+        if alike and is_stacked(optimizer_type(config.optimizer)):
+            self._optimizer: Steps = StackedSteps(stacks, config, rates[0])
+        else:
+            self._optimizer = MemberSteps(stacks, config, rates)
 
     def step(self, gradients: Gradients, active: int) -> None:
         """Move the first ``active`` members; the gradients are changed in place."""
