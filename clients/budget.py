@@ -29,7 +29,7 @@ from fedlora.prepared.node_data import UNREADABLE
 from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.spending import Release, Standing
+from fedlora.privacy.spending import Release
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
 BOOKKEEPING = (
@@ -53,17 +53,14 @@ class PlannedRelease:
         ledger: the client's.
         release: what will be charged.
         mechanism: what makes it.
-        known_head: a head that the ledger had, as the server remembers it.
-        max_epsilon, max_delta: the owner's limits.
+        ledger_ref: a head that the ledger had, and the owner's limits.
     """
 
     config: RunConfig
     ledger: Ledger
     release: Release
     mechanism: Mechanism
-    known_head: str
-    max_epsilon: float
-    max_delta: float
+    ledger_ref: LedgerRef
 
     def reserve(self) -> PrivacySpent:
         """Charge it: what the client has spent in this run by then, on disk when this returns.
@@ -72,19 +69,21 @@ class PlannedRelease:
             BudgetExceeded: it would cost more than is left.
             LedgerRefused: the ledger cannot be relied upon, or must not be resolved for this data.
         """
-        privacy = self.config.privacy
+        privacy, ref = self.config.privacy, self.ledger_ref
         standing = self.ledger.reserve(
             self.release,
             Budget(
-                target_epsilon=min(privacy.target_epsilon, self.max_epsilon),
+                target_epsilon=privacy.target_epsilon,
                 target_delta=privacy.target_delta,
                 accountant=privacy.accountant,
             ),
             planned_steps=0 if privacy.noise_multiplier else planned_steps(self.config, self.release.steps),
-            known_head=self.known_head,
-            max_delta=self.max_delta,
+            known_head=ref.known_head,
+            max_delta=ref.max_delta,
+            max_epsilon=ref.max_epsilon,
+            set_aside=ref.set_aside,
         )
-        return privacy_spent(self.release, standing)
+        return PrivacySpent.of(standing, self.release)
 
     def released(self) -> None:
         """Note that it was made."""
@@ -157,9 +156,7 @@ def plan_release(
         ledger=ledger,
         release=release,
         mechanism=mechanism,
-        known_head=ledger_ref.known_head,
-        max_epsilon=ledger_ref.max_epsilon,
-        max_delta=ledger_ref.max_delta,
+        ledger_ref=ledger_ref,
     )
 
 
@@ -239,24 +236,6 @@ def noise_of(config: RunConfig, sample_rate: float, local_steps: int) -> float:
 def planned_steps(config: RunConfig, local_steps: int) -> int:
     """The most steps that the server lets a client take in this run."""
     return local_steps * (config.privacy.max_participations or config.num_server_rounds)
-
-
-def privacy_spent(release: Release, standing: Standing) -> PrivacySpent:
-    """The whole claim: epsilon with all that it depends on."""
-    return PrivacySpent(
-        epsilon=standing.epsilon,
-        delta=standing.delta,
-        granularity="example",
-        neighboring_relation=standing.neighboring_relation,
-        sampling_method="poisson",
-        accountant=standing.accountant,
-        noise_multiplier=release.noise_multiplier,
-        sample_rate=release.sample_rate,
-        steps=standing.steps,
-        releases=standing.releases,
-        history=standing.history,
-        ledger_head=standing.head,
-    )
 
 
 def _settings(config: RunConfig, train: TrainConfig) -> list[Any]:

@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from clients.budget import PlannedRelease, train_within_budget
-from clients.evaluation import evaluate
+from clients.node_settings import EvaluationNoise
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.store import OWN, ClientStore, ResolvedInstruction, resolve, run_key
-from clients.training.batches import Indices
 from clients.training.canaries import Canaries
 from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
@@ -26,10 +24,8 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.seeding import derive
 from fedlora.core.state import digest
-from fedlora.data.examples import evaluation_subset
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.models.packed_linear import packed_base
-from fedlora.prepared.cache import Prepared
 from fedlora.privacy.types import PrivacySpent
 
 NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
@@ -49,6 +45,9 @@ class Node:
         canaries: what an audit hides among the client's examples, in private training.
         max_epsilon, max_delta: the owner's limits on what is ever spent on its examples.
         before_evaluation: called before an evaluation; raises ConfigError where none may leave.
+        evaluation_noise: with which evaluations leave; None: they leave exactly.
+        set_aside: what of ``max_epsilon`` is kept for evaluations.
+        largest_value: in size, of what a message brings; infinite: any value.
     """
 
     partition_id: int
@@ -58,6 +57,9 @@ class Node:
     max_epsilon: float = math.inf
     max_delta: float = 1.0
     before_evaluation: Callable[[], None] | None = None
+    evaluation_noise: EvaluationNoise | None = None
+    set_aside: float = 0.0
+    largest_value: float = math.inf
 
 
 def train_instruction(
@@ -135,32 +137,6 @@ def declined(
     return wire.Reply(status=wire.DECLINED, reason=reason)
 
 
-def evaluate_instruction(
-    runtime: ClientRuntime, instruction: wire.TrainInstruction, config: RunConfig, node: Node
-) -> wire.Reply:
-    """The reply to an instruction to evaluate: this client's model on the test examples of its own domains.
-
-    The fixed subset of them, and all of them after the last round.
-    """
-    resolved = set_up(runtime, instruction, config, node, after_round=True)
-    if isinstance(resolved, wire.Reply):
-        return resolved
-    if node.before_evaluation is not None:
-        node.before_evaluation()
-    runtime.model.load(resolved.adapters, resolved.head)
-    last = instruction.server_round == config.num_server_rounds
-    chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)
-    own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
-    outcome = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
-    metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
-    if not runtime.model.task.labelled:
-        metrics[NUM_UNITS] = float(outcome.num_units)
-    for domain, results in outcome.by_domain().items():
-        metrics[f"{ACCURACY_IN}{domain}"] = results.accuracy
-        metrics[f"{EXAMPLES_IN}{domain}"] = float(results.num_units)
-    return wire.Reply(status=wire.OK, metrics=metrics, holds=instruction.needs.digests)
-
-
 def set_up(
     runtime: ClientRuntime,
     instruction: wire.TrainInstruction,
@@ -178,7 +154,24 @@ def set_up(
     resolved = gather_parts(runtime, instruction, config, node, after_round=after_round)
     if not isinstance(resolved, wire.Reply):
         runtime.move_to(instruction.needs.base, resolved.patch)
+        check_received(runtime, resolved, node.largest_value)
     return resolved
+
+
+def check_received(runtime: ClientRuntime, resolved: ResolvedInstruction, largest: float) -> None:
+    """Refuse values that a server may have chosen so that a certain example alone overflows.
+
+    Raises:
+        UpdateRefused: a factor, scaling, value of the head, or weight of the moved base beyond the range.
+    """
+    if largest == math.inf:
+        return
+    scalings = {f"scaling of {m}": torch.tensor(float(a.scaling)) for m, a in resolved.adapters.items()}
+    wire.check_range(scalings, largest)
+    for module, adapter in resolved.adapters.items():
+        wire.check_range({f"{name} of {module}": t for name, t in adapter.tensors().items()}, largest)
+    wire.check_range(resolved.head, largest)
+    wire.check_range({f"weight of {m}": t for m, t in runtime.model.base.moved_weights.items()}, largest)
 
 
 def gather_parts(
@@ -228,14 +221,6 @@ def load(
 def modules_of(instruction: wire.TrainInstruction) -> frozenset[str]:
     """The modules whose factors a client trains."""
     return frozenset(json.loads(instruction.config["modules"]))
-
-
-def own_test_indices(data: Prepared, partition_id: int) -> Indices:
-    """The test examples of the domains that a client holds; all of them where there are no domains."""
-    if not data.domain_names:
-        return np.arange(len(data.test))
-    held = np.unique(data.train.domains[data.indices(partition_id)])
-    return np.flatnonzero(np.isin(data.test.domains, held))
 
 
 def seed_of(instruction: wire.TrainInstruction, config: RunConfig, node: Node) -> int:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from flwr.app import RecordDict
 
-from clients.execute import Node, evaluate_instruction, train_instruction
+from clients.execute import Node, train_instruction
+from clients.execute_evaluation import evaluate_instruction
 from clients.node_settings import NodeSettings, node_settings, own_of
 from clients.owner import (
-    count_evaluation,
+    LARGEST_VALUE,
+    evaluations_of,
     explained_refusal,
     in_owners_name,
     is_protected,
@@ -125,7 +127,9 @@ def _node(settings: NodeSettings, *, simulation: bool, protected: bool) -> Node:
         partition_id=settings.partition_id,
         state_dir=settings.home,
         simulation=simulation,
-        max_epsilon=settings.max_epsilon or float("inf"),
+        max_epsilon=settings.max_epsilon or math.inf,
         max_delta=settings.max_delta if settings.max_epsilon else 1.0,
-        before_evaluation=partial(count_evaluation, settings) if protected else None,
+        set_aside=settings.set_aside,
+        largest_value=LARGEST_VALUE if protected else math.inf,
+        **(evaluations_of(settings) if protected else {}),
     )

@@ -10,9 +10,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clients.store import run_key
 from clients.training.batches import Indices
 from fedlora.config import RunConfig
 from fedlora.data.examples import Examples
@@ -20,6 +22,10 @@ from fedlora.errors import ConfigError, LedgerRefused
 from fedlora.prepared.cache import Prepared
 from fedlora.privacy.datasets import Dataset
 from fedlora.privacy.ledger import Ledger
+from fedlora.wire import TrainInstruction
+
+if TYPE_CHECKING:
+    from clients.execute import Node
 
 LEDGER = "ledger"
 DEALT_BY = (
@@ -41,6 +47,7 @@ class LedgerRef:
         run_key: names the run.
         known_head: a head that the client's ledger had, as the server remembers it; empty if it does not.
         max_epsilon, max_delta: the owner's limits, whatever the run's target is.
+        set_aside: what of it is kept for evaluations.
     """
 
     directory: Path
@@ -48,6 +55,23 @@ class LedgerRef:
     known_head: str = ""
     max_epsilon: float = math.inf
     max_delta: float = 1.0
+    set_aside: float = 0.0
+
+
+def ledger_ref_of(config: RunConfig, instruction: TrainInstruction, node: Node) -> LedgerRef:
+    """Location of a node's ledger, for the run of an instruction.
+
+    Raises:
+        LedgerRefused: see `ledger_directory`.
+    """
+    return LedgerRef(
+        directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
+        run_key=run_key(instruction),
+        known_head=str(instruction.config.get("ledger-head", "")),
+        max_epsilon=node.max_epsilon,
+        max_delta=node.max_delta,
+        set_aside=node.set_aside,
+    )
 
 
 def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
 
 FLOWERS_OWN = ("num-partitions", "simulation")
 """Keys of a node config that an engine sets."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationNoise:
+    """What the owner of a node sets for evaluations.
+
+    Attributes:
+        epsilon: of each.
+        count_hidden: the number of examples is hidden behind a declared one.
+    """
+
+    epsilon: float
+    count_hidden: bool
 
 
 @section()
@@ -50,7 +64,9 @@ class NodeSettings:
     release_metrics: bool = False
     """Give private runs that ask the training loss and the number of examples, outside the claim."""
     max_evaluations: NonNegativeInt = 0
-    """Exact evaluations that may leave a protected node in all, outside the claim; ``docs/privacy.md``."""
+    """Evaluations that may leave a protected node; outside the claim but for ``evaluation-epsilon``."""
+    evaluation_epsilon: NonNegativeFloat = 0.0
+    """Epsilon of each of them, which then leave with noise, within ``max-epsilon``; 0: they leave exactly."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
     state_dir: str = ""
@@ -62,7 +78,26 @@ class NodeSettings:
             not self.data or bool(self.dataset_id), "dataset-id", self.dataset_id,
             "must name your data, privacy spent on it is written down under that name",
         )  # fmt: skip
+        require(
+            not self.evaluation_epsilon or bool(self.data), "evaluation-epsilon", self.evaluation_epsilon,
+            "takes test examples of the node's own, data names none",
+        )  # fmt: skip
+        require(
+            not self.evaluation_epsilon or self.max_evaluations > 0, "evaluation-epsilon",
+            self.evaluation_epsilon, "takes max-evaluations, how many there may be, which is 0",
+        )  # fmt: skip
+        require(
+            not self.max_epsilon or self.set_aside <= self.max_epsilon, "evaluation-epsilon",
+            self.evaluation_epsilon,
+            f"max-evaluations = {self.max_evaluations} of them take {self.set_aside:g}, max-epsilon is "
+            f"{self.max_epsilon:g}",
+        )  # fmt: skip
         require(self.dataset_id.isprintable(), "dataset-id", self.dataset_id, "must be one line of text")
+
+    @property
+    def set_aside(self) -> float:
+        """Epsilon that is kept for evaluations, whether or not they are asked for."""
+        return self.max_evaluations * self.evaluation_epsilon
 
     @property
     def home(self) -> Path:

@@ -5,10 +5,12 @@ From a protected node leave
 
     the noisy update, and the claim that goes with it
     with ``release-metrics``    the training loss and the number of examples
-    with ``max-evaluations``    exact accuracies and losses, so many times in all
+    with ``max-evaluations``    accuracies and losses, so many times in all: exactly, or with
+                                ``evaluation-epsilon`` noised and charged to the ledger
 
-The last two are outside of the claim, which is why only the owner can allow them. Whatever else is asked for
-has one answer: the same words after the same time, so that neither tells a server anything of the data.
+Metrics and exact evaluations are outside of the claim, which is why only the owner can allow them. Whatever
+else is asked for has one answer: the same words after the same time, so that neither tells a server anything
+of the data.
 """
 
 from __future__ import annotations
@@ -18,11 +20,13 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
-from clients.node_settings import NodeSettings
+from clients.node_settings import EvaluationNoise, NodeSettings
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
@@ -33,6 +37,8 @@ REFUSAL = "the node declines; its own log says why"
 REFUSAL_SECONDS = 5.0
 """A refusal leaves a protected node at a whole multiple of this after its message came in."""
 EVALUATIONS = "evaluations.json"
+LARGEST_VALUE = 1e4
+"""In size, of a factor, a scaling, a value of the head or of a moved base that a protected node takes."""
 
 
 def is_protected(config: RunConfig, settings: NodeSettings) -> bool:
@@ -79,6 +85,17 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
     if settings.dataset_id:
         privacy = replace(privacy, dataset_id=settings.dataset_id)
     return config if privacy is config.privacy else replace(config, privacy=privacy)
+
+
+def evaluations_of(settings: NodeSettings) -> dict[str, Any]:
+    """How a protected node evaluates, as fields of `clients.execute.Node`.
+
+    With noise its ledger says how often; exact evaluations are counted.
+    """
+    if not settings.evaluation_epsilon:
+        return {"before_evaluation": partial(count_evaluation, settings)}
+    hidden = bool(settings.declared_examples)
+    return {"evaluation_noise": EvaluationNoise(epsilon=settings.evaluation_epsilon, count_hidden=hidden)}
 
 
 def count_evaluation(settings: NodeSettings) -> None:

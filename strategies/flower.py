@@ -223,6 +223,8 @@ class FactorStrategy(Rounds):
         for request in self.transport.requests:
             try:
                 measured[request.partition_id] = evaluated(request, self.weighted_by_key)
+                self.report.note(request.partition_id, request.reply)
+                self.transport.note_ledger(request)
             except UpdateRefused as error:
                 log(WARNING, "\tpartition %s does not evaluate: %s", request.partition_id, error)
         self.report.client_metrics = {

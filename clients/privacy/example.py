@@ -110,21 +110,13 @@ class ExamplePrivacy(PrivacyMechanism):
         cohort: Sequence[int] = (),
     ) -> PlannedRelease:
         from clients.budget import plan_release
-        from clients.ledger_ref import LedgerRef, ledger_directory
-        from clients.store import run_key
+        from clients.ledger_ref import ledger_ref_of
 
         config = self.config
-        ledger_ref = LedgerRef(
-            directory=ledger_directory(config, node.state_dir, simulation=node.simulation),
-            run_key=run_key(instruction),
-            known_head=str(instruction.config.get("ledger-head", "")),
-            max_epsilon=node.max_epsilon,
-            max_delta=node.max_delta,
-        )
         return plan_release(
             runtime,
             config,
-            ledger_ref,
+            ledger_ref_of(config, instruction, node),
             partition_id=node.partition_id,
             server_round=instruction.server_round,
             local_steps=config.local_steps_of(node.partition_id),

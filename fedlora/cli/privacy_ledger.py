@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 COLUMNS = (
     "data set",
     "epsilon",
+    "evaluations",
     "delta",
     "neighbours",
     "by",
@@ -106,16 +107,17 @@ def _places(directory: Path) -> list[Path]:
 
 def _row(account: Account) -> dict[str, Any]:
     standing = account.standing
-    budget = standing.budget
+    budget, training = standing.budget, standing.epsilon - standing.on_evaluations
     return {
         "ledger": str(account.path),
         "dataset": account.identity,
         "epsilon": standing.epsilon,
+        "on_evaluations": standing.on_evaluations,
         "delta": standing.delta or None,
         "neighboring_relation": standing.neighboring_relation if standing.releases else None,
         "accountant": standing.accountant or None,
         "target_epsilon": None if budget is None else budget.target_epsilon,
-        "left": None if budget is None else max(0.0, budget.target_epsilon - standing.epsilon),
+        "left": None if budget is None else max(0.0, budget.target_epsilon - training),
         "releases": standing.releases,
         "unfinished": standing.unfinished,
         "steps": standing.steps,
@@ -128,7 +130,9 @@ def _curve(account: Account) -> TradeOff | None:
     from fedlora.privacy.trade_off import trade_off
 
     standing = account.standing
-    return trade_off(standing.history, standing.epsilon, standing.delta) if standing.releases else None
+    if not standing.epsilon:
+        return None
+    return trade_off(standing.history, standing.epsilon, standing.delta, standing.on_evaluations)
 
 
 def _cell(value: Any) -> str:

@@ -14,7 +14,7 @@ from fedlora.errors import LedgerRefused
 from fedlora.privacy.accountants import ACCOUNTANTS
 from fedlora.privacy.chain import Entry
 from fedlora.privacy.filter import Budget, Setting, dominates
-from fedlora.privacy.spending import Place, Release, Spending, Standing
+from fedlora.privacy.spending import EvaluationRelease, Place, Release, Spending, Standing
 from fedlora.privacy.types import NeighboringRelation
 
 SCHEMA = 1
@@ -93,6 +93,12 @@ class Tally:
                 self._released[run, number, partition] += 1
             case {"kind": "reserve", "run": str(run), "round": int(number), "partition": int(partition)}:
                 return not first and self._reserve(entry, (run, number, partition))
+            case {
+                "kind": "evaluate", "run": str(run), "epsilon": float(epsilon),
+                "neighboring_relation": relation,
+            } if 0 < epsilon < math.inf and relation in list(NeighboringRelation):  # fmt: skip
+                for spending in (self.spending, self._runs[run]):
+                    spending.add_evaluation(epsilon, NeighboringRelation(relation))
             case _:
                 return False
         return not first
@@ -165,6 +171,19 @@ def reserve_entry(release: Release, budget: Budget, attempt: int, charged_as: Se
         "seeded": bool(release.determined_by),
         "determined_by": release.determined_by,
         **dataclasses.asdict(budget),
+        "time": now(),
+    }
+
+
+def evaluate_entry(release: EvaluationRelease) -> Entry:
+    """The line that charges an evaluation."""
+    return {
+        "kind": "evaluate",
+        "run": release.run_key,
+        "round": release.server_round,
+        "partition": release.partition_id,
+        "epsilon": float(release.epsilon),
+        "neighboring_relation": release.neighboring_relation.value,
         "time": now(),
     }
 

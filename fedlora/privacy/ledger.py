@@ -8,6 +8,8 @@ One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lin
                           neighbours it holds; the budget it was decided by; for seeded releases a digest
                           of all that determines their bits
     released              its training came to an end
+    evaluate              an evaluation with noise: run, round, partition; its epsilon, at delta 0, and
+                          between which neighbours
     fingerprint-changed   the content differs from what it was; what was spent stays spent
 
 The order is: `Ledger.reserve`, which is on disk when it returns; training; `Ledger.released`, which is for
@@ -21,16 +23,27 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedlora.errors import BudgetExceeded, LedgerRefused
 from fedlora.privacy.chain import Chain, Entry, read_chain
 from fedlora.privacy.datasets import REGISTER, Dataset, admit
-from fedlora.privacy.entries import Tally, fingerprint_entry, open_entry, released_entry, reserve_entry
+from fedlora.privacy.entries import (
+    Tally,
+    evaluate_entry,
+    fingerprint_entry,
+    open_entry,
+    released_entry,
+    reserve_entry,
+)
 from fedlora.privacy.filter import Budget, Setting, fits, spent
-from fedlora.privacy.spending import Release, Standing
+from fedlora.privacy.spending import EvaluationRelease, Release, Standing
+
+ROUNDING = 1e-9
+"""Of a sum of equal epsilons, relative."""
 
 
 class Ledger:
@@ -57,6 +70,8 @@ class Ledger:
         planned_steps: int = 0,
         known_head: str = "",
         max_delta: float = 1.0,
+        max_epsilon: float = math.inf,
+        set_aside: float = 0.0,
     ) -> Standing:
         """Charge a release; on disk when this returns, and only then may it be trained.
 
@@ -68,6 +83,8 @@ class Ledger:
             planned_steps: see `fedlora.privacy.filter.fits`.
             known_head: a head that this ledger is known to have had; empty if none is known.
             max_delta: the largest delta that may be stated.
+            max_epsilon: the owner's limit on all releases and evaluations together, over all runs.
+            set_aside: what of it is kept for evaluations.
 
         Returns:
             What the release's run has spent; what others have is for the owner, see `standing`.
@@ -81,9 +98,53 @@ class Ledger:
             self._open(known_head)
             attempts = self._tally.attempts(release)
             if not (release.determined_by and release.determined_by in attempts):
+                aside = max(set_aside, self._tally.spending.on_evaluations)
+                left = min(budget.target_epsilon, max_epsilon - aside)
+                budget = replace(budget, target_epsilon=left)
                 setting = self._decide(release, budget, planned_steps, max_delta)
                 self._append(reserve_entry(release, budget, len(attempts), setting))
                 self._keep_head()
+        return self._tally.standing(release.run_key)
+
+    def reserve_evaluation(
+        self,
+        release: EvaluationRelease,
+        *,
+        known_head: str = "",
+        max_epsilon: float = math.inf,
+        set_aside: float = math.inf,
+    ) -> Standing:
+        """Charge an evaluation; on disk when this returns, and only then may it be made.
+
+        Evaluations have a share of their own that is set aside beforehand: how many there are may follow
+        what was released, how much they and the training may cost does not.
+
+        Args:
+            release: what is about to be made.
+            known_head: as for `reserve`.
+            max_epsilon: as for `reserve`.
+            set_aside: the most that all evaluations together may cost.
+
+        Returns:
+            What its run has spent.
+
+        Raises:
+            BudgetExceeded: it would cost more than is set aside, or training has spent that already.
+            LedgerRefused: as `reserve`.
+        """
+        admit(self.directory, self.dataset)
+        with self._chain.locked():
+            self._open(known_head)
+            standing = self._tally.standing()
+            spent, training = standing.on_evaluations, standing.epsilon - standing.on_evaluations
+            allowed = min(set_aside, max_epsilon - training) * (1 + ROUNDING)
+            if spent + release.epsilon > allowed:
+                raise BudgetExceeded(
+                    f"evaluation-epsilon = {release.epsilon:g}: evaluations have spent {spent:g} in the "
+                    f"ledger of {self.dataset.identity}, training {training:.3f}; set aside are {set_aside:g}"
+                )
+            self._append(evaluate_entry(release))
+            self._keep_head()
         return self._tally.standing(release.run_key)
 
     def standing(self) -> Standing:

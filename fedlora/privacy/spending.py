@@ -46,11 +46,29 @@ class Release:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRelease:
+    """An evaluation that is about to leave a client with noise.
+
+    Attributes:
+        run_key, server_round, partition_id: where it belongs.
+        epsilon: what it costs, at delta 0.
+        neighboring_relation: under which.
+    """
+
+    run_key: str
+    server_round: int
+    partition_id: int
+    epsilon: float
+    neighboring_relation: NeighboringRelation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Standing:
     """What is on a ledger, or on it of one run.
 
     Attributes:
-        epsilon: spent.
+        epsilon: spent, on evaluations too.
+        on_evaluations: of it, what was spent on evaluations, at delta 0.
         delta: at which, see `fedlora.privacy.filter.stated_delta`; 0 before the first release.
         neighboring_relation: under which; ``zero_out_one`` if only one release is under no more than that.
         accountant: by which.
@@ -63,6 +81,7 @@ class Standing:
     """
 
     epsilon: float
+    on_evaluations: float
     delta: float
     neighboring_relation: NeighboringRelation
     accountant: str
@@ -85,11 +104,14 @@ class Spending:
     Attributes:
         steps: for each setting that was charged, in the order of their first use.
         budget: of the last release; None before the first.
+        on_evaluations: what evaluations cost. Each is epsilon-DP whatever came before it: its privacy loss is
+            at most its epsilon on every outcome, which adds to the epsilon of the steps, and to no delta.
     """
 
     def __init__(self) -> None:
         self.steps: Counter[Setting] = Counter()
         self.budget: Budget | None = None
+        self.on_evaluations = 0.0
         self._order = math.nan
         self._before_change = 0.0
         self._largest_delta = 0.0
@@ -104,6 +126,12 @@ class Spending:
         self._largest_delta = max(self._largest_delta, budget.target_delta)
         self.steps[setting] += steps
         self.budget = budget
+        if relation == NeighboringRelation.ZERO_OUT_ONE:
+            self._relation = relation
+
+    def add_evaluation(self, epsilon: float, relation: NeighboringRelation) -> None:
+        """Count an evaluation."""
+        self.on_evaluations += epsilon
         if relation == NeighboringRelation.ZERO_OUT_ONE:
             self._relation = relation
 
@@ -134,7 +162,8 @@ class Spending:
             epsilon = min(epsilon, self.budget.target_epsilon)  # all was found to fit, but for rounding
             delta = stated_delta(self._changed(len(self.steps)), self.budget)
         return Standing(
-            epsilon=epsilon,
+            epsilon=epsilon + self.on_evaluations,
+            on_evaluations=self.on_evaluations,
             delta=delta,
             neighboring_relation=self._relation,
             accountant=accountant,

@@ -92,13 +92,14 @@ def percent_up(share: float) -> str:
 
 
 @lru_cache(maxsize=256)
-def trade_off(history: History, epsilon: float, delta: float) -> TradeOff:
+def trade_off(history: History, epsilon: float, delta: float, on_evaluations: float = 0.0) -> TradeOff:
     """The curve of a claim.
 
     Args:
         history: all steps that the claim is about; empty where they are not known.
         epsilon: of the claim, as an account or a ledger states it.
         delta: of the claim.
+        on_evaluations: of epsilon, what is spent at delta 0 and on no step: it moves each line as a whole.
     """
     if len({(noise, rate) for noise, rate, _ in history}) != 1:
         return claim_alone(epsilon, delta)
@@ -110,7 +111,11 @@ def trade_off(history: History, epsilon: float, delta: float) -> TradeOff:
         return claim_alone(epsilon, delta)
     epsilons = np.linspace(0.0, furthest, LINES)
     deltas = profile(history, epsilons)
-    return TradeOff(found_by=LOSSES, epsilons=np.append(epsilons, epsilon), deltas=np.append(deltas, delta))
+    return TradeOff(
+        found_by=LOSSES,
+        epsilons=np.append(epsilons + on_evaluations, epsilon),
+        deltas=np.append(deltas, delta),
+    )
 
 
 def curve_of(claim: Mapping[str, Any]) -> TradeOff | None:
@@ -119,7 +124,11 @@ def curve_of(claim: Mapping[str, Any]) -> TradeOff | None:
         case {"epsilon": int() | float() as epsilon, "delta": int() | float() as delta} if (
             epsilon >= 0 and 0 <= delta <= 1
         ):
-            return trade_off(history_of(claim), float(epsilon), float(delta))
+            extra = claim.get("on_evaluations", 0.0)
+            extra = (
+                float(extra) if isinstance(extra, int | float) and 0 <= extra <= epsilon else float(epsilon)
+            )
+            return trade_off(history_of(claim), float(epsilon), float(delta), extra)
     return None
 
 

@@ -6,9 +6,13 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE, ZERO_OUT_ONE
 from fedlora.privacy.accountants import History
+
+if TYPE_CHECKING:
+    from fedlora.privacy.spending import Release, Standing
 
 
 class NeighboringRelation(StrEnum):
@@ -41,6 +45,7 @@ class PrivacySpent:
         releases: how many these are, unfinished ones included.
         history: noise multiplier, sample rate and steps of each setting that was charged; empty where they
             are not known, or something else than Poisson-subsampled Gaussian steps was released.
+        on_evaluations: of epsilon, what evaluations with noise cost, at delta 0.
         ledger_head: what every later state of the ledger contains, see `fedlora.privacy.ledger`.
     """
 
@@ -55,7 +60,30 @@ class PrivacySpent:
     steps: int
     releases: int = 1
     history: History = ()
+    on_evaluations: float = 0.0
     ledger_head: str = ""
+
+    @classmethod
+    def of(cls, standing: Standing, release: Release | None = None) -> PrivacySpent:
+        """The claim of what a run has on a ledger; ``release`` is its last, if that is not an evaluation."""
+        noise, rate = standing.history[-1][:2] if standing.history else (0.0, 0.0)
+        if release is not None:
+            noise, rate = release.setting
+        return cls(
+            epsilon=standing.epsilon,
+            delta=standing.delta,
+            granularity="example",
+            neighboring_relation=standing.neighboring_relation,
+            sampling_method="poisson",
+            accountant=standing.accountant,
+            noise_multiplier=noise,
+            sample_rate=rate,
+            steps=standing.steps,
+            releases=standing.releases,
+            history=standing.history,
+            on_evaluations=standing.on_evaluations,
+            ledger_head=standing.head,
+        )
 
     def told(self, *, count: bool, simulated: bool = False) -> dict[str, object]:
         """What leaves the client.

@@ -153,6 +153,7 @@ def result_record(
 
 CLAIM = (
     "epsilon", "delta", "granularity", "neighboring_relation", "sampling_method", "accountant", "steps",
+    "on_evaluations",
 )  # fmt: skip
 """Fields of `fedlora.privacy.types.PrivacySpent` that are kept, beside the history."""
 

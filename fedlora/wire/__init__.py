@@ -46,6 +46,7 @@ from fedlora.wire.reply import (
     metrics_in,
 )
 from fedlora.wire.upload import CODECS, UploadCodec, codec_named
+from fedlora.wire.validation import check_range
 
 __all__ = [
     "ARRAYS",
@@ -64,6 +65,7 @@ __all__ = [
     "TrainInstruction",
     "UploadCodec",
     "array_record",
+    "check_range",
     "codec_named",
     "complete_adapters",
     "decode_instruction",

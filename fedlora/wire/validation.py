@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from fedlora.core.factors import FACTORS
 from fedlora.core.init_drawn import DRAWN
 from fedlora.errors import UpdateRefused
@@ -55,6 +57,20 @@ def check_settings(config: Mapping[str, Any]) -> None:
             raise UpdateRefused(f"the message's {keys} cannot be read")
     if str(config.get("upload", "float32")) not in CODECS:
         raise UpdateRefused(f"upload = {config['upload']!r}: this client knows {', '.join(CODECS)}")
+
+
+def check_range(tensors: Mapping[str, Tensor], largest: float) -> None:
+    """Refuse values that are not finite, or larger in size.
+
+    Raises:
+        UpdateRefused: the first tensor that has one.
+    """
+    for name, tensor in tensors.items():
+        size = float(tensor.abs().max()) if tensor.numel() else 0.0
+        if not size <= largest:
+            raise UpdateRefused(
+                f"{name}: a value of size {size:g} was received, at most {largest:g} is taken"
+            )
 
 
 def _are_digests(value: object) -> bool:

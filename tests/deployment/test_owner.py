@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import RecordDict
 
 from clients import owner
 from clients.handler import EVALUATE, TRAIN, handle
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
+from fedlora.errors import UpdateRefused
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import PRIVATE, order
 from tests.in_process import RUNTIMES
@@ -112,3 +116,61 @@ def test_an_unprotected_node_says_what_is_wrong_and_evaluates(tmp_path: Path, ca
     refused = reply(TRAIN, config, tmp_path, **{"partition-id": 99})
     assert refused.reason.startswith("partition-id = 99: the data has partitions 0 to")
     assert "accuracy" in reply(EVALUATE, config, tmp_path).metrics
+
+
+def spoiled(kind: str, value: float) -> tuple[RunConfig, RecordDict]:
+    """A message with one value out of range."""
+    config = tiny_config(**PRIVATE)
+    content = order(config, 1)
+    if kind == "scaling":
+        content.config_records[wire.CONFIG]["scaling"] = value
+        return config, content
+    arrays = wire.from_record(content.array_records[wire.ARRAYS])
+    name = next(name for name in sorted(arrays) if kind in name)
+    arrays[name] = arrays[name].clone()
+    arrays[name].view(-1)[3] = value
+    content.array_records[wire.ARRAYS] = wire.to_record(arrays)
+    return config, content
+
+
+@pytest.mark.parametrize("kind", ["lora_A", "lora_B", "scaling"])
+@pytest.mark.parametrize("value", [1.0001e4, -3e38, float("nan"), float("inf")])
+def test_values_beyond_the_range_are_refused_by_the_one_refusal(
+    kind: str, value: float, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, content = spoiled(kind, value)
+    if kind == "scaling" and not math.isfinite(value):
+        pytest.skip("is no setting at all")
+    node = {"partition-id": 0, "state-dir": str(tmp_path)}
+    refused = wire.decode_reply(handle(TRAIN, content, to_flat(config), node, RUNTIMES))
+    assert (refused.status, refused.reason) == (wire.DECLINED, owner.REFUSAL)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert re.search(rf"{kind.removeprefix('lora_')} of .* was received, at most 10000 is taken", said)
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_the_largest_value_itself_is_trained_on(tmp_path: Path, cache: Path) -> None:
+    config, content = spoiled("lora_A", owner.LARGEST_VALUE)
+    node = {"partition-id": 0, "state-dir": str(tmp_path)}
+    assert wire.decode_reply(handle(TRAIN, content, to_flat(config), node, RUNTIMES)).status == wire.OK
+
+
+def test_a_base_that_patches_move_beyond_the_range_is_refused() -> None:
+    from types import SimpleNamespace
+
+    import torch
+
+    from clients.execute import check_received
+
+    base = SimpleNamespace(moved_weights={"q": torch.full((2, 2), 2e4)})
+    runtime, resolved = (
+        SimpleNamespace(model=SimpleNamespace(base=base)),
+        SimpleNamespace(adapters={}, head={}),
+    )
+    with pytest.raises(UpdateRefused, match="weight of q: a value of size 20000"):
+        check_received(runtime, resolved, owner.LARGEST_VALUE)  # type: ignore[arg-type]
+    check_received(runtime, resolved, float("inf"))  # type: ignore[arg-type]
+    head = SimpleNamespace(adapters={}, head={"classifier.bias": torch.tensor([2e4])})
+    base.moved_weights.clear()
+    with pytest.raises(UpdateRefused, match=r"classifier\.bias"):
+        check_received(runtime, head, owner.LARGEST_VALUE)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clients.evaluation import Evaluation
-from clients.execute import own_test_indices
+from clients.execute_evaluation import own_test_indices
 from fedlora.data.examples import Examples
 from fedlora.prepared.cache import Prepared
 from fedlora.server.records import accuracy_by_client, spread, worst_decile

@@ -87,6 +87,24 @@ def test_where_the_setting_changed_only_the_claim_speaks() -> None:
     )
 
 
+def test_what_evaluations_cost_moves_the_lines() -> None:
+    """By an independent pair: randomised response of that epsilon beside one Gaussian step."""
+    history, extra = ((2.0, 1.0, 1),), 0.7
+    epsilon = epsilon_spent(2.0, 1.0, 1, DELTA) + extra
+    curve, alone = trade_off(history, epsilon, DELTA, extra), trade_off(history, epsilon, DELTA)
+    truth = 1 / (1 + math.exp(-extra))
+    for alarm in RATES:
+        cuts = np.linspace(
+            -9, 9, 4001
+        )  # thresholds of the Gaussian where the answer is yes; its ratio shifts
+        late = cuts + 2 * extra * 2.0**2
+        alarms = (1 - truth) * norm.sf(cuts / 2) + truth * norm.sf(late / 2)
+        found = truth * norm.sf((cuts - 1) / 2) + (1 - truth) * norm.sf((late - 1) / 2)
+        best = float(np.interp(alarm, alarms[::-1], found[::-1]))
+        assert best - 1e-4 <= curve.true_positive_rate(alarm)
+        assert alone.true_positive_rate(alarm) <= curve.true_positive_rate(alarm)
+
+
 BARE = {"epsilon": 1.0, "delta": 1e-5}
 
 
