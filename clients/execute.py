@@ -16,7 +16,7 @@ from clients.budget import PlannedRelease, train_within_budget
 from clients.node_settings import EvaluationNoise
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
-from clients.store import OWN, ClientStore, ResolvedInstruction, resolve, run_key
+from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
 from clients.training.canaries import Canaries
 from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
@@ -106,6 +106,11 @@ def answer(
     shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})
     arrays = wire.to_peft(result.adapters, shared[0], instruction.uploaded, modules)
     start = wire.to_peft(resolved.adapters, shared[1], instruction.uploaded, modules)
+    if instruction.codec.feedback:
+        owed = resolved.store.personal(node.partition_id, OWED, instruction.server_round) or {}
+        arrays = wire.with_owed(arrays, owed)
+        owed |= instruction.left_out(start, arrays)
+        resolved.store.keep_personal(node.partition_id, OWED, instruction.server_round, owed)
     metrics: dict[str, float] = {}
     if result.loss is not None:
         metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}

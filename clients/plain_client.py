@@ -16,9 +16,9 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType
 from flwr.clientapp.typing import ClientAppCallable, Mod
 from torch import nn
 
-from clients.store import OWN, ClientStore
+from clients.store import OWED, OWN, ClientStore
 from fedlora import wire
-from fedlora.core.factors import PLAIN
+from fedlora.core.factors import PLAIN, Tensors
 
 
 def train_as_ordered(model: nn.Module, message: Message) -> None:
@@ -70,19 +70,41 @@ def own_mod(state_dir: Path | str) -> Mod:
 def upload_mod(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
     """A mod that writes the reply's arrays as the strategy's ``upload`` says; without it they stay floats.
 
-    The last of the mods (``mods=[base_mod(...), upload_mod]``), so that it sees what training begins from.
+    What a codec with error feedback leaves out stays in the app's context, and is lost with it. The last of
+    the mods (``mods=[base_mod(...), upload_mod]``), so that it sees what training begins from.
     """
     if wire.instruction_settings(message.content) is None:
         return call_next(message, context)
     instruction = wire.decode_instruction(message.content)
     reply = call_next(message, context)
     arrays = wire.array_record(reply.content) if reply.has_content() else None
-    if instruction.upload == "float32" or arrays is None:
+    if instruction.codec.name == "float32" or arrays is None:
         return reply
+    start, trained = instruction.arrays, wire.from_record(arrays)
+    if instruction.codec.feedback:
+        trained = _settled(instruction, context, start, trained)
     name = next(name for name, record in reply.content.array_records.items() if record is arrays)
-    reply.content[name] = wire.to_record(
-        instruction.coded(instruction.arrays, wire.from_record(arrays)), None
-    )
+    reply.content[name] = wire.to_record(instruction.coded(start, trained), None)
     said = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
-    reply.content[wire.CONFIG] = ConfigRecord({**said, "upload": instruction.upload})
+    reply.content[wire.CONFIG] = ConfigRecord({**said, "upload": instruction.codec.name})
     return reply
+
+
+def _settled(
+    instruction: wire.TrainInstruction, context: Context, start: Tensors, trained: Tensors
+) -> Tensors:
+    """What was trained and what was owed; the context keeps what of it is owed after this round.
+
+    By run and round, so that a round that is carried out again finds what it found before.
+    """
+    begins = f"{OWED}-{instruction.config.get('run-key', context.run_id)}-"
+    kept = sorted(name for name in context.state.array_records if name.startswith(begins))
+    before = [name for name in kept if int(name.removeprefix(begins)) < instruction.server_round]
+    owed = wire.from_record(context.state.array_records[before[-1]]) if before else {}
+    trained = wire.with_owed(trained, owed)
+    owed |= instruction.left_out(start, trained)
+    for name in kept:
+        if name not in before[-1:]:
+            del context.state[name]
+    context.state[f"{begins}{instruction.server_round:06d}"] = wire.to_record(owed)
+    return trained

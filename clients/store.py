@@ -91,6 +91,8 @@ def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedI
 
 OWN = "own"
 """What a client keeps to itself: a local head, factors that it trains and does not ship."""
+OWED = "owed"
+"""What an upload codec with error feedback has left out so far, see `fedlora.wire.upload`."""
 KEEP_ROUNDS = 2
 """Versions of a personal tensor set that are kept."""
 

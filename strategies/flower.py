@@ -36,6 +36,7 @@ from strategies.report import RoundReport
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.transport import Transport
+from strategies.uploads import checked_upload
 from strategies.wrapped import watch_flowers_wrappers
 
 CONNECT_TIMEOUT = 600.0
@@ -62,8 +63,7 @@ class FactorStrategy(Rounds):
         max_update_norm: an update that moved further is refused; 0 means none is for that.
         clients_evaluate: after which rounds clients evaluate, each with what it keeps to itself.
         keep_ranks: a client whose rank a rule prunes is sent zeros there, as a PEFT model keeps its rank.
-        diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy,
-            which does not cover them.
+        diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy.
         client_dp: client-level privacy of the global model, for rules whose aggregate is a mean.
         wire_dtype: ``float32`` or ``float16``, see `strategies.precision`.
         upload: how clients write down what they send, see `fedlora.wire.upload`; empty: as ``wire_dtype``.
@@ -115,8 +115,7 @@ class FactorStrategy(Rounds):
             max_participations=max_participations,
         )
         self.min_available_nodes = min_available_nodes
-        self.scaling, self.rank = scaling, rank
-        self.seed = seed
+        self.scaling, self.rank, self.seed = scaling, rank, seed
         self.weighted_by_key = weighted_by_key
         if weighted_by_key is None and (train_metrics_aggr_fn or evaluate_metrics_aggr_fn):
             raise ConfigError(
@@ -138,7 +137,8 @@ class FactorStrategy(Rounds):
         self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
         self.keep_ranks = keep_ranks
         self.transport = Transport(
-            rule.init_a, wire_dtype, upload=upload, seed=seed, packed=packed,
+            rule.init_a, wire_dtype, seed=seed, packed=packed,
+            upload=checked_upload(upload or wire_dtype, rule, client_dp=client_dp is not None),
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)

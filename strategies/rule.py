@@ -100,6 +100,11 @@ class Rule:
         return "" if self.facts.trained else "trains no layer"
 
     @property
+    def coordinates_stay(self) -> bool:
+        """A number that a client ships means later what it means in this round, and counts in a mean."""
+        return self.facts.mean and not self.facts.rotates_basis
+
+    @property
     def gradient_examples(self) -> int:
         """Number of public examples that `init` needs the gradient of (`Template.gradients`); 0 for none."""
         return 0

@@ -211,7 +211,8 @@ class Transport:
         own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
         if self.upload != "float32":
             who = config["server-round"], request.partition_id
-            own |= {"upload": self.upload, "upload-seed": derive(self.seed, "upload", *who)}
+            seed = derive(self.seed, "upload", *who)
+            own |= {"upload": self.upload, "upload-seed": seed, "upload-turn": sum(who)}
         settings = {
             **config,
             **({"ledger-head": head} if head else {}),

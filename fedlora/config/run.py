@@ -88,7 +88,8 @@ class RunConfig:
     """Numbers travel as ``float32``, or as ``float16``: half the bytes, rounded where they come from."""
     upload: str = ""
     """What clients send travels as ``float32``, ``float16``, or, for instance ``int8``, the change in 8 bits
-    by stochastic rounding, a quarter of the bytes; empty means as ``wire-dtype``."""
+    by stochastic rounding, a quarter of the bytes; others are ``int4``, ``topk`` and ``segments``, see
+    ``docs/strategy.md``; empty means as ``wire-dtype``."""
     output_dir: str = ""
     """Where results go, for instance ``runs/a``; empty means ``runs/<name of the config file>``, or a
     folder named after the run."""

@@ -12,12 +12,12 @@ from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
 from fedlora.tasks import task_named
-from fedlora.wire import codec_named
 from strategies.allocation import make_allocation
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer
+from strategies.uploads import checked_upload
 
 
 def check(config: RunConfig) -> Rule:
@@ -30,8 +30,8 @@ def check(config: RunConfig) -> Rule:
     """
     check_tracking(config.tracking.tool)
     check_kind(config.lora)
-    codec_named(config.upload or config.wire_dtype)
     rule = configured_rule(config.strategy)
+    checked_upload(config.upload or config.wire_dtype, rule, client_dp=config.privacy.mode == "client")
     check_task(config, rule)
     if rule.allocation.name != "all" and any(group.target_modules is not None for group in config.groups):
         raise ConfigError(

@@ -45,7 +45,7 @@ from fedlora.wire.reply import (
     encode_reply,
     metrics_in,
 )
-from fedlora.wire.upload import CODECS, UploadCodec, codec_named
+from fedlora.wire.upload import CODECS, UploadCodec, codec_named, with_owed
 from fedlora.wire.validation import check_range
 
 __all__ = [
@@ -91,4 +91,5 @@ __all__ = [
     "payload_bytes",
     "to_peft",
     "to_record",
+    "with_owed",
 ]

@@ -27,7 +27,7 @@ ARRAYS, PARTS, CONFIG, METRICS = "arrays", "parts", "config", "metrics"
 """Names of the records in a message."""
 DTYPES = {"float32", "float16", "float64"}
 """Of floats that are understood wherever numbers travel."""
-CODED = DTYPES | {"int8"}
+CODED = DTYPES | {"int8", "uint8"}
 """Of arrays that an upload codec may write."""
 PACKED = "safetensors"
 """The only array of a record whose tensors travel together; no tensor has this name."""

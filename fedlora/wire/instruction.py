@@ -18,7 +18,7 @@ from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer, digest
 from fedlora.errors import FactorShapeError, UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
-from fedlora.wire.upload import CODECS
+from fedlora.wire.upload import CODECS, UploadCodec
 from fedlora.wire.validation import check_settings
 
 
@@ -86,14 +86,22 @@ class TrainInstruction:
         return names(self.config["uploaded"])
 
     @cached_property
-    def upload(self) -> str:
-        """The codec of the reply's arrays, see `fedlora.wire.upload`."""
-        return str(self.config.get("upload", "float32"))
+    def codec(self) -> UploadCodec:
+        """The codec of the reply's arrays."""
+        return CODECS[str(self.config.get("upload", "float32"))]
 
     def coded(self, start: Tensors, trained: Tensors) -> Tensors:
         """The arrays of the reply, as that codec writes what was trained from ``start``."""
         generator = torch_stream(int(self.config.get("upload-seed", 0)), "upload")
-        return CODECS[self.upload].encode(start, trained, generator)
+        return self.codec.encode(start, trained, generator, int(self.config.get("upload-turn", 0)))
+
+    def left_out(self, start: Tensors, trained: Tensors) -> Tensors:
+        """What the reply does not tell of ``trained``; nothing where the server will refuse it."""
+        try:
+            told = self.codec.decode(start, self.coded(start, trained))
+        except UpdateRefused:
+            return {}
+        return {name: tensor - told[name] for name, tensor in trained.items()}
 
     @cached_property
     def tail(self) -> RankRegularizer | None:
@@ -166,7 +174,7 @@ INSTRUCTION_KEYS = frozenset(
         "needs-layers",
     }
     | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
-    | {"upload", "upload-seed"}
+    | {"upload", "upload-seed", "upload-turn"}
 )
 """The settings that a strategy writes: nobody else's may have these names."""
 

@@ -64,7 +64,7 @@ def encode_reply(
     """
     codec, arrays, answers = "", reply.arrays, reply.answers if instruction is None else instruction.identity
     if instruction is not None and arrays:
-        codec, arrays = instruction.upload, instruction.coded(reply.start, arrays)
+        codec, arrays = instruction.codec.name, instruction.coded(reply.start, arrays)
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),

@@ -7,13 +7,21 @@ A client that is not fedlora's and knows no codec sends floats, which are always
 Digests are of downloads and know nothing of this. Under differential privacy the noise is in the tensors
 already, and what a codec makes of them is post-processing: it costs nothing and weakens nothing.
 
-A codec is one class below and an entry of `CODECS`; `tests/wire/test_upload.py` holds it to what it declares.
-Both sides must know it, so that none is loaded by name from elsewhere.
+A codec is unbiased, or it has *error feedback* (Karimireddy et al., arXiv 1901.09847), or its error is a
+rounding of the number: with feedback, what was left out of a change stays at the client and is added to what
+it trains the next time. With d_t the change that was trained and C what arrives of a change,
+
+    c_t = d_t + e_t,    sent is C(c_t),    e_{t+1} = c_t - C(c_t),    sum_t C(c_t) = sum_t d_t - e_{T+1}
+
+so that nothing is lost, only late. Which rules that suits says `strategies.uploads`.
+
+A codec is one class here or beside, and an entry of `CODECS`; `tests/wire/test_upload.py` holds it to what it
+declares. Both sides must know it, so that none is loaded by name from elsewhere.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +30,8 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused, unknown_name
+from fedlora.wire.sparse import Segments, TopK
+from fedlora.wire.steps import Steps, kind_of
 
 
 class UploadCodec(Protocol):
@@ -29,7 +39,7 @@ class UploadCodec(Protocol):
 
     Attributes:
         name: the value of ``upload``.
-        bits: that a number takes in a large tensor.
+        feedback: what it leaves out is kept at the client and told later, see the module.
         unbiased: the mean of what is decoded, over seeds, is what was trained.
         error: by how much an entry may be off, as a share of the largest entry of its tensor.
         of_change: that largest entry is one of the tensor's change, not of the tensor itself.
@@ -38,7 +48,7 @@ class UploadCodec(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def bits(self) -> float: ...
+    def feedback(self) -> bool: ...
     @property
     def unbiased(self) -> bool: ...
     @property
@@ -46,13 +56,17 @@ class UploadCodec(Protocol):
     @property
     def of_change(self) -> bool: ...
 
-    def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator) -> Tensors:
+    def nbytes(self, numbers: int) -> int:
+        """Bytes of a tensor of so many numbers; where they differ from turn to turn, the most."""
+
+    def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator, turn: int) -> Tensors:
         """Arrays that travel.
 
         Args:
             start: what training began from, of the names and shapes of ``trained``; float32.
             trained: what is to be told, float32.
             generator: of the client and round; nothing else is drawn from.
+            turn: rounds count it up, and neighbouring clients differ by one.
         """
 
     def decode(self, start: Tensors, arrays: Tensors) -> Tensors:
@@ -72,93 +86,35 @@ class Cast:
     """Numbers themselves, rounded to a type of float; ``start`` does not matter."""
 
     name: str
-    bits: float
+    width: int
     error: float
     unbiased: bool
     of_change: bool = False
+    feedback: bool = False
 
-    def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator) -> Tensors:
+    def nbytes(self, numbers: int) -> int:
+        return numbers * self.width // 8
+
+    def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator, turn: int) -> Tensors:
         kind: torch.dtype = getattr(torch, self.name)
         return {name: tensor.detach().to("cpu", kind) for name, tensor in trained.items()}
 
     def decode(self, start: Tensors, arrays: Tensors) -> Tensors:
         for name, tensor in arrays.items():
             if not tensor.is_floating_point():
-                raise UpdateRefused(f"array {name} is {_kind(tensor)}, upload = {self.name!r} sends floats")
+                raise UpdateRefused(f"array {name} is {kind_of(tensor)}, upload = {self.name!r} sends floats")
         return {name: tensor.to(torch.float32) for name, tensor in arrays.items()}
-
-
-GROUP = 64
-"""Numbers that share a scale."""
-LEVELS = 127
-"""Steps on either side of zero."""
-SCALE = "/scale"
-"""Ends the name of a tensor's scales; no parameter's name holds a slash."""
-
-
-@dataclass(frozen=True, slots=True)
-class Int8:
-    """The change in 8 bits by stochastic rounding, 64 numbers to a scale.
-
-    For each group of a tensor's change d, in the order of memory, with u uniform in [0, 1):
-
-        h = max |d| / 127,    q = floor(d / h + u) in {-127, .., 127},    d' = h q,    E[d'] = d
-
-    So do means of what clients send, and products of factors that are rounded apart. A number takes 8 bits
-    and its 64th of a float32. Entries that are not finite spoil the scale of their group, which is refused.
-    """
-
-    name: str = "int8"
-    bits: float = 8 + 32 / GROUP
-    error: float = 1 / LEVELS
-    unbiased: bool = True
-    of_change: bool = True
-
-    def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator) -> Tensors:
-        arrays: Tensors = {}
-        for name in sorted(trained):
-            change = trained[name].detach().double() - start[name].double()
-            groups = _grouped(change)
-            scales = groups.abs().amax(dim=1).div(LEVELS).float()
-            scales = torch.nextafter(scales, scales.new_tensor(math.inf)).where(scales > 0, scales)
-            usable = torch.isfinite(scales) & (scales > 0)
-            steps = torch.where(usable[:, None], groups / scales[:, None].double(), 0.0)
-            drawn = torch.rand(groups.shape, generator=generator, dtype=torch.float64)
-            rounded = torch.floor(steps + drawn).to(torch.int8).reshape(-1)[: change.numel()]
-            arrays[name] = rounded.reshape(change.shape)
-            arrays[name + SCALE] = scales
-        return arrays
-
-    def decode(self, start: Tensors, arrays: Tensors) -> Tensors:
-        trained: Tensors = {}
-        for name, steps in arrays.items():
-            if name.endswith(SCALE) and name.removesuffix(SCALE) in arrays:
-                continue
-            if name not in start:
-                raise UpdateRefused(f"unknown tensor {name}; expected are {', '.join(sorted(start))}")
-            before, scales = start[name], arrays.get(name + SCALE)
-            if steps.dtype != torch.int8 or steps.shape != before.shape:
-                shape = f"{_kind(steps)} {tuple(steps.shape)}"
-                raise UpdateRefused(f"{name} is {shape}, expected int8 {tuple(before.shape)}")
-            count = -(-steps.numel() // GROUP)
-            if scales is None or scales.dtype != torch.float32 or scales.shape != (count,):
-                given = "missing" if scales is None else f"{_kind(scales)} {tuple(scales.shape)}"
-                raise UpdateRefused(f"{name}: its scales are {given}, expected float32 {(count,)}")
-            if not (torch.isfinite(scales).all() and (scales >= 0).all()):
-                raise UpdateRefused(f"{name}: a scale is negative, a NaN or an infinity")
-            if (steps < -LEVELS).any():
-                raise UpdateRefused(f"{name}: a step is below -{LEVELS}")
-            change = (_grouped(steps.double()) * scales[:, None].double()).reshape(-1)[: steps.numel()]
-            trained[name] = (before.double() + change.reshape(before.shape)).float()
-        return trained
 
 
 CODECS: dict[str, UploadCodec] = {
     codec.name: codec
     for codec in (
-        Cast("float32", bits=32, error=0.0, unbiased=True),
-        Cast("float16", bits=16, error=2.0**-11, unbiased=False),
-        Int8(),
+        Cast("float32", width=32, error=0.0, unbiased=True),
+        Cast("float16", width=16, error=2.0**-11, unbiased=False),
+        Steps("int8", width=8),
+        Steps("int4", width=4),
+        TopK(),
+        Segments(),
     )
 }
 """By the value of ``upload``."""
@@ -175,11 +131,9 @@ def codec_named(name: str) -> UploadCodec:
     return CODECS[name]
 
 
-def _grouped(tensor: Tensor) -> Tensor:
-    """The entries in rows of `GROUP`, zeros at the end: (ceil(n / GROUP), GROUP)."""
-    flat = tensor.reshape(-1)
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % GROUP)).reshape(-1, GROUP)
-
-
-def _kind(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def with_owed(trained: Tensors, owed: Mapping[str, Tensor]) -> Tensors:
+    """What was trained and what is owed from before, where that is of the same shape."""
+    return {
+        name: tensor + owed[name] if name in owed and owed[name].shape == tensor.shape else tensor
+        for name, tensor in trained.items()
+    }

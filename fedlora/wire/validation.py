@@ -51,6 +51,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
         "moves-base": isinstance(config.get("moves-base", False), bool),
         "fresh": _is_fresh(config.get("fresh")),
         "upload-seed": isinstance(config.get("upload-seed", 0), int),
+        "upload-turn": isinstance(config.get("upload-turn", 0), int),
     }
     for keys, holds in sound.items():
         if not holds:

@@ -116,6 +116,10 @@ class FedSBRule(MeanRule):
         return "finds A and B of every layer in its first two rounds" if self.subspace == "private" else ""
 
     @property
+    def coordinates_stay(self) -> bool:
+        return self.subspace != "private"
+
+    @property
     def gradient_examples(self) -> int:
         return self.public_examples if self.subspace == "public" else 0
 
