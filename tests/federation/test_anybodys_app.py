@@ -60,21 +60,14 @@ def plain_app(model: PeftModel, frozen: str, mods: list[Callable[..., Message]])
 
 
 def federate(
-    strategy: FactorStrategy,
-    app: Callable[..., Message],
-    model: PeftModel,
-    rounds: int,
-    states: dict[int, RecordDict] | None = None,
+    strategy: FactorStrategy, app: Callable[..., Message], model: PeftModel, rounds: int
 ) -> ArrayRecord:
-    """The arrays after so many rounds; ``states`` takes what each node keeps in its context."""
-    kept = {} if states is None else states
-
     def client(message: Message, partition: int) -> Message:
         context = Context(
             run_id=1,
             node_id=partition,
             node_config={"partition-id": partition},
-            state=kept.setdefault(partition, RecordDict()),
+            state=RecordDict(),
             run_config={},
         )
         return app(message, context)
