@@ -134,12 +134,12 @@ def declined(
 
     Where a node's files lie, and what other runs have spent, is for the log of its own machine.
     """
-    reason = str(error)
+    reason = own = str(error)
     if not node.simulation:
         logging.getLogger("fedlora").warning("round %d: %s", instruction.server_round, reason)
         what = "ledger" if isinstance(error, LedgerRefused) else "budget"
         reason = f"the node's privacy {what} refuses; its own log says why"
-    return wire.Reply(status=wire.DECLINED, reason=reason)
+    return wire.Reply(status=wire.DECLINED, reason=reason, own_reason=own)
 
 
 def set_up(

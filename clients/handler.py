@@ -11,9 +11,11 @@ from flwr.app import RecordDict
 
 from clients.execute import Node, train_instruction
 from clients.execute_evaluation import evaluate_instruction
+from clients.journal import write_down
 from clients.node_settings import NodeSettings, node_settings, own_of
 from clients.owner import (
     LARGEST_VALUE,
+    REFUSAL,
     evaluations_of,
     explained_refusal,
     in_owners_name,
@@ -70,7 +72,16 @@ def handle(
         reply = answer()
     else:
         reply = explained_refusal(answer)
-    return wire.encode_reply(reply, instruction, packed=instruction.packed)
+    encoded = wire.encode_reply(reply, instruction, packed=instruction.packed)
+    if simulation:
+        return encoded
+    try:
+        write_down(settings, config, instruction, kind, reply, encoded)
+    except OSError as error:
+        logging.getLogger("fedlora").warning("declined, for the journal cannot be written: %s", error)
+        unsaid = wire.Reply(status=wire.DECLINED, reason=REFUSAL)
+        return wire.encode_reply(unsaid, instruction, packed=instruction.packed)
+    return encoded
 
 
 def handle_together(

@@ -19,6 +19,9 @@ from fedlora.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.prepared.node_data import OwnData
 
+NODE_FILE = "node.toml"
+STATE = "state"
+"""Folder of a node's directory that its start script names."""
 FLOWERS_OWN = ("num-partitions", "simulation")
 """Keys of a node config that an engine sets."""
 
@@ -135,13 +138,18 @@ def own_of(settings: NodeSettings, labels: tuple[str, ...] = ()) -> OwnData | No
     )
 
 
+def state_of(directory: Path, settings: NodeSettings) -> Path:
+    """What a node's directory keeps between messages, where its start script has it."""
+    return Path(settings.state_dir) if settings.state_dir else directory / STATE
+
+
 def read_node(directory: Path) -> NodeSettings:
     """The settings in a node's directory.
 
     Raises:
         ConfigError: there is no ``node.toml``, or it is not accepted.
     """
-    file = directory / "node.toml"
+    file = directory / NODE_FILE
     try:
         table = tomllib.loads(file.read_text())
     except FileNotFoundError:

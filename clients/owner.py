@@ -138,11 +138,11 @@ def one_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
     except Exception as error:
         foreseen = isinstance(error, FedLoraError)
         logging.getLogger("fedlora").warning("declined: %s", error, exc_info=None if foreseen else error)
-        reply = wire.Reply(status=wire.DECLINED)
+        reply = wire.Reply(status=wire.DECLINED, own_reason=str(error))
     if reply.status != wire.DECLINED:
         return reply
     time.sleep(REFUSAL_SECONDS - (time.monotonic() - began) % REFUSAL_SECONDS)
-    return wire.Reply(status=wire.DECLINED, reason=REFUSAL)
+    return wire.Reply(status=wire.DECLINED, reason=REFUSAL, own_reason=reply.own_reason or reply.reason)
 
 
 def explained_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
@@ -152,4 +152,4 @@ def explained_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
     except ConfigError as error:
         logging.getLogger("fedlora").warning("declined: %s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
-        return wire.Reply(status=wire.DECLINED, reason=told)
+        return wire.Reply(status=wire.DECLINED, reason=told, own_reason=str(error))

@@ -4,48 +4,65 @@ from __future__ import annotations
 
 import json
 import sys
+import tomllib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fedlora.cli.console import one_line_errors, out
 
 if TYPE_CHECKING:
+    from clients.node_settings import NodeSettings
     from fedlora.privacy.ledger import Account
     from fedlora.privacy.trade_off import TradeOff
 
-COLUMNS = (
-    "data set",
-    "epsilon",
-    "evaluations",
-    "delta",
-    "neighbours",
-    "by",
-    "budget",
-    "left",
-    "releases",
-    "unfinished",
-    "steps",
-    "changes",
+COLUMNS = {
+    "data set": "dataset",
+    "epsilon": "epsilon",
+    "evaluations": "on_evaluations",
+    "delta": "delta",
+    "owner's limit": "max_epsilon",
+    "run's target": "target_epsilon",
+    "left": "left",
+    "releases": "releases",
+    "unfinished": "unfinished",
+    "steps": "steps",
+    "changes": "content_changes",
+    "neighbours": "neighboring_relation",
+    "by": "accountant",
+    "of": "data",
+}
+"""Heading -> field of a row."""
+RUNS_OWN = "(as a run names it)"
+TEXTS = ("data set", "neighbours", "by", "of")
+LEGEND = (
+    "epsilon is of everything on a ledger; left is to the smaller of the owner's limit and the last run's "
+    "target; unfinished releases count, 'changes' are of the content"
 )
-TEXTS = ("data set", "neighbours", "by")
 
 
 @one_line_errors
 def spent(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A run, a study, or a ledger directory.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="A run, a study, a node, a federation, or a ledger."),
+    ],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """What every data set under DIR has spent, by the ledgers alone.
+    """What every data set under DIR has spent, by the ledgers alone, beside what its owner allows.
+
+    Data sets that were declared and spent nothing are there, too.
 
     Example: fedlora privacy spent runs/demo
     """
-    from fedlora.privacy.ledger import read_ledgers
-
-    accounts = [account for place in _places(directory) for account in read_ledgers(place)]
-    rows, curves = [*map(_row, accounts)], [*map(_curve, accounts)]
+    nodes = _nodes(directory)
+    found = [pair for place in _places(directory, nodes) for pair in _rows(place, nodes.get(place))]
+    rows = [row for row, _ in found]
+    curves = [account and _curve(account) for _, account in found]
     if as_json:
         for row, curve in zip(rows, curves, strict=True):
             row["attacker"] = curve and curve.record()
@@ -55,13 +72,13 @@ def spent(
     for column in COLUMNS:
         table.add_column(column, no_wrap=True, justify="left" if column in TEXTS else "right")
     for row in rows:
-        table.add_row(*map(_cell, list(row.values())[1:]))
+        table.add_row(*(escape(_cell(row[field])) for field in COLUMNS.values()))
     out.print(table)
     for row, curve in zip(rows, curves, strict=True):
         if curve:
             said = f"{row['dataset']}: {curve.said()}, by {curve.found_by}"
             out.print(said, markup=False, highlight=False)
-    out.print("epsilon is of everything on a ledger; unfinished releases count, 'changes' are of the content")
+    out.print(LEGEND)
 
 
 @one_line_errors
@@ -86,42 +103,92 @@ def new_dataset(
     )
 
 
-def _places(directory: Path) -> list[Path]:
-    """The ledger directories in a directory, and those that the runs in it name.
+def _nodes(directory: Path) -> dict[Path, NodeSettings]:
+    """The ledger directory of each node in a directory -> what its owner set."""
+    from clients.ledger_ref import LEDGER
+    from clients.node_settings import NODE_FILE, read_node, state_of
+
+    found = {}
+    for file in sorted(directory.rglob(NODE_FILE)):
+        settings = read_node(file.parent)
+        found[(state_of(file.parent, settings) / LEDGER).resolve()] = settings
+    return found
+
+
+def _places(directory: Path, nodes: Collection[Path]) -> list[Path]:
+    """The ledger directories in a directory, those of its nodes, and those that the runs in it name.
 
     Raises:
         ConfigError: there is none.
     """
-    from fedlora.config import read_config
     from fedlora.errors import ConfigError
     from fedlora.privacy.datasets import REGISTER
 
     inside = {register.parent.resolve() for register in directory.rglob(REGISTER)}
-    named = {read_config(config).privacy.ledger for config in directory.rglob("config.toml")} - {""}
+    named = {_ledger_in(config) for config in directory.rglob("config.toml")} - {""}
     elsewhere = {Path(path).expanduser().resolve() for path in named}
-    places = inside | {path for path in elsewhere if (path / REGISTER).exists()}
+    places = {*inside, *nodes, *(path for path in elsewhere if (path / REGISTER).exists())}
     if not places:
         raise ConfigError(f"{directory}: there is no privacy ledger in it")
     return sorted(places)
 
 
-def _row(account: Account) -> dict[str, Any]:
-    standing = account.standing
-    budget, training = standing.budget, standing.epsilon - standing.on_evaluations
+def _ledger_in(config: Path) -> str:
+    """``privacy.ledger`` of a configuration; empty in one of another program, as Flower's in a federation."""
+    try:
+        return str(tomllib.loads(config.read_text())["privacy"]["ledger"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _rows(place: Path, node: NodeSettings | None) -> Iterator[tuple[dict[str, Any], Account | None]]:
+    """A row for each account of a ledger directory, and for each data set that has none yet."""
+    from fedlora.privacy.datasets import declared_in
+    from fedlora.privacy.ledger import read_ledgers
+
+    accounts = read_ledgers(place)
+    for account in accounts:
+        yield _row(place, account.identity, node, account), account
+    named = [node.dataset_id] if node is not None and node.dataset_id else []
+    known = dict.fromkeys([*declared_in(place), *named])
+    if node is not None and not known:
+        known = {RUNS_OWN: None}
+    for source in known:
+        if not any(f"{account.identity}/".startswith(f"{source}/") for account in accounts):
+            yield _row(place, source, node, None), None
+
+
+def _row(place: Path, dataset: str, node: NodeSettings | None, account: Account | None) -> dict[str, Any]:
+    standing = None if account is None else account.standing
+    budget = None if standing is None else standing.budget
+    owners = node.max_epsilon if node is not None and node.max_epsilon else None
+    spent = 0.0 if standing is None else standing.epsilon
+    target = None if budget is None else budget.target_epsilon
+    on_evaluations = 0.0 if standing is None else standing.on_evaluations
+    rest = [
+        limit - cost
+        for limit, cost in ((owners, spent), (target, spent - on_evaluations))
+        if limit is not None
+    ]
+    whose = node is None or not dataset or not node.dataset_id or dataset == node.dataset_id
     return {
-        "ledger": str(account.path),
-        "dataset": account.identity,
-        "epsilon": standing.epsilon,
-        "on_evaluations": standing.on_evaluations,
-        "delta": standing.delta or None,
-        "neighboring_relation": standing.neighboring_relation if standing.releases else None,
-        "accountant": standing.accountant or None,
-        "target_epsilon": None if budget is None else budget.target_epsilon,
-        "left": None if budget is None else max(0.0, budget.target_epsilon - training),
-        "releases": standing.releases,
-        "unfinished": standing.unfinished,
-        "steps": standing.steps,
-        "content_changes": standing.content_changes,
+        "ledger": str(place if account is None else account.path),
+        "dataset": dataset,
+        "epsilon": spent,
+        "on_evaluations": on_evaluations,
+        "delta": standing.delta or None if standing else None,
+        "neighboring_relation": standing.neighboring_relation if standing and standing.releases else None,
+        "accountant": standing.accountant or None if standing else None,
+        "max_epsilon": owners,
+        "max_delta": node.max_delta if node is not None and owners else None,
+        "target_epsilon": target,
+        "left": max(0.0, min(rest)) if rest else None,
+        "releases": standing.releases if standing else 0,
+        "unfinished": standing.unfinished if standing else 0,
+        "steps": standing.steps if standing else 0,
+        "content_changes": standing.content_changes if standing else 0,
+        "partition": None if node is None else node.partition_id,
+        "data": (node.data or None) if node is not None and whose else None,
     }
 
 

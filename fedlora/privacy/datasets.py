@@ -90,6 +90,17 @@ def declare(directory: Path, source: str, reason: str) -> None:
         _declare(register, source, _user(), reason)
 
 
+def declared_in(directory: Path) -> list[str]:
+    """The data sets of a ledger directory, in the order in which they came; nothing is written or repaired.
+
+    Raises:
+        LedgerRefused: the register is damaged.
+    """
+    register = Chain(directory / REGISTER)
+    register.refresh()
+    return list(_declared(register))
+
+
 def _declare(register: Chain, source: str, by: str, reason: str) -> None:
     if not register.entries:
         register.append({"kind": "open", "schema": SCHEMA})

@@ -32,6 +32,7 @@ class Reply:
         missing: digests that it lacks, with status ``missing``.
         holds: digests that it now holds, which need not be sent again.
         reason: why it declined.
+        own_reason: the same in full, for the node's owner; it does not travel.
         privacy: what it has spent, or None; the fields of `PrivacySpent`.
         answers: the instruction's, see `TrainInstruction.identity`; empty from other people's apps.
         cohort_halved: it trained in a smaller cohort than was meant, so that its bits are not the run's.
@@ -46,6 +47,7 @@ class Reply:
     missing: tuple[str, ...] = ()
     holds: tuple[str, ...] = ()
     reason: str = ""
+    own_reason: str = ""
     privacy: dict[str, Any] | None = None
     answers: str = ""
     cohort_halved: bool = False

@@ -25,9 +25,9 @@ def release(server_round: int = 1, **changes: Any) -> Release:
     return Release(**given)
 
 
-def made(directory: Path, *releases: Release, budget: Budget = WIDE) -> Standing:
+def made(directory: Path, *releases: Release, budget: Budget = WIDE, dataset: Dataset = DATASET) -> Standing:
     """The standing after these releases."""
-    ledger = Ledger(directory, DATASET)
+    ledger = Ledger(directory, dataset)
     for one in releases:
         ledger.reserve(one, budget)
         standing = ledger.standing()

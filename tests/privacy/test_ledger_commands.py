@@ -43,6 +43,41 @@ def test_a_run_that_names_a_ledger_elsewhere_leads_to_it(tmp_path: Path, fedlora
     assert len(json.loads(fedlora("spent", tmp_path / "run", "--json").stdout)) == 1
 
 
+def test_a_data_set_that_spent_nothing_is_listed(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    made(tmp_path, release())
+    fedlora("new-dataset", "--ledger", tmp_path, "--id", "other", "--reason", "collected since")
+    rows = {row["dataset"]: row for row in json.loads(fedlora("spent", tmp_path, "--json").stdout)}
+    assert sorted(rows) == sorted(["other", DATASET.identity])
+    assert (rows["other"]["epsilon"], rows["other"]["releases"]) == (0.0, 0)
+
+
+def test_a_federation_shows_what_each_owner_allows(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
+    (tmp_path / "server" / "flwr").mkdir(parents=True)
+    (tmp_path / "server" / "flwr" / "config.toml").write_text('[superlink]\ndefault = "fedlora"\n')
+    for k, limit in enumerate((2.0, 0.0)):
+        node = tmp_path / "nodes" / f"node-{k}"
+        node.mkdir(parents=True)
+        (node / "node.toml").write_text(
+            f'partition-id = {k}\ndata = "/srv/ward-{k}.csv"\n'
+            f'dataset-id = "ward-{k}"\nmax-epsilon = {limit}\n'
+        )
+    made(
+        tmp_path / "nodes" / "node-0" / "state" / "ledger",
+        release(),
+        budget=BUDGET,
+        dataset=Dataset(source="ward-0"),
+    )
+    rows = {row["dataset"]: row for row in json.loads(fedlora("spent", tmp_path, "--json").stdout)}
+    first, second = rows["ward-0"], rows["ward-1"]
+    assert (first["max_epsilon"], first["max_delta"], first["target_epsilon"]) == (2.0, 1e-5, 8.0)
+    assert first["left"] == 2.0 - first["epsilon"] > 0
+    assert (first["data"], second["data"]) == ("/srv/ward-0.csv", "/srv/ward-1.csv")
+    assert (second["epsilon"], second["max_epsilon"], second["left"]) == (0.0, None, None)
+    printed = fedlora("spent", tmp_path / "nodes" / "node-1").stdout
+    assert "ward-1" in printed
+    assert "/srv/ward-1.csv" in printed
+
+
 def test_the_owner_declares_a_data_set(tmp_path: Path, fedlora: Callable[..., Any]) -> None:
     made(tmp_path, release())
     done = fedlora("new-dataset", "--ledger", tmp_path, "--id", "other", "--reason", "collected since")
