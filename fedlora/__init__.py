@@ -13,9 +13,10 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.api import aggregate, evaluate, run
+    from fedlora.api import aggregate, evaluate, load, run
     from fedlora.config import RunConfig
     from fedlora.errors import ConfigError, FedLoraError, RunFailed
+    from fedlora.evaluation.loaded import LoadedAdapter, Prediction
     from fedlora.merge.aggregate import Outcome
     from fedlora.server.results import RunResult, load_run
     from fedlora.study.library import StudyResult, compare, load_study
@@ -28,9 +29,12 @@ _HOMES = {
     "aggregate": "fedlora.api",
     "compare": "fedlora.study.library",
     "evaluate": "fedlora.api",
+    "load": "fedlora.api",
     "load_run": "fedlora.server.results",
     "load_study": "fedlora.study.library",
     "run": "fedlora.api",
+    "LoadedAdapter": "fedlora.evaluation.loaded",
+    "Prediction": "fedlora.evaluation.loaded",
     "Outcome": "fedlora.merge.aggregate",
     "RunConfig": "fedlora.config",
     "ConfigError": "fedlora.errors",
@@ -41,7 +45,9 @@ _HOMES = {
 __all__ = [
     "ConfigError",
     "FedLoraError",
+    "LoadedAdapter",
     "Outcome",
+    "Prediction",
     "RunConfig",
     "RunFailed",
     "RunResult",
@@ -50,6 +56,7 @@ __all__ = [
     "aggregate",
     "compare",
     "evaluate",
+    "load",
     "load_run",
     "load_study",
     "run",

@@ -13,6 +13,7 @@ from fedlora.config import AnyPath, Config, Scalar, as_config
 from fedlora.server.results import RunResult, load_run
 
 if TYPE_CHECKING:
+    from fedlora.evaluation.loaded import LoadedAdapter
     from fedlora.merge.aggregate import Outcome
 
 
@@ -91,6 +92,18 @@ def aggregate(
         out=Path(out).expanduser(),
     )
     return carry_out(request)
+
+
+def load(adapter: AnyPath) -> LoadedAdapter:
+    """An adapter that a run wrote, ready to ``predict`` labels or to ``generate`` text.
+
+    Raises:
+        ConfigError: no adapter that fedlora wrote, or a base that is not here.
+        AssetError: a built-in base that could not be fetched.
+    """
+    from fedlora.evaluation.loaded import LoadedAdapter
+
+    return LoadedAdapter(adapter)
 
 
 def evaluate(

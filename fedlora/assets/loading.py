@@ -16,6 +16,8 @@ from transformers import AutoConfig
 from fedlora.errors import ConfigError, FedLoraError, first_line, named_line
 
 BROKEN = "a Git LFS pointer and half a download look like this"
+DRAWN = "drawn_by_transformers"
+"""Attribute of a network: names of the parameters that its checkpoint lacks."""
 LOCAL_CODE = {"trust_remote_code": False}
 """Code that comes with weights is never run, nor asked about."""
 
@@ -74,6 +76,7 @@ def pretrained(
             "of another architecture than its config.json says, or not all there"
         )
     check_finite(network, where)
+    setattr(network, DRAWN, tuple(sorted(report["missing_keys"])))
     return network
 
 

@@ -14,6 +14,13 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 RANDOM_MODELS = ("tiny", "tiny-lm")
 """Models without files."""
 BUILT_IN_MODELS = ("minilm", "tiny", "smollm2", "tiny-lm")
+HUB_IDS = {
+    "minilm": "sentence-transformers/all-MiniLM-L6-v2",
+    "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
+}
+"""Names under which others know the built-in models that have files."""
+ROUNDED = frozenset({"smollm2"})
+"""Built-in models whose weights are those of their hub id rounded to 4 bits."""
 
 
 def model_directory(name: str) -> Path | None:

@@ -8,6 +8,8 @@ import typer
 
 from fedlora.cli import federation as deployment
 from fedlora.cli.aggregate import aggregate
+from fedlora.cli.node import log
+from fedlora.cli.predict import chat, predict
 from fedlora.cli.pretrain import pretrain
 from fedlora.cli.privacy_audit import audit
 from fedlora.cli.privacy_ledger import new_dataset, spent
@@ -23,7 +25,7 @@ cli = typer.Typer(
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, evaluate, aggregate, strategies, pretrain, probe):
+for command in (run, compare, evaluate, predict, chat, aggregate, strategies, pretrain, probe):
     cli.command()(command)
 
 privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")
@@ -47,6 +49,11 @@ for step in (
     deployment.gate,
 ):
     federation.command()(step)
+
+
+node = typer.Typer(no_args_is_help=True, help="A machine that holds data: what left it.")
+cli.add_typer(node, name="node")
+node.command("log")(log)
 
 
 def main() -> None:

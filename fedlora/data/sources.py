@@ -23,7 +23,7 @@ from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedlora.assets.fetch import cache_dir
-from fedlora.config import DataConfig
+from fedlora.config import DataConfig, name_list
 from fedlora.data.builtin.newsgroups import newsgroups_tables
 from fedlora.data.builtin.novels import novels_table
 from fedlora.data.builtin.sentiment import sentiment_table
@@ -121,6 +121,18 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
     if path.is_file() or kind_of(path) in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
         return _read_file(path, "data.name"), None
     return _own_splits(_from_hub(config), config, labelled)
+
+
+def open_table(path: Path, text_column: str, key: str) -> list[Any]:
+    """The texts of a file: a string for each row, or a pair where two columns are named.
+
+    Raises:
+        ConfigError: a file that cannot be read, has no such column, or an empty value.
+    """
+    columns = Columns(name_list(text_column), "", "", "", natural="")
+    table = standard(_read_file(path, key), columns, repr(str(path)))
+    texts = [table[name].to_pylist() for name in ("text", "text_pair") if name in table.column_names]
+    return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
 
 
 def _read_file(path: Path, key: str) -> Dataset:

@@ -195,6 +195,17 @@ class PretrainedTokenizer(Chats):
         """The text of token ids; specials are left out."""
         return str(self._loaded.decode(list(ids), skip_special_tokens=True))
 
+    def save(self, directory: Path) -> None:
+        """Write it as transformers reads it, with a padding token and the chat template of the settings."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self.directory, trust_remote_code=False)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        if self.settings.template:
+            tokenizer.chat_template = self.settings.template
+        tokenizer.save_pretrained(directory)
+
     @cached_property
     def _loaded(self) -> Any:
         from transformers import AutoTokenizer

@@ -13,7 +13,7 @@ from typing import Any
 from fedlora.config import name_list
 from fedlora.errors import ConfigError, RunFailed, named_line
 from fedlora.models import AdapterCard, pick_device
-from fedlora.models.export import base_of
+from fedlora.tasks import task_named
 
 PACKAGE = "lm_eval"
 
@@ -32,7 +32,7 @@ def evaluate_by_harness(adapter: Path, tasks: str, *, limit: int = 0, batch_size
         RunFailed: the harness gave up.
     """
     card = AdapterCard.read(adapter)
-    source = base_of(card)
+    source = card.base_source() if task_named(card.task).network == "language-model" else None
     if source is None:
         raise ConfigError(
             f"--lm-eval {tasks!r}: {adapter} is of {card.model.name!r} for {card.task}, the harness takes "

@@ -14,11 +14,12 @@ from fedlora.errors import ConfigError, system_errors_in_words
 from fedlora.merge.group import AdapterGroup, gather
 from fedlora.merge.merged_model import Base, of_base, open_base, write_merged
 from fedlora.merge.one_round import Round, check_rule, check_weights, one_round
-from fedlora.models.export import CARD_FILE, TENSORS_FILE, global_adapters, write_adapter
+from fedlora.models.card import CARD_FILE, absolute
+from fedlora.models.export import TENSORS_FILE, global_adapters, write_adapter
 from fedlora.models.peft_config import CONFIG_FILE
 from fedlora.models.peft_files import read_adapter
 from fedlora.models.peft_names import WRAPPERS
-from fedlora.models.same_base import NAME, absolute
+from fedlora.models.same_base import NAME
 from strategies.diagnostics import Diagnostics
 from strategies.registry import make_rule
 from strategies.rule import Rule
@@ -116,7 +117,7 @@ def aggregate(request: Request) -> Outcome:
 def _base(request: Request, group: AdapterGroup) -> Base | None:
     path = request.base
     if path is None and request.merge:
-        named = group.identity[NAME]
+        named = group.identity[NAME] if group.card is None else group.card.base_source()
         if not named or not Path(named).is_dir():
             raise ConfigError(
                 f"--merge: the adapters name {named!r} as their base, no local directory: give --base"

@@ -13,7 +13,7 @@ from torch import Tensor
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError
-from fedlora.models.export import AdapterCard
+from fedlora.models.card import AdapterCard
 from fedlora.models.peft_files import PeftAdapter
 from fedlora.models.same_base import common_identity
 

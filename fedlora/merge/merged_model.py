@@ -21,6 +21,7 @@ from fedlora.errors import ConfigError, RunFailed
 from fedlora.merge.group import AdapterGroup, check_complete
 from fedlora.models.build import quiet
 from fedlora.models.layers import LinearLayer, layer_spec, oriented
+from fedlora.tasks import task_named
 
 CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -31,6 +32,8 @@ CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 """PEFT's task types and the classes of transformers that PEFT opens for them."""
+TASK_TYPES = {"classifier": "SEQ_CLS", "language-model": "CAUSAL_LM", "image-classifier": None}
+"""The task type of each network that fedlora trains; an image model's class stands in auto_mapping."""
 TOKENIZER_FILES = (
     "tokenizer*.json", "tokenizer.model", "*.tiktoken", "spiece.model", "sentencepiece*.model", "vocab.*",
     "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.*",
@@ -176,12 +179,16 @@ def _opened(path: Path, group: AdapterGroup, weights: bool) -> Base:
 def _class_of(path: Path, config: Any, group: AdapterGroup) -> Any:
     task, mapping = group.identity["task_type"], group.identity["auto_mapping"]
     if group.card is not None:
-        if group.card.model.pooling == "mean":
+        if group.card.mean_pooled:
             raise ConfigError(
                 "--base and --merge: fedlora's mean-pooled classifier is no model of transformers, "
                 "keep the adapter"
             )
-        task = "SEQ_CLS"
+        task = TASK_TYPES[task_named(group.card.task).network]
+        if group.card.label_names:
+            config.num_labels = len(group.card.label_names)
+            config.id2label = dict(enumerate(group.card.label_names))
+            config.label2id = {name: number for number, name in enumerate(group.card.label_names)}
     known = (mapping or {}).get("base_model_class") or (getattr(config, "architectures", None) or [""])[0]
     name = CLASSES[task] if task else str(known)
     found = getattr(transformers, name, None)

@@ -5,7 +5,8 @@ Importing this package imports transformers and PEFT (seconds); do it where a mo
 
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model, pick_device
-from fedlora.models.export import AdapterCard, load_adapter, save_adapter, save_loaded
+from fedlora.models.card import AdapterCard
+from fedlora.models.export import load_adapter, save_adapter, save_loaded
 from fedlora.models.fit import check_fit, check_length, check_padding
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
 

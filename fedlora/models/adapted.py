@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedlora.adapters.kind import AdapterKind, InjectedAdapter
 from fedlora.adapters.lora import LoraKind
+from fedlora.assets.loading import DRAWN
 from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors, check_same_modules
 from fedlora.core.state import ModuleSpec, RankRegularizer, Template, Trainable
@@ -38,6 +39,8 @@ class AdaptedModel:
         passed: the self-checks that this model has passed, each with what it depends on.
         device: where it is, and stays.
         initial_head: the head before any training.
+        names: those of all modules of the base.
+        drawn: frozen tensors of the base that its checkpoint lacks: transformers drew them.
         fan_in_fan_out: whether the adapted layers are Conv1D, in PEFT's term.
         precision: what training passes are computed in, see `computing`.
         checkpointing: whether they keep only the inputs of blocks, see
@@ -60,9 +63,15 @@ class AdaptedModel:
         """
         self.task = task
         self.module = module.requires_grad_(False).eval()
+        self.names = frozenset(name for name, _ in module.named_modules() if name)
         self.modules: dict[str, ModuleSpec] = {n: s for n, s in linear_layers(module).items() if n in modules}
         layers: dict[str, Any] = {name: module.get_submodule(name) for name in self.modules}
         self.initial_head: Tensors = {n: _copy(p) for n, p in head_tensors(module).items()}
+        self.drawn: Tensors = {
+            name: _copy(module.get_parameter(name))
+            for name in getattr(module, DRAWN, ())
+            if name not in self.initial_head
+        }
         self.fan_in_fan_out = any(map(is_transposed, layers.values()))
         self.base = PatchedBase(layers)
         self._head = head_tensors(module)

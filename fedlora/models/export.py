@@ -6,13 +6,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeAlias
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -20,8 +18,6 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
-from fedlora.assets.models import RANDOM_MODELS, model_directory
-from fedlora.config import ModelConfig
 from fedlora.core.adapters import as_lora
 from fedlora.core.decompositions import svd
 from fedlora.core.factors import PLAIN, AdapterSet, LoraFactors, Product, Tensors
@@ -32,61 +28,25 @@ from fedlora.core.state import State
 from fedlora.errors import ConfigError
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model
+from fedlora.models.card import AdapterCard
 from fedlora.models.reloaded import check_reloads
-from fedlora.tasks import CLASSIFICATION, task_named
+from fedlora.tasks import task_named
 
-CARD_FILE = "fedlora.json"
 TENSORS_FILE = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterCard:
-    """Recipe of the base that an adapter belongs to; kept as ``fedlora.json``.
-
-    Attributes:
-        model: which base.
-        label_names: the classes, in the order of the logits.
-        max_length: longest sequence in tokens.
-        seed: the seed of `build_model`, for weights that neither checkpoint nor adapter bring.
-        task: what it was trained for.
-        assistant_loss: of conversations, which answers it was trained on.
-    """
-
-    model: ModelConfig
-    label_names: tuple[str, ...]
-    max_length: int
-    seed: int
-    task: str = CLASSIFICATION.name
-    assistant_loss: Literal["all", "last"] = "all"
-
-    def write(self, directory: Path) -> None:
-        """Write ``fedlora.json``."""
-        (directory / CARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def read(cls, directory: Path) -> AdapterCard:
-        """The card of a directory from `save_adapter`.
-
-        Raises:
-            ConfigError: no such file, or not what `save_adapter` writes.
-        """
-        path = directory / CARD_FILE
-        try:
-            fields = json.loads(path.read_text())
-            return cls(
-                model=ModelConfig(**fields["model"]),
-                label_names=tuple(fields["label_names"]),
-                max_length=fields["max_length"],
-                seed=fields["seed"],
-                task=fields.get("task", CLASSIFICATION.name),
-                assistant_loss=fields.get("assistant_loss", "all"),
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None
+POOLER = "pooler"
+"""Part of a base that transformers draws at random where a checkpoint lacks it."""
+Beside: TypeAlias = Callable[[Path], None]
+"""Writes further files into an adapter's directory before it gets its name."""
 
 
 def save_adapter(
-    directory: Path, state: State, head: Tensors, card: AdapterCard, *, fan_in_fan_out: bool = False
+    directory: Path,
+    state: State,
+    head: Tensors,
+    card: AdapterCard,
+    *,
+    model: AdaptedModel | None = None,
+    beside: Beside | None = None,
 ) -> None:
     """Write the global model of a state as a PEFT adapter over the pristine base.
 
@@ -99,26 +59,32 @@ def save_adapter(
         state: the state to export.
         head: the head tensors that ``state.head`` does not have, for instance those of a frozen head.
         card: written beside the adapter.
-        fan_in_fan_out: as the `AdaptedModel` has it; PEFT warns and corrects it where it is wrong.
+        model: in which the state was trained: what its layers are called, and what else it has.
+        beside: writes further files into the directory.
     """
-    adapters = global_adapters(state)
-    fields: dict[str, Any] = {"fan_in_fan_out": fan_in_fan_out, **_identity(card)}
-    write_adapter(directory, adapters, {**head, **state.head}, card, **fields)
+    adapters, names = global_adapters(state), frozenset[str]()
+    fields = card.auto_fields(None if model is None else type(model.module))
+    if model is not None:
+        fields["fan_in_fan_out"] = model.fan_in_fan_out
+        head, names = {**model.drawn, **head}, names if card.mean_pooled else model.names
+    write_adapter(directory, adapters, {**head, **state.head}, card, whole=names, beside=beside, **fields)
 
 
-def save_loaded(directory: Path, model: AdaptedModel, card: AdapterCard) -> None:
+def save_loaded(
+    directory: Path, model: AdaptedModel, card: AdapterCard, *, beside: Beside | None = None
+) -> None:
     """Write the adapter that a model holds in its own PEFT format, where `InjectedAdapter.saved` gives one.
 
-    What was there before is replaced at once.
+    What was there before is replaced at once; ``beside`` writes further files.
     """
     saved = model.adapter.saved()
     assert saved is not None, "an adapter that is written from the state"
     config, tensors = copy.deepcopy(saved[0]), saved[1]
-    _, head = model.read()
-    config.modules_to_save = sorted({name.partition(".")[0] for name in head}) or None
-    config.target_modules = targets_of(model.modules, head)
+    head = model.drawn | model.read()[1]
+    config.modules_to_save = saved_modules(head)
+    config.target_modules = targets_of(model.modules, head, () if card.mean_pooled else model.names)
     config.inference_mode = True
-    for field, value in _identity(card).items():
+    for field, value in card.auto_fields(type(model.module)).items():
         setattr(config, field, value)
     tensors |= {PREFIX + name: tensor for name, tensor in head.items()}
     with new_directory(directory) as fresh:
@@ -126,6 +92,8 @@ def save_loaded(directory: Path, model: AdaptedModel, card: AdapterCard) -> None
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         save_file(contiguous, fresh / TENSORS_FILE, {"format": "pt"})
         card.write(fresh)
+        if beside is not None:
+            beside(fresh)
 
 
 def write_adapter(
@@ -137,6 +105,8 @@ def write_adapter(
     embeddings: Collection[str] = (),
     frozen: Tensors | None = None,
     base: nn.Module | None = None,
+    whole: Collection[str] = (),
+    beside: Beside | None = None,
     **fields: Any,
 ) -> None:
     """Write adapters and head in PEFT's format, replacing what was there at once.
@@ -151,6 +121,8 @@ def write_adapter(
         embeddings: those of the modules that are embeddings.
         frozen: weights of the base that are kept beside the adapter.
         base: the base, on the meta device, for PEFT to load the adapter into; changed by that.
+        whole: the names of all modules of the base, where they are known.
+        beside: writes further files into the directory.
         fields: more of PEFT's ``LoraConfig``.
 
     Raises:
@@ -162,12 +134,14 @@ def write_adapter(
     }
     with new_directory(directory) as fresh:
         config = peft_config(adapters, head, **fields)
-        config.target_modules = targets_of(adapters, [*others, *head])
+        config.target_modules = targets_of(adapters, [*others, *head], whole)
         config.save_pretrained(fresh)
         save_file(tensors, fresh / TENSORS_FILE, {"format": "pt"})
         check_reloads(fresh, TENSORS_FILE, adapters, embeddings, base)
         if card is not None:
             card.write(fresh)
+        if beside is not None:
+            beside(fresh)
 
 
 def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[nn.Module, AdapterCard]:
@@ -186,24 +160,6 @@ def load_adapter(directory: Path, device: torch.device | str = "cpu") -> tuple[n
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{directory}: not a PEFT adapter of {card.model.name} ({reason})") from None
     return model.to(device).eval(), card
-
-
-def base_of(card: AdapterCard) -> str | None:
-    """Place of the base for transformers: a directory or a hub id; None if random or of a classifier.
-
-    A classifier's head is built here alone.
-    """
-    name = card.model.name
-    if name in RANDOM_MODELS or task_named(card.task).network != "language-model":
-        return None
-    return str(model_directory(name) or name)
-
-
-def _identity(card: AdapterCard) -> dict[str, Any]:
-    """By what PEFT's Auto classes find a language model's base."""
-    if task_named(card.task).network != "language-model":
-        return {}
-    return {"task_type": "CAUSAL_LM", "base_model_name_or_path": base_of(card)}
 
 
 def global_adapters(state: State) -> AdapterSet:
@@ -232,10 +188,23 @@ def peft_config(adapters: AdapterSet, head: Tensors, **fields: Any) -> PeftLoraC
         "rank_pattern": {exactly(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {exactly(name): a for name, a in alphas.items() if a != alpha},
         "target_modules": sorted(adapters),
-        "modules_to_save": sorted({name.partition(".")[0] for name in head}) or None,
+        "modules_to_save": saved_modules(head),
         "inference_mode": True,
     }
     return PeftLoraConfig(**own | fields)
+
+
+def saved_modules(head: Collection[str]) -> list[str] | None:
+    """PEFT's ``modules_to_save`` of these tensors: children of the network, and poolers by their path.
+
+    >>> saved_modules(["classifier.dense.weight", "bert.pooler.dense.bias"])
+    ['bert.pooler', 'classifier']
+    """
+    found = set()
+    for name in head:
+        parts = name.split(".")
+        found.add(".".join(parts[: parts.index(POOLER) + 1 if POOLER in parts else 1]))
+    return sorted(found) or None
 
 
 def exactly(name: str) -> str:
@@ -247,19 +216,29 @@ def exactly(name: str) -> str:
     return "^" + re.escape(name)
 
 
-def targets_of(adapters: Collection[str], others: Collection[str]) -> list[str] | str:
+def targets_of(
+    adapters: Collection[str], others: Collection[str], whole: Collection[str] = ()
+) -> list[str] | str:
     r"""``target_modules`` of exactly these modules: their names, or a pattern where names would take more.
+
+    Where the whole base is known and their last names alone take the same modules, it is these, as PEFT's
+    own configurations have it.
 
     PEFT takes every module whose name ends with ``.`` and a listed name; a name without a dot ends many.
 
     Args:
         adapters: the adapted modules.
         others: names of other modules, or of tensors in them, as far as they are known.
+        whole: names of all modules of the base, or none.
 
     >>> targets_of(["a.q", "a.v"], []), targets_of(["a.q"], ["b.a.q"]), targets_of(["q"], [])
     (['a.q', 'a.v'], '(?:a\\.q)', '(?:q)')
+    >>> targets_of(["a.q", "b.q"], [], ["a.q", "b.q", "a"]), targets_of(["a.q"], [], ["a.q", "b.q", "a"])
+    (['q'], ['a.q'])
     """
-    names = sorted(adapters)
+    names, last = sorted(adapters), {name.rpartition(".")[2] for name in adapters}
+    if whole and not any(name.rpartition(".")[2] in last for name in whole if name not in adapters):
+        return sorted(last)
     parts = (other.split(".") for other in others if other not in adapters)
     ends = {".".join(split[start:end]) for split in parts for start in range(1, len(split))
             for end in (len(split), len(split) - 1)}  # fmt: skip

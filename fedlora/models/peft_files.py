@@ -15,7 +15,8 @@ from torch import Tensor
 from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.core.peft_keys import PREFIX, from_peft
 from fedlora.errors import ConfigError
-from fedlora.models.export import CARD_FILE, TENSORS_FILE, AdapterCard
+from fedlora.models.card import CARD_FILE, AdapterCard
+from fedlora.models.export import TENSORS_FILE
 from fedlora.models.peft_config import PlainLora
 from fedlora.models.peft_names import plain_names
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from fedlora.core.files import user_path
 from fedlora.errors import ConfigError
+from fedlora.models.card import absolute
 from fedlora.models.peft_files import PeftAdapter
 
 NAME = "base_model_name_or_path"
@@ -54,18 +54,6 @@ def common_identity(members: Sequence[PeftAdapter], base: Path | None) -> Mappin
         if first.card != other.card:
             raise ConfigError(_cards_differ(first, other))
     return {**named, **_common_kind(members)}
-
-
-def absolute(name: str | None) -> str | None:
-    """A base's name as it can be used from anywhere: the path of a directory that is here, or as it is.
-
-    >>> absolute("someone/model"), absolute(None)
-    ('someone/model', None)
-    """
-    if not name:
-        return name
-    path = user_path(name)
-    return str(path.resolve()) if path.is_dir() else name.rstrip("/")
 
 
 def _common_kind(members: Sequence[PeftAdapter]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from fedlora.core.peft_keys import from_peft
 from fedlora.core.state import ClientSpec, State
 from fedlora.data.image_reader import PRETRAINED, TINY
 from fedlora.models import AdapterCard, save_adapter, save_loaded
-from fedlora.models.same_base import absolute
+from fedlora.models.card import absolute
 from fedlora.server.build import client_spec
+from fedlora.server.model_card import write_beside
 
 
 def export(
@@ -43,13 +45,15 @@ def export(
     """
     for partition, tensors in own.items():
         theirs = model_of(state, tensors, client_spec(config, runtime, partition))
-        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs)
+        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, reader=False)
     if own and average:
         state = mean_model(state, own, {p: float(len(runtime.data.indices(p))) for p in own})
     _save(path / "adapter", config, runtime, state)
 
 
-def _save(directory: Path, config: RunConfig, runtime: ClientRuntime, state: State) -> None:
+def _save(
+    directory: Path, config: RunConfig, runtime: ClientRuntime, state: State, *, reader: bool = True
+) -> None:
     card = AdapterCard(
         model=_from_anywhere(config.model),
         label_names=tuple(runtime.data.label_names),
@@ -58,12 +62,12 @@ def _save(directory: Path, config: RunConfig, runtime: ClientRuntime, state: Sta
         task=config.task,
         assistant_loss=config.data.assistant_loss,
     )
-    model = runtime.model
+    model, beside = runtime.model, partial(write_beside, config=config, card=card, reader=reader)
     if config.lora.method != "lora":
         model.load(state.adapters, state.head)
-        save_loaded(directory, model, card)
+        save_loaded(directory, model, card, beside=beside)
         return
-    save_adapter(directory, state, model.initial_head, card, fan_in_fan_out=model.fan_in_fan_out)
+    save_adapter(directory, state, model.initial_head, card, model=model, beside=beside)
 
 
 def _from_anywhere(model: ModelConfig) -> ModelConfig:

@@ -146,7 +146,7 @@ def test_the_export_is_a_plain_adapter_with_the_same_logits(kind: str, gpt2: Pat
     state = State(round=1, adapters=cored_adapters(model.modules, 3, 0.7), head=model.initial_head)
     model.load(state.adapters, state.head)
     card = AdapterCard(model=ModelConfig(name=name), label_names=("no", "yes"), max_length=32, seed=0)
-    save_adapter(tmp_path / "adapter", state, {}, card, fan_in_fan_out=model.fan_in_fan_out)
+    save_adapter(tmp_path / "adapter", state, {}, card, model=model)
     exported = PeftModel.from_pretrained(base_of(kind, gpt2), tmp_path / "adapter").eval()
     batch = token_batch(vocabulary=200)
     torch.testing.assert_close(logits(exported, batch), logits(model.module, batch), rtol=1e-4, atol=1e-5)

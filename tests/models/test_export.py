@@ -64,9 +64,7 @@ def test_peft_computes_the_federated_model(
     state = state_of(case, federated)
     federated.base.move(state.base)
     federated.load(state.adapters, state.head)
-    save_adapter(
-        tmp_path / "adapter", state, {}, card_of(name, pooling), fan_in_fan_out=federated.fan_in_fan_out
-    )
+    save_adapter(tmp_path / "adapter", state, {}, card_of(name, pooling), model=federated)
     exported = PeftModel.from_pretrained(
         build_model(ModelConfig(name=name, pooling=pooling), 2, 0), tmp_path / "adapter"
     )

@@ -58,7 +58,7 @@ def test_trained_exported_and_loaded_by_peft_alone(architecture: str, tmp_path: 
         model=ModelConfig(name=str(base)), label_names=(), max_length=32, seed=0, task="causal-lm"
     )
     state = State(round=1, adapters=result.adapters, head={}, seed=0)
-    save_adapter(tmp_path / "adapter", state, {}, card, fan_in_fan_out=model.fan_in_fan_out)
+    save_adapter(tmp_path / "adapter", state, {}, card, model=model)
     plain = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     ours, read = load_adapter(tmp_path / "adapter")
     assert read == card

@@ -117,6 +117,16 @@ def sequences(
     return [tokens for tokens in found if any(tokens.counted)]
 
 
+def asked(turns: Sequence[Turn], tokenizer: ChatTokenizer, where: str) -> list[int]:
+    """Tokens of turns and of the prompt for the answer to them, as they are trained on.
+
+    Raises:
+        ConfigError: the chat template refuses the turns, or leaves one out.
+    """
+    render, opening = _writer(Conversation(tuple(turns)), tokenizer, where)
+    return [*opening, *tokenizer.pieces([render(turns, True)])[0]]
+
+
 def _writer(conversation: Conversation, tokenizer: ChatTokenizer, where: str) -> tuple[Render, Sequence[int]]:
     """Renderer of the conversation's turns, and the ids before the text; refuses what it would leave out.
 

@@ -1,0 +1,207 @@
+"""An adapter that fedlora wrote, opened for use: labels of texts and pictures, or texts that go on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from fedlora.core.files import user_path
+from fedlora.data.chat.conversations import Turn
+from fedlora.data.chat.template import ChatSettings
+from fedlora.data.chat.tokenise import asked
+from fedlora.data.columns import PICTURE
+from fedlora.data.examples import Examples, collate
+from fedlora.data.images import UNREADABLE, fitted
+from fedlora.data.sources import FILE_KINDS, open_table
+from fedlora.data.text_files import kind_of
+from fedlora.errors import ConfigError, first_line
+from fedlora.models import AdapterCard, load_adapter
+from fedlora.tasks import task_named
+from fedlora.tasks.task import Rows, inputs
+
+BATCH = 32
+"""Examples of a pass."""
+TEXT_FILE = ".txt"
+"""End of files in which each line is a text."""
+Item: TypeAlias = "str | tuple[str, str] | PathLike[str] | Image.Image"
+"""A text, a pair of texts, or a picture: PIL's, or where its file is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What a classifier says of one example.
+
+    Attributes:
+        label: the most probable.
+        probability: of it.
+        probabilities: of every label.
+    """
+
+    label: str
+    probability: float
+    probabilities: dict[str, float]
+
+
+class LoadedAdapter:
+    """An adapter over its base, in evaluation mode.
+
+    Attributes:
+        model: the ``PeftModel``.
+        card: what it was trained for, and its labels.
+    """
+
+    def __init__(self, directory: str | PathLike[str]) -> None:
+        """Open a directory that a run wrote.
+
+        Raises:
+            ConfigError: no adapter that fedlora wrote, or a base that is not here.
+            AssetError: a built-in base that could not be fetched.
+        """
+        self.directory = user_path(Path(directory))
+        self.model: nn.Module
+        self.model, self.card = load_adapter(self.directory)
+
+    def predict(self, items: Sequence[Item]) -> list[Prediction]:
+        """The label of each text, pair of texts or picture.
+
+        Texts are cut to the tokens that were trained on; pictures of any size and mode become the model's.
+
+        Raises:
+            ConfigError: a language model, a text without a token, or a picture that cannot be read.
+        """
+        task = task_named(self.card.task)
+        if not task.labelled:
+            raise ConfigError(f"{self.directory}: a language model of {self.card.task} predicts no labels")
+        found: list[Prediction] = []
+        for start in range(0, len(items), BATCH):
+            found += self._predicted(items[start : start + BATCH])
+        return found
+
+    def generate(self, prompt: str | Sequence[dict[str, Any]], *, max_new_tokens: int = 128) -> str:
+        """How the model goes on after a text, or answers messages; always the likeliest token.
+
+        Args:
+            prompt: messages with ``role`` and ``content``, or a text: of an instruction model one message,
+                of another what is continued.
+            max_new_tokens: written at most.
+
+        Raises:
+            ConfigError: a classifier, an empty prompt, or messages that the chat template refuses.
+        """
+        if task_named(self.card.task).labelled:
+            raise ConfigError(f"{self.directory}: a classifier generates no text")
+        ids = self._tokens(prompt)
+        if not ids:
+            raise ConfigError("the prompt has no token for this model's tokenizer")
+        given, model = torch.tensor([ids], device=next(self.model.parameters()).device), self.model
+        pad = self._reader.pad_token_id
+        with torch.inference_mode():
+            written: Any = model.generate(  # type: ignore[operator]
+                input_ids=given, attention_mask=torch.ones_like(given), max_new_tokens=max_new_tokens,
+                do_sample=False, use_cache=True, pad_token_id=pad, eos_token_id=self._ends(),
+            )  # fmt: skip
+        return str(self._reader.decode(written[0, len(ids) :].tolist()))
+
+    @cached_property
+    def _reader(self) -> Any:
+        model = self.card.model
+        chat = ChatSettings(model.chat_template, model.template_variables, self.card.assistant_loss)
+        return task_named(self.card.task).reader(model.name, chat)
+
+    def _predicted(self, items: Sequence[Item]) -> Iterator[Prediction]:
+        task = task_named(self.card.task)
+        encoded = task.encode([self._rows(items)], self._reader, self.card.max_length)
+        none = np.zeros(len(items), dtype=np.int64)
+        examples = Examples(
+            tokens=np.concatenate(encoded.values),
+            offsets=np.cumsum([0, *map(len, encoded.values)]),
+            labels=none,
+            domains=none.astype(np.int32),
+            types=None if encoded.types is None else np.concatenate(encoded.types),
+            image=encoded.image,
+        )
+        batch = collate(examples, range(len(items)), self._reader.pad_token_id)
+        device = next(self.model.parameters()).device
+        placed = {name: tensor.to(device) for name, tensor in inputs(self.model, batch).items()}
+        with torch.inference_mode():
+            rows = self.model(**placed).logits.float().softmax(dim=-1).tolist()
+        for row in rows:
+            probabilities = dict(zip(self.card.label_names, row, strict=True))
+            label = max(probabilities, key=probabilities.__getitem__)
+            yield Prediction(label, probabilities[label], probabilities)
+
+    def _rows(self, items: Sequence[Item]) -> Rows:
+        if task_named(self.card.task).network == "image-classifier":
+            return {PICTURE: [self._pixels(item) for item in items]}
+        pairs = [(item, None) if isinstance(item, str) else item for item in items]
+        if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
+            raise ConfigError(f"{self.directory}: takes texts, or pairs of texts")
+        texts, seconds = zip(*pairs, strict=True)
+        if None in seconds and any(second is not None for second in seconds):
+            raise ConfigError(f"{self.directory}: takes texts, or pairs of texts, not both at once")
+        return {"text": list(texts)} | ({} if None in seconds else {"text_pair": list(seconds)})
+
+    def _pixels(self, item: Item) -> bytes:
+        if isinstance(item, Image.Image):
+            return fitted(item, self._reader.form).tobytes()
+        try:
+            with Image.open(item) as picture:  # type: ignore[arg-type]
+                return fitted(picture, self._reader.form).tobytes()
+        except UNREADABLE as error:
+            raise ConfigError(f"{item}: cannot be read as a picture ({first_line(error)})") from None
+
+    def _tokens(self, prompt: str | Sequence[dict[str, Any]]) -> list[int]:
+        if isinstance(prompt, str) and self.card.task == "instruction":
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, str):
+            opening, ids = list(self._reader.opening), list(self._reader.pieces([prompt])[0])
+            return [*([] if ids[: len(opening)] == opening else opening), *ids]
+        turns = [Turn(str(message["role"]), str(message["content"])) for message in prompt]
+        return asked(turns, self._reader, "the prompt")
+
+    def _ends(self) -> list[int]:
+        """Tokens that end a text or a turn."""
+        said = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        own = said if isinstance(said, list) else [] if said is None else [said]
+        return sorted({int(self._reader.end_token_id), *map(int, own)})
+
+
+def items_of(given: str, card: AdapterCard, text_column: str) -> list[Any]:
+    """Examples that ``fedlora predict`` was given: rows, lines or pictures of a file or directory, or a text.
+
+    Raises:
+        ConfigError: a file that cannot be read, without that column, or without a row.
+    """
+    path = Path(given).expanduser()
+    picture = task_named(card.task).network == "image-classifier"
+    try:
+        exists = path.exists()
+    except OSError:  # a text too long for a name
+        exists = False
+    if not exists:
+        if picture or kind_of(path) in (*FILE_KINDS, TEXT_FILE):
+            raise ConfigError(f"{given}: no such {'picture or directory' if picture else 'file'}")
+        return [given]
+    if picture:
+        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+        if not files:
+            raise ConfigError(f"{given}: holds no pictures")
+        return files
+    if path.is_dir():
+        raise ConfigError(f"{given}: is a directory, name a file or a text")
+    if kind_of(path) == TEXT_FILE:
+        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    else:
+        lines = open_table(path, text_column, "predict")
+    if not lines:
+        raise ConfigError(f"{given}: holds no texts")
+    return lines
