@@ -10,7 +10,8 @@ from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
 from fedlora.core.files import append_line
-from fedlora.server.directory import held
+from fedlora.errors import ConfigError
+from fedlora.server.directory import RunDirectory, held
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.toml")
@@ -88,6 +89,24 @@ def test_a_directory_in_use_is_refused_and_left_alone(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "is not empty" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize(
+    "left", [{}, {"rounds.jsonl": '{"round": 1}\n'}, {"clients": None}, {"own.txt": "keep"}]
+)
+def test_a_try_without_a_round_leaves_its_directory_to_the_next(
+    left: dict[str, str | None], tmp_path: Path
+) -> None:
+    tried = {"config.toml": "seed = 7\n", "provenance.json": "{}", "run-key.txt": "k", "rounds.jsonl": ""}
+    for name, text in (tried | left).items():
+        (tmp_path / name).mkdir() if text is None else (tmp_path / name).write_text(text)
+    if left:
+        with pytest.raises(ConfigError, match="is not empty"):
+            RunDirectory(tmp_path)
+        assert {file.name for file in tmp_path.iterdir()} == {*tried, *left}
+    else:
+        RunDirectory(tmp_path)
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("command", ["run", "compare"])

@@ -57,6 +57,7 @@ def up(
     directory: Directory,
     port: Port = 0,
     detach: Annotated[bool, typer.Option("--detach", help="Return once all nodes are online.")] = False,
+    detached: Annotated[bool, typer.Option("--detached", hidden=True)] = False,
 ) -> None:
     """Run a whole federation on this machine until Ctrl-C: SuperLink, gate and all nodes.
 
@@ -77,7 +78,8 @@ def up(
             unlimited = [entry.name for entry in layout.nodes if not _limited(layout.node(entry))]
             if unlimited:
                 _say(f"{', '.join(unlimited)}: limit: {NO_LIMIT}")
-            _say(f"up: fedlora run CONFIG.toml --federation {directory}; Ctrl-C stops everything")
+            stop = f"fedlora federation down {directory}" if detached else "Ctrl-C"
+            _say(f"up: fedlora run CONFIG.toml --federation {directory}; {stop} stops everything")
             while True:
                 loopback.supervise()
                 time.sleep(LOOK_SECONDS)
@@ -200,7 +202,7 @@ def _detached(directory: Path, port: int) -> None:
     if supervisor(layout) is not None:
         raise ConfigError(f"{directory}: is up already (fedlora federation down stops it)")
     log = layout.path / "up.log"
-    arguments = ["federation", "up", str(directory), "--port", str(port)]
+    arguments = ["federation", "up", str(directory), "--port", str(port), "--detached"]
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, "-c", "from fedlora.cli import main; main()", *arguments],

@@ -47,6 +47,10 @@ BEFORE = "before.json"
 SAMPLES = "samples.json"
 RUN_KEY = "run-key.txt"
 """What clients and ledgers know the run by, from before its first round."""
+ATTEMPT = frozenset(
+    {"config.toml", PROVENANCE, RUN_KEY, BEFORE, SAMPLES, "rounds.jsonl", "flower.log", "failure.json"}
+)
+"""What a run that stopped before its first round may leave; without a line of a round it is in nobody's way."""
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
 
@@ -59,15 +63,18 @@ class RunDirectory:
         resume: go on with what is there.
 
     Raises:
-        ConfigError: the directory cannot be written, holds something and ``resume`` is off, a run of another
-            schema, or one that was condemned.
+        ConfigError: the directory cannot be written, holds more than a run without a round and ``resume`` is
+            off, a run of another schema, or one that was condemned.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
         check_place("--out", path)
         if path.is_dir() and any(path.iterdir()) and not resume:
-            raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+            if not _only_tried(path):
+                raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+            for file in path.iterdir():
+                file.unlink()
         path.mkdir(parents=True, exist_ok=True)
         check_schema(path / PROVENANCE)
         if (path / SPOILED).exists():
@@ -186,6 +193,12 @@ def held(path: Path) -> Iterator[None]:
         raise ConfigError(
             f"--out {path}: another fedlora writes there, let it end or choose another directory"
         ) from None
+
+
+def _only_tried(path: Path) -> bool:
+    """Whether a directory holds no more than a run that stopped before its first round."""
+    found = {file.name for file in path.iterdir()}
+    return found <= ATTEMPT and "config.toml" in found and not read_rounds(path)
 
 
 def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
