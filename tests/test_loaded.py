@@ -15,7 +15,6 @@ from typer.testing import CliRunner, Result
 
 import fedlora
 from fedlora.cli import cli
-from fedlora.data.byte_tokenizer import ByteTokenizer
 from fedlora.data.tokenizers import load_tokenizer
 from tests.models.test_auto import exported
 
@@ -120,7 +119,7 @@ def test_pictures_of_any_size_are_predicted(tmp_path: Path) -> None:
 
 def test_a_language_model_goes_on_greedily(writer: Path) -> None:
     loaded = fedlora.load(writer)
-    tokenizer = ByteTokenizer()
+    tokenizer = load_tokenizer("tiny-lm")
     ids = list(tokenizer.pieces(["User: hi\nAssistant:"])[0])
     with torch.no_grad():
         for _ in range(5):

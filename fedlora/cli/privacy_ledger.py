@@ -62,7 +62,7 @@ def spent(
     nodes = _nodes(directory)
     found = [pair for place in _places(directory, nodes) for pair in _rows(place, nodes.get(place))]
     rows = [row for row, _ in found]
-    curves = [account and _curve(account) for _, account in found]
+    curves = [None if account is None else _curve(account) for _, account in found]
     if as_json:
         for row, curve in zip(rows, curves, strict=True):
             row["attacker"] = curve and curve.record()

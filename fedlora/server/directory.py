@@ -50,7 +50,7 @@ RUN_KEY = "run-key.txt"
 ATTEMPT = frozenset(
     {"config.toml", PROVENANCE, RUN_KEY, BEFORE, SAMPLES, "rounds.jsonl", "flower.log", "failure.json"}
 )
-"""What a run that stopped before its first round may leave; without a line of a round it is in nobody's way."""
+"""What a run that stopped before its first round may leave."""
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
 
