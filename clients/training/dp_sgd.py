@@ -22,7 +22,7 @@ import torch
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_step import Mechanism, private_steps
-from clients.training.optimizers.registry import make_optimizer
+from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
 from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
@@ -113,6 +113,7 @@ def train_private(
             rates.advance()
             total += private.step(examples, drawn, pad_token_id)
             sizes.append(len(drawn))
+        finish(optimizer)
     if canaries is not None:
         canaries.drew(sizes, len(everyone))
     check_drawn(sizes, len(everyone), rate)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
-from clients.training.optimizers.registry import make_optimizer
+from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import Adapters
@@ -85,6 +85,7 @@ def train_local(
             rates.advance()
             optimizer.step()
             total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
+        finish(optimizer)
     return local_result(model, trained, len(indices), steps, float(total) / seen)
 
 

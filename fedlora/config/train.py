@@ -18,7 +18,8 @@ class TrainConfig:
     """One client's work in one round. The optimiser is created anew every round."""
 
     optimizer: str = "adamw"
-    """``adamw``, ``sgd``, ``lora-pro``, or ``module:Class`` of torch's kind; see ``docs/optimizer.md``."""
+    """``adamw``, ``sgd``, ``adabelief``, ``lora-pro``, ``scaled``, or ``module:Class`` of torch's kind; see
+    ``docs/optimizer.md``."""
     optimizer_options: str = ""
     """JSON object of its own arguments, for instance ``{"nesterov": true}``."""
     learning_rate: PositiveFloat = 2e-3
@@ -30,7 +31,7 @@ class TrainConfig:
     momentum: FromZeroBelowOne = 0.0
     """Of ``sgd`` and others that have one."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled for AdamW and LoRA-Pro, L2 for SGD."""
+    """Decoupled, but L2 for SGD and others of torch's that have it so."""
     local_steps: PositiveInt = 10
     """Optimiser steps a round; ignored where ``train.local-epochs`` is set."""
     local_epochs: NonNegativeInt = 0

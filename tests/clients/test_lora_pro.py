@@ -52,7 +52,7 @@ def trained_by(
         frozen={f"q.{x}": p for x, p in held.items() if x not in letters},
         scaling={"q": S},
     )
-    settings = TrainConfig(optimizer="lora-pro", learning_rate=LR, **config)
+    settings = TrainConfig(**{"optimizer": "lora-pro", "learning_rate": LR, **config})
     optimizer = make_optimizer(trained, settings)
     for _ in range(steps):
         optimizer.zero_grad()

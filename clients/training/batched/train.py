@@ -160,7 +160,8 @@ class Cohort:
         return sums.released([stream.noise for stream in self._streams])
 
     def results(self) -> list[LocalResult]:
-        """Results of all members."""
+        """Results of all members, who have done their steps."""
+        self._update.finish()
         return [self._result(place) for place in range(len(self._members))]
 
     def _rows_of(self, place: int) -> Callable[[Indices], Gradients] | None:

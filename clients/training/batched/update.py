@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.training.batched.stacks import StackedAdapters, is_trained
-from clients.training.optimizers.registry import is_stacked, make_optimizer, optimizer_type
+from clients.training.optimizers.registry import finish, is_stacked, make_optimizer, optimizer_type
 from clients.training.schedule import ScheduledRates, Stage, rate_factors
 from fedlora.config import TrainConfig
 from fedlora.core.state import Trainable
@@ -27,6 +27,10 @@ class Steps(Protocol):
 
     def step(self, gradients: Gradients, active: int) -> None:
         """Move what the first ``active`` members train, and nothing else."""
+        ...
+
+    def finish(self) -> None:
+        """Leave what is trained as it is to be read."""
         ...
 
 
@@ -60,6 +64,11 @@ class Update:
                 clip_by_client(gradients, self._config.max_grad_norm)
             self._leave_alone(gradients, active)
             self._optimizer.step(gradients, active)
+
+    def finish(self) -> None:
+        """Leave what is trained as it is to be read; no step follows."""
+        with torch.no_grad():
+            self._optimizer.finish()
 
     def _leave_alone(self, gradients: Gradients, active: int) -> None:
         for name, gradient in gradients.items():
@@ -114,6 +123,9 @@ class StackedSteps:
             if holding is not None:
                 self._moved[name].data.index_copy_(0, holding, start[holding])
 
+    def finish(self) -> None:
+        """As `Steps`: such optimisers keep nothing apart."""
+
     def _narrow(self, active: int) -> None:
         """Leave those out who have done their steps."""
         self._active = active
@@ -138,7 +150,11 @@ class MemberSteps:
         self._moved: list[dict[str, nn.Parameter]] = []
         self._optimizers: list[torch.optim.Optimizer] = []
         for place, member in enumerate(stacks.members):
-            own = {n: nn.Parameter(stacks.own(v.detach(), n, place)) for n, v in stacks.values.items()}
+            # some optimisers take flat views, which a part of a larger rank has none of: then a copy
+            own = {
+                n: nn.Parameter(stacks.own(v.detach(), n, place).contiguous())
+                for n, v in stacks.values.items()
+            }
             moved = {name: own[name] for name in stacks.trained_by(member)}
             factors = [name for name in own if name.rpartition(".")[0] in stacks.scaling]
             trained = Trainable(
@@ -156,9 +172,23 @@ class MemberSteps:
         for place in range(active):
             for name, parameter in self._moved[place].items():
                 found = gradients.get(name)
-                parameter.grad = None if found is None else self._stacks.own(found, name, place)
+                parameter.grad = None if found is None else self._stacks.own(found, name, place).contiguous()
             self._rates[place].advance()
             self._optimizers[place].step()
+            self._give_back(place)
+
+    def finish(self) -> None:
+        """As `Steps`."""
+        for place, optimizer in enumerate(self._optimizers):
+            finish(optimizer)
+            self._give_back(place)
+
+    def _give_back(self, place: int) -> None:
+        """What was moved, into the stacks, where it is a copy."""
+        for name, parameter in self._moved[place].items():
+            part = self._stacks.own(self._stacks.values[name].data, name, place)
+            if part.data_ptr() != parameter.data_ptr():
+                part.copy_(parameter.data)
 
 
 class _Tails:

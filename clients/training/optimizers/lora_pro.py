@@ -25,7 +25,8 @@ Notation of the paper: B, A, s, X as here; g^A, g^B our ~g_A, ~g_B; g^A_lora, g^
 Here and not in the released code: s is the adapter's own, not one written in; inverses are pseudo-inverses,
 so that the first step, with B = 0, moves B alone; moments are those of A and B (momentum), not of the
 (out, in) gradient, so that memory stays LoRA's. Adam's division by each entry's own size would undo the
-invariance. Rates are therefore those of full fine-tuning by SGD.
+invariance. Rates are therefore those of full fine-tuning by SGD; ``beta2`` divides a layer's step by the size
+of its product's (`LocalOptimizer`), which leaves the invariance as it is, and makes them those of AdamW.
 
 Noise (DP-SGD), clipping by tensor and penalties make g_A and g_B gradients of no common G; the formulas take
 them as they are, and the split of B A then matters as much as it does to the noise.
@@ -36,9 +37,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
+from clients.training.optimizers.grams import inverse, nearest, reciprocal, spectrum
 from clients.training.optimizers.local import Layer, LocalOptimizer
 from fedlora.errors import ConfigError
 
@@ -49,7 +50,7 @@ class LoRAPro(LocalOptimizer):
     """Steps of the product, of LoRA's memory.
 
     Args:
-        groups, lr, momentum, weight_decay: see `LocalOptimizer`.
+        groups, lr, momentum, weight_decay, beta2: see `LocalOptimizer`.
         x: how the two factors share their common part, see above.
 
     Raises:
@@ -65,8 +66,9 @@ class LoRAPro(LocalOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         x: str = "nearest",
+        beta2: float = 0.0,
     ) -> None:
-        super().__init__(groups, lr, momentum, weight_decay)
+        super().__init__(groups, lr, momentum, weight_decay, beta2)
         if x not in SHARES:
             raise ConfigError(f"train.optimizer-options x = {x!r}: accepted are {', '.join(SHARES)}")
         self.x = x
@@ -81,51 +83,15 @@ class LoRAPro(LocalOptimizer):
     def direction(self, layer: Layer) -> Mapping[str, Tensor]:
         """``~g_A`` and ``~g_B``; shapes (..., r, in) and (..., out, r)."""
         if len(layer.trained) == 1:
-            return self._alone(layer, layer.trained[0])
+            return {letter: nearest(layer, letter) for letter in layer.trained}
         A, B, g, square = layer.factors["A"], layer.factors["B"], layer.gradients, layer.scaling**2
-        beta, U = _spectrum(B.mT @ B)  # (..., r), (..., r, r)
-        alpha, V = _spectrum(A @ A.mT)
-        of_a = U @ (_inverse(beta) * (U.mT @ g["A"])) / square  # H g_A / s^2
-        of_b = ((g["B"] @ V) * _inverse(alpha).mT) @ V.mT / square  # g_B K / s^2
+        beta, U = spectrum(B.mT @ B)  # (..., r), (..., r, r)
+        alpha, V = spectrum(A @ A.mT)
+        of_a = U @ (inverse(beta) * (U.mT @ g["A"])) / square  # H g_A / s^2
+        of_b = ((g["B"] @ V) * inverse(alpha).mT) @ V.mT / square  # g_B K / s^2
         common = U.mT @ (of_a @ A.mT) @ V  # H g_A A^T / s^2, in both bases: (..., r, r)
         weights = beta.unsqueeze(-1) + alpha.unsqueeze(-2) if self.x == "nearest" else 2 * alpha.unsqueeze(-2)
-        X = -U @ (common * _reciprocal(weights)) @ V.mT
+        X = -U @ (common * reciprocal(weights)) @ V.mT
         # B (H B^T g_B K / s^2 + X), so that no (out, out) projector is ever built
-        within = U @ (_inverse(beta) * (U.mT @ (B.mT @ of_b))) + X
+        within = U @ (inverse(beta) * (U.mT @ (B.mT @ of_b))) + X
         return {"A": of_a + X @ A, "B": of_b - B @ within}
-
-    def _alone(self, layer: Layer, letter: str) -> dict[str, Tensor]:
-        """The nearest that a change of one factor comes to the full gradient."""
-        A, B, R = layer.factors["A"], layer.factors["B"], layer.factors.get("R")
-        found = layer.gradients[letter] / layer.scaling**2
-        if letter in "AR":
-            left = B if R is None or letter == "R" else B @ R
-            beta, U = _spectrum(left.mT @ left)
-            found = U @ (_inverse(beta) * (U.mT @ found))
-        if letter in "BR":
-            right = A if R is None or letter == "R" else R @ A
-            alpha, V = _spectrum(right @ right.mT)
-            found = ((found @ V) * _inverse(alpha).mT) @ V.mT
-        return {letter: found}
-
-
-def _spectrum(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (..., r), those that are rounding alone as 0, and eigenvectors (..., r, r).
-
-    One client's overflow must not stop the others' decomposition: it gets zeros here, and stays what it is
-    in the products.
-    """
-    finite = gram.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
-    values, vectors = torch.linalg.eigh(torch.where(finite, gram, 0.0))
-    floor = values[..., -1:] * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    return torch.where(values > floor, values, 0.0), vectors
-
-
-def _inverse(values: Tensor) -> Tensor:
-    """Reciprocals as a column, (..., r, 1)."""
-    return _reciprocal(values).unsqueeze(-1)
-
-
-def _reciprocal(values: Tensor) -> Tensor:
-    """1 / x, and 0 for 0."""
-    return torch.where(values > 0, 1 / values, 0.0)

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clients.training.optimizers.adabelief import AdaBelief
 from clients.training.optimizers.local import Layer, LocalOptimizer
 from clients.training.optimizers.lora_pro import LoRAPro
+from clients.training.optimizers.scaled import ScaledGD
 from fedlora.config import TrainConfig
 from fedlora.config.section import snake
 from fedlora.core.code import import_own
@@ -21,11 +23,15 @@ from fedlora.errors import OR_YOUR_OWN, ConfigError, named_line, unknown_name
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "sgd": torch.optim.SGD,
+    "adabelief": AdaBelief,
     "lora-pro": LoRAPro,
+    "scaled": ScaledGD,
 }
 """In the order of the documentation; any other is ``module:Class``."""
-STACKED = (torch.optim.AdamW, torch.optim.SGD)
-"""torch's that look at each number alone, so that a cohort may step at once, see `LocalOptimizer`."""
+STACKED = (torch.optim.AdamW, torch.optim.SGD, AdaBelief)
+"""Those that look at each number alone, so that a cohort may step at once, see `LocalOptimizer`."""
+MOST_REHEARSED = 100
+"""Steps on made-up tensors."""
 NOTHING = 'nothing is trained: the strategy trains no factor and model.head = "freeze"'
 OWN_KEYS = {"lr": "learning-rate", "momentum": "momentum", "weight_decay": "weight-decay"}
 """Arguments that are keys of ``train``, not options."""
@@ -71,7 +77,11 @@ def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optim
     if not groups:
         raise ConfigError(NOTHING)
     try:
-        return kind(groups, **options)
+        made = kind(groups, **options)
+        begin = getattr(made, "train", None)
+        if callable(begin):
+            begin()
+        return made
     except ConfigError:
         raise
     except Exception as error:
@@ -79,6 +89,13 @@ def make_optimizer(trained: Trainable, config: TrainConfig) -> torch.optim.Optim
             f"train.optimizer = {config.optimizer!r}: cannot be made with train.optimizer-options = "
             f"{config.optimizer_options!r} ({named_line(error)})"
         ) from None
+
+
+def finish(optimizer: torch.optim.Optimizer) -> None:
+    """After the last step: schedule-free optimisers train other values than are to be read, and swap them."""
+    swap = getattr(optimizer, "eval", None)
+    if callable(swap):
+        swap()
 
 
 def rate_groups(trained: Trainable, config: TrainConfig) -> list[dict[str, Any]]:
@@ -172,7 +189,7 @@ def _typed(shown: str, name: str, value: Any, default: Any) -> Any:
 
 
 def check_optimizer(config: TrainConfig, *, trained: Collection[frozenset[str]], head: bool) -> None:
-    """Take a step on made-up tensors, so that what no client could train by is refused before a run.
+    """Take steps on made-up tensors, so that what no client could train by is refused before a run.
 
     Args:
         config: names the optimiser.
@@ -199,15 +216,32 @@ def check_optimizer(config: TrainConfig, *, trained: Collection[frozenset[str]],
             )
         if not all(parameter.isfinite().all() for parameter in made_up.all):
             raise ConfigError(f"train.optimizer = {config.optimizer!r}: its first step is not finite")
+        if not config.local_epochs and not any(_moves(letters, head, config, size) for size in (1.0, 0.0)):
+            raise ConfigError(
+                f"train.optimizer = {config.optimizer!r}: moves nothing in train.local-steps = "
+                f"{config.local_steps} steps, and begins anew in each round"
+            )
 
 
-def _made_up(letters: frozenset[str], *, head: bool) -> Trainable:
-    """One layer and perhaps a head, with gradients."""
+def _moves(letters: frozenset[str], head: bool, config: TrainConfig, size: float) -> bool:
+    """Whether anything of `_made_up` moves in a round's steps; where they are very many, it is not asked."""
+    made_up = _made_up(letters, head=head, size=size)
+    optimizer = make_optimizer(made_up, config)
+    begun = [parameter.detach().clone() for parameter in made_up.all]
+    for _ in range(min(config.local_steps, MOST_REHEARSED)):
+        optimizer.step()
+        if any(not torch.equal(p, start) for p, start in zip(made_up.all, begun, strict=True)):
+            return True
+    return config.local_steps > MOST_REHEARSED
+
+
+def _made_up(letters: frozenset[str], *, head: bool, size: float = 1.0) -> Trainable:
+    """One layer and perhaps a head, of values of that size, with gradients."""
     shapes = {"A": (2, 5), "B": (4, 2)} | ({"R": (2, 2)} if "R" in letters else {})
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> nn.Parameter:
-        parameter = nn.Parameter(torch.randn(shape, generator=generator))
+        parameter = nn.Parameter(size * torch.randn(shape, generator=generator))
         parameter.grad = torch.randn(shape, generator=generator)
         return parameter
 

@@ -20,7 +20,7 @@ from fedlora.config import TrainConfig
 from fedlora.core.state import RankRegularizer
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from tests.clients.cohort.samples import assert_rested, assert_same, member, privately, starts, task
+from tests.clients.cohort.samples import alone, assert_rested, assert_same, member, privately, starts, task
 
 OWN = os.environ.get("FEDLORA_OPTIMIZER", "")
 TORCHS = (
@@ -31,6 +31,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "momentum": 0.9, "optimizer_options": '{"nesterov": true}'},
     "adamw": {"optimizer": "adamw", "optimizer_options": '{"amsgrad": true, "betas": [0.8, 0.99]}'},
     "lora-pro": {"optimizer": "lora-pro", "momentum": 0.9, "weight_decay": 0.1},
+    "lora-pro-sized": {"optimizer": "lora-pro", "momentum": 0.9, "optimizer_options": '{"beta2": 0.9}'},
+    "scaled-sized": {"optimizer": "scaled", "optimizer_options": '{"beta2": 0.9, "damping": 0.01}'},
+    "adabelief": {
+        "optimizer": "adabelief",
+        "weight_decay": 0.1,
+        "optimizer_options": '{"betas": [0.8, 0.99]}',
+    },
     "lora-pro-even": {"optimizer": "lora-pro", "momentum": 0.9, "optimizer_options": '{"x": "even"}'},
 }
 LISTED = {**{name: {"optimizer": name} for name in OPTIMIZERS}, **{f"{n}+": v for n, v in VARIANTS.items()}}
@@ -116,6 +123,14 @@ def test_clients_that_train_other_layers(how: dict[str, Any], network: AdaptedMo
         ({"optimizer_options": '{"betas": [0.9, 2]}'}, "cannot be made with .*Invalid beta"),
         ({"optimizer_options": '{"lr": 0.1}'}, "lr = 0.1: is train.learning-rate"),
         ({"optimizer": "sgd", "optimizer_options": '{"nesterov": true}'}, "Nesterov momentum requires"),
+        (
+            {"optimizer": "adabelief", "optimizer_options": '{"betas": [0.9]}'},
+            r"betas = .0.9.: must be two",
+        ),
+        ({"optimizer": "adabelief", "optimizer_options": '{"eps": 0.0}'}, "eps = 0.0: must be > 0"),
+        ({"optimizer": "scaled", "optimizer_options": '{"damping": -1.0}'}, "damping = -1.0: must be >= 0"),
+        ({"optimizer": "scaled", "optimizer_options": '{"beta2": 1.0}'}, "beta2 = 1.0: must be >= 0 and < 1"),
+        ({"optimizer": f"{__name__}:Patient", "local_steps": 3}, "moves nothing in train.local-steps = 3"),
         ({"momentum": 0.9}, "train.momentum = 0.9: adamw has none, must be 0"),
         ({"optimizer": "torch.optim:Rprop", "weight_decay": 0.1}, "train.weight-decay = 0.1: .* has none"),
         ({"optimizer": "lora-pro", "loraplus_lr_ratio": 4.0}, "lora-pro moves A and B together, must be 1"),
@@ -139,6 +154,73 @@ def test_two_factors_beside_a_core_are_refused_by_lora_pro() -> None:
 class Restless(torch.optim.SGD):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         torch.rand(1)
+
+
+class Patient(torch.optim.SGD):
+    """Begins with the fifth step, as rectified ones do."""
+
+    steps = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.steps += 1
+        if self.steps > 4:
+            super().step()
+
+
+def test_who_begins_late_enough_is_taken() -> None:
+    how = TrainConfig(optimizer=f"{__name__}:Patient", local_steps=5)
+    check_optimizer(how, trained=[frozenset("AB")], head=True)
+
+
+class Flat(torch.optim.SGD):
+    """Takes flat views of parameters and gradients, as AdamP does."""
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data.view(-1).sub_(p.grad.view(-1).sign(), alpha=group["lr"])
+
+
+class Averaged(torch.optim.SGD):
+    """Trains one sequence and is read at its mean, as schedule-free ones are."""
+
+    reading = True
+
+    def train(self) -> None:
+        self.reading = False
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        assert not self.reading
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["count"] = state.get("count", 0) + 1
+                mean = state.setdefault("mean", torch.zeros_like(p))
+                mean.add_((p.detach() - mean) / state["count"])
+
+    def eval(self) -> None:
+        self.reading = True
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.copy_(self.state[p]["mean"])
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+@pytest.mark.parametrize("kind", [Flat, Averaged])
+def test_flat_views_and_values_to_be_read(kind: type, private: bool, network: AdaptedModel) -> None:
+    members = privately(unequal(network)) if private else unequal(network)
+    assert_same(network, members, task(optimizer=f"{__name__}:{kind.__name__}", **RATE))
+
+
+def test_what_is_read_is_not_what_was_trained_last(network: AdaptedModel) -> None:
+    """By hand: of plain steps, the mean of where they came by."""
+    (one,) = unequal(network)[:1]
+    found, _ = alone(network, one, task(optimizer=f"{__name__}:Averaged", **RATE))
+    stops = [alone(network, replace(one, steps=steps), task(optimizer="sgd", **RATE))[0] for steps in (1, 2)]
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, (stops[0][name] + stops[1][name]) / 2)
 
 
 def test_random_steps_are_refused() -> None:
