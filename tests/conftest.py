@@ -24,10 +24,16 @@ settings.register_profile("fedlora", deadline=None, max_examples=25, derandomize
 settings.register_profile("quick", deadline=None, max_examples=5, derandomize=True)
 settings.load_profile("fedlora")
 
+ON_RAY = (
+    "tests/simulation",
+    "tests/study/test_beside.py::test_two_at_a_time",
+    "tests/clients/test_own_optimizer.py::test_client_processes",
+)
+"""What one worker takes, so that one Ray and one pool of actors do for all of it."""
 LONGEST = (
+    *ON_RAY,
     "tests/audit/test_audit.py",
     "tests/clients/cohort/test_runs.py",
-    "tests/simulation",
     "tests/test_docs_commands.py",
     "tests/test_cli.py",
     "tests/e2e",
@@ -38,12 +44,21 @@ LONGEST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first; the sort is stable, so that within a file nothing moves."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+    """Long files first, in this order; the sort is stable, so that within a file nothing moves.
+
+    A worker takes whole files (``--dist loadgroup``), except that what is on Ray belongs together.
+    """
+    items.sort(key=lambda item: next((n for n, f in enumerate(LONGEST) if item.nodeid.startswith(f)), 99))
+    for item in items:
+        file = "ray" if item.nodeid.startswith(ON_RAY) else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(file))
 
 
 def tiny_config(**overrides: Any) -> RunConfig:
-    """Three rounds on a random two-layer model and generated sentences; keys as in TOML."""
+    """Three rounds on a random two-layer model and generated sentences; keys as in TOML.
+
+    A test that is about Ray brings a `RayPool`, or names that engine.
+    """
     keys: dict[str, Any] = {
         "num-server-rounds": 3,
         "seed": 1,
@@ -52,6 +67,7 @@ def tiny_config(**overrides: Any) -> RunConfig:
         "data.evaluate-examples": 60,
         "train.local-steps": 3,
         "lora.rank": 4,
+        "engine.name": "in-process",
     }
     return from_flat({**keys, **overrides})
 

@@ -21,6 +21,8 @@ def fedlora(*arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments))
 
 
+IN_PROCESS = ("--set", "engine.name=in-process")
+"""Where a request gets as far as its data or model, so that no Ray is started for it."""
 BAD_REQUESTS = {
     "unknown key": (["--set", "lora.rnak=4"], "lora.rnak", "lora.rank"),
     "wrong type": (["--set", "lora.rank=four"], "lora.rank = 'four'", "valid integer"),
@@ -62,7 +64,7 @@ BAD_REQUESTS = {
 def test_a_bad_request_is_one_line_with_exit_code_2(name: str, tmp_path: Path, cache: Path) -> None:
     arguments, *words = BAD_REQUESTS[name]
     out = tmp_path / "out"
-    result = fedlora("run", TINY, "--out", str(out), *arguments)
+    result = fedlora("run", TINY, "--out", str(out), *IN_PROCESS, *arguments)
     assert result.exit_code == 2, result.output
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ")
@@ -76,7 +78,7 @@ def test_a_bad_request_is_one_line_with_exit_code_2(name: str, tmp_path: Path, c
 def test_a_missing_column_is_named_with_those_that_exist(tmp_path: Path, cache: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a", "stars": 1}\n{"text": "b", "stars": 0}\n')
-    result = fedlora("run", TINY, "--out", str(tmp_path / "out"), "--set", f"data.name={data}")
+    result = fedlora("run", TINY, "--out", str(tmp_path / "out"), "--set", f"data.name={data}", *IN_PROCESS)
     assert result.exit_code == 2
     line = result.stderr.strip().splitlines()[-1]
     assert "label" in line

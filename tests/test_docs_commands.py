@@ -15,23 +15,23 @@ from fedlora.errors import ConfigError
 from tests.docs_commands import FOREIGN, PAGES, ROOT, Command, commands, keys_in_prose, tables, verify
 
 SHOWN = commands()
-TINY = str(ROOT / "experiments" / "tiny.toml")
 RUN: tuple[tuple[str, dict[str, str]], ...] = (
     (
         ".venv/bin/fedlora run experiments/demo.toml --set strategy.name=flora --set lora.ranks=4,8,16,8 "
         "--out runs/mine",
-        {"experiments/demo.toml": TINY},
+        {"experiments/demo.toml": "TINY"},
     ),
     (".venv/bin/fedlora evaluate runs/mine/adapter sentiment", {"sentiment": "synthetic"}),
     (".venv/bin/fedlora compare experiments/privacy.toml --out runs/privacy --resume",
-     {"experiments/privacy.toml": TINY}),
+     {"experiments/privacy.toml": "TINY"}),
     (
         ".venv/bin/fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100 "
         "--fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5",
         {},
     ),
 )  # fmt: skip
-"""Commands that are carried out one after the other in an empty directory, with what stands in for a word."""
+"""Commands that are carried out one after the other in an empty directory, with what stands in for a word:
+TINY is the smallest configuration of ``experiments``, without Ray, which `tests/e2e` starts by command."""
 
 
 @pytest.mark.parametrize("command", SHOWN, ids=lambda c: f"{c.page}: {c.text[:60]}")
@@ -79,12 +79,16 @@ def test_every_table_is_a_configuration(page: Path) -> None:
 
 
 def test_the_first_steps_run(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+    config, empty = tmp_path / "tiny.toml", tmp_path / "empty"
+    tiny = (ROOT / "experiments" / "tiny.toml").read_text()
+    config.write_text(f'{tiny}\n[engine]\nname = "in-process"\n')
+    empty.mkdir()
+    monkeypatch.chdir(empty)
     shown = {command.text: command for command in SHOWN}
     for text, instead in RUN:
         assert text in shown, f"no page shows {text}"
-        words = [instead.get(word, word) for word in shown[text].words]
+        words = [instead.get(word, word).replace("TINY", str(config)) for word in shown[text].words]
         outcome = CliRunner().invoke(cli, words[1:])
         assert outcome.exit_code == 0, f"{text}: {outcome.output}"
-    assert {path.name for path in (tmp_path / "runs" / "privacy").iterdir()} >= {"report.html", "results.csv"}
-    assert os.listdir(tmp_path) == ["runs"]
+    assert {path.name for path in (empty / "runs" / "privacy").iterdir()} >= {"report.html", "results.csv"}
+    assert os.listdir(empty) == ["runs"]

@@ -35,7 +35,7 @@ def test_stand_ins_give_the_same_objects() -> None:
 
 
 def test_a_run_from_python_is_the_run_of_the_command(tmp_path: Path, cache: Path) -> None:
-    few = {"num-server-rounds": 1, "engine.num-actors": 1}
+    few = {"num-server-rounds": 1, "engine.name": "in-process"}
     result = fedlora.run(str(TINY), tmp_path / "run", overrides={**few, "seed": 3})
     assert result.config.seed == 3
     assert result.record == json.loads((tmp_path / "run" / "result.json").read_text())

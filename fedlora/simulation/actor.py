@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +46,16 @@ class ClientActor:
     Args:
         client_app: ``module:attribute`` of the ClientApp. Messages for fedlora's own, which come with a ref,
             go straight to its handler, with the model of this process.
+        directory: the driver's, for relative paths; it may have changed since Ray was started.
+        paths: of the driver's imports.
     """
 
     _model: AttachedModel
 
-    def __init__(self, client_app: str) -> None:
+    def __init__(self, client_app: str, directory: str, paths: Sequence[str]) -> None:
+        if os.path.isdir(directory):  # elsewhere in a cluster it need not be there
+            os.chdir(directory)
+        sys.path += [path for path in paths if path not in sys.path]
         import torch
 
         torch.set_num_threads(1)

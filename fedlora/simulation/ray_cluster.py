@@ -32,18 +32,22 @@ except Exception as error:
 """
 
 
-def connect(address: str) -> None:
-    """Join the cluster at an address, or start Ray on this machine; nothing if this process did before.
+def connect(address: str) -> bool:
+    """Join the cluster at an address, or start Ray on this machine; False where this process has one already.
+
+    That one is used and not shut down by whoever was answered False: it is its caller's, for more than a run.
 
     Raises:
-        ConfigError: the cluster does not answer, or has another version of Ray or Python.
+        ConfigError: the cluster does not answer, has another version of Ray or Python, or is another one than
+            this process has joined.
     """
     for key, value in QUIET.items():
         os.environ.setdefault(key, value)
     import ray
 
     if ray.is_initialized():
-        return
+        _check_joined(address, str(ray.get_runtime_context().gcs_address))
+        return False
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     check_address(address)
     if address:
@@ -56,6 +60,20 @@ def connect(address: str) -> None:
             ray.init(address=address or "local", **settings)
         except Exception as error:  # a node of Ray that starts too slowly is a bare one
             raise _unreachable(address, str(error)) from None
+    return True
+
+
+def _check_joined(address: str, joined: str) -> None:
+    """Refuse an address that is not that of the Ray which this process has."""
+    if address in ("", "auto", joined):
+        return
+    check_address(address)
+    (host, _, port), (other, _, its) = address.rpartition(":"), joined.rpartition(":")
+    if port != its or socket.gethostbyname(host) != socket.gethostbyname(other):
+        raise ConfigError(
+            f"engine.address = {address!r}: this process uses Ray at {joined} already, leave it "
+            "(ray.shutdown()) or name that address"
+        )
 
 
 def join(address: str) -> None:

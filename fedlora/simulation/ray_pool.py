@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 class RayPool:
     """Engine of actors on a machine or a cluster; started once, used by any number of runs.
 
+    Where this process has a Ray already, the actors are started in it, and it stays when they end.
+
     Args:
         engine: resources of one actor and where Ray is.
         client_app: ``module:attribute`` of the ClientApp.
@@ -31,8 +35,8 @@ class RayPool:
         failed_starts: how many died in a row before they were ready.
 
     Raises:
-        ConfigError: the cluster does not answer, no machine has the resources of one actor, or fewer
-            actors fit than ``engine.num-actors``; none was started.
+        ConfigError: the cluster does not answer or is another one than this process has joined, no machine
+            has the resources of one actor, or fewer actors fit than ``engine.num-actors``; none was started.
     """
 
     def __init__(self, engine: EngineConfig, client_app: str = FEDLORA_APP) -> None:
@@ -40,12 +44,18 @@ class RayPool:
 
         self.engine = engine
         self.client_app = client_app
-        connect(engine.address)
-        self.size = actors_of(engine, resources_of(ray.nodes()))
         self.starting: dict[Any, Any] = {}
         self.restarts = self.failed_starts = 0
-        self.actors = [self._spawn() for _ in range(self.size)]
+        self.actors: list[Any] = []
         self._shared_model: SharedModel | None = None
+        self._began_ray = connect(engine.address)
+        try:
+            self.size = actors_of(engine, resources_of(ray.nodes()))
+            for _ in range(self.size):
+                self.actors.append(self._spawn())
+        except BaseException:
+            self.close()
+            raise
 
     def shared_model(self, config: RunConfig, parts: SharedArrays | None = None) -> SharedModel:
         """The model and the data of a run in the object store; that of the run before if it is the same."""
@@ -124,19 +134,22 @@ class RayPool:
         )
 
     def close(self) -> None:
-        """Stop the actors and leave Ray."""
+        """Stop the actors, let the model go, and leave the Ray that was started or joined for them."""
         import ray
 
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        ray.shutdown()
+        self._shared_model = None
+        if self._began_ray:
+            ray.shutdown()
 
     def _spawn(self) -> Any:
         import ray
 
         options: dict[str, Any] = {"num_cpus": self.engine.num_cpus, "num_gpus": self.engine.num_gpus}
-        if self.engine.address:  # on a machine of its own it inherits them
+        if self.engine.address or not self._began_ray:  # from a Ray of our own it inherits them
             options["runtime_env"] = {"env_vars": QUIET}
-        actor = ray.remote(ClientActor).options(**options).remote(self.client_app)
+        made = ray.remote(ClientActor).options(**options)
+        actor = made.remote(self.client_app, os.getcwd(), list(sys.path))
         self.starting[actor] = actor.ready.remote()
         return actor

@@ -89,6 +89,8 @@ def test_client_processes_find_it_where_one_stands(there: Path) -> None:
         "data.evaluate-examples": 60,
         "num-server-rounds": 1,
         "train.local-steps": 1,
+        "engine.num-actors": 1,
+        "engine.num-cpus": 0.5,
     }
     result = fedlora.run({**tiny, **MINE}, there / "out")
     assert result.rounds[0]["round"] == 1

@@ -17,7 +17,7 @@ def test_the_base_is_found_from_anywhere(
 ) -> None:
     save(tmp_path / "model", "bert", "SequenceClassification")
     monkeypatch.chdir(tmp_path)
-    few = {"num-server-rounds": 1, "engine.num-actors": 1, "train.local-steps": 1, "data.max-length": 32}
+    few = {"num-server-rounds": 1, "train.local-steps": 1, "data.max-length": 32}
     simulate(tiny_config(**{"model.name": "model", **few}), tmp_path / "run")
     monkeypatch.chdir("/")
     card = AdapterCard.read(tmp_path / "run" / "adapter")

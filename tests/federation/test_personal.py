@@ -48,7 +48,7 @@ def test_the_mean_weighs_clients_and_leaves_out_who_never_trained() -> None:
 @pytest.mark.parametrize("name", ["fedsa", "local-only"])
 def test_a_run_leaves_an_adapter_for_each_client(name: str, tmp_path: Path, cache: Path) -> None:
     """FedSA: one A for all, a B for each, and their mean in ``adapter/``; local-only: nothing shared."""
-    config = tiny_config(**{"strategy.name": name, "num-server-rounds": 2, "engine.num-actors": 1})
+    config = tiny_config(**{"strategy.name": name, "num-server-rounds": 2})
     simulate(config, tmp_path / "run")
     folders = sorted((tmp_path / "run" / "adapters").iterdir())
     assert [folder.name for folder in folders] == [f"client-{k}" for k in range(4)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedlora.simulation.local_grid import LocalGrid
 
+LIGHT = "tests.simulation.light:app"
 app = ClientApp()
 
 
@@ -36,6 +38,11 @@ def train(message: Message, context: Context) -> Message:
         case "raise":
             raise ValueError("first line\nsecond line")
     answer = {"partition": partition, "pid": os.getpid(), "gpus": os.environ.get("CUDA_VISIBLE_DEVICES", "")}
+    answer |= {
+        "directory": os.getcwd(),
+        "paths": list(sys.path),
+        "quiet": os.environ["RAY_USAGE_STATS_ENABLED"],
+    }
     return Message(RecordDict({"config": ConfigRecord(answer)}), reply_to=message)
 
 

@@ -1,4 +1,7 @@
-"""A cluster of two Ray nodes on one machine, and addresses where there is none."""
+"""A cluster of two Ray nodes on one machine, addresses where there is none, and a Ray that is there before.
+
+These tests leave the Ray of the process, which all others of the folder share; by their name they come first.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,11 @@ from fedlora.errors import ConfigError
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation import ray_cluster
 from fedlora.simulation.ray_cluster import check_address, connect
+from fedlora.simulation.ray_grid import RayGrid
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.simulate import simulate, simulate_on
 from tests.conftest import tiny_config
+from tests.simulation.light import LIGHT, order
 from tests.simulation.test_ray_engine import adapter
 
 
@@ -49,6 +54,41 @@ def test_two_nodes_train_with_an_actor_on_each_and_the_bits_of_one_machine(
     pool.close()
     simulate(tiny_config(**{"strategy.name": "flora", "num-server-rounds": 2}), tmp_path / "here")
     assert adapter(tmp_path / "here") == adapter(tmp_path / "cluster")
+
+
+def test_a_ray_that_was_started_for_a_pool_ends_with_it() -> None:
+    ray.shutdown()
+    RayPool(EngineConfig(num_actors=1), LIGHT).close()
+    assert not ray.is_initialized()
+    with pytest.raises(ConfigError, match="no machine has them"):
+        RayPool(EngineConfig(num_gpus=99.0), LIGHT)
+    assert not ray.is_initialized()
+
+
+def test_a_ray_that_was_there_is_used_from_where_the_driver_is_now_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a ledger's path is relative to the driver's directory, so must an actor's be."""
+    ray.shutdown()
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    joined = ray.get_runtime_context().gcs_address
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    pool = RayPool(EngineConfig(num_cpus=0.5), LIGHT)
+    assert pool.size == 2
+    grid = RayGrid(pool, range(1), {}, tmp_path)
+    (reply,) = grid.send_and_receive([order(grid, 0)])
+    answer = reply.content.config_records["config"]
+    assert (answer["directory"], answer["quiet"]) == (str(tmp_path), "0")
+    assert str(tmp_path / "modules") in answer["paths"]  # type: ignore[operator]
+    pool.close()
+    RayPool(EngineConfig(address=joined, num_cpus=0.5), LIGHT).close()
+    assert ray.get_runtime_context().gcs_address == joined
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        other = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"{other}': this process uses Ray at {joined} already"):
+            RayPool(EngineConfig(address=other), LIGHT)
+    ray.shutdown()
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", "head:port", ":6379", "local"])

@@ -35,6 +35,9 @@ def of(engine: str, **keys: Any) -> RunConfig:
 
 @pytest.fixture(scope="module", params=["ray", *OTHERS])
 def engine(request: pytest.FixtureRequest, cache: Path) -> Iterator[tuple[str, Engine]]:
+    if request.param == "ray":
+        yield "ray", request.getfixturevalue("pool")
+        return
     started = start(of(request.param))
     yield request.param, started
     started.close()

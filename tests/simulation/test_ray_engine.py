@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,6 @@ MIXED: dict[str, Any] = {
     "fraction-train": 0.6,
     "lora.ranks": "2,4,3",
 }
-
-
-@pytest.fixture(scope="module")
-def pool(cache: Path) -> Iterator[RayPool]:
-    pool = RayPool(EngineConfig(num_actors=2, num_cpus=0.5))
-    yield pool
-    pool.close()
 
 
 def adapter(path: Path) -> dict[str, bytes]:
@@ -164,7 +156,7 @@ def test_clients_past_the_deadline_are_left_out(pool: RayPool, tmp_path: Path) -
 
 def test_resources_that_no_machine_has_are_refused(pool: RayPool) -> None:
     with pytest.raises(ConfigError, match="no machine has them"):
-        RayPool(EngineConfig(num_gpus=1.0, num_actors=1))
+        RayPool(EngineConfig(num_gpus=3.0, num_actors=1))
 
 
 def test_a_local_head_stays_at_the_client(pool: RayPool, tmp_path: Path) -> None:

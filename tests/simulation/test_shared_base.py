@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 
 from clients.evaluation import Evaluation, evaluate
 from clients.training.batches import Indices
-from fedlora.config import EngineConfig, RunConfig, from_flat, to_flat
+from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
@@ -35,14 +35,6 @@ from tests.in_process import client_runtime, federated
 from tests.simulation.test_ray_engine import MIXED, adapter
 
 MANY: dict[str, Any] = {"data.partitioner": "iid", "data.num-partitions": 6, "engine.cohort-size": 3}
-
-
-@pytest.fixture(scope="module")
-def pool(cache: Path) -> Iterator[RayPool]:
-    pool = RayPool(EngineConfig(num_actors=2, num_cpus=0.5))
-    ray.get([actor.ready.remote() for actor in pool.actors])
-    yield pool
-    pool.close()
 
 
 def lent(pool: RayPool, config: RunConfig, path: Path) -> dict[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_more_cells_than_actors_are_refused(
 TINY = {
     "num-server-rounds": 2, "seed": 1, "model.name": "tiny", "data.name": "synthetic", "lora.rank": 4,
     "lora.ranks": "2,4", "data.evaluate-examples": 60, "train.local-steps": 3, "engine.num-actors": 2,
-    "engine.num-cpus": 0.5, "study.strategies": "flora,head-only", "study.seeds": "1,2",
+    "engine.num-cpus": 0.5, "study.strategies": "flora,head-only",
 }  # fmt: skip
 MEASURED_ANEW = ("seconds", "peak_memory_bytes")
 
@@ -177,20 +178,28 @@ def outcome(cell: Path) -> Any:
     return (cell / "config.toml").read_text(), kept, adapter, identity
 
 
+def engines() -> set[int]:
+    """Processes that run cells, actors, and Rays below this one."""
+    alive = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
+    words = ("spawn_main", "ray::ClientActor", "gcs_server", "/raylet ")
+    return {p.pid for p in alive if any(word in " ".join(p.cmdline()) for word in words)}
+
+
 @pytest.mark.slow
 def test_two_at_a_time_give_the_bits_of_one_after_the_other(
     cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    config = from_flat(TINY)
+    config, before = from_flat(TINY), engines()
     run_study(config, tmp_path / "a" / "out")
     capfd.readouterr()
     run_study(config, tmp_path / "b" / "out", parallel=2)
     said = capfd.readouterr().err
     labels = sorted(path.parent.name for path in (tmp_path / "a" / "out").glob("*/result.json"))
-    assert len(labels) == 4
+    assert len(labels) == 2
     for label in labels:
         assert outcome(tmp_path / "a" / "out" / label) == outcome(tmp_path / "b" / "out" / label), label
         assert f"{label}: round 2/2" in said
-    left = [p for p in psutil.Process().children(recursive=True) if p.status() != psutil.STATUS_ZOMBIE]
-    lines = [" ".join(process.cmdline()) for process in left]
-    assert not [line for line in lines if "spawn_main" in line or "ray" in line.split("/")[-1]], lines
+    until = time.monotonic() + PATIENCE
+    while engines() - before and time.monotonic() < until:  # a Ray that was there ends its actors by and by
+        time.sleep(0.2)
+    assert not engines() - before

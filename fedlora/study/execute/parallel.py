@@ -96,20 +96,21 @@ def run_beside(
 @contextmanager
 def processes(config: RunConfig, places: int, parallel: int) -> Iterator[list[Runner]]:
     """Processes with engines of their own; they, and a Ray that was started for them, end with the block."""
-    connect(config.engine.address)
+    began_ray = connect(config.engine.address)
     import ray
 
     address = ray.get_runtime_context().gcs_address
     runners: list[Runner] = []
     try:
         for share in shares(places, parallel):
-            engine = replace(config.engine, num_actors=share)
+            engine = replace(config.engine, num_actors=share, address=config.engine.address and address)
             runners.append(CellProcess(replace(config, engine=engine), address))
         yield runners
     finally:
         for runner in runners:
             runner.close()
-        ray.shutdown()
+        if began_ray:
+            ray.shutdown()
 
 
 class CellProcess:
