@@ -70,6 +70,8 @@ def test_a_ray_that_was_there_is_used_from_where_the_driver_is_now_and_stays(
 ) -> None:
     """As a ledger's path is relative to the driver's directory, so must an actor's be."""
     ray.shutdown()
+    for key in ray_cluster.QUIET:
+        monkeypatch.delenv(key, raising=False)
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     joined = ray.get_runtime_context().gcs_address
     monkeypatch.chdir(tmp_path)
