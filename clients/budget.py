@@ -40,6 +40,7 @@ BOOKKEEPING = (
 ADDED = {
     "declared_examples": 0, "method_options": "", "optimizer_options": "",
     "schedule": "constant", "schedule_over": "round", "schedule_floor": 0.0, "warmup_steps": 0,
+    "unit_column": "", "max_unit_examples": 16,
 }  # fmt: skip
 """Keys that came after releases had been charged; at this default they mean what their absence meant."""
 
@@ -104,9 +105,9 @@ def plan_release(
 ) -> PlannedRelease:
     """One round of DP-SGD, decided.
 
-    The noise is calibrated on the client's own example count, or on the one that is declared for it, for the
-    most rounds that the server lets it take part in (``privacy.max-participations``, else all of them), as if
-    nothing was spent before.
+    The noise is calibrated on the client's own count of examples or units, or on the one that is declared for
+    it, for the most rounds that the server lets it take part in (``privacy.max-participations``, else all of
+    them), as if nothing was spent before.
 
     Args:
         runtime: the model and the data.
@@ -125,10 +126,11 @@ def plan_release(
         ConfigError: a configuration that DP-SGD does not cover.
     """
     privacy, train = config.privacy, config.train_of(partition_id)
-    rate = rate_of(config, partition_id, len(runtime.data.indices(partition_id)))
+    rate = rate_of(config, partition_id, runtime.data.num_protected(partition_id))
     check_private(train, rate)
     if seed is None:  # the owner's log; a simulation has said so at its start
-        warn_of_delta(privacy.target_delta, round(train.batch_size / rate), "examples")
+        what = "units" if privacy.unit_column else "examples"
+        warn_of_delta(privacy.target_delta, round(train.batch_size / rate), what)
     noise = noise_of(config, rate, local_steps)
     ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
     settings = [*_settings(config, train), runtime.model.device, *cohort]
@@ -140,6 +142,7 @@ def plan_release(
         sample_rate=rate,
         steps=local_steps,
         neighboring_relation=NeighboringRelation(privacy.neighboring_relation),
+        unit=privacy.unit_column,
         determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
     mechanism = Mechanism(
@@ -150,6 +153,7 @@ def plan_release(
         grad_sample_mode=privacy.grad_sample_mode,
         max_physical_batch_size=privacy.max_physical_batch_size,
         secure=seed is None,
+        unit_examples=privacy.unit_examples,
     )
     return PlannedRelease(
         config=config,
@@ -198,25 +202,27 @@ def train_within_budget(
         canaries=canaries,
         sample_rate=plan.release.sample_rate,
         stage=Stage(plan.release.server_round, config.num_server_rounds),
+        unit_examples=mechanism.unit_examples,
     )
     plan.released()
     return result, spent
 
 
-def rate_of(config: RunConfig, partition_id: int, num_examples: int) -> float:
+def rate_of(config: RunConfig, partition_id: int, num_protected: int) -> float:
     """The probability with which an example is in a batch: batch size / public number of examples.
 
-    Under ``add_or_remove_one`` the public number is declared, and the real one decides nothing.
+    Under ``add_or_remove_one`` the public number is declared, and the real one decides nothing. With
+    ``privacy.unit-column`` units are counted and declared, not examples.
 
     Raises:
         OwnDataRefused: there are more than are declared.
     """
     declared, batch_size = config.privacy.declared_examples, config.train_of(partition_id).batch_size
     if config.privacy.neighboring_relation != ADD_OR_REMOVE_ONE:
-        return batch_size / num_examples
-    if num_examples > declared:
+        return batch_size / num_protected
+    if num_protected > declared:
         raise OwnDataRefused(
-            f"declared-examples = {declared}: there are {num_examples}, declare at least as many", UNREADABLE
+            f"declared-examples = {declared}: there are {num_protected}, declare at least as many", UNREADABLE
         )
     return batch_size / declared
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -115,12 +116,14 @@ def name_of(config: RunConfig, partition_id: int) -> tuple[str, str, str]:
 
 
 def fingerprint(examples: Examples, indices: Indices) -> str:
-    """A digest of the tokens and labels of some examples, and of what counts of them, in their order."""
+    """A digest of some examples: tokens, labels, what counts of them and whose they are, in their order."""
     starts, lengths = examples.offsets[indices], examples.lengths[indices]
     places = np.repeat(starts - np.cumsum(lengths) + lengths, lengths) + np.arange(lengths.sum())
     h = hashlib.sha256()
-    counted = [] if examples.counted is None else [examples.counted[places]]
-    for numbers in (lengths, examples.labels[indices], examples.tokens[places], *counted):
+    more = [] if examples.counted is None else [examples.counted[places]]
+    if examples.units is not None:
+        more.append(np.unique(examples.units[indices], return_inverse=True)[1])
+    for numbers in (lengths, examples.labels[indices], examples.tokens[places], *more):
         h.update(np.ascontiguousarray(numbers).tobytes())
     return h.hexdigest()
 
@@ -134,7 +137,8 @@ def check_ledgers(
         LedgerRefused: the first that is not so.
     """
     for partition in sorted(partitions):
-        ledger_of(directory, config, data, partition).check(heads.get(partition, ""))
+        ledger = ledger_of(directory, config, data, partition)
+        ledger.check(heads.get(partition, ""), config.privacy.unit_column)
 
 
 def check_disjoint(config: RunConfig, data: Prepared, partitions: Collection[int]) -> None:
@@ -153,3 +157,22 @@ def check_disjoint(config: RunConfig, data: Prepared, partitions: Collection[int
                 f"{partition} share {int(shared.sum())} examples; under privacy each belongs to one client"
             )
         owner[indices] = partition
+
+
+@lru_cache(maxsize=8)
+def say_spread(units: int, most: int, column: str) -> None:
+    """Log, once in a process, that units have examples at several clients."""
+    logging.getLogger("fedlora").warning(
+        "privacy.unit-column = %r: %d units have examples at several clients (up to %d); each client's "
+        "epsilon holds for what a unit has there, not for all clients together", column, units, most,
+    )  # fmt: skip
+
+
+def warn_of_spread(config: RunConfig, data: Prepared, partitions: Collection[int]) -> None:
+    """Say whether what a client hides of a unit is all of it."""
+    if data.train.units is None:
+        return
+    held = [np.unique(data.train.units[data.indices(partition)]) for partition in partitions]
+    clients = np.unique(np.concatenate(held), return_counts=True)[1]
+    if (clients > 1).any():
+        say_spread(int((clients > 1).sum()), int(clients.max()), config.privacy.unit_column)

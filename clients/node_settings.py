@@ -54,6 +54,8 @@ class NodeSettings:
     """Column of ``data`` with the picture."""
     label_column: str = "label"
     """Column of ``data`` with the label; empty: no labels."""
+    unit_column: str = ""
+    """Column of ``data`` that says whose an example is, see ``docs/privacy.md``; ``:row``: each row's own."""
     test_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of ``data`` kept from training, to measure a personal model on."""
     dataset_id: str = ""
@@ -95,6 +97,14 @@ class NodeSettings:
             f"max-evaluations = {self.max_evaluations} of them take {self.set_aside:g}, max-epsilon is "
             f"{self.max_epsilon:g}",
         )  # fmt: skip
+        require(
+            not (self.evaluation_epsilon and self.unit_column), "evaluation-epsilon", self.evaluation_epsilon,
+            "must be 0 with unit-column, an evaluation's noise hides one test example and no person",
+        )  # fmt: skip
+        require(
+            bool(self.data) or not self.unit_column, "unit-column", self.unit_column,
+            "names a column of data, which is empty",
+        )  # fmt: skip
         require(self.dataset_id.isprintable(), "dataset-id", self.dataset_id, "must be one line of text")
 
     @property
@@ -130,6 +140,7 @@ def own_of(settings: NodeSettings, labels: tuple[str, ...] = ()) -> OwnData | No
         text_column=settings.text_column,
         image_column=settings.image_column,
         label_column=settings.label_column,
+        unit_column=settings.unit_column,
         test_fraction=settings.test_fraction,
         dataset_id=settings.dataset_id,
         partition_id=settings.partition_id,

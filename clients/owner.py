@@ -62,11 +62,11 @@ def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
 
 
 def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: bool) -> RunConfig:
-    """The run with the owner's name for the data, count of them and say on metrics, whatever the run says.
+    """The run with the owner's name for data, their count and units, and say on metrics, whatever it has.
 
     Raises:
         ConfigError: a run that takes the count for public although the owner declares another, or that
-            needs a declared one where the owner declares none.
+            needs a declared one where the owner declares none; units for the one and examples for the other.
     """
     privacy, declared = config.privacy, settings.declared_examples
     if privacy.private and (declared or not simulation):
@@ -82,6 +82,13 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
         privacy = replace(privacy, declared_examples=declared)
     if privacy.private and not simulation:
         privacy = replace(privacy, release_metrics=privacy.release_metrics and settings.release_metrics)
+    if privacy.private and settings.data:
+        if bool(privacy.unit_column) != bool(settings.unit_column):
+            raise ConfigError(
+                f"privacy.unit-column = {privacy.unit_column!r}: the owner of this node has unit-column = "
+                f"{settings.unit_column!r}, both must name a column or neither"
+            )
+        privacy = replace(privacy, unit_column=settings.unit_column)
     if settings.dataset_id:
         privacy = replace(privacy, dataset_id=settings.dataset_id)
     return config if privacy is config.privacy else replace(config, privacy=privacy)

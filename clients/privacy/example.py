@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ExamplePrivacy(PrivacyMechanism):
-    """One example at a client is hidden, from its server too."""
+    """One example at a client, or all that one unit has there, is hidden, from its server too."""
 
     mode: ClassVar[str] = "example"
     weighted_by_key: ClassVar[str | None] = None
@@ -66,17 +66,19 @@ class ExamplePrivacy(PrivacyMechanism):
         if data is None:
             return
         from clients.budget import rate_of
-        from clients.ledger_ref import check_disjoint
+        from clients.ledger_ref import check_disjoint, warn_of_spread
         from clients.training.dp_sgd import check_private
 
         config = self.config
-        rates = {p: rate_of(config, p, len(data.indices(p))) for p in partitions}
+        rates = {p: rate_of(config, p, data.num_protected(p)) for p in partitions}
         for partition, rate in rates.items():
             check_private(config.train_of(partition), rate)
         check_disjoint(config, data, partitions)
+        warn_of_spread(config, data, partitions)
         largest = min(rates, key=lambda p: rates[p])
         public = round(config.train_of(largest).batch_size / rates[largest])
-        warn_of_delta(config.privacy.target_delta, public, f"examples of partition {largest}")
+        what = "units" if config.privacy.unit_column else "examples"
+        warn_of_delta(config.privacy.target_delta, public, f"{what} of partition {largest}")
 
     def check_ledgers(
         self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]
@@ -97,6 +99,7 @@ class ExamplePrivacy(PrivacyMechanism):
             clipping=privacy.clipping,
             grad_sample_mode=privacy.grad_sample_mode,
             max_physical_batch_size=privacy.max_physical_batch_size,
+            unit_examples=privacy.unit_examples,
         )
 
     def local(

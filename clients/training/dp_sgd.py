@@ -26,6 +26,7 @@ from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
 from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
+from clients.training.units import open_units
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
 from fedlora.data.examples import Examples
@@ -53,6 +54,7 @@ def train_private(
     canaries: Canaries | None = None,
     sample_rate: float | None = None,
     stage: Stage = ONLY_ROUND,
+    unit_examples: int = 0,
 ) -> LocalResult:
     """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
 
@@ -72,14 +74,18 @@ def train_private(
         secure: draw batches and noise from the operating system's entropy and ignore ``seed``.
         release_loss: return the training loss, which is outside the guarantee.
         canaries: what an audit hides among the examples; the sample rate is as without them.
-        sample_rate: probability with which an example is in a batch; None: batch size / examples.
+        sample_rate: probability with which an example is in a batch; None: batch size / examples, or units.
         stage: where the round stands in its run.
+        unit_examples: see `Mechanism`.
 
     Raises:
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
         RunFailed: a private step does not compute what it claims on this model.
     """
-    rate = config.batch_size / len(indices) if sample_rate is None else sample_rate
+    seed, draw = private_streams(seed, secure=secure)
+    units = open_units(examples, indices, unit_examples, seed)
+    protected = indices if units is None else units.everyone
+    rate = config.batch_size / len(protected) if sample_rate is None else sample_rate
     check_private(config, rate)
     mechanism = Mechanism(
         noise_multiplier=noise_multiplier,
@@ -89,9 +95,9 @@ def train_private(
         grad_sample_mode=grad_sample_mode,
         max_physical_batch_size=max_physical_batch_size,
         secure=secure,
+        unit_examples=unit_examples,
     )
     self_check(model, pad_token_id, mechanism)
-    seed, draw = private_streams(seed, secure=secure)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
     total, sizes = torch.zeros((), device=model.device), list[int]()
     with (
@@ -103,12 +109,13 @@ def train_private(
             mechanism,
             noise,
             None if canaries is None else canaries.rows({**trained.factors, **trained.head}),
+            units,
         ) as private,
     ):
         rates = ScheduledRates(optimizer, rate_factors(config, local_steps, stage))
         penalties = Penalties(trained, config)  # they know no data: added after the noise
         private.optimizer.attach_step_hook(lambda _: penalties.add_gradient())
-        everyone = among(indices, canaries, len(examples))
+        everyone = among(protected, canaries, len(examples))
         for drawn in poisson_batches(everyone, rate, local_steps, draw):
             rates.advance()
             total += private.step(examples, drawn, pad_token_id)
@@ -147,12 +154,13 @@ def check_private(config: TrainConfig, sample_rate: float = 1.0) -> None:
     """Refuse what DP-SGD does not cover.
 
     Raises:
-        ConfigError: fewer examples than the batch size, epochs instead of steps, or a second clipping.
+        ConfigError: fewer examples (or units of several) than the batch size, epochs instead of steps, or a
+            second clipping.
     """
     if sample_rate > 1:
         raise ConfigError(
             f"train.batch-size = {config.batch_size}: private training needs at least as many examples "
-            "at each client"
+            "at each client, or units where privacy.unit-column is set"
         )
     if config.local_epochs:
         raise ConfigError(

@@ -26,6 +26,7 @@ from torch import Tensor
 from clients.training.batches import Indices, load_batch
 from clients.training.canaries import Rows, add_clipped, add_rows
 from clients.training.train import batch_loss
+from clients.training.units import Units, as_examples, join_at, shares
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
@@ -33,6 +34,8 @@ from fedlora.privacy.entropy import on_grid, system_normal
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
+
+Weights = np.ndarray[Any, np.dtype[np.float32]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,8 @@ class Mechanism:
         grad_sample_mode: ``hooks``, ``ghost`` or ``loop``; ``ghost`` clips flat only.
         max_physical_batch_size: examples that are in memory at once; 0 means all that were drawn.
         secure: noise from the operating system, which nobody can draw again.
+        unit_examples: 0: an example is clipped by itself; else the mean over the examples of its unit, of
+            which so many are in a step at most, see `clients.training.units`.
     """
 
     noise_multiplier: float
@@ -57,6 +62,7 @@ class Mechanism:
     grad_sample_mode: str = "hooks"
     max_physical_batch_size: int = 0
     secure: bool = False
+    unit_examples: int = 0
 
     @property
     def noise_std(self) -> float:
@@ -78,21 +84,23 @@ class PrivateSteps:
         optimizer: DPOptimizer,
         mechanism: Mechanism,
         canaries: Rows | None = None,
+        units: Units | None = None,
     ):
         self.optimizer = optimizer
         self._model = model
         self._watched = watched
         self._mechanism = mechanism
         self._canaries = canaries
+        self._units = units
 
     def step(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
-        """Move by the noisy clipped sum over the drawn examples; none of them is a step of noise alone.
+        """Move by the noisy clipped sum over the drawn examples or units; none of them is noise alone.
 
         Returns:
-            The summed loss, detached, which is not private.
+            The summed loss, of units the sum of their means, detached, which is not private.
         """
         total = torch.zeros((), device=self._model.device)
-        chunks = physical_batches(drawn, self._mechanism.max_physical_batch_size)
+        chunks = physical_batches(drawn, at_once(self._mechanism))
         for number, chunk in enumerate(chunks, start=1):
             self.optimizer.zero_grad()  # keeps the sum over the chunks before
             total += self.backward(examples, chunk, pad_token_id)
@@ -101,7 +109,9 @@ class PrivateSteps:
         return total
 
     def backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
-        """The summed loss; left behind are each example's gradients (hooks) or their clipped sum (ghost)."""
+        """The summed loss; left are gradients of each example or unit (hooks), or the clipped sum (ghost)."""
+        if self._units is not None:
+            return self._of_units(self._units, examples, drawn, pad_token_id)
         if self._canaries is None:
             return self._backward(examples, drawn, pad_token_id)
         real = drawn < len(examples)
@@ -113,13 +123,31 @@ class PrivateSteps:
             add_rows(self.optimizer.params, rows)
         return total
 
-    def _backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+    def _of_units(self, units: Units, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+        """`backward` where an example is a part of a unit, whose mean gradient is what is clipped."""
+        real = drawn < len(examples)
+        rows, owners = units.rows(drawn[real])
+        total = self._backward(examples, rows, pad_token_id, shares(owners))
+        if self._canaries is not None:
+            parts, whose = as_examples(self._canaries(drawn[~real] - len(examples)))
+            add_rows(self.optimizer.params, parts)
+            owners = np.concatenate([owners, real.sum() + whose])
+        join_at(self.optimizer.params, owners, len(drawn))
+        drop_overflowed(self.optimizer.params)
+        return total
+
+    def _backward(
+        self, examples: Examples, drawn: Indices, pad_token_id: int, weights: Weights | None = None
+    ) -> Tensor:
+        """`backward` for examples; with weights for parts of units, of which none is left out yet."""
         if len(drawn) == 0:
             return self._nobody()
         if self._mechanism.grad_sample_mode == "loop":
-            return self._one_by_one(examples, drawn, pad_token_id)
+            return self._one_by_one(examples, drawn, pad_token_id, weights)
         batch = load_batch(examples, drawn, pad_token_id, self._model.device)
         losses = batch_loss(self._model, batch, reduction="none")
+        if weights is not None:
+            losses = losses * torch.from_numpy(weights).to(losses)
         if self._mechanism.grad_sample_mode == "ghost":
             from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
 
@@ -128,7 +156,8 @@ class PrivateSteps:
                 return self._without_overflowed(examples, drawn, pad_token_id)
         else:
             losses.sum().backward()  # type: ignore[no-untyped-call]
-            drop_overflowed(self.optimizer.params)
+            if weights is None:
+                drop_overflowed(self.optimizer.params)
         return losses.detach().sum()
 
     def _without_overflowed(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
@@ -145,13 +174,17 @@ class PrivateSteps:
             raise RunFailed("the clipped sum of finite gradients is not finite")
         return self._backward(examples, drawn[np.array(finite)], pad_token_id)
 
-    def _one_by_one(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
+    def _one_by_one(
+        self, examples: Examples, drawn: Indices, pad_token_id: int, weights: Weights | None
+    ) -> Tensor:
         """A backward pass for each example; one that takes no part in the loss has a gradient of zero."""
         parameters, total = self.optimizer.params, torch.zeros((), device=self._model.device)
         rows: list[tuple[Tensor, ...]] = []
-        for example in drawn:
+        for place, example in enumerate(drawn):
             batch = load_batch(examples, np.array([example]), pad_token_id, self._model.device)
             loss = batch_loss(self._model, batch, reduction="none").sum()
+            if weights is not None:
+                loss = loss * float(weights[place])
             found = torch.autograd.grad(loss, parameters, allow_unused=True)
             pairs = zip(parameters, found, strict=True)
             rows.append(tuple(torch.zeros_like(p) if g is None else g for p, g in pairs))
@@ -159,7 +192,8 @@ class PrivateSteps:
         for parameter, gradients in zip(parameters, zip(*rows, strict=True), strict=True):
             parameter.grad_sample = torch.stack(gradients)  # (examples, *shape), as Opacus leaves it
             parameter.grad = parameter.grad_sample.sum(dim=0)
-        drop_overflowed(parameters)
+        if weights is None:
+            drop_overflowed(parameters)
         return total
 
     def _nobody(self) -> Tensor:
@@ -176,6 +210,7 @@ def private_steps(
     mechanism: Mechanism,
     generator: torch.Generator | None = None,
     canaries: Rows | None = None,
+    units: Units | None = None,
 ) -> Iterator[PrivateSteps]:
     """Inside, the model is watched by Opacus' hooks, on trained layers only; no trace is left afterwards.
 
@@ -187,13 +222,14 @@ def private_steps(
         mechanism: what a step does.
         generator: draws the noise unless ``mechanism.secure``.
         canaries: the gradients of an audit's canaries, which are numbered on from the examples.
+        units: whose examples are drawn; None where each example is one.
     """
     watched = None if mechanism.grad_sample_mode == "loop" else _watch(model, mechanism)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
             private = _private(optimizer, mechanism, generator)
-            yield PrivateSteps(model, watched, private, mechanism, canaries)
+            yield PrivateSteps(model, watched, private, mechanism, canaries, units)
     finally:
         if watched is not None:
             watched.to_standard_module()
@@ -219,6 +255,11 @@ def drop_overflowed(parameters: Sequence[Any]) -> None:
         for parameter in parameters:
             shape = (-1, *[1] * (parameter.grad_sample.ndim - 1))
             parameter.grad_sample = parameter.grad_sample.masked_fill(overflowed.view(shape), 0.0)
+
+
+def at_once(mechanism: Mechanism) -> int:
+    """How many of those that were drawn are in memory at once, units with all of their examples; 0: all."""
+    return mechanism.max_physical_batch_size // max(mechanism.unit_examples, 1)
 
 
 def physical_batches(drawn: Indices, most: int) -> list[Indices]:

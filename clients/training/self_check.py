@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from clients.training import batches
-from clients.training.batches import load_batch
+from clients.training.batches import Indices, load_batch
 from clients.training.dp_step import Mechanism, PrivateSteps, private_steps
 from clients.training.train import batch_loss
+from clients.training.units import open_units
 from fedlora.core.seeding import torch_stream
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed, named_line
@@ -27,7 +28,8 @@ from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_spre
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
 HUGE = 1e9
-EXAMPLES = np.arange(4)
+EXAMPLES, WHOSE = np.arange(4), np.array([0, 0, 1, 2], dtype=np.int32)
+"""The made-up examples, and to which unit each belongs where units are private."""
 FALSE_ALARM = 1e-9
 """Probability with which correct noise is refused."""
 NOISE_DRAWS, NOISE_AGAIN = 500_000, 40_000
@@ -70,25 +72,28 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
 def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
     """Gradients and clipping, without noise.
 
-    1. Every example's gradient (in ghost mode its norm) is that of a batch of one.
+    1. Every example's gradient (in ghost mode its norm) is that of a batch of one; a unit's is the mean.
     2. A step whose clipping norm is huge is a plain step of SGD on the mean loss.
-    3. A step whose clipping binds is the mean of the gradients, clipped one by one.
+    3. A step whose clipping binds is the mean of the gradients, clipped one by one; of units some and all.
 
     Raises:
         RunFailed: one of them does not hold.
     """
-    examples = synthetic_examples(model, pad_token_id)
+    examples = synthetic_examples(model, pad_token_id, units=mechanism.unit_examples > 0)
     with _in_words(model, mechanism), prepared(model) as named:
         alone = one_by_one(model, named, examples, pad_token_id)
         _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
         norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
-        for what, clip in (("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))):
+        bounds = [("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))]
+        if mechanism.unit_examples:
+            bounds.append(("clipped", 0.3 * float(norms.min())))
+        for what, clip in bounds:
             clipping = replace(
-                mechanism, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=len(EXAMPLES)
+                mechanism, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=len(norms)
             )
             wanted = clipped(alone, clip, mechanism.clipping)
-            with _steps(model, named, clipping) as private, _kept(named.values()):
-                private.step(examples, EXAMPLES, pad_token_id)
+            with _steps(model, named, clipping, examples) as private, _kept(named.values()):
+                private.step(examples, all_of(examples), pad_token_id)
                 for (name, parameter), gradients in zip(named.items(), wanted, strict=True):
                     error = _gradient(parameter) - gradients.mean(dim=0)
                     _check(f"the {what} step of {name}", error, gradients)
@@ -131,9 +136,9 @@ def check_noise(
     Raises:
         RunFailed: it has another one, or the same numbers come again.
     """
-    examples = synthetic_examples(model, pad_token_id)
+    examples = synthetic_examples(model, pad_token_id, units=mechanism.unit_examples > 0)
     draws: list[list[Tensor]] = []
-    with prepared(model) as named, _steps(model, named, mechanism) as private:
+    with prepared(model) as named, _steps(model, named, mechanism, examples) as private:
         for _ in range(max(2, math.ceil(numbers / sum(p.numel() for p in named.values())))):
             private.step(examples, EXAMPLES[:0], pad_token_id)
             draws.append([_gradient(p).flatten().to("cpu", torch.float64, copy=True) for p in named.values()])
@@ -152,9 +157,9 @@ def _check_gradients(
     mechanism: Mechanism,
     alone: Sequence[Tensor],
 ) -> None:
-    with _steps(model, named, mechanism) as private:
+    with _steps(model, named, mechanism, examples) as private:
         private.optimizer.zero_grad()
-        private.backward(examples, EXAMPLES, pad_token_id)
+        private.backward(examples, all_of(examples), pad_token_id)
         if mechanism.grad_sample_mode == "ghost":
             norms: list[Tensor] = [p._norm_sample for p in private.optimizer.params]
             _compare("per-example gradient norms", named, norms, [_norms(g) for g in alone])
@@ -163,10 +168,20 @@ def _check_gradients(
 
 
 def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
-    """Each example's gradient from a batch of one, stacked: (examples, *parameter.shape)."""
+    """Each example's gradient from a batch of one, or units' means of them: (number, *parameter.shape)."""
     single = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
     gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in single]
-    return [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
+    stacked = [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
+    if examples.units is None:
+        return stacked
+    return [
+        torch.stack([g[examples.units == unit].mean(dim=0) for unit in np.unique(WHOSE)]) for g in stacked
+    ]
+
+
+def all_of(examples: Examples) -> Indices:
+    """Whom of the made-up examples a batch draws: all, or all units."""
+    return EXAMPLES if examples.units is None else np.unique(examples.units, return_index=True)[1]
 
 
 def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Tensor]:
@@ -255,9 +270,10 @@ def _refuse(reason: str, way_out: str = "") -> None:
     raise RunFailed(f"privacy self-test: {reason}, nothing was trained{way_out}")
 
 
-def synthetic_examples(model: AdaptedModel, pad_token_id: int) -> Examples:
-    """A few examples of the model's task."""
-    return model.task.synthetic_examples(len(EXAMPLES), model.module.config, pad_token_id)
+def synthetic_examples(model: AdaptedModel, pad_token_id: int, *, units: bool = False) -> Examples:
+    """A few examples of the model's task; with units two of them belong together."""
+    examples = model.task.synthetic_examples(len(EXAMPLES), model.module.config, pad_token_id)
+    return replace(examples, units=WHOSE) if units else examples
 
 
 @contextmanager
@@ -274,10 +290,14 @@ def prepared(model: AdaptedModel) -> Iterator[Named]:
 
 
 @contextmanager
-def _steps(model: AdaptedModel, named: Named, mechanism: Mechanism) -> Iterator[PrivateSteps]:
-    """Steps of length 1 by plain SGD."""
+def _steps(
+    model: AdaptedModel, named: Named, mechanism: Mechanism, examples: Examples
+) -> Iterator[PrivateSteps]:
+    """Steps of length 1 by plain SGD, with whole units."""
     sgd = torch.optim.SGD(named.values(), lr=1.0)
-    with private_steps(model, sgd, mechanism, torch.Generator(model.device).manual_seed(0)) as private:
+    generator = torch.Generator(model.device).manual_seed(0)
+    units = open_units(examples, EXAMPLES, len(EXAMPLES) if mechanism.unit_examples else 0, 0)
+    with private_steps(model, sgd, mechanism, generator, units=units) as private:
         yield private
 
 

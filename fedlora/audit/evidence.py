@@ -75,5 +75,5 @@ def flaws_of(federation: FederatedRun, view: ServerView) -> Iterator[str]:
 
 
 def claimed_rate(federation: FederatedRun, partition: int) -> float:
-    """Probability with which an example of a client is in a batch, as its ledger has it."""
-    return rate_of(federation.config, partition, len(federation.runtime.data.indices(partition)))
+    """Probability with which an example or unit of a client is in a batch, as its ledger has it."""
+    return rate_of(federation.config, partition, federation.runtime.data.num_protected(partition))

@@ -135,7 +135,8 @@ class AuditGrid(LocalGrid):
             clipping=privacy.clipping,
             max_physical_batch_size=privacy.max_physical_batch_size,
             canaries=self._canaries(one, view, silent=True),
-            sample_rate=rate_of(config, node.partition_id, len(indices)),
+            sample_rate=rate_of(config, node.partition_id, runtime.data.num_protected(node.partition_id)),
             stage=stage_of(instruction, config),
+            unit_examples=privacy.unit_examples,
         )
         return tensors_of(wire.to_peft(result.adapters, result.head, instruction.uploaded, modules))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import require
 from fedlora.config.section import section
@@ -27,6 +27,13 @@ class PrivacyConfig:
     declared_examples: NonNegativeInt = 0
     """``add_or_remove_one`` in simulation: the public number that stands for that of every client, not below
     it; sample rate and noise go by it. A node's owner declares its own, see ``docs/privacy.md``."""
+    unit_column: str = ""
+    """``example``: the column that says whose an example is, for instance ``author``: what is hidden is all
+    that a person has at a client, not one example. ``:row``: each row of the data is a unit, of conversations
+    too. Empty: each example. A node's owner names the column of its own data."""
+    max_unit_examples: PositiveInt = 16
+    """With ``unit-column``: examples of one unit in a step at most; of more, so many are drawn each time.
+    Their mean gradient is clipped."""
     target_epsilon: Annotated[float, Field(gt=0), 'use privacy.mode = "none" to train without privacy'] = 8.0
     """Budget of a client over all that is on its ledger; the noise is calibrated to it."""
     target_delta: Annotated[float, Field(gt=0, le=MAX_DELTA)] = 1e-5
@@ -59,6 +66,7 @@ class PrivacyConfig:
 
     def __post_init__(self) -> None:
         self._check_relation()
+        self._check_units()
         require(
             self.clipping == "flat" or self.grad_sample_mode != "ghost",
             "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
@@ -81,10 +89,32 @@ class PrivacyConfig:
             f"must be false where privacy.neighboring-relation = {relation!r}, it sends the number",
         )  # fmt: skip
 
+    def _check_units(self) -> None:
+        if not self.unit_column:
+            return
+        require(
+            not self.client_level, "privacy.unit-column", self.unit_column,
+            "must be empty where privacy.mode = 'client', which hides whole clients",
+        )  # fmt: skip
+        require(
+            self.grad_sample_mode != "ghost", "privacy.grad-sample-mode", self.grad_sample_mode,
+            "must be 'hooks' or 'loop' with privacy.unit-column, examples' norms tell none of a unit's mean",
+        )  # fmt: skip
+        require(
+            not 0 < self.max_physical_batch_size < self.max_unit_examples,
+            "privacy.max-physical-batch-size", self.max_physical_batch_size,
+            f"must be 0 or at least privacy.max-unit-examples, which is {self.max_unit_examples}",
+        )  # fmt: skip
+
     @property
     def private(self) -> bool:
         """Clients train by DP-SGD."""
         return self.mode == "example"
+
+    @property
+    def unit_examples(self) -> int:
+        """Examples of one unit in a private step at most; 0 where each example is a unit by itself."""
+        return self.max_unit_examples if self.unit_column else 0
 
     @property
     def client_level(self) -> bool:

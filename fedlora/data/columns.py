@@ -36,6 +36,8 @@ DEFAULT_TEXTS = ("text",)
 ROW = "row"
 """The number of a conversation in its table, counted from 1, by which an error names it."""
 NATURAL = "natural"
+UNIT, EACH_ROW = "unit", ":row"
+"""Whose an example is, where ``privacy.unit-column`` says so; and its value by which each row is a unit."""
 BY_NATURE = (NATURAL, "natural-dirichlet")
 """Partitioners that go by the values of ``data.partition-by``."""
 
@@ -52,6 +54,7 @@ class Columns:
         natural: the column whose values are the clients, where that is none of the other parts.
         conversations: the texts are conversations, see `fedlora.data.chat.conversations`: a column of
             messages, or prompt and response, or prompt, input and response.
+        unit: the column whose values are the units of example-level privacy, or `EACH_ROW`.
     """
 
     texts: tuple[str, ...]
@@ -60,6 +63,7 @@ class Columns:
     group: str
     natural: str
     conversations: bool = False
+    unit: str = ""
 
     @classmethod
     def of(cls, config: DataConfig, *, labelled: bool = True, conversations: bool = False) -> Columns:
@@ -97,6 +101,7 @@ class Columns:
         parts["domain"] = ("data.domain-column", self.domain)
         parts["group"] = ("data.group-column", self.group)
         parts[NATURAL] = ("data.partition-by", self.natural)
+        parts[UNIT] = ("privacy.unit-column", "" if self.unit == EACH_ROW else self.unit)
         return {name: (key, column) for name, (key, column) in parts.items() if column}
 
 
@@ -131,6 +136,8 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
         refuse_empty(parts[name], key, column, where)
     if texts:
         parts[ROW] = pa.chunked_array([np.arange(1, len(table) + 1)])
+    if columns.unit == EACH_ROW:
+        parts[UNIT] = pa.chunked_array([np.arange(1, len(table) + 1)]).cast(pa.large_string())
     return pa.table(parts)
 
 

@@ -31,6 +31,8 @@ class Examples:
         counted: for each token whether the loss counts it, uint8; None where that goes without saying.
         types: the type of each token (which text of a pair it is of), uint8; None where all are 0.
         image: the form of the images; None where the examples are texts.
+        units: a number for whose each example is (``privacy.unit-column``), int32, shape (examples,); None
+            where each example is a unit of privacy by itself.
     """
 
     tokens: np.ndarray
@@ -40,6 +42,7 @@ class Examples:
     counted: np.ndarray | None = None
     types: np.ndarray | None = None
     image: ImageFormat | None = None
+    units: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,6 +57,7 @@ class Examples:
             self, tokens=self.tokens[:0], offsets=self.offsets[:1], labels=self.labels[:0],
             domains=self.domains[:0], counted=None if self.counted is None else self.counted[:0],
             types=None if self.types is None else self.types[:0],
+            units=None if self.units is None else self.units[:0],
         )  # fmt: skip
 
     @property
@@ -82,6 +86,7 @@ def open_examples(path: Path) -> Examples:
         counted=_by_token(batch, "counted"),
         types=_by_token(batch, "types"),
         image=None if form is None else ImageFormat(**json.loads(form)),
+        units=_view(batch.column("unit"), np.int32, rows) if "unit" in batch.schema.names else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class RawData:
 
     Attributes:
         train: columns text (and text_pair), label (int64, where there are any), domain and group where there
-            are any, and natural: the column of ``data.partition-by`` where that is another one.
+            are any, natural: the column of ``data.partition-by`` where that is another one, and unit.
         test: the same columns.
         label_names: name of each label; empty where examples have none.
         names: label, domain, group and natural -> the names in the training rows before any were held out.
@@ -81,6 +81,7 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     parts = [standard(source, columns, repr(config.name))]
     test = _read_file(Path(config.test), "data.test") if config.test else own_test
     if test is not None:
+        columns = replace(columns, unit="")  # only what is trained on is private
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
     names: tuple[str, ...] = ()
     tables = parts

@@ -22,7 +22,7 @@ from fedlora.assets.fetch import ASSETS, asset_identity, cache_dir, create_direc
 from fedlora.config import DataConfig, RunConfig
 from fedlora.data.chat.template import chat_settings
 from fedlora.data.clients import named_clients, why_left_out
-from fedlora.data.columns import NATURAL, codes_of, in_order
+from fedlora.data.columns import NATURAL, UNIT, codes_of, in_order
 from fedlora.data.examples import Examples, open_examples, with_form
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
@@ -95,6 +95,11 @@ class Prepared:
             )
         return self.flat[self.offsets[partition_id] : self.offsets[partition_id + 1]]
 
+    def num_protected(self, partition_id: int) -> int:
+        """How many units of privacy one client has: people where a column names them, else examples."""
+        indices, units = self.indices(partition_id), self.train.units
+        return len(indices) if units is None else len(np.unique(units[indices]))
+
 
 def open_prepared(path: Path | str) -> Prepared:
     """Reads prepared data; imports neither datasets nor transformers.
@@ -137,8 +142,9 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, *, trained: b
     """
     task = task_named(config.task)
     tokenizer = tokenizer or task.reader(config.model.name, chat_settings(config))
-    home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task)
-    create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft))
+    unit = config.privacy.unit_column
+    home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task, unit)
+    create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft, unit))
     if trained and task.labelled:
         _check_labels(config.data, json.loads((home / META).read_text())["label_names"])
     path = home / _partition_key(config)
@@ -153,7 +159,7 @@ def _check_labels(config: DataConfig, names: Sequence[str]) -> None:
         )
 
 
-def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICATION) -> str:
+def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICATION, unit: str = "") -> str:
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in _PARTITION_KEYS}
     for key in ("evaluate_examples", "public"):
         shared.pop(key)
@@ -161,7 +167,8 @@ def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICA
     files = [file_stamps(name) for name in (config.name, config.test)]
     asset = asset_identity(config.name) if config.name in ASSETS else ""
     name = [] if task is CLASSIFICATION else [task.name]
-    return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity, *name)
+    units = [{"unit": unit}] if unit else []
+    return _hash(FORMAT, shared, natural, files, asset, tokenizer.identity, *name, *units)
 
 
 def _partition_key(config: RunConfig) -> str:
@@ -182,10 +189,12 @@ def file_stamps(name: str) -> list[tuple[str, int, int]]:
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
-def _write_examples(task: Task, config: DataConfig, tokenizer: Tokenizer, draft: Path) -> None:
-    raw = task.load(config, tokenizer)
+def _write_examples(
+    task: Task, config: DataConfig, tokenizer: Tokenizer, draft: Path, unit: str = ""
+) -> None:
+    raw = task.load(config, tokenizer, unit)
     names, counts = {}, {}
-    for column in ("domain", "group", NATURAL):
+    for column in ("domain", "group", NATURAL, UNIT):
         if column in raw.train.column_names:
             tested = raw.test[column][:] if column in raw.test.column_names else ()
             names[column] = in_order({*raw.train[column][:], *tested, *raw.names.get(column, ())})
@@ -224,7 +233,7 @@ def tokenised(
     line: str,
     task: Task = CLASSIFICATION,
 ) -> Any:
-    """One record batch: input_ids, label, domain (-1 if none), and codes of group and natural.
+    """One record batch: input_ids, label, domain (-1 if none), and codes of group, natural and unit.
 
     And, as long as input_ids, ``counted`` where the task says which tokens count, and ``types`` where the
     tokens are not all of type 0.

@@ -23,7 +23,7 @@ from fedlora.assets.fetch import create_directory
 from fedlora.config import DataConfig, name_list
 from fedlora.data.chat.columns import usual_columns
 from fedlora.data.chat.template import ChatSettings
-from fedlora.data.columns import Columns
+from fedlora.data.columns import UNIT, Columns, in_order
 from fedlora.data.examples import open_examples
 from fedlora.data.split import split_table
 from fedlora.data.values import is_text
@@ -46,6 +46,7 @@ class OwnData:
         path: a jsonl, csv, tsv or parquet file, a dataset directory, or one of pictures.
         text_column, image_column, label_column: as in ``data`` of a run; an empty label column for examples
             that have none.
+        unit_column: as in ``privacy`` of a run.
         test_fraction: share kept from training where the dataset has no test split of its own.
         dataset_id: under which the privacy spent on it is written down.
         partition_id: the partition that it is in the federation.
@@ -57,6 +58,7 @@ class OwnData:
     text_column: str = "text"
     image_column: str = "image"
     label_column: str = "label"
+    unit_column: str = ""
     test_fraction: float = 0.0
     dataset_id: str
     partition_id: int
@@ -162,6 +164,7 @@ def _read(own: OwnData, task: Task | None, reader: Any) -> Table:
         return served.rows(part, columns, config, reader, where)
 
     train = named(source, repr(own.path))
+    columns = replace(columns, unit="")  # only what is trained on is private
     test = None if own_test is None else named(own_test, f"the test examples of {own.path!r}")
     if test is None and own.test_fraction:
         train, test = split_table(train, own.test_fraction, "test-fraction")
@@ -188,18 +191,19 @@ def _served(own: OwnData, source: Dataset) -> Task:
 
 
 def _columns(own: OwnData, config: DataConfig, task: Task) -> Columns:
-    """Columns of a node's data; a node has no domains, groups or clients."""
+    """Columns of a node's data; a node has no domains, groups or clients, but may have units."""
     if task.labelled and not own.label_column:
         raise ConfigError(f"label-column = '': {task.name} learns labels, name their column")
-    return replace(task.columns(config), domain="", group="", natural="")
+    return replace(task.columns(config), domain="", group="", natural="", unit=own.unit_column)
 
 
 def _write(path: Path, table: pa.Table, own: OwnData, reader: Any, max_length: int, task: Task) -> None:
     from datasets import Dataset
 
     coded = Dataset(_coded(table, own) if task.labelled else table)
+    units = {UNIT: in_order(table[UNIT].to_pylist())} if UNIT in table.column_names else {}
     try:
-        batch = tokenised(coded, reader, max_length, {}, f"encoding {len(table):,} own examples", task)
+        batch = tokenised(coded, reader, max_length, units, f"encoding {len(table):,} own examples", task)
     except ConfigError as error:
         raise OwnDataRefused(_in_own_terms(str(error)), UNREADABLE) from None
     with pa.ipc.new_file(str(path), batch.schema) as file:
@@ -228,6 +232,7 @@ def _in_own_terms(text: str) -> str:
         ("data.text-", "text-"),
         ("data.image-", "image-"),
         ("data.label-", "label-"),
+        ("privacy.unit-", "unit-"),
     ):
         text = text.replace(key, own)
     return text
@@ -235,6 +240,7 @@ def _in_own_terms(text: str) -> str:
 
 def _key(own: OwnData, task: Task, max_length: int, reader: str) -> str:
     columns = [own.text_column, own.image_column, own.label_column]
-    settings = [own.path, *columns, own.test_fraction, own.labels]
+    units = [own.unit_column] if own.unit_column else []
+    settings = [own.path, *columns, *units, own.test_fraction, own.labels]
     text = json.dumps([FORMAT, task.name, *settings, file_stamps(own.path), max_length, reader])
     return hashlib.sha256(text.encode()).hexdigest()[:20]

@@ -18,7 +18,9 @@ from fedlora.privacy.spending import EvaluationRelease, Place, Release, Spending
 from fedlora.privacy.types import NeighboringRelation
 
 SCHEMA = 1
-BEFORE_RELATIONS = {"neighboring_relation": NeighboringRelation.ZERO_OUT_ONE.value, "charged_as": None}
+BEFORE_RELATIONS = {
+    "neighboring_relation": NeighboringRelation.ZERO_OUT_ONE.value, "charged_as": None, "unit": "",
+}  # fmt: skip
 """Of entries that do not say. Their rate is batch size / examples, so that they hold under no other relation,
 although ``add_or_remove_one`` was claimed for them then."""
 
@@ -34,12 +36,14 @@ class Tally:
         fingerprint: of its content, as it was found last.
         spending: of all releases.
         head: hash of the last line that is sure to be on disk.
+        unit: the column whose values all releases protect, empty for examples; None before the first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.identity = self.fingerprint = self.head = ""
         self.spending = Spending()
+        self.unit: str | None = None
         self._runs: defaultdict[str, Spending] = defaultdict(Spending)
         self._lines = 0
         self._attempts: dict[Place, list[str]] = {}
@@ -96,7 +100,8 @@ class Tally:
             case {
                 "kind": "evaluate", "run": str(run), "epsilon": float(epsilon),
                 "neighboring_relation": relation,
-            } if 0 < epsilon < math.inf and relation in list(NeighboringRelation):  # fmt: skip
+            } if 0 < epsilon < math.inf and relation in list(NeighboringRelation) and not self.unit:  # fmt: skip
+                self.unit = ""  # an evaluation hides one example
                 for spending in (self.spending, self._runs[run]):
                     spending.add_evaluation(epsilon, NeighboringRelation(relation))
             case _:
@@ -111,6 +116,7 @@ class Tally:
                 "steps": int(steps),
                 "charged_as": charged,
                 "neighboring_relation": relation,
+                "unit": str(unit),
                 "determined_by": str(determined_by),
                 "target_epsilon": float(epsilon),
                 "target_delta": float(delta),
@@ -120,8 +126,9 @@ class Tally:
             case _:
                 return False
         setting = self._charged(charged, (noise, rate))
-        if setting is None or relation not in list(NeighboringRelation):
+        if setting is None or relation not in list(NeighboringRelation) or self.unit not in (None, unit):
             return False
+        self.unit = unit
         for spending in (self.spending, self._runs[place[0]]):
             spending.add(setting, steps, budget, NeighboringRelation(relation))
         self._attempts.setdefault(place, []).append(determined_by)
@@ -168,6 +175,7 @@ def reserve_entry(release: Release, budget: Budget, attempt: int, charged_as: Se
         "steps": release.steps,
         "charged_as": None if charged_as == release.setting else list(map(float, charged_as)),
         "neighboring_relation": release.neighboring_relation.value,
+        **({"unit": release.unit} if release.unit else {}),
         "seeded": bool(release.determined_by),
         "determined_by": release.determined_by,
         **dataclasses.asdict(budget),

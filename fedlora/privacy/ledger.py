@@ -5,8 +5,8 @@ One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lin
     open                  schema, salt, identity, fingerprint of the content
     reserve               a release: run, round, partition, attempt; noise multiplier, sample rate, steps;
                           an earlier setting that it is charged as, if that costs less; between which
-                          neighbours it holds; the budget it was decided by; for seeded releases a digest
-                          of all that determines their bits
+                          neighbours it holds, and of which unit where that is no example; the budget it
+                          was decided by; for seeded releases a digest of all that determines their bits
     released              its training came to an end
     evaluate              an evaluation with noise: run, round, partition; its epsilon, at delta 0, and
                           between which neighbours
@@ -91,11 +91,12 @@ class Ledger:
 
         Raises:
             BudgetExceeded: it would cost more than is left.
-            LedgerRefused: the ledger is damaged, rewound, of other data, or not to be opened for these.
+            LedgerRefused: the ledger is damaged, rewound, of other data or units, or not to be opened for it.
         """
         admit(self.directory, self.dataset)
         with self._chain.locked():
             self._open(known_head)
+            self._check_unit(release.unit)
             attempts = self._tally.attempts(release)
             if not (release.determined_by and release.determined_by in attempts):
                 aside = max(set_aside, self._tally.spending.on_evaluations)
@@ -135,6 +136,7 @@ class Ledger:
         admit(self.directory, self.dataset)
         with self._chain.locked():
             self._open(known_head)
+            self._check_unit("")
             standing = self._tally.standing()
             spent, training = standing.on_evaluations, standing.epsilon - standing.on_evaluations
             allowed = min(set_aside, max_epsilon - training) * (1 + ROUNDING)
@@ -160,8 +162,8 @@ class Ledger:
         with self._chain.locked():
             self._append(released_entry(release), durable=False)
 
-    def check(self, known_head: str = "") -> None:
-        """See, without charging anything, that it can be used and continues from a head that it had.
+    def check(self, known_head: str = "", unit: str = "") -> None:
+        """See, without charging anything, that it can be used for a unit and continues from a head it had.
 
         Raises:
             LedgerRefused: as `reserve`.
@@ -171,6 +173,15 @@ class Ledger:
             return
         with self._chain.locked():
             self._open(known_head)
+            self._check_unit(unit)
+
+    def _check_unit(self, unit: str) -> None:
+        """Refuse to add up what protects examples and what protects people: no epsilon is one of both."""
+        if self._tally.unit not in (None, unit):
+            raise LedgerRefused(
+                f"privacy.unit-column = {unit!r}: {self.path} has releases for {self._tally.unit!r}; what is "
+                "spent on one kind of unit does not add up with another, so keep it or use another ledger"
+            )
 
     def _open(self, known_head: str) -> None:
         chain, dataset = self._chain, self.dataset

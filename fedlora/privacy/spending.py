@@ -21,9 +21,10 @@ class Release:
     Attributes:
         run_key, server_round, partition_id: where it belongs.
         noise_multiplier: noise standard deviation / clipping norm.
-        sample_rate: probability with which an example is in a batch.
+        sample_rate: probability with which an example or unit is in a batch.
         steps: optimiser steps.
         neighboring_relation: between which data sets noise and rate are the same.
+        unit: the column whose values are protected; empty where examples are.
         determined_by: a digest of all that determines its bits; empty where they come from real entropy.
     """
 
@@ -34,6 +35,7 @@ class Release:
     sample_rate: float
     steps: int
     neighboring_relation: NeighboringRelation = NeighboringRelation.ZERO_OUT_ONE
+    unit: str = ""
     determined_by: str = ""
 
     @property

@@ -35,12 +35,12 @@ class PrivacySpent:
     Attributes:
         epsilon: the loss of all that the client released in this run, for the given delta.
         delta: what it is for: the target, or more where noise and rate changed, see `fedlora.privacy.filter`.
-        granularity: what is hidden, ``example`` or ``client``.
+        granularity: what is hidden, ``example``, ``unit`` (``privacy.unit-column``) or ``client``.
         neighboring_relation: how two data sets differ, see `NeighboringRelation`.
         sampling_method: how batches are drawn, ``poisson``.
         accountant: ``prv``, ``pld`` or ``rdp``; always ``rdp`` where noise or rate changed on the way.
         noise_multiplier: noise standard deviation / clipping norm, of the last release.
-        sample_rate: probability with which an example is in a batch, of the last release.
+        sample_rate: probability with which an example or unit is in a batch, of the last release.
         steps: optimiser steps of the run's releases.
         releases: how many these are, unfinished ones included.
         history: noise multiplier, sample rate and steps of each setting that was charged; empty where they
@@ -72,7 +72,7 @@ class PrivacySpent:
         return cls(
             epsilon=standing.epsilon,
             delta=standing.delta,
-            granularity="example",
+            granularity="unit" if release is not None and release.unit else "example",
             neighboring_relation=standing.neighboring_relation,
             sampling_method="poisson",
             accountant=standing.accountant,

@@ -27,6 +27,8 @@ ADDED = {
     "upload": "",
     "privacy.neighboring-relation": "zero_out_one",
     "privacy.declared-examples": 0,
+    "privacy.unit-column": "",
+    "privacy.max-unit-examples": 16,
     "strategy.allocation": "all",
     "strategy.allocation-options": "",
     "train.schedule": "constant",

@@ -115,7 +115,8 @@ def open_public(config: RunConfig) -> Prepared:
         ConfigError: they cannot be had.
     """
     try:
-        return open_prepared(prepare(replace(config, data=public_data(config.data))))
+        plain = replace(config.privacy, unit_column="")  # nobody's secret
+        return open_prepared(prepare(replace(config, data=public_data(config.data), privacy=plain)))
     except ConfigError as error:
         raise ConfigError(str(error).replace("data.name", "data.public")) from None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from fedlora.config import DataConfig
-from fedlora.data.columns import NATURAL, Columns
+from fedlora.data.columns import NATURAL, UNIT, Columns
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
 from fedlora.tasks.language import LanguageTask
@@ -17,9 +17,9 @@ from fedlora.tasks.task import Encoded, Rows
 class CausalLM(LanguageTask):
     """``data.text-column`` names one column of texts.
 
-    The texts of one natural client and domain follow each other, each with the token that the tokenizer
-    itself puts first, if any, and with the end token, and are cut into blocks of ``data.max-length`` tokens;
-    a block is an example. Its first token is given, not predicted.
+    The texts of one natural client, domain and unit of privacy follow each other, each with the token that
+    the tokenizer itself puts first, if any, and with the end token, and are cut into blocks of
+    ``data.max-length`` tokens; a block is an example. Its first token is given, not predicted.
     """
 
     name = "causal-lm"
@@ -36,7 +36,7 @@ class CausalLM(LanguageTask):
         return columns
 
     def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
-        """The blocks, in the order in which their clients and domains first occur.
+        """The blocks, in the order in which their clients, domains and units first occur.
 
         Raises:
             ConfigError: there is no block of two tokens.
@@ -45,7 +45,7 @@ class CausalLM(LanguageTask):
         first = 0
         for batch in batches:
             texts = batch["text"]
-            owners = [batch[name] for name in ("domain", NATURAL) if name in batch]
+            owners = [batch[name] for name in ("domain", NATURAL, UNIT) if name in batch]
             for row, ids in enumerate(tokenizer.documents(texts)):
                 owner = tuple(str(column[row]) for column in owners)
                 runs.setdefault(owner, _Run()).append(first + row, ids)

@@ -15,6 +15,7 @@ from fedlora.core.seeding import stream
 from fedlora.data.columns import NATURAL, PICTURE, Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.data.images import ImageData, ImageFormat, Images
+from fedlora.errors import ConfigError
 from fedlora.tasks.classification import Classification
 from fedlora.tasks.task import Encoded, Rows
 
@@ -52,8 +53,17 @@ class ImageClassification(Classification):
 
         return ImageReader(image_format(model))
 
-    def load(self, config: DataConfig, reader: Any) -> RawData:
-        """Pictures in the model's form, as bytes."""
+    def load(self, config: DataConfig, reader: Any, unit: str = "") -> RawData:
+        """Pictures in the model's form, as bytes.
+
+        Raises:
+            ConfigError: a unit; pictures of a run's dataset have none yet.
+        """
+        if unit:
+            raise ConfigError(
+                f"privacy.unit-column = {unit!r}: task = {self.name!r} knows no units, each picture is one; "
+                "must be empty"
+            )
         from fedlora.data.sources import RawData
 
         data = self.images(config, reader.form)

@@ -97,8 +97,8 @@ class Task(Protocol):
             ConfigError: the model has none.
         """
 
-    def load(self, config: DataConfig, reader: Any) -> RawData:
-        """The rows to train and to test on.
+    def load(self, config: DataConfig, reader: Any, unit: str = "") -> RawData:
+        """The rows to train and to test on; ``unit`` as in `Columns`.
 
         Raises:
             ConfigError: they cannot be read.

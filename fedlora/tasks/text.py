@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,11 +32,11 @@ class TextTask:
         """The model's tokenizer."""
         return load_tokenizer(model, chat)
 
-    def load(self, config: DataConfig, reader: Tokenizer) -> RawData:
+    def load(self, config: DataConfig, reader: Tokenizer, unit: str = "") -> RawData:
         """The rows of the columns that the task reads."""
         from fedlora.data.sources import load_examples
 
-        return load_examples(config, self.columns(config))
+        return load_examples(config, replace(self.columns(config), unit=unit))
 
     def rows(
         self, source: Dataset, columns: Columns, config: DataConfig, reader: Tokenizer | None, where: str

@@ -12,7 +12,7 @@ from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
 from torch import Tensor
 
 from clients import budget, execute_cohort, rehearsal
-from clients.training import batches, dp_sgd
+from clients.training import batches, dp_sgd, dp_step
 from clients.training.batched import private
 from strategies.client_dp import ClientDP
 from strategies.rule import Rule
@@ -160,6 +160,12 @@ def half_the_noise_of_ghosts(patch: Patch) -> None:
 
     _unchecked(patch)
     patch.setattr(DPOptimizerFastGradientClipping, "add_noise", halved)
+
+
+def each_example_of_a_unit_by_itself(patch: Patch) -> None:
+    """Examples are clipped one by one; the claim is one for units."""
+    _unchecked(patch)
+    patch.setattr(dp_step, "join_at", lambda *arguments: None)
 
 
 def half_the_noise_on_means(patch: Patch) -> None:

@@ -19,6 +19,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 COHORTS = {"engine.cohort-size": 2}
 GHOSTS = {"privacy.grad-sample-mode": "ghost"}
 LAYERS = {"privacy.clipping": "per-layer"}
+UNITS = {"privacy.unit-column": "group"}
 SMALL = {"train.batch-size": 24, "privacy.noise-multiplier": 1.2, "privacy.target-epsilon": 8.0}
 PLANTED: dict[str, tuple[Break, dict[str, Any], str, float, float]] = {
     "half the noise": (broken.half_the_noise, {}, "farther than the claimed", 0.70, 1.05),
@@ -27,6 +28,7 @@ PLANTED: dict[str, tuple[Break, dict[str, Any], str, float, float]] = {
     "clipped after the sum": (broken.clipped_after_the_sum, {}, "less far than the claimed", -0.2, 0.2),
     "shuffled batches": (broken.shuffled_batches, {}, "too little in size for Poisson", 0.2, 0.7),
     "the same noise everywhere": (broken.the_same_noise_everywhere, {}, "updates share noise", -1.0, 2.0),
+    "each example of a unit": (broken.each_example_of_a_unit_by_itself, UNITS, "farther than", 0.65, 1.3),
     "half the noise in cohorts": (broken.half_the_noise_in_cohorts, COHORTS, "farther than", 0.70, 1.05),
     "half the noise of ghosts": (broken.half_the_noise_of_ghosts, GHOSTS, "farther than", 0.70, 1.05),
 }
@@ -44,7 +46,7 @@ def test_a_planted_fault_is_found(
     assert low < found.separations[TOGETHER].value < high
 
 
-RIGHT = {"cohorts": COHORTS, "ghosts": GHOSTS, "layers": LAYERS, "small": SMALL}
+RIGHT = {"cohorts": COHORTS, "ghosts": GHOSTS, "layers": LAYERS, "small": SMALL, "units": UNITS}
 
 
 @pytest.mark.parametrize("keys", RIGHT.values(), ids=RIGHT)

@@ -11,10 +11,12 @@ from clients.training.batches import Indices, poisson_batches, shuffled_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_sgd import private_streams
 from clients.training.dp_step import Mechanism
+from clients.training.units import Units, open_units
 from fedlora.config import TrainConfig
 from fedlora.core.factors import AdapterSet, Tensors
 from fedlora.core.seeding import derive, stream
 from fedlora.core.state import RankRegularizer
+from fedlora.data.examples import Examples
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,32 +69,48 @@ class Streams:
         batches: the examples of each step.
         dropout: of the adapters' inputs.
         noise: of private steps, unless they are secure.
+        units: whose examples are drawn; None where each example is one.
     """
 
     batches: Iterator[Indices]
     dropout: torch.Generator
     noise: torch.Generator
+    units: Units | None = None
 
 
-def rate_of_member(member: Member, config: TrainConfig) -> float:
-    """The probability with which an example is in a private batch."""
-    return config.batch_size / len(member.indices) if member.sample_rate is None else member.sample_rate
+def protected(member: Member, examples: Examples) -> Indices:
+    """What a private member's batches draw: its examples, or the first of each unit, and its canaries."""
+    units = units_of(member, examples, seed=0)
+    return among(member.indices if units is None else units.everyone, member.canaries, len(examples))
 
 
-def open_streams(member: Member, config: TrainConfig, device: torch.device, num_examples: int) -> Streams:
-    """The member's streams at their beginning; canaries are numbered on from ``num_examples``."""
+def units_of(member: Member, examples: Examples, seed: int) -> Units | None:
+    """The member's units, if examples are parts of such."""
+    most = 0 if member.mechanism is None else member.mechanism.unit_examples
+    return open_units(examples, member.indices, most, seed)
+
+
+def rate_of_member(member: Member, config: TrainConfig, examples: Examples) -> float:
+    """The probability with which an example, or a unit, is in a private batch."""
+    if member.sample_rate is not None:
+        return member.sample_rate
+    units = units_of(member, examples, seed=0)
+    return config.batch_size / len(member.indices if units is None else units.everyone)
+
+
+def open_streams(member: Member, config: TrainConfig, device: torch.device, examples: Examples) -> Streams:
+    """The member's streams at their beginning; canaries are numbered on from the examples."""
     if member.mechanism is None:
         seed = member.seed
         rng = stream(seed, "batches")
         batches = shuffled_batches(member.indices, config.batch_size, member.steps, rng)
     else:
         seed, rng = private_streams(member.seed, secure=member.mechanism.secure)
-        rate = rate_of_member(member, config)
-        batches = poisson_batches(
-            among(member.indices, member.canaries, num_examples), rate, member.steps, rng
-        )
+        rate = rate_of_member(member, config, examples)
+        batches = poisson_batches(protected(member, examples), rate, member.steps, rng)
     return Streams(
         batches=batches,
         dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),
         noise=torch.Generator(device).manual_seed(derive(seed, "noise")),
+        units=units_of(member, examples, seed),
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from clients.training.batches import Indices
 from clients.training.dp_step import physical_batches
+from clients.training.units import shares
 from fedlora.data.examples import Examples
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -45,23 +46,37 @@ class Rows:
         clients: whose each of them is, by its place in the cohort.
         places: each one's place in its client's own batch.
         lengths: tokens of each.
+        units: where units of several examples are private, whose of all units drawn each is; else None.
+        shares: the share of each in its unit's mean, float32; None likewise.
     """
 
     examples: Numbers
     clients: Numbers
     places: Numbers
     lengths: Numbers
+    units: Numbers | None = None
+    shares: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def among(self, chosen: Numbers) -> Rows:
         """Some of the rows, in the order in which they are asked for."""
-        return Rows(self.examples[chosen], self.clients[chosen], self.places[chosen], self.lengths[chosen])
+        return Rows(
+            self.examples[chosen], self.clients[chosen], self.places[chosen], self.lengths[chosen],
+            units=None if self.units is None else self.units[chosen],
+            shares=None if self.shares is None else self.shares[chosen],
+        )  # fmt: skip
 
 
-def gather(examples: Examples, batches: Sequence[Indices]) -> Rows:
-    """One row for each example of each client's batch, client after client."""
+def gather(examples: Examples, batches: Sequence[Indices], owners: Sequence[Indices] | None = None) -> Rows:
+    """One row for each example of each client's batch, client after client.
+
+    Args:
+        examples: the data set.
+        batches: of each client.
+        owners: which of its client's units each example is of, counted from 0; None where there are none.
+    """
     chosen = np.concatenate([np.asarray(batch, dtype=np.int64) for batch in batches])
     sizes = [len(batch) for batch in batches]
     return Rows(
@@ -69,7 +84,20 @@ def gather(examples: Examples, batches: Sequence[Indices]) -> Rows:
         clients=np.repeat(np.arange(len(batches)), sizes),
         places=np.concatenate([np.arange(size) for size in sizes]),
         lengths=examples.lengths_of(chosen),
+        units=None if owners is None else counted_on(owners),
+        shares=None if owners is None else np.concatenate([shares(own) for own in owners]),
     )
+
+
+def counted_on(owners: Sequence[Indices]) -> Numbers:
+    """Units numbered within their clients, numbered over all clients.
+
+    >>> counted_on([np.array([0, 0, 1]), np.array([0])]).tolist()
+    [0, 0, 1, 2]
+    """
+    counts = [int(own.max(initial=-1)) + 1 for own in owners]
+    starts = np.cumsum([0, *counts[:-1]])
+    return np.concatenate([own + start for own, start in zip(owners, starts, strict=True)])
 
 
 def microbatches(batches: Sequence[Indices], most: int) -> Iterator[list[Indices]]:

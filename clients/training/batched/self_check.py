@@ -38,6 +38,8 @@ from fedlora.models import AdaptedModel
 
 SHARED_OUT = (EXAMPLES[:3], EXAMPLES[3:])
 """Which of the made-up examples each of the two clients has."""
+FIRST_OF_UNITS, SHARED_UNITS = (EXAMPLES[[0, 2]], EXAMPLES[3:]), (EXAMPLES[:2], EXAMPLES[2:3])
+"""Likewise of the units that they make up: by their first examples, and by their places among the units."""
 NOBODY = (EXAMPLES[:0], EXAMPLES[:0])
 
 
@@ -59,10 +61,10 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
         real = replace(mechanism, noise_multiplier=0.7, max_grad_norm=1.3)
     if ("cohort", shapes, real) in model.passed:
         return
-    examples = synthetic_examples(model, pad_token_id)
+    examples = synthetic_examples(model, pad_token_id, units=real is not None and real.unit_examples > 0)
     with model.computing(torch.float32), prepared(model) as named:
         alone = dict(zip(named, one_by_one(model, named, examples, pad_token_id), strict=True))
-        cohort = _two_clients(model, named, examples, pad_token_id)
+        cohort = _two_clients(model, named, examples, pad_token_id, real)
         with cohort.route_laid():
             if real is None:
                 means = {name: [g[own].mean(dim=0) for own in SHARED_OUT] for name, g in alone.items()}
@@ -75,13 +77,16 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
 
 
 def _check_clipping(cohort: Cohort, mechanism: Mechanism, alone: dict[str, Tensor]) -> None:
-    """Where nothing is clipped, and where about half of the examples are."""
+    """Where nothing is clipped, and where about half of the examples are; of units also where all are."""
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in alone.values()]).norm(dim=0)
-    for bound in (HUGE, 0.7 * float(norms.mean())):
+    drawn = FIRST_OF_UNITS if mechanism.unit_examples else SHARED_OUT
+    places = SHARED_UNITS if mechanism.unit_examples else SHARED_OUT
+    tight = (0.3 * float(norms.min()),) if mechanism.unit_examples else ()
+    for bound in (HUGE, 0.7 * float(norms.mean()), *tight):
         clipping = replace(mechanism, noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1)
         wanted = clipped(list(alone.values()), bound, mechanism.clipping)
-        sums = {n: [g[own].sum(dim=0) for own in SHARED_OUT] for n, g in zip(alone, wanted, strict=True)}
-        _compare("clipped sum", cohort.private(SHARED_OUT, [clipping, clipping]), sums)
+        sums = {n: [g[own].sum(dim=0) for own in places] for n, g in zip(alone, wanted, strict=True)}
+        _compare("clipped sum", cohort.private(drawn, [clipping, clipping]), sums)
 
 
 def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:
@@ -115,8 +120,13 @@ def _flat(noise: Tensor) -> Tensor:
     return noise.flatten().to("cpu", torch.float64, copy=True)
 
 
-def _two_clients(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> Cohort:
+def _two_clients(
+    model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int, mechanism: Mechanism | None
+) -> Cohort:
     adapters, head = model.read()
+    with_units = None
+    if mechanism is not None and mechanism.unit_examples:
+        with_units = replace(mechanism, unit_examples=len(EXAMPLES))  # room for all of a unit's
     factors = [name.rpartition(".") for name in named if name not in head]
     members = [
         Member(
@@ -128,6 +138,7 @@ def _two_clients(model: AdaptedModel, named: Named, examples: Examples, pad_toke
             indices=own,
             steps=1,
             seed=number,
+            mechanism=with_units,
         )
         for number, own in enumerate(SHARED_OUT)
     ]

@@ -12,22 +12,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clients.training.batched.dropout import Masks
 from clients.training.batched.layers import ForwardContext, Route, row_wise
-from clients.training.batched.members import Member, open_streams, rate_of_member
+from clients.training.batched.members import Member, open_streams, protected, rate_of_member
 from clients.training.batched.private import ClippedSums
 from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microbatches, passes
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.batched.update import Gradients, Update
 from clients.training.batches import Indices, load_batch
-from clients.training.canaries import among
 from clients.training.dp_sgd import check_drawn
-from clients.training.dp_step import Mechanism
+from clients.training.dp_step import Mechanism, at_once
 from clients.training.schedule import ONLY_ROUND, Stage
 from clients.training.train import LocalResult, batch_loss
+from clients.training.units import as_examples, joined
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel
@@ -62,11 +63,13 @@ class PassResult:
         clients: (rows,), whose each row is.
         losses: (rows,).
         values: what was trained on, by name: stacked by row or by client.
+        units: (rows,), of which unit each row is; None where each is one.
     """
 
     clients: Tensor
     losses: Tensor
     values: Mapping[str, Tensor]
+    units: Tensor | None = None
 
     def gradients(self) -> dict[str, Tensor]:
         """Of the values by row, after the backward pass; zero where a tensor takes no part in the loss."""
@@ -109,7 +112,7 @@ class Cohort:
         self.stacks = StackedAdapters(model, members)
         self._update = Update(self.stacks, task.config, task.stage)
         self._streams = [
-            open_streams(member, task.config, self.stacks.device, len(task.examples)) for member in members
+            open_streams(member, task.config, self.stacks.device, task.examples) for member in members
         ]
         self._canaries = [self._rows_of(place) for place in range(len(members))]
         self._costs = CPU if self.stacks.device.type == "cpu" else ACCELERATOR
@@ -150,14 +153,34 @@ class Cohort:
             made_up, canaries = self._canaries[place], batch[batch >= own] - own
             if made_up is not None and len(canaries):
                 clients = torch.full((len(canaries),), place, device=self.stacks.device)
-                sums.add(made_up(canaries), clients)
-        for wave in microbatches([batch[batch < own] for batch in batches], most):
-            if any(len(batch) for batch in wave):
+                sums.add(as_drawn(made_up(canaries), mechanisms[place]), clients)
+        for wave in microbatches([batch[batch < own] for batch in batches], at_once(mechanisms[0])):
+            if not any(len(batch) for batch in wave):
+                continue
+            if mechanisms[0].unit_examples:
+                sums.add(*self._of_units(wave, most))
+            else:
                 rows = gather(self._task.examples, wave)
                 for walked in self._passes(rows, by_example=True, most_rows=most):
                     walked.losses.sum().backward()  # type: ignore[no-untyped-call]
                     sums.add(walked.gradients(), walked.clients)
         return sums.released([stream.noise for stream in self._streams])
+
+    def _of_units(self, wave: Sequence[Indices], most: int) -> tuple[Gradients, Tensor]:
+        """The mean gradient of each drawn unit, of whose examples several passes may have some; and whose."""
+        streams = zip(self._streams, wave, strict=False)
+        drawn = [stream.units.rows(batch) for stream, batch in streams if stream.units is not None]
+        rows = gather(self._task.examples, [own for own, _ in drawn], [owners for _, owners in drawn])
+        clients = np.repeat(np.arange(len(wave)), [len(batch) for batch in wave])
+        stacks = self.stacks
+        shapes = {name: stacks.values[name].shape[1:] for name in stacks.trained}
+        means = {n: stacks.values[n].new_zeros((len(clients), *shape)) for n, shape in shapes.items()}
+        for walked in self._passes(rows, by_example=True, most_rows=most):
+            walked.losses.sum().backward()  # type: ignore[no-untyped-call]
+            assert walked.units is not None
+            for name, gradients in walked.gradients().items():
+                means[name] += joined(gradients, walked.units, len(clients))
+        return means, torch.from_numpy(clients).to(stacks.device)
 
     def results(self) -> list[LocalResult]:
         """Results of all members, who have done their steps."""
@@ -195,14 +218,17 @@ class Cohort:
             self._route.context = ForwardContext(self.stacks.scaled(values, clients), len(part), masks)
             batch = load_batch(task.examples, part.examples, task.pad_token_id, self.stacks.device)
             losses = batch_loss(self._model, batch, reduction="none")
+            if part.shares is not None:
+                losses = losses * torch.from_numpy(part.shares).to(losses)
+            units = None if part.units is None else torch.from_numpy(part.units).to(self.stacks.device)
             self._losses.index_add_(0, clients, losses.detach())
-            yield PassResult(clients, losses, {name: values[name] for name in self.stacks.trained})
+            yield PassResult(clients, losses, {name: values[name] for name in self.stacks.trained}, units)
 
     def _result(self, place: int) -> LocalResult:
         member = self._members[place]
         if member.mechanism is not None:
-            rate, sizes = rate_of_member(member, self._task.config), self._sizes[place]
-            examples = len(among(member.indices, member.canaries, len(self._task.examples)))
+            rate = rate_of_member(member, self._task.config, self._task.examples)
+            sizes, examples = self._sizes[place], len(protected(member, self._task.examples))
             if member.canaries is not None:
                 member.canaries.drew(sizes, examples)
             check_drawn(sizes, examples, rate)
@@ -215,3 +241,14 @@ class Cohort:
             steps=member.steps,
             loss=float(self._losses[place]) / max(sum(self._sizes[place]), 1) if told else None,
         )
+
+
+def as_drawn(canaries: Gradients, mechanism: Mechanism) -> Gradients:
+    """Canaries as they go into clipping: as they are, or as units whose examples are put together."""
+    if not mechanism.unit_examples:
+        return canaries
+    count = len(next(iter(canaries.values())))
+    parts, owners = as_examples(list(canaries.values()))
+    own = torch.from_numpy(owners)
+    means = [joined(part, own.to(part.device), count) for part in parts]
+    return dict(zip(canaries, means, strict=True))

@@ -101,6 +101,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
             clipping=m.clipping,
             grad_sample_mode=m.grad_sample_mode,
             max_physical_batch_size=m.max_physical_batch_size,
+            unit_examples=m.unit_examples,
             release_loss=True,
             stage=task.stage,
         )
