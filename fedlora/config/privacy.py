@@ -112,6 +112,11 @@ class PrivacyConfig:
         return self.mode == "example"
 
     @property
+    def granularity(self) -> str:
+        """What is hidden: ``none``, ``example``, ``unit`` or ``client``."""
+        return "unit" if self.private and self.unit_column else self.mode
+
+    @property
     def unit_examples(self) -> int:
         """Examples of one unit in a private step at most; 0 where each example is a unit by itself."""
         return self.max_unit_examples if self.unit_column else 0

@@ -243,11 +243,12 @@ class Ledger:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """One ledger, read for its owner."""
+    """One ledger, read for its owner; ``unit`` as in `Tally`."""
 
     path: Path
     identity: str
     standing: Standing
+    unit: str | None
 
 
 def read_ledgers(directory: Path) -> list[Account]:
@@ -262,7 +263,9 @@ def read_ledgers(directory: Path) -> list[Account]:
             continue
         tally = Tally(path)
         tally.count(*read_chain(path))
-        accounts.append(Account(path=path, identity=tally.identity, standing=tally.standing()))
+        accounts.append(
+            Account(path=path, identity=tally.identity, standing=tally.standing(), unit=tally.unit)
+        )
     return sorted(accounts, key=lambda account: account.identity)
 
 

@@ -19,7 +19,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 COHORTS = {"engine.cohort-size": 2}
 GHOSTS = {"privacy.grad-sample-mode": "ghost"}
 LAYERS = {"privacy.clipping": "per-layer"}
-UNITS = {"privacy.unit-column": "group"}
+UNITS = {"privacy.unit-column": "group", "train.batch-size": 16}
 SMALL = {"train.batch-size": 24, "privacy.noise-multiplier": 1.2, "privacy.target-epsilon": 8.0}
 PLANTED: dict[str, tuple[Break, dict[str, Any], str, float, float]] = {
     "half the noise": (broken.half_the_noise, {}, "farther than the claimed", 0.70, 1.05),

@@ -125,6 +125,10 @@ def difference(row: Row, other: Row, family: int = 1) -> Estimate:
     )
 
 
+CLAIM = ("target_delta", "neighboring_relation", "unit_column")
+"""Keys of ``privacy`` without which an epsilon says nothing."""
+
+
 def _comparable(row: Row, other: Row) -> bool:
     mine, theirs = row.config.privacy, other.config.privacy
     if row.setting != other.setting or mine.mode != theirs.mode:
@@ -133,7 +137,7 @@ def _comparable(row: Row, other: Row) -> bool:
         return True
     if row.epsilon is None or other.epsilon is None:
         return False
-    if (mine.target_delta, mine.neighboring_relation) != (theirs.target_delta, theirs.neighboring_relation):
+    if any(getattr(mine, key) != getattr(theirs, key) for key in CLAIM):
         return False
     return math.isclose(row.epsilon, other.epsilon, rel_tol=SAME_EPSILON)
 

@@ -73,10 +73,15 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
 
 
 def _neighbours(config: RunConfig) -> str:
-    differ = "replaced by nothing, the count of examples being public"
+    column = config.privacy.unit_column
+    units = "units" if column else "examples"
+    hidden = (
+        f"all examples of one unit (by {column}) at one client" if column else "one example of one client"
+    )
+    differ = f"replaced by nothing, the count of {units} being public"
     if config.privacy.neighboring_relation == ADD_OR_REMOVE_ONE:
-        differ = f"added or removed, at a declared count of {config.privacy.declared_examples:,} examples"
-    return f"differ by one example of one client, {differ}"
+        differ = f"added or removed, at a declared count of {config.privacy.declared_examples:,} {units}"
+    return f"differ by {hidden}, {differ}"
 
 
 def shared_keys(shared: FlatConfig) -> list[tuple[str, Scalar]]:

@@ -100,7 +100,8 @@ def _title(contest: Contest) -> str:
     if row.config.privacy.mode == "none":
         return row.setting or "Without privacy"
     spent = "an unknown epsilon" if row.epsilon is None else f"epsilon {row.epsilon:.2f}"
-    privacy = f"{row.config.privacy.mode}-level {spent}, delta {significant(row.config.privacy.target_delta)}"
+    claim = row.config.privacy
+    privacy = f"{claim.granularity}-level {spent}, delta {significant(claim.target_delta)}"
     return f"{row.setting}, {privacy}" if row.setting else privacy.capitalize()
 
 
