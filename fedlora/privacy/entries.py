@@ -100,7 +100,9 @@ class Tally:
             case {
                 "kind": "evaluate", "run": str(run), "epsilon": float(epsilon),
                 "neighboring_relation": relation,
-            } if 0 < epsilon < math.inf and relation in list(NeighboringRelation) and not self.unit:  # fmt: skip
+            } if 0 < epsilon < math.inf and relation in list(NeighboringRelation):  # fmt: skip
+                if self.unit:
+                    return False
                 self.unit = ""  # an evaluation hides one example
                 for spending in (self.spending, self._runs[run]):
                     spending.add_evaluation(epsilon, NeighboringRelation(relation))
