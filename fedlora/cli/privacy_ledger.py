@@ -178,6 +178,7 @@ def _row(place: Path, dataset: str, node: NodeSettings | None, account: Account 
         "on_evaluations": on_evaluations,
         "delta": standing.delta or None if standing else None,
         "neighboring_relation": standing.neighboring_relation if standing and standing.releases else None,
+        "unit": None if account is None or account.unit is None else account.unit or "example",
         "accountant": standing.accountant or None if standing else None,
         "max_epsilon": owners,
         "max_delta": node.max_delta if node is not None and owners else None,
