@@ -79,6 +79,7 @@ class Transport:
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
         self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
         self._parts: dict[tuple[str, ...], ArrayRecord] = {}
+        self._expected: dict[tuple[Any, ...], int] = {}
 
     def arrange(self, names: Iterable[str]) -> None:
         """Arrays travel in this order of their names, which Flower's clipping mods compare."""
@@ -92,6 +93,7 @@ class Transport:
     def open(self, base: tuple[Patch, ...]) -> None:
         """Begin a round of instructions over this base; the last round's payloads are forgotten."""
         self._payloads, self._records, self._digests, self._parts = {}, {}, {}, {}
+        self._expected = {}
         self.requests, self._by_node = [], {}
         self._patches = {patch.digest(): patch for patch in base}
 
@@ -176,6 +178,18 @@ class Transport:
             elif reply.status == wire.MISSING:  # a loop that serves nobody twice: next round
                 self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
         return dict(sorted(contents.items()))
+
+    def expected_bytes(self, partition_id: int) -> int:
+        """Payload bytes of the reply of a partition to its instruction of now, before there is one."""
+        request = next(request for request in self.requests if request.partition_id == partition_id)
+        broadcast, payload = request.broadcast, request.payload
+        key = id(payload), broadcast.modules
+        if key not in self._expected:
+            sent = wire.to_peft(broadcast.adapters, broadcast.head, broadcast.uploaded, broadcast.modules)
+            zeros = {name: torch.zeros_like(tensor) for name, tensor in sent.items()}
+            coded = wire.codec_named(self.upload).encode(zeros, zeros, torch.Generator())
+            self._expected[key] = wire.payload_bytes(RecordDict({wire.ARRAYS: wire.to_record(coded, None)}))
+        return self._expected[key]
 
     def note_ledger(self, request: PendingRequest) -> None:
         """Remember the head of its privacy ledger that a client has just said."""

@@ -6,6 +6,7 @@ only booleans, integers, floats and strings, so lists are comma strings and stru
 """
 
 from fedlora.config.checks import Scalar, float_list, int_list, name_list
+from fedlora.config.devices import DeviceProfile, DevicesConfig
 from fedlora.config.files import (
     AnyPath,
     Config,
@@ -36,6 +37,8 @@ __all__ = [
     "ClientGroup",
     "Config",
     "DataConfig",
+    "DeviceProfile",
+    "DevicesConfig",
     "EngineConfig",
     "FlatConfig",
     "LoraConfig",

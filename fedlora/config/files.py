@@ -80,7 +80,7 @@ def to_flat(config: Any, prefix: str = "") -> FlatConfig:
     return flat
 
 
-PLACES = ("model.name", "data.name", "data.test", "data.public", "output-dir")
+PLACES = ("model.name", "data.name", "data.test", "data.public", "devices.trace", "output-dir")
 """Keys that may name a place on this machine; one that begins with ``~`` does."""
 
 

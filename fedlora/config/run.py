@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import int_list, parse_json, require
+from fedlora.config.devices import DevicesConfig
 from fedlora.config.privacy import PrivacyConfig
 from fedlora.config.section import by_field, section
 from fedlora.config.sections import (
@@ -45,6 +46,8 @@ class ClientGroup:
     """In place of ``train.schedule``, for instance ``cosine``."""
     warmup_steps: NonNegativeInt | None = None
     """In place of ``train.warmup-steps``, for instance ``2``."""
+    device: str | None = None
+    """One of ``devices.profiles``, instead of one that is drawn, for instance ``phone``."""
 
     def __post_init__(self) -> None:
         _ = self.members
@@ -103,6 +106,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    devices: DevicesConfig = field(default_factory=DevicesConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     study: StudyConfig = field(default_factory=StudyConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -111,6 +115,17 @@ class RunConfig:
         _ = self.partition_list
         for group in (None, *self.groups):
             self._check_warmup(group)
+        most, share = self.devices.over_selection, self.fraction_train
+        require(
+            most * share <= 1 or most == 1, "devices.over-selection", most,
+            f"times fraction-train = {share:g} must be <= 1, or there are not so many to ask",
+        )  # fmt: skip
+        kinds = self.devices.kinds
+        for group in self.groups:
+            require(
+                group.device is None or group.device in kinds, "client-groups device", group.device,
+                f"devices.profiles has {', '.join(kinds) or 'none'}",
+            )  # fmt: skip
 
     @cached_property
     def partition_list(self) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     columns = Columns.of(config) if columns is None else columns
     source, own_test = open_source(config, labelled=bool(columns.label))
     parts = [standard(source, columns, repr(config.name))]
-    test = _read_file(Path(config.test), "data.test") if config.test else own_test
+    test = read_file(Path(config.test), "data.test") if config.test else own_test
     if test is not None:
         columns = replace(columns, unit="")  # only what is trained on is private
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
@@ -120,7 +120,7 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
     if path.is_dir():
         return _own_splits(_read_directory(path), config, labelled)
     if path.is_file() or kind_of(path) in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
-        return _read_file(path, "data.name"), None
+        return read_file(path, "data.name"), None
     return _own_splits(_from_hub(config), config, labelled)
 
 
@@ -131,12 +131,17 @@ def open_table(path: Path, text_column: str, key: str) -> list[Any]:
         ConfigError: a file that cannot be read, has no such column, or an empty value.
     """
     columns = Columns(name_list(text_column), "", "", "", natural="")
-    table = standard(_read_file(path, key), columns, repr(str(path)))
+    table = standard(read_file(path, key), columns, repr(str(path)))
     texts = [table[name].to_pylist() for name in ("text", "text_pair") if name in table.column_names]
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
 
 
-def _read_file(path: Path, key: str) -> Dataset:
+def read_file(path: Path, key: str) -> Dataset:
+    """The rows of a csv, tsv, JSON or parquet file that a key names.
+
+    Raises:
+        ConfigError: no such file, or one that cannot be read.
+    """
     path = path.expanduser()
     if not path.is_file():
         raise ConfigError(

@@ -65,7 +65,7 @@ def assemble(
     privacy = mechanism_of(config)
     strategy = OwnStrategy(
         rule,
-        fraction_train=config.fraction_train,
+        fraction_train=config.fraction_train * config.devices.over_selection,
         min_train_nodes=config.min_train_nodes,
         min_available_nodes=config.min_available_nodes,
         seed=config.seed,

@@ -108,6 +108,8 @@ class Record(Callback):
         report.privacy = spent or report.privacy
         now = time.monotonic()
         report.record = round_record(run.config, report, report.record, now - self._began)
+        if run.session.clock is not None:
+            report.record |= run.session.clock.record()
         if run.left_out:
             report.record["left_out"] = {str(p): why for p, why in run.left_out.items()}
         self._began = now

@@ -35,6 +35,10 @@ ADDED = {
     "train.schedule-over": "round",
     "train.schedule-floor": 0.0,
     "train.warmup-steps": 0,
+    "devices.profiles": "",
+    "devices.trace": "",
+    "devices.deadline": 0.0,
+    "devices.over-selection": 1.0,
 }
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (

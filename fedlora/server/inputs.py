@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 
@@ -47,6 +48,8 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         "device": device,
         "cohort-size": config.engine.cohort_size or 1,
     }
+    if config.devices.trace:
+        found["devices"] = hashlib.sha256(Path(config.devices.trace).read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
 
 

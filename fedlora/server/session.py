@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flwr.serverapp import Grid
 
@@ -20,6 +20,13 @@ if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
 
 
+class Clock(Protocol):
+    """Simulated time of a run."""
+
+    def record(self) -> dict[str, Any]:
+        """What the last round adds to its line in ``rounds.jsonl``."""
+
+
 @dataclass(kw_only=True)
 class Session:
     """Lends one run the server's model and data; an engine's own session also has the clients.
@@ -31,6 +38,7 @@ class Session:
         nodes: the partitions of the nodes of a deployment, which hold their data; None: those of the data
             here.
         node_directory: who is who among the nodes; None: what they say.
+        clock: of simulated time; None: time is not simulated.
     """
 
     config: RunConfig
@@ -38,6 +46,7 @@ class Session:
     stores: Path | None = None
     nodes: Collection[int] | None = None
     node_directory: NodeDirectory | None = None
+    clock: Clock | None = None
 
     def grid(self, run: FederatedRun) -> Grid:
         """The clients of a run."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from flwr.app import Error, Message, RecordDict
+from flwr.serverapp import Grid
 
 from clients.handler import handle, handle_together
 from clients.runtime import ClientRuntime, RuntimeCache
@@ -21,7 +22,8 @@ from fedlora.config import RunConfig, to_flat
 from fedlora.errors import named_line
 from fedlora.server.session import Session
 from fedlora.simulation.local_grid import CLIENT_FAILED, LocalGrid
-from fedlora.simulation.scheduling import cohorts, predicted_work, with_cohort_size
+from fedlora.simulation.scheduling import Work, cohorts, predicted_work, with_cohort_size
+from fedlora.simulation.timed_grid import timed
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
@@ -61,9 +63,10 @@ class InProcessSession(Session):
         super().__init__(config=config, runtime=engine.runtime(config), stores=stores)
         self._engine = engine
 
-    def grid(self, run: FederatedRun) -> InProcessGrid:
+    def grid(self, run: FederatedRun) -> Grid:
         """One node for each partition of the run."""
-        return InProcessGrid(self._engine.runtimes, run)
+        work = predicted_work(self.config, self.runtime.data)
+        return timed(InProcessGrid(self._engine.runtimes, run, work), run, work)
 
 
 class InProcessGrid(LocalGrid):
@@ -72,13 +75,14 @@ class InProcessGrid(LocalGrid):
     Args:
         runtimes: of this process.
         run: whose clients these are.
+        work: of a partition.
     """
 
-    def __init__(self, runtimes: RuntimeCache, run: FederatedRun) -> None:
+    def __init__(self, runtimes: RuntimeCache, run: FederatedRun, work: Work) -> None:
         super().__init__(run.partitions)
         self._runtimes, self._run_config = runtimes, to_flat(run.config)
         self._cohort_size = run.config.engine.cohort_size
-        self._work = predicted_work(run.config, run.runtime.data)
+        self._work = work
         self._node_config = {"state-dir": str(run.session.stores), "simulation": True}
 
     def send_and_receive(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flwr.serverapp import Grid
+
 from clients.evaluation import Evaluation, assemble, cut
 from clients.training.batches import Indices
 from fedlora.config import RunConfig, to_flat
@@ -19,6 +21,7 @@ from fedlora.simulation.ray_cluster import put
 from fedlora.simulation.ray_grid import RayGrid
 from fedlora.simulation.ray_pool import RayPool
 from fedlora.simulation.scheduling import predicted_work, with_cohort_size
+from fedlora.simulation.timed_grid import timed
 from fedlora.tasks import task_named
 
 if TYPE_CHECKING:
@@ -44,10 +47,11 @@ class RaySession(Session):
             config=with_cohort_size(config, path, runtime), runtime=runtime, stores=path / "clients"
         )
 
-    def grid(self, run: FederatedRun) -> RayGrid:
+    def grid(self, run: FederatedRun) -> Grid:
         """One node for each partition of the run."""
         assert self.stores is not None
-        return RayGrid(
+        work = predicted_work(self.config, self.runtime.data)
+        grid = RayGrid(
             self._pool,
             run.partitions,
             to_flat(self.config),
@@ -55,8 +59,9 @@ class RaySession(Session):
             shared_model=self._shared_model,
             base=lambda: run.state.base,
             cohort_size=self.config.engine.cohort_size,
-            work=predicted_work(self.config, self.runtime.data),
+            work=work,
         )
+        return timed(grid, run, work)
 
     def evaluate(self, state: State, indices: Indices) -> Evaluation:
         """Losses and hits of a state's global model.

@@ -1,0 +1,148 @@
+"""Devices of a simulated population: who computes, receives and sends how fast, and who is there when.
+
+Every draw is addressed by the seed, the partition and the round, so that none depends on who else is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from fedlora.config import DeviceProfile, RunConfig
+from fedlora.config.section import kebab
+from fedlora.core.seeding import stream
+from fedlora.data.sources import read_file
+from fedlora.errors import ConfigError
+
+Devices: TypeAlias = Callable[[int], DeviceProfile]
+"""The device of a partition; its ``share`` and ``spread`` are used up."""
+
+MEGABIT = 1e6 / 8
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One client's work in one round, in simulated seconds.
+
+    Attributes:
+        partition_id: whose it is.
+        down, train, up: seconds of the download, the training and the upload, one after the other.
+        vanishes: after how many of these seconds it vanishes for good; None: it does not.
+    """
+
+    partition_id: int
+    down: float
+    train: float
+    up: float
+    vanishes: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From the order to the reply."""
+        return self.down + self.train + self.up
+
+
+def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:
+    """The device of each partition: of the trace, of its group's profile, or drawn by the profiles' shares.
+
+    Raises:
+        ConfigError: a trace that cannot be read or lacks a partition,
+    """
+    if config.devices.trace:
+        return _traced(Path(config.devices.trace), partitions).__getitem__
+    kinds = config.devices.kinds
+    names, bounds = list(kinds), np.cumsum([kind.share for kind in kinds.values()])
+
+    @cache
+    def device(partition_id: int) -> DeviceProfile:
+        draws = stream(config.seed, "devices", partition_id)
+        place = int(np.searchsorted(bounds, draws.random() * bounds[-1], side="right"))
+        compute, network = draws.standard_normal(2)
+        group = config.group_of(partition_id)
+        kind = kinds[names[place] if group is None or group.device is None else group.device]
+        faster, nearer = math.exp(kind.spread * compute), math.exp(kind.spread * network)
+        return replace(
+            kind,
+            share=1.0,
+            spread=0.0,
+            tokens_per_second=_times(kind.tokens_per_second, faster),
+            download_mbps=_times(kind.download_mbps, nearer),
+            upload_mbps=_times(kind.upload_mbps, nearer),
+        )
+
+    return device
+
+
+def task_of(
+    device: DeviceProfile, partition_id: int, server_round: int, seed: int,
+    *, tokens: float, bytes_down: int, bytes_up: int,
+) -> Task:  # fmt: skip
+    """The work of a partition in a round: bytes over rates, tokens over speed, and whether it vanishes."""
+    down = _over(bytes_down, device.download_mbps, MEGABIT)
+    train = _over(tokens, device.tokens_per_second)
+    up = _over(bytes_up, device.upload_mbps, MEGABIT)
+    draws = stream(seed, "vanishing", server_round, partition_id)
+    vanishes = draws.random() < device.failure
+    return Task(partition_id, down, train, up, draws.random() * (down + train + up) if vanishes else None)
+
+
+def is_there(device: DeviceProfile, partition_id: int, server_round: int, attempt: int, seed: int) -> bool:
+    """Whether a partition is there when a round begins, or is tried to begin once more."""
+    if device.availability == 1:
+        return True
+    draws = stream(seed, "availability", server_round, attempt, partition_id)
+    return bool(draws.random() < device.availability)
+
+
+def _times(rate: float | None, factor: float) -> float | None:
+    return None if rate is None else rate * factor
+
+
+def _over(amount: float, rate: float | None, unit: float = 1.0) -> float:
+    return 0.0 if rate is None else amount / (rate * unit)
+
+
+def _traced(path: Path, partitions: Collection[int]) -> Mapping[int, DeviceProfile]:
+    """The rows of a trace by partition; each value as if it stood in a profile."""
+    where = f"devices.trace = {str(path)!r}"
+    found: dict[int, DeviceProfile] = {}
+    for number, row in enumerate(read_file(path, "devices.trace"), start=1):
+        try:
+            values = {key.strip().replace("-", "_"): _number(key, value) for key, value in row.items()}
+            partition = values.pop("partition", None)
+            if partition is None or not float(partition).is_integer():
+                raise ConfigError(f"partition = {row.get('partition')!r}: must be a partition's number")
+            taken = {k: v for k, v in values.items() if v is not None}
+            if wrong := sorted(
+                taken.keys() - asdict(DeviceProfile()).keys() | taken.keys() & {"share", "spread"}
+            ):
+                accepted = ", ".join(
+                    kebab(k) for k in asdict(DeviceProfile()) if k not in ("share", "spread")
+                )
+                raise ConfigError(f"column {wrong[0]!r}: accepted are partition, {accepted}")
+            if int(partition) in found:
+                raise ConfigError(f"partition {int(partition)} has two rows")
+            found[int(partition)] = DeviceProfile(**taken)
+        except ConfigError as error:
+            raise ConfigError(f"{where}, row {number}: {error}") from None
+    if missing := sorted(set(partitions) - found.keys()):
+        raise ConfigError(f"{where}: there is no row for partition {missing[0]} ({len(missing)} are missing)")
+    return found
+
+
+def _number(key: str, value: Any) -> float | None:
+    """A cell as a number; None for an empty one."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    try:
+        if isinstance(value, bool):
+            raise ValueError
+        return float(value)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key} = {value!r}: must be a number") from None

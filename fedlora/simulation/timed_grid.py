@@ -1,0 +1,235 @@
+"""Grid in simulated time: an engine's clients behind devices and networks of their own.
+
+Nothing ever sleeps. What a client's work takes follows from bytes, tokens and its device before it trains, so
+that the engine is only given what is waited for, in any order. Clients that keep something to themselves, and
+private ones, train also where their reply is lost: their next round starts from that, or they have spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from logging import WARNING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.supercore.run import Run
+
+from clients.privacy import mechanism_of
+from fedlora import wire
+from fedlora.config import DevicesConfig
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.simulation.arrivals import wait_for
+from fedlora.simulation.devices import Devices, Task, devices_of, is_there, task_of
+from fedlora.simulation.local_grid import LocalGrid
+from fedlora.simulation.scheduling import Work
+
+if TYPE_CHECKING:
+    from fedlora.server.federated_run import FederatedRun
+
+LOST = 2
+"""Code of an error reply: nothing came in time."""
+TRAINED_BYTES = 16
+"""For each trained number: value, gradient and two moments in float32."""
+ATTEMPTS, PAUSE = 1000, 60.0
+"""How often a round is tried to begin while too few are there, and the simulated seconds in between."""
+
+
+@dataclass(kw_only=True)
+class TimedGrid(Grid):
+    """Flower Grid around another one, whose replies come in simulated time, in the order of their arrival.
+
+    Attributes:
+        inner: the engine's.
+        devices: of the partitions.
+        config: how long a round waits.
+        timeout: in place of a deadline.
+        seed: of who is there and who vanishes.
+        tokens: that a partition trains on in a round.
+        fraction: of those that are there, how many replies are wanted; at least ``least``.
+        bytes_up: of the reply of a partition to its order of now.
+        trains_anyway: what is lost is computed, too.
+        unfit: partition -> why its device takes no part.
+        least: clients without which a round does not begin.
+        server_round: that was done last.
+        seconds: since the start of the run.
+        present: how many are there.
+        arrivals: of the last round, as in `Arrivals`.
+    """
+
+    inner: LocalGrid
+    devices: Devices
+    config: DevicesConfig
+    timeout: float
+    seed: int
+    tokens: Callable[[int], float]
+    bytes_up: Callable[[int], int]
+    trains_anyway: bool
+    fraction: float
+    unfit: Mapping[int, str] = field(default_factory=dict)
+    least: int = 1
+    server_round: int = 0
+    seconds: float = 0.0
+    present: int = 0
+    arrivals: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for partition, why in self.unfit.items():
+            log(WARNING, "partition %s takes no part: %s", partition, why)
+
+    @property
+    def partition_ids(self) -> Mapping[int, int]:
+        """Partition by node id."""
+        return self.inner.partition_ids
+
+    @property
+    def run(self) -> Run:
+        """Run information."""
+        return self.inner.run
+
+    def set_run(self, run: Run) -> None:
+        """Not needed here, as in the Grid within."""
+        self.inner.set_run(run)
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """A new message to a node."""
+        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Refused, as in the Grid within."""
+        return self.inner.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Refused, as in the Grid within."""
+        return self.inner.pull_messages(message_ids)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes that are there for the round to come; while they are too few, time passes.
+
+        Raises:
+            RunFailed: they stay too few.
+        """
+        for attempt in range(ATTEMPTS):
+            found = [n for n, p in self.partition_ids.items() if self._is_there(p, attempt)]
+            if len(found) >= self.least:
+                self.seconds += attempt * PAUSE
+                self.present = len(found)
+                return found
+        raise RunFailed(
+            f"round {self.server_round + 1}: fewer than {self.least} clients are there in "
+            f"{ATTEMPTS * PAUSE / 3600:.0f} simulated hours; devices.* says how often each is"
+        )
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Replies to orders to train as they arrive; everything else takes no simulated time."""
+        orders = list(messages)
+        train = [m for m in orders if m.metadata.message_type == MessageType.TRAIN]
+        if not train or int(train[0].metadata.group_id) == self.server_round:  # a second try of some clients
+            return self.inner.send_and_receive(orders, timeout=timeout)
+        self.server_round = int(train[0].metadata.group_id)
+        by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
+        tasks = [self._task(partition, message) for partition, message in sorted(by_partition.items())]
+        wanted = max(1, self.least, int(self.fraction * self.present + 1e-9))
+        outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
+        self.seconds += outcome.seconds
+        self.arrivals = outcome.taken
+        computed = [m for p, m in by_partition.items() if self.trains_anyway or p in outcome.taken]
+        replies = {
+            self.partition_ids[reply.metadata.src_node_id]: reply
+            for reply in self.inner.send_and_receive(computed, timeout=timeout)
+        }
+        lost = [_lost(by_partition[partition], why) for partition, why in outcome.lost.items()]
+        return [replies[partition] for partition in outcome.taken if partition in replies] + lost
+
+    def record(self) -> dict[str, Any]:
+        """What the last round adds to its line in ``rounds.jsonl``."""
+        return {
+            "virtual_seconds": self.seconds,
+            "arrivals": {str(partition): seconds for partition, seconds in self.arrivals.items()},
+        }
+
+    def _is_there(self, partition: int, attempt: int) -> bool:
+        if partition in self.unfit:
+            return False
+        device = self.devices(partition)
+        return is_there(device, partition, self.server_round + 1, attempt, self.seed)
+
+    def _task(self, partition: int, message: Message) -> Task:
+        return task_of(
+            self.devices(partition), partition, self.server_round, self.seed,
+            tokens=self.tokens(partition),
+            bytes_down=wire.payload_bytes(message.content),
+            bytes_up=self.bytes_up(partition),
+        )  # fmt: skip
+
+
+def timed(grid: LocalGrid, run: FederatedRun, work: Work) -> Grid:
+    """The grid of a run in simulated time, from where its record ends; the grid itself where time is real.
+
+    Raises:
+        ConfigError: a trace that cannot be used, or no device that can hold the model.
+    """
+    config, session, records = run.config, run.session, run.directory.rounds()
+    if not config.devices.timed:
+        return grid
+    devices = devices_of(config, run.partitions)
+    unfit = too_small(devices, run)
+    if len(unfit) == len(run.partitions):
+        raise ConfigError(f"devices: no client can take part, for instance {next(iter(unfit.values()))}")
+    clock = TimedGrid(
+        inner=grid,
+        devices=devices,
+        config=config.devices,
+        timeout=config.round_timeout,
+        seed=config.seed,
+        tokens=work,
+        bytes_up=run.strategy.transport.expected_bytes,
+        trains_anyway=run.personal or mechanism_of(config).draws_batches,
+        fraction=config.fraction_train,
+        unfit=unfit,
+        least=max(config.min_available_nodes, config.min_train_nodes),
+        server_round=run.state.round,
+        seconds=records[-1]["virtual_seconds"] if records else 0.0,
+    )
+    session.clock = clock
+    return clock
+
+
+def too_small(devices: Devices, run: FederatedRun) -> dict[int, str]:
+    """The partitions whose device cannot hold what must be held at the least, and why.
+
+    That is the base, and of each trained number its value, its gradient and two moments in float32; what a
+    batch needs on top is not counted.
+    """
+    base = sum(p.numel() * p.element_size() for p in run.runtime.model.module.parameters())
+    unfit = {}
+    for partition in run.partitions:
+        memory = devices(partition).memory_gb
+        if memory is None:
+            continue
+        broadcast = run.strategy.rule.broadcast(run.state, run.strategy.client_spec(partition))
+        trained = wire.to_peft(broadcast.adapters, broadcast.head, broadcast.trained, broadcast.modules)
+        needed = base + TRAINED_BYTES * sum(tensor.numel() for tensor in trained.values())
+        if needed > memory * 1e9:
+            unfit[partition] = (
+                f"its device has {memory:g} GB, and model, adapter and optimiser need {needed / 1e9:.3g} GB"
+            )
+    return unfit
+
+
+def _lost(message: Message, why: str) -> Message:
+    if not message.metadata.message_id:
+        message.metadata.__dict__["_message_id"] = str(uuid4())
+    return Message(Error(LOST, why), reply_to=message)
