@@ -35,6 +35,8 @@ class Facts:
         supported_inits: the values of ``init_a`` that the rule accepts.
         inits_why: why not the others, to follow the rule's name.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
+        stale: what of an update counts that started from an older version: ``factors``, their change is added
+            to those of now; ``product``, s_k B_k A_k goes into the base as it is; otherwise why none can.
         deviation: where it differs from the paper or the authors' code, and what of them could not be
             verified; one line, empty where nothing is known to differ.
     """
@@ -59,6 +61,7 @@ class Facts:
     inits_why: str = ""
     up: str
     down: str
+    stale: str = "an update is only right for the version that it started from"
     deviation: str = ""
 
     @property

@@ -145,15 +145,22 @@ class Rounds(Strategy):
         train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         for server_round in range(self.state.round + 1, last + 1):
             log(INFO, "[ROUND %s/%s]", server_round, last)
-            messages = self.configure_train(server_round, arrays, train, grid)
-            replies = self._exchange(grid, messages, MessageType.TRAIN, train, server_round, timeout)
-            after, self.report.train_metrics = self.aggregate_train(server_round, replies)
-            arrays = arrays if after is None else after
+            arrays = self.train_round(grid, arrays, train, server_round, last, timeout)
             messages = self.configure_evaluate(server_round, arrays, evaluate, grid)
             replies = self._exchange(grid, messages, MessageType.EVALUATE, evaluate, server_round, timeout)
             self.report.evaluate_metrics = self.aggregate_evaluate(server_round, replies)
             self.report.arrays = arrays
             yield self.report
+
+    def train_round(
+        self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, server_round: int, last: int,
+        timeout: float,
+    ) -> ArrayRecord:  # fmt: skip
+        """Train and aggregate once; returns the global arrays after it. Fills in ``self.report``."""
+        messages = self.configure_train(server_round, arrays, config, grid)
+        replies = self._exchange(grid, messages, MessageType.TRAIN, config, server_round, timeout)
+        after, self.report.train_metrics = self.aggregate_train(server_round, replies)
+        return arrays if after is None else after
 
     def start(
         self,

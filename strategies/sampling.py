@@ -56,7 +56,7 @@ class Selection:
         Raises:
             RunFailed: fewer than ``min_train_nodes`` may train.
         """
-        allowed = [partition for partition in connected if self._may_train(partition)]
+        allowed = [partition for partition in connected if self.may_train(partition)]
         if len(allowed) < self.min_train_nodes:
             raise RunFailed(
                 f"round {server_round}: {len(allowed)} clients may train, "
@@ -66,8 +66,12 @@ class Selection:
             allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round
         )
         for partition in chosen:
-            self.participations[partition] = self.participations.get(partition, 0) + 1
+            self.count(partition)
         return chosen
+
+    def count(self, partition: int) -> None:
+        """Count a client as asked."""
+        self.participations[partition] = self.participations.get(partition, 0) + 1
 
     def evaluators(self, connected: Iterable[int], server_round: int) -> list[int]:
         """The sorted partition ids that evaluate a round, drawn apart from those that train."""
@@ -75,7 +79,8 @@ class Selection:
         share, least = self.fraction_evaluate or 0.0, self.min_evaluate_nodes
         return sample_partitions(allowed, share, least, self.seed, server_round, "evaluating")
 
-    def _may_train(self, partition: int) -> bool:
+    def may_train(self, partition: int) -> bool:
+        """Whether a partition takes part and may be asked once more."""
         if self.partitions is not None and partition not in self.partitions:
             return False
         most = self.max_participations

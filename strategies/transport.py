@@ -97,7 +97,7 @@ class Transport:
         self.requests, self._by_node = [], {}
         self._patches = {patch.digest(): patch for patch in base}
 
-    def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> None:
+    def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> PendingRequest:
         """Another client's instruction, with all it must hold for it; ``rank`` as in `PendingRequest`."""
         payload = self._payload(broadcast)
         frozen = self._digest(payload.frozen)
@@ -114,16 +114,11 @@ class Transport:
         request = PendingRequest(partition_id, node_id, broadcast, payload, needs, rank, half, self.upload)
         self.requests.append(request)
         self._by_node[node_id] = request
+        return request
 
     def messages(self, message_type: str, config: Mapping[str, Any]) -> list[Message]:
-        """The messages of all instructions; ``config`` holds at least ``server-round``.
-
-        Raises:
-            ConfigError: a name in ``config`` that the instructions' own settings have.
-        """
-        if taken := sorted(wire.INSTRUCTION_KEYS & config.keys()):
-            raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
-        return [self._message(request, message_type, config) for request in self.requests]
+        """The messages of all instructions; see `message`."""
+        return [self.message(request, message_type, config) for request in self.requests]
 
     def exchange(
         self, grid: Grid, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
@@ -153,7 +148,7 @@ class Transport:
             request.bytes_up += wire.payload_bytes(reply.content)
             lacks = wire.decode_reply(reply.content).missing
             self.acknowledged.setdefault(request.partition_id, set()).difference_update(lacks)
-            again.append(self._message(request, message_type, config))
+            again.append(self.message(request, message_type, config))
         return again
 
     def settle(self, replies: Iterable[Message], *, trained: bool = True) -> dict[int, RecordDict]:
@@ -204,7 +199,14 @@ class Transport:
         asked = reply.metadata.reply_to_message_id
         return next((p for p in self.requests if asked and asked in p.message_ids()), None)
 
-    def _message(self, request: PendingRequest, message_type: str, config: Mapping[str, Any]) -> Message:
+    def message(self, request: PendingRequest, message_type: str, config: Mapping[str, Any]) -> Message:
+        """The message of an instruction; ``config`` holds at least ``server-round``.
+
+        Raises:
+            ConfigError: a name in ``config`` that the instruction's own settings have.
+        """
+        if taken := sorted(wire.INSTRUCTION_KEYS & config.keys()):
+            raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
         content = self._content(request, config)
         request.identity = wire.identity(config)
         request.bytes_down += wire.payload_bytes(content)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from fedlora.config.checks import parse_json, require
-from fedlora.config.section import by_field, section
+from fedlora.config.section import by_field, kebab, section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -68,16 +68,33 @@ class DevicesConfig:
     """So many times the clients of ``fraction-train`` are asked, and the first that answer are taken, as many
     as ``fraction-train`` says."""
 
+    buffer_size: NonNegativeInt = 0
+    """Rounds that do not wait (FedBuff): the server aggregates whenever so many updates have come; 0 means
+    that rounds wait."""
+    in_flight: NonNegativeInt = 0
+    """Clients at work at a time where rounds do not wait; 0 means ``fraction-train`` of all, at least the
+    buffer's size."""
+    max_staleness: NonNegativeInt = 0
+    """An update is dropped if more aggregations than this came after it started; 0 drops none."""
+    staleness: Literal["sqrt", "constant"] = "sqrt"
+    """Weight of a late update: 1 / ``sqrt`` (1 + staleness), or ``constant`` 1."""
+
     def __post_init__(self) -> None:
         require(
             not (self.profiles and self.trace), "devices.trace", self.trace, "devices.profiles is set, too"
         )
-        for key, usual in (("deadline", 0.0), ("over_selection", 1.0)):
-            require(
-                self.timed or getattr(self, key) == usual,
-                f"devices.{key.replace('_', '-')}", getattr(self, key),
-                "means nothing without devices.profiles or devices.trace",
-            )  # fmt: skip
+        usual = DevicesConfig.__dataclass_fields__
+        for key in ("deadline", "over_selection", "buffer_size"):
+            why = "means nothing without devices.profiles or devices.trace"
+            value = getattr(self, key)
+            require(self.timed or value == usual[key].default, _key(key), value, why)
+        for key in ("in_flight", "max_staleness", "staleness"):
+            why, value = "means nothing without devices.buffer-size", getattr(self, key)
+            require(bool(self.buffer_size) or value == usual[key].default, _key(key), value, why)
+        require(
+            not self.buffer_size or self.over_selection == 1,
+            "devices.over-selection", self.over_selection, "rounds of devices.buffer-size wait for nobody",
+        )  # fmt: skip
         _ = self.kinds
 
     @property
@@ -97,3 +114,7 @@ class DevicesConfig:
             for name, entry in given.items():
                 require(isinstance(entry, dict), f"devices.profiles {name}", entry, "must be an object")
         return {name: DeviceProfile(**by_field(entry)) for name, entry in given.items()}
+
+
+def _key(field: str) -> str:
+    return f"devices.{kebab(field)}"

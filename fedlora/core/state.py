@@ -226,6 +226,33 @@ class State:
 
 
 @dataclass(frozen=True, slots=True)
+class InFlight:
+    """One client at work in a buffered run, or done and not aggregated yet.
+
+    Attributes:
+        partition_id: who it is.
+        version: rounds aggregated when it started.
+        arrives: when its reply comes or it is given up, in simulated seconds since the start of the run.
+        number: tells all of a run apart, in the order of their start.
+        tensors: what it brings, by layer and name; empty until it has trained.
+        weight: its unnormalised weight.
+        loss: its training loss, if it says.
+        lost: why no reply will come; empty: one will.
+        refused: why its reply cannot be used.
+    """
+
+    partition_id: int
+    version: int
+    arrives: float
+    number: int
+    tensors: Tensors = field(default_factory=dict)
+    weight: float = 0.0
+    loss: float | None = None
+    lost: str = ""
+    refused: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class ServerState:
     """All that a strategy must remember between two rounds to go on with the same bits.
 
@@ -234,9 +261,11 @@ class ServerState:
         participations: partition id -> rounds it was asked to train in.
         acknowledged: partition id -> digests that it has acknowledged.
         ledger_heads: partition id -> the head of its privacy ledger when it last said.
+        in_flight: the clients at work, where rounds do not wait for them.
     """
 
     state: State
     participations: dict[int, int] = field(default_factory=dict)
     acknowledged: dict[int, set[str]] = field(default_factory=dict)
     ledger_heads: dict[int, str] = field(default_factory=dict)
+    in_flight: tuple[InFlight, ...] = ()

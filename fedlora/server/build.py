@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache, partial
 
@@ -16,11 +16,13 @@ from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
 from fedlora.core.init_eva import most_varied
 from fedlora.core.init_svd import subtract_from_base
 from fedlora.core.state import ClientSpec, Template
+from fedlora.errors import ConfigError
 from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
 from fedlora.server.validate import kept
+from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
 from strategies.rule import Rule
@@ -31,6 +33,10 @@ class OwnStrategy(FactorStrategy):
 
     def arrays(self) -> ArrayRecord:
         return ArrayRecord()
+
+
+class OwnBufferedStrategy(OwnStrategy, BufferedStrategy):
+    """The same where rounds do not wait."""
 
 
 def assemble(
@@ -63,7 +69,7 @@ def assemble(
     if config.train.gradient_checkpointing:
         blocks(runtime.model.module)
     privacy = mechanism_of(config)
-    strategy = OwnStrategy(
+    strategy = _kind(config, partitions)(
         rule,
         fraction_train=config.fraction_train * config.devices.over_selection,
         min_train_nodes=config.min_train_nodes,
@@ -94,6 +100,28 @@ def assemble(
             )  # fmt: skip
     strategy.begin(template)
     return strategy
+
+
+def _kind(config: RunConfig, partitions: Collection[int]) -> Callable[..., FactorStrategy]:
+    """Strategy whose rounds wait, or one whose rounds do not.
+
+    Raises:
+        ConfigError: fewer clients than are to be at work.
+    """
+    devices = config.devices
+    if not devices.buffer_size:
+        return OwnStrategy
+    usual = max(devices.buffer_size, int(config.fraction_train * len(partitions)))
+    in_flight = devices.in_flight or usual
+    if in_flight > len(partitions):
+        raise ConfigError(f"devices.in-flight = {in_flight}: only {len(partitions)} clients take part")
+    return partial(
+        OwnBufferedStrategy,
+        in_flight=in_flight,
+        buffer_size=devices.buffer_size,
+        max_staleness=devices.max_staleness,
+        discount=devices.staleness == "sqrt",
+    )
 
 
 def _never(server_round: int) -> bool:

@@ -8,6 +8,7 @@ which of them count, and all that is no tensor.
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from safetensors.torch import load, save
 from fedlora.core.adapters import LayerAdapter, NamedTensors
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
-from fedlora.core.state import Patch, ServerState, State
+from fedlora.core.state import InFlight, Patch, ServerState, State
 
 
 def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
@@ -31,7 +32,8 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
     for number, patch in enumerate(state.base[settled:], start=settled + 1):
         write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
     name = f"state-{state.round:05d}.safetensors"
-    write_atomic(folder / name, save(_contiguous(_state_tensors(state))))
+    flying = {f"flight.{f.number}.{name}": t for f in checkpoint.in_flight for name, t in f.tensors.items()}
+    write_atomic(folder / name, save(_contiguous(_state_tensors(state) | flying)))
     about = {
         "state": name,
         "round": state.round,
@@ -42,6 +44,7 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         "participations": checkpoint.participations,
         "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
         "ledger-heads": checkpoint.ledger_heads,
+        **({"in-flight": [_flight(f) for f in checkpoint.in_flight]} if checkpoint.in_flight else {}),
     }
     write_atomic(latest, json.dumps(about) + "\n")
     for old in folder.glob("state-*.safetensors"):
@@ -81,7 +84,16 @@ def read_checkpoint(folder: Path) -> ServerState | None:
         {int(p): n for p, n in about["participations"].items()},
         {int(p): set(held) for p, held in about["acknowledged"].items()},
         {int(p): head for p, head in about.get("ledger-heads", {}).items()},
+        tuple(
+            InFlight(**flight, tensors=_under(f"flight.{flight['number']}.", tensors))
+            for flight in about.get("in-flight", [])
+        ),
     )
+
+
+def _flight(flight: InFlight) -> dict[str, Any]:
+    """All of a flight that is no tensor."""
+    return {f.name: getattr(flight, f.name) for f in fields(flight) if f.name != "tensors"}
 
 
 def _state_tensors(state: State) -> Tensors:

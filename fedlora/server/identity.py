@@ -39,6 +39,10 @@ ADDED = {
     "devices.trace": "",
     "devices.deadline": 0.0,
     "devices.over-selection": 1.0,
+    "devices.buffer-size": 0,
+    "devices.in-flight": 0,
+    "devices.max-staleness": 0,
+    "devices.staleness": "sqrt",
 }
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (

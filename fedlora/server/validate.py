@@ -13,6 +13,7 @@ from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
 from fedlora.tasks import task_named
 from strategies.allocation import make_allocation
+from strategies.buffered import check_buffer
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -52,6 +53,8 @@ def check(config: RunConfig) -> Rule:
             "a client of lower rank would lack a part of the base weight"
         )
     mechanism_of(config).check(rule, kept(config, rule))
+    if config.devices.buffer_size:
+        check_buffered(config, rule)
     if config.model.quantization != "none":
         check_quantised(config, rule)
     if config.train.gradient_checkpointing:
@@ -72,6 +75,23 @@ def check(config: RunConfig) -> Rule:
         head=config.model.head != "freeze" and task_named(config.task).labelled,
     )
     return rule
+
+
+def check_buffered(config: RunConfig, rule: Rule) -> None:
+    """Refuse what excludes rounds that do not wait.
+
+    Raises:
+        NotApplicable: the rule, its allocation, or client-level privacy.
+        ConfigError: a buffer that never fills.
+    """
+    size = config.devices.buffer_size
+    if rule.allocation.name != "all" or config.privacy.mode == "client" or kept(config, rule):
+        what = "strategy.allocation" if rule.allocation.name != "all" else "privacy.mode = 'client'"
+        what = "what clients keep to themselves" if kept(config, rule) else what
+        raise NotApplicable(f"devices.buffer-size = {size}: {what} needs rounds that wait")
+    check_buffer(rule.facts.name, rule.facts.stale, config.devices.in_flight or size, size)
+    if config.min_train_nodes > size:
+        raise ConfigError(f"min-train-nodes = {config.min_train_nodes}: devices.buffer-size is {size}")
 
 
 def check_task(config: RunConfig, rule: Rule) -> None:

@@ -57,7 +57,8 @@ class TimedGrid(Grid):
         server_round: that was done last.
         seconds: since the start of the run.
         present: how many are there.
-        arrivals: of the last round, as in `Arrivals`.
+        arrivals: partitions of the last round -> when their reply came, in seconds since the start.
+        staleness: of the last round's updates, where rounds do not wait.
     """
 
     inner: LocalGrid
@@ -75,6 +76,7 @@ class TimedGrid(Grid):
     seconds: float = 0.0
     present: int = 0
     arrivals: dict[int, float] = field(default_factory=dict)
+    staleness: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for partition, why in self.unfit.items():
@@ -140,11 +142,11 @@ class TimedGrid(Grid):
             return self.inner.send_and_receive(orders, timeout=timeout)
         self.server_round = int(train[0].metadata.group_id)
         by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
-        tasks = [self._task(partition, message) for partition, message in sorted(by_partition.items())]
+        tasks = [self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())]
         wanted = max(1, self.least, int(self.fraction * self.present + 1e-9))
         outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
+        self.arrivals = {partition: self.seconds + at for partition, at in outcome.taken.items()}
         self.seconds += outcome.seconds
-        self.arrivals = outcome.taken
         computed = [m for p, m in by_partition.items() if self.trains_anyway or p in outcome.taken]
         replies = {
             self.partition_ids[reply.metadata.src_node_id]: reply
@@ -153,11 +155,31 @@ class TimedGrid(Grid):
         lost = [_lost(by_partition[partition], why) for partition, why in outcome.lost.items()]
         return [replies[partition] for partition in outcome.taken if partition in replies] + lost
 
+    def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
+        """Seconds from an order to its reply, or to when it is given up and why."""
+        task = self._task(partition_id, message, bytes_up)
+        outcome = wait_for([task], deadline=self.config.deadline or self.timeout, wanted=1)
+        return outcome.seconds, outcome.lost.get(partition_id, "")
+
+    def compute(self, messages: list[Message], lost: set[int], timeout: float) -> list[Message]:
+        """Replies to the messages, in no simulated time; see ``trains_anyway``."""
+        partition = {m.metadata.dst_node_id: self.partition_ids[m.metadata.dst_node_id] for m in messages}
+        wanted = [m for m in messages if self.trains_anyway or partition[m.metadata.dst_node_id] not in lost]
+        replies = self.inner.send_and_receive(wanted, timeout=timeout)
+        return [reply for reply in replies if partition[reply.metadata.src_node_id] not in lost]
+
+    def close_round(
+        self, server_round: int, arrivals: Mapping[int, float], staleness: Mapping[int, int]
+    ) -> None:
+        """Note what a round was made of."""
+        self.server_round, self.arrivals, self.staleness = server_round, dict(arrivals), dict(staleness)
+
     def record(self) -> dict[str, Any]:
         """What the last round adds to its line in ``rounds.jsonl``."""
         return {
             "virtual_seconds": self.seconds,
             "arrivals": {str(partition): seconds for partition, seconds in self.arrivals.items()},
+            **({"staleness": {str(p): n for p, n in self.staleness.items()}} if self.staleness else {}),
         }
 
     def _is_there(self, partition: int, attempt: int) -> bool:
@@ -166,12 +188,12 @@ class TimedGrid(Grid):
         device = self.devices(partition)
         return is_there(device, partition, self.server_round + 1, attempt, self.seed)
 
-    def _task(self, partition: int, message: Message) -> Task:
+    def _task(self, partition: int, message: Message, bytes_up: int) -> Task:
         return task_of(
-            self.devices(partition), partition, self.server_round, self.seed,
+            self.devices(partition), partition, int(message.metadata.group_id), self.seed,
             tokens=self.tokens(partition),
             bytes_down=wire.payload_bytes(message.content),
-            bytes_up=self.bytes_up(partition),
+            bytes_up=bytes_up,
         )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ class FedAvgRule(MeanRule):
         any_kind=True,
         exact=False,
         mean=True,
+        stale="factors",
         secure_sum=True,
         up="r(o+i)",
         down="r(o+i)",

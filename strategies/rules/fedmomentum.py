@@ -40,6 +40,7 @@ class FedMomentumRule(Rule):
         updates_base=True,
         product_invariant=True,
         mean=False,
+        stale="products are cut to the rank after each round",
         secure_sum=False,
         up="r_k(o+i)",
         down="r_k(o+i)+(R-r)(o+i) for each round missed",

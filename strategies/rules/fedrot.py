@@ -63,6 +63,7 @@ class FedRotLoRARule(Rule):
         paper="Zhang et al., ICML 2026, arXiv 2602.23638",
         exact=False,
         mean=False,
+        stale="factors are turned to those of the round",
         first_round="FedAvg: B = 0 gives no direction to rotate to",
         secure_sum=False,
         up="r(o+i)",

@@ -35,6 +35,7 @@ class FedSALoRARule(MeanRule):
         any_kind=True,
         exact=False,
         mean=True,
+        stale="clients keep a part to themselves",
         secure_sum=True,
         up="r*i",
         down="r*i (start of B once)",

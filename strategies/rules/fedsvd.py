@@ -50,6 +50,7 @@ class FedSVDRule(MeanRule):
         uploaded=frozenset({"B"}),
         exact=True,
         mean=True,
+        stale="the basis A is another one after each round",
         rotates_basis=True,
         secure_sum=True,
         up="r*o",

@@ -30,6 +30,7 @@ class FFALoRARule(MeanRule):
         any_kind=True,
         exact=True,
         mean=True,
+        stale="factors",
         secure_sum=True,
         up="r*o",
         down="r*o (A once)",

@@ -40,6 +40,7 @@ class FlexLoRARule(Rule):
         mixed_ranks=True,
         product_invariant=True,
         mean=False,
+        stale="products are cut to the rank after each round",
         secure_sum=False,
         up="r_k(o+i)",
         down="r_k(o+i)",

@@ -43,6 +43,7 @@ class FLoRARule(Rule):
         updates_base=True,
         product_invariant=True,
         mean=False,
+        stale="product",
         secure_sum=False,
         supported_inits=DRAWN,
         inits_why="draws a new A each round",

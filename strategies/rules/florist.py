@@ -51,6 +51,7 @@ class FLoRISTRule(FLoRARule):
         product_invariant=True,
         single_client_exact=False,
         mean=False,
+        stale="factors are cut to the rank that a whole round needs",
         secure_sum=False,
         supported_inits=FLoRARule.facts.supported_inits,
         inits_why=FLoRARule.facts.inits_why,

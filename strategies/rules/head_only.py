@@ -26,6 +26,7 @@ class HeadOnlyRule(MeanRule):
         exact=True,
         mixed_ranks=True,
         mean=True,
+        stale="factors",
         secure_sum=True,
         up="0",
         down="0",

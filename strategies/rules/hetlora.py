@@ -69,6 +69,7 @@ class HetLoRARule(Rule):
         exact=False,
         mixed_ranks=True,
         mean=False,
+        stale="ranks are pruned after each round",
         custom_weights=True,
         secure_sum=False,
         supported_inits=(*FRESH, "eva"),

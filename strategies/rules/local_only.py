@@ -26,6 +26,7 @@ class LocalOnlyRule(MeanRule):
         exact=False,
         mixed_ranks=True,
         mean=True,
+        stale="nothing is sent",
         secure_sum=True,
         up="0",
         down="0 (start once)",

@@ -36,6 +36,7 @@ class RoLoRARule(MeanRule):
         any_kind=True,
         exact=True,
         mean=True,
+        stale="A and B are trained by turns",
         secure_sum=True,
         up="r*o / r*i in turn",
         down="r*o / r*i in turn",

@@ -51,6 +51,7 @@ class ZeroPaddingRule(MeanRule):
         exact=False,
         mixed_ranks=True,
         mean=True,
+        stale="factors",
         secure_sum=True,
         up="r_k(o+i)",
         down="r_k(o+i)",
