@@ -28,7 +28,7 @@ from fedlora.core.adapters import LayerAdapter, as_lora
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, ClientUpdate, InFlight, ServerState
-from fedlora.errors import ConfigError, NotApplicable, RunFailed
+from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed, UpdateRefused
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.precision import rounded_broadcast, rounded_state
@@ -108,6 +108,8 @@ class BufferedStrategy(FactorStrategy):
     ) -> ArrayRecord:  # fmt: skip
         """Start clients and take their replies as they come, until the buffer is full; then aggregate.
 
+        Where nobody is at work any more and nobody is free, it is aggregated as it is.
+
         Raises:
             RunFailed: nobody is at work and nobody is there to start, or no update of the buffer is valid.
         """
@@ -172,18 +174,19 @@ class BufferedStrategy(FactorStrategy):
     def _trained(self, replies: list[Message], flights: Mapping[int, InFlight]) -> dict[int, InFlight]:
         """The flights whose clients have trained by their number, with what they bring or why they do not."""
         self.transport.settle(replies)
-        refused, self.report.refused = self.report.refused, {}
-        updates = {update.partition_id: update for update in self._accepted()}
-        why, self.report.refused = self.report.refused, refused
+        self._count_bytes()
         found = {}
         for request in self.transport.requests:
-            flight, partition = flights[request.partition_id], request.partition_id
+            flight = flights[request.partition_id]
             if flight.lost:
                 continue
-            if partition not in updates:
-                found[flight.number] = replace(flight, refused=why.get(partition, request.failure))
+            try:
+                update = self._accept(request)
+            except (UpdateRefused, FactorShapeError) as error:
+                found[flight.number] = replace(flight, refused=str(error))
                 continue
-            update = updates[partition]
+            self.report.note(request.partition_id, request.reply)
+            self.transport.note_ledger(request)
             brought = self._brought(update, request.broadcast)
             found[flight.number] = replace(
                 flight, tensors=brought, weight=update.weight, loss=_loss_of(request)

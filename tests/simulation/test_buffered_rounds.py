@@ -1,0 +1,296 @@
+"""Rounds that do not wait: a timeline by hand, what late updates add up to, going on in the middle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Message
+from safetensors.torch import load_file
+
+import strategies
+from fedlora.config import DeviceProfile, DevicesConfig, from_flat
+from fedlora.core.factors import as_product
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.callbacks import Tell
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.server.validate import check
+from fedlora.simulation.in_process import InProcessEngine
+from fedlora.simulation.timed_grid import TimedGrid
+from strategies.buffered import FACTORS, PRODUCT, BufferedStrategy
+from strategies.flower import FactorStrategy
+from strategies.replies import validate_reply
+from tests.federation.fake_grid import FakeGrid, ToyClient
+from tests.federation.small import MODULES, bits, initial_arrays, watched
+
+LATE = [name for name, rule in strategies.RULES.items() if rule.facts.stale in (FACTORS, PRODUCT)]
+every_late_rule = pytest.mark.parametrize("name", LATE)
+SECONDS = (4.0, 6.0, 7.0, 10.0, 25.0)
+
+
+def timed(client: Any, seconds: tuple[float, ...] = SECONDS, **device: Any) -> TimedGrid:
+    return TimedGrid(
+        inner=FakeGrid(range(len(seconds)), client),
+        devices=lambda p: DeviceProfile(tokens_per_second=1.0, **device),
+        config=DevicesConfig(profiles="equal"),
+        timeout=1000.0,
+        seed=0,
+        tokens=lambda p: seconds[p],
+        bytes_up=lambda p: 0,
+        trains_anyway=False,
+        fraction=1.0,
+    )
+
+
+def buffered(name: str, **options: Any) -> BufferedStrategy:
+    given = {"scaling": 2.0, "seed": 3, "fraction_evaluate": 0.0, "in_flight": 5, "buffer_size": 2} | options
+    return BufferedStrategy(strategies.make_rule(name), **given)
+
+
+def test_a_timeline_of_five_clients_by_hand(tmp_path: Path) -> None:
+    """Two updates fill the buffer, all five clients are at work.
+
+    At 4 client 0 is done and, as nobody is free, its place stays empty; at 6 client 1 fills the buffer. Both
+    start again from version 1 and are due at 10 and 12. At 7 client 2 is done; at 10 both 3 and 0 are, and 3
+    started first. Then come 0 (10) and 1 (12).
+    """
+    strategy = buffered("fedavg")
+    reports, grid = watched(strategy), timed(ToyClient(tmp_path))
+    seen: list[tuple[float, dict[int, float], dict[int, int]]] = []
+    arrays = strategy.open(initial_arrays())
+    assert arrays is not None
+    for _ in strategy.rounds(grid, last=3):
+        seen.append((grid.seconds, grid.arrivals, grid.staleness))
+    assert seen == [
+        (6.0, {0: 4.0, 1: 6.0}, {0: 0, 1: 0}),
+        (10.0, {2: 7.0, 3: 10.0}, {2: 1, 3: 1}),
+        (12.0, {0: 10.0, 1: 12.0}, {0: 1, 1: 1}),
+    ]
+    assert [report.participants for report in reports] == [[0, 1], [2, 3], [0, 1]]
+
+
+def test_a_place_that_is_free_is_taken_at_once(tmp_path: Path) -> None:
+    """Two places: whoever is done is replaced by somebody else, from the version of that moment."""
+    starts: list[tuple[int, int]] = []
+
+    def client(message: Message, partition: int) -> Message | None:
+        starts.append((int(message.metadata.group_id), partition))
+        return ToyClient(tmp_path)(message, partition)
+
+    strategy, grid = buffered("fedavg", in_flight=2, buffer_size=2), timed(client)
+    strategy.start(grid, initial_arrays(), num_rounds=4)
+    by_round = {n: [p for m, p in starts if m == n] for n in (1, 2, 3)}
+    assert len(by_round[1]) == 3, "two at the beginning, one in place of the first that was done"
+    assert all(len(by_round[n]) == 2 for n in (2, 3))
+
+
+def test_in_the_last_round_nobody_trains_in_vain(tmp_path: Path) -> None:
+    trained: list[int] = []
+
+    def client(message: Message, partition: int) -> Message | None:
+        trained.append(partition)
+        return ToyClient(tmp_path)(message, partition)
+
+    strategy = buffered("fedavg")
+    strategy.start(timed(client), initial_arrays(), num_rounds=1)
+    assert sorted(trained) == [0, 1]
+
+
+@every_late_rule
+def test_with_equal_devices_and_a_full_buffer_the_bits_are_those_of_rounds_that_wait(
+    name: str, tmp_path: Path
+) -> None:
+    waits = FactorStrategy(strategies.make_rule(name), scaling=2.0, seed=3, fraction_evaluate=0.0)
+    waits.start(FakeGrid(range(5), ToyClient(tmp_path / "a")), initial_arrays(), num_rounds=3)
+    does_not = buffered(name, buffer_size=5)
+    does_not.start(timed(ToyClient(tmp_path / "b"), (3.0,) * 5), initial_arrays(), num_rounds=3)
+    assert bits(waits) == bits(does_not)
+
+
+@every_late_rule
+@pytest.mark.parametrize("discount", [True, False])
+def test_late_updates_add_up_to_what_the_paper_says(name: str, discount: bool, tmp_path: Path) -> None:
+    """It is x + sum_k p_k s(tau_k) Delta_k of factors, or of products, from what clients were sent."""
+    told: dict[tuple[int, int], Any] = {}
+    started: dict[tuple[int, int], Any] = {}
+    toy = ToyClient(tmp_path)
+    strategy = buffered(name, discount=discount)
+
+    def client(message: Message, partition: int) -> Message | None:
+        return toy(message, partition)
+
+    grid = timed(client)
+    compute = grid.compute
+
+    def watching(messages: list[Message], lost: set[int], timeout: float) -> list[Message]:
+        replies = compute(messages, lost, timeout)
+        assert strategy.state is not None
+        strategy.transport.settle(replies)
+        for request in strategy.transport.requests:
+            if request.reply is None:  # nobody waits for it
+                continue
+            key = request.partition_id, strategy.state.round
+            started[key] = request.broadcast
+            told[key] = validate_reply(request, strategy.rule.facts, weighted_by_key="num-examples")
+            request.reply = None
+            request.bytes_up = 0
+        return replies
+
+    grid.compute = watching  # type: ignore[method-assign]
+    strategy.open(initial_arrays())
+    before = strategy.state
+    assert before is not None
+    late = 0
+    for _ in strategy.rounds(grid, last=5):
+        after = strategy.state
+        assert after is not None
+        who = {p: (p, before.round - tau) for p, tau in grid.staleness.items()}
+        total = sum(told[key].weight for key in who.values())
+        share = {
+            p: told[key].weight / total * ((1 + grid.staleness[p]) ** -0.5 if discount else 1.0)
+            for p, key in who.items()
+        }
+        late += sum(grid.staleness.values())
+        for module, start in before.adapters.items():
+            if strategy.rule.facts.stale == PRODUCT:
+                asked = torch.zeros(MODULES[module])
+                for p, key in who.items():
+                    asked += share[p] * as_product(told[key].adapters[module]).dense()
+                moved = after.product(module).dense() - before.product(module).dense()
+                torch.testing.assert_close(moved, asked, atol=1e-5, rtol=1e-4)
+                continue
+            for letter in strategy.rule.facts.trained:
+                asked = start.tensors()[letter].double()
+                for p, key in who.items():
+                    ends, begins = (d[key].adapters[module].tensors()[letter] for d in (told, started))
+                    asked = asked + share[p] * (ends.double() - begins.double())
+                end = after.adapters[module].tensors()[letter].double()
+                torch.testing.assert_close(end, asked, atol=1e-6, rtol=1e-5)
+        before = after
+    assert late > 0
+
+
+def test_an_update_that_is_too_old_is_dropped_and_named(tmp_path: Path) -> None:
+    strategy = buffered("fedavg", max_staleness=1, buffer_size=2)
+    reports = watched(strategy)
+    strategy.start(timed(ToyClient(tmp_path), (4.0, 5.0, 4.5, 6.0, 14.0)), initial_arrays(), num_rounds=6)
+    refused = {p: why for report in reports for p, why in report.refused.items()}
+    assert refused.keys() == {4}
+    assert refused[4].endswith("versions old, devices.max-staleness = 1")
+
+
+def test_who_vanishes_is_given_up_and_replaced(tmp_path: Path) -> None:
+    strategy = buffered("fedavg", in_flight=2, buffer_size=2)
+    reports, grid = watched(strategy), timed(ToyClient(tmp_path), SECONDS * 8, failure=0.4)
+    grid.config = DevicesConfig(profiles="equal", deadline=30.0)
+    strategy.start(grid, initial_arrays(), num_rounds=8)
+    gone = [why for report in reports for why in report.refused.values()]
+    assert gone
+    assert all(why.startswith("vanished after ") for why in gone)
+    assert all(len(report.participants) == 2 for report in reports)
+
+
+def test_updates_that_cannot_be_used_are_named_when_they_arrive(tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def client(message: Message, partition: int) -> Message | None:
+        if partition == 3:
+            raise RuntimeError("the disk is full")
+        return toy(message, partition)
+
+    strategy = buffered("flora")
+    reports = watched(strategy)
+    strategy.start(timed(client), initial_arrays(), num_rounds=3)
+    assert [report.refused for report in reports] == [{}, {3: "RuntimeError: the disk is full"}, {}]
+    assert reports[1].participants == [2]
+
+
+# --- real runs ------------------------------------------------------------------------------------------
+
+KEYS = {
+    "model.name": "tiny", "data.name": "synthetic", "data.evaluate-examples": 60, "data.partitioner": "iid",
+    "data.num-partitions": 6, "train.local-steps": 2, "num-server-rounds": 4, "engine.name": "in-process",
+    "devices.profiles": "heavy-tailed",
+}  # fmt: skip
+WAITS = {"devices.deadline": 0.6}
+DOES_NOT = {"devices.buffer-size": 2, "devices.in-flight": 4}
+
+
+class Killed(Exception):
+    pass
+
+
+def run(keys: Mapping[str, Any], path: Path, *, dies_after: int = 0, resume: bool = False) -> None:
+    def progress(record: dict[str, Any]) -> None:
+        if record["round"] == dies_after:
+            raise Killed
+
+    engine = InProcessEngine()
+    session = engine.session(from_flat(dict(keys)), path)
+    FederatedRun(session, RunDirectory(path, resume=resume), [Tell(progress)]).run()
+
+
+@pytest.mark.parametrize("how", [WAITS, DOES_NOT], ids=["waits", "does not"])
+@pytest.mark.parametrize("name", ["fedavg", "flora"])
+def test_a_run_that_was_killed_goes_on_with_the_same_bits_and_times(
+    name: str, how: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = KEYS | how | {"strategy.name": name}
+    run(keys, tmp_path / "whole")
+    with pytest.raises(Killed):
+        run(keys, tmp_path / "twice", dies_after=2)
+    run(keys, tmp_path / "twice", resume=True)
+    found = []
+    for folder in (tmp_path / "whole", tmp_path / "twice"):
+        lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+        for line in lines:
+            line.pop("seconds")
+        adapter = load_file(folder / "adapter/adapter_model.safetensors")
+        found.append((lines, {name: tensor.numpy().tobytes() for name, tensor in adapter.items()}))
+    assert found[0] == found[1]
+    assert len({line["virtual_seconds"] for line in found[0][0]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "why"),
+    [
+        (
+            {"strategy.name": "fedsvd"},
+            NotApplicable,
+            "fedsvd cannot take late updates, the basis A",
+        ),
+        ({"strategy.name": "fedsa"}, NotApplicable, "what clients keep to themselves needs"),
+        ({"model.head": "local"}, NotApplicable, "what clients keep to themselves needs"),
+        (
+            {"strategy.allocation": "random-layers"},
+            NotApplicable,
+            "strategy.allocation needs rounds",
+        ),
+        ({"devices.in-flight": 1}, ConfigError, "must be at most devices.in-flight = 1"),
+        ({"min-train-nodes": 3}, ConfigError, "min-train-nodes = 3: devices.buffer-size is 2"),
+    ],
+)
+def test_what_needs_rounds_that_wait_is_refused(keys: dict[str, Any], error: type, why: str) -> None:
+    with pytest.raises(error, match=why):
+        check(from_flat(KEYS | DOES_NOT | keys))
+
+
+def test_more_at_work_than_there_are_clients_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"devices\.in-flight = 7: only 6 clients take part"):
+        run(KEYS | DOES_NOT | {"devices.in-flight": 7}, tmp_path / "run")
+    assert not (tmp_path / "run/rounds.jsonl").exists()
+
+
+def test_a_private_run_spends_for_each_start(tmp_path: Path) -> None:
+    keys = KEYS | DOES_NOT | {
+        "strategy.name": "fedavg", "privacy.mode": "example", "privacy.noise-multiplier": 1.0,
+        "engine.cohort-size": 1,
+    }  # fmt: skip
+    run(keys, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert all(record["epsilon"] > 0 for record in records)

@@ -1,0 +1,276 @@
+"""Rounds in simulated time: timelines by hand, who is waited for, and the bits of a round that waits."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message
+
+import strategies
+from fedlora import wire
+from fedlora.config import DeviceProfile, DevicesConfig, from_flat
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.simulation.arrivals import Arrivals, wait_for
+from fedlora.simulation.devices import Task, devices_of, is_there, task_of
+from fedlora.simulation.timed_grid import TimedGrid
+from strategies.flower import FactorStrategy
+from tests.federation.fake_grid import Client, FakeGrid, ToyClient
+from tests.federation.small import bits, initial_arrays, watched
+
+FIVE = [
+    Task(p, down, train, up)
+    for p, (down, train, up) in enumerate([(1, 2, 3), (2, 8, 2), (1, 1, 1), (4, 30, 6), (0, 4, 1)])
+]
+"""In 6, 12, 3, 40 and 5 seconds."""
+
+
+def timed(inner: FakeGrid, device: Callable[[int], DeviceProfile], **options: Any) -> TimedGrid:
+    config = options.pop("config", DevicesConfig(profiles="equal"))
+    named = {"timeout": 100.0, "seed": 0, "tokens": lambda p: 10.0, "bytes_up": lambda p: 0} | options
+    return TimedGrid(
+        inner=inner, devices=device, config=config, trains_anyway=named.pop("trains_anyway", False),
+        fraction=named.pop("fraction", 1.0), **named,
+    )  # fmt: skip
+
+
+def speeds(*tokens_per_second: float) -> Callable[[int], DeviceProfile]:
+    return [DeviceProfile(tokens_per_second=speed) for speed in tokens_per_second].__getitem__
+
+
+# --- who is waited for ----------------------------------------------------------------------------------
+
+
+def test_a_round_that_waits_for_all_ends_with_the_last() -> None:
+    found = wait_for(FIVE, deadline=100, wanted=5)
+    assert found == Arrivals(40, {2: 3, 4: 5, 0: 6, 1: 12, 3: 40}, {})
+    assert list(found.taken) == [2, 4, 0, 1, 3]
+
+
+def test_a_deadline_leaves_out_who_is_late_and_ends_the_round() -> None:
+    found = wait_for(FIVE, deadline=12, wanted=5)
+    assert (found.seconds, list(found.taken)) == (12, [2, 4, 0, 1])
+    assert found.lost == {3: "late: it takes 40 s, the deadline is 12 s"}
+
+
+def test_the_first_that_answer_are_enough() -> None:
+    found = wait_for(FIVE, deadline=100, wanted=2)
+    assert (found.seconds, found.taken) == (5, {2: 3, 4: 5})
+    assert found.lost[0] == "not waited for: 2 others were faster than its 6 s"
+
+
+def test_who_has_vanished_costs_the_deadline_unless_enough_others_answer() -> None:
+    tasks = [*FIVE[:3], Task(3, 1, 1, 1, vanishes=2.0)]
+    assert wait_for(tasks, deadline=60, wanted=4) == Arrivals(
+        60, {2: 3, 0: 6, 1: 12}, {3: "vanished after 2 s"}
+    )
+    assert wait_for(tasks, deadline=60, wanted=3).seconds == 12
+
+
+# --- devices ----------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_task_is_bytes_over_rates_and_tokens_over_speed() -> None:
+    device = DeviceProfile(tokens_per_second=50, download_mbps=8, upload_mbps=2)
+    task = task_of(device, 3, 1, 0, tokens=600, bytes_down=3_000_000, bytes_up=500_000)
+    assert (task.down, task.train, task.up, task.vanishes) == (3.0, 12.0, 2.0, None)
+    assert task_of(DeviceProfile(), 3, 1, 0, tokens=600, bytes_down=9, bytes_up=9).seconds == 0
+
+
+def test_devices_are_drawn_by_their_shares_and_spread_by_the_seed_alone() -> None:
+    kinds = {"slow": {"tokens-per-second": 10, "spread": 0.7}, "fast": {"tokens-per-second": 1e6, "share": 3}}
+    config = from_flat({"devices.profiles": json.dumps(kinds), "seed": 5})
+    devices = devices_of(config, range(4000))
+    speed = [devices(p).tokens_per_second or 0.0 for p in range(4000)]
+    slow = [math.log(s / 10) for s in speed if s < 1e5]
+    assert abs(len(slow) - 1000) < 5 * math.sqrt(4000 * 0.25 * 0.75)
+    mean = sum(slow) / len(slow)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in slow) / len(slow))
+    assert abs(mean) < 5 * 0.7 / math.sqrt(len(slow))
+    assert abs(deviation - 0.7) < 5 * 0.7 / math.sqrt(2 * len(slow))
+    again = devices_of(config, range(7))
+    assert [again(p).tokens_per_second for p in (6, 0, 3)] == [speed[6], speed[0], speed[3]]
+
+
+def test_a_client_group_has_the_device_that_it_names() -> None:
+    kinds = {"slow": {"tokens-per-second": 10}, "fast": {"tokens-per-second": 99, "share": 1e-9}}
+    groups = [{"partitions": "2-3", "device": "fast"}]
+    config = from_flat({"devices.profiles": json.dumps(kinds), "client-groups": json.dumps(groups)})
+    devices = devices_of(config, range(5))
+    assert [devices(p).tokens_per_second for p in range(5)] == [10, 10, 99, 99, 10]
+    with pytest.raises(ConfigError, match="client-groups device = 'phone': devices"):
+        from_flat(
+            {
+                "devices.profiles": json.dumps(kinds),
+                "client-groups": '[{"partitions": "1", "device": "phone"}]',
+            }
+        )
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_trace_says_what_each_partition_runs_on(tmp_path: Path, ending: str) -> None:
+    file = tmp_path / f"trace.{ending}"
+    rows = [{"partition": p, "tokens-per-second": 10.0 * (p + 1), "upload_mbps": None} for p in (1, 0, 2)]
+    if ending == "csv":
+        file.write_text("partition,tokens-per-second,upload_mbps\n1,20,\n0,10,\n2,30,\n")
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    devices = devices_of(from_flat({"devices.trace": str(file)}), range(3))
+    assert [(devices(p).tokens_per_second, devices(p).upload_mbps) for p in range(3)] == [
+        (10, None), (20, None), (30, None),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("partition,upload-mbps\n0,5\n2,5\n", "there is no row for partition 1"),
+        ("partition,upload-mbps\n0,-5\n1,5\n", "row 1: .*upload-mbps = -5.0: must be > 0"),
+        ("partition,upload-mbps\n0,5\n0,5\n", "row 2: partition 0 has two rows"),
+        ("partition,upload-mbps\n0,nan\n1,5\n", "row 1: .*upload-mbps = nan"),
+        ("partition,upload-mbps\n0,fast\n1,5\n", "row 1: upload-mbps = 'fast': must be a number"),
+        ("partition,upload\n0,5\n1,5\n", "row 1: column 'upload': accepted are partition, tokens-per-second"),
+        ("client,upload-mbps\n0,5\n1,5\n", "row 1: "),
+        ("partition,upload-mbps\n0.5,5\n1,5\n", "row 1: partition = '0.5': must be a partition's number"),
+        ("partition,failure\n0,1\n1,0\n", "row 1: .*failure = 1.0: must be < 1"),
+        ("partition,spread\n0,1\n1,0\n", "row 1: column 'spread'"),
+    ],
+)
+def test_a_trace_with_faults_is_refused_in_one_line(tmp_path: Path, text: str, why: str) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=why) as refused:
+        devices_of(from_flat({"devices.trace": str(file)}), range(2))
+    assert "devices.trace" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"profiles": "equal", "trace": "a.csv"}, "devices.profiles is set, too"),
+        ({"profiles": "fast"}, "accepted are equal, heavy-tailed"),
+        ({"profiles": "[1]"}, "accepted are equal, heavy-tailed"),
+        ({"profiles": '{"a": 1}'}, "devices.profiles a = 1: must be an object"),
+        ({"deadline": 3.0}, "means nothing without devices.profiles"),
+        ({"over-selection": 1.5}, "means nothing without devices.profiles"),
+        ({"buffer-size": 2}, "means nothing without devices.profiles"),
+        ({"profiles": "equal", "in-flight": 2}, "means nothing without devices.buffer-size"),
+        ({"profiles": "equal", "staleness": "constant"}, "means nothing without devices.buffer-size"),
+        ({"profiles": "equal", "over-selection": 1.5}, "times fraction-train = 1 must be <= 1"),
+        ({"profiles": "equal", "deadline": -1.0}, "devices.deadline = -1.0: must be >= 0"),
+    ],
+)
+def test_contradictions_are_refused(keys: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        from_flat({f"devices.{key}": value for key, value in keys.items()})
+
+
+# --- whole rounds ---------------------------------------------------------------------------------------
+
+
+def federate(client: Client, grid_of: Callable[[FakeGrid], Any], rounds: int = 3, **options: Any) -> Any:
+    strategy = FactorStrategy(
+        strategies.make_rule("fedavg"), scaling=2.0, seed=3, fraction_evaluate=0.0, **options
+    )
+    reports = watched(strategy)
+    grid = grid_of(FakeGrid(range(5), client))
+    strategy.start(grid, initial_arrays(), num_rounds=rounds)
+    return strategy, reports, grid
+
+
+def test_where_everybody_is_waited_for_the_bits_are_those_without_simulated_time(tmp_path: Path) -> None:
+    plain, _, _ = federate(ToyClient(tmp_path / "a"), lambda inner: inner)
+    waited, _, grid = federate(
+        ToyClient(tmp_path / "b"), lambda inner: timed(inner, speeds(1, 5, 0.2, 7, 2), timeout=1e6)
+    )
+    assert bits(plain) == bits(waited)
+    assert grid.seconds == 3 * 10 / 0.2
+    assert list(grid.arrivals) == [3, 1, 4, 0, 2]
+
+
+def test_who_is_late_is_named_and_does_not_train(tmp_path: Path) -> None:
+    trained: Counter[int] = Counter()
+
+    def client(message: Message, partition: int) -> Message | None:
+        trained[partition] += 1
+        return ToyClient(tmp_path)(message, partition)
+
+    _, reports, grid = federate(
+        client,
+        lambda inner: timed(
+            inner, speeds(1, 5, 0.2, 7, 2), config=DevicesConfig(profiles="equal", deadline=20)
+        ),
+    )
+    assert [report.participants for report in reports] == [[0, 1, 3, 4]] * 3
+    assert reports[0].refused == {2: "late: it takes 50 s, the deadline is 20 s"}
+    assert grid.seconds == 60
+    assert trained == Counter({0: 3, 1: 3, 3: 3, 4: 3})
+
+
+def test_whose_work_counts_though_it_is_lost_trains_all_the_same(tmp_path: Path) -> None:
+    toy, trained = ToyClient(tmp_path), Counter[int]()
+
+    def client(message: Message, partition: int) -> Message | None:
+        trained[partition] += 1
+        return toy(message, partition)
+
+    config = DevicesConfig(profiles="equal", deadline=20)
+    _, reports, _ = federate(
+        client,
+        lambda inner: timed(inner, speeds(1, 5, 0.2, 7, 2), config=config, trains_anyway=True),
+        rounds=1,
+    )
+    assert reports[0].participants == [0, 1, 3, 4]
+    assert trained[2] == 1
+
+
+def test_of_those_asked_the_first_are_taken(tmp_path: Path) -> None:
+    config = DevicesConfig(profiles="equal", over_selection=1.25)
+    _, reports, grid = federate(
+        ToyClient(tmp_path),
+        lambda inner: timed(inner, speeds(1, 5, 0.2, 7, 2), config=config, fraction=0.8),
+        fraction_train=1.0,
+    )
+    assert [report.participants for report in reports] == [[0, 1, 3, 4]] * 3
+    assert grid.seconds == 30
+
+
+def test_while_too_few_are_there_time_passes(tmp_path: Path) -> None:
+    def device(partition: int) -> DeviceProfile:
+        return DeviceProfile(tokens_per_second=10, availability=0.3)
+
+    _, reports, grid = federate(ToyClient(tmp_path), lambda inner: timed(inner, device, least=4), rounds=2)
+    waited = []
+    for server_round in (1, 2):
+        for attempt in range(1000):
+            there = [p for p in range(5) if is_there(device(p), p, server_round, attempt, 0)]
+            if len(there) >= 4:
+                break
+        waited.append((attempt, there))
+    assert [report.participants for report in reports] == [there for _, there in waited]
+    assert grid.seconds == sum(60 * attempt + 1 for attempt, _ in waited)
+    with pytest.raises(RunFailed, match="fewer than 6 clients are there in 17 simulated hours"):
+        federate(ToyClient(tmp_path / "b"), lambda inner: timed(inner, device, least=6), rounds=1)
+
+
+@pytest.mark.parametrize("upload", wire.CODECS)
+@pytest.mark.parametrize("name", strategies.RULES)
+def test_the_bytes_of_a_reply_are_known_before_it_comes(name: str, upload: str, tmp_path: Path) -> None:
+    toy, expected = ToyClient(tmp_path), Counter[int]()
+    strategy = FactorStrategy(
+        strategies.make_rule(name), scaling=2.0, seed=3, fraction_evaluate=0.0, upload=upload
+    )
+
+    def client(message: Message, partition: int) -> Message | None:
+        expected[0] += strategy.transport.expected_bytes(partition)
+        return toy(message, partition)
+
+    reports = watched(strategy)
+    strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=2)
+    assert sum(report.bytes_up for report in reports) == expected[0]
