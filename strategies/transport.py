@@ -175,15 +175,17 @@ class Transport:
         return dict(sorted(contents.items()))
 
     def expected_bytes(self, partition_id: int) -> int:
-        """Payload bytes of the reply of a partition to its instruction of now, before there is one."""
+        """Payload bytes of a partition's reply to its instruction of now, before there is one.
+
+        They are the most of all rounds where a codec sends other parts by turns.
+        """
         request = next(request for request in self.requests if request.partition_id == partition_id)
-        broadcast, payload = request.broadcast, request.payload
-        key = id(payload), broadcast.modules
+        broadcast = request.broadcast
+        key = id(request.payload), broadcast.modules
         if key not in self._expected:
             sent = wire.to_peft(broadcast.adapters, broadcast.head, broadcast.uploaded, broadcast.modules)
-            zeros = {name: torch.zeros_like(tensor) for name, tensor in sent.items()}
-            coded = wire.codec_named(self.upload).encode(zeros, zeros, torch.Generator())
-            self._expected[key] = wire.payload_bytes(RecordDict({wire.ARRAYS: wire.to_record(coded, None)}))
+            codec = wire.codec_named(self.upload)
+            self._expected[key] = sum(codec.nbytes(tensor.numel()) for tensor in sent.values())
         return self._expected[key]
 
     def note_ledger(self, request: PendingRequest) -> None:
