@@ -88,7 +88,7 @@ class DevicesConfig:
             why = "means nothing without devices.profiles or devices.trace"
             value = getattr(self, key)
             require(self.timed or value == usual[key].default, _key(key), value, why)
-        for key in ("in_flight", "max_staleness", "staleness"):
+        for key in ("in_flight", "max_staleness"):
             why, value = "means nothing without devices.buffer-size", getattr(self, key)
             require(bool(self.buffer_size) or value == usual[key].default, _key(key), value, why)
         require(
