@@ -214,12 +214,14 @@ def test_what_feedback_does_not_suit_is_refused_in_one_line(
     assert "\n" not in str(error.value)
 
 
-def local(config: RunConfig, path: Path, stop_after: int = 0) -> FederatedRun:
-    """The rounds that are left, with clients in this process; ``stop_after`` breaks it off."""
+def local(config: RunConfig, path: Path, stop_after: int = 0, stop_in: int = 0) -> FederatedRun:
+    """The rounds that are left, with clients in this process, broken off after a round, or within one."""
 
     def client(message: Message, partition: int) -> Message:
         node = Node(partition_id=partition, state_dir=path / "clients", simulation=True)
         order = wire.decode_instruction(message.content)
+        if order.server_round == stop_in and partition > 0:
+            raise KeyboardInterrupt
         reply = train_instruction(client_runtime(config), order, config, node)
         return Message(wire.encode_reply(reply, order), reply_to=message)
 
@@ -241,7 +243,8 @@ def test_what_is_owed_goes_with_later_rounds_and_a_resumed_run_keeps_its_bits(
     config = tiny_config(**keys, **{"upload": upload, "train.local-steps": 1, "engine.device": "cpu"})
     whole = local(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        local(config, tmp_path / "stopped", stop_after=2)
+        local(config, tmp_path / "stopped", stop_in=3)
+    assert len(list((tmp_path / "stopped").rglob("owed-000003.safetensors"))) == 1
     resumed = local(config, tmp_path / "stopped")
     for name, tensor in wire.to_peft(whole.state.adapters, whole.state.head).items():
         assert torch.equal(tensor, wire.to_peft(resumed.state.adapters, resumed.state.head)[name]), name

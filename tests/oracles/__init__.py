@@ -113,6 +113,13 @@ def fedex(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return Outcome(average, mean_update(clients) - average.delta())
 
 
+def frlora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
+    """FRLoRA (ICLR 2025, the released code): W += s mean(B) mean(A) - s B_0 A_0; back to B_0, A_0."""
+    A = sum(k.p * k.A for k in clients)
+    B = sum(k.p * (k.s / start.s) * k.B for k in clients)
+    return Outcome(start, start.s * (B @ A) - start.s * (start.B @ start.A))
+
+
 def zero_padding(start: Adapter, clients: Sequence[Client], t: int, renormalise: bool = False) -> Outcome:
     """Zero-padding (arXiv 2401.06432), RBLA (arXiv 2408.08699): entry by entry of every row j < r."""
     r = start.A.shape[0]
@@ -259,6 +266,7 @@ ORACLES: dict[str, Oracle] = {
     "florist": florist,
     "flexlora": flexlora,
     "fedex": fedex,
+    "frlora": frlora,
     "zero-padding": zero_padding,
     "fedmomentum": fedmomentum,
     "lora-fair": lora_fair,

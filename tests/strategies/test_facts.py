@@ -133,6 +133,7 @@ DOWN: dict[str, Callable[[int, int, int, int], int]] = {
     "r^2": lambda r, m, o, i: r * r,
     "r(o+i)": lambda r, m, o, i: r * (o + i),
     "R(o+i)": lambda r, m, o, i: m * r * (o + i),
+    "2r(o+i)": lambda r, m, o, i: 2 * r * (o + i),
     "r_k(o+i)": lambda r, m, o, i: r * (o + i),
     "r_k(o+i)+(R-r)(o+i)": lambda r, m, o, i: r * (o + i) + (m * r - r) * (o + i),
     "(r+n)(o+i)": lambda r, m, o, i: (r + max(1, round(r / 4))) * (o + i),
