@@ -75,6 +75,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "rolora": [both, 4 * numbers["B"], 4 * numbers["A"]],  # the other one rested at the client
         "fedex": [both, stacked, stacked],  # the means, and a residual of rank R - r
         "fedmomentum": [both, stacked, stacked],
+        "frlora": [both, both + stacked, both + stacked],  # the start again, and a residual of rank 2 r
         "fed-sb": [both + 4 * numbers["R"], 4 * numbers["R"], 4 * numbers["R"]],
     }
     down = other_than_both.get(facts.name, [both] * 3)
