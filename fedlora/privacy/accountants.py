@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, next_fast_len, rfft
+from scipy.fft import next_fast_len, rfft
 
 History = tuple[tuple[float, float, int], ...]
 """Entries of (noise multiplier, sample rate, steps)."""
@@ -37,6 +37,8 @@ EPSILON_ERROR = 0.01
 """Half the width of the interval that prv gives for epsilon."""
 DELTA_ERROR = 1e-3
 """What prv may err in delta, relative to the target."""
+NEGLIGIBLE = math.log(1e-22)
+"""Fourier coefficients of a composed loss that are left out are below this, and all of them move no digit."""
 LONGEST_KEPT = 2**20
 """Points of a grid of prv that is worth its memory, 8 bytes each."""
 
@@ -88,30 +90,60 @@ def prv(history: History, target_delta: float) -> float:
 
 
 def prv_of_equal_steps(noise_multiplier: float, sample_rate: float, steps: int, target_delta: float) -> float:
-    """As `prv` to rounding, some three times as fast: what a growing account is told by after each release.
+    """As `prv` to rounding, in a fraction of the time: what a growing account is told by after each release.
 
-    The grid is padded to a length that Fourier transforms like (the one of `prv` may be twice a prime, and
-    noise was calibrated by its last bits), and one step's transform is kept.
+    The composed privacy loss p is never written out. With c_k its Fourier coefficients, of which few are left
+    after many steps, and w_k = e^{2 pi i k / N}, both sums of delta(t_i) = sum_{j >= i} p_j (1 - e^{t_i - t_j})
+    are geometric (h is the width of the grid):
+
+        sum_{j >= i} p_j                = Re sum_k c_k (w_k^i - 1) / (1 - w_k)
+        sum_{j >= i} p_j e^{t_i - t_j}  = Re sum_k c_k (w_k^i - e^{-(N - i) h}) / (1 - w_k e^{-h})
+
+    so that the place of epsilon is found by bisection. The grid is padded to a length that Fourier transforms
+    like (the one of `prv` may be twice a prime, and noise was calibrated by its last bits).
     """
-    from opacus.accountants.analysis.prv import DiscretePRV
-
     most = 1 << (steps - 1).bit_length()
     with warnings.catch_warnings():  # log(1 - q) at q = 1 leaves an upper bound
         warnings.simplefilter("ignore")
-        spectrum, domain = _one_step_spectrum(noise_multiplier, sample_rate, most, target_delta)
-        pmf = irfft(spectrum**steps, domain.size)
-        shift = steps - 1 + (domain.size // 2 if steps % 2 == 0 else 0)
-        composed = DiscretePRV(np.roll(pmf, shift), domain.shift_right(domain.shifts * (steps - 1)))
-        _, _, upper = composed.compute_epsilon(target_delta, target_delta * DELTA_ERROR, EPSILON_ERROR)
+        spectrum, decay, domain = _one_step_spectrum(noise_multiplier, sample_rate, most, target_delta)
+    size, width = domain.size, domain.dt
+    k = np.flatnonzero(steps * decay > NEGLIGIBLE)
+    shift = steps - 1 + (size // 2 if steps % 2 == 0 else 0)
+    twice = np.where((k == 0) | (2 * k == size), 1.0, 2.0) / size  # k and N - k together
+    c = twice * spectrum[k] ** steps * _roots(-k * shift, size)
+    rest = k > 0
+    plain = c[rest] / -np.expm1(2j * np.pi * k[rest] / size)
+    falling = c / -np.expm1(2j * np.pi * k / size - width)
+
+    def tails(i: int) -> tuple[float, float]:
+        """The two sums from the i-th loss on."""
+        turned = _roots(k * i, size)
+        mass = c[~rest].real.sum() * (size - i) + (plain * (turned[rest] - 1)).real.sum()
+        return float(mass), float((falling * (turned - math.exp(-(size - i) * width))).real.sum())
+
+    delta = target_delta * (1 - DELTA_ERROR)
+    first = domain.shift_right(domain.shifts * (steps - 1)).t_min
+    low, high = 0, size - 1  # the first place whose delta is not above the target
+    while low < high:
+        middle = (low + high) // 2
+        mass, weighted = tails(middle)
+        low, high = (low, middle) if mass - weighted <= delta else (middle + 1, high)
+    mass, weighted = tails(low)
     if domain.size > LONGEST_KEPT:
         _one_step_spectrum.cache_clear()
         _one_step_loss.cache_clear()
-    return max(0.0, float(upper))
+    return max(0.0, first + low * width + math.log((mass - delta) / weighted) + EPSILON_ERROR)
+
+
+def _roots(numerators: NDArray[np.int64], size: int) -> NDArray[np.complex128]:
+    """Powers of e^{2 pi i / size}."""
+    roots: NDArray[np.complex128] = np.exp(2j * np.pi / size * (numerators % size))
+    return roots
 
 
 @lru_cache(maxsize=8)
 def _one_step_spectrum(noise_multiplier: float, sample_rate: float, most: int, target_delta: float) -> Any:
-    """The Fourier transform of one step's privacy loss with zeros on both sides, and the grid with them."""
+    """One step's privacy loss with zeros on both sides: its Fourier transform, log |it|, and the grid."""
     from opacus.accountants.analysis.prv import Domain
 
     one_step = _one_step_loss(noise_multiplier, sample_rate, most, target_delta)
@@ -126,7 +158,8 @@ def _one_step_spectrum(noise_multiplier: float, sample_rate: float, most: int, t
         size=size,
         shifts=domain.shifts,
     )
-    return rfft(np.pad(one_step.pmf, margin)), padded
+    spectrum = rfft(np.pad(one_step.pmf, margin))
+    return spectrum, np.log(np.abs(spectrum) + 1e-300), padded
 
 
 @lru_cache(maxsize=32)
