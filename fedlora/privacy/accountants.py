@@ -93,8 +93,8 @@ def prv_of_equal_steps(noise_multiplier: float, sample_rate: float, steps: int, 
     """As `prv` to rounding, in a fraction of the time: what a growing account is told by after each release.
 
     The composed privacy loss p is never written out. With c_k its Fourier coefficients, of which few are left
-    after many steps, and w_k = e^{2 pi i k / N}, both sums of delta(t_i) = sum_{j >= i} p_j (1 - e^{t_i - t_j})
-    are geometric (h is the width of the grid):
+    after many steps, w_k = e^{2 pi i k / N} and h the width of the grid, both sums of
+    delta(t_i) = sum_{j >= i} p_j (1 - e^{t_i - t_j}) are geometric:
 
         sum_{j >= i} p_j                = Re sum_k c_k (w_k^i - 1) / (1 - w_k)
         sum_{j >= i} p_j e^{t_i - t_j}  = Re sum_k c_k (w_k^i - e^{-(N - i) h}) / (1 - w_k e^{-h})
@@ -132,7 +132,8 @@ def prv_of_equal_steps(noise_multiplier: float, sample_rate: float, steps: int, 
     if domain.size > LONGEST_KEPT:
         _one_step_spectrum.cache_clear()
         _one_step_loss.cache_clear()
-    return max(0.0, first + low * width + math.log((mass - delta) / weighted) + EPSILON_ERROR)
+    epsilon = first + low * width + math.log((mass - delta) / weighted)
+    return max(0.0, float(epsilon) + EPSILON_ERROR)
 
 
 def _roots(numerators: NDArray[np.int64], size: int) -> NDArray[np.complex128]:
