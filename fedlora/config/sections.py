@@ -6,7 +6,7 @@ import math
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import float_list, int_list, name_list, one_of, parse_json, require
 from fedlora.config.section import by_field, section
@@ -228,10 +228,17 @@ class StudyConfig:
     ``data.validation-fraction``."""
     tune_seeds: str = ""
     """Comma list of the seeds on which that is done, none of ``study.seeds``, for instance ``101,102``."""
+    tune_epsilon: NonNegativeFloat = 0.0
+    """What the choice may tell of validation examples: noise on the hits of each trial; 0: it is by exact
+    accuracies, which is outside epsilon."""
 
     def __post_init__(self) -> None:
         for name in name_list(self.references):
             one_of("study.references", name, ("local-only", "centralised"))
+        require(
+            not self.tune_epsilon or bool(self.tune_learning_rates), "study.tune-epsilon", self.tune_epsilon,
+            "takes study.tune-learning-rates, what is chosen from",
+        )  # fmt: skip
         _ = self.seed_list, self.tune_seed_list, self.learning_rate_list, self.objects
 
     @cached_property

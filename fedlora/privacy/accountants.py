@@ -45,9 +45,19 @@ LONGEST_KEPT = 2**20
 
 def rdp(history: History, target_delta: float) -> float:
     """Epsilon by Renyi DP, at the best of `ORDERS`."""
+    return epsilon_of_divergence(renyi_divergence(history), target_delta)
+
+
+def renyi_divergence(history: History) -> NDArray[np.float64]:
+    """Of all steps together, at each of `ORDERS`."""
+    found = [steps * _one_step_divergence(noise, rate) for noise, rate, steps in history]
+    return np.asarray(sum(found), dtype=np.float64)
+
+
+def epsilon_of_divergence(divergence: NDArray[np.float64], target_delta: float) -> float:
+    """Epsilon of a Renyi divergence, at the best of `ORDERS`."""
     from opacus.accountants.analysis.rdp import get_privacy_spent
 
-    divergence = sum(steps * _one_step_divergence(noise, rate) for noise, rate, steps in history)
     with warnings.catch_warnings():  # that the largest order is the best leaves an upper bound
         warnings.simplefilter("ignore")
         epsilon, _ = get_privacy_spent(orders=ORDERS, rdp=divergence, delta=target_delta)

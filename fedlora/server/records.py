@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -99,6 +100,7 @@ def round_record(
     privacy = mechanism_of(config)
     most = max(report.privacy, key=lambda p: (report.privacy[p]["epsilon"], -p), default=None)
     claim = {} if most is None else {"claim": {"client": most, **_claim(report.privacy[most])}}
+    histories = {str(p): found for p in sorted(report.privacy) if (found := _history(report.privacy[p]))}
     return {
         "round": report.server_round,
         "strategy": config.strategy.name,
@@ -111,6 +113,7 @@ def round_record(
         "epsilon": max(epsilons.values(), default=None),
         "epsilon_by_client": epsilons,
         **claim,
+        **({"history_by_client": histories} if histories else {}),
         **(report.diagnostics.as_dict() if report.diagnostics else {}),
         "participants": report.participants,
         "refused": {str(p): reason for p, reason in report.refused.items()},
@@ -142,6 +145,7 @@ def result_record(
         "epsilon": max((r["epsilon"] for r in records if r["epsilon"] is not None), default=None),
         "epsilon_by_client": {p: e for r in records for p, e in r["epsilon_by_client"].items()},
         **_largest_claim(records),
+        **_histories(records),
         "bytes_up": sum(r["bytes_up"] for r in records),
         "bytes_down": sum(r["bytes_down"] for r in records),
         "seconds": round(sum(r["seconds"] for r in records), 3),
@@ -162,7 +166,20 @@ def _claim(spent: Mapping[str, Any]) -> dict[str, Any]:
     """A client's claim, as far as it is one: a number or a short word for each field."""
     kept = {key: value for key in CLAIM if isinstance(value := spent.get(key), int | float | str)}
     kept = {key: value[:40] if isinstance(value, str) else value for key, value in kept.items()}
-    return kept | {"history": [list(entry) for entry in history_of(spent)[:MOST_SETTINGS]]}
+    return kept | {"history": _history(spent)}
+
+
+def _history(spent: Mapping[str, Any]) -> list[list[float]]:
+    found = history_of(spent)
+    return [list(entry) for entry in found] if len(found) <= MOST_SETTINGS else []
+
+
+def _histories(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The different histories that clients end with; nothing unless all of them are known."""
+    last = {p: found for r in records for p, found in r.get("history_by_client", {}).items()}
+    if not last or last.keys() != {p for r in records for p in r["epsilon_by_client"]}:
+        return {}
+    return {"histories": [json.loads(text) for text in sorted({json.dumps(h) for h in last.values()})]}
 
 
 MOST_SETTINGS = 16

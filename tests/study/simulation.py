@@ -23,6 +23,7 @@ class Simulation:
         self.fails: dict[str, Exception] = {}
         self.configs: dict[str, RunConfig] = {}
         self.accuracy: Callable[[RunConfig], float] = lambda config: 0.8
+        self.outcome: Callable[[RunConfig], dict[str, Any]] = lambda config: {}
         self.inputs: Callable[[RunConfig], str | None] = lambda config: None
 
     def start(self, config: RunConfig) -> Any:
@@ -45,6 +46,7 @@ class Simulation:
             seed=config.seed,
             num_rounds=config.num_server_rounds,
             accuracy=self.accuracy(config),
+            outcome=self.outcome(config),
         )
         for record in made_up.rounds:
             directory.append_round(record)

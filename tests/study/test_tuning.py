@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import chisquare
 
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.privacy.calibration import epsilon_spent
+from fedlora.study.analyse.tuning import shown_accuracy
 from fedlora.study.execute.runner import run_study
 from tests.study.simulation import KEYS, Simulation
 
@@ -127,11 +131,85 @@ def test_under_privacy_it_says_that_tuning_is_outside_epsilon(tuning: Simulation
     assert "Tuning is outside epsilon." in page
 
 
+HISTORY = [0.8, 0.02, 200]
+PRIVATE = {"privacy.mode": "example", "study.strategies": "fedavg", "study.seeds": "1"}
+
+
+@pytest.fixture
+def spending(tuning: Simulation) -> Simulation:
+    """Every run has an epsilon and keeps the history of its clients."""
+    alone = epsilon_spent(0.8, 0.02, 200, 1e-5)
+    tuning.outcome = lambda config: {"epsilon": alone, "histories": [[HISTORY]]}
+    return tuning
+
+
+def test_both_epsilons_are_reported_where_histories_are_kept(spending: Simulation, tmp_path: Path) -> None:
+    page = run_study(tuned_study(**PRIVATE), tmp_path).read_text()
+    alone, whole = (epsilon_spent(0.8, 0.02, 200 * runs, 1e-5) for runs in (1, 1 + 3 * 2))
+    assert f"<td>{alone:.2f}</td><td>{whole:.2f}</td></tr>" in page
+    assert "what the choice tells of the validation part is outside epsilon" in page
+    assert "Tuning is outside epsilon." not in page
+
+
+def test_without_the_history_of_a_trial_the_whole_is_not_known(spending: Simulation, tmp_path: Path) -> None:
+    spending.fails["tuning-fedavg-rate-0.003-seed-101"] = RunFailed("nothing finite")
+    page = run_study(tuned_study(**PRIVATE), tmp_path).read_text()
+    assert f"<td>{epsilon_spent(0.8, 0.02, 200, 1e-5):.2f}</td><td>\N{EN DASH}</td></tr>" in page
+
+
+def test_a_choice_with_noise_costs_a_validation_example_its_epsilon(
+    spending: Simulation, tmp_path: Path
+) -> None:
+    config = tuned_study(**PRIVATE, **{"study.tune-epsilon": 5.0})
+    page = run_study(config, tmp_path).read_text()
+    assert f"<td>{epsilon_spent(0.8, 0.02, 200, 1e-5) + 5:.2f}</td></tr>" in page
+    assert "Accuracies have noise: the choice is 5-DP for an example of the validation part" in page
+    record = (tmp_path / "study.json").read_text()
+    shown = json.loads(record)["tuning"]["learning-rates"]["fedavg"]["accuracy"]
+    exact = {"0.003": 0.8 - 0.05 * math.log(10 / 3), "0.01": 0.8, "0.03": 0.8 - 0.05 * math.log(3)}
+    assert shown == pytest.approx(exact, abs=0.01)
+    assert shown != pytest.approx(exact, abs=0.5 / 2400), "rounding to whole hits is no noise"
+    run_study(config, tmp_path, resume=True)
+    again = json.loads((tmp_path / "study.json").read_text())["tuning"]["learning-rates"]["fedavg"][
+        "accuracy"
+    ]
+    assert again == shown, "whoever reads it twice learns nothing more"
+
+
+def test_the_noise_on_hits_has_its_law() -> None:
+    from types import SimpleNamespace
+
+    trials, epsilon, examples = 6, 2.0, 10_000
+    result = {"accuracy": 0.5, "examples": examples}
+    found = [
+        round(
+            examples
+            * shown_accuracy(
+                SimpleNamespace(cell=SimpleNamespace(seed=seed, label="x")),  # type: ignore[arg-type]
+                result, epsilon, trials,
+            )
+        ) - examples // 2
+        for seed in range(4000)
+    ]  # fmt: skip
+    ratio = math.exp(-epsilon / trials)
+    law = {x: (1 - ratio) / (1 + ratio) * ratio ** abs(x) for x in range(-15, 16)}
+    counts = Counter(found)
+    kept = sum(counts[x] for x in law)
+    expected = [kept * p / sum(law.values()) for p in law.values()]
+    assert chisquare([counts[x] for x in law], expected).pvalue > 1e-6
+    assert kept > 0.98 * len(found)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"study.tune-seeds": "2,101"}, "study.tune-seeds = '2,101': seed 2 is reported on too"),
         ({"study.tune-seeds": ""}, "study.tune-seeds = ''"),
+        ({"study.tune-epsilon": 1.0, "privacy.mode": "client"}, "study.tune-epsilon = 1: fedavg hides whole"),
+        (
+            {"study.tune-epsilon": 1.0, "study.tune-learning-rates": ""},
+            "study.tune-epsilon = 1.0: takes study.tune-learning-rates",
+        ),
         ({"study.tune-seeds": "101,101"}, "study.tune-seeds: a value is there more than once"),
         ({"data.validation-fraction": 0.0}, r"data.validation-fraction = 0.0: must be > 0"),
         ({"study.tune-learning-rates": "0.1,x"}, "'x' is no number > 0"),

@@ -7,15 +7,24 @@ then runs with other seeds, trains on all training examples and is measured on t
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
+
 from fedlora.config import RunConfig, Scalar, StudyConfig, from_flat, to_flat
+from fedlora.core.seeding import stream
 from fedlora.errors import ConfigError
+from fedlora.privacy.accountants import History
+from fedlora.privacy.selection import epsilon_of_runs
+from fedlora.privacy.trade_off import history_of
 from fedlora.study.analyse.results import load_result
+from fedlora.study.analyse.summary import Row
 from fedlora.study.plan.cells import FILE_NAME, Cell
 
 RATE = "train.learning-rate"
@@ -41,11 +50,13 @@ class Tuned:
         group: a method under a setting.
         rate: the most accurate one, of equals the smallest; None if a trial of each rate failed.
         tried: rate -> mean accuracy over the tuning seeds; None where a trial failed.
+        histories: of the clients of each trial; empty where those of a trial are not known.
     """
 
     group: str
     rate: float | None
     tried: dict[float, float | None]
+    histories: tuple[tuple[History, ...], ...] = ()
 
     @property
     def at_the_edge(self) -> bool:
@@ -61,11 +72,13 @@ class Tuning:
         groups: one entry for each strategy and variant under each setting.
         seeds: of the trials.
         validation_fraction: the share of the training examples that they were measured on.
+        epsilon: what the choice tells of an example in that share; 0: it is by exact accuracies.
     """
 
     groups: tuple[Tuned, ...]
     seeds: tuple[int, ...]
     validation_fraction: float
+    epsilon: float = 0.0
 
     @property
     def rates(self) -> dict[str, float]:
@@ -77,6 +90,7 @@ class Tuning:
         return {
             "seeds": list(self.seeds),
             "validation-fraction": self.validation_fraction,
+            "epsilon": self.epsilon or None,
             "learning-rates": {
                 tuned.group: {
                     "chosen": tuned.rate,
@@ -117,6 +131,11 @@ def check_tuning(config: RunConfig, cells: Sequence[Cell]) -> None:
         )
     base = to_flat(config)
     for cell in cells:
+        if study.tune_epsilon and cell.config.privacy.client_level:
+            raise ConfigError(
+                f"study.tune-epsilon = {study.tune_epsilon:g}: {cell.group} hides whole clients, and one may "
+                "have any number of validation examples; must be 0"
+            )
         own = to_flat(cell.config)
         for key in (RATE, VALIDATION):
             if own[key] != base[key]:
@@ -158,15 +177,71 @@ def choose(study: StudyConfig, tried: Sequence[Trial], path: Path, failed: Colle
         RunFailed: a trial cannot be read.
     """
     accuracies: dict[str, dict[float, list[float | None]]] = {}
+    histories: dict[str, list[tuple[History, ...]]] = {}
+    each = Counter(trial.target for trial in tried)
     for trial in tried:
-        label = trial.cell.label
-        accuracy = None if label in failed else load_result(trial.cell, path / label).result["accuracy"]
+        label, accuracy = trial.cell.label, None
+        if label not in failed:
+            result = load_result(trial.cell, path / label).result
+            accuracy = shown_accuracy(trial, result, study.tune_epsilon, each[trial.target])
+            histories.setdefault(trial.target, []).append(histories_in(result))
         accuracies.setdefault(trial.target, {}).setdefault(trial.rate, []).append(accuracy)
     return Tuning(
-        groups=tuple(_tuned(group, found) for group, found in accuracies.items()),
+        groups=tuple(
+            _tuned(group, found, histories.get(group, []), each[group]) for group, found in accuracies.items()
+        ),
         seeds=study.tune_seed_list,
         validation_fraction=tried[0].cell.config.data.validation_fraction,
+        epsilon=study.tune_epsilon,
     )
+
+
+def shown_accuracy(trial: Trial, result: Mapping[str, Any], epsilon: float, of_group: int) -> float:
+    """Accuracy of a trial, with noise on its hits that is the same whenever the trial is read.
+
+    Args:
+        trial: the trial.
+        result: its ``result.json``.
+        epsilon: of all trials of its group together, for an example that they were measured on; 0: no noise.
+        of_group: how many trials these are.
+
+    Raises:
+        ConfigError: accuracy is over tokens, of which an example has any number.
+    """
+    accuracy = float(result["accuracy"])
+    if not epsilon:
+        return accuracy
+    if "tokens" in result:
+        raise ConfigError(
+            f"study.tune-epsilon = {epsilon:g}: takes accuracies over examples, not over tokens"
+        )
+    examples = int(result["examples"])
+    draws = stream(trial.cell.seed, "tuning", trial.cell.label)
+    noise = int(np.subtract(*draws.geometric(-math.expm1(-epsilon / of_group), 2)))
+    return min(1.0, max(0.0, (round(accuracy * examples) + noise) / examples))
+
+
+def histories_in(result: Mapping[str, Any]) -> tuple[History, ...]:
+    """The different histories of a run's clients, from its ``result.json``; empty where not known."""
+    found = tuple(history_of({"history": history}) for history in result.get("histories", []))
+    return found if all(found) else ()
+
+
+def epsilons(tuning: Tuning, row: Row) -> tuple[float, float | None] | None:
+    """Epsilon of a private row without the choice of its rate, and with it; None where it was not tuned.
+
+    The second is None where a run keeps no histories or a trial failed; see `fedlora.privacy.selection`.
+    """
+    found = next((tuned for tuned in tuning.groups if tuned.group == row.name), None)
+    if found is None or row.epsilon is None:
+        return None
+    reported = [histories_in(run.result) for run in row.results]
+    if not found.histories or not all(reported):
+        return row.epsilon, None
+    privacy = row.config.privacy
+    runs = [*found.histories, tuple(history for run in reported for history in run)]
+    composed, _ = epsilon_of_runs(runs, privacy.target_delta, privacy.accountant)
+    return row.epsilon, max(composed, row.epsilon + tuning.epsilon)
 
 
 def reported(cells: Sequence[Cell], rates: Mapping[str, float]) -> list[Cell]:
@@ -181,13 +256,23 @@ def _rate_of(cell: Cell, rates: Mapping[str, float]) -> dict[str, float]:
     return {RATE: rates[group]} if group in rates else {}
 
 
-def _tuned(group: str, found: Mapping[float, Sequence[float | None]]) -> Tuned:
+def _tuned(
+    group: str,
+    found: Mapping[float, Sequence[float | None]],
+    histories: Sequence[tuple[History, ...]],
+    trials: int,
+) -> Tuned:
     tried: dict[float, float | None] = {}
     for rate in sorted(found):
         accuracies = [accuracy for accuracy in found[rate] if accuracy is not None]
         tried[rate] = fmean(accuracies) if len(accuracies) == len(found[rate]) else None
     known = [(accuracy, -rate) for rate, accuracy in tried.items() if accuracy is not None]
-    return Tuned(group=group, rate=-max(known)[1] if known else None, tried=tried)
+    return Tuned(
+        group=group,
+        rate=-max(known)[1] if known else None,
+        tried=tried,
+        histories=tuple(histories) if len(histories) == trials and all(histories) else (),
+    )
 
 
 def _trial(cell: Cell, rate: float, seed: int) -> Cell:

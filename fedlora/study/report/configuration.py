@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.server.identity import NO_EFFECT, code_of
 from fedlora.study.analyse.results import TAKEN_FROM, CellResult
 from fedlora.study.analyse.summary import Row
-from fedlora.study.analyse.tuning import Tuning
+from fedlora.study.analyse.tuning import Tuning, epsilons
 from fedlora.study.plan.absent import Absent
-from fedlora.study.report.format import listed, percent
+from fedlora.study.report.format import DASH, listed, percent
 
 NOT_A_SETTING = ("seed", "strategy.name", *NO_EFFECT)
 """Keys that the report shows elsewhere or that change no result."""
@@ -99,8 +99,8 @@ def learning_rates(rows: Sequence[Row]) -> Table:
     return Table(title="Learning rates", header=("Run", *RATES.values()), body=tuple(body))
 
 
-def tuned(tuning: Tuning | None, private: bool) -> Table:
-    """Validation accuracy of each group with each rate, and the rate that was chosen."""
+def tuned(tuning: Tuning | None, rows: Sequence[Row]) -> Table:
+    """Validation accuracy of each group with each rate, the rate that was chosen, and what it all cost."""
     groups = tuning.groups if tuning else ()
     rates = sorted({rate for found in groups for rate in found.tried})
     note = ""
@@ -109,15 +109,46 @@ def tuned(tuning: Tuning | None, private: bool) -> Table:
             f"Mean accuracy on a validation part, {100 * tuning.validation_fraction:g}% of the training "
             f"examples, held apart from those trials; seeds: {listed([*map(str, tuning.seeds)])}. What is "
             "reported has other seeds and trains on all. Of equals the smallest rate was chosen; at the "
-            f"edge: none beyond it was tried.{' Tuning is outside epsilon.' * private}"
+            "edge: none beyond it was tried."
         )
+    spent = {row.name: both for row in rows if tuning and (both := epsilons(tuning, row))}
+    if tuning and spent:
+        note = f"{note} {_of_the_choice(tuning)}"
+    elif tuning and any(row.private for row in rows):
+        note = f"{note} Tuning is outside epsilon."
     lines = []
     for found in groups:
         tried = ("failed" if a is None else percent(a) for a in map(found.tried.get, rates))
         chosen = "none" if found.rate is None else f"{found.rate:g}{' (at the edge)' * found.at_the_edge}"
-        lines.append((found.group, *tried, chosen))
-    header = ("Run", *(f"{rate:g}" for rate in rates), "Chosen")
+        lines.append((found.group, *tried, chosen, *_spent(spent, found.group)))
+    header = ("Run", *(f"{rate:g}" for rate in rates), "Chosen", *(EPSILONS if spent else ()))
     return Table(title="How the learning rates were tuned", header=header, body=tuple(lines), note=note)
+
+
+EPSILONS = ("Epsilon without the choice", "With it")
+
+
+def _spent(spent: Mapping[str, tuple[float, float | None]], group: str) -> tuple[str, ...]:
+    if not spent:
+        return ()
+    alone, whole = spent.get(group, (None, None))
+    return tuple(DASH if epsilon is None else f"{epsilon:.2f}" for epsilon in (alone, whole))
+
+
+def _of_the_choice(tuning: Tuning) -> str:
+    said = (
+        "Epsilon with the choice composes all trials of a run with the run itself; the table of all runs has "
+        "the one without it."
+    )
+    if tuning.epsilon:
+        return (
+            f"{said} Accuracies have noise: the choice is {tuning.epsilon:g}-DP for an example of the "
+            "validation part, which the trials did not train on."
+        )
+    return (
+        f"{said} It is of the examples that the trials trained on: what the choice tells of the validation "
+        "part is outside epsilon (study.tune-epsilon = 0)."
+    )
 
 
 def without_result(absent: Sequence[Absent], finished: int) -> Table:

@@ -90,7 +90,7 @@ def render(
         keys=configuration.shared_keys(shared),
         absent=configuration.without_result(absent, len(results)),
         learning_rates=configuration.learning_rates(rows),
-        tuned=configuration.tuned(tuning, any(row.private for row in rows)),
+        tuned=configuration.tuned(tuning, rows),
         origins=configuration.origins(results),
         provenances=configuration.provenances(results),
     )
