@@ -205,7 +205,11 @@ def test_the_noise_on_hits_has_its_law() -> None:
     [
         ({"study.tune-seeds": "2,101"}, "study.tune-seeds = '2,101': seed 2 is reported on too"),
         ({"study.tune-seeds": ""}, "study.tune-seeds = ''"),
-        ({"study.tune-epsilon": 1.0, "privacy.mode": "client"}, "study.tune-epsilon = 1: fedavg hides whole"),
+        ({"study.tune-epsilon": 1.0, "privacy.mode": "client"}, "study.tune-epsilon = 1: fedavg hides more"),
+        (
+            {"study.tune-epsilon": 1.0, "privacy.mode": "example", "privacy.unit-column": "author"},
+            "study.tune-epsilon = 1: fedavg hides more than single examples",
+        ),
         (
             {"study.tune-epsilon": 1.0, "study.tune-learning-rates": ""},
             "study.tune-epsilon = 1.0: takes study.tune-learning-rates",

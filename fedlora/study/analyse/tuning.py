@@ -131,10 +131,11 @@ def check_tuning(config: RunConfig, cells: Sequence[Cell]) -> None:
         )
     base = to_flat(config)
     for cell in cells:
-        if study.tune_epsilon and cell.config.privacy.client_level:
+        privacy = cell.config.privacy
+        if study.tune_epsilon and (privacy.client_level or privacy.unit_column):
             raise ConfigError(
-                f"study.tune-epsilon = {study.tune_epsilon:g}: {cell.group} hides whole clients, and one may "
-                "have any number of validation examples; must be 0"
+                f"study.tune-epsilon = {study.tune_epsilon:g}: {cell.group} hides more than single examples, "
+                "which may have any number in the validation part; must be 0"
             )
         own = to_flat(cell.config)
         for key in (RATE, VALIDATION):
