@@ -18,6 +18,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 INNER = ("strategies", "clients")
 """Folders that move below ``fedlora``; modules of these names there are their stand-ins in a checkout."""
 IMPORT = re.compile(rf"(?m)(^\s*(?:from|import)\s+|import_module\(\")(?=(?:{'|'.join(INNER)})\b)")
+EXAMPLES = ("demo", "tiny", "private", "images", "novels", "federation", "audit")
+"""As in `fedlora.core.code`, which cannot be imported here."""
 KEPT = (".py", ".pyi", ".typed", ".html", ".css", ".js", ".sh", ".service", ".toml")
 
 
@@ -44,6 +46,10 @@ class NestedPackages(BuildHookInterface):  # type: ignore[type-arg]
                     shutil.copyfile(file, target / where)
         for name in ("pyproject.toml", "LICENSE"):  # what a Flower app is declared by
             shutil.copyfile(top / name, inside / name)
+        (inside / "examples").mkdir()
+        for file in sorted((top / "experiments").glob("*.toml")):
+            if file.stem in EXAMPLES:
+                shutil.copyfile(file, inside / "examples" / file.name)
         build_data["force_include"][str(inside)] = "fedlora"
 
     def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:

@@ -116,14 +116,16 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
 
 def fact_rows() -> list[dict[str, Any]]:
     """One row for each rule: its `Facts` as plain values, and its options with their defaults."""
-    rows = []
-    for rule in RULES.values():
-        row = dataclasses.asdict(rule.facts)
-        row |= {key: sorted(row[key]) for key in ("trained", "uploaded")}
-        row["client_dp"] = rule.facts.client_dp
-        row["options"] = {name: field.default for name, field in option_fields(rule).items()}
-        rows.append(row)
-    return rows
+    return [fact_row(rule) for rule in RULES.values()]
+
+
+def fact_row(rule: type[Rule]) -> dict[str, Any]:
+    """The `Facts` of a rule as plain values, and its options with their defaults."""
+    row = dataclasses.asdict(rule.facts)
+    row |= {key: sorted(row[key]) for key in ("trained", "uploaded")}
+    row["client_dp"] = rule.facts.client_dp
+    row["options"] = {name: field.default for name, field in option_fields(rule).items()}
+    return row
 
 
 def deviations() -> dict[str, str]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
 import typer
 
 from fedlora.cli import federation as deployment
 from fedlora.cli.aggregate import aggregate
+from fedlora.cli.console import print_version
+from fedlora.cli.init import example, init
 from fedlora.cli.node import log
 from fedlora.cli.predict import chat, predict
 from fedlora.cli.pretrain import pretrain
@@ -25,7 +28,18 @@ cli = typer.Typer(
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",
     pretty_exceptions_enable=False,
 )
-for command in (run, compare, evaluate, predict, chat, aggregate, strategies, pretrain, probe):
+
+
+@cli.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+for command in (init, example, run, compare, evaluate, predict, chat, aggregate, strategies, pretrain, probe):
     cli.command()(command)
 
 privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")

@@ -8,6 +8,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -39,6 +40,21 @@ def one_line_errors(command: Command) -> Command:
             sys.exit(1)
 
     return guarded  # type: ignore[return-value]
+
+
+def print_version(wanted: bool) -> None:
+    """The version and nothing else."""
+    if wanted:
+        import fedlora
+
+        out.print(f"fedlora {fedlora.__version__}", highlight=False)
+        raise typer.Exit
+
+
+def said(line: str) -> None:
+    """Say at once what is being done, to a person who waits; the imports that follow take seconds."""
+    if err.is_terminal:
+        err.print(line, style="dim", highlight=False, markup=False)
 
 
 def _at_home(value: Any) -> Any:

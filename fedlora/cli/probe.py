@@ -19,7 +19,7 @@ def probe(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
 
     All clients' training images in one place, logistic regression until it converges, the run's test images.
 
-    Example: fedlora probe experiments/images.toml --set model.name=vit
+    Example: fedlora example images > images.toml && fedlora probe images.toml --set model.name=vit
     """
     from fedlora.config import parse_overrides, read_config
 

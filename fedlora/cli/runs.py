@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out, percent
+from fedlora.cli.console import one_line_errors, out, percent, said
 from fedlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedlora.config import RunConfig
+    from fedlora.study.library import StudyResult
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -33,21 +38,50 @@ def run(
             "--federation", metavar="DIR", help="Run on this deployed federation, not in simulation."
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done and what it takes, and do nothing.")
+    ] = False,
 ) -> None:
     """Run one federation, in simulation or deployed.
 
-    Example: fedlora run experiments/demo.toml --set strategy.name=flora --out runs/flora
+    Example: fedlora example demo > demo.toml && fedlora run demo.toml --out runs/demo
     """
+    said(f"reading {config}")
     from fedlora import api
     from fedlora.config import parse_overrides, read_config
 
     settings = read_config(config, parse_overrides(set_))
+    if dry_run:
+        _preview(settings, deployed=federation is not None)
+        return
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
+    finished = resume and _finished(path, settings.num_server_rounds)
     result = api.run(settings, path, resume=resume, federation=federation).record
+    if finished:
+        out.print(f"{path} was finished: all {settings.num_server_rounds} rounds are done, none was added")
     out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
+
+
+def _preview(settings: RunConfig, *, deployed: bool) -> None:
+    """Print what a run would do; of a deployment without its clients, which hold their own data."""
+    from dataclasses import replace
+
+    from fedlora.server.preview import preview
+
+    found = preview(settings)
+    lines = replace(found, partitions=None).lines() if deployed else [*found.lines(), *found.expected()]
+    for heading, text in lines:
+        out.print(f"{heading:10}{text}", highlight=False, markup=False)
+
+
+def _finished(path: Path, rounds: int) -> bool:
+    """Whether a run directory has its result and all of these rounds."""
+    from fedlora.server.directory import read_rounds
+
+    return (path / "result.json").exists() and len(read_rounds(path)) >= rounds
 
 
 @one_line_errors
@@ -73,10 +107,11 @@ def compare(
         int, typer.Option("--parallel", metavar="N", min=1, help="Runs at a time; they divide the actors.")
     ] = 1,
 ) -> None:
-    """Run every strategy, reference and variant of a [study] table and write report.html.
+    """Run every strategy, reference and variant of the file's study table and write report.html.
 
-    Example: fedlora compare experiments/demo.toml --out runs/demo
+    Example: fedlora example demo > demo.toml && fedlora compare demo.toml --out runs/demo
     """
+    said(f"reading {config}")
     from fedlora.config import parse_overrides
     from fedlora.study.library import compare as compare_all
 
@@ -89,7 +124,25 @@ def compare(
         share=share,
         parallel=parallel,
     )
+    out.print(_ranking(study))
     out.print(f"report: {study.report}")
+
+
+def _ranking(study: StudyResult) -> Table:
+    """The runs, the most accurate first."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("run", "seed", "accuracy", "MB up", "MB down", "gap", "epsilon"):
+        table.add_column(column, no_wrap=True, justify="left" if column == "run" else "right")
+    runs = sorted(study.runs.items(), key=lambda item: -(item[1].record.get("accuracy") or 0.0))
+    for label, run in runs:
+        up, down = (sum(r[key] for r in run.rounds) / 1e6 for key in ("bytes_up", "bytes_down"))
+        last = run.rounds[-1] if run.rounds else {}
+        gap, epsilon = last.get("gap"), run.record.get("epsilon", last.get("epsilon"))
+        table.add_row(
+            label, str(run.config.seed), percent(run.record.get("accuracy")), f"{up:.3g}", f"{down:.3g}",
+            "-" if gap is None else f"{gap:.2g}", "-" if epsilon is None else f"{epsilon:.3g}",
+        )  # fmt: skip
+    return table
 
 
 @one_line_errors
@@ -110,6 +163,7 @@ def evaluate(
 
     Example: fedlora evaluate runs/demo/flora/adapter sentiment
     """
+    said(f"opening {adapter}")
     if bool(data) == bool(lm_eval):
         raise ConfigError("fedlora evaluate: name a dataset after the adapter, or tasks by --lm-eval")
     if lm_eval:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fedlora.cli.console import one_line_errors, out
+
+if TYPE_CHECKING:
+    from strategies.rule import Rule
 
 COLUMNS = ("name", "exact", "any_kind", "mixed_ranks", "updates_base", "client_dp", "up", "down", "paper")
 """Facts that ``fedlora strategies`` shows in columns; ``--json`` has all of them."""
@@ -17,14 +20,21 @@ COLUMNS = ("name", "exact", "any_kind", "mixed_ranks", "updates_base", "client_d
 
 @one_line_errors
 def strategies(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="One of them, or module:Class; all if left out.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print the facts as JSON.")] = False,
 ) -> None:
-    """What each strategy trains, ships and guarantees.
+    """What each strategy trains, ships and guarantees; of one strategy also its options.
 
-    Example: fedlora strategies --json
+    Example: fedlora strategies lora-fair
     """
-    from strategies.registry import deviations, fact_rows
+    from strategies.registry import deviations, fact_row, fact_rows, rule_type
 
+    if name:
+        rule = rule_type(name)
+        _one(rule, fact_row(rule), as_json)
+        return
     rows = fact_rows()
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
@@ -41,6 +51,25 @@ def strategies(
     out.print("\n[bold]Where they differ from their papers or the authors' code[/bold]")
     for name, text in deviations().items():
         out.print(f"{name}: {text}", highlight=False, markup=False)
+
+
+def _one(rule: type[Rule], row: dict[str, Any], as_json: bool) -> None:
+    """All facts of a strategy, and its options with their defaults and what they do."""
+    if as_json:
+        sys.stdout.write(json.dumps(row, indent=2) + "\n")
+        return
+    options = row.pop("options")
+    for fact, value in row.items():
+        text = ", ".join(value) if isinstance(value, list | tuple) else _cell(value)
+        if text:
+            out.print(f"{fact.replace('_', ' '):20}{text}", highlight=False, markup=False)
+    out.print(
+        "\n[bold]Options[/bold], as strategy.options = '{\"NAME\": VALUE}'" if options else "\nNo options."
+    )
+    for option, default in options.items():
+        out.print(f"{option:20}{default!r}", highlight=False, markup=False)
+    about = (sys.modules[rule.__module__].__doc__ or "").strip()
+    out.print(f"\n{about}", highlight=False, markup=False)
 
 
 def _cell(value: Any) -> str:

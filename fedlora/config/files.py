@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -58,14 +58,35 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
     sections: dict[str, dict[str, Any]] = {}
     for key, value in flat.items():
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"keys look like {', '.join(list(known)[:3])}"
-            raise ConfigError(refusal(key, value, f"unknown key ({hint})"))
+            raise ConfigError(refusal(key, value, f"unknown key ({_hint(key, known)})"))
         table, _, name = key.rpartition(".")
         sections.setdefault(table, {})[name] = value
     top = sections.pop("", {})
     built = {table: type(getattr(defaults, table))(**by_field(keys)) for table, keys in sections.items()}
     return RunConfig(**by_field(top), **built)
+
+
+def _hint(key: str, known: Collection[str]) -> str:
+    """The key that was meant: the likest of the same table, else the same name elsewhere, else the likest.
+
+    >>> _hint("train.epochs", ["train.local-epochs", "lora.rank"]), _hint("rank", ["seed", "lora.rank"])
+    ('did you mean train.local-epochs?', 'did you mean lora.rank?')
+    >>> _hint("lora.r", ["lora.rank", "lora.alpha"]), _hint("x.y", ["seed"])
+    ('[lora] has rank, alpha', 'keys look like seed')
+    """
+    table, _, name = key.rpartition(".")
+    beside = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == table}
+    within = [other for other in beside if len(name) > 3 and name in other]
+    near = get_close_matches(name, beside, n=1) or within
+    if near:
+        return f"did you mean {beside[near[0]]}?"
+    same = [other for other in known if other.rpartition(".")[2] == name]
+    same += get_close_matches(key, known, n=1) if not table or not beside else []
+    if same:
+        return f"did you mean {same[0]}?"
+    if table and beside:
+        return f"[{table}] has {', '.join(beside)}"
+    return f"keys look like {', '.join(list(known)[:3])}"
 
 
 def to_flat(config: Any, prefix: str = "") -> FlatConfig:

@@ -15,6 +15,8 @@ BESIDE = ("clients", "strategies")
 """Packages that lie beside ``fedlora`` in a checkout or an app bundle, and in it in a wheel."""
 
 
+EXAMPLES = ("demo", "tiny", "private", "images", "novels", "federation", "audit")
+"""Configurations of ``experiments/`` that a wheel has, too."""
 EXTRAS = {
     "deploy": ("cryptography", "httpx", "uvicorn"),
     "report": ("matplotlib",),
@@ -47,6 +49,13 @@ def top_packages() -> tuple[str, ...]:
     """Names of the top-level packages that hold this code, sorted."""
     nested = all((_HOME / name).is_dir() for name in BESIDE)
     return ("fedlora",) if nested else tuple(sorted(("fedlora", *BESIDE)))
+
+
+def examples() -> dict[str, Path]:
+    """The configurations that come with the code, by name."""
+    checkout = len(top_packages()) > 1
+    folder = code_root() / "experiments" if checkout else _HOME / "examples"
+    return {name: file for name in EXAMPLES if (file := folder / f"{name}.toml").is_file()}
 
 
 def project_file() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -53,6 +53,11 @@ class RoundProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+
+    def show(self, lines: Sequence[tuple[str, str]]) -> None:
+        """Say what is about to be done: a heading and a sentence in each line."""
+        for heading, text in lines:
+            self._console.print(f"{heading:10}{text}", highlight=False, markup=False)
 
     def begin(self, finished: int, left_out: Mapping[int, str] | None = None) -> None:
         """Clients are about to be asked.

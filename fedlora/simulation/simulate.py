@@ -62,10 +62,15 @@ def simulate_on(
     """The same on an engine that is already there; ``alone`` as in `RoundProgress`."""
     from fedlora.server.callbacks import Tell
     from fedlora.server.federated_run import FederatedRun
+    from fedlora.server.preview import Preview
 
     with RoundProgress(title or config.strategy.name, config.num_server_rounds, alone=alone) as progress:
         session = engine.session(config, directory.path)
         run = FederatedRun(session, directory, [Tell(progress.update, progress.begin)])
+        if not title:  # a study's own page says the same of all its runs
+            progress.show(
+                Preview(run.config, run.runtime, run.strategy.rule, run.state, run.partitions).lines()
+            )
         with PeakMemory() as memory:
             result = run.run()
     result["peak_memory_bytes"] = memory.peak_bytes

@@ -1,0 +1,254 @@
+"""What a run is about to do, in a few lines: model, data, clients, traffic, privacy; and what it will take.
+
+The same lines are shown by ``fedlora run --dry-run`` and at the start of every run in simulation.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from clients.budget import noise_of, planned_steps, rate_of
+from clients.evaluation import evaluate
+from clients.runtime import ClientRuntime, read_runtime
+from clients.training.batches import num_steps
+from clients.training.train import train_local
+from fedlora import wire
+from fedlora.config import DataConfig, RunConfig
+from fedlora.core.factors import Tensors
+from fedlora.core.state import Broadcast, State
+from fedlora.data.examples import evaluation_subset
+from fedlora.prepared.cache import Prepared
+from fedlora.server.build import assemble, client_spec
+from fedlora.server.validate import check
+from strategies.rule import Rule
+
+Line = tuple[str, str]
+MOST_NAMED = 8
+"""Labels or clients that a line names; more are counted."""
+BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 64}
+"""Of a number as it travels, see `fedlora.wire.upload`."""
+TRIED_STEPS, TRIED_EXAMPLES = 2, 64
+"""What is timed: steps of one client, and test examples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A run before it begins.
+
+    Attributes:
+        config: of the run, checked.
+        runtime: its model and data.
+        rule: its strategy's.
+        state: before the first of the rounds to come.
+        partitions: the clients that may take part; None where nodes hold their data.
+    """
+
+    config: RunConfig
+    runtime: ClientRuntime
+    rule: Rule
+    state: State
+    partitions: Collection[int] | None
+
+    def lines(self) -> list[Line]:
+        """A heading and a sentence for each part."""
+        return [
+            ("model", self._model()),
+            *data_lines(self.config, self.runtime.data, sorted(self.partitions or ())),
+            ("training", self._training()),
+            *([] if self.partitions is None else [("traffic", self._traffic(sorted(self.partitions)))]),
+            ("privacy", self._privacy()),
+        ]
+
+    def expected(self) -> list[Line]:
+        """Time and memory, from two steps of one client and a few test examples tried here and now."""
+        config, data, model = self.config, self.runtime.data, self.runtime.model
+        clients = sorted(self.partitions or data.clients)
+        sizes = {partition: len(data.indices(partition)) for partition in clients}
+        middle = sorted(clients, key=lambda partition: (sizes[partition], partition))[len(clients) // 2]
+        began = self._broadcast(middle)
+        model.load(
+            began.adapters, began.head, trained=began.trained, modules=began.modules,
+            train_head=config.model.head != "freeze",
+        )  # fmt: skip
+        step = math.inf
+        if model.trainable().all:
+            for _ in range(2):  # the first also warms up
+                start = time.perf_counter()
+                train_local(
+                    model, data.train, data.indices(middle), data.pad_token_id, config.train,
+                    local_steps=TRIED_STEPS, seed=0,
+                )  # fmt: skip
+                done = num_steps(config.train, sizes[middle], TRIED_STEPS)
+                step = min(step, (time.perf_counter() - start) / done)
+        start, tried = time.perf_counter(), evaluation_subset(data.test, TRIED_EXAMPLES)
+        evaluate(model, data.test, tried, data.pad_token_id)
+        each = (time.perf_counter() - start) / max(1, len(tried))
+        seconds = self._seconds(0.0 if math.isinf(step) else step, each, clients, sizes)
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return [
+            ("time", f"about {_duration(seconds)} if one process trains ({step:.2g} s a step here and now)"
+             if not math.isinf(step) else f"about {_duration(seconds)} of evaluation"),
+            ("memory", f"about {peak:.2g} GiB a process; the base is shared by those of one machine"),
+        ]  # fmt: skip
+
+    def _seconds(self, step: float, each: float, clients: Sequence[int], sizes: dict[int, int]) -> float:
+        config, data = self.config, self.runtime.data
+        chosen = max(1, round(config.fraction_train * len(clients)))
+        steps = [num_steps(config.train_of(p), sizes[p], config.local_steps_of(p)) for p in clients]
+        rounds = config.num_server_rounds - self.state.round
+        subset = config.data.evaluate_examples or len(data.test)
+        looks = rounds // config.evaluate_every
+        return (
+            rounds * chosen * float(np.mean(steps)) * step
+            + (looks * min(subset, len(data.test)) + len(data.test)) * each
+        )
+
+    def _model(self) -> str:
+        model, config = self.runtime.model, self.config
+        total = sum(p.numel() for n, p in model.module.named_parameters() if ".lora_" not in n)
+        kinds = sorted({name.rpartition(".")[2] for name in model.modules})
+        return (
+            f"{config.model.name} for {config.task}, {total / 1e6:.1f} M numbers; {config.lora.method} in "
+            f"{len(model.modules)} layers ({', '.join(kinds)}), head: {config.model.head}"
+        )
+
+    def _training(self) -> str:
+        config = self.config
+        work = f"{config.train.local_steps} steps"
+        if config.train.local_epochs:
+            work = f"{config.train.local_epochs} epochs"
+        done = f", {self.state.round} of them done" if self.state.round else ""
+        return (
+            f"{self.rule.facts.name}, {config.num_server_rounds} rounds{done} of {work} in batches of "
+            f"{config.train.batch_size}, {config.train.optimizer} at {config.train.learning_rate:g}"
+        )
+
+    def _traffic(self, clients: Sequence[int]) -> str:
+        sent = {partition: self._broadcast(partition) for partition in clients[:MOST_NAMED]}
+        ups, downs = [], []
+        for began in sent.values():
+            layers = {name: adapter for name, adapter in began.adapters.items() if name in began.modules}
+            head = began.head if self.config.model.head == "train" else {}
+            up = wire.to_peft(layers, head, began.uploaded)
+            down = wire.to_peft(began.adapters, began.head)
+            ups.append(_numbers(up) * BYTES[self.config.upload or self.config.wire_dtype])
+            downs.append(_numbers(down) * BYTES[self.config.wire_dtype])
+        return (
+            f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "
+            f"up {self.rule.facts.up or '0'}, down {self.rule.facts.down or '0'})"
+        )
+
+    def _privacy(self) -> str:
+        config, privacy = self.config, self.config.privacy
+        if privacy.mode == "none":
+            return "none"
+        said = f"{privacy.mode} level, epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
+        if privacy.mode != "example" or self.partitions is None:
+            return said
+        rates = {
+            partition: rate_of(config, partition, len(self.runtime.data.indices(partition)))
+            for partition in self.partitions
+        }
+        extremes = {min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)}
+        noises = [noise_of(config, rates[p], config.local_steps_of(p)) for p in sorted(extremes)]
+        steps = planned_steps(config, config.train.local_steps)
+        return f"{said} for each client after at most {steps:,} steps; noise multiplier {_range(noises)}"
+
+    def _broadcast(self, partition: int) -> Broadcast:
+        return self.rule.broadcast(self.state, client_spec(self.config, self.runtime, partition))
+
+
+def _numbers(tensors: Tensors) -> int:
+    return sum(tensor.numel() for tensor in tensors.values())
+
+
+def _some(named: Sequence[str]) -> str:
+    more = f" and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return ", ".join(named[:MOST_NAMED]) + more
+
+
+def _range(values: Sequence[float]) -> str:
+    """The smallest and the largest, or the one that all are.
+
+    >>> _range([3, 1200]), _range([2.0, 2.0])
+    ('3 to 1,200', '2')
+    """
+    low, high = (
+        f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for value in (min(values), max(values))
+    )
+    return low if low == high else f"{low} to {high}"
+
+
+def _bytes(values: Sequence[float]) -> str:
+    low, high = (f"{value / 1e6:.3g}" for value in (min(values), max(values)))
+    return f"{low if low == high else f'{low} to {high}'} MB"
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people.
+
+    >>> _duration(42.4), _duration(600), _duration(9000)
+    ('42 s', '10 min', '2.5 h')
+    """
+    if seconds < 90:
+        return f"{max(1.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def data_lines(config: RunConfig, data: Prepared, clients: Sequence[int]) -> list[Line]:
+    """Examples, labels and, where they are known, clients."""
+    lines = [("data", _examples(config.data, data))]
+    if data.num_labels:
+        counts = np.bincount(data.train.labels, minlength=data.num_labels)
+        named = [f"{name} {count:,}" for name, count in zip(data.label_names, counts, strict=True)]
+        lines.append(("labels", _some(named)))
+    return [*lines, ("clients", _clients(config, data, clients))] if clients else lines
+
+
+def _examples(config: DataConfig, data: Prepared) -> str:
+    said = f"{config.name}: {len(data.train):,} examples to train on, {len(data.test):,} to test"
+    if data.train.image is not None or not len(data.train):
+        return said
+    cut = int((data.train.lengths >= config.max_length).sum())
+    return (
+        f"{said}; {int(data.train.lengths.max())} tokens at most, {cut:,} examples fill max-length = "
+        f"{config.max_length} or were cut to it"
+    )
+
+
+def _clients(config: RunConfig, data: Prepared, clients: Sequence[int]) -> str:
+    sizes = [len(data.indices(partition)) for partition in clients]
+    chosen = max(1, round(config.fraction_train * len(clients)))
+    ranks = sorted({config.rank_of(partition) for partition in clients})
+    said = f"{len(clients)}, {chosen} in a round; {_range(sizes)} examples each; rank {_range(ranks)}"
+    if not data.num_labels:
+        return said
+    held = [
+        np.bincount(data.train.labels[data.indices(partition)], minlength=data.num_labels).tolist()
+        for partition in clients[:MOST_NAMED]
+    ]
+    each = [f"client {p} {'/'.join(map(str, n))}" for p, n in zip(clients, held, strict=False)]
+    more = f" and {len(clients) - MOST_NAMED} more" if len(clients) > MOST_NAMED else ""
+    return f"{said}; by label: {', '.join(each)}{more}"
+
+
+def preview(config: RunConfig) -> Preview:
+    """The preview of a run that is not begun; nothing is written but prepared data in the cache.
+
+    Raises:
+        ConfigError: a configuration that cannot be carried out.
+    """
+    rule = check(config)
+    runtime = read_runtime(config)
+    partitions = config.partition_list or runtime.data.clients
+    strategy = assemble(rule, config, runtime, partitions, seeded=True, packed=False)
+    assert strategy.state is not None
+    return Preview(config, runtime, rule, strategy.state, partitions)

@@ -1,0 +1,196 @@
+"""The first hour: a configuration of one's own data, what a run will do, and help that exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+import fedlora
+from fedlora.cli import cli
+from fedlora.config import read_config
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "experiments" / "tiny.toml"
+SECONDS = 4.0
+"""Far above what help takes (0.2 s of processor here); a library of a second or more makes it miss."""
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(cli, list(map(str, arguments)))
+
+
+@pytest.fixture
+def reviews(tmp_path: Path) -> Path:
+    rows = [f"{'good' if n % 3 else 'bad'} film {n},{5 if n % 3 else 1},{'ab'[n % 2]}" for n in range(60)]
+    (tmp_path / "reviews.csv").write_text("review,stars,site\n" + "\n".join(rows) + "\n")
+    return tmp_path / "reviews.csv"
+
+
+def test_init_writes_a_configuration_that_runs_and_shows_the_data(
+    reviews: Path, tmp_path: Path, cache: Path
+) -> None:
+    done = invoke("init", tmp_path / "mine", "--data", reviews, "--model", "tiny", "--clients", "site")
+    assert done.exit_code == 0, done.output
+    config = read_config(tmp_path / "mine" / "run.toml")
+    assert (config.task, config.data.text_column, config.data.label_column) == (
+        "classification",
+        "review",
+        "stars",
+    )
+    assert (config.data.partitioner, config.data.partition_by) == ("natural", "site")
+    assert "columns   review, stars, site" in done.stdout
+    assert "48 examples to train on, 12 to test" in done.stdout
+    assert "clients   2, 2 in a round; 24 examples each" in done.stdout
+    again = invoke("init", tmp_path / "mine", "--data", reviews)
+    assert (again.exit_code, "is there already" in again.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "--data is missing"),
+        (["--data", "nowhere.csv"], "no such file"),
+        (["--data", "DATA", "--label-column", "star"], "did you mean stars?"),
+        (["--data", "DATA", "--task", "classify"], "did you mean classification?"),
+        (["--data", "DATA", "--clients", "cite"], "did you mean site?"),
+    ],
+)
+def test_init_refuses_in_one_line_and_writes_nothing(
+    options: list[str], words: str, reviews: Path, tmp_path: Path, cache: Path
+) -> None:
+    done = invoke("init", tmp_path / "mine", *(reviews if word == "DATA" else word for word in options))
+    assert (done.exit_code, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert words in done.stderr
+    assert not (tmp_path / "mine").exists()
+
+
+def test_a_dry_run_says_what_a_run_then_does(tmp_path: Path, cache: Path) -> None:
+    out = tmp_path / "out"
+    given = ("run", TINY, "--set", "strategy.name=fedavg", "--set", "lora.ranks=4", "--out", out)
+    dry = invoke(*given, "--dry-run")
+    assert dry.exit_code == 0, dry.output
+    assert not out.exists()
+    said = {line[:10].strip(): line[10:] for line in dry.stdout.splitlines()}
+    assert set(said) == {
+        "model",
+        "data",
+        "labels",
+        "clients",
+        "training",
+        "traffic",
+        "privacy",
+        "time",
+        "memory",
+    }
+    assert said["privacy"] == "none"
+    result = fedlora.run(str(TINY), out, overrides={
+        "strategy.name": "fedavg", "lora.ranks": "4", "num-server-rounds": 1, "engine.name": "in-process",
+    })  # fmt: skip
+    clients, first = 4, result.rounds[0]
+    assert said["clients"].startswith(f"{clients}, {clients} in a round")
+    assert said["traffic"].startswith(
+        f"{first['bytes_up'] / clients / 1e6:.3g} MB up and {first['bytes_down'] / clients / 1e6:.3g} MB down"
+    )
+
+
+def test_a_dry_run_plans_epsilon(cache: Path) -> None:
+    private = {"privacy.mode": "example", "privacy.target-epsilon": 4.0, "num-server-rounds": 3}
+    options = [word for key, value in private.items() for word in ("--set", f"{key}={value}")]
+    said = invoke(
+        "run", TINY, "--set", "strategy.name=ffa", "--set", "lora.ranks=4", *options, "--dry-run"
+    ).stdout
+    assert "example level, epsilon 4 at delta 1e-05 for each client after at most 9 steps" in said
+    assert "noise multiplier " in said
+
+
+def test_a_finished_run_says_so_where_it_is_resumed(tmp_path: Path, cache: Path) -> None:
+    given = (
+        "run",
+        TINY,
+        "--set",
+        "engine.name=in-process",
+        "--set",
+        "num-server-rounds=1",
+        "--out",
+        tmp_path / "out",
+    )
+    assert "was finished" not in invoke(*given).stdout
+    again = invoke(*given, "--resume")
+    assert f"{tmp_path / 'out'} was finished: all 1 rounds are done, none was added" in again.stdout
+
+
+def test_packaged_examples_are_the_ones_of_the_checkout(tmp_path: Path) -> None:
+    names = [line.split()[0] for line in invoke("example").stdout.splitlines()]
+    assert "demo" in names
+    for name in names:
+        text = invoke("example", name).stdout
+        assert text == (ROOT / "experiments" / f"{name}.toml").read_text()
+        (tmp_path / f"{name}.toml").write_text(text)
+    assert "did you mean demo?" in invoke("example", "dmo").stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("train.epochs", "did you mean train.local-epochs?"),
+        ("lora.rnak", "did you mean lora.rank?"),
+        ("privacy.epsilon", "did you mean privacy.target-epsilon?"),
+        ("rank", "did you mean lora.rank?"),
+        ("data.batch-size", "did you mean train.batch-size?"),
+    ],
+)
+def test_a_key_is_looked_for_in_its_own_table_first(key: str, meant: str) -> None:
+    assert meant in invoke("run", TINY, "--set", f"{key}=1").stderr
+
+
+def test_a_strategy_shows_its_options() -> None:
+    said = invoke("strategies", "lora-fair").stdout
+    assert "lam                 0.01" in said
+    row = json.loads(invoke("strategies", "lora-fair", "--json").stdout)
+    assert row["options"]["lam"] == 0.01
+    assert "did you mean flora?" in invoke("strategies", "flor").stderr
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert invoke("--version").stdout.strip() == f"fedlora {fedlora.__version__}"
+
+
+HEAVY = ("torch", "flwr", "ray", "numpy", "pydantic", "transformers")
+COMMANDS = [[], ["run"], ["compare"], ["privacy", "plan"], ["federation", "up"], ["node", "log"], ["init"]]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_imports_nothing_heavy(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom fedlora.cli import cli\n"
+        f"try: cli({[*command, '--help']!r})\nexcept SystemExit: pass\n"
+        f"print([name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert time.monotonic() - began < SECONDS
+
+
+@pytest.mark.parametrize("command", [["run", str(TINY), "--dry-run"], ["evaluate", "nowhere", "sentiment"]])
+def test_a_terminal_has_a_line_before_anything_heavy_is_imported(command: list[str]) -> None:
+    parent, child = pty.openpty()
+    code = f"import sys; sys.argv = {['fedlora', *command]!r}; from fedlora.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=child, stderr=child, stdin=child)
+    began = time.monotonic()
+    first = os.read(parent, 100).decode()
+    waited = time.monotonic() - began
+    process.kill()
+    process.wait()
+    os.close(parent)
+    os.close(child)
+    assert "reading" in first or "opening" in first
+    assert waited < SECONDS
