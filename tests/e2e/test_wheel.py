@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.core.code import EXAMPLES
+
 ROOT = Path(__file__).parents[2]
 IMPORTED = re.compile(r"(?m)^\s*(from|import) (clients|strategies)\b")
 SCRIPT = """
@@ -113,6 +115,18 @@ def test_it_lives_beside_packages_of_the_same_names(python: Path, project: Path,
     command = "from fedlora.cli import main; main()"
     outside(python, "-c", command, "run", "tiny.toml", "--out", "out", cwd=project)
     assert (project / "out" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_its_help_shows_examples_that_it_has(python: Path, tmp_path: Path) -> None:
+    command = "from fedlora.cli import main; main()"
+    for name in EXAMPLES:
+        printed = outside(python, "-c", command, "example", name, cwd=tmp_path)
+        assert printed == (ROOT / "experiments" / f"{name}.toml").read_text()
+    assert "experiments/" not in "".join(
+        outside(python, "-c", command, *words, "--help", cwd=tmp_path)
+        for words in (["run"], ["compare"], ["probe"], ["privacy", "audit"])
+    )
 
 
 @pytest.mark.slow
