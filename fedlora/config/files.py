@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -24,24 +26,46 @@ Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Scalar]
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
     """Nested TOML tables to dotted keys.
 
-    Raises:
-        ConfigError: a value that Flower's run-config cannot carry (a list, a date).
+    A list becomes the comma string, a table or a list of tables the JSON, in which a key of text keeps it.
 
-    >>> flatten({"lora": {"rank": 4}, "seed": 1})
-    {'lora.rank': 4, 'seed': 1}
+    Raises:
+        ConfigError: a value that no key takes (a date), or a list whose entries hold commas.
+
+    >>> flatten({"lora": {"rank": 4, "ranks": [2, 4]}, "strategy": {"options": {"lam": 0.5}}})
+    {'lora.rank': 4, 'lora.ranks': '2,4', 'strategy.options': '{"lam": 0.5}'}
     """
     flat: FlatConfig = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        elif isinstance(value, (bool, int, float, str)):
-            flat[prefix + key] = value
+        name = prefix + key
+        if isinstance(value, (bool, int, float, str)):
+            flat[name] = value
+        elif isinstance(value, (Mapping, list)) and name in _keys_of_text():
+            flat[name] = _as_text(name, value)
+        elif isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
         else:
-            raise ConfigError(
-                f"{prefix}{key} = {value}: must be a boolean, number or string "
-                "(write a list as a comma string)"
-            )
+            raise ConfigError(f"{name} = {value}: must be a boolean, number or string")
     return flat
+
+
+@cache
+def _keys_of_text() -> frozenset[str]:
+    return frozenset(key for key, value in to_flat(RunConfig()).items() if isinstance(value, str))
+
+
+def _as_text(key: str, value: Mapping[str, Any] | list[Any]) -> str:
+    """A list or table in the form in which a key of text keeps it."""
+    if isinstance(value, list) and not any(isinstance(entry, (Mapping, list)) for entry in value):
+        for entry in value:
+            if isinstance(entry, bool) or not isinstance(entry, (int, float, str)) or "," in str(entry):
+                raise ConfigError(f"{key} = {value}: {entry!r} cannot stand in a list, names and numbers can")
+        return ",".join(map(str, value))
+    if key.startswith("study.") and isinstance(value, Mapping):  # names of runs -> their keys
+        value = {n: flatten(own) if isinstance(own, Mapping) else own for n, own in value.items()}
+    try:
+        return json.dumps(value)
+    except TypeError as error:
+        raise ConfigError(f"{key} = {value}: {error}, which no key takes") from None
 
 
 def from_flat(flat: Mapping[str, Any]) -> RunConfig:
@@ -156,7 +180,8 @@ def _text_of(key: str, name: str) -> str:
 def parse_overrides(assignments: list[str]) -> FlatConfig:
     """``key=value`` strings as a flat configuration; a value is TOML, or else a plain string.
 
-    Under a key that takes strings a bare number is a string: ``lora.ranks=4``.
+    Under a key that takes strings a bare number is a string: ``lora.ranks=4``; a list or table of TOML becomes
+    what `flatten` makes of it.
 
     Raises:
         ConfigError: an assignment without ``=``.
@@ -174,7 +199,7 @@ def parse_overrides(assignments: list[str]) -> FlatConfig:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text
-        if isinstance(defaults.get(key.strip()), str) and not isinstance(value, str):
+        if isinstance(defaults.get(key.strip()), str) and not isinstance(value, (str, list, dict)):
             value = text
         flat.update(flatten({key.strip(): value}))
     return flat
