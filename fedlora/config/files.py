@@ -180,8 +180,8 @@ def _text_of(key: str, name: str) -> str:
 def parse_overrides(assignments: list[str]) -> FlatConfig:
     """``key=value`` strings as a flat configuration; a value is TOML, or else a plain string.
 
-    Under a key that takes strings a bare number is a string: ``lora.ranks=4``; a list or table of TOML becomes
-    what `flatten` makes of it.
+    Under a key that takes strings a bare number is a string: ``lora.ranks=4``; a list or table of TOML
+    becomes what `flatten` makes of it.
 
     Raises:
         ConfigError: an assignment without ``=``.

@@ -40,6 +40,22 @@ def need_extra(extra: str, use: str) -> None:
         raise ConfigError(f"{use} needs {', '.join(missing)}: pip install 'fedlora[{extra}]'")
 
 
+def installed(package: str, use: str) -> Any:
+    """A package that is not among fedlora's own requirements.
+
+    Args:
+        package: its name, to install and to import.
+        use: what needs it, for the message.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ConfigError(f"{use} needs {package} (pip install {package})") from None
+
+
 def code_root() -> Path:
     """The directory in which the package ``fedlora`` lies."""
     return _HOME.parent

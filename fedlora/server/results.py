@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import AnyPath, RunConfig, read_config
+from fedlora.core.code import installed
 from fedlora.errors import ConfigError
 from fedlora.server.directory import read_rounds
 
@@ -32,6 +33,19 @@ class RunResult:
     def adapter(self) -> Path:
         """The directory with the global adapter in PEFT's format."""
         return self.path / "adapter"
+
+    def frame(self) -> Any:
+        """The rounds as a pandas ``DataFrame``, a row for each, with a column for each number in a record.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        pandas = installed("pandas", "frame()")
+        scalar = (int, float, str, bool, type(None))
+        return pandas.DataFrame(
+            {key: value for key, value in record.items() if isinstance(value, scalar)}
+            for record in self.rounds
+        )
 
 
 def load_run(path: AnyPath) -> RunResult:

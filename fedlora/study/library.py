@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedlora.config import AnyPath, Config, Scalar, as_config
 from fedlora.errors import ConfigError
 from fedlora.server.results import RunResult, load_run
+
+if TYPE_CHECKING:
+    from fedlora.study.analyse.table import StudyTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +31,16 @@ class StudyResult:
     def report(self) -> Path:
         """The page that compares the runs."""
         return self.path / "report.html"
+
+    def table(self) -> StudyTable:
+        """Means with their intervals, method by method; as Markdown, LaTeX or a DataFrame.
+
+        Raises:
+            ConfigError: the study has no results yet.
+        """
+        from fedlora.study.analyse.table import StudyTable
+
+        return StudyTable.read(self.path)
 
 
 def compare(

@@ -11,13 +11,17 @@ from fedlora.errors import ConfigError
 
 SAME = {
     "a list of numbers": ("[lora]\nranks = [2, 4, 8]", '[lora]\nranks = "2,4,8"'),
-    "a list of names": ('[lora]\ntarget-modules = ["query", "value"]', '[lora]\ntarget-modules = "query,value"'),
+    "a list of names": (
+        '[lora]\ntarget-modules = ["query", "value"]', '[lora]\ntarget-modules = "query,value"',
+    ),
     "no names": ("[lora]\nranks = []", '[lora]\nranks = ""'),
     "an inline table": (
         '[strategy]\nname = "lora-fair"\noptions = {lam = 0.5, norm = "plain"}',
         '[strategy]\nname = "lora-fair"\noptions = \'{"lam": 0.5, "norm": "plain"}\'',
     ),
-    "a table": ("[lora.method-options]\nn_frequency = 500", '[lora]\nmethod-options = \'{"n_frequency": 500}\''),
+    "a table": (
+        "[lora.method-options]\nn_frequency = 500", '[lora]\nmethod-options = \'{"n_frequency": 500}\'',
+    ),
     "tables in a list": (
         '[[client-groups]]\npartitions = "0"\nrank = 2\n[[client-groups]]\npartitions = "1"\nrank = 4',
         'client-groups = \'[{"partitions": "0", "rank": 2}, {"partitions": "1", "rank": 4}]\'',

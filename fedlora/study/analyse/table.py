@@ -1,0 +1,135 @@
+"""The table of a study for a paper: the mean of each method with its interval, in several forms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from fedlora.core.code import installed
+from fedlora.errors import ConfigError
+from fedlora.study.analyse.summary import Estimate, of_examples, over_seeds
+
+RESULTS = "results.parquet"
+LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableRow:
+    """One method under one setting.
+
+    Attributes:
+        method, setting: as in the study; the setting is empty where there is one only.
+        seeds: how many.
+        accuracy: the mean over the seeds with its 95 % Student t interval; of one seed the accuracy with the
+            Wilson interval of the test set.
+        megabytes_up, megabytes_down: of all clients and rounds, the mean over seeds.
+        epsilon: the largest of any client and seed; None without privacy.
+    """
+
+    method: str
+    setting: str
+    seeds: int
+    accuracy: Estimate
+    megabytes_up: float
+    megabytes_down: float
+    epsilon: float | None
+
+
+class StudyTable:
+    """The methods of a study, in the order in which they were run.
+
+    Attributes:
+        rows: one for each method and setting.
+    """
+
+    def __init__(self, rows: Sequence[TableRow]) -> None:
+        self.rows = tuple(rows)
+
+    @classmethod
+    def read(cls, study: Path) -> StudyTable:
+        """The table of a study's directory.
+
+        Raises:
+            ConfigError: it has no results yet.
+        """
+        path = study / RESULTS
+        if not path.is_file():
+            raise ConfigError(f"{study}: no results yet, there is no {RESULTS} in it")
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for run in pq.read_table(path).to_pylist():
+            groups.setdefault((run["method"], run["setting"]), []).append(run)
+        return cls([_row(*names, runs) for names, runs in groups.items()])
+
+    def markdown(self) -> str:
+        """A Markdown table, accuracies in percent."""
+        header, cells = self._cells("95 % interval", "-", "%")
+        lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def latex(self) -> str:
+        """A LaTeX ``tabular`` with booktabs' rules, accuracies in percent."""
+        header, cells = self._cells("95 % interval", "--", "%")
+        lines = [" & ".join(text.translate(LATEX) for text in line) + r" \\" for line in (header, *cells)]
+        begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
+        rules = [begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
+        return "\n".join(rules) + "\n"
+
+    def frame(self) -> Any:
+        """A pandas ``DataFrame``; accuracies are shares in [0, 1].
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        pandas = installed("pandas", "frame()")
+        return pandas.DataFrame(
+            {
+                "method": row.method, "setting": row.setting, "seeds": row.seeds,
+                "accuracy": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high,
+                "megabytes_up": row.megabytes_up, "megabytes_down": row.megabytes_down,
+                "epsilon": row.epsilon,
+            }
+            for row in self.rows
+        )  # fmt: skip
+
+    def __str__(self) -> str:
+        return self.markdown()
+
+    def _cells(self, interval: str, dash: str, unit: str) -> tuple[list[str], list[list[str]]]:
+        """The heading and the rows as text; columns in which nothing differs from nothing are left out."""
+        settings = any(row.setting for row in self.rows)
+        private = any(row.epsilon is not None for row in self.rows)
+        header = ["method", *(["setting"] if settings else []), "seeds", f"accuracy ({unit})", interval,
+                  "MB up", "MB down", *(["epsilon"] if private else [])]  # fmt: skip
+        cells = []
+        for row in self.rows:
+            a = row.accuracy
+            bounds = dash if a.low is None or a.high is None else f"{100 * a.low:.1f} to {100 * a.high:.1f}"
+            epsilon = dash if row.epsilon is None else f"{row.epsilon:.2f}"
+            cells.append([
+                row.method, *([row.setting or dash] if settings else []), str(row.seeds),
+                f"{100 * a.value:.1f}", bounds, f"{row.megabytes_up:.3g}", f"{row.megabytes_down:.3g}",
+                *([epsilon] if private else []),
+            ])  # fmt: skip
+        return header, cells
+
+
+def _row(method: str, setting: str, runs: Sequence[dict[str, Any]]) -> TableRow:
+    by_seed: dict[int, list[dict[str, Any]]] = {}
+    for run in runs:  # of local-only each seed has a run for each client
+        by_seed.setdefault(run["seed"], []).append(run)
+    means = [fmean(run["accuracy"] for run in one) for one in by_seed.values()]
+    examples = int(runs[0]["examples"])
+    return TableRow(
+        method=method,
+        setting=setting,
+        seeds=len(means),
+        accuracy=over_seeds(means) if len(means) > 1 else of_examples(means[0], examples),
+        megabytes_up=fmean(sum(run["bytes_up"] for run in one) for one in by_seed.values()) / 1e6,
+        megabytes_down=fmean(sum(run["bytes_down"] for run in one) for one in by_seed.values()) / 1e6,
+        epsilon=max((run["epsilon"] for run in runs if run["epsilon"] is not None), default=None),
+    )

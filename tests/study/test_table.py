@@ -1,0 +1,76 @@
+"""The table of a study: means and intervals as the report has them, in the forms that people paste."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from fedlora.errors import ConfigError
+from fedlora.study.analyse.summary import of_examples, over_seeds
+from fedlora.study.analyse.table import StudyTable
+
+
+def run(method: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    return {
+        "method": method, "setting": "", "seed": seed, "accuracy": accuracy, "examples": 200,
+        "bytes_up": 1_000_000, "bytes_down": 2_000_000, "epsilon": None, **more,
+    }  # fmt: skip
+
+
+def table(directory: Path, *runs: dict[str, Any]) -> StudyTable:
+    pq.write_table(pa.Table.from_pylist(list(runs)), directory / "results.parquet")
+    return StudyTable.read(directory)
+
+
+def test_means_and_intervals_are_those_of_the_report(tmp_path: Path) -> None:
+    values = [0.70, 0.74, 0.72]
+    found = table(tmp_path, *(run("flora", seed, a) for seed, a in enumerate(values)), run("fedavg", 0, 0.65))
+    flora, fedavg = found.rows
+    assert (flora.seeds, fedavg.seeds) == (3, 1)
+    assert flora.accuracy == over_seeds(values)
+    assert fedavg.accuracy == of_examples(0.65, 200)
+    assert (flora.megabytes_up, flora.megabytes_down, flora.epsilon) == (1.0, 2.0, None)
+
+
+def test_clients_of_one_seed_count_once(tmp_path: Path) -> None:
+    clients = [run("local-only", seed, accuracy) for seed in (1, 2) for accuracy in (0.5, 0.7 + seed / 10)]
+    (row,) = table(tmp_path, *clients).rows
+    assert row.seeds == 2
+    assert row.accuracy == over_seeds([(0.5 + 0.8) / 2, (0.5 + 0.9) / 2])
+
+
+def test_markdown_and_latex_say_the_same(tmp_path: Path) -> None:
+    found = table(tmp_path, run("a_b", 0, 0.5), run("fedavg", 0, 0.625, setting="eps-1", epsilon=0.997))
+    markdown = [line.strip("| ").split(" | ") for line in found.markdown().splitlines()]
+    assert markdown[0] == [
+        "method",
+        "setting",
+        "seeds",
+        "accuracy (%)",
+        "95 % interval",
+        "MB up",
+        "MB down",
+        "epsilon",
+    ]
+    assert markdown[2][:4] == ["a_b", "-", "1", "50.0"]
+    assert markdown[3][:4] + markdown[3][-1:] == ["fedavg", "eps-1", "1", "62.5", "1.00"]
+    latex = found.latex()
+    assert latex.startswith("\\begin{tabular}{lrrrrrrr}\n\\toprule\n")
+    assert r"a\_b & -- & 1 & 50.0" in latex
+    assert r"accuracy (\%)" in latex
+    assert str(found) == found.markdown()
+
+
+def test_a_data_frame_keeps_shares(tmp_path: Path) -> None:
+    frame = table(tmp_path, run("fedavg", 0, 0.625)).frame()
+    assert list(frame["accuracy"]) == [0.625]
+    assert list(frame["seeds"]) == [1]
+
+
+def test_a_study_without_results_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no results yet"):
+        StudyTable.read(tmp_path)
