@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from fedlora.cli.console import one_line_errors, out, percent, said
@@ -15,7 +16,7 @@ from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
-    from fedlora.study.library import StudyResult
+    from fedlora.study.analyse.table import StudyTable
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -124,24 +125,18 @@ def compare(
         share=share,
         parallel=parallel,
     )
-    out.print(_ranking(study))
+    out.print(methods_table(study.table()))
     out.print(f"report: {study.report}")
 
 
-def _ranking(study: StudyResult) -> Table:
-    """The runs, the most accurate first."""
+def methods_table(found: StudyTable) -> Table:
+    """The methods with their means and intervals, the most accurate first."""
+    header, cells = found.ranked().cells()
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("run", "seed", "accuracy", "MB up", "MB down", "gap", "epsilon"):
-        table.add_column(column, no_wrap=True, justify="left" if column == "run" else "right")
-    runs = sorted(study.runs.items(), key=lambda item: -(item[1].record.get("accuracy") or 0.0))
-    for label, run in runs:
-        up, down = (sum(r[key] for r in run.rounds) / 1e6 for key in ("bytes_up", "bytes_down"))
-        last = run.rounds[-1] if run.rounds else {}
-        gap, epsilon = last.get("gap"), run.record.get("epsilon", last.get("epsilon"))
-        table.add_row(
-            label, str(run.config.seed), percent(run.record.get("accuracy")), f"{up:.3g}", f"{down:.3g}",
-            "-" if gap is None else f"{gap:.2g}", "-" if epsilon is None else f"{epsilon:.3g}",
-        )  # fmt: skip
+    for column in header:
+        table.add_column(escape(column), no_wrap=True, justify="left" if column == "method" else "right")
+    for row in cells:
+        table.add_row(*map(escape, row))
     return table
 
 

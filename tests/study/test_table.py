@@ -8,7 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from fedlora.cli.runs import methods_table
 from fedlora.errors import ConfigError
 from fedlora.study.analyse.summary import of_examples, over_seeds
 from fedlora.study.analyse.table import StudyTable
@@ -74,3 +76,12 @@ def test_a_data_frame_keeps_shares(tmp_path: Path) -> None:
 def test_a_study_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no results yet"):
         StudyTable.read(tmp_path)
+
+
+def test_compare_ends_with_the_methods_the_most_accurate_first(tmp_path: Path) -> None:
+    found = table(tmp_path, run("worse", 0, 0.5), run("better[1]", 0, 0.75))
+    with (console := Console(width=120, record=True)).capture():
+        console.print(methods_table(found))
+    lines = console.export_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["method", "better[1]", "worse"]
+    assert "75.0" in lines[1]

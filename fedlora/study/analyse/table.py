@@ -65,15 +65,19 @@ class StudyTable:
             groups.setdefault((run["method"], run["setting"]), []).append(run)
         return cls([_row(*names, runs) for names, runs in groups.items()])
 
+    def ranked(self) -> StudyTable:
+        """The same, the most accurate first."""
+        return StudyTable(sorted(self.rows, key=lambda row: -row.accuracy.value))
+
     def markdown(self) -> str:
         """A Markdown table, accuracies in percent."""
-        header, cells = self._cells("95 % interval", "-", "%")
+        header, cells = self.cells()
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
     def latex(self) -> str:
         """A LaTeX ``tabular`` with booktabs' rules, accuracies in percent."""
-        header, cells = self._cells("95 % interval", "--", "%")
+        header, cells = self.cells("--")
         lines = [" & ".join(text.translate(LATEX) for text in line) + r" \\" for line in (header, *cells)]
         begin = rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}"
         rules = [begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
@@ -99,11 +103,11 @@ class StudyTable:
     def __str__(self) -> str:
         return self.markdown()
 
-    def _cells(self, interval: str, dash: str, unit: str) -> tuple[list[str], list[list[str]]]:
-        """The heading and the rows as text; columns in which nothing differs from nothing are left out."""
+    def cells(self, dash: str = "-") -> tuple[list[str], list[list[str]]]:
+        """The heading and the rows as text; columns that are empty in all rows are left out."""
         settings = any(row.setting for row in self.rows)
         private = any(row.epsilon is not None for row in self.rows)
-        header = ["method", *(["setting"] if settings else []), "seeds", f"accuracy ({unit})", interval,
+        header = ["method", *(["setting"] if settings else []), "seeds", "accuracy (%)", "95 % interval",
                   "MB up", "MB down", *(["epsilon"] if private else [])]  # fmt: skip
         cells = []
         for row in self.rows:
@@ -129,7 +133,7 @@ def _row(method: str, setting: str, runs: Sequence[dict[str, Any]]) -> TableRow:
         setting=setting,
         seeds=len(means),
         accuracy=over_seeds(means) if len(means) > 1 else of_examples(means[0], examples),
-        megabytes_up=fmean(sum(run["bytes_up"] for run in one) for one in by_seed.values()) / 1e6,
-        megabytes_down=fmean(sum(run["bytes_down"] for run in one) for one in by_seed.values()) / 1e6,
+        megabytes_up=fmean(sum(run["bytes_up"] or 0 for run in one) for one in by_seed.values()) / 1e6,
+        megabytes_down=fmean(sum(run["bytes_down"] or 0 for run in one) for one in by_seed.values()) / 1e6,
         epsilon=max((run["epsilon"] for run in runs if run["epsilon"] is not None), default=None),
     )
