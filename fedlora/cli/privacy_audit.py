@@ -35,7 +35,8 @@ def audit(
     Exit code 1 if the claim is refuted, 3 if the audit would not have noticed half the noise either. The
     ledgers of the data are left alone.
 
-    Example: fedlora example audit > audit.toml && fedlora privacy audit audit.toml
+    Example: fedlora privacy audit audit.toml
+    (fedlora example audit > audit.toml writes such a file)
     """
     from fedlora.audit.run import audit as carry_out
     from fedlora.audit.run import check_audit

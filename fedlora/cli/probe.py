@@ -19,7 +19,8 @@ def probe(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
 
     All clients' training images in one place, logistic regression until it converges, the run's test images.
 
-    Example: fedlora example images > images.toml && fedlora probe images.toml --set model.name=vit
+    Example: fedlora probe images.toml --set model.name=vit
+    (fedlora example images > images.toml writes such a file)
     """
     from fedlora.config import parse_overrides, read_config
 

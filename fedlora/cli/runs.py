@@ -45,7 +45,8 @@ def run(
 ) -> None:
     """Run one federation, in simulation or deployed.
 
-    Example: fedlora example demo > demo.toml && fedlora run demo.toml --out runs/demo
+    Example: fedlora run demo.toml --out runs/demo
+    (fedlora example demo > demo.toml writes such a file)
     """
     said(f"reading {config}")
     from fedlora import api
@@ -110,7 +111,8 @@ def compare(
 ) -> None:
     """Run every strategy, reference and variant of the file's study table and write report.html.
 
-    Example: fedlora example demo > demo.toml && fedlora compare demo.toml --out runs/demo
+    Example: fedlora compare demo.toml --out runs/demo
+    (fedlora example demo > demo.toml writes such a file)
     """
     said(f"reading {config}")
     from fedlora.config import parse_overrides

@@ -18,6 +18,15 @@ from rich.progress import (
 
 SHOWN = (("perplexity", 2), ("accuracy", 3), ("epsilon", 3))
 """Keys of a record that are shown, and with how many decimals."""
+REASONS = 3
+"""Refusals of a round that are told with their reasons; all are in ``rounds.jsonl``."""
+
+
+def tell_wait(what: str) -> None:
+    """Say on a terminal what is being waited for."""
+    console = Console(stderr=True, soft_wrap=True)
+    if console.is_terminal:
+        console.print(what, style="dim", highlight=False, markup=False)
 
 
 class RoundProgress:
@@ -77,7 +86,11 @@ class RoundProgress:
     def update(self, record: dict[str, Any]) -> None:
         """A round is done; ``record`` is its line in ``rounds.jsonl``. Round 0 is before training."""
         shown = [f"{key} {record[key]:.{d}f}" for key, d in SHOWN if record.get(key) is not None]
-        self._bar.update(self._task, completed=record["round"], status=", ".join(shown))
+        gap = [] if record.get("gap") is None else [f"gap {record['gap']:.2g}"]
+        self._bar.update(self._task, completed=record["round"], status=", ".join([*shown, *gap]))
+        for partition, why in list(record["refused"].items())[:REASONS]:
+            line = f"{self._title}: round {record['round']}, partition {partition} is refused: {why}"
+            self._console.print(line, highlight=False, markup=False)
         if self._lines:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
             number = f"round {record['round']}/{self._total}" if record["round"] else "before training"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
 from fedlora.server.directory import RunDirectory, held
-from fedlora.server.progress import RoundProgress
+from fedlora.server.progress import RoundProgress, tell_wait
 from fedlora.server.validate import check
 from fedlora.simulation.memory import PeakMemory
 from fedlora.simulation.ray_cluster import check_address
@@ -39,6 +39,7 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
     check_address(config.engine.address)
     with held(path):
         directory = RunDirectory(path, resume=resume)
+        tell_wait("starting processes, reading model and data")
         engine = start(config)
         try:
             return simulate_on(engine, config, directory)
