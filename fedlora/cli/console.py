@@ -29,6 +29,7 @@ def one_line_errors(command: Command) -> Command:
 
     @wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        _begin(command.__name__)
         try:
             with system_errors_in_words():
                 command(*map(_at_home, args), **{name: _at_home(value) for name, value in kwargs.items()})
@@ -51,10 +52,10 @@ def print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-def said(line: str) -> None:
-    """Say at once what is being done, to a person who waits; the imports that follow take seconds."""
+def _begin(command: str) -> None:
+    """Say at once that the command has begun, to a person who waits: the imports that follow take seconds."""
     if err.is_terminal:
-        err.print(line, style="dim", highlight=False, markup=False)
+        err.print(f"{command.replace('_', ' ')} ...", style="dim", highlight=False, markup=False)
 
 
 def _at_home(value: Any) -> Any:

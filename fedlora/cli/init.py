@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedlora.cli.console import one_line_errors, out, said
+from fedlora.cli.console import one_line_errors, out
 from fedlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def init(
 
     Example: fedlora init mine --data reviews.csv --label-column stars
     """
-    said("looking at the data")
     path = directory / FILE
     if path.exists():
         raise ConfigError(f"{path}: is there already, name another directory")

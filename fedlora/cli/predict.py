@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedlora.cli.console import err, one_line_errors, out, percent, said
+from fedlora.cli.console import err, one_line_errors, out, percent
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of an adapter that a run wrote.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens that are written at most.")]
@@ -33,7 +33,6 @@ def predict(
 
     Example: fedlora predict runs/demo/flora/adapter "a wonderful film"
     """
-    said(f"opening {adapter}")
     from fedlora import api
     from fedlora.evaluation.loaded import items_of
 
@@ -61,7 +60,6 @@ def chat(
 
     Example: fedlora chat runs/chat/adapter
     """
-    said(f"opening {adapter}")
     from fedlora import api
     from fedlora.errors import ConfigError
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out, percent, said
+from fedlora.cli.console import one_line_errors, out, percent
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def run(
     Example: fedlora run demo.toml --out runs/demo
     (fedlora example demo > demo.toml writes such a file)
     """
-    said(f"reading {config}")
     from fedlora import api
     from fedlora.config import parse_overrides, read_config
 
@@ -114,7 +113,6 @@ def compare(
     Example: fedlora compare demo.toml --out runs/demo
     (fedlora example demo > demo.toml writes such a file)
     """
-    said(f"reading {config}")
     from fedlora.config import parse_overrides
     from fedlora.study.library import compare as compare_all
 
@@ -160,7 +158,6 @@ def evaluate(
 
     Example: fedlora evaluate runs/demo/flora/adapter sentiment
     """
-    said(f"opening {adapter}")
     if bool(data) == bool(lm_eval):
         raise ConfigError("fedlora evaluate: name a dataset after the adapter, or tasks by --lm-eval")
     if lm_eval:
