@@ -174,9 +174,9 @@ def test_every_key_has_a_refused_value() -> None:
             from_flat({key: wrong})
 
 
-@pytest.mark.parametrize("value", [[1, 2], None, {1, 2}], ids=str)
+@pytest.mark.parametrize("value", [None, {1, 2}, [None]], ids=str)
 def test_what_flower_cannot_carry_is_refused(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^lora.ranks = .*comma string"):
+    with pytest.raises(ConfigError, match=r"^lora.ranks = .*(must be|cannot stand)"):
         flatten({"lora": {"ranks": value}})
 
 
