@@ -29,6 +29,7 @@ from fedlora.prepared.node_data import UNREADABLE
 from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
+from fedlora.privacy.quantile import quantile_of
 from fedlora.privacy.spending import Release
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
@@ -41,6 +42,7 @@ ADDED = {
     "declared_examples": 0, "method_options": "", "optimizer_options": "",
     "schedule": "constant", "schedule_over": "round", "schedule_floor": 0.0, "warmup_steps": 0,
     "unit_column": "", "max_unit_examples": 16,
+    "target_quantile": 0.5, "clip_learning_rate": 0.2, "count_noise": 0.0, "clip_shares": "",
 }  # fmt: skip
 """Keys that came after releases had been charged; at this default they mean what their absence meant."""
 
@@ -145,15 +147,22 @@ def plan_release(
         unit=privacy.unit_column,
         determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
+    quantile, count_noise, on_sum = quantile_of(privacy), 0.0, noise
+    if quantile is not None:
+        count_noise = quantile.noise_of_count(noise, train.batch_size)
+        on_sum = quantile.noise_of_sum(noise, train.batch_size)
     mechanism = Mechanism(
-        noise_multiplier=noise,
+        noise_multiplier=on_sum,
         max_grad_norm=privacy.max_grad_norm,
         expected_batch_size=train.batch_size,
-        clipping=privacy.clipping,
+        clipping="flat" if quantile else privacy.clipping,
         grad_sample_mode=privacy.grad_sample_mode,
         max_physical_batch_size=privacy.max_physical_batch_size,
         secure=seed is None,
         unit_examples=privacy.unit_examples,
+        quantile=quantile,
+        count_noise=count_noise,
+        shares=privacy.shares,
     )
     return PlannedRelease(
         config=config,
@@ -203,6 +212,9 @@ def train_within_budget(
         sample_rate=plan.release.sample_rate,
         stage=Stage(plan.release.server_round, config.num_server_rounds),
         unit_examples=mechanism.unit_examples,
+        quantile=mechanism.quantile,
+        count_noise=mechanism.count_noise,
+        shares=mechanism.shares,
     )
     plan.released()
     return result, spent

@@ -57,6 +57,10 @@ class ClientDP:
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"privacy.{key.replace('_', '-')} = {value}: must be > 0")
 
+    def now(self, planned: int) -> ClientDP:
+        """What clips and noises the next round's sum over so many clients."""
+        return self
+
     def privatise(
         self, updates: Sequence[ClientUpdate], sent: Mapping[int, Broadcast], planned: int, server_round: int
     ) -> list[ClientUpdate]:

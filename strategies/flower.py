@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 from fedlora import wire
 from fedlora.core.state import ClientSpec, ClientUpdate, State
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
+from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.loop import Rounds, settings_of
 from strategies.nodes import NodeDirectory
@@ -97,7 +98,7 @@ class FactorStrategy(Rounds):
         max_update_norm: float = 0.0,
         clients_evaluate: Callable[[int], bool] = lambda server_round: True,
         diagnostics: bool = True,
-        client_dp: ClientDP | None = None,
+        client_dp: ClientDP | AdaptiveClientDP | None = None,
         wire_dtype: str = "float32",
         upload: str = "",
         packed: bool = False,
@@ -189,6 +190,8 @@ class FactorStrategy(Rounds):
         counted = updates
         if self.client_dp is not None:
             sent = {request.partition_id: request.broadcast for request in self.transport.requests}
+            if isinstance(self.client_dp, AdaptiveClientDP):
+                self.report.clipping_norm = self.client_dp.clipping_norm
             counted = self.client_dp.privatise(updates, sent, len(sent), server_round)
         state, self.report.diagnostics = self.rule.aggregate(
             self.state, counted, diagnostics=self.diagnostics

@@ -22,6 +22,8 @@ from fedlora.core.adapters import lora_set
 from fedlora.core.factors import AdapterSet, LoraFactors, Product, bounded
 from fedlora.core.state import ServerState, State, Template
 from fedlora.errors import ConfigError
+from strategies.adaptive_dp import AdaptiveClientDP
+from strategies.client_dp import ClientDP
 from strategies.precision import rounded_state
 from strategies.report import RoundReport
 from strategies.rule import Rule
@@ -46,6 +48,7 @@ class Rounds(Strategy):
         selection: who takes part.
         transport: of this round's instructions.
         report: of this round.
+        client_dp: client-level privacy of the global model.
     """
 
     rule: Rule
@@ -56,6 +59,7 @@ class Rounds(Strategy):
     selection: Selection
     transport: Transport
     report: RoundReport
+    client_dp: ClientDP | AdaptiveClientDP | None
     _dtype: torch.dtype
     _released: ArrayRecord | None = None
 
@@ -76,7 +80,10 @@ class Rounds(Strategy):
         assert self.state is not None
         acknowledged = {partition: set(held) for partition, held in self.transport.acknowledged.items()}
         heads = dict(self.transport.ledger_heads)
-        return ServerState(self.state, dict(self.selection.participations), acknowledged, heads)
+        norm = self.client_dp.clipping_norm if isinstance(self.client_dp, AdaptiveClientDP) else None
+        return ServerState(
+            self.state, dict(self.selection.participations), acknowledged, heads, clipping_norm=norm
+        )
 
     def restore(self, snapshot: ServerState) -> None:
         """Go on from a `snapshot`."""
@@ -84,6 +91,8 @@ class Rounds(Strategy):
         self.selection.participations = snapshot.participations
         self.transport.acknowledged = snapshot.acknowledged
         self.transport.ledger_heads = snapshot.ledger_heads
+        if isinstance(self.client_dp, AdaptiveClientDP) and snapshot.clipping_norm is not None:
+            self.client_dp.clipping_norm = snapshot.clipping_norm
         self._released = None
 
     def _take(self, arrays: ArrayRecord) -> None:

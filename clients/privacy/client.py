@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from clients.privacy.mechanism import PrivacyMechanism
 from fedlora.errors import NotApplicable
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent, warn_of_delta
+from fedlora.privacy.quantile import quantile_of
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
+from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.registry import RULES
 from strategies.rule import Rule
@@ -62,6 +64,8 @@ class ClientPrivacy(PrivacyMechanism):
             raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
         if kept:
             raise NotApplicable(f"{mode}: {kept} is measured by clients, outside the guarantee")
+        if (quantile := quantile_of(config.privacy)) is not None:
+            quantile.noise_of_sum(self.noise, 1)
         ranks = {*config.lora.rank_list} | {g.rank for g in config.groups if g.rank is not None}
         if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
             raise NotApplicable(
@@ -71,12 +75,14 @@ class ClientPrivacy(PrivacyMechanism):
     def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
         warn_of_delta(self.config.privacy.target_delta, len(partitions), "clients")
 
-    def server(self, *, seeded: bool) -> ClientDP:
-        return ClientDP(
+    def server(self, *, seeded: bool) -> ClientDP | AdaptiveClientDP:
+        fixed = ClientDP(
             clipping_norm=self.config.privacy.clipping_norm,
             noise_multiplier=self.noise,
             seed=self.config.seed if seeded else None,
         )
+        quantile = quantile_of(self.config.privacy)
+        return fixed if quantile is None else AdaptiveClientDP(fixed, quantile)
 
     def spent(self, participations: Mapping[int, int]) -> dict[int, dict[str, Any]]:
         privacy, noise = self.config.privacy, self.noise

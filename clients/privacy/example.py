@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 from clients.privacy.mechanism import PrivacyMechanism
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.privacy.calibration import warn_of_delta
+from fedlora.privacy.quantile import quantile_of
 from strategies.rule import Rule
 
 if TYPE_CHECKING:
@@ -73,12 +74,23 @@ class ExamplePrivacy(PrivacyMechanism):
         rates = {p: rate_of(config, p, data.num_protected(p)) for p in partitions}
         for partition, rate in rates.items():
             check_private(config.train_of(partition), rate)
+        self._check_count(rates)
         check_disjoint(config, data, partitions)
         warn_of_spread(config, data, partitions)
         largest = min(rates, key=lambda p: rates[p])
         public = round(config.train_of(largest).batch_size / rates[largest])
         what = "units" if config.privacy.unit_column else "examples"
         warn_of_delta(config.privacy.target_delta, public, f"{what} of partition {largest}")
+
+    def _check_count(self, rates: Mapping[int, float]) -> None:
+        """Refuse a count of norms that leaves nothing for the sum, of each client by its own noise."""
+        from clients.budget import noise_of
+
+        if (quantile := quantile_of(self.config.privacy)) is None or not quantile.count_noise:
+            return
+        for partition, rate in rates.items():
+            noise = noise_of(self.config, rate, self.config.local_steps_of(partition))
+            quantile.noise_of_sum(noise, self.config.train_of(partition).batch_size)
 
     def check_ledgers(
         self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]
@@ -96,10 +108,12 @@ class ExamplePrivacy(PrivacyMechanism):
             noise_multiplier=0.0,
             max_grad_norm=1.0,
             expected_batch_size=1,
-            clipping=privacy.clipping,
+            clipping="flat" if privacy.clipping == "adaptive" else privacy.clipping,
             grad_sample_mode=privacy.grad_sample_mode,
             max_physical_batch_size=privacy.max_physical_batch_size,
             unit_examples=privacy.unit_examples,
+            quantile=quantile_of(privacy),
+            shares=privacy.shares,
         )
 
     def local(

@@ -9,10 +9,8 @@ A run asks its mechanism and knows no mode. In the order of a run:
     server          clipping and noise on updates, before any rule sees them
     spent           what each client has spent, where the server knows it and clients do not say
 
-A newcomer is a subclass and its mode among those that ``privacy.mode`` accepts. Adaptive clipping (Andrew et
-al., NeurIPS 2021), for instance, is one of `clients.privacy.client` whose `server` returns a `ClientDP` that
-chooses each round's norm by a noisy count of the updates within it; only what that count is released with is
-charged beside the sum in `spent`. The norm is state between rounds, which a checkpoint has to take along.
+A newcomer is a subclass and its mode among those that ``privacy.mode`` accepts. What a mode does in several
+ways is within it: under adaptive clipping `clients.privacy.client` has another `server`, and all else stays.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ if TYPE_CHECKING:  # these import PEFT
     from clients.training.dp_step import Mechanism
     from fedlora import wire
     from fedlora.prepared.cache import Prepared
+    from strategies.adaptive_dp import AdaptiveClientDP
     from strategies.client_dp import ClientDP
 
 
@@ -130,7 +129,7 @@ class PrivacyMechanism:
         """
         return None
 
-    def server(self, *, seeded: bool) -> ClientDP | None:
+    def server(self, *, seeded: bool) -> ClientDP | AdaptiveClientDP | None:
         """Makes updates private before they are aggregated; None where they are as they come.
 
         Args:

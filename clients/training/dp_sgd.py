@@ -21,6 +21,7 @@ import torch
 
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
+from clients.training.clip_shares import Shares
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
@@ -33,6 +34,7 @@ from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.privacy.plausible import flaw_of_draws
+from fedlora.privacy.quantile import Quantile
 
 
 def train_private(
@@ -55,6 +57,9 @@ def train_private(
     sample_rate: float | None = None,
     stage: Stage = ONLY_ROUND,
     unit_examples: int = 0,
+    quantile: Quantile | None = None,
+    count_noise: float = 0.0,
+    shares: Shares = (),
 ) -> LocalResult:
     """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
 
@@ -77,6 +82,9 @@ def train_private(
         sample_rate: probability with which an example is in a batch; None: batch size / examples, or units.
         stage: where the round stands in its run.
         unit_examples: see `Mechanism`.
+        quantile: see `Mechanism`.
+        count_noise: see `Mechanism`.
+        shares: see `Mechanism`.
 
     Raises:
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
@@ -96,6 +104,9 @@ def train_private(
         max_physical_batch_size=max_physical_batch_size,
         secure=secure,
         unit_examples=unit_examples,
+        quantile=quantile,
+        count_noise=count_noise,
+        shares=shares,
     )
     self_check(model, pad_token_id, mechanism)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
@@ -110,6 +121,7 @@ def train_private(
             noise,
             None if canaries is None else canaries.rows({**trained.factors, **trained.head}),
             units,
+            torch.Generator().manual_seed(derive(seed, "counts")),
         ) as private,
     ):
         rates = ScheduledRates(optimizer, rate_factors(config, local_steps, stage))

@@ -12,7 +12,6 @@ Opacus is imported by the first private step, not by every process that might ta
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,12 +24,15 @@ from torch import Tensor
 
 from clients.training.batches import Indices, load_batch
 from clients.training.canaries import Rows, add_clipped, add_rows
+from clients.training.clip_shares import Shares
+from clients.training.followed_norm import followed
+from clients.training.opacus_parts import private_optimizer, watched_model
 from clients.training.train import batch_loss
 from clients.training.units import Units, as_examples, join_at, shares
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.privacy.entropy import on_grid, system_normal
+from fedlora.privacy.quantile import Quantile
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
@@ -47,12 +49,15 @@ class Mechanism:
         max_grad_norm: C, what one example adds to the sum at most.
         expected_batch_size: what the noisy sum is divided by, whatever was drawn.
         clipping: ``flat`` clips each example's gradient over all trained tensors together to C,
-            ``per-layer`` each of its L tensors to C / sqrt(L).
+            ``per-layer`` each of its L tensors to C / sqrt(L), or by ``shares``.
         grad_sample_mode: ``hooks``, ``ghost`` or ``loop``; ``ghost`` clips flat only.
         max_physical_batch_size: examples that are in memory at once; 0 means all that were drawn.
         secure: noise from the operating system, which nobody can draw again.
         unit_examples: 0: an example is clipped by itself; else the mean over the examples of its unit, of
             which so many are in a step at most, see `clients.training.units`.
+        quantile: how C goes on from step to step, beginning at ``max_grad_norm``; None: it stays.
+        count_noise: standard deviation of the noise on the counts that it goes by.
+        shares: of groups of tensors in C, see `clients.training.clip_shares`.
     """
 
     noise_multiplier: float
@@ -63,6 +68,9 @@ class Mechanism:
     max_physical_batch_size: int = 0
     secure: bool = False
     unit_examples: int = 0
+    quantile: Quantile | None = None
+    count_noise: float = 0.0
+    shares: Shares = ()
 
     @property
     def noise_std(self) -> float:
@@ -75,6 +83,7 @@ class PrivateSteps:
 
     Attributes:
         optimizer: Opacus' optimiser around the given one.
+        norm: C, where it goes on from step to step.
     """
 
     def __init__(
@@ -85,8 +94,10 @@ class PrivateSteps:
         mechanism: Mechanism,
         canaries: Rows | None = None,
         units: Units | None = None,
+        counts: torch.Generator | None = None,
     ):
         self.optimizer = optimizer
+        self.norm = followed(mechanism, counts)
         self._model = model
         self._watched = watched
         self._mechanism = mechanism
@@ -104,8 +115,14 @@ class PrivateSteps:
         for number, chunk in enumerate(chunks, start=1):
             self.optimizer.zero_grad()  # keeps the sum over the chunks before
             total += self.backward(examples, chunk, pad_token_id)
+            if self.norm is not None:
+                self.optimizer.max_grad_norm = self.norm.value
+                gradients = [g.flatten(1) for g in self.optimizer.grad_samples]
+                self.norm.see(torch.stack([g.norm(dim=1) for g in gradients]).norm(dim=0))
             self.optimizer.signal_skip_step(number < len(chunks))
             self.optimizer.step()
+        if self.norm is not None:
+            self.norm.advance()
         return total
 
     def backward(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
@@ -211,6 +228,7 @@ def private_steps(
     generator: torch.Generator | None = None,
     canaries: Rows | None = None,
     units: Units | None = None,
+    counts: torch.Generator | None = None,
 ) -> Iterator[PrivateSteps]:
     """Inside, the model is watched by Opacus' hooks, on trained layers only; no trace is left afterwards.
 
@@ -223,13 +241,14 @@ def private_steps(
         generator: draws the noise unless ``mechanism.secure``.
         canaries: the gradients of an audit's canaries, which are numbered on from the examples.
         units: whose examples are drawn; None where each example is one.
+        counts: draws the noise on counts unless ``mechanism.secure``.
     """
-    watched = None if mechanism.grad_sample_mode == "loop" else _watch(model, mechanism)
+    watched = None if mechanism.grad_sample_mode == "loop" else watched_model(model, mechanism)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            private = _private(optimizer, mechanism, generator)
-            yield PrivateSteps(model, watched, private, mechanism, canaries, units)
+            private = private_optimizer(optimizer, mechanism, generator, _names(model, optimizer))
+            yield PrivateSteps(model, watched, private, mechanism, canaries, units, counts)
     finally:
         if watched is not None:
             watched.to_standard_module()
@@ -238,6 +257,13 @@ def private_steps(
             vars(layer).pop("max_batch_len", None)
         for parameter in model.module.parameters():
             vars(parameter).pop("summed_grad", None)
+
+
+def _names(model: AdaptedModel, optimizer: torch.optim.Optimizer) -> list[str]:
+    """Of the optimiser's tensors, in its order."""
+    trained = model.trainable()
+    names = {id(p): name for name, p in {**trained.factors, **trained.head}.items()}
+    return [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
 
 def drop_overflowed(parameters: Sequence[Any]) -> None:
@@ -273,55 +299,3 @@ def physical_batches(drawn: Indices, most: int) -> list[Indices]:
     """
     size = most or max(len(drawn), 1)
     return [drawn[start : start + size] for start in range(0, max(len(drawn), 1), size)]
-
-
-def _watch(model: AdaptedModel, mechanism: Mechanism) -> Any:
-    """Opacus' hooks; the loss is summed over the batch, so that no example's gradient knows the others."""
-    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-
-    if mechanism.grad_sample_mode == "ghost":
-        return GradSampleModuleFastGradientClipping(
-            model.module, loss_reduction="sum", max_grad_norm=mechanism.max_grad_norm
-        )
-    return GradSampleModule(model.module, loss_reduction="sum")
-
-
-def _private(
-    optimizer: torch.optim.Optimizer, mechanism: Mechanism, generator: torch.Generator | None
-) -> DPOptimizer:
-    """Opacus' optimiser for that mode and clipping, with the system's noise if it is to be secure."""
-    from opacus.optimizers import get_optimizer_class
-
-    mode = "ghost" if mechanism.grad_sample_mode == "ghost" else "hooks"
-    kind = get_optimizer_class(mechanism.clipping.replace("-", "_"), distributed=False, grad_sample_mode=mode)
-    if mechanism.secure:
-        kind = type(f"SystemNoise{kind.__name__}", (SystemNoise, kind), {})
-    clip: float | list[float] = mechanism.max_grad_norm
-    if mechanism.clipping == "per-layer":
-        count = sum(len(group["params"]) for group in optimizer.param_groups)
-        clip = [mechanism.max_grad_norm / math.sqrt(count)] * count
-    return kind(
-        optimizer,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=clip,
-        expected_batch_size=mechanism.expected_batch_size,
-        generator=generator,
-    )
-
-
-class SystemNoise:
-    """Mixed into any of Opacus' optimisers: noise from the operating system.
-
-    torch's CPU generator keeps only 32 bits of its seed, which can be tried out one by one.
-    """
-
-    params: list[Any]
-    noise_multiplier: float
-    max_grad_norm: float
-
-    def add_noise(self) -> None:
-        """``grad = summed_grad + N(0, (noise_multiplier C)^2)``, added in float64 and rounded to a grid."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            noisy = on_grid(parameter.summed_grad.cpu().double() + std * system_normal(parameter.shape), std)
-            parameter.grad = noisy.to(parameter.dtype).to(parameter.device)

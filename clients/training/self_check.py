@@ -6,7 +6,7 @@ Only made-up examples are used: whether the test passes says nothing about anybo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,11 +15,20 @@ import torch
 from torch import Tensor, nn
 
 from clients.training import batches
-from clients.training.batches import Indices, load_batch
 from clients.training.dp_step import Mechanism, PrivateSteps, private_steps
-from clients.training.train import batch_loss
+from clients.training.followed_norm import followed
+from clients.training.made_up import (
+    EXAMPLES,
+    Named,
+    all_of,
+    clipped,
+    kept,
+    norms_by_row,
+    one_by_one,
+    prepared,
+    synthetic_examples,
+)
 from clients.training.units import open_units
-from fedlora.core.seeding import torch_stream
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed, named_line
 from fedlora.models import AdaptedModel
@@ -28,18 +37,15 @@ from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_spre
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
 HUGE = 1e9
-EXAMPLES, WHOSE = np.arange(4), np.array([0, 0, 1, 2], dtype=np.int32)
-"""The made-up examples, and to which unit each belongs where units are private."""
 FALSE_ALARM = 1e-9
 """Probability with which correct noise is refused."""
 NOISE_DRAWS, NOISE_AGAIN = 500_000, 40_000
 """Coordinates of noise that are drawn at least: 1 % too much or too little is 10 standard errors off. Again,
 for the same mechanism with another noise or norm: 5 % is 14."""
+COUNTS = 4000
+"""Noisy counts that are drawn: 10 % more or less are 9 standard errors off."""
 DRAWN_FROM, DRAWN_RATE, DRAWN_STEPS = 1000, 0.1, 400
 """Examples, rate and steps by which the drawing of batches is tested."""
-
-Named = dict[str, nn.Parameter]
-"""The trained tensors, as in `fedlora.models.Trainable`."""
 
 
 def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> None:
@@ -55,7 +61,9 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
     """
     trained = model.trainable()
     shapes = tuple((name, tuple(p.shape)) for name, p in {**trained.factors, **trained.head}.items())
-    same_steps = replace(mechanism, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1)
+    same_steps = replace(
+        mechanism, noise_multiplier=0.0, count_noise=0.0, max_grad_norm=1.0, expected_batch_size=1
+    )
     if ("draws",) not in model.passed:
         check_draws()
         model.passed.add(("draws",))
@@ -65,6 +73,7 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
     if ("noise", shapes, mechanism) not in model.passed:
         known = ("noise like", shapes, same_steps)
         numbers = NOISE_AGAIN if known in model.passed else NOISE_DRAWS
+        check_count(mechanism)
         check_noise(model, pad_token_id, mechanism, numbers)
         model.passed |= {("noise", shapes, mechanism), known}
 
@@ -83,17 +92,20 @@ def check_steps(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) ->
     with _in_words(model, mechanism), prepared(model) as named:
         alone = one_by_one(model, named, examples, pad_token_id)
         _check_gradients(model, named, examples, pad_token_id, mechanism, alone)
-        norms = torch.stack([_norms(g) for g in alone]).norm(dim=0)
+        norms = torch.stack([norms_by_row(g) for g in alone]).norm(dim=0)
         bounds = [("noise-free", HUGE), ("clipped", 0.7 * float(norms.mean()))]
         if mechanism.unit_examples:
             bounds.append(("clipped", 0.3 * float(norms.min())))
         for what, clip in bounds:
             clipping = replace(
-                mechanism, noise_multiplier=0.0, max_grad_norm=clip, expected_batch_size=len(norms)
-            )
-            wanted = clipped(alone, clip, mechanism.clipping)
-            with _steps(model, named, clipping, examples) as private, _kept(named.values()):
+                mechanism, noise_multiplier=0.0, count_noise=0.0, max_grad_norm=clip,
+                expected_batch_size=len(norms),
+            )  # fmt: skip
+            wanted = clipped(alone, clip, mechanism.clipping, list(named), mechanism.shares)
+            with _steps(model, named, clipping, examples) as private, kept(named.values()):
                 private.step(examples, all_of(examples), pad_token_id)
+                if private.norm and private.norm.counts != [float((norms <= clip).sum()) - len(norms) / 2]:
+                    _refuse("the count of norms is not that of single examples")
                 for (name, parameter), gradients in zip(named.items(), wanted, strict=True):
                     error = _gradient(parameter) - gradients.mean(dim=0)
                     _check(f"the {what} step of {name}", error, gradients)
@@ -119,6 +131,22 @@ def check_draws() -> None:
         _refuse(flaw)
 
 
+def check_count(mechanism: Mechanism) -> None:
+    """The noise on the counts by which a clipping norm goes on, if it does, is N(0, count_noise^2).
+
+    Raises:
+        RunFailed: it has another law.
+    """
+    norm = followed(mechanism, torch.Generator().manual_seed(0))
+    if norm is None:
+        return
+    for _ in range(COUNTS):
+        norm.advance()
+    counts = [torch.tensor([count], dtype=torch.float64) for count in norm.counts]
+    if flaw := flaw_of_noise(counts, mechanism.count_noise, FALSE_ALARM):
+        _refuse(f"the noise on the count of norms {flaw}")
+
+
 def check_noise(
     model: AdaptedModel, pad_token_id: int, mechanism: Mechanism, numbers: int = NOISE_DRAWS
 ) -> None:
@@ -137,6 +165,7 @@ def check_noise(
         RunFailed: it has another one, or the same numbers come again.
     """
     examples = synthetic_examples(model, pad_token_id, units=mechanism.unit_examples > 0)
+    mechanism = at_rest(mechanism)
     draws: list[list[Tensor]] = []
     with prepared(model) as named, _steps(model, named, mechanism, examples) as private:
         for _ in range(max(2, math.ceil(numbers / sum(p.numel() for p in named.values())))):
@@ -162,37 +191,17 @@ def _check_gradients(
         private.backward(examples, all_of(examples), pad_token_id)
         if mechanism.grad_sample_mode == "ghost":
             norms: list[Tensor] = [p._norm_sample for p in private.optimizer.params]
-            _compare("per-example gradient norms", named, norms, [_norms(g) for g in alone])
+            _compare("per-example gradient norms", named, norms, [norms_by_row(g) for g in alone])
         else:
             _compare("per-example gradients", named, private.optimizer.grad_samples, alone)
 
 
-def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:
-    """Each example's gradient from a batch of one, or units' means of them: (number, *parameter.shape)."""
-    single = [load_batch(examples, EXAMPLES[[i]], pad_token_id, model.device) for i in EXAMPLES]
-    gradients = [torch.autograd.grad(batch_loss(model, batch), list(named.values())) for batch in single]
-    stacked = [torch.stack(of_parameter) for of_parameter in zip(*gradients, strict=True)]
-    if examples.units is None:
-        return stacked
-    return [
-        torch.stack([g[examples.units == unit].mean(dim=0) for unit in np.unique(WHOSE)]) for g in stacked
-    ]
-
-
-def all_of(examples: Examples) -> Indices:
-    """Whom of the made-up examples a batch draws: all, or all units."""
-    return EXAMPLES if examples.units is None else np.unique(examples.units, return_index=True)[1]
-
-
-def clipped(gradients: Sequence[Tensor], clip: float, clipping: str) -> list[Tensor]:
-    """Per-example gradients after clipping; Opacus adds 1e-6 to every norm."""
-    norms = torch.stack([_norms(g) for g in gradients])
-    if clipping == "per-layer":
-        clip = clip / math.sqrt(len(gradients))
-    else:
-        norms = norms.norm(dim=0).expand_as(norms)
-    factors = (clip / (norms + 1e-6)).clamp(max=1.0)
-    return [torch.einsum("n,n...->n...", f, g) for f, g in zip(factors, gradients, strict=True)]
+def at_rest(mechanism: Mechanism) -> Mechanism:
+    """The same with a clipping norm that stays where it begins."""
+    quantile = mechanism.quantile
+    return (
+        mechanism if quantile is None else replace(mechanism, quantile=replace(quantile, learning_rate=0.0))
+    )
 
 
 def beginning(noise: Tensor) -> tuple[float, ...]:
@@ -214,12 +223,6 @@ def flaw_of_tensors(names: Sequence[str], draws: Sequence[Sequence[Tensor]], std
         if flaw := flaw_of_noise(steps, std, FALSE_ALARM / len(by_tensor)):
             return f"the noise on {name} {flaw}"
     return ""
-
-
-def _norms(gradients: Tensor) -> Tensor:
-    """(examples, ...) -> (examples,)."""
-    norms: Tensor = torch.linalg.vector_norm(gradients.flatten(1), dim=1)
-    return norms
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
@@ -270,25 +273,6 @@ def _refuse(reason: str, way_out: str = "") -> None:
     raise RunFailed(f"privacy self-test: {reason}, nothing was trained{way_out}")
 
 
-def synthetic_examples(model: AdaptedModel, pad_token_id: int, *, units: bool = False) -> Examples:
-    """A few examples of the model's task; with units two of them belong together."""
-    examples = model.task.synthetic_examples(len(EXAMPLES), model.module.config, pad_token_id)
-    return replace(examples, units=WHOSE) if units else examples
-
-
-@contextmanager
-def prepared(model: AdaptedModel) -> Iterator[Named]:
-    """Inside, dropout is off and no factor is zero: every gradient has something to be compared with."""
-    generator = torch_stream(0, "self-test")
-    with model.training() as trained, _kept(trained.all) as kept:
-        moves = [0.05 * torch.randn(p.shape, generator=generator).to(p) for p in kept]
-        _put(trained.all, [p + move for p, move in zip(kept, moves, strict=True)])
-        for layer in model.module.modules():
-            if isinstance(layer, nn.Dropout):
-                layer.eval()
-        yield {**trained.factors, **trained.head}
-
-
 @contextmanager
 def _steps(
     model: AdaptedModel, named: Named, mechanism: Mechanism, examples: Examples
@@ -299,19 +283,3 @@ def _steps(
     units = open_units(examples, EXAMPLES, len(EXAMPLES) if mechanism.unit_examples else 0, 0)
     with private_steps(model, sgd, mechanism, generator, units=units) as private:
         yield private
-
-
-@contextmanager
-def _kept(parameters: Iterable[nn.Parameter]) -> Iterator[list[Tensor]]:
-    """The values; afterwards the parameters have them again."""
-    kept = [p.detach().clone() for p in parameters]
-    try:
-        yield kept
-    finally:
-        _put(parameters, kept)
-
-
-def _put(parameters: Iterable[nn.Parameter], values: Sequence[Tensor]) -> None:
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)

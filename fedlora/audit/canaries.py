@@ -9,7 +9,6 @@ one of them out is found there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from clients.training.batches import Indices
 from clients.training.canaries import Rows
+from clients.training.clip_shares import Shares, tensor_clips
 from fedlora.audit.attack import Coins
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream, torch_stream
@@ -76,7 +76,7 @@ class ClientCanaries:
         design: all canaries.
         partition: whose these are.
         uploaded: the factors that come back; canaries push along nothing else.
-        clipping: of the run.
+        clipping, shares: of the run.
         silent: they are drawn and push along nothing, so that a round can be repeated without them.
         names: group -> the tensors that its canaries push along, known once the round is trained.
         gains: group -> the length that clipping leaves of a canary / max_grad_norm, on average.
@@ -87,6 +87,7 @@ class ClientCanaries:
     partition: int
     uploaded: frozenset[str]
     clipping: str = "flat"
+    shares: Shares = ()
     silent: bool = False
     names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     gains: dict[str, float] = field(default_factory=dict)
@@ -113,8 +114,9 @@ class ClientCanaries:
             parts = torch.split(directions, sizes, dim=1)
             self.gains[group] = 1.0
             if self.clipping == "per-layer":
-                of_parts = torch.stack([part.norm(dim=1) for part in parts]).sum(dim=0)
-                self.gains[group] = float(of_parts.mean()) / math.sqrt(len(trained))
+                clips = dict(zip(trained, tensor_clips(list(trained), 1.0, self.shares), strict=True))
+                of_parts = [clips[n] * part.norm(dim=1) for n, part in zip(names, parts, strict=True)]
+                self.gains[group] = float(torch.stack(of_parts).sum(dim=0).mean())
             strength = 0.0 if self.silent else length
             spread |= {name: strength * part for name, part in zip(names, parts, strict=True)}
         group_of = {name: group for group, names in self.names.items() for name in names}

@@ -18,6 +18,7 @@ from fedlora.audit.attack import Coins, Scores
 from fedlora.audit.canaries import LOUDNESS, orthonormal
 from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, ClientUpdate
+from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP, changes, moved
 
 FIRST = 1_000_000_000
@@ -35,14 +36,16 @@ class WithCanaries:
         seed: of coins and directions.
         scores: of each: how far the published sums went along its direction, in clipping norms.
         noise: of each round: what was published less what was sent, in clipping norms.
+        claimed: standard deviation that it should have, in clipping norms.
     """
 
-    mechanism: ClientDP
+    mechanism: ClientDP | AdaptiveClientDP
     canaries: int
     rounds: int
     seed: int
     scores: Scores = field(init=False)
     noise: list[Tensor] = field(default_factory=list)
+    claimed: float = 0.0
 
     def __post_init__(self) -> None:
         self.scores = np.zeros(self.canaries)
@@ -68,9 +71,11 @@ class WithCanaries:
         ]
         everyone = {**sent, **{update.partition_id: start for update in made_up}}
         told = planned + self.canaries
+        now = self.mechanism.now(told)
+        self.claimed = now.noise_multiplier
         private = self.mechanism.privatise([*updates, *made_up], everyone, told, server_round)
         published = told * _flat(changes(private[0], start))
-        known = sum(_flat(self.mechanism.clipped(changes(u, sent[u.partition_id]))) for u in updates)
+        known = sum(_flat(now.clipped(changes(u, sent[u.partition_id]))) for u in updates)
         apart = (published - known) / norm
         self.scores += (directions.double() @ apart).numpy()
         self.noise.append(apart - directions[torch.from_numpy(self.coins)].double().sum(dim=0))

@@ -108,6 +108,7 @@ class AuditGrid(LocalGrid):
             one.node.partition_id,
             one.instruction.uploaded,
             clipping=self._config.privacy.clipping,
+            shares=self._config.privacy.shares,
             silent=silent,
         )
 
@@ -138,5 +139,6 @@ class AuditGrid(LocalGrid):
             sample_rate=rate_of(config, node.partition_id, runtime.data.num_protected(node.partition_id)),
             stage=stage_of(instruction, config),
             unit_examples=privacy.unit_examples,
+            shares=privacy.shares,
         )
         return tensors_of(wire.to_peft(result.adapters, result.head, instruction.uploaded, modules))

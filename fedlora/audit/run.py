@@ -158,6 +158,11 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
         raise ConfigError("privacy.mode = 'none': an audit needs a claim, 'example' or 'client'")
     if not rule.facts.uploaded and config.model.head != "train":
         raise ConfigError(f"strategy.name = {config.strategy.name!r}: clients send nothing, so nothing leaks")
+    if config.privacy.private and config.privacy.clipping == "adaptive":
+        raise ConfigError(
+            "privacy.clipping = 'adaptive': what a canary is clipped to follows the noise, so that an audit "
+            "cannot say how far it should go; audit with 'flat'"
+        )
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
     if not 0 < confidence < 1:
@@ -172,14 +177,14 @@ def _client_level(
         session = InProcessSession(InProcessEngine(), config, home / "clients")
         federation = FederatedRun(session, RunDirectory(home / "run"), [Tell(progress)] if progress else [])
         mechanism, clients = federation.strategy.client_dp, sorted(federation.partitions)
-        assert isinstance(mechanism, ClientDP)
+        assert mechanism is not None
         last = config.num_server_rounds
         rounds = min(config.privacy.max_participations or last, last)
         most = sum(_dimensions(federation).values())
         hidden = WithCanaries(mechanism, min(canaries, most), rounds, config.seed)
         federation.strategy.client_dp = cast(ClientDP, hidden)
         result = federation.run(AuditGrid(session.runtime, session.config, clients, home / "clients"))
-    noise, delta = mechanism.noise_multiplier, config.privacy.target_delta
+    noise, delta = hidden.claimed, config.privacy.target_delta
     expected = Expected(steps=rounds, sample_rate=1.0, noise_multiplier=noise)
     alarm, scores = FALSE_ALARM / 3, hidden.scores / expected.noise
     by_round = [noise_of_round.numpy() for noise_of_round in hidden.noise]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -44,8 +46,19 @@ class PrivacyConfig:
     """``example``: each example's gradient is clipped to this norm."""
     clipping_norm: PositiveFloat = 1.0
     """``client``: all that a client changed is clipped to this norm."""
-    clipping: Literal["flat", "per-layer"] = "flat"
-    """``flat``: all trained tensors together; ``per-layer``: each of L tensors to max-grad-norm / sqrt(L)."""
+    clipping: Literal["flat", "per-layer", "adaptive"] = "flat"
+    """``flat``: all trained tensors together; ``per-layer``: each of L tensors to max-grad-norm / sqrt(L);
+    ``adaptive``: together, to a norm that follows a quantile of the norms, found privately."""
+    clip_shares: str = ""
+    """``per-layer``: JSON object of budget shares by group, for instance ``{"A": 1, "B": 2, "head": 1}``;
+    groups are factors, ``head``, parts of layers' names, and ``rest``. Empty: all tensors alike."""
+    target_quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """``adaptive``: the share of norms that is to lie within the clipping norm."""
+    clip_learning_rate: PositiveFloat = 0.2
+    """``adaptive``: how fast it follows, from ``clipping-norm``, or each round from ``max-grad-norm`` on."""
+    count_noise: NonNegativeFloat = 0.0
+    """``adaptive``: standard deviation of the noise on the count of norms within; 0: a twentieth of the
+    cohort or batch, at least 5 times the noise multiplier. It is paid for by more noise on the sum."""
     grad_sample_mode: Literal["hooks", "ghost", "loop"] = "hooks"
     """``hooks`` keeps each example's gradient, ``ghost`` only its norm and goes back twice (less memory),
     ``loop`` goes back once for each example: for a ``lora.method`` of which Opacus sees nothing."""
@@ -67,6 +80,7 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         self._check_relation()
         self._check_units()
+        self._check_shares()
         require(
             self.clipping == "flat" or self.grad_sample_mode != "ghost",
             "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
@@ -88,6 +102,34 @@ class PrivacyConfig:
             not (self.private and self.release_metrics), "privacy.release-metrics", self.release_metrics,
             f"must be false where privacy.neighboring-relation = {relation!r}, it sends the number",
         )  # fmt: skip
+
+    def _check_shares(self) -> None:
+        if not self.clip_shares:
+            return
+        try:
+            found = json.loads(self.clip_shares)
+        except ValueError:
+            found = None
+        numbers = isinstance(found, dict) and all(
+            type(share) in (int, float) and 0 < share < math.inf for share in found.values()
+        )
+        require(
+            bool(found) and numbers, "privacy.clip-shares", self.clip_shares,
+            'must be a JSON object of groups and numbers > 0, for instance {"A": 1, "rest": 2}',
+        )  # fmt: skip
+        require(
+            self.clipping == "per-layer", "privacy.clip-shares", self.clip_shares,
+            f'takes privacy.clipping = "per-layer", which is {self.clipping!r}',
+        )  # fmt: skip
+        require(
+            not self.client_level, "privacy.clip-shares", self.clip_shares,
+            "must be empty where privacy.mode = 'client', whose updates are clipped whole",
+        )  # fmt: skip
+
+    @property
+    def shares(self) -> tuple[tuple[str, float], ...]:
+        """Groups and their shares of the budget, in order; empty where all tensors are alike."""
+        return tuple((group, float(s)) for group, s in json.loads(self.clip_shares or "{}").items())
 
     def _check_units(self) -> None:
         if not self.unit_column:

@@ -262,6 +262,7 @@ class ServerState:
         acknowledged: partition id -> digests that it has acknowledged.
         ledger_heads: partition id -> the head of its privacy ledger when it last said.
         in_flight: the clients at work, where rounds do not wait for them.
+        clipping_norm: of the next round, where client-level privacy adapts it.
     """
 
     state: State
@@ -269,3 +270,4 @@ class ServerState:
     acknowledged: dict[int, set[str]] = field(default_factory=dict)
     ledger_heads: dict[int, str] = field(default_factory=dict)
     in_flight: tuple[InFlight, ...] = ()
+    clipping_norm: float | None = None

@@ -45,6 +45,7 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
         "ledger-heads": checkpoint.ledger_heads,
         **({"in-flight": [_flight(f) for f in checkpoint.in_flight]} if checkpoint.in_flight else {}),
+        "clipping-norm": checkpoint.clipping_norm,
     }
     write_atomic(latest, json.dumps(about) + "\n")
     for old in folder.glob("state-*.safetensors"):
@@ -88,6 +89,7 @@ def read_checkpoint(folder: Path) -> ServerState | None:
             InFlight(**flight, tensors=_under(f"flight.{flight['number']}.", tensors))
             for flight in about.get("in-flight", [])
         ),
+        about.get("clipping-norm"),
     )
 
 

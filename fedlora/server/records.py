@@ -118,6 +118,7 @@ def round_record(
         "participants": report.participants,
         "refused": {str(p): reason for p, reason in report.refused.items()},
         **({"halved": report.halved} if report.halved else {}),
+        **({} if report.clipping_norm is None else {"clipping_norm": report.clipping_norm}),
     }
 
 

@@ -19,6 +19,7 @@ Break = Callable[[pytest.MonkeyPatch], None]
 COHORTS = {"engine.cohort-size": 2}
 GHOSTS = {"privacy.grad-sample-mode": "ghost"}
 LAYERS = {"privacy.clipping": "per-layer"}
+SHARES = {**LAYERS, "privacy.clip-shares": '{"A": 1, "B": 3, "head": 1}'}
 UNITS = {"privacy.unit-column": "group", "train.batch-size": 16}
 SMALL = {"train.batch-size": 24, "privacy.noise-multiplier": 1.2, "privacy.target-epsilon": 8.0}
 PLANTED: dict[str, tuple[Break, dict[str, Any], str, float, float]] = {
@@ -46,7 +47,14 @@ def test_a_planted_fault_is_found(
     assert low < found.separations[TOGETHER].value < high
 
 
-RIGHT = {"cohorts": COHORTS, "ghosts": GHOSTS, "layers": LAYERS, "small": SMALL, "units": UNITS}
+RIGHT = {
+    "cohorts": COHORTS,
+    "ghosts": GHOSTS,
+    "layers": LAYERS,
+    "small": SMALL,
+    "units": UNITS,
+    "shares": SHARES,
+}
 
 
 @pytest.mark.parametrize("keys", RIGHT.values(), ids=RIGHT)

@@ -165,7 +165,7 @@ def test_we_refuse_the_pairs_that_opacus_refuses(mode: str, clipping: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("clipping", "adaptive"), ("grad_sample_mode", "ew"), ("max_physical_batch_size", -1)]
+    ("key", "value"), [("clipping", "automatic"), ("grad_sample_mode", "ew"), ("max_physical_batch_size", -1)]
 )
 def test_unknown_ways_are_refused(key: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=rf"privacy\.{key.replace('_', '-')} = "):

@@ -18,7 +18,8 @@ import clients.training.self_check
 from clients.training import batches, dp_sgd
 from clients.training.batches import shuffled_batches
 from clients.training.dp_sgd import train_private
-from clients.training.dp_step import Mechanism, SystemNoise
+from clients.training.dp_step import Mechanism
+from clients.training.opacus_parts import SystemNoise
 from clients.training.self_check import check_draws, self_check
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed

@@ -9,7 +9,7 @@ import pytest
 import torch
 from opacus.optimizers import get_optimizer_class
 
-from clients.training.dp_step import SystemNoise
+from clients.training.opacus_parts import SystemNoise
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.privacy.entropy import GRID, on_grid, system_normal

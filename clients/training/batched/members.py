@@ -11,6 +11,7 @@ from clients.training.batches import Indices, poisson_batches, shuffled_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_sgd import private_streams
 from clients.training.dp_step import Mechanism
+from clients.training.followed_norm import FollowedNorm, followed
 from clients.training.units import Units, open_units
 from fedlora.config import TrainConfig
 from fedlora.core.factors import AdapterSet, Tensors
@@ -70,12 +71,14 @@ class Streams:
         dropout: of the adapters' inputs.
         noise: of private steps, unless they are secure.
         units: whose examples are drawn; None where each example is one.
+        norm: to which gradients are clipped, where that goes on from step to step.
     """
 
     batches: Iterator[Indices]
     dropout: torch.Generator
     noise: torch.Generator
     units: Units | None = None
+    norm: FollowedNorm | None = None
 
 
 def protected(member: Member, examples: Examples) -> Indices:
@@ -113,4 +116,5 @@ def open_streams(member: Member, config: TrainConfig, device: torch.device, exam
         dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),
         noise=torch.Generator(device).manual_seed(derive(seed, "noise")),
         units=units_of(member, examples, seed),
+        norm=followed(member.mechanism, torch.Generator().manual_seed(derive(seed, "counts"))),
     )

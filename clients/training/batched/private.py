@@ -8,13 +8,13 @@ trained.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from clients.training.batched.stacks import StackedAdapters
+from clients.training.clip_shares import tensor_clips
 from clients.training.dp_step import Mechanism
 from fedlora.privacy.entropy import on_grid, system_normal
 
@@ -25,23 +25,34 @@ class ClippedSums:
     Args:
         stacks: what is trained.
         mechanisms: of the members at work, in their order.
+
+    Attributes:
+        sums: the clipped gradients, by client.
+        counts: of each client the sum over its rows of 1/2 for a norm within the clipping norm, else -1/2.
     """
 
     def __init__(self, stacks: StackedAdapters, mechanisms: Sequence[Mechanism]) -> None:
         self._stacks, self._mechanisms = stacks, mechanisms
         values, active = stacks.values, len(mechanisms)
         self.sums = {name: torch.zeros_like(values[name][:active]) for name in stacks.trained}
-        counts = [len(stacks.trained_by(member)) for member in stacks.members[:active]]
-        clips = [
-            mechanism.max_grad_norm / (math.sqrt(count) if self._per_layer else 1.0)
-            for mechanism, count in zip(mechanisms, counts, strict=True)
-        ]
-        self._clips = torch.tensor(clips, device=stacks.device, dtype=stacks.dtype)
+        members = zip(mechanisms, stacks.members[:active], strict=True)
+        clips = [self._clips_of(mechanism, stacks.trained_by(member)) for mechanism, member in members]
+        self.counts = torch.zeros(active, device=stacks.device, dtype=stacks.dtype)
+        self._clips = torch.tensor(clips, device=stacks.device, dtype=stacks.dtype).T  # (tensors, members)
         self._trained = torch.ones(len(stacks.trained), active, device=stacks.device, dtype=stacks.dtype)
         for row, name in enumerate(stacks.trained):
             holding = stacks.holding(name, active)
             if holding is not None:
                 self._trained[row].index_fill_(0, holding, 0.0)
+
+    def _clips_of(self, mechanism: Mechanism, trained: Sequence[str]) -> list[float]:
+        """To which norm a member's mechanism clips each of the cohort's tensors, or all together."""
+        if not self._per_layer:
+            return [mechanism.max_grad_norm] * len(self._stacks.trained)
+        own = dict(
+            zip(trained, tensor_clips(trained, mechanism.max_grad_norm, mechanism.shares), strict=True)
+        )
+        return [own.get(name, mechanism.max_grad_norm) for name in self._stacks.trained]
 
     @property
     def _per_layer(self) -> bool:
@@ -65,8 +76,10 @@ class ClippedSums:
             found = [g.masked_fill(overflowed.view(-1, *[1] * (g.ndim - 1)), 0.0) for g in found]
         norms = torch.where(trained > 0, norms, torch.zeros_like(norms))
         if not self._per_layer:
-            norms = norms.norm(dim=0).expand_as(norms)
-        factors = (self._clips[clients] / (norms + 1e-6)).clamp(max=1.0) * trained
+            whole = norms.norm(dim=0)
+            self.counts.index_add_(0, clients, (whole <= self._clips[0, clients]).to(self.counts) - 0.5)
+            norms = whole.expand_as(norms)
+        factors = (self._clips[:, clients] / (norms + 1e-6)).clamp(max=1.0) * trained
         for name, gradient, factor in zip(self._stacks.trained, found, factors, strict=True):
             shape = (-1, *[1] * (gradient.ndim - 1))
             self.sums[name].index_add_(0, clients, gradient * factor.view(shape))

@@ -16,19 +16,15 @@ from torch import Tensor
 from clients.training.batched.members import Member
 from clients.training.batched.train import BatchSettings, Cohort
 from clients.training.dp_step import Mechanism
+from clients.training.made_up import EXAMPLES, Named, clipped, one_by_one, prepared, synthetic_examples
 from clients.training.self_check import (
-    EXAMPLES,
     HUGE,
     NOISE_DRAWS,
-    Named,
     beginning,
+    check_count,
     check_draws,
-    clipped,
     flaw_of_tensors,
     negligible,
-    one_by_one,
-    prepared,
-    synthetic_examples,
 )
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import lora_set
@@ -71,6 +67,7 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
                 _compare("gradient", cohort.plain(SHARED_OUT), means)
             else:
                 check_draws()
+                check_count(real)
                 _check_clipping(cohort, real, alone)
                 _check_noise(cohort, real)
     model.passed.add(("cohort", shapes, real))
@@ -84,9 +81,12 @@ def _check_clipping(cohort: Cohort, mechanism: Mechanism, alone: dict[str, Tenso
     tight = (0.3 * float(norms.min()),) if mechanism.unit_examples else ()
     for bound in (HUGE, 0.7 * float(norms.mean()), *tight):
         clipping = replace(mechanism, noise_multiplier=0.0, max_grad_norm=bound, expected_batch_size=1)
-        wanted = clipped(list(alone.values()), bound, mechanism.clipping)
+        wanted = clipped(list(alone.values()), bound, mechanism.clipping, list(alone), mechanism.shares)
         sums = {n: [g[own].sum(dim=0) for own in places] for n, g in zip(alone, wanted, strict=True)}
         _compare("clipped sum", cohort.private(drawn, [clipping, clipping]), sums)
+        within = [float((norms[own] <= bound).sum()) - len(own) / 2 for own in places]
+        if clipping.quantile and cohort.counts.tolist() != within:
+            _refuse("the count of norms is not that of its clients")
 
 
 def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -105,11 +105,13 @@ class Cohort:
 
     Attributes:
         stacks: the trained values, as they are now.
+        counts: of the last private step, see `ClippedSums`.
     """
 
     def __init__(self, model: AdaptedModel, members: Sequence[Member], task: BatchSettings) -> None:
         self._model, self._members, self._task = model, members, task
         self.stacks = StackedAdapters(model, members)
+        self.counts = torch.zeros(0)
         self._update = Update(self.stacks, task.config, task.stage)
         self._streams = [
             open_streams(member, task.config, self.stacks.device, task.examples) for member in members
@@ -130,9 +132,19 @@ class Cohort:
         batches = [next(stream.batches) for stream in self._streams[:active]]
         for sizes, batch in zip(self._sizes, batches, strict=False):
             sizes.append(len(batch))
-        mechanisms = [m.mechanism for m in self._members[:active] if m.mechanism is not None]
+        mechanisms = [self._now(place) for place in range(active) if self._members[0].mechanism is not None]
         gradients = self.private(batches, mechanisms) if mechanisms else self.plain(batches)
+        for place, stream in enumerate(self._streams[:active]):
+            if stream.norm is not None:
+                stream.norm.add(float(self.counts[place]))
+                stream.norm.advance()
         self._update.step(gradients, active)
+
+    def _now(self, place: int) -> Mechanism:
+        """The mechanism of a member's next step."""
+        mechanism, norm = self._members[place].mechanism, self._streams[place].norm
+        assert mechanism is not None
+        return mechanism if norm is None else replace(mechanism, max_grad_norm=norm.value)
 
     def plain(self, batches: Sequence[Indices]) -> Gradients:
         """The gradient of each client's mean loss; a tensor that takes no part in the loss has none."""
@@ -164,6 +176,7 @@ class Cohort:
                 for walked in self._passes(rows, by_example=True, most_rows=most):
                     walked.losses.sum().backward()  # type: ignore[no-untyped-call]
                     sums.add(walked.gradients(), walked.clients)
+        self.counts = sums.counts
         return sums.released([stream.noise for stream in self._streams])
 
     def _of_units(self, wave: Sequence[Indices], most: int) -> tuple[Gradients, Tensor]:

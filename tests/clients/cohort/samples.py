@@ -102,6 +102,9 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
             grad_sample_mode=m.grad_sample_mode,
             max_physical_batch_size=m.max_physical_batch_size,
             unit_examples=m.unit_examples,
+            quantile=m.quantile,
+            count_noise=m.count_noise,
+            shares=m.shares,
             release_loss=True,
             stage=task.stage,
         )
