@@ -12,6 +12,7 @@ import torch
 
 from clients.budget import plan_release
 from clients.ledger_ref import LedgerRef
+from clients.privacy import mechanism_of
 from clients.training.batched.private import ClippedSums
 from clients.training.batched.self_check import check_cohort
 from clients.training.dp_step import Mechanism
@@ -20,6 +21,7 @@ from clients.training.self_check import self_check
 from fedlora.audit.run import check_audit
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel
+from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.privacy.quantile import Quantile
 from tests.clients.cohort import samples
 from tests.clients.samples import PAD, loaded
@@ -113,6 +115,15 @@ def test_the_ledger_is_charged_what_sum_and_count_cost_together(tmp_path: Path, 
     assert plan.release.noise_multiplier == 1.1
     assert made.clipping == "flat"
     assert made.noise_multiplier**-2 + (2 * made.count_noise) ** -2 == pytest.approx(1.1**-2)
+
+
+def test_a_count_that_takes_everything_is_refused_before_the_run(cache: Path) -> None:
+    config = tiny_config(
+        **{"privacy.mode": "example", "privacy.noise-multiplier": 1.1, "privacy.clipping": "adaptive",
+           "privacy.count-noise": 0.5}
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=r"privacy\.count-noise = 0\.5: must be above half of the noise"):
+        mechanism_of(config).check_data(open_prepared(prepare(config)), [0, 1])
 
 
 def test_an_audit_says_that_it_cannot() -> None:
