@@ -94,7 +94,7 @@ def test_a_hidden_count_of_no_test_example_is_answered_and_a_public_one_is_not(
     hidden = tiny_config(**{**PRIVATE, **HIDDEN})
     assert reply(EVALUATE, hidden, tmp_path / "a", **node, **{"declared-examples": 50}).status == wire.OK
     assert reply(EVALUATE, tiny_config(**PRIVATE), tmp_path / "b", **node).status == wire.DECLINED
-    assert not list((tmp_path / "b").rglob("*.jsonl"))
+    assert not list((tmp_path / "b" / "ledger").glob("*.jsonl"))
 
 
 @pytest.mark.parametrize(

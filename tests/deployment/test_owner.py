@@ -146,7 +146,7 @@ def test_values_beyond_the_range_are_refused_by_the_one_refusal(
     assert (refused.status, refused.reason) == (wire.DECLINED, owner.REFUSAL)
     (said,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert re.search(rf"{kind.removeprefix('lora_')} of .* was received, at most 10000 is taken", said)
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert not list((tmp_path / "ledger").glob("*.jsonl"))
 
 
 def test_the_largest_value_itself_is_trained_on(tmp_path: Path, cache: Path) -> None:
