@@ -27,13 +27,12 @@ from fedlora.data.examples import evaluation_subset
 from fedlora.prepared.cache import Prepared
 from fedlora.server.build import assemble, client_spec
 from fedlora.server.validate import check
+from fedlora.wire.upload import CODECS
 from strategies.rule import Rule
 
 Line = tuple[str, str]
 MOST_NAMED = 8
 """Labels or clients that a line names; more are counted."""
-BYTES = {"float32": 4.0, "float16": 2.0, "int8": 1 + 4 / 64}
-"""Of a number as it travels, see `fedlora.wire.upload`."""
 TRIED_STEPS, TRIED_EXAMPLES = 2, 64
 """What is timed: steps of one client, and test examples."""
 
@@ -139,8 +138,8 @@ class Preview:
             head = began.head if self.config.model.head == "train" else {}
             up = wire.to_peft(layers, head, began.uploaded)
             down = wire.to_peft(began.adapters, began.head)
-            ups.append(_numbers(up) * BYTES[self.config.upload or self.config.wire_dtype])
-            downs.append(_numbers(down) * BYTES[self.config.wire_dtype])
+            ups.append(_bytes_of(up, self.config.upload or self.config.wire_dtype))
+            downs.append(_bytes_of(down, self.config.wire_dtype))
         return (
             f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "
             f"up {self.rule.facts.up or '0'}, down {self.rule.facts.down or '0'})"
@@ -166,8 +165,9 @@ class Preview:
         return self.rule.broadcast(self.state, client_spec(self.config, self.runtime, partition))
 
 
-def _numbers(tensors: Tensors) -> int:
-    return sum(tensor.numel() for tensor in tensors.values())
+def _bytes_of(tensors: Tensors, codec: str) -> int:
+    """Bytes of tensors as a codec sends them, at most."""
+    return sum(CODECS[codec].nbytes(tensor.numel()) for tensor in tensors.values())
 
 
 def _some(named: Sequence[str]) -> str:
