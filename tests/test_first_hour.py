@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 import fedlora
 from fedlora.cli import cli
 from fedlora.config import read_config
+from fedlora.wire.upload import CODECS
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "experiments" / "tiny.toml"
@@ -99,6 +100,14 @@ def test_a_dry_run_says_what_a_run_then_does(tmp_path: Path, cache: Path) -> Non
     assert said["traffic"].startswith(
         f"{first['bytes_up'] / clients / 1e6:.3g} MB up and {first['bytes_down'] / clients / 1e6:.3g} MB down"
     )
+
+
+@pytest.mark.parametrize("upload", sorted(CODECS))
+def test_a_dry_run_knows_every_codec(upload: str, cache: Path) -> None:
+    mean = ("--set", "strategy.name=fedavg", "--set", "lora.ranks=4")
+    said = invoke("run", TINY, *mean, "--set", f"upload={upload}", "--dry-run")
+    assert said.exit_code == 0, said.output
+    assert " MB up and " in said.stdout
 
 
 def test_a_dry_run_plans_epsilon(cache: Path) -> None:
