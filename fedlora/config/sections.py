@@ -223,6 +223,9 @@ class StudyConfig:
     comparisons: str = ""
     """Claims, tested together: METHOD:BASELINE, for instance ``fedsvd:ffa, *:head-only``; ``*`` is all
     others."""
+    target_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The report says what each run sends, and in simulated time how long it takes, until a round's accuracy
+    is this, for instance ``0.78``; 0 asks for nothing."""
     tune_learning_rates: str = ""
     """Comma list, for instance ``0.001,0.003``: each strategy and variant is tuned over them, on
     ``data.validation-fraction``."""

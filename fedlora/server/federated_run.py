@@ -47,6 +47,8 @@ class FederatedRun:
         self.callbacks = (Evaluate(), Record(), Track(), Checkpoint(), *callbacks)
         self.before: dict[str, Any] = {}
         rule = check(self.config)
+        if self.config.devices.timed and session.stores is None:
+            raise ConfigError("devices: time is simulated by `fedlora run` and `compare`, here it is real")
         self.personal = bool(kept(self.config, rule))
         privacy = mechanism_of(self.config)
         privacy.check_data(self.runtime.data if session.nodes is None else None, self.partitions)

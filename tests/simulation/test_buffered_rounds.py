@@ -27,6 +27,7 @@ from strategies.flower import FactorStrategy
 from strategies.replies import validate_reply
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import MODULES, bits, initial_arrays, watched
+from tests.in_process import federated
 
 LATE = [name for name, rule in strategies.RULES.items() if rule.facts.stale in (FACTORS, PRODUCT)]
 every_late_rule = pytest.mark.parametrize("name", LATE)
@@ -278,6 +279,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits_and_times(
 def test_what_needs_rounds_that_wait_is_refused(keys: dict[str, Any], error: type, why: str) -> None:
     with pytest.raises(error, match=why):
         check(from_flat(KEYS | DOES_NOT | keys))
+
+
+def test_where_time_is_real_devices_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="time is simulated by `fedlora run`"):
+        federated(from_flat(KEYS), tmp_path / "run")
+    assert not (tmp_path / "run/config.toml").exists()
 
 
 def test_more_at_work_than_there_are_clients_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -302,3 +303,32 @@ def test_privacy_utility_has_each_method_at_each_budget_and_one_colour_for_it() 
 def test_one_budget_has_no_privacy_utility_chart() -> None:
     rows = summarise([result("fedavg", epsilon=3.0), result("flora")])
     assert "privacy-utility" not in [chart.name for chart in draw_charts(rows)]
+
+
+def test_the_way_to_an_accuracy_is_told_in_megabytes_and_simulated_time() -> None:
+    runs = [
+        timed(result("fedavg", seed=seed), hours)
+        for seed, hours in ((1, (1.0, 2.0, 4.0)), (2, (2.0, 5.0, 6.0)))
+    ]
+    (row,) = summarise(runs)
+    reached = [next(i for i, r in enumerate(run.rounds) if r["accuracy"] >= 0.5) for run in runs]
+    seconds = [run.rounds[i]["virtual_seconds"] for run, i in zip(runs, reached, strict=True)]
+    sent = [
+        sum(r["bytes_up"] + r["bytes_down"] for r in run.rounds[: i + 1])
+        for run, i in zip(runs, reached, strict=True)
+    ]
+    assert row.until(0.5) == (sum(seconds) / 2, sum(sent) / 2)
+    assert row.until(0.99) is None
+    text = Page(render("Time", runs, target=0.5)).text
+    assert {"MB to 50.0%", "Time to 50.0%", "Simulated time", "Accuracy over simulated time"} <= set(text)
+    assert "never" in Page(render("Time", runs, target=0.99)).text
+    assert not {"MB to 50.0%", "Time to 50.0%"} & set(Page(render("Time", runs)).text)
+
+
+def timed(run: CellResult, hours: tuple[float, ...]) -> CellResult:
+    accuracies = (0.3, 0.5, 0.6) if run.seed == 1 else (0.5, 0.4, 0.7)
+    rounds = [
+        {**run.rounds[0], "round": n, "virtual_seconds": 3600 * hour, "accuracy": accuracy}
+        for n, (hour, accuracy) in enumerate(zip(hours, accuracies, strict=True), start=1)
+    ]
+    return replace(run, rounds=rounds)

@@ -46,6 +46,20 @@ def accuracy_by_bytes(row: Row) -> Curve | None:
     return replace(accuracy, x=[megabytes[number] for number in accuracy.rounds])
 
 
+def simulated(row: Row) -> Curve | None:
+    """Simulated hours since the start; None where time was not simulated."""
+    return _curve(row, lambda result: [_hours(record) for record in result.rounds])
+
+
+def accuracy_by_time(row: Row) -> Curve | None:
+    """Accuracy over simulated hours."""
+    accuracy, time = per_round(row, "accuracy"), simulated(row)
+    if accuracy is None or time is None:
+        return None
+    hours = dict(zip(time.rounds, time.y, strict=True))
+    return replace(accuracy, x=[hours[number] for number in accuracy.rounds])
+
+
 def gap(row: Row) -> Curve | None:
     """The aggregation gap a round, nothing below `LOWEST_GAP`."""
     curve = per_round(row, "gap")
@@ -72,6 +86,11 @@ def _curve(row: Row, values_of: Callable[[CellResult], list[Any]]) -> Curve | No
         low=[min(c) for c in columns],
         high=[max(c) for c in columns],
     )
+
+
+def _hours(record: dict[str, Any]) -> float | None:
+    seconds = record.get("virtual_seconds")
+    return None if seconds is None else float(seconds) / 3600
 
 
 def _bytes(record: dict[str, Any]) -> int:

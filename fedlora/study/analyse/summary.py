@@ -107,6 +107,20 @@ class Row:
         return fmean(found) if all(map(is_number, found)) else None
 
     @property
+    def simulated_seconds(self) -> float | None:
+        """Simulated time of one run, the mean over the runs; None where time was not simulated."""
+        found: list[Any] = [r.rounds[-1].get("virtual_seconds") if r.rounds else None for r in self.results]
+        return fmean(found) if all(map(is_number, found)) else None
+
+    def until(self, accuracy: float) -> tuple[float, float] | None:
+        """Simulated seconds and bytes until a round has it, means over the runs; None if one never does."""
+        found = [_until(result, accuracy) for result in self.results]
+        reached = [f for f in found if f is not None]
+        if not found or len(reached) < len(found):
+            return None
+        return fmean(seconds for seconds, _ in reached), fmean(sent for _, sent in reached)
+
+    @property
     def claim(self) -> dict[str, Any] | None:
         """The claim with the largest epsilon; of runs that kept none, epsilon and the target delta."""
         if self.epsilon is None:
@@ -152,6 +166,15 @@ class Row:
     @property
     def accuracy_by_seed(self) -> dict[int, float]:
         return _by_seed(self.results, "accuracy")
+
+
+def _until(result: CellResult, accuracy: float) -> tuple[float, float] | None:
+    sent = 0
+    for record in result.rounds:
+        sent += record["bytes_up"] + record["bytes_down"]
+        if is_number(record.get("accuracy")) and record["accuracy"] >= accuracy:
+            return float(record.get("virtual_seconds", 0.0)), float(sent)
+    return None
 
 
 def summarise(results: Sequence[CellResult]) -> list[Row]:

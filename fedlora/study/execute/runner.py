@@ -90,6 +90,7 @@ def run_study(
     write_report(
         report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning,
         looks=[look for look in looks if look < seeds],
+        target=config.study.target_accuracy,
     )  # fmt: skip
     peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
     console.print(f"{len(results)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")

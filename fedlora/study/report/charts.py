@@ -9,7 +9,16 @@ import numpy as np
 from matplotlib import rc_context
 
 from fedlora.study.analyse.contests import exact_and_behind
-from fedlora.study.analyse.curves import LOWEST_GAP, Curve, accuracy_by_bytes, gap, per_round, sent
+from fedlora.study.analyse.curves import (
+    LOWEST_GAP,
+    Curve,
+    accuracy_by_bytes,
+    accuracy_by_time,
+    gap,
+    per_round,
+    sent,
+    simulated,
+)
 from fedlora.study.analyse.summary import Row
 from fedlora.study.report.attacker import trade_off_chart
 from fedlora.study.report.figure import (
@@ -25,6 +34,7 @@ from fedlora.study.report.figure import (
 )  # fmt: skip
 from fedlora.study.report.format import (
     DASH,
+    duration,
     interval,
     listed,
     megabytes,
@@ -76,6 +86,22 @@ def _traffic(rows: Sequence[Row], styles: Styles) -> Chart | None:
         note="Up and down together, on a logarithmic axis; further left is cheaper.", adorn=adorn,
         numbers=_by_round(_curves(rows, sent), lambda value: f"{megabytes(1e6 * value)} MB"),
         place=lambda x: f"{megabytes(1e6 * x)} MB:",
+    )  # fmt: skip
+
+
+def _time(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    def adorn(canvas: Canvas) -> None:
+        _accuracy_axis(canvas, rows, styles)
+        canvas.log_axis("x", lambda value: duration(3600 * value))
+        canvas.axes.set_xlabel("simulated time")
+
+    return _lines(
+        styles, [c for c in _curves(rows, accuracy_by_time) if min(c.x) > 0], percent,
+        name="time", title="Accuracy over simulated time",
+        note="What the configured devices and networks would take, on a logarithmic axis; further left is "
+        "sooner. No device was measured.", adorn=adorn,
+        numbers=_by_round(_curves(rows, simulated), lambda value: duration(3600 * value)),
+        place=lambda x: f"{duration(3600 * x)}:",
     )  # fmt: skip
 
 
@@ -288,7 +314,7 @@ def _delta(rows: Iterable[Row]) -> str:
 
 
 DRAWN = (
-    _accuracy, _privacy_utility, _traffic, _gap, _cosine, _rank, _epsilon, trade_off_chart, _domains,
+    _accuracy, _privacy_utility, _traffic, _time, _gap, _cosine, _rank, _epsilon, trade_off_chart, _domains,
     _clients,
 )  # fmt: skip
 """In the order of the page."""

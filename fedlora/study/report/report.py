@@ -23,6 +23,7 @@ from fedlora.study.report.findings import CLAIMS_HEADER, claim, claims, find
 from fedlora.study.report.tables import write_tables
 
 EMPTY = (format.DASH, None, "")
+NEVER = ("never", None, "")
 
 
 def write_report(
@@ -34,6 +35,7 @@ def write_report(
     absent: Sequence[Absent] = (),
     tuning: Tuning | None = None,
     looks: Sequence[int] = (),
+    target: float = 0.0,
 ) -> None:
     """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
 
@@ -45,6 +47,7 @@ def write_report(
         absent: the runs of the study that have no result.
         tuning: how their learning rates were found, if the study did that.
         looks: with how many seeds there was a report before.
+        target: ``study.target-accuracy``.
 
     Raises:
         ConfigError: there is no run to report on.
@@ -53,7 +56,7 @@ def write_report(
         raise ConfigError(f"{path}: there is no finished run to report on")
     comparisons = compare(summarise(results), pairs, [missing.method for missing in absent])
     write_tables(path.parent, results, comparisons)
-    write_atomic(path, render(title, results, comparisons, absent, tuning, looks))
+    write_atomic(path, render(title, results, comparisons, absent, tuning, looks, target))
 
 
 def render(
@@ -63,6 +66,7 @@ def render(
     absent: Sequence[Absent] = (),
     tuning: Tuning | None = None,
     looks: Sequence[int] = (),
+    target: float = 0.0,
 ) -> str:
     """The report as HTML."""
     rows = summarise(results)
@@ -82,7 +86,7 @@ def render(
         claims=claims(comparisons),
         claims_header=CLAIMS_HEADER,
         claims_table=[claim(comparison) for comparison in comparisons],
-        table=_table(rows),
+        table=_table(rows, target),
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
         charts=draw_charts(rows),
         details=[_detail(row, shared) for row in rows],
@@ -104,7 +108,7 @@ Column = Mapping[str, Value]
 """By the name of the row; a row that is not there has nothing to show."""
 
 
-def _table(rows: Sequence[Row]) -> dict[str, Any]:
+def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
     """The sortable table: its columns, a line for each row, and one for what needs no training."""
     columns = {
         "Perplexity": _column(rows, lambda row: row.perplexity, format.significant),
@@ -116,6 +120,8 @@ def _table(rows: Sequence[Row]) -> dict[str, Any]:
         "MB down": _column(rows, lambda row: row.bytes_down, format.megabytes),
         "Gap": _column(rows, lambda row: row.gap, format.significant),
         "Epsilon": {row.name: _epsilon(row.epsilon, row) for row in rows if row.epsilon is not None},
+        **_until(rows, target),
+        "Simulated time": _column(rows, lambda row: row.simulated_seconds, format.duration),
         "Time": _column(rows, lambda row: row.seconds, format.duration),
     }  # fmt: skip
     columns = {name: column for name, column in columns.items() if column}
@@ -154,6 +160,21 @@ def _against(rows: Sequence[Row]) -> dict[str, Column]:
             if contest.control and row is not contest.control:
                 control[row.name] = _difference(contest.difference(row, contest.control))
     return {"To the highest": highest, f"Over {CONTROL}": control}
+
+
+def _until(rows: Sequence[Row], target: float) -> dict[str, Column]:
+    """Megabytes, and simulated time, to an accuracy; none for one of zero."""
+    if not target:
+        return {}
+    found = {row.name: row.until(target) for row in rows if row.kind != "reference"}
+    timed = any(row.simulated_seconds is not None for row in rows)
+    shown = {"MB": (1, format.megabytes), **({"Time": (0, format.duration)} if timed else {})}
+    return {
+        f"{what} to {format.percent(target)}": {
+            name: NEVER if at is None else (show(at[place]), at[place], "") for name, at in found.items()
+        }
+        for what, (place, show) in shown.items()
+    }
 
 
 def _difference(estimate: Estimate) -> Value:
