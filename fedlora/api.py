@@ -63,6 +63,8 @@ def aggregate(
     weights: Sequence[float] | None = None,
     base: AnyPath | None = None,
     merge: bool = False,
+    max_rank: int = 0,
+    reduce_intruders: float | None = None,
 ) -> Outcome:
     """One round of a strategy over saved PEFT adapters; one adapter, or one merged model.
 
@@ -74,6 +76,8 @@ def aggregate(
         weights: one for each adapter; None weighs them equally.
         base: the directory of their base model, to check their layers and to merge.
         merge: write the base with the update inside.
+        max_rank: cut the adapter to this rank, by SVD; 0 leaves it as it is.
+        reduce_intruders: the share of each intruder dimension that is left, see `fedlora.core.intruders`.
 
     Raises:
         ConfigError: adapters or options that do not fit; nothing was written.
@@ -90,6 +94,8 @@ def aggregate(
         base=None if base is None else Path(base).expanduser(),
         merge=merge,
         out=Path(out).expanduser(),
+        max_rank=max_rank,
+        reduce_intruders=reduce_intruders,
     )
     return carry_out(request)
 

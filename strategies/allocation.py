@@ -9,11 +9,15 @@ An allocation is one class below and one entry of `ALLOCATIONS`; tests, refusals
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+import numpy as np
+
+from fedlora.core.factors import norm
 from fedlora.core.seeding import stream
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, unknown_name
@@ -90,7 +94,59 @@ class RandomLayers:
         return frozenset(module for place in drawn for module in found[names[place]])
 
 
-ALLOCATIONS: dict[str, type[All] | type[RandomLayers]] = {"all": All, "random-layers": RandomLayers}
+@dataclass(frozen=True, kw_only=True)
+class SizedLayers(RandomLayers):
+    """Some transformer blocks, drawn the more often the further the global model has moved them.
+
+    In place of clients' own scores (DiffoRA, TriAdaptLoRA, IncreLoRA), which would cost privacy, the size of
+    what was aggregated: with D_l the change of layer l since the pristine base, block b is drawn with
+
+        p_b = explore / N + (1 - explore) size_b / sum_c size_c
+
+    with size_b^2 the mean of the squared entries of D_l over its layers, and without replacement; uniformly
+    while nothing has moved. It is post-processing of what was released, and knows nothing that secure sums
+    hide.
+
+    Attributes:
+        layers: how many blocks, >= 1.
+        explore: share of the probability that all blocks have alike, above 0 and at most 1.
+    """
+
+    explore: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.explore <= 1:
+            raise ConfigError(f"strategy.allocation-options explore = {self.explore}: must be > 0 and <= 1")
+
+    @property
+    def name(self) -> str:
+        return "sized-layers"
+
+    def modules(self, state: State) -> frozenset[str]:
+        found = blocks(state.adapters)
+        names = sorted(found)
+        sizes = np.array([_size(state, found[name]) for name in names])
+        even = np.full(len(names), 1 / len(names))
+        share = sizes / sizes.sum() if sizes.sum() > 0 else even
+        draw = stream(state.seed, self.name, state.round + 1)
+        chances = self.explore * even + (1 - self.explore) * share
+        drawn = draw.choice(len(names), self.layers, replace=False, p=chances / chances.sum())
+        return frozenset(module for place in drawn for module in found[names[place]])
+
+
+def _size(state: State, modules: Collection[str]) -> float:
+    """Root mean square of the entries by which some layers differ from the pristine base."""
+    products = [state.product(name) for name in modules]
+    entries = sum(p.left.shape[0] * p.right.shape[1] for p in products)
+    return math.sqrt(sum(norm(p) ** 2 for p in products) / entries)
+
+
+ALLOCATIONS: dict[str, type[All] | type[RandomLayers] | type[SizedLayers]] = {
+    "all": All,
+    "random-layers": RandomLayers,
+    "sized-layers": SizedLayers,
+}
 """By the value of ``strategy.allocation``."""
 
 

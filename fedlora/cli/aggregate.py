@@ -39,6 +39,13 @@ def aggregate(
     merge: Annotated[
         bool, typer.Option("--merge", help="Write the base model with the update inside.")
     ] = False,
+    max_rank: Annotated[
+        int, typer.Option("--max-rank", metavar="R", help="Cut the adapter to this rank; 0: leave it.")
+    ] = 0,
+    reduce_intruders: Annotated[
+        float | None,
+        typer.Option("--reduce-intruders", metavar="SHARE", help="Leave 0 to 1 of each intruder dimension."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Aggregate saved PEFT adapters, as one round from a zero product.
@@ -58,6 +65,8 @@ def aggregate(
         weights=None if weights is None else parse_weights(weights),
         base=base,
         merge=merge,
+        max_rank=max_rank,
+        reduce_intruders=reduce_intruders,
     )
     if as_json:
         paths = {"adapters": list(map(str, adapters)), "out": str(out_dir)}
@@ -125,7 +134,11 @@ def summary_lines(adapters: Sequence[Path], outcome: Outcome, *, equal: bool) ->
     if outcome.head:
         lines.append(f"  averaged too: {', '.join(outcome.head)}")
     if outcome.ranks_out:
-        lines.append(f"  rank out {_ranks(outcome.ranks_out)}")
+        lost = f", {100 * outcome.energy_cut:.3g} % of the energy cut off" if outcome.energy_cut else ""
+        lines.append(f"  rank out {_ranks(outcome.ranks_out)}{lost}")
+    if outcome.intruders is not None:
+        count, looked_at = outcome.intruders
+        lines.append(f"  intruder dimensions {count} of {looked_at}")
     return lines + [f"  note: {note}" for note in outcome.notes]
 
 

@@ -42,6 +42,10 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done and what it takes, and do nothing.")
     ] = False,
+    max_rank: Annotated[
+        int | None,
+        typer.Option("--max-rank", metavar="R", min=1, help="Cut the adapter to this rank."),
+    ] = None,
 ) -> None:
     """Run one federation, in simulation or deployed.
 
@@ -51,7 +55,8 @@ def run(
     from fedlora import api
     from fedlora.config import parse_overrides, read_config
 
-    settings = read_config(config, parse_overrides(set_))
+    cut = {} if max_rank is None else {"max-rank": max_rank}
+    settings = read_config(config, parse_overrides(set_) | cut)
     if dry_run:
         _preview(settings, deployed=federation is not None)
         return
@@ -64,6 +69,10 @@ def run(
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
+    if settings.max_rank and "adapter" in result:
+        written = result["adapter"]
+        lost = f"{100 * written['energy_lost']:.3g} % of the update's energy lost"
+        out.print(f"adapter of rank {written['rank']}: {lost}; {written['vllm']}")
 
 
 def _preview(settings: RunConfig, *, deployed: bool) -> None:

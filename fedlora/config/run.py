@@ -93,6 +93,9 @@ class RunConfig:
     """What clients send travels as ``float32``, ``float16``, or, for instance ``int8``, the change in 8 bits
     by stochastic rounding, a quarter of the bytes; others are ``int4``, ``topk`` and ``segments``, see
     ``docs/strategy.md``; empty means as ``wire-dtype``."""
+    max_rank: NonNegativeInt = 0
+    """Cut the adapter that is written to this rank, by SVD, as ``fedlora run --max-rank``; 0 leaves it as it
+    is."""
     output_dir: str = ""
     """Where results go, for instance ``runs/a``; empty means ``runs/<name of the config file>``, or a
     folder named after the run."""

@@ -25,7 +25,8 @@ class StrategyConfig:
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
     allocation: str = "all"
-    """Layers that a round trains: ``all``, or ``random-layers``, transformer blocks drawn anew each round."""
+    """Layers that a round trains: ``all``, ``random-layers``, transformer blocks drawn anew each round, or
+    ``sized-layers``, drawn the more often the further they have moved."""
     allocation_options: str = ""
     """JSON object of the allocation's own options, for instance ``{"layers": 2}``, the number of blocks."""
     robust: str = "none"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedlora.core.files import check_place
+from fedlora.core.intruders import intruders, reduced
 from fedlora.core.parallel import one_thread
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, system_errors_in_words
@@ -15,11 +16,13 @@ from fedlora.merge.group import AdapterGroup, gather
 from fedlora.merge.merged_model import Base, of_base, open_base, write_merged
 from fedlora.merge.one_round import Round, check_rule, check_weights, one_round
 from fedlora.models.card import CARD_FILE, absolute
-from fedlora.models.export import TENSORS_FILE, global_adapters, write_adapter
+from fedlora.models.export import TENSORS_FILE, global_adapters, recompressed, write_adapter
+from fedlora.models.layers import oriented
 from fedlora.models.peft_config import CONFIG_FILE
 from fedlora.models.peft_files import read_adapter
 from fedlora.models.peft_names import WRAPPERS
 from fedlora.models.same_base import NAME
+from fedlora.models.serving import cut, vllm_says
 from strategies.diagnostics import Diagnostics
 from strategies.registry import make_rule
 from strategies.rule import Rule
@@ -42,6 +45,8 @@ class Request:
         base: the directory of the model that they belong to, to check their layers and to merge.
         merge: write the base with the update inside instead of an adapter.
         out: the directory to write; an adapter that is there is replaced.
+        max_rank: of the adapter that is written; 0 means as the rule leaves it.
+        reduce_intruders: the share of each intruder dimension that is left; None leaves them as they are.
     """
 
     adapters: Sequence[Path]
@@ -51,6 +56,8 @@ class Request:
     base: Path | None
     merge: bool
     out: Path
+    max_rank: int = 0
+    reduce_intruders: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +75,8 @@ class Outcome:
         head: the averaged tensors of ``modules_to_save``.
         diagnostics: see `strategies.diagnostics`.
         notes: what else a user should know, a sentence each.
+        energy_cut: share of the update's energy that ``max_rank`` lost.
+        intruders: intruder dimensions, of how many singular vectors; None where not asked for.
     """
 
     strategy: str
@@ -79,6 +88,8 @@ class Outcome:
     head: Sequence[str]
     diagnostics: Diagnostics
     notes: Sequence[str]
+    energy_cut: float = 0.0
+    intruders: tuple[int, int] | None = None
 
 
 @one_thread()
@@ -93,14 +104,16 @@ def aggregate(request: Request) -> Outcome:
         raise ConfigError("--option init_a: nothing is drawn here, the adapters bring their A")
     rule = make_rule(request.strategy, request.options)
     check_rule(rule)
+    _check_after(request)
     _check_out(request)
     group = gather([read_adapter(path) for path in request.adapters], request.base)
     weights = list(request.weights if request.weights is not None else [1.0] * len(group.members))
     check_weights(weights, group)
     base = _base(request, group)
     done = one_round(rule, group, weights)
+    state, found = (done.state, None) if base is None else _with_fewer_intruders(request, done.state, base)
     with system_errors_in_words():
-        ranks_out, rounding = _write(request, group, done.state, base)
+        ranks_out, energy_cut, writing = _write(request, group, state, base)
     return Outcome(
         strategy=rule.facts.name,
         custom_weights=rule.facts.custom_weights,
@@ -110,7 +123,9 @@ def aggregate(request: Request) -> Outcome:
         modules=len(group.modules),
         head=sorted(done.state.head),
         diagnostics=done.diagnostics,
-        notes=[*_weighing(rule, request, done), *_notes(request, group, weights), *rounding],
+        notes=[*_weighing(rule, request, done), *_notes(request, group, weights), *writing],
+        energy_cut=energy_cut,
+        intruders=found,
     )
 
 
@@ -123,30 +138,63 @@ def _base(request: Request, group: AdapterGroup) -> Base | None:
                 f"--merge: the adapters name {named!r} as their base, no local directory: give --base"
             )
         path = Path(named)
-    return None if path is None else open_base(path, group, weights=request.merge)
+    weights = request.merge or request.reduce_intruders is not None
+    return None if path is None else open_base(path, group, weights=weights)
+
+
+def _check_after(request: Request) -> None:
+    """Refuse what cannot be done to the result."""
+    share = request.reduce_intruders
+    if request.max_rank < 0:
+        raise ConfigError(
+            f"--max-rank {request.max_rank}: must be >= 1, or 0 for the rank that the rule leaves"
+        )
+    if request.max_rank and request.merge:
+        raise ConfigError(f"--max-rank {request.max_rank}: a merged model has no rank, leave one out")
+    if share is not None and not 0 <= share <= 1:
+        raise ConfigError(f"--reduce-intruders {share}: must be from 0 (taken out) to 1 (left as they are)")
+    if share is not None and request.base is None and not request.merge:
+        raise ConfigError(f"--reduce-intruders {share}: compares with the base's weights, give --base")
+
+
+def _with_fewer_intruders(request: Request, state: State, base: Base) -> tuple[State, tuple[int, int] | None]:
+    """The state with its intruders reduced, and how many there were of how many."""
+    share = request.reduce_intruders
+    if share is None:
+        return state, None
+    adapters, count, top = dict(global_adapters(state)), 0, 0
+    for name in state.adapters:
+        layer, product = base.model.get_submodule(name), state.product(name)
+        found = intruders(oriented(layer, layer.weight.detach()).float(), product)
+        count, top = count + found.count, top + found.top
+        if found.count:
+            adapters[name] = recompressed(reduced(product, found, share))
+    return replace(state, adapters=adapters, base=()), (count, top)
 
 
 def _write(
     request: Request, group: AdapterGroup, state: State, base: Base | None
-) -> tuple[tuple[int, ...], list[str]]:
-    """Write the adapter, or the merged model; the ranks written, and notes."""
+) -> tuple[tuple[int, ...], float, list[str]]:
+    """Write the adapter, or the merged model; the ranks written, the energy cut off, and notes."""
     if base is None or not request.merge:
-        adapters = global_adapters(state)
+        shorter = cut(global_adapters(state), request.max_rank)
+        adapters = shorter.adapters
         write_adapter(
             request.out, adapters, state.head, group.card,
             embeddings=group.embeddings,
             frozen=group.frozen,
-            base=None if base is None else base.model,
+            base=None if base is None else base.model.to("meta"),
             modules_to_save=group.modules_to_save or None,
             fan_in_fan_out=group.fan_in_fan_out,
             **group.identity,
         )  # fmt: skip
-        return tuple(sorted({factors.rank for factors in adapters.values()})), []
+        served = [vllm_says(adapters, state.head)] if request.max_rank else []
+        return tuple(sorted({factors.rank for factors in adapters.values()})), shorter.energy_lost, served
     products = {name: state.product(name) for name in state.adapters}
     lost = write_merged(request.out, base, products, state.head, of_base(group.frozen))
     dtype = str(base.model.dtype).removeprefix("torch.")
     note = f"the base is {dtype}: rounding changed the update by {100 * lost:.2g} % of its norm"
-    return (), [note] if lost > NOTICEABLE else []
+    return (), 0.0, [note] if lost > NOTICEABLE else []
 
 
 def _weighing(rule: Rule, request: Request, done: Round) -> Iterator[str]:

@@ -30,6 +30,7 @@ from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model
 from fedlora.models.card import AdapterCard
 from fedlora.models.reloaded import check_reloads
+from fedlora.models.serving import cut, vllm_says
 from fedlora.tasks import task_named
 
 TENSORS_FILE = "adapter_model.safetensors"
@@ -47,7 +48,8 @@ def save_adapter(
     *,
     model: AdaptedModel | None = None,
     beside: Beside | None = None,
-) -> None:
+    max_rank: int = 0,
+) -> dict[str, Any]:
     """Write the global model of a state as a PEFT adapter over the pristine base.
 
     ``PeftModel.from_pretrained(build_model(...), directory)`` then computes what the federated model
@@ -61,13 +63,23 @@ def save_adapter(
         card: written beside the adapter.
         model: in which the state was trained: what its layers are called, and what else it has.
         beside: writes further files into the directory.
+        max_rank: see `fedlora.models.serving.cut`.
+
+    Returns:
+        What was written: its largest rank, the share of its energy that was cut off, and how vLLM serves it.
     """
-    adapters, names = global_adapters(state), frozenset[str]()
+    shorter, names = cut(global_adapters(state), max_rank), frozenset[str]()
     fields = card.auto_fields(None if model is None else type(model.module))
     if model is not None:
         fields["fan_in_fan_out"] = model.fan_in_fan_out
         head, names = {**model.drawn, **head}, names if card.mean_pooled else model.names
-    write_adapter(directory, adapters, {**head, **state.head}, card, whole=names, beside=beside, **fields)
+    heads = {**head, **state.head}
+    write_adapter(directory, shorter.adapters, heads, card, whole=names, beside=beside, **fields)
+    return {
+        "rank": max(factors.rank for factors in shorter.adapters.values()),
+        "energy_lost": shorter.energy_lost,
+        "vllm": vllm_says(shorter.adapters, heads),
+    }
 
 
 def save_loaded(
@@ -171,17 +183,21 @@ def global_adapters(state: State) -> AdapterSet:
 
     def whole(name: str) -> LoraFactors:
         if name in state.moved:
-            return _recompressed(state.product(name))
+            return recompressed(state.product(name))
         return as_lora(state.adapters[name]).folded()
 
     return dict(zip(state.adapters, parallel_map(whole, state.adapters), strict=True))
 
 
 def peft_config(adapters: AdapterSet, head: Tensors, **fields: Any) -> PeftLoraConfig:
-    """PEFT's configuration of an adapter; alpha is scaling * rank, so that rsLoRA needs no flag."""
+    """PEFT's configuration of an adapter; alpha is scaling * rank, so that rsLoRA needs no flag.
+
+    Its ``r`` is the largest rank, because serving engines look at nothing else.
+    """
     ranks = {name: factors.rank for name, factors in adapters.items()}
     alphas = {name: factors.scaling * factors.rank for name, factors in adapters.items()}
-    rank, alpha = next(iter(ranks.values())), next(iter(alphas.values()))
+    widest = max(ranks, key=lambda name: ranks[name])
+    rank, alpha = ranks[widest], alphas[widest]
     own: dict[str, Any] = {
         "r": rank,
         "lora_alpha": alpha,
@@ -255,7 +271,7 @@ def peft_tensors(adapters: AdapterSet, head: Tensors, embeddings: Collection[str
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _recompressed(product: Product) -> LoraFactors:
+def recompressed(product: Product) -> LoraFactors:
     """The product as B = U S, A = V^T, without directions below float32 resolution (at least one stays)."""
     U, S, Vh = svd(product)
     kept = max(1, int((S[0] * torch.finfo(S.dtype).eps < S).sum()))

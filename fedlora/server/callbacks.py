@@ -14,7 +14,7 @@ from clients.privacy import mechanism_of
 from fedlora.core.factors import Tensors
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
-from fedlora.server.export import export, own_tensors
+from fedlora.server.export import counted_intruders, export, own_tensors
 from fedlora.server.records import (
     BY_CLIENT,
     MEASURED,
@@ -125,7 +125,10 @@ class Record(Callback):
             exact = mean_is_exact(run.strategy.rule, run.runtime.model, run.state.adapters)
             result |= {"lora_method": run.config.lora.method, "exact": exact}
         average = bool(run.strategy.rule.facts.uploaded)
-        export(run.directory.path, run.config, run.runtime, run.state, _own(run), average=average)
+        config, path = run.config, run.directory.path
+        result |= export(path, config, run.runtime, run.state, _own(run), average=average)
+        if config.lora.method == "lora" and config.model.quantization == "none" and not run.personal:
+            result |= counted_intruders(run.runtime, run.state)
 
 
 def _own(run: FederatedRun) -> dict[int, Tensors]:

@@ -36,7 +36,7 @@ from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
-FREE_TO_CHANGE = ("num-server-rounds", *NO_EFFECT)
+FREE_TO_CHANGE = ("num-server-rounds", "max-rank", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
 does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"

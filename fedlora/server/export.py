@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
 from fedlora.core.adapters import resized, tensor_names
 from fedlora.core.factors import Tensors
+from fedlora.core.intruders import intruders
+from fedlora.core.parallel import parallel_map
 from fedlora.core.peft_keys import from_peft
 from fedlora.core.state import ClientSpec, State
 from fedlora.data.image_reader import PRETRAINED, TINY
@@ -22,6 +25,9 @@ from fedlora.models import AdapterCard, save_adapter, save_loaded
 from fedlora.models.card import absolute
 from fedlora.server.build import client_spec
 from fedlora.server.model_card import write_beside
+
+MOST_FEATURES = 640
+"""Of a layer whose intruders are counted."""
 
 
 def export(
@@ -32,7 +38,7 @@ def export(
     own: Mapping[int, Tensors],
     *,
     average: bool,
-) -> None:
+) -> dict[str, Any]:
     """Write ``adapter/``, and ``adapters/client-K/`` for each client whose own tensors are given.
 
     Args:
@@ -42,18 +48,21 @@ def export(
         state: the last one.
         own: partition -> what the client kept to itself, as far as it can be reached.
         average: ``adapter/`` is the mean over clients where they kept something.
+
+    Returns:
+        What of ``adapter/`` belongs into the result, see `save_adapter`; nothing of other kinds than LoRA.
     """
     for partition, tensors in own.items():
         theirs = model_of(state, tensors, client_spec(config, runtime, partition))
         _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, reader=False)
     if own and average:
         state = mean_model(state, own, {p: float(len(runtime.data.indices(p))) for p in own})
-    _save(path / "adapter", config, runtime, state)
+    return _save(path / "adapter", config, runtime, state)
 
 
 def _save(
     directory: Path, config: RunConfig, runtime: ClientRuntime, state: State, *, reader: bool = True
-) -> None:
+) -> dict[str, Any]:
     card = AdapterCard(
         model=_from_anywhere(config.model),
         label_names=tuple(runtime.data.label_names),
@@ -66,8 +75,34 @@ def _save(
     if config.lora.method != "lora":
         model.load(state.adapters, state.head)
         save_loaded(directory, model, card, beside=beside)
-        return
-    save_adapter(directory, state, model.initial_head, card, model=model, beside=beside)
+        return {}
+    written = save_adapter(
+        directory,
+        state,
+        model.initial_head,
+        card,
+        model=model,
+        beside=beside,
+        max_rank=config.max_rank,
+    )
+    return {"adapter": written}
+
+
+def counted_intruders(runtime: ClientRuntime, state: State) -> dict[str, int]:
+    """Intruder dimensions of the global model, see `fedlora.core.intruders`; nothing where none were counted.
+
+    Layers of more than `MOST_FEATURES` in or out are left out: two decompositions each take long.
+    """
+    base, specs = runtime.model.base, runtime.model.modules
+    names = [n for n, s in specs.items() if max(s.out_features, s.in_features) <= MOST_FEATURES]
+    if not names:
+        return {}
+    found = parallel_map(lambda name: intruders(base.pristine(name), state.product(name)), names)
+    return {
+        "intruders": sum(one.count for one in found),
+        "intruder_candidates": sum(one.top for one in found),
+        "intruder_layers": len(found),
+    }
 
 
 def _from_anywhere(model: ModelConfig) -> ModelConfig:

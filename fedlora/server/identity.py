@@ -35,6 +35,7 @@ ADDED = {
     "privacy.count-noise": 0.0,
     "strategy.allocation": "all",
     "strategy.allocation-options": "",
+    "max-rank": 0,
     "train.schedule": "constant",
     "train.schedule-over": "round",
     "train.schedule-floor": 0.0,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.state import ModuleSpec
+from fedlora.core.factors import LoraFactors, Product
+from fedlora.core.state import ModuleSpec, Patch, State
 from fedlora.errors import ConfigError, NotApplicable
 from strategies.allocation import ALLOCATIONS, make_allocation
 from strategies.named import NAMED
@@ -22,7 +26,7 @@ from tests.strategies.federations import (
     one_layer,
 )
 
-FEW = {"random-layers": {"layers": 1}}
+FEW: dict[str, dict[str, Any]] = {"random-layers": {"layers": 1}, "sized-layers": {"layers": 1}}
 """Options under which an allocation leaves layers at rest; one without an entry is tried as it is."""
 TRAINS = [name for name, rule in RULES.items() if rule.facts.trained]
 each_allocation = pytest.mark.parametrize("allocation", ALLOCATIONS)
@@ -74,7 +78,7 @@ def test_the_choice_is_a_function_of_the_state_alone(allocation: str) -> None:
     choices = [chosen.modules(replace(state, round=t)) for t in range(40)]
     assert choices == [chosen.modules(replace(state, round=t)) for t in range(40)]
     assert frozenset().union(*choices) == frozenset(modules)
-    if allocation == "random-layers":
+    if allocation != "all":
         assert {len(choice) for choice in choices} == {2}
         assert all(len({module.split(".")[1] for module in choice}) == 1 for choice in choices)
         assert choices != [chosen.modules(replace(state, round=t, seed=6)) for t in range(40)]
@@ -116,7 +120,7 @@ def test_options_are_refused_in_one_line(options: dict[str, object], words: str)
 
 def test_what_cannot_be_is_refused_in_one_line() -> None:
     chosen = make_allocation("random-layers", {"layers": 2})
-    with pytest.raises(ConfigError, match=r"^strategy\.allocation = 'x': accepted are all, random-layers$"):
+    with pytest.raises(ConfigError, match=r"^strategy\.allocation = 'x': accepted are all, random-"):
         make_allocation("x")
     with pytest.raises(ConfigError, match="the model has 1 blocks with adapters"):
         one_layer().start(make_rule("fedavg", allocation=chosen))
@@ -125,3 +129,36 @@ def test_what_cannot_be_is_refused_in_one_line() -> None:
     with pytest.raises(NotApplicable, match="fed-sb finds A and B of every layer in its first two rounds"):
         make_rule("fed-sb", {"subspace": "private"}, allocation=chosen)
     assert NAMED["FedAvg"](allocation=chosen).rule.allocation == chosen
+
+
+def moved_by(sizes: dict[str, float]) -> State:
+    """A state whose layers have moved so far, each entry on average."""
+    adapters = {
+        name: LoraFactors(torch.ones(1, 4), torch.full((3, 1), size / 2.0), 2.0)
+        for name, size in sizes.items()
+    }
+    return State(round=3, adapters=adapters, head={}, seed=1)
+
+
+def test_blocks_that_moved_far_are_drawn_in_their_proportion() -> None:
+    """Against the formula, by counts; a block of two layers counts by the mean of its squares."""
+    state = moved_by({"h.0.q": 6.0, "h.0.v": 8.0, "h.1.q": 1.0, "h.2.q": 0.0})
+    chosen, rounds = make_allocation("sized-layers", {"layers": 1, "explore": 0.3}), 3000
+    counts = Counter(min(chosen.modules(replace(state, round=t))) for t in range(rounds))
+    sizes = {"h.0.q": 50**0.5, "h.1.q": 1.0, "h.2.q": 0.0}
+    for name, size in sizes.items():
+        wanted = 0.1 + 0.7 * size / sum(sizes.values())
+        assert abs(counts[name] / rounds - wanted) < 4 * (wanted * (1 - wanted) / rounds) ** 0.5
+
+
+def test_patches_count_as_much_as_adapters() -> None:
+    state = moved_by({"h.0.q": 0.0, "h.1.q": 0.0})
+    patch = Patch({"h.1.q": Product(torch.ones(3, 1), torch.ones(1, 4))})
+    chosen = make_allocation("sized-layers", {"layers": 1, "explore": 1e-9})
+    for t in range(20):
+        assert chosen.modules(replace(state, base=(patch,), round=t)) == {"h.1.q"}
+
+
+def test_who_never_explores_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"explore = 0.0: must be > 0 and <= 1"):
+        make_allocation("sized-layers", {"explore": 0.0})

@@ -167,6 +167,12 @@ class Row:
     def accuracy_by_seed(self) -> dict[int, float]:
         return _by_seed(self.results, "accuracy")
 
+    @property
+    def intruders(self) -> float | None:
+        """Share of intruders (`fedlora.core.intruders`) among the vectors looked at; None: none were."""
+        looked_at = sum(r.result.get("intruder_candidates", 0) for r in self.results)
+        return sum(r.result.get("intruders", 0) for r in self.results) / looked_at if looked_at else None
+
 
 def _until(result: CellResult, accuracy: float) -> tuple[float, float] | None:
     sent = 0

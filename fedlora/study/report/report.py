@@ -119,6 +119,7 @@ def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
         "MB up": _column(rows, lambda row: row.bytes_up, format.megabytes),
         "MB down": _column(rows, lambda row: row.bytes_down, format.megabytes),
         "Gap": _column(rows, lambda row: row.gap, format.significant),
+        "Intruders": _column(rows, lambda row: row.intruders, format.percent),
         "Epsilon": {row.name: _epsilon(row.epsilon, row) for row in rows if row.epsilon is not None},
         **_until(rows, target),
         "Simulated time": _column(rows, lambda row: row.simulated_seconds, format.duration),
