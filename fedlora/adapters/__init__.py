@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib import import_module
 
 from fedlora.adapters.kind import AdapterKind, InjectedAdapter, is_affine
 from fedlora.adapters.lora import LoraKind
 from fedlora.adapters.tuners import TUNERS, Tuner, TunerKind
 from fedlora.config import LoraConfig
+from fedlora.core.code import import_own
 from fedlora.errors import ConfigError, unknown_name
 
 __all__ = [
@@ -18,6 +20,7 @@ __all__ = [
     "AdapterKind",
     "InjectedAdapter",
     "LoraKind",
+    "Tuner",
     "TunerKind",
     "adapter_kind",
     "check_kind",
@@ -26,18 +29,13 @@ __all__ = [
 
 KINDS = ("lora", *TUNERS)
 """The values of ``lora.method``."""
-MISS = (
-    "its update is linear in one matrix, which is LoRA with a fixed A: strategy.init-a = 'miss' with "
-    "strategy.name = 'ffa'"
-)
 NEITHER = "its weight is affine in no part of what clients would send, so that no mean of it is honest"
 NOT_HERE = {
     "dora": (
         "its weight m (W + s B A) / ||W + s B A|| is not linear in what clients would send, so that no mean "
         "of it is the mean of their weights"
     ),
-    "miss": MISS,
-    "bone": MISS,
+    "bone": "PEFT calls it miss",
     "adalora": (
         "each client prunes directions of its own, whose singular values cannot be averaged "
         "(strategy.name = 'hetlora' prunes ranks)"
@@ -60,13 +58,31 @@ def adapter_kind(config: LoraConfig, seed: int) -> AdapterKind:
     if config.method == "lora":
         return LoraKind()
     return TunerKind(
-        tuner=TUNERS[config.method],
+        tuner=tuner_named(config.method),
         rank=config.rank,
         alpha=config.alpha,
         dropout=config.dropout,
         options=json.dumps(config.method_option_dict, sort_keys=True),
         seed=seed,
     )
+
+
+def tuner_named(method: str) -> Tuner:
+    """The tuner of a listed name, or the `Tuner` of one's own behind ``module:NAME``.
+
+    Raises:
+        ConfigError: there is none, or PEFT has no configuration of the name that it says.
+    """
+    if method in TUNERS:
+        return TUNERS[method]
+    if ":" not in method:
+        raise unknown_name("lora.method", method, KINDS, ", and module:TUNER of your own")
+    found = import_own("lora.method", method)
+    if not isinstance(found, Tuner):
+        raise ConfigError(f"lora.method = {method!r}: is no fedlora.adapters.Tuner")
+    if not hasattr(import_module("peft"), found.config):
+        raise ConfigError(f"lora.method = {method!r}: PEFT has no configuration {found.config!r}")
+    return found
 
 
 def check_kind(config: LoraConfig) -> None:
@@ -80,15 +96,13 @@ def check_kind(config: LoraConfig) -> None:
     key = f"lora.method = {method!r}"
     if method in NOT_HERE:
         raise ConfigError(f"{key}: {NOT_HERE[method]}, accepted are {', '.join(KINDS)}")
-    if method not in KINDS:
-        raise unknown_name("lora.method", method, KINDS)
     if method == "lora":
         if options:
             raise ConfigError(
                 f"lora.method-options = {config.method_options!r}: of other methods, must be empty"
             )
         return
-    tuner = TUNERS[method]
+    tuner = tuner_named(method)
     for option in options:
         if option not in tuner.fields:
             raise ConfigError(

@@ -119,6 +119,15 @@ TUNERS = {
             name="gralora", config="GraloraConfig", paper="Jung et al., 2025, arXiv 2505.20355",
             rank="r", alpha="alpha", dropout="gralora_dropout", input_side=("gralora_A",),
         ),
+        Tuner(
+            name="miss", config="MissConfig", paper="Kang, Yin, 2024, arXiv 2409.15371",
+            rank="r", dropout="miss_dropout",
+        ),
+        Tuner(
+            name="psoft", config="PsoftConfig", paper="Wu et al., 2025, arXiv 2505.11235",
+            rank="r", alpha="psoft_alpha", dropout="psoft_dropout",
+            settings={"psoft_orth": False, "psoft_mag_a": False, "psoft_mag_b": False},
+        ),
     )
 }  # fmt: skip
 """By ``lora.method``."""

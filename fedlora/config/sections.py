@@ -67,7 +67,7 @@ class LoraConfig:
     method: str = "lora"
     """``lora``, or another of PEFT's tuners, which takes of rank, alpha and dropout what it has of them:
     ``vera``, ``randlora``, ``fourierft``, ``waveft``, ``c3a``, ``shira``, ``ia3``, ``loha``, ``lokr``,
-    ``hira``, ``gralora``; see ``docs/peft.md``."""
+    ``hira``, ``gralora``, ``miss``, ``psoft``, or ``module:TUNER`` of your own; see ``docs/peft.md``."""
     method_options: str = ""
     """JSON object of further fields of that tuner's configuration in PEFT, for instance
     ``{"n_frequency": 500}``."""

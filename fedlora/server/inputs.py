@@ -32,7 +32,7 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         config: as it runs: ``engine.cohort-size`` is decided.
         runtime: its model and data.
     """
-    if ":" in config.strategy.name + config.train.optimizer or config.privacy.ledger:
+    if ":" in config.strategy.name + config.train.optimizer + config.lora.method or config.privacy.ledger:
         return None
     device: str = config.engine.device
     if device == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,12 @@ from peft import PeftConfig, PeftModel
 from clients.training.dp_step import Mechanism
 from clients.training.self_check import check_noise, check_steps
 from fedlora import wire
-from fedlora.adapters import KINDS, NOT_HERE, TUNERS, check_kind
+from fedlora.adapters import KINDS, NOT_HERE, TUNERS, adapter_kind, check_kind
 from fedlora.config import LoraConfig, ModelConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.state import ClientSpec, ClientUpdate, ServerState, State
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed
-from fedlora.models import AdaptedModel, AdapterCard, build_model, save_loaded
+from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_loaded
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.exactness import check_parts, mean_is_exact
 from strategies.registry import RULES, make_rule
@@ -28,7 +29,7 @@ from tests.models.samples import adapted, logits, token_batch
 
 SPEC = ClientSpec(partition_id=0, rank=4, scaling=4.0)
 ANY_KIND = [name for name, rule in RULES.items() if rule.facts.any_kind]
-AFFINE = {"fourierft", "waveft", "c3a", "shira", "ia3"}
+AFFINE = {"fourierft", "waveft", "c3a", "shira", "ia3", "miss", "psoft"}
 """Kinds whose weight is affine in all that is trained; measured here, declared nowhere else."""
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
 LOOP = Mechanism(noise_multiplier=0.8, max_grad_norm=0.5, expected_batch_size=16, grad_sample_mode="loop")
@@ -168,7 +169,9 @@ def weights(model: AdaptedModel, adapters: Adapters) -> torch.Tensor:
 
 @pytest.mark.parametrize("method", TUNERS)
 def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> None:
-    row = next(r for r in DOCUMENTED.splitlines() if r.startswith(f"| `{method}` |"))
+    row = next(
+        r for r in DOCUMENTED.splitlines() if r.startswith(f"| `{method}` | `{TUNERS[method].config}` |")
+    )
     _, _, config, *cells, has, _ = (cell.strip() for cell in row.split("|"))
     tuner, model = TUNERS[method], model_with(method)
     adapters = start_of(model)
@@ -182,6 +185,15 @@ def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> No
             assert cell == "-"
         else:
             assert cell == ("yes" if mean_is_exact(rule, model, adapters) else "no"), (name, method)
+
+
+@pytest.mark.parametrize("start", ["bat", "mini"])
+def test_miss_in_its_other_forms_is_affine_too(start: str) -> None:
+    options = {"init_weights": start} | ({"mini_r": 4} if start == "mini" else {})
+    module = build_model(ModelConfig(name="tiny"), 2, 0)
+    config = LoraConfig(method="miss", rank=4, method_options=json.dumps(options))
+    model = AdaptedModel(module, resolve_targets(module, ""), kind=adapter_kind(config, 0))
+    assert mean_is_exact(make_rule("fedavg"), model, start_of(model))
 
 
 @pytest.mark.parametrize("method", TUNERS)
