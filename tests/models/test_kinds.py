@@ -232,7 +232,7 @@ def test_methods_that_are_not_here_say_why(method: str) -> None:
         check_kind(LoraConfig(method=method))
     text = str(error.value)
     assert text.startswith(f"lora.method = '{method}': ")
-    assert text.endswith(f"accepted are {', '.join(KINDS)}")
+    assert f"accepted are {', '.join(KINDS)}" in text
     assert "\n" not in text
 
 
