@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 from fedlora.errors import ConfigError, RunFailed, first_line
@@ -23,6 +24,8 @@ ANSWER_SECONDS = 5.0
 """How long a cluster has to accept a connection."""
 TRIAL_SECONDS = 45.0
 """How long it may take to join it; Ray itself would try for minutes, then end the process."""
+LAST_STARTED = Path("/tmp/ray/ray_current_cluster")
+"""Where ``ray start`` notes its address, which stays there when the cluster is killed."""
 TRIAL = """
 import sys, ray
 try:
@@ -103,11 +106,17 @@ def put(value: Any) -> Any:
 
 
 def check_address(address: str) -> None:
-    """Whether somebody listens at an address; nowhere and ``auto`` are for Ray to find.
+    """Whether somebody listens at an address; for ``auto``, at the one that ``ray start`` has left behind.
 
     Raises:
         ConfigError: no address, or nobody there.
     """
+    if address == "auto" and LAST_STARTED.is_file() and not os.environ.get("RAY_ADDRESS"):
+        left = LAST_STARTED.read_text().strip()
+        try:
+            _knock(left)
+        except (OSError, OverflowError, ValueError) as error:
+            raise _unreachable(address, f"{left} in {LAST_STARTED}: {error}") from None
     if address in ("", "auto"):
         return
     host, _, port = address.rpartition(":")
@@ -117,9 +126,14 @@ def check_address(address: str) -> None:
             "runs on a node of the cluster, not through Ray Client"
         )
     try:
-        socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
+        _knock(address)
     except (OSError, OverflowError) as error:
         raise _unreachable(address, str(error)) from None
+
+
+def _knock(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), ANSWER_SECONDS).close()
 
 
 def _try(address: str) -> None:

@@ -148,7 +148,7 @@ def test_the_app_in_this_process_is_the_dense_computation(app: Path, modules: di
     check_outcome(app, modules["task"])
 
 
-@pytest.mark.slow
+@pytest.mark.deployed
 def test_the_app_under_flwr_run_is_the_dense_computation(
     app: Path, flower: dict[str, str], modules: dict[str, ModuleType], tmp_path: Path
 ) -> None:

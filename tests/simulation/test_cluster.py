@@ -114,6 +114,24 @@ def test_where_nobody_listens_is_known_at_once(host: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_cluster_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its address stays in a file, where ``auto`` finds it; Ray alone would knock for minutes."""
+    left = tmp_path / "ray_current_cluster"
+    monkeypatch.setattr(ray_cluster, "LAST_STARTED", left)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    check_address("auto")
+    for address, reason in ((f"127.0.0.1:{free_port()}", "refused"), ("", "invalid literal")):
+        left.write_text(address)
+        expected = (
+            rf"^engine.address = 'auto': no Ray cluster answers there \({address} in {left}: .*{reason}"
+        )
+        with pytest.raises(ConfigError, match=expected):
+            check_address("auto")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        left.write_text(f"127.0.0.1:{server.getsockname()[1]}\n")
+        check_address("auto")
+
+
 def test_who_listens_and_is_not_ray_is_known_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
     ray.shutdown()
     monkeypatch.setattr(ray_cluster, "TRIAL_SECONDS", 6.0)
