@@ -120,7 +120,7 @@ def test_a_cluster_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch
     monkeypatch.setattr(ray_cluster, "LAST_STARTED", left)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     check_address("auto")
-    for address, reason in ((f"127.0.0.1:{free_port()}", "refused"), ("", "invalid literal")):
+    for address, reason in ((f"127.0.0.1:{free_port()}", "refused"), ("nonsense", "invalid literal")):
         left.write_text(address)
         expected = (
             rf"^engine.address = 'auto': no Ray cluster answers there \({address} in {left}: .*{reason}"
