@@ -50,11 +50,9 @@ def dense(before: State, after: State, updates: list[ClientUpdate]) -> Diagnosti
     )
 
 
-@pytest.mark.parametrize("name", ["fedavg", "flexlora", "flora", "fedmomentum", "zero-padding"])
-@pytest.mark.parametrize("shape", [(40, 50), (6, 9)], ids=["grams", "matrices"])
-def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, int]) -> None:
-    rule = make_rule(name)
-    federation = Federation(
+def two_layers(shape: tuple[int, int]) -> Federation:
+    """Three clients of unequal weights and scalings; one layer of a shape, and one of it turned."""
+    return Federation(
         modules={
             "a": ModuleSpec(out_features=shape[0], in_features=shape[1]),
             "b": ModuleSpec(out_features=shape[1], in_features=shape[0]),
@@ -65,6 +63,12 @@ def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, in
         weights=(1.0, 2.0, 5.0),
         seed=4,
     )
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flexlora", "flora", "fedmomentum", "zero-padding"])
+@pytest.mark.parametrize("shape", [(40, 50), (6, 9)], ids=["grams", "matrices"])
+def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, int]) -> None:
+    rule, federation = make_rule(name), two_layers(shape)
     before = federation.start(rule)
     updates = federation.updates(rule, before)
     after, given = rule.aggregate(before, updates)
@@ -73,6 +77,17 @@ def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, in
     for key, value in given.as_dict().items():
         assert value == pytest.approx(expected[key], rel=1e-6, abs=1e-6), key
     assert given.effective_rank > 1.5
+
+
+@pytest.mark.parametrize("shape", [(40, 50), (6, 9)], ids=["grams", "matrices"])
+def test_a_target_that_goes_into_the_base_whole_leaves_no_gap_at_all(shape: tuple[int, int]) -> None:
+    """FLoRA's is 0, not the 1e-8 of Gram matrices that cancel."""
+    rule, federation = make_rule("flora"), two_layers(shape)
+    before = federation.start(rule)
+    _, given = rule.aggregate(before, federation.updates(rule, before))
+    assert given is not None
+    assert given.update_norm > 1.0
+    assert (given.gap, given.energy_lost) == (0.0, 0.0)
 
 
 @given(federation=federations(min_clients=2))
