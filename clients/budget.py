@@ -35,7 +35,7 @@ from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
 BOOKKEEPING = (
     "neighboring_relation", "target_epsilon", "target_delta", "max_participations", "accountant",
-    "dataset_id", "ledger",
+    "dataset_id", "ledger", "noise_bands",
 )  # fmt: skip
 """Keys of ``privacy`` that do not change the bits of a release."""
 ADDED = {

@@ -24,10 +24,13 @@ from dataclasses import replace
 
 import torch
 
+from fedlora.core.factors import Tensors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ClientUpdate
+from fedlora.errors import ConfigError
 from fedlora.privacy.quantile import Quantile
 from strategies.client_dp import ClientDP, changes
+from strategies.rule import Rule
 
 
 class AdaptiveClientDP:
@@ -43,8 +46,26 @@ class AdaptiveClientDP:
 
     def __init__(self, first: ClientDP, quantile: Quantile) -> None:
         quantile.noise_of_sum(first.noise_multiplier, 1)
+        if first.bands > 1:
+            raise ConfigError(f"client_dp: {first.bands} coefficients, but the clipping norm changes")
         self._first, self._quantile = first, quantile
         self.clipping_norm = first.clipping_norm
+
+    coefficients = (1.0,)
+    """Its noise is independent from round to round."""
+    bands = 1
+
+    def check(self, rule: Rule) -> None:
+        """See `ClientDP.check`."""
+        self._first.check(rule)
+
+    def memory(self) -> Tensors:
+        """See `ClientDP.memory`: nothing."""
+        return self._first.memory()
+
+    def remember(self, memory: Tensors, done: int) -> None:
+        """See `ClientDP.remember`."""
+        self._first.remember(memory, done)
 
     def now(self, planned: int) -> ClientDP:
         """What clips and noises the next round's sum over so many clients."""

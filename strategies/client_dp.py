@@ -13,6 +13,15 @@ model that others receive. Neighbouring runs differ by one client's updates bein
 in which a client takes part costs one Gaussian mechanism of noise z; the sampling amplifies nothing here,
 because cohorts have a fixed size and clients know when they took part.
 
+With more than one coefficient c_0 .. c_{b-1} the noise is correlated over rounds at the same price, as long
+as a client takes part at most once in b rounds (`fedlora.privacy.banded`; `strategies.sampling` sees to it):
+round t adds z S y_t in place of z S z_t, where C y = z, row by row
+
+    y_t = ( z_t - sum_{j=1..b-1} c_j y_{t-j} ) / c_0
+
+so that b - 1 rows of noise are remembered between rounds, as secret as the updates. In the model, where
+rounds add up, most of it cancels, also with a server's momentum, for which c is made.
+
 Only for rules whose aggregate is a mean of what is shipped, under equal ranks and scalings: a stack shows
 each client's factors, and no noise on a sum covers them. What a rule makes of the noisy mean (an SVD, a
 server optimiser) is post-processing and free.
@@ -22,16 +31,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fedlora.core.adapters import LayerAdapter
+from fedlora.core.factors import Tensors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ClientUpdate
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.privacy.entropy import on_grid, system_normal
+from strategies.rule import Rule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,20 +53,62 @@ class ClientDP:
         clipping_norm: S, > 0.
         noise_multiplier: z, noise standard deviation of the sum over S.
         seed: of the noise in simulation; None draws it from the operating system.
+        coefficients: c, of `fedlora.privacy.banded.square_root`; one of them is independent noise.
+        rows: tensor -> round -> y of the last b - 1 rounds.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: a number out of range, or coefficients whose length is not 1.
     """
 
     clipping_norm: float
     noise_multiplier: float
     seed: int | None
+    coefficients: tuple[float, ...] = (1.0,)
+    rows: dict[str, dict[int, Tensor]] = field(init=False, default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for key in ("clipping_norm", "noise_multiplier"):
             value = getattr(self, key)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"privacy.{key.replace('_', '-')} = {value}: must be > 0")
+        length = math.hypot(*self.coefficients)
+        if not (abs(length - 1) < 1e-9 and self.coefficients[0] > 0):
+            raise ConfigError(f"coefficients: their length is {length:g}, must be 1, and the first one > 0")
+
+    @property
+    def bands(self) -> int:
+        """Rounds b in which a client may take part once."""
+        return len(self.coefficients)
+
+    def check(self, rule: Rule) -> None:
+        """Refuse what noise on a mean does not cover, and where correlated noise would not cancel.
+
+        Raises:
+            ConfigError: the aggregate is no mean.
+            NotApplicable: rounds do not add up.
+        """
+        if not rule.facts.client_dp:
+            raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
+        if self.bands > 1 and (why := never_cancels(rule)):
+            raise NotApplicable(f"client_dp: {self.bands} coefficients, but {why}")
+
+    def memory(self) -> Tensors:
+        """Noise that later rounds take back, by ``<round>/<tensor>``; empty where it is independent."""
+        return {f"{number}/{name}": row for name, own in self.rows.items() for number, row in own.items()}
+
+    def remember(self, memory: Tensors, done: int) -> None:
+        """Go on from a `memory` after so many rounds.
+
+        Raises:
+            ConfigError: noise of the last round is missing.
+        """
+        self.rows.clear()
+        for key, row in memory.items():
+            number, _, name = key.partition("/")
+            self.rows.setdefault(name, {})[int(number)] = row
+        last = min((max(own) for own in self.rows.values()), default=0)
+        if self.bands > 1 and last < done:
+            raise ConfigError(f"privacy.noise-bands = {self.bands}: the noise of round {done} was not kept")
 
     def now(self, planned: int) -> ClientDP:
         """What clips and noises the next round's sum over so many clients."""
@@ -92,12 +145,48 @@ class ClientDP:
 
     def _noisy(self, total: Tensor, name: str, server_round: int) -> Tensor:
         std = self.noise_multiplier * self.clipping_norm
+        return on_grid(total + std * self._row(name, total.shape, server_round), std)
+
+    def _row(self, name: str, shape: torch.Size, server_round: int) -> Tensor:
+        """Y of the round; of rounds before in which nothing was published it is drawn, too.
+
+        Raises:
+            RunFailed: the round's noise was drawn before: another sum with it would show the difference.
+        """
+        if self.bands == 1:
+            return self._drawn(name, shape, server_round)
+        own, (first, *others) = self.rows.setdefault(name, {}), self.coefficients
+        if server_round <= max(own, default=0):
+            raise RunFailed(f"round {server_round}: its noise is drawn, and serves once")
+        for number in range(max(own, default=0) + 1, server_round + 1):
+            row = self._drawn(name, shape, number)
+            for lag, c in enumerate(others, start=1):
+                if number - lag in own:
+                    row = row - c * own[number - lag]
+            own[number] = row / first
+            own.pop(number - self.bands + 1, None)
+        return own[server_round]
+
+    def _drawn(self, name: str, shape: torch.Size, server_round: int) -> Tensor:
         if self.seed is None:
-            drawn = system_normal(total.shape)
-        else:
-            generator = torch_stream(self.seed, "client-dp", server_round, name)
-            drawn = torch.randn(total.shape, generator=generator, dtype=torch.float64)
-        return on_grid(total + std * drawn, std)
+            return system_normal(shape)
+        generator = torch_stream(self.seed, "client-dp", server_round, name)
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def never_cancels(rule: Rule) -> str:
+    """Why noise of one round would not be taken back by that of another; empty where it is."""
+    name, (first, *later) = rule.facts.name, [rule.shipped(number) for number in (1, 2, 3)]
+    if rule.facts.rotates_basis:
+        return f"{name} writes the model in another basis after each round, so that noise does not cancel"
+    if any(shipped != first for shipped in later):
+        return f"{name} ships other tensors by turns, so that noise does not cancel"
+    if rule.allocation.name != "all":
+        return f"strategy.allocation = {rule.allocation.name!r}: what rests takes back no noise"
+    optimizer = getattr(rule, "optimizer", None)
+    if optimizer is not None and optimizer.name == "fedadam":
+        return "strategy.server-optimizer = 'fedadam' divides by the noise, must be none or fedavgm"
+    return ""
 
 
 def changes(update: ClientUpdate, start: Broadcast) -> dict[str, Tensor]:

@@ -114,6 +114,7 @@ class FactorStrategy(Rounds):
             seed=seed,
             partitions=partitions,
             max_participations=max_participations,
+            separation=1 if client_dp is None else client_dp.bands,
         )
         self.min_available_nodes = min_available_nodes
         self.scaling, self.rank, self.seed = scaling, rank, seed
@@ -130,8 +131,8 @@ class FactorStrategy(Rounds):
         self.own_specs = client_spec is not None
         self.client_spec = client_spec or self._default_spec
         self.clients_evaluate = clients_evaluate
-        if client_dp is not None and not rule.facts.client_dp:
-            raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
+        if client_dp is not None:
+            client_dp.check(rule)
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.state: State | None = None

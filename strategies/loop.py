@@ -47,8 +47,8 @@ class Rounds(Strategy):
         state: between two rounds; None before the first.
         selection: who takes part.
         transport: of this round's instructions.
+        client_dp: client-level privacy, with the noise that later rounds take back; None without it.
         report: of this round.
-        client_dp: client-level privacy of the global model.
     """
 
     rule: Rule
@@ -59,7 +59,7 @@ class Rounds(Strategy):
     selection: Selection
     transport: Transport
     report: RoundReport
-    client_dp: ClientDP | AdaptiveClientDP | None
+    client_dp: ClientDP | AdaptiveClientDP | None = None
     _dtype: torch.dtype
     _released: ArrayRecord | None = None
 
@@ -81,12 +81,21 @@ class Rounds(Strategy):
         acknowledged = {partition: set(held) for partition, held in self.transport.acknowledged.items()}
         heads = dict(self.transport.ledger_heads)
         norm = self.client_dp.clipping_norm if isinstance(self.client_dp, AdaptiveClientDP) else None
+        asked, noise = dict(self.selection.asked), self.client_dp.memory() if self.client_dp else {}
+        participations = dict(self.selection.participations)
         return ServerState(
-            self.state, dict(self.selection.participations), acknowledged, heads, clipping_norm=norm
+            self.state, participations, acknowledged, heads, clipping_norm=norm, asked=asked, noise=noise
         )
 
     def restore(self, snapshot: ServerState) -> None:
-        """Go on from a `snapshot`."""
+        """Go on from a `snapshot`.
+
+        Raises:
+            ConfigError: it lacks the noise that later rounds have to take back.
+        """
+        if self.client_dp is not None:
+            self.client_dp.remember(snapshot.noise, snapshot.state.round)
+        self.selection.asked = dict(snapshot.asked)
         self.state = snapshot.state
         self.selection.participations = snapshot.participations
         self.transport.acknowledged = snapshot.acknowledged

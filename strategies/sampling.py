@@ -25,6 +25,8 @@ class Selection:
         partitions: those that may take part; None means all that are connected.
         max_participations: rounds that one client may be asked for; 0 means any number.
         participations: partition id -> rounds that it was asked for.
+        separation: rounds from one in which a client is asked to the next one, at least.
+        asked: partition id -> the round it was last asked for, where the separation is above 1.
     """
 
     fraction_train: float = 1.0
@@ -35,6 +37,8 @@ class Selection:
     partitions: Collection[int] | None = None
     max_participations: int = 0
     participations: dict[int, int] = field(default_factory=dict)
+    separation: int = 1
+    asked: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("fraction_train", "fraction_evaluate"):
@@ -53,20 +57,25 @@ class Selection:
     def choose(self, connected: Iterable[int], server_round: int) -> list[int]:
         """The sorted partition ids of one round; each is counted as asked.
 
+        Their number goes by all that are connected and may train; drawn from are those that have rested.
+
         Raises:
             RunFailed: fewer than ``min_train_nodes`` may train.
         """
-        allowed = [partition for partition in connected if self.may_train(partition)]
+        whole = [partition for partition in connected if self.may_train(partition)]
+        allowed = [partition for partition in whole if self._has_rested(partition, server_round)]
         if len(allowed) < self.min_train_nodes:
             raise RunFailed(
                 f"round {server_round}: {len(allowed)} clients may train, "
                 f"min-train-nodes = {self.min_train_nodes}"
             )
         chosen = sample_partitions(
-            allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round
+            allowed, self.fraction_train, self.min_train_nodes, self.seed, server_round, of=len(whole)
         )
         for partition in chosen:
             self.count(partition)
+            if self.separation > 1:
+                self.asked[partition] = server_round
         return chosen
 
     def count(self, partition: int) -> None:
@@ -86,12 +95,17 @@ class Selection:
         most = self.max_participations
         return most == 0 or self.participations.get(partition, 0) < most
 
+    def _has_rested(self, partition: int, server_round: int) -> bool:
+        return partition not in self.asked or server_round - self.asked[partition] >= self.separation
+
 
 def sample_partitions(
     available: Iterable[int], fraction: float, minimum: int, seed: int, server_round: int,
-    purpose: str = "sampling",
+    purpose: str = "sampling", of: int | None = None,
 ) -> list[int]:  # fmt: skip
     """The sorted partition ids of one round: ``max(minimum, floor(fraction * n))`` of the available.
+
+    n is ``of``, or the number of the available.
 
     The draw depends on the seed, the purpose, the round and the set of available partitions only.
 
@@ -99,6 +113,7 @@ def sample_partitions(
     [2, 4, 6]
     """
     everyone = sorted(available)
-    count = min(len(everyone), max(minimum, int(fraction * len(everyone) + 1e-9)))
+    n = len(everyone) if of is None else of
+    count = min(len(everyone), max(minimum, int(fraction * n + 1e-9)))
     shuffled = stream(seed, purpose, server_round).permutation(len(everyone))
     return sorted(everyone[i] for i in shuffled[:count])

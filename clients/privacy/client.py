@@ -1,6 +1,7 @@
 """Client-level privacy: the server clips and noises whole updates (`strategies.client_dp`).
 
-One Gaussian mechanism for every round in which a client was asked; nothing is amplified.
+One Gaussian mechanism for every round in which a client was asked, also where the noise is correlated over
+rounds (`fedlora.privacy.banded`): then it is asked at most once in so many. Nothing is amplified.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from clients.privacy.mechanism import PrivacyMechanism
+from fedlora.config.checks import require
 from fedlora.errors import NotApplicable
+from fedlora.privacy.banded import most_participations, square_root
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent, warn_of_delta
 from fedlora.privacy.quantile import quantile_of
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 from strategies.adaptive_dp import AdaptiveClientDP
-from strategies.client_dp import ClientDP
+from strategies.client_dp import ClientDP, never_cancels
 from strategies.registry import RULES
 from strategies.rule import Rule
 
@@ -47,8 +50,17 @@ class ClientPrivacy(PrivacyMechanism):
         privacy = self.config.privacy
         if privacy.noise_multiplier:
             return privacy.noise_multiplier
-        rounds = privacy.max_participations or self.config.num_server_rounds
+        rounds = most_participations(
+            self.config.num_server_rounds, privacy.noise_bands, privacy.max_participations
+        )
         return calibrate_noise(privacy.target_epsilon, privacy.target_delta, FULL, rounds, privacy.accountant)
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """How rounds of noise are correlated, for the server's momentum."""
+        strategy = self.config.strategy
+        momentum = strategy.server_beta_1 if strategy.server_optimizer == "fedavgm" else 0.0
+        return square_root(self.config.privacy.noise_bands, momentum)
 
     def check(self, rule: Rule, kept: str) -> None:
         """Refuse what noise on a mean does not cover: no mean, a robust centre, or unequal scalings."""
@@ -62,9 +74,17 @@ class ClientPrivacy(PrivacyMechanism):
         if config.strategy.robust != "none":
             robust = config.strategy.robust
             raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
+        bands = config.privacy.noise_bands
+        if bands > 1 and (why := never_cancels(rule)):
+            raise NotApplicable(f"privacy.noise-bands = {bands}: {why}")
         if kept:
             raise NotApplicable(f"{mode}: {kept} is measured by clients, outside the guarantee")
         if (quantile := quantile_of(config.privacy)) is not None:
+            if bands > 1:
+                raise NotApplicable(
+                    f"privacy.noise-bands = {bands}: later rounds take noise back, and their clipping norm is "
+                    "another one with privacy.clipping = 'adaptive'"
+                )
             quantile.noise_of_sum(self.noise, 1)
         ranks = {*config.lora.rank_list} | {g.rank for g in config.groups if g.rank is not None}
         if len(ranks) > 1 or any(g.alpha is not None for g in config.groups):
@@ -74,12 +94,21 @@ class ClientPrivacy(PrivacyMechanism):
 
     def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
         warn_of_delta(self.config.privacy.target_delta, len(partitions), "clients")
+        config, bands = self.config, self.config.privacy.noise_bands
+        asked = max(config.min_train_nodes, int(config.fraction_train * len(partitions) + 1e-9))
+        require(
+            bands == 1 or asked * bands <= len(partitions), "privacy.noise-bands", bands,
+            f"a client takes part once in so many rounds, so of {len(partitions)} at most "
+            f"{len(partitions) // bands} can be asked in each; fraction-train = {config.fraction_train:g} "
+            f"and min-train-nodes = {config.min_train_nodes} ask {asked}",
+        )  # fmt: skip
 
     def server(self, *, seeded: bool) -> ClientDP | AdaptiveClientDP:
         fixed = ClientDP(
             clipping_norm=self.config.privacy.clipping_norm,
             noise_multiplier=self.noise,
             seed=self.config.seed if seeded else None,
+            coefficients=self.coefficients,
         )
         quantile = quantile_of(self.config.privacy)
         return fixed if quantile is None else AdaptiveClientDP(fixed, quantile)
@@ -102,5 +131,6 @@ class ClientPrivacy(PrivacyMechanism):
                     history=((noise, FULL, rounds),),
                 )
             )
+            | {"noise_bands": privacy.noise_bands}
             for partition, rounds in sorted(participations.items())
         }

@@ -29,6 +29,7 @@ from fedlora.audit.views import ServerView, final_scores
 from fedlora.config import RunConfig
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
+from fedlora.privacy.banded import most_participations
 from fedlora.privacy.plausible import flaw_of_noise, flaw_of_pairs
 from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
@@ -179,13 +180,13 @@ def _client_level(
         mechanism, clients = federation.strategy.client_dp, sorted(federation.partitions)
         assert mechanism is not None
         last = config.num_server_rounds
-        rounds = min(config.privacy.max_participations or last, last)
+        rounds = most_participations(last, mechanism.bands, config.privacy.max_participations)
         most = sum(_dimensions(federation).values())
         hidden = WithCanaries(mechanism, min(canaries, most), rounds, config.seed)
         federation.strategy.client_dp = cast(ClientDP, hidden)
         result = federation.run(AuditGrid(session.runtime, session.config, clients, home / "clients"))
     noise, delta = hidden.claimed, config.privacy.target_delta
-    expected = Expected(steps=rounds, sample_rate=1.0, noise_multiplier=noise)
+    expected = Expected(steps=hidden.power, sample_rate=1.0, noise_multiplier=noise)
     alarm, scores = FALSE_ALARM / 3, hidden.scores / expected.noise
     by_round = [noise_of_round.numpy() for noise_of_round in hidden.noise]
     flaws = (flaw_of_noise(hidden.noise, noise, alarm), flaw_of_pairs(by_round, alarm))

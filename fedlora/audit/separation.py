@@ -30,13 +30,13 @@ class Expected:
     """A canary by the claim.
 
     Attributes:
-        steps: T, of all rounds.
+        steps: T, of all rounds; at client level the rounds in which a canary shows, of `WithCanaries.power`.
         sample_rate: q.
         noise_multiplier: z.
         gain: g.
     """
 
-    steps: int
+    steps: float
     sample_rate: float
     noise_multiplier: float
     gain: float = 1.0

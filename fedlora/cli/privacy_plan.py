@@ -11,6 +11,9 @@ import typer
 from rich.table import Table
 
 from fedlora.cli.console import err, one_line_errors, out, percent
+from fedlora.config.checks import require
+from fedlora.errors import ConfigError
+from fedlora.privacy.client_plan import ClientRequest, make_client_plan
 
 NEIGHBOURS = {
     "zero_out_one": "an example is replaced by nothing; that there are {} is public",
@@ -20,12 +23,17 @@ NEIGHBOURS = {
 
 @one_line_errors
 def plan(
-    dataset_size: Annotated[int, typer.Option(help="N: examples of the client, or the number declared.")],
-    batch_size: Annotated[int, typer.Option(help="B: train.batch-size.")],
-    local_steps: Annotated[int, typer.Option(help="T: train.local-steps.")],
     rounds: Annotated[int, typer.Option(help="R: num-server-rounds.")],
     target_epsilon: Annotated[float, typer.Option(help="Budget of the client over the whole run.")],
     target_delta: Annotated[float, typer.Option(help="Its delta, well below 1 / N.")],
+    dataset_size: Annotated[
+        int | None, typer.Option(help="N: examples of the client, or the number declared.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="B: train.batch-size.")] = None,
+    local_steps: Annotated[int | None, typer.Option(help="T: train.local-steps.")] = None,
+    clients: Annotated[
+        int | None, typer.Option(help="Hide whole clients of so many, in place of a client's examples.")
+    ] = None,
     max_participations: Annotated[
         int | None, typer.Option(help="P: privacy.max-participations.", show_default="all rounds")
     ] = None,
@@ -35,6 +43,10 @@ def plan(
         str,
         typer.Option(help="zero_out_one: N is the real number; add_or_remove_one: a declared one."),
     ] = "zero_out_one",
+    noise_bands: Annotated[int, typer.Option(help="b: privacy.noise-bands, with --clients.")] = 1,
+    server_momentum: Annotated[
+        float, typer.Option(help="strategy.server-beta-1 of fedavgm, with --clients.")
+    ] = 0.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """The noise that keeps a client's budget in as many rounds as the server allows it.
@@ -43,9 +55,37 @@ def plan(
 
     Example: fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100
     --fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5
+
+    Of whole clients: fedlora privacy plan --clients 500 --fraction-train 0.1 --rounds 100 --noise-bands 10
+    --target-epsilon 4 --target-delta 1e-3
     """
     from fedlora.privacy.plan import Request, make_plan
 
+    of_examples = {"dataset-size": dataset_size, "batch-size": batch_size, "local-steps": local_steps}
+    if clients is not None:
+        for name, value in of_examples.items():
+            require(
+                value is None, f"--{name}", value, "is of a client's examples, leave it out with --clients"
+            )
+        _plan_clients(
+            ClientRequest(
+                clients=clients,
+                rounds=rounds,
+                fraction_train=fraction_train,
+                max_participations=max_participations or 0,
+                noise_bands=noise_bands,
+                server_momentum=server_momentum,
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                accountant=accountant,
+            ),
+            as_json=as_json,
+        )
+        return
+    require(noise_bands == 1, "--noise-bands", noise_bands, "is of whole clients, needs --clients")
+    if dataset_size is None or batch_size is None or local_steps is None:
+        missing = ", ".join(f"--{name}" for name, value in of_examples.items() if value is None)
+        raise ConfigError(f"{missing}: must be given, or --clients to hide whole clients")
     request = Request(
         dataset_size=dataset_size,
         batch_size=batch_size,
@@ -74,6 +114,32 @@ def plan(
     else:
         out.print("\nOn average a client takes part as often as it may: the expected case is the worst case.")
     _print_accountants(result, target_epsilon)
+
+
+def _plan_clients(request: ClientRequest, *, as_json: bool) -> None:
+    if request.target_delta * request.clients >= 1:
+        err.print(
+            f"[yellow]warning:[/yellow] --target-delta = {request.target_delta:g}: is not below "
+            f"1 / --clients = {1 / request.clients:.2g}, so giving one away whole would pass as private",
+            highlight=False,
+        )
+    plan = make_client_plan(request)
+    if as_json:
+        sys.stdout.write(json.dumps(plan) + "\n")
+        return
+    bands, most = plan["noise_bands"], _count(plan["participations"], "round")
+    once = f", at most once in {bands}" if bands > 1 else ""
+    rows = {
+        "hides": "one client, from everybody but the server: its updates are replaced by nothing",
+        "noise multiplier": f"{_noise(plan['noise_multiplier'])}  (noise standard deviation / clipping norm)",
+        "epsilon": f"{_epsilon(plan['epsilon'])} at delta {plan['delta']:g}, by {plan['accountant']}",
+        "attacker": _attacker(plan["attacker"]),
+        "covers": f"{most} of a client{once}; {plan['asked']:,} of {request.clients:,} clients in each round",
+        "mechanism": f"{plan['mechanism']}, nothing is counted for sampling clients",
+        "in the model": f"{percent(plan['model_noise'])} of what independent noise of this size leaves",
+    }
+    for name, text in rows.items():
+        out.print(f"{name:16}  {text}", highlight=False)
 
 
 def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) -> None:

@@ -66,6 +66,9 @@ class PrivacyConfig:
     """Examples of a drawn batch that are in memory at once; 0 means all of them."""
     max_participations: NonNegativeInt = 0
     """Rounds in which one client may train at most; 0 means all of them. The server enforces it."""
+    noise_bands: Annotated[PositiveInt, Field(le=1000)] = 1
+    """``client``: noise is correlated over so many rounds, so that most of it cancels in the model, and a
+    client takes part at most once in so many (banded matrix factorisation); 1: it is independent."""
     accountant: Literal["prv", "rdp", "pld"] = "prv"
     """``prv``, ``pld`` (Google's, as tight) or ``rdp`` (a looser bound)."""
     release_metrics: bool = False
@@ -84,6 +87,10 @@ class PrivacyConfig:
         require(
             self.clipping == "flat" or self.grad_sample_mode != "ghost",
             "privacy.clipping", self.clipping, 'must be "flat" where privacy.grad-sample-mode = "ghost"',
+        )  # fmt: skip
+        require(
+            self.noise_bands == 1 or self.client_level,
+            "privacy.noise-bands", self.noise_bands, "must be 1 unless privacy.mode = 'client'",
         )  # fmt: skip
 
     def _check_relation(self) -> None:

@@ -1,8 +1,8 @@
 """A run between two rounds, on disk: everything needed to go on with the same bits.
 
-``state-00007.safetensors`` has adapters, head and the rule's memory after round 7, and the one before it is
-dropped; ``patch-00001.safetensors`` and on are the base's patches, each written once; ``latest.json`` says
-which of them count, and all that is no tensor.
+``state-00007.safetensors`` has adapters, head, the rule's memory and noise that later rounds take back, after
+round 7, and the one before it is dropped; ``patch-00001.safetensors`` and on are the base's patches, each
+written once; ``latest.json`` says which of them count, and all that is no tensor.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
     name = f"state-{state.round:05d}.safetensors"
     flying = {f"flight.{f.number}.{name}": t for f in checkpoint.in_flight for name, t in f.tensors.items()}
-    write_atomic(folder / name, save(_contiguous(_state_tensors(state) | flying)))
+    noise = _named("noise", checkpoint.noise)
+    write_atomic(folder / name, save(_contiguous(_state_tensors(state) | flying | noise)))
     about = {
         "state": name,
         "round": state.round,
@@ -46,6 +47,7 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         "ledger-heads": checkpoint.ledger_heads,
         **({"in-flight": [_flight(f) for f in checkpoint.in_flight]} if checkpoint.in_flight else {}),
         "clipping-norm": checkpoint.clipping_norm,
+        **({"last-asked": checkpoint.asked} if checkpoint.asked else {}),
     }
     write_atomic(latest, json.dumps(about) + "\n")
     for old in folder.glob("state-*.safetensors"):
@@ -90,6 +92,8 @@ def read_checkpoint(folder: Path) -> ServerState | None:
             for flight in about.get("in-flight", [])
         ),
         about.get("clipping-norm"),
+        {int(p): number for p, number in about.get("last-asked", {}).items()},
+        _under("noise.", tensors),
     )
 
 
@@ -100,8 +104,7 @@ def _flight(flight: InFlight) -> dict[str, Any]:
 
 def _state_tensors(state: State) -> Tensors:
     tensors = {f"adapter.{m}.{side}": t for m, f in state.adapters.items() for side, t in f.tensors().items()}
-    tensors |= {f"head.{name}": t for name, t in state.head.items()}
-    return tensors | {f"memory.{name}": t for name, t in state.memory.items()}
+    return tensors | _named("head", state.head) | _named("memory", state.memory)
 
 
 def _parts(state: State) -> dict[str, Any]:
@@ -115,6 +118,10 @@ def _parts(state: State) -> dict[str, Any]:
 def _contiguous(tensors: Tensors) -> Tensors:
     """Copies that safetensors can write: contiguous, and none sharing memory."""
     return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+
+
+def _named(kind: str, tensors: Tensors) -> Tensors:
+    return {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:

@@ -33,6 +33,7 @@ ADDED = {
     "privacy.target-quantile": 0.5,
     "privacy.clip-learning-rate": 0.2,
     "privacy.count-noise": 0.0,
+    "privacy.noise-bands": 1,
     "strategy.allocation": "all",
     "strategy.allocation-options": "",
     "max-rank": 0,

@@ -182,6 +182,42 @@ def the_same_noise_each_round(patch: Patch) -> None:
     patch.setattr(ClientDP, "_noisy", lambda self, total, name, server_round: real(self, total, name, 1))
 
 
+def independent_in_place_of_correlated(patch: Patch) -> None:
+    """Of the size that rows of the factor times the noise have."""
+    patch.setattr(ClientDP, "_row", lambda self, name, shape, number: self._drawn(name, shape, number))
+
+
+def noise_forgotten_between_rounds(patch: Patch) -> None:
+    real = ClientDP._row
+
+    def forgetful(self: ClientDP, *of: Any) -> Any:
+        row = real(self, *of)
+        self.rows[of[0]] = {of[2]: 0 * row}
+        return row
+
+    patch.setattr(ClientDP, "_row", forgetful)
+
+
+def factor_with_ones(patch: Patch) -> None:
+    """As if c_0 were 1: the factor's columns are longer than what is charged."""
+    real = ClientDP._row
+    patch.setattr(ClientDP, "_row", lambda self, *of: self.coefficients[0] * real(self, *of))
+
+
+def the_newest_noise_not_forgotten_first(patch: Patch) -> None:
+    """The rows that are taken back are in the wrong order."""
+    real = ClientDP._row
+
+    def turned(self: ClientDP, name: str, shape: Any, server_round: int) -> Any:
+        kept = self.rows.get(name, {})
+        self.rows[name] = dict(zip(kept, reversed(kept.values()), strict=True))
+        row = real(self, name, shape, server_round)
+        self.rows[name] = {**kept, server_round: row}
+        return row
+
+    patch.setattr(ClientDP, "_row", turned)
+
+
 def _unchecked(patch: Patch) -> None:
     """The self-test would refuse to train; the audit has to find it by itself."""
     nothing: Callable[..., None] = lambda *arguments, **options: None  # noqa: E731

@@ -111,6 +111,40 @@ def test_faults_at_client_level_are_found(plant: Break, words: str, monkeypatch:
     assert words in " ".join(found.found_wrong)
 
 
+BANDED = {
+    **WHOLE, "num-server-rounds": 9, "data.num-partitions": 6, "fraction-train": 0.34,
+    "privacy.noise-bands": 3, "train.local-steps": 1,
+}  # fmt: skip
+
+
+def test_correlated_noise_is_no_fault() -> None:
+    """Canaries are in three of nine rounds, and seen through the factor they stand where theory puts them."""
+    for seed in (1, 2, 3):
+        found = audit(config(**BANDED, seed=seed))
+        assert (found.outcome, found.found_wrong) == (STANDS, [])
+        (apart,) = found.separations.values()
+        assert apart.theory == pytest.approx(3**0.5 / 4)
+        assert abs(apart.value - apart.theory) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("plant", "words"),
+    [
+        (broken.independent_in_place_of_correlated, "updates share noise"),
+        (broken.noise_forgotten_between_rounds, "has standard deviation"),
+        (broken.factor_with_ones, "has standard deviation 3"),
+        (broken.the_newest_noise_not_forgotten_first, "updates share noise"),
+        (broken.half_the_noise_on_means, "has standard deviation 2"),
+        (broken.clients_not_clipped, "farther than"),
+    ],
+)
+def test_wrong_correlated_noise_is_found(plant: Break, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(monkeypatch)
+    found = audit(config(**BANDED))
+    assert found.outcome == REFUTED
+    assert words in " ".join(found.found_wrong)
+
+
 def _line(name: str, found: Audit) -> str:
     parts = ", ".join(f"{g} {s.value:.2f} (theory {s.theory:.2f})" for g, s in found.separations.items())
     return f"{name}: {found.outcome}; separation {parts}; {' | '.join(found.flaws)}"

@@ -247,3 +247,56 @@ def test_a_plan_for_client_level_is_the_gaussian_curve() -> None:
     for alarm, reached in plan["attacker"]["true_positive_rate_at"].items():
         exact = norm.cdf(norm.ppf(float(alarm)) + math.sqrt(8) / plan["noise_multiplier"])
         assert exact <= reached <= exact + 2e-4
+
+
+# --- whole clients ------------------------------------------------------------------------------------
+
+CLIENTS = [
+    "privacy", "plan", "--clients", "500", "--fraction-train", "0.1", "--rounds", "100",
+    "--target-epsilon", "4", "--target-delta", "1e-3",
+]  # fmt: skip
+
+
+def test_noise_for_whole_clients_counts_the_rounds_that_fit() -> None:
+    result = CliRunner().invoke(cli, [*CLIENTS, "--noise-bands", "10", "--json"])
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.stdout)
+    assert (plan["hides"], plan["mechanism"]) == ("client", "banded matrix factorisation")
+    assert (plan["participations"], plan["asked"], plan["noise_bands"]) == (10, 50, 10)
+    assert plan["noise_multiplier"] == calibrate_noise(4.0, 1e-3, 1.0, 10)
+    assert plan["epsilon"] == epsilon_spent(plan["noise_multiplier"], 1.0, 10, 1e-3) <= 4
+    assert plan["sensitivity"] == pytest.approx(math.sqrt(10))
+    assert plan["model_noise"] == pytest.approx(math.sqrt(9.237130770142961 / 50.5))
+    shown = CliRunner().invoke(cli, [*CLIENTS, "--noise-bands", "10"]).stdout
+    assert "10 rounds of a client, at most once in 10; 50 of 500 clients in each round" in shown
+    assert "42.8 % of what independent noise" in shown
+    alone = json.loads(CliRunner().invoke(cli, [*CLIENTS, "--json"]).stdout)
+    assert (alone["mechanism"], alone["participations"], alone["model_noise"]) == ("Gaussian", 100, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--noise-bands", "11"],
+            "--noise-bands = 11: a client takes part once in so many rounds, so of 500 at",
+        ),
+        (["--batch-size", "4"], "--batch-size = 4: is of a client's examples, leave it out with --clients"),
+        (["--server-momentum", "1"], "--server-momentum = 1.0: must be < 1"),
+        (["--max-participations", "101"], "--max-participations = 101: must be at most --rounds"),
+        (["--clients", "0"], "--clients = 0: must be >= 1"),
+    ],
+)
+def test_a_plan_of_whole_clients_is_refused_in_one_line(flags: list[str], words: str) -> None:
+    result = CliRunner().invoke(cli, [*CLIENTS, *flags])
+    assert result.exit_code == 2
+    assert words in " ".join(result.stderr.split())
+
+
+def test_without_clients_their_options_are_refused_and_examples_are_asked_for() -> None:
+    alone = ["privacy", "plan", "--rounds", "9", "--target-epsilon", "4", "--target-delta", "1e-3"]
+    missing = CliRunner().invoke(cli, [*alone, "--batch-size", "4"])
+    assert missing.exit_code == 2
+    assert "--dataset-size, --local-steps: must be given, or --clients" in " ".join(missing.stderr.split())
+    bands = CliRunner().invoke(cli, [*alone, "--noise-bands", "4"])
+    assert "--noise-bands = 4: is of whole clients, needs --clients" in " ".join(bands.stderr.split())

@@ -82,6 +82,11 @@ class Row:
         return self.config.privacy.private
 
     @property
+    def protected(self) -> bool:
+        """Something is hidden: examples or clients."""
+        return self.config.privacy.mode != "none"
+
+    @property
     def seeds(self) -> list[int]:
         return list(dict.fromkeys(result.seed for result in self.results))
 

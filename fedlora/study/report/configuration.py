@@ -66,13 +66,17 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
         "Clients that took part": str(len({client for r in rounds for client in r["participants"]})),
         "Test examples": f"{rows[0].examples:,}",
         "Test examples in a round": " or ".join(sorted(evaluated)),
-        "Neighbouring data sets": "; or ".join({_neighbours(r.config): None for r in rows if r.private}),
+        "Neighbouring data sets": "; or ".join({_neighbours(r.config): None for r in rows if r.protected}),
         "Labels": f"{len(labels)} ({', '.join(map(str, labels))})" if labels else "",
     }  # fmt: skip
     return [(name, value) for name, value in found.items() if value]
 
 
 def _neighbours(config: RunConfig) -> str:
+    if config.privacy.client_level:
+        bands = config.privacy.noise_bands
+        drawn = f"correlated over {bands} rounds, of which a client is in one" if bands > 1 else "independent"
+        return f"differ by one client's updates, replaced by nothing; noise is {drawn}"
     column = config.privacy.unit_column
     units = "units" if column else "examples"
     hidden = (

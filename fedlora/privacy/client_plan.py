@@ -1,0 +1,121 @@
+"""Noise for whole clients before a run: what the rounds that a client can take part in need.
+
+Each of them is one Gaussian mechanism, nothing is amplified. Noise that is correlated over b rounds costs the
+same and leaves less of itself in the model, see `fedlora.privacy.banded`; a client then takes part once in b
+rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedlora.config.checks import one_of, require
+from fedlora.config.privacy import MAX_DELTA
+from fedlora.privacy.accountants import ACCOUNTANTS
+from fedlora.privacy.banded import most_participations, remaining, sensitivity, square_root
+from fedlora.privacy.calibration import MAX_EPSILON, calibrate_noise, epsilon_spent
+from fedlora.privacy.trade_off import trade_off
+
+FULL = 1.0
+"""The rate of a round: clients know when they take part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientRequest:
+    """What a plan is made for; the fields are options of ``fedlora privacy plan``.
+
+    Attributes:
+        clients: N, that may take part.
+        rounds: R.
+        fraction_train: F, share of the clients that is asked in a round.
+        max_participations: P, rounds that the server lets one client take part in; 0: as many as fit.
+        noise_bands: b, rounds over which noise is correlated.
+        server_momentum: beta of FedAvgM; 0 without.
+        target_epsilon: the budget of a client over the whole run.
+        target_delta: its delta.
+        accountant: ``prv``, ``pld`` or ``rdp``.
+    """
+
+    clients: int
+    rounds: int
+    fraction_train: float
+    max_participations: int
+    noise_bands: int
+    server_momentum: float
+    target_epsilon: float
+    target_delta: float
+    accountant: str
+
+    def __post_init__(self) -> None:
+        for name in ("clients", "rounds", "noise_bands"):
+            require(getattr(self, name) >= 1, _option(name), getattr(self, name), "must be >= 1")
+        for name, low in (("max_participations", 0), ("server_momentum", 0.0)):
+            require(getattr(self, name) >= low, _option(name), getattr(self, name), f"must be >= {low:g}")
+        require(
+            self.max_participations <= self.rounds, "--max-participations", self.max_participations,
+            f"must be at most --rounds, which is {self.rounds}",
+        )  # fmt: skip
+        require(self.server_momentum < 1, "--server-momentum", self.server_momentum, "must be < 1")
+        require(0 < self.fraction_train <= 1, "--fraction-train", self.fraction_train, "must be in (0, 1]")
+        require(
+            self.noise_bands == 1 or self.asked * self.noise_bands <= self.clients,
+            "--noise-bands", self.noise_bands,
+            f"a client takes part once in so many rounds, so of {self.clients} at most "
+            f"{self.clients // self.noise_bands} can be asked in each, --fraction-train asks {self.asked}",
+        )  # fmt: skip
+        require(
+            0 < self.target_epsilon <= MAX_EPSILON, "--target-epsilon", self.target_epsilon,
+            f"must be > 0 and at most {MAX_EPSILON:g}",
+        )  # fmt: skip
+        require(
+            0 < self.target_delta <= MAX_DELTA, "--target-delta", self.target_delta,
+            f"must be in (0, {MAX_DELTA:g}]",
+        )  # fmt: skip
+        one_of("--accountant", self.accountant, tuple(ACCOUNTANTS))
+
+    @property
+    def asked(self) -> int:
+        """Clients of a round."""
+        return max(1, int(self.fraction_train * self.clients + 1e-9))
+
+    @property
+    def participations(self) -> int:
+        """Rounds of one client at most."""
+        return most_participations(self.rounds, self.noise_bands, self.max_participations)
+
+
+def make_client_plan(request: ClientRequest) -> dict[str, Any]:
+    """The least noise that keeps the budget, and what of it stays in the model.
+
+    Returns:
+        ``noise_multiplier``, ``epsilon``, ``delta``, ``participations``, ``asked``, ``attacker`` as in
+        `fedlora.privacy.plan`, ``sensitivity`` (most that a client moves the factor times the sums, in
+        clipping norms), ``model_noise`` (root mean square over the rounds, as a share of independent noise of
+        this z), and what it is: ``hides``, ``mechanism``.
+
+    Raises:
+        ConfigError: a budget that no noise reaches, or beyond what the accountant resolves.
+    """
+    r, coefficients = request, square_root(request.noise_bands, request.server_momentum)
+    noise = calibrate_noise(r.target_epsilon, r.target_delta, FULL, r.participations, r.accountant)
+    epsilon = epsilon_spent(noise, FULL, r.participations, r.target_delta, r.accountant)
+    return {
+        "hides": "client",
+        "mechanism": "Gaussian" if r.noise_bands == 1 else "banded matrix factorisation",
+        "noise_bands": r.noise_bands,
+        "noise_multiplier": noise,
+        "epsilon": epsilon,
+        "delta": r.target_delta,
+        "accountant": r.accountant,
+        "neighboring_relation": "zero_out_one",
+        "participations": r.participations,
+        "attacker": trade_off(((noise, FULL, r.participations),), epsilon, r.target_delta).record(),
+        "asked": r.asked,
+        "sensitivity": sensitivity(coefficients, r.rounds, r.participations),
+        "model_noise": remaining(coefficients, r.rounds, r.server_momentum),
+    }
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
