@@ -21,6 +21,7 @@ from clients.owner import (
     in_owners_name,
     is_protected,
     one_refusal,
+    refuse_beyond_allowed,
     refuse_beyond_limit,
 )
 from clients.runtime import RuntimeCache, configured
@@ -59,6 +60,8 @@ def handle(
     def answer() -> wire.Reply:
         if kind == TRAIN:
             refuse_beyond_limit(config, settings)
+        if not simulation:
+            refuse_beyond_allowed(config, settings)
         with one_thread():
             own = in_owners_name(config, settings, simulation=simulation)
             runtime = runtimes.get(own, own_of(settings, _labels(instruction)))

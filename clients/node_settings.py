@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 
 from fedlora.assets.fetch import cache_dir
-from fedlora.config.checks import require
+from fedlora.config.checks import name_list, require
 from fedlora.config.section import by_field, section
 from fedlora.errors import ConfigError
 
@@ -74,6 +74,9 @@ class NodeSettings:
     """Epsilon of each of them, which then leave with noise, within ``max-epsilon``; 0: they leave exactly."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
+    allow: str = ""
+    """Comma list of what a run's configuration may name on this machine, for instance ``/srv/models/bert,
+    mine:Adam``: files, directories and ``module:Class``, letter for letter; empty: none."""
     state_dir: str = ""
     """What the node keeps, for instance ``/srv/fedlora``; ``FEDLORA_STATE_DIR`` says where if it is empty."""
 
@@ -106,6 +109,11 @@ class NodeSettings:
             "names a column of data, which is empty",
         )  # fmt: skip
         require(self.dataset_id.isprintable(), "dataset-id", self.dataset_id, "must be one line of text")
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """The entries of ``allow``."""
+        return name_list(self.allow)
 
     @property
     def set_aside(self) -> float:

@@ -28,9 +28,11 @@ from filelock import FileLock
 
 from clients.node_settings import EvaluationNoise, NodeSettings
 from fedlora import wire
+from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import RunConfig
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.core.files import write_atomic
+from fedlora.data.columns import BUILT_IN
 from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused
 
 REFUSAL = "the node declines; its own log says why"
@@ -59,6 +61,35 @@ def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
         raise ConfigError(f"privacy.mode = {config.privacy.mode!r}: {limit}, which takes 'example'")
     if config.privacy.target_delta > settings.max_delta:
         raise ConfigError(f"privacy.target-delta = {config.privacy.target_delta:g}: {limit}")
+
+
+def refuse_beyond_allowed(config: RunConfig, settings: NodeSettings) -> None:
+    """Hold a run's configuration to what its owner lets it name on this machine (``allow``).
+
+    Files and directories are read, and ``module:Class`` is imported; nobody but the owner says which. Names
+    of built-in models and data, and hub ids of which nothing lies here, are no files. Models bring no code.
+
+    Raises:
+        OwnDataRefused: something that is not allowed; who sent it is told the one refusal.
+    """
+    data = () if settings.data else (("data.name", config.data.name), ("data.test", config.data.test))
+    files = {"model.name": config.model.name, "privacy.ledger": config.privacy.ledger, **dict(data)}
+    named = {key: value for key, value in files.items() if _is_file(key, value)}
+    if ":" in config.train.optimizer:
+        named["train.optimizer"] = config.train.optimizer
+    for key, value in named.items():
+        if value not in settings.allowed:
+            raise OwnDataRefused(f"{key} = {value!r}: allow in node.toml does not name it", REFUSAL)
+
+
+def _is_file(key: str, value: str) -> bool:
+    """Whether a value leads to a file: it is a path, or something of its name lies here."""
+    if not value or value in {"model.name": BUILT_IN_MODELS, "data.name": BUILT_IN}.get(key, ()):
+        return False
+    if key == "privacy.ledger":
+        return True
+    path = Path(value)
+    return path.is_absolute() or value.startswith(("~", ".")) or ".." in path.parts or path.exists()
 
 
 def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: bool) -> RunConfig:

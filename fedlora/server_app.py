@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.runtime import configured, read_runtime
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.layout import FAILURE, NodeKeys, roll_of
+from fedlora.deployment.operator.layout import FAILURE, OWN, NodeKeys, roll_of
 from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory
@@ -36,6 +37,7 @@ def main(grid: Grid, context: Context) -> None:
     directory = RunDirectory(path, resume=config.resume)
     try:
         with system_errors_in_words():
+            sys.path.append(str(path / OWN))  # a strategy of the operator's own, see `submit`
             check(config)
             FederatedRun(_session(config), directory).run(PollingGrid(grid))
     except FedLoraError as error:

@@ -139,3 +139,73 @@ def test_settings_that_are_wrong_are_named(node_config: dict[str, Any], named: s
 def test_a_node_directory_without_settings_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"node\.toml: there is no such file"):
         read_node(tmp_path)
+
+
+# --- what a run may name on a node --------------------------------------------------------------------
+
+MARKED = "open({mark!r}, 'w')\nclass Mine: pass\n"
+NAMED = [
+    ({"model.name": "/srv/other/model"}, "model.name = '/srv/other/model'"),
+    ({"model.name": "../model"}, "model.name = '../model'"),
+    ({"model.name": "here"}, "model.name = 'here'"),
+    ({"data.name": "/etc/passwd"}, "data.name = '/etc/passwd'"),
+    ({"data.test": "~/mail.jsonl"}, "data.test = '~/mail.jsonl'"),
+    ({"privacy.ledger": "elsewhere"}, "privacy.ledger = 'elsewhere'"),
+    ({"train.optimizer": "mine:Mine"}, "train.optimizer = 'mine:Mine'"),
+]
+
+
+@pytest.mark.parametrize("protected", [True, False])
+@pytest.mark.parametrize(("keys", "named"), NAMED)
+def test_what_the_owner_does_not_allow_a_run_cannot_name(
+    keys: dict[str, Any], named: str, protected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """One line in the node's own log, the one refusal outward, nothing read or imported."""
+    (tmp_path / "mine.py").write_text(MARKED.format(mark=str(tmp_path / "imported")))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    sent = order(tiny_config(), 1)
+    run = {**to_flat(tiny_config(**(PRIVATE if protected else {}))), **keys}
+    node = {"partition-id": 0, "state-dir": str(tmp_path / "state")}
+    with caplog.at_level("WARNING", "fedlora"):
+        answered = wire.decode_reply(handle(TRAIN, sent, run, node, RUNTIMES))
+    assert (answered.status, answered.reason) == (wire.DECLINED, owner.REFUSAL)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "fedlora"]
+    assert line == f"declined: {named}: allow in node.toml does not name it"
+    assert not (tmp_path / "imported").exists()
+
+
+def test_what_the_owner_allows_may_be_named_letter_for_letter(tmp_path: Path) -> None:
+    settings = node_settings({"partition-id": 0, "allow": "/srv/model, mine:Mine"})
+    for keys in ({"model.name": "/srv/model"}, {"train.optimizer": "mine:Mine"}, {"model.name": "org/model"}):
+        owner.refuse_beyond_allowed(tiny_config(**keys), settings)
+    for keys in (
+        {"model.name": "/srv/model/"},
+        {"model.name": "/srv/model/../x"},
+        {"train.optimizer": "mine:Other"},
+    ):
+        with pytest.raises(ConfigError, match=r"allow in node\.toml does not name it"):
+            owner.refuse_beyond_allowed(tiny_config(**keys), settings)
+
+
+def test_with_data_of_its_own_a_node_takes_the_names_of_the_servers_files() -> None:
+    """They are the server's test set; the node does not read them."""
+    own = node_settings({"partition-id": 0, "data": "/srv/notes.jsonl", "dataset-id": "notes"})
+    owner.refuse_beyond_allowed(
+        tiny_config(**{"data.name": "/opt/test.csv", "data.test": "/opt/test.csv"}), own
+    )
+
+
+def test_a_strategy_of_the_servers_own_is_not_imported_at_a_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "theirs.py").write_text(MARKED.format(mark=str(tmp_path / "imported")))
+    monkeypatch.syspath_prepend(tmp_path)
+    run = {**to_flat(tiny_config()), "strategy.name": "theirs:Mine", "output-dir": str(tmp_path / "out")}
+    node = {"partition-id": 0, "state-dir": str(tmp_path / "state")}
+    answered = wire.decode_reply(handle(TRAIN, order(tiny_config(), 1), run, node, RUNTIMES))
+    assert answered.status == wire.OK
+    assert not (tmp_path / "imported").exists()
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,11 @@ from typing import Any
 import pytest
 
 from fedlora.deployment.operator import submit
+from fedlora.deployment.operator.layout import OWN
+from fedlora.deployment.operator.submit import _app, bring_own_strategy
 from fedlora.errors import RunFailed
 from fedlora.server.directory import RunDirectory
+from fedlora.server.validate import check
 from tests.conftest import tiny_config
 
 
@@ -90,3 +95,48 @@ def test_the_server_is_told_whole_paths(monkeypatch: pytest.MonkeyPatch, tmp_pat
     with pytest.raises(RunFailed, match="seen"):
         submit.submit(layout, tiny_config(**{"data.name": "here.jsonl"}), tmp_path / "run")
     assert f'name = "{tmp_path / "here.jsonl"}"' in told[0]
+
+
+OWN_RULE = """
+from dataclasses import dataclass
+from strategies.rules.fedavg import FedAvgRule
+from {helper} import TITLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(FedAvgRule):
+    pass
+"""
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_strategy_of_ones_own_is_found_on_the_server_wherever_it_works(
+    package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the bundle for the nodes holds none of it."""
+    here, out, name = tmp_path / "here", tmp_path / "out", f"own_rule_{package}".lower()
+    here.mkdir()
+    if package:
+        (here / name).mkdir()
+        (here / name / "title.py").write_text("TITLE = 'mine'\n")
+        (here / name / "__init__.py").write_text(OWN_RULE.format(helper=f"{name}.title"))
+    else:
+        (here / f"{name}.py").write_text(OWN_RULE.format(helper="math").replace("TITLE", "pi"))
+    monkeypatch.chdir(here)
+    config = tiny_config(**{"strategy.name": f"{name}:Mine"})
+    check(config)
+    bring_own_strategy(config, out / OWN)
+    elsewhere = (
+        "import sys; from fedlora.config import from_flat; from fedlora.server.validate import check\n"
+        f"sys.path.append({str(out / OWN)!r})\n"
+        f"print(type(check(from_flat({{'strategy.name': '{name}:Mine'}}))).__name__)"
+    )
+    (tmp_path / "else").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", elsewhere], cwd=tmp_path / "else", capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "Mine", done.stderr
+    bring_own_strategy(tiny_config(), out / "none")
+    assert not (out / "none").exists()
+    with _app(tmp_path) as app:
+        assert not list(app.rglob(f"*{name}*"))

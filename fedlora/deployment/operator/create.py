@@ -97,6 +97,8 @@ def _write_node(draft: Path, partition: int, address: str, data: str) -> dict[st
     own = str(Path(data).absolute()) if data else ""
     (node / "node.toml").write_text(node_toml(partition, own, Path(data).stem if data else ""))
     _write_script(node / "start.sh", filled("start.sh", address=address))
+    (node / "bin").mkdir(mode=FOLDER)
+    _write_script(node / "bin" / "flwr-clientapp", filled("flwr-clientapp.sh"))
     text = unit(f"Node {partition} of a fedlora federation", name, "start.sh", RESTART_SECONDS)
     (node / "fedlora-supernode.service").write_text(text)
     return {"name": name, "partition-id": partition, "fingerprint": mark}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SERVER_FILE = "federation.toml"
 FAILURE = "failure.json"
 """In a run directory: why the ServerApp gave up, for ``fedlora run --federation``."""
+OWN = "own"
+"""In a run directory: a strategy of the operator's own, for the ServerApp."""
 CONNECTION = "federation"
 """What Flower's configuration calls the SuperLink of this federation."""
 

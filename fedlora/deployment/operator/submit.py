@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 import tomllib
@@ -19,7 +20,7 @@ import tomli_w
 from fedlora.config import RunConfig, to_flat, unflatten
 from fedlora.core.code import code_root, project_file, top_packages
 from fedlora.data.columns import BUILT_IN
-from fedlora.deployment.operator.layout import CONNECTION, FAILURE, Layout
+from fedlora.deployment.operator.layout import CONNECTION, FAILURE, OWN, Layout
 from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.directory import RunDirectory
@@ -69,6 +70,7 @@ def submit(
     # The directory is looked through here, so that the ServerApp may always go on with what is there.
     config = replace(whole_paths(config), output_dir=str(directory.path), resume=True)
     (directory.path / FAILURE).unlink(missing_ok=True)
+    bring_own_strategy(config, directory.path / OWN)
     checkpoint = directory.load_checkpoint()
     told = checkpoint.state.round if checkpoint is not None else 0
     directory.keep_rounds(told)
@@ -81,6 +83,27 @@ def submit(
         told = _tell(directory, told, progress)
     _tell(directory, told, progress)
     return _outcome(layout, run_id, directory)
+
+
+def bring_own_strategy(config: RunConfig, place: Path) -> None:
+    """Copy the file or package of a ``module:Class`` strategy to where the ServerApp looks for it.
+
+    It is the server's alone: the bundle that nodes get stays fedlora's own code. An installed one stays where
+    it is, as the ServerApp runs in the same environment.
+    """
+    name, colon, _ = config.strategy.name.partition(":")
+    if not colon:
+        return
+    top = name.partition(".")[0]
+    source = Path(str(sys.modules[top].__file__)).resolve()
+    if source.is_relative_to(Path(sys.prefix).resolve()):
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    if source.name == "__init__.py":
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(source.parent, place / top, ignore=ignored, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, place / source.name)
 
 
 def whole_paths(config: RunConfig) -> RunConfig:
