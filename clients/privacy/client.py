@@ -82,8 +82,8 @@ class ClientPrivacy(PrivacyMechanism):
         if (quantile := quantile_of(config.privacy)) is not None:
             if bands > 1:
                 raise NotApplicable(
-                    f"privacy.noise-bands = {bands}: later rounds take noise back, and their clipping norm is "
-                    "another one with privacy.clipping = 'adaptive'"
+                    f"privacy.noise-bands = {bands}: later rounds take noise back, but their clipping norm "
+                    "is another one with privacy.clipping = 'adaptive'"
                 )
             quantile.noise_of_sum(self.noise, 1)
         ranks = {*config.lora.rank_list} | {g.rank for g in config.groups if g.rank is not None}
