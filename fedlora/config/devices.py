@@ -61,7 +61,7 @@ class DevicesConfig:
     ``{"phone": {"tokens-per-second": 800, "upload-mbps": 5, "spread": 0.5}}``."""
     trace: str = ""
     """A csv, jsonl or parquet file with a row for each partition: ``partition`` and any of a profile's keys,
-    for instance ``devices.csv``."""
+    for instance ``phones.csv``."""
     deadline: NonNegativeFloat = 0.0
     """Simulated seconds after which a round goes on without who is late; 0 means ``round-timeout``."""
     over_selection: Annotated[float, Field(ge=1)] = 1.0
