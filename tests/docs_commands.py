@@ -8,16 +8,19 @@ import shlex
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from typer.main import get_command
 
+from clients.node_settings import NodeSettings, node_settings
 from fedlora.cli import cli
 from fedlora.config import FlatConfig, RunConfig, flatten, from_flat, parse_overrides, read_config, to_flat
 
 ROOT = Path(__file__).parent.parent
+OF_NODES = {key.name.replace("_", "-") for key in fields(NodeSettings)}
+"""Keys of a ``node.toml``."""
 PAGES = (
     ROOT / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
@@ -134,8 +137,13 @@ def keys_in_prose(text: str) -> Iterator[str]:
 
 
 def tables(text: str) -> Iterator[FlatConfig]:
-    """The ``toml`` blocks of a page as flat configurations."""
+    """The ``toml`` blocks of a page as flat configurations; a node's own are read here."""
     for body in blocks(text, "toml"):
         found = tomllib.loads(body)
-        if "project" not in found:  # the pyproject.toml of an app of one's own
-            yield flatten(found)
+        if "project" in found:  # the pyproject.toml of an app of one's own
+            continue
+        flat = flatten(found)
+        if flat.keys() <= OF_NODES:
+            node_settings({"partition-id": 0, **flat})
+        else:
+            yield flat
