@@ -3,8 +3,8 @@
 Three ways to the same clipped sum (``grad_sample_mode``):
 
 * ``hooks``: a backward pass keeps every example's gradient of every trained tensor, then clips it;
-* ``ghost``: a first backward pass finds only the norms, a second one goes through the loss in which
-  each example is weighted by its clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022);
+* ``ghost``: a first backward pass finds the norms alone, a second one weighs each example's loss by its
+  clipping factor (Lee and Kifer, PoPETs 2021; Li et al., ICLR 2022);
 * ``loop``: one backward pass for each example, for adapters of which Opacus' hooks see nothing.
 
 Opacus is imported by the first private step, not by every process that might take one.
@@ -292,10 +292,8 @@ def physical_batches(drawn: Indices, most: int) -> list[Indices]:
     """The drawn examples in order, at most so many at once (0: all); one empty batch if there are none.
 
     >>> import numpy as np
-    >>> [len(chunk) for chunk in physical_batches(np.arange(7), 3)]
-    [3, 3, 1]
-    >>> [len(chunk) for chunk in physical_batches(np.arange(0), 3)]
-    [0]
+    >>> [[len(chunk) for chunk in physical_batches(np.arange(n), 3)] for n in (7, 0)]
+    [[3, 3, 1], [0]]
     """
-    size = most or max(len(drawn), 1)
-    return [drawn[start : start + size] for start in range(0, max(len(drawn), 1), size)]
+    count = max(len(drawn), 1)
+    return [drawn[start : start + (most or count)] for start in range(0, count, most or count)]
