@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.runtime import configured, read_runtime
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.layout import FAILURE, OWN, NodeKeys, roll_of
+from fedlora.deployment.operator.layout import FAILURE, OWN, NodeKeys, declared_examples_of, roll_of
 from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory
@@ -54,4 +54,10 @@ def _session(config: RunConfig) -> Session:
         return Session(config=config, runtime=runtime)
     keys = NodeKeys(roll_of(Path(file)))
     nodes = sorted(keys.partitions.values())
-    return Session(config=config, runtime=runtime, nodes=nodes, node_directory=NodeDirectory(keys))
+    return Session(
+        config=config,
+        runtime=runtime,
+        nodes=nodes,
+        declared_examples=declared_examples_of(Path(file)),
+        node_directory=NodeDirectory(keys),
+    )

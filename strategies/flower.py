@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from logging import INFO, WARNING
+from logging import INFO
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -18,17 +18,18 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora import wire
-from fedlora.core.state import ClientSpec, ClientUpdate, State
+from fedlora.core.state import ClientSpec, ClientUpdate
 from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefused
 from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.loop import Rounds, settings_of
-from strategies.nodes import NodeDirectory
-from strategies.precision import padded, rounded_broadcast, rounded_state
+from strategies.nodes import CONNECT_TIMEOUT, NodeDirectory
+from strategies.precision import padded, rounded_broadcast
 from strategies.replies import (
     NUM_EXAMPLES,
+    KnownExamples,
     MetricsFn,
-    evaluated,
+    evaluations,
     mean_loss,
     mean_metrics,
     validate_reply,
@@ -36,12 +37,10 @@ from strategies.replies import (
 from strategies.report import RoundReport
 from strategies.rule import Rule
 from strategies.sampling import Selection
+from strategies.screening import Screening, aggregate_screened
 from strategies.transport import Transport
 from strategies.uploads import checked_upload
 from strategies.wrapped import watch_flowers_wrappers
-
-CONNECT_TIMEOUT = 600.0
-"""Seconds to wait for ``min_available_nodes``."""
 
 
 class FactorStrategy(Rounds):
@@ -62,6 +61,8 @@ class FactorStrategy(Rounds):
         seed: root of the sampling and of drawn adapters.
         client_spec: what is settled for each partition; by default everybody has the global rank.
         max_update_norm: an update that moved further is refused; 0 means none is for that.
+        known_examples: the most examples that a partition can claim, as far as they are known here.
+        screening: bounds on a client's weight and way beside the others'; None compares nobody.
         clients_evaluate: after which rounds clients evaluate, each with what it keeps to itself.
         keep_ranks: a client whose rank a rule prunes is sent zeros there, as a PEFT model keeps its rank.
         diagnostics: measure each aggregation, see `strategies.diagnostics`; never under client-level privacy.
@@ -96,6 +97,8 @@ class FactorStrategy(Rounds):
         partitions: Collection[int] | None = None,
         max_participations: int = 0,
         max_update_norm: float = 0.0,
+        known_examples: KnownExamples = lambda partition: None,
+        screening: Screening | None = None,
         clients_evaluate: Callable[[int], bool] = lambda server_round: True,
         diagnostics: bool = True,
         client_dp: ClientDP | AdaptiveClientDP | None = None,
@@ -126,16 +129,19 @@ class FactorStrategy(Rounds):
         self.train_metrics_aggr_fn = train_metrics_aggr_fn
         self.evaluate_metrics_aggr_fn = evaluate_metrics_aggr_fn
         self._accept = partial(
-            validate_reply, facts=rule.facts, weighted_by_key=weighted_by_key, max_update_norm=max_update_norm
-        )
+            validate_reply, facts=rule.facts, weighted_by_key=weighted_by_key,
+            max_update_norm=max_update_norm, known_examples=known_examples,
+        )  # fmt: skip
+        self.screening = screening
         self.own_specs = client_spec is not None
         self.client_spec = client_spec or self._default_spec
         self.clients_evaluate = clients_evaluate
         if client_dp is not None:
             client_dp.check(rule)
+        if client_dp is not None and screening is not None:
+            raise ConfigError("client_dp: screening leaves clients out by updates, which no noise covers")
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
-        self.state: State | None = None
         self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
         self.keep_ranks = keep_ranks
         self.transport = Transport(
@@ -159,8 +165,7 @@ class FactorStrategy(Rounds):
             return self._instructions([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
         for partition_id, reason in self.node_directory.refused.items():
-            self.report.refused[partition_id] = reason
-            log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
+            self.report.refuse(partition_id, reason)
         chosen = self.selection.choose(present, server_round)
         log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
         return self._instructions(chosen, present, MessageType.TRAIN, server_round, config)
@@ -178,26 +183,21 @@ class FactorStrategy(Rounds):
             RunFailed: fewer valid updates than ``min_train_nodes``.
         """
         contents = self.transport.settle(replies)
-        updates = self._accepted()
+        starts = {request.partition_id: request.broadcast for request in self.transport.requests}
         wanted = self.selection.min_train_nodes
+        aggregate = partial(self._next_state, starts)
+        done = aggregate_screened(aggregate, self._accepted(), starts, self.screening, least=wanted)
+        for partition_id, reason in done.refused.items():
+            self.report.refuse(partition_id, reason)
+        updates = done.updates
         if self.transport.requests and len(updates) < wanted:
             raise RunFailed(
                 f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
                 f"{wanted} ({self.report.refusals() or 'no replies'})"
             )
-        if not updates:
+        if done.state is None:
             return None, None
-        assert self.state is not None
-        counted = updates
-        if self.client_dp is not None:
-            sent = {request.partition_id: request.broadcast for request in self.transport.requests}
-            if isinstance(self.client_dp, AdaptiveClientDP):
-                self.report.clipping_norm = self.client_dp.clipping_norm
-            counted = self.client_dp.privatise(updates, sent, len(sent), server_round)
-        state, self.report.diagnostics = self.rule.aggregate(
-            self.state, counted, diagnostics=self.diagnostics
-        )
-        self.state = rounded_state(state, self._dtype)
+        self.state, self.report.diagnostics = done.state, done.diagnostics
         self.report.participants = [update.partition_id for update in updates]
         self.report.train_loss = mean_loss(self.transport.requests, updates)
         self._released = self.arrays()
@@ -224,13 +224,10 @@ class FactorStrategy(Rounds):
         contents = self.transport.settle(replies, trained=False)
         self._count_bytes()
         measured = {}
-        for request in self.transport.requests:
-            try:
-                measured[request.partition_id] = evaluated(request, self.weighted_by_key)
-                self.report.note(request.partition_id, request.reply)
-                self.transport.note_ledger(request)
-            except UpdateRefused as error:
-                log(WARNING, "\tpartition %s does not evaluate: %s", request.partition_id, error)
+        for request, metrics in evaluations(self.transport.requests, self.weighted_by_key):
+            measured[request.partition_id] = metrics
+            self.report.note(request.partition_id, request.reply)
+            self.transport.note_ledger(request)
         self.report.client_metrics = {
             partition: metrics
             for partition, metrics in measured.items()
@@ -245,7 +242,7 @@ class FactorStrategy(Rounds):
         log(INFO, "\t├──> %s (%s)", facts.title, facts.paper)
         log(INFO, "\t├──> %s", self.rule)
         log(INFO, "\t├──> %s, available %s", self.selection, self.min_available_nodes)
-        log(INFO, "\t├──> weighted by: %r", self.weighted_by_key)
+        log(INFO, "\t├──> weighted by: %r, screening: %s", self.weighted_by_key, self.screening)
         keys = self.transport.arrayrecord_key, self.transport.configrecord_key
         log(INFO, "\t└──> keys in records: arrays %r, config %r", *keys)
 
@@ -286,8 +283,7 @@ class FactorStrategy(Rounds):
             try:
                 updates.append(self._accept(request))
             except (UpdateRefused, FactorShapeError) as error:
-                self.report.refused[request.partition_id] = str(error)
-                log(WARNING, "\tpartition %s refused: %s", request.partition_id, error)
+                self.report.refuse(request.partition_id, str(error))
                 continue
             self.report.note(request.partition_id, request.reply)
             self.transport.note_ledger(request)

@@ -108,6 +108,10 @@ class Center:
 
     name: ClassVar[str] = "mean"
 
+    def for_products(self) -> Center | None:
+        """The same for a rule whose aggregate is no mean; None where there is no such thing."""
+        return None
+
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """The updates that count at all, in the given order."""
         return updates

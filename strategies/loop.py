@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO
 from typing import Any
 
@@ -20,10 +20,11 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedlora import wire
 from fedlora.core.adapters import lora_set
 from fedlora.core.factors import AdapterSet, LoraFactors, Product, bounded
-from fedlora.core.state import ServerState, State, Template
+from fedlora.core.state import Broadcast, ClientUpdate, ServerState, State, Template
 from fedlora.errors import ConfigError
 from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
+from strategies.diagnostics import Diagnostics
 from strategies.precision import rounded_state
 from strategies.report import RoundReport
 from strategies.rule import Rule
@@ -49,6 +50,7 @@ class Rounds(Strategy):
         transport: of this round's instructions.
         client_dp: client-level privacy, with the noise that later rounds take back; None without it.
         report: of this round.
+        diagnostics: whether aggregations are measured.
     """
 
     rule: Rule
@@ -60,6 +62,7 @@ class Rounds(Strategy):
     transport: Transport
     report: RoundReport
     client_dp: ClientDP | AdaptiveClientDP | None = None
+    diagnostics: bool = True
     _dtype: torch.dtype
     _released: ArrayRecord | None = None
 
@@ -120,6 +123,18 @@ class Rounds(Strategy):
         assert self.state is not None
         self.state = rounded_state(with_arrays(self.state, arrays), self._dtype)
         self._released = arrays
+
+    def _next_state(
+        self, starts: Mapping[int, Broadcast], updates: Sequence[ClientUpdate]
+    ) -> tuple[State, Diagnostics | None]:
+        """The next state, as it can be sent."""
+        assert self.state is not None
+        if self.client_dp is not None:
+            if isinstance(self.client_dp, AdaptiveClientDP):
+                self.report.clipping_norm = self.client_dp.clipping_norm
+            updates = self.client_dp.privatise(updates, starts, len(starts), self.report.server_round)
+        state, measured = self.rule.aggregate(self.state, updates, diagnostics=self.diagnostics)
+        return rounded_state(state, self._dtype), measured
 
     def arrays(self) -> ArrayRecord:
         """The whole global model over the pristine base: adapter and head under PEFT's keys.

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
-from strategies.layer import Center, Layer, Merged
+from strategies.layer import Layer, Merged
 from strategies.rule import Rule, check_heads
 from strategies.server_optimizer import ServerOptimizer
 
@@ -26,7 +26,6 @@ class MeanRule(Rule):
     """A subclass declares ``facts`` and, where it does more than average, defines `settle`.
 
     Attributes:
-        center: what takes the middle of the clients' tensors.
         optimizer: how the server moves there.
 
     Raises:
@@ -34,7 +33,6 @@ class MeanRule(Rule):
             meaning in another basis.
     """
 
-    center: Center = field(default_factory=Center)
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def __post_init__(self) -> None:
@@ -66,9 +64,6 @@ class MeanRule(Rule):
             if isinstance(adapter, LoraFactors)
             else Merged(adapter, memory=memory)
         )
-
-    def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
-        return self.center.choose(updates)
 
     def merge_head(
         self, state: State, updates: Sequence[ClientUpdate], weights: Sequence[float]

@@ -24,6 +24,8 @@ from fedlora.errors import RunFailed
 
 POLL_SECONDS = 0.5
 QUERY_TIMEOUT = 120.0
+CONNECT_TIMEOUT = 600.0
+"""Seconds to wait for the nodes that a run wants."""
 
 
 PartitionOf = Callable[[Grid], Mapping[int, int | None]]

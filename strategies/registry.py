@@ -98,6 +98,8 @@ def option_fields(rule: type[Rule]) -> dict[str, dataclasses.Field[Any]]:
 
 
 def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimizer | None) -> dict[str, Any]:
+    if center is not None and not issubclass(rule, MeanRule) and (other := center.for_products()):
+        return {"center": other, **_composed(rule, None, optimizer)}
     wanted = {
         "strategy.robust": center.name if center is not None and center.name != "mean" else "",
         "strategy.server-optimizer": optimizer.name if optimizer and optimizer.name != "none" else "",
@@ -109,7 +111,8 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
         if value:
             able = ", ".join(n for n, r in RULES.items() if r.facts.mean)
             raise NotApplicable(
-                f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able})"
+                f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able}"
+                f"{'; multi-krum chooses for every rule' if center else ''})"
             )
     return {}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import WARNING
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedlora import wire
 from fedlora.core.adapters import Adapters, as_lora, tensor_names
-from fedlora.core.factors import PLAIN, Tensors, resize
+from fedlora.core.factors import PLAIN, LoraFactors, Tensors, resize
 from fedlora.core.peft_keys import peft_name
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import UpdateRefused
@@ -24,10 +24,22 @@ from strategies.facts import Facts
 from strategies.request import PendingRequest
 
 NUM_EXAMPLES = "num-examples"
+LARGEST = 1e6
+"""Magnitude beyond which nothing is averaged: products of two smaller numbers are far from overflow, and a
+mean with a larger one would be of no use to anybody who goes on from it."""
+MOST_WEIGHT = 2.0**53
+"""A count that a float holds exactly; sums of such weights, and of numbers weighted by them, are finite."""
+KnownExamples = Callable[[int], int | None]
+"""Partition id -> the most examples that it can have, as far as the server knows."""
 
 
 def validate_reply(
-    request: PendingRequest, facts: Facts, *, weighted_by_key: str | None, max_update_norm: float = 0.0
+    request: PendingRequest,
+    facts: Facts,
+    *,
+    weighted_by_key: str | None,
+    max_update_norm: float = 0.0,
+    known_examples: KnownExamples = lambda partition: None,
 ) -> ClientUpdate:
     """The update in a request's reply; factors that were not shipped are as they were broadcast.
 
@@ -36,11 +48,12 @@ def validate_reply(
         facts: of the rule, for what a client that is not fedlora's must do.
         weighted_by_key: metric that weighs the clients; None weighs them equally.
         max_update_norm: the furthest that all tensors together may have moved; 0 means any distance.
+        known_examples: what nobody can claim more examples than, where examples weigh.
 
     Raises:
         UpdateRefused: no usable reply, one of another round, another shape, rank or module, a NaN, a
-            frozen factor that came back changed, a base that was not acknowledged, too long a way from
-            the start, or no weight.
+            number beyond `LARGEST`, a frozen factor that came back changed, a base that was not acknowledged,
+            too long a way from the start, or no weight, or one of more examples than there are.
     """
     reply = request.reply
     if reply is None:
@@ -77,6 +90,9 @@ def validate_reply(
         head=_head(request.broadcast.head, shipped.head),
         weight=checked_weight(reply.metrics, weighted_by_key),
     )
+    known = known_examples(request.partition_id) if weighted_by_key == NUM_EXAMPLES else None
+    if known is not None and update.weight > known:
+        raise UpdateRefused(f"claims {update.weight:g} examples, it is known to have {known}")
     if max_update_norm > 0:
         _check_distance(update, request.broadcast, max_update_norm)
     return update
@@ -110,12 +126,25 @@ def evaluated(request: PendingRequest, weighted_by_key: str | None) -> dict[str,
 def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None:
     """Refuse ``||update - start||_2 > most`` over factors and head together."""
     moves = [update.head[name] - tensor for name, tensor in start.head.items()]
-    for name, factors in start.adapters.items():
-        ends = update.adapters[name].tensors()
-        moves += [ends[letter] - tensor for letter, tensor in factors.tensors().items()]
+    for name, begun in start.adapters.items():
+        ended = update.adapters[name]
+        if isinstance(begun, LoraFactors) and begun.rank != ended.rank:  # a model keeps its rank
+            begun = resize(begun, ended.rank, ended.scaling)
+        moves += [ended.tensors()[letter] - tensor for letter, tensor in begun.tensors().items()]
     distance = math.sqrt(sum(float(move.double().square().sum()) for move in moves))
     if distance > most:
         raise UpdateRefused(f"moved by {distance:.3g}, strategy.max-update-norm = {most:g}")
+
+
+def evaluations(
+    requests: Sequence[PendingRequest], weighted_by_key: str | None
+) -> Iterator[tuple[PendingRequest, dict[str, float]]]:
+    """The requests to evaluate that were answered, with their metrics; the others are logged."""
+    for request in requests:
+        try:
+            yield request, evaluated(request, weighted_by_key)
+        except UpdateRefused as error:
+            log(WARNING, "\tpartition %s does not evaluate: %s", request.partition_id, error)
 
 
 def _tensor(
@@ -172,7 +201,10 @@ def _fault(tensor: Tensor, expected: Tensor) -> str:
     """Fault of a tensor that came back, to follow its name; empty if there is none."""
     if tensor.shape != expected.shape:
         return f"has shape {tuple(tensor.shape)}, expected {tuple(expected.shape)}"
-    return "" if torch.isfinite(tensor).all() else "holds a NaN or an infinity"
+    if not torch.isfinite(tensor).all():
+        return "holds a NaN or an infinity"
+    largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+    return f"holds {largest:.3g}, numbers beyond {LARGEST:g} are not averaged" if largest > LARGEST else ""
 
 
 def _refuse_foreign(adapters: Adapters, shipped: wire.PeftTensors) -> None:
@@ -192,14 +224,14 @@ MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 def mean_loss(requests: Sequence[PendingRequest], updates: Sequence[ClientUpdate]) -> float | None:
-    """The finite training losses weighted as the updates are; None where nobody released one."""
+    """The losses up to `LARGEST`, weighted as the updates are; None where nobody released one."""
     weight_of = {update.partition_id: update.weight for update in updates}
     losses = [
         (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
         for p in requests
         if p.partition_id in weight_of
         and p.reply is not None
-        and math.isfinite(p.reply.metrics.get(TRAIN_LOSS, math.nan))
+        and abs(p.reply.metrics.get(TRAIN_LOSS, math.nan)) <= LARGEST
     ]
     total = sum(weight for weight, _ in losses)
     return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
@@ -228,13 +260,13 @@ def checked_weight(metrics: dict[str, float], key: str | None) -> float:
     """The weight of a client; 1 for everybody without a key.
 
     Raises:
-        UpdateRefused: the metric is not there, is no single number, or is not finite and >= 0.
+        UpdateRefused: the metric is not there, is no single number, or is none from 0 to 2^53.
     """
     if key is None:
         return 1.0
     weight = metrics.get(key)
-    if weight is None or not math.isfinite(weight) or weight < 0:
-        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, one number, finite and >= 0")
+    if weight is None or not 0 <= weight <= MOST_WEIGHT:
+        raise UpdateRefused(f"metric {key!r} = {weight}: must be there, one number, from 0 to 2^53")
     return weight
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from logging import WARNING
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
+from flwr.common.logger import log
 
 from fedlora.wire import Reply
 from strategies.diagnostics import Diagnostics
@@ -46,6 +48,11 @@ class RoundReport:
     evaluate_metrics: MetricRecord | None = None
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     record: dict[str, Any] = field(default_factory=dict)
+
+    def refuse(self, partition_id: int, reason: str) -> None:
+        """Count a client out, and log why."""
+        self.refused[partition_id] = reason
+        log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
 
     def refusals(self) -> str:
         """Refusals on one line, those of one reason together."""

@@ -29,7 +29,7 @@ from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, unknown
 from strategies.allocation import All, Allocation
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
 from strategies.facts import Facts
-from strategies.layer import Layer, Merged, Weighted, weighted_sum
+from strategies.layer import Center, Layer, Merged, Weighted, weighted_sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,7 @@ class Rule:
             ``lora-ga`` start both factors as a part of the base weight, which leaves the base; ``eva`` looks
             at inputs.
         allocation: which layers a round trains.
+        center: chooses whose updates count, and in a mean takes the middle of the clients' tensors.
 
     Raises:
         NotApplicable: an ``init_a`` or an allocation that the rule does not accept.
@@ -50,6 +51,7 @@ class Rule:
     facts: ClassVar[Facts]
     init_a: str = "kaiming"
     allocation: Allocation = field(default_factory=All)
+    center: Center = field(default_factory=Center)
 
     def __post_init__(self) -> None:
         if self.needs_all_layers and self.allocation.name != "all":
@@ -83,7 +85,7 @@ class Rule:
 
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """The updates that count, in partition order."""
-        return updates
+        return self.center.choose(updates)
 
     def merge_head(
         self, state: State, updates: Sequence[ClientUpdate], weights: Sequence[float]

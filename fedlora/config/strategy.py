@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
@@ -30,7 +30,7 @@ class StrategyConfig:
     allocation_options: str = ""
     """JSON object of the allocation's own options, for instance ``{"layers": 2}``, the number of blocks."""
     robust: str = "none"
-    """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``."""
+    """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``, the last for any rule."""
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2
     """``trimmed-mean``: share of the clients cut off at each end."""
     krum_malicious: int = 1
@@ -49,6 +49,14 @@ class StrategyConfig:
     """``fedadam``: adaptivity."""
     max_update_norm: NonNegativeFloat = 0.0
     """Refuse an update whose shipped tensors moved further than this (2-norm); 0 refuses none for it."""
+    screening: Literal["auto", "on", "off"] = "auto"
+    """Whether a client's weight and way are bounded by the other clients'; ``auto``: in a deployment, but not
+    under ``privacy.mode = "client"``, and not in a simulation."""
+    largest_share: NonNegativeFloat = 2.0
+    """Screening: no client pulls more than so many equal shares; 0 trusts the counts that clients claim."""
+    max_relative_norm: NonNegativeFloat = 2.0
+    """Screening: an update that moved further than so many medians of its round is refused, 2.5 times as many
+    where clients make unequal numbers of steps (``train.local-epochs``, ``client-groups``); 0: none is."""
     diagnostics: bool = True
     """Measure each aggregation (gap, cosine, effective rank, energy lost)."""
 

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import cache, partial
+from logging import INFO
 
 from flwr.app import ArrayRecord
+from flwr.common.logger import log
 
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
@@ -21,10 +23,11 @@ from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
-from fedlora.server.validate import kept
+from fedlora.server.validate import configured_screening, kept
 from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
+from strategies.replies import KnownExamples
 from strategies.rule import Rule
 
 
@@ -45,8 +48,9 @@ def assemble(
     runtime: ClientRuntime,
     partitions: Collection[int],
     *,
-    seeded: bool,
+    simulation: bool,
     packed: bool,
+    known_examples: KnownExamples,
     node_directory: NodeDirectory | None = None,
 ) -> FactorStrategy:
     """The strategy, with its state before round 1.
@@ -56,8 +60,10 @@ def assemble(
         config: the run.
         runtime: its model and data.
         partitions: those that may take part.
-        seeded: noise for whole clients may come from the run's seed.
+        simulation: clients are this project's own: noise for whole clients may come from the run's seed, and
+            nobody is screened unless the configuration says so.
         packed: each record of an instruction travels as one array.
+        known_examples: what is known of the partitions here, see `strategies.replies`.
         node_directory: who is who among the nodes, where their keys say so.
 
     Raises:
@@ -68,7 +74,9 @@ def assemble(
         runtime.model.check_rank(rank)
     if config.train.gradient_checkpointing:
         blocks(runtime.model.module)
-    privacy = mechanism_of(config)
+    privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
+    if screening is not None:
+        log(INFO, "screening of updates: %s", screening)
     strategy = _kind(config, partitions)(
         rule,
         fraction_train=config.fraction_train * config.devices.over_selection,
@@ -80,10 +88,12 @@ def assemble(
         partitions=frozenset(partitions),
         max_participations=privacy.max_participations,
         max_update_norm=config.strategy.max_update_norm,
+        known_examples=known_examples,
+        screening=screening,
         fraction_evaluate=None,
         clients_evaluate=partial(is_measured, config) if kept(config, rule) else _never,
         diagnostics=config.strategy.diagnostics,
-        client_dp=privacy.server(seeded=seeded),
+        client_dp=privacy.server(seeded=simulation),
         wire_dtype=config.wire_dtype,
         upload=config.upload,
         packed=packed,

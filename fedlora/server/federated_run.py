@@ -57,8 +57,9 @@ class FederatedRun:
             self.config,
             self.runtime,
             self.partitions,
-            seeded=session.stores is not None,
+            simulation=session.stores is not None,
             packed=session.nodes is not None,
+            known_examples=self._known_examples,
             node_directory=session.node_directory,
         )
         rehearse(self.runtime, self.config, self.state.adapters, self.state.head, rule.trained(1))
@@ -99,6 +100,12 @@ class FederatedRun:
     def left_out(self) -> Mapping[int, str]:
         """Partitions of the data here that have no example to train on, and why."""
         return self.runtime.data.left_out if self.session.nodes is None else {}
+
+    def _known_examples(self, partition: int) -> int | None:
+        """Examples that a partition has at most: those here, or what its owner declared to the server."""
+        if self.session.nodes is not None:
+            return self.session.declared_examples.get(partition)
+        return len(self.runtime.data.indices(partition)) if self.session.stores is not None else None
 
     def run(self, grid: Grid | None = None) -> dict[str, Any]:
         """All remaining rounds, then the whole test set and the adapter; returns the result record.

@@ -49,6 +49,9 @@ ADDED = {
     "devices.in-flight": 0,
     "devices.max-staleness": 0,
     "devices.staleness": "sqrt",
+    "strategy.screening": "auto",
+    "strategy.largest-share": 2.0,
+    "strategy.max-relative-norm": 2.0,
 }
 """Keys that came after runs had been kept: at this default they mean what their absence meant."""
 LIBRARIES = (

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,6 +37,8 @@ class Session:
         stores: where the clients keep what they hold, if that can be read from here: then it is a simulation.
         nodes: the partitions of the nodes of a deployment, which hold their data; None: those of the data
             here.
+        declared_examples: partition -> how many examples its owner declared to the server; of the others
+            nothing is known.
         node_directory: who is who among the nodes; None: what they say.
         clock: of simulated time; None: time is not simulated.
     """
@@ -45,6 +47,7 @@ class Session:
     runtime: ClientRuntime
     stores: Path | None = None
     nodes: Collection[int] | None = None
+    declared_examples: Mapping[int, int] = field(default_factory=dict)
     node_directory: NodeDirectory | None = None
     clock: Clock | None = None
 

@@ -56,7 +56,8 @@ def begun(config: RunConfig) -> State:
         config,
         runtime,
         range(2),
-        seeded=True,
+        simulation=True,
+        known_examples=lambda partition: None,
         packed=False,
     )
     assert strategy.state is not None

@@ -2,7 +2,7 @@
 
 ca/                    ca.crt and ca.key; the key is needed only to sign another server certificate
 server/                all that the SuperLink's machine needs
-    federation.toml    host, port, and which key is which partition; no secrets
+    federation.toml    host, port, which key is which partition, declared examples; no secrets
     superlink.sh, gate.sh, *.service, server.crt, server.key, keys/, flwr/ (Flower's home)
 nodes/node-K/          all that one data-holding machine needs: node.toml, key, start.sh, a systemd unit
 up.json                while the federation runs on this machine: where, and its process
@@ -38,11 +38,13 @@ class NodeEntry:
         name: of its directory under ``nodes/`` and its file under ``server/keys/``.
         partition_id: the partition that its key stands for.
         fingerprint: of its public key.
+        declared_examples: how many examples its owner declared to the operator; None where nobody did.
     """
 
     name: str
     partition_id: int
     fingerprint: str
+    declared_examples: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,16 @@ def roll_of(file: Path) -> dict[str, int]:
     return {node.fingerprint: node.partition_id for node in nodes}
 
 
+def declared_examples_of(file: Path) -> dict[int, int]:
+    """Partition id -> how many examples the node's owner declared, from a ``federation.toml``.
+
+    Raises:
+        ConfigError: as `roll_of`.
+    """
+    nodes = _nodes(file, read_server_file(file))
+    return {n.partition_id: n.declared_examples for n in nodes if n.declared_examples is not None}
+
+
 class NodeKeys:
     """The partitions of keys, for `strategies.nodes.NodeDirectory`: a node is who its key says that it is.
 
@@ -153,8 +165,12 @@ class NodeKeys:
 def _nodes(file: Path, table: Mapping[str, Any]) -> tuple[NodeEntry, ...]:
     nodes = []
     for entry in table["nodes"]:
+        declared = entry.get("declared-examples")
+        if not (declared is None or (type(declared) is int and declared >= 1)):
+            raise ConfigError(f"{file}: declared-examples = {declared!r}: must be a whole number >= 1")
         try:
-            nodes.append(NodeEntry(str(entry["name"]), int(entry["partition-id"]), str(entry["fingerprint"])))
+            own = str(entry["name"]), int(entry["partition-id"]), str(entry["fingerprint"])
+            nodes.append(NodeEntry(*own, declared))
         except (KeyError, TypeError, ValueError):
             raise ConfigError(
                 f"{file}: nodes = {entry!r}: needs name, partition-id and fingerprint"
