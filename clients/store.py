@@ -5,11 +5,17 @@ One directory for a run (``<state-dir>/<run-key>``), safetensors files written a
 * ``parts/<digest>.safetensors``: base patches and frozen factors. The name is the content's hash, so
   processes on one machine share them, writing twice is harmless, and a damaged file is noticed;
 * ``personal/<partition>/<name>-<round>.safetensors``: a client's own tensors (a local head), by the
-  round that made them, so that a round that is run again starts from the same ones.
+  round that made them, so that a round that is run again starts from the same ones, and with their digest,
+  so that nobody goes on from a damaged file;
+* ``named/<round>-<list>.json``: the parts, but base patches, that a round's instructions named. Parts that
+  the last rounds did not name go: a factor that is frozen anew in each round leaves no trail.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,6 +88,7 @@ def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedI
     missing = tuple(name for name in instruction.needs.digests if not store.has(name))
     if missing:
         return wire.Reply(status=wire.MISSING, missing=missing)
+    store.note_named(instruction.server_round, named)
     held = Tensors()
     for name in named:
         held |= store.get(name) or {}
@@ -95,6 +102,10 @@ OWED = "owed"
 """What an upload codec with error feedback has left out so far, see `fedlora.wire.upload`."""
 KEEP_ROUNDS = 2
 """Versions of a personal tensor set that are kept."""
+
+
+KEEP_NAMED = 8
+"""Rounds after which a part that no instruction names any more is dropped; who needs it again is sent it."""
 
 
 class ClientStore:
@@ -146,18 +157,41 @@ class ClientStore:
             self._parts[name] = tensors
         return self._parts[name]
 
+    def note_named(self, server_round: int, names: Iterable[str]) -> None:
+        """Note the parts that a round needs besides the base, and drop those of rounds that are long past."""
+        listed = json.dumps(sorted(names))
+        folder, short = self.directory / "named", hashlib.sha256(listed.encode()).hexdigest()[:16]
+        file = folder / f"{server_round:06d}-{short}.json"
+        if listed == "[]" or file.exists():
+            return
+        write_atomic(file, listed)
+        lists = {path: _listed(path) for path in sorted(folder.glob("*.json"))}
+        past = {path for path in lists if int(path.name[:6]) <= server_round - KEEP_NAMED}
+        needed = {name for path, names in lists.items() if path not in past for name in names}
+        for path in sorted(past):
+            for name in lists[path] - needed:
+                self._part(name).unlink(missing_ok=True)
+                self._whole.pop(self._part(name), None)
+            path.unlink(missing_ok=True)
+
     def keep_personal(self, partition_id: int, name: str, server_round: int, tensors: Tensors) -> None:
         """Store a client's own tensors as they are after a round; the oldest versions go."""
         folder = self._personal(partition_id)
-        write_atomic(folder / f"{name}-{server_round:06d}.safetensors", save(tensors))
+        write_atomic(
+            folder / f"{name}-{server_round:06d}.safetensors", save(tensors, {DIGEST: digest(tensors)})
+        )
         for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-KEEP_ROUNDS]:
             old.unlink(missing_ok=True)
 
     def personal(self, partition_id: int, name: str, before_round: int) -> Tensors | None:
-        """A client's own tensors as the last round before ``before_round`` left them."""
+        """A client's own tensors as the last round before ``before_round`` left them.
+
+        Raises:
+            UpdateRefused: their file is damaged.
+        """
         for path in sorted(self._personal(partition_id).glob(f"{name}-*.safetensors"), reverse=True):
             if int(path.stem.rpartition("-")[2]) < before_round:
-                return _tensors(path)
+                return _undamaged(path)
         return None
 
     def _read(self, path: Path, name: str) -> Tensors | None:
@@ -188,3 +222,32 @@ def _tensors(path: Path) -> Tensors | None:
         return dict(load(path.read_bytes()))
     except (FileNotFoundError, SafetensorError):
         return None
+
+
+DIGEST = "digest"
+"""Entry of a file's metadata."""
+
+
+def _undamaged(path: Path) -> Tensors:
+    """The tensors in a file that has their digest in it; older files have none."""
+    try:
+        content = path.read_bytes()
+        tensors = dict(load(content))
+        length = int.from_bytes(content[:8], "little")
+        kept = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
+    except (SafetensorError, ValueError):
+        kept, tensors = "", Tensors()
+    if kept is not None and kept != digest(tensors):
+        raise UpdateRefused(
+            f"{path.parent.name}/{path.name}: what this client keeps to itself is damaged; put it back, or "
+            "delete it to begin anew"
+        )
+    return tensors
+
+
+def _listed(path: Path) -> set[str]:
+    """The names in a list; none where another process has just dropped it."""
+    try:
+        return set(json.loads(path.read_text()))
+    except (FileNotFoundError, ValueError):
+        return set()

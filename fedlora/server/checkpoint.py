@@ -2,39 +2,52 @@
 
 ``state-00007.safetensors`` has adapters, head, the rule's memory and noise that later rounds take back, after
 round 7, and the one before it is dropped; ``patch-00001.safetensors`` and on are the base's patches, each
-written once; ``latest.json`` says which of them count, and all that is no tensor.
+written once; ``latest.json`` says which of them count, and all that is no tensor. It is sealed
+(`fedlora.core.sealed`), and holds the digests of the tensors in the other files, so that nothing that changed
+on disk is gone on with: a patch that did is taken from what simulated clients keep of it, all else is refused
+by name.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import fields
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load, save
+from flwr.common.logger import log
+from safetensors.torch import save
 
 from fedlora.core.adapters import LayerAdapter, NamedTensors
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
-from fedlora.core.state import InFlight, Patch, ServerState, State
+from fedlora.core.sealed import read_sealed, read_tensors, sealed
+from fedlora.core.state import InFlight, Patch, ServerState, State, digest
+from fedlora.errors import ConfigError
 
 
-def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
+def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str, Any] | None = None) -> None:
     """Write the state, then point ``latest.json`` at it, then drop the state before it.
+
+    Args:
+        folder: of the checkpoint.
+        checkpoint: the run between two rounds.
+        beside: what ``latest.json`` is to vouch for of the run's other files.
 
     Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
     that is run again makes another where noise comes from the operating system.
     """
     state = checkpoint.state
     latest = folder / "latest.json"
-    settled = json.loads(latest.read_text())["patches"] if latest.exists() else 0
+    settled = read_sealed(latest)["patches"] if latest.exists() else 0
     for number, patch in enumerate(state.base[settled:], start=settled + 1):
         write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
     name = f"state-{state.round:05d}.safetensors"
     flying = {f"flight.{f.number}.{name}": t for f in checkpoint.in_flight for name, t in f.tensors.items()}
-    noise = _named("noise", checkpoint.noise)
-    write_atomic(folder / name, save(_contiguous(_state_tensors(state) | flying | noise)))
+    tensors = _contiguous(_state_tensors(state) | flying | _named("noise", checkpoint.noise))
+    write_atomic(folder / name, save(tensors))
     about = {
         "state": name,
         "round": state.round,
@@ -48,22 +61,36 @@ def write_checkpoint(folder: Path, checkpoint: ServerState) -> None:
         **({"in-flight": [_flight(f) for f in checkpoint.in_flight]} if checkpoint.in_flight else {}),
         "clipping-norm": checkpoint.clipping_norm,
         **({"last-asked": checkpoint.asked} if checkpoint.asked else {}),
+        "digest": digest(tensors),
+        "patch-digests": [patch.digest() for patch in state.base],
+        "beside": dict(beside or {}),
     }
-    write_atomic(latest, json.dumps(about) + "\n")
+    write_atomic(latest, json.dumps(sealed(about)) + "\n")
     for old in folder.glob("state-*.safetensors"):
         if old.name != name:
             old.unlink(missing_ok=True)
 
 
-def read_checkpoint(folder: Path) -> ServerState | None:
-    """The last checkpoint, or None if no round was finished."""
+def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | None:
+    """The last checkpoint, or None if no round was finished.
+
+    Args:
+        folder: of the checkpoint.
+        spare: a directory of parts by their digests, out of which a damaged patch is written anew.
+
+    Raises:
+        ConfigError: a file is missing, damaged, or not the one that the round left.
+    """
     if not (folder / "latest.json").exists():
+        if any(folder.glob("*.safetensors")):
+            raise ConfigError(f"{folder / 'latest.json'}: is missing, which says what the others are")
         return None
-    about = json.loads((folder / "latest.json").read_text())
-    tensors = load((folder / about["state"]).read_bytes())
+    about = read_sealed(folder / "latest.json")
+    tensors = read_tensors(folder / about["state"], about.get("digest"))
+    digests = about.get("patch-digests", [None] * about["patches"])
     patches = [
-        Patch.from_tensors(load((folder / f"patch-{v:05d}.safetensors").read_bytes()))
-        for v in range(1, about["patches"] + 1)
+        _patch(folder / f"patch-{v:05d}.safetensors", expected, spare)
+        for v, expected in enumerate(digests, start=1)
     ]
     parts = about.get("parts", {})
     adapters: dict[str, LayerAdapter] = {}
@@ -100,6 +127,30 @@ def read_checkpoint(folder: Path) -> ServerState | None:
 def _flight(flight: InFlight) -> dict[str, Any]:
     """All of a flight that is no tensor."""
     return {f.name: getattr(flight, f.name) for f in fields(flight) if f.name != "tensors"}
+
+
+def read_beside(folder: Path) -> dict[str, Any]:
+    """What ``latest.json`` vouches for of the run's other files; empty where there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    latest = folder / "latest.json"
+    return dict(read_sealed(latest).get("beside", {})) if latest.exists() else {}
+
+
+def _patch(file: Path, expected: str | None, spare: Path | None) -> Patch:
+    """A base patch; one that is damaged comes from ``spare`` if it is there, which is said."""
+    try:
+        return Patch.from_tensors(read_tensors(file, expected))
+    except ConfigError as error:
+        other = None if spare is None or expected is None else spare / f"{expected}.safetensors"
+        if other is None or not other.exists():
+            raise
+        tensors = read_tensors(other, expected)
+        write_atomic(file, save(_contiguous(tensors)))
+        log(WARNING, "%s; it was written anew from what the clients keep", error)
+        return Patch.from_tensors(tensors)
 
 
 def _state_tensors(state: State) -> Tensors:

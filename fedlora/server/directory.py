@@ -18,21 +18,26 @@ resumed run drops at most the line of a round that was not checkpointed.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import tomli_w
 from filelock import FileLock, Timeout
+from flwr.common.logger import log
 
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.core.files import append_line, check_place, write_atomic
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.core.state import ServerState
 from fedlora.errors import ConfigError
-from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
+from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
@@ -41,16 +46,17 @@ FREE_TO_CHANGE = ("num-server-rounds", "max-rank", *NO_EFFECT)
 does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
+CONFIG = "config.toml"
+ROUNDS = "rounds.jsonl"
 CHECKPOINT = "checkpoint"
 PROVENANCE = "provenance.json"
 BEFORE = "before.json"
 SAMPLES = "samples.json"
 RUN_KEY = "run-key.txt"
 """What clients and ledgers know the run by, from before its first round."""
-ATTEMPT = frozenset(
-    {"config.toml", PROVENANCE, RUN_KEY, BEFORE, SAMPLES, "rounds.jsonl", "flower.log", "failure.json"}
-)
+ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flower.log", "failure.json"})
 """What a run that stopped before its first round may leave."""
+NAME_OF_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
 
@@ -97,7 +103,12 @@ class RunDirectory:
         Raises:
             ConfigError: a key differs that changes what the finished rounds mean.
         """
-        written = self.path / "config.toml"
+        written = self.path / CONFIG
+        if continues and not written.exists():
+            raise ConfigError(
+                f"{written}: is missing, so that nobody knows what the rounds that were done mean; put it "
+                "back, or begin anew elsewhere"
+            )
         flat = to_flat(config)
         if written.exists():
             before = read_config(written)
@@ -122,6 +133,13 @@ class RunDirectory:
             ConfigError: rounds were done under a name that is not there any more.
         """
         file = self.path / RUN_KEY
+        kept, found = self._kept_key(), file.read_text().strip() if file.exists() else ""
+        if kept and kept != found:
+            log(WARNING, "%s: was damaged or missing, the checkpoint has the key", file)
+            write_atomic(file, kept + "\n")
+            return kept
+        if file.exists() and not NAME_OF_RUN.fullmatch(found):
+            raise ConfigError(f"{file}: is damaged, {found!r} is no run's key; begin it anew elsewhere")
         if not file.exists():
             if (self.path / CHECKPOINT).exists():
                 raise ConfigError(
@@ -131,15 +149,17 @@ class RunDirectory:
             write_atomic(file, uuid4().hex + "\n")
         return file.read_text().strip()
 
+    def _kept_key(self) -> str:
+        return str(read_beside(self.path / CHECKPOINT).get("run-key", ""))
+
     def before(self) -> dict[str, Any] | None:
         """The evaluation before round 1, if there was one."""
         file = self.path / BEFORE
-        found: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
-        return found
+        return read_sealed(file) if file.exists() else None
 
     def write_before(self, measured: dict[str, Any]) -> None:
         """Keep the evaluation before round 1."""
-        write_atomic(self.path / BEFORE, json.dumps(measured, indent=2) + "\n")
+        write_atomic(self.path / BEFORE, json.dumps(sealed(measured), indent=2) + "\n")
 
     def write_samples(self, when: str, samples: list[dict[str, Any]]) -> None:
         """Add what the model writes ``before`` or ``after`` training."""
@@ -151,7 +171,7 @@ class RunDirectory:
 
     def append_round(self, record: dict[str, Any]) -> None:
         """Add one line to ``rounds.jsonl``, flushed to disk."""
-        append_line(self.path / "rounds.jsonl", json.dumps(record))
+        append_line(self.path / ROUNDS, json.dumps(record))
 
     def rounds(self) -> list[dict[str, Any]]:
         """The records so far; a half-written last line is left out."""
@@ -160,7 +180,7 @@ class RunDirectory:
     def keep_rounds(self, last: int) -> None:
         """Drop the lines after round ``last``, those of rounds that were not checkpointed."""
         kept = [json.dumps(r) + "\n" for r in self.rounds() if r["round"] <= last]
-        write_atomic(self.path / "rounds.jsonl", "".join(kept))
+        write_atomic(self.path / ROUNDS, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace ``result.json``."""
@@ -169,12 +189,43 @@ class RunDirectory:
     # --- checkpoint ------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: ServerState) -> None:
-        """Replace the checkpoint."""
-        write_checkpoint(self.path / CHECKPOINT, checkpoint)
+        """Replace the checkpoint, which vouches for the lines of ``rounds.jsonl`` and the run's key."""
+        lines = self.path / ROUNDS
+        written = lines.read_bytes() if lines.exists() else b""
+        beside = {"lines": len(written), "lines-sha256": hashlib.sha256(written).hexdigest()}
+        if (self.path / RUN_KEY).exists():
+            beside["run-key"] = (self.path / RUN_KEY).read_text().strip()
+        write_checkpoint(self.path / CHECKPOINT, checkpoint, beside)
 
     def load_checkpoint(self) -> ServerState | None:
-        """The last checkpoint, or None if no round was finished."""
-        return read_checkpoint(self.path / CHECKPOINT)
+        """The last checkpoint, or None if no round was finished.
+
+        Raises:
+            ConfigError: a file of it, the configuration or a line that it counts is missing or damaged.
+        """
+        beside = read_beside(self.path / CHECKPOINT)
+        spare = self.path / "clients" / str(beside.get("run-key", "")) / "parts"
+        found = read_checkpoint(self.path / CHECKPOINT, spare)
+        if found is None and len(self.rounds()) > 1:
+            raise ConfigError(
+                f"{self.path / CHECKPOINT}: is missing, but {ROUNDS} has rounds; put it back, or begin "
+                "anew elsewhere"
+            )
+        if found is not None:
+            self._check_lines(beside)
+        return found
+
+    def _check_lines(self, beside: Mapping[str, Any]) -> None:
+        """Refuse a ``rounds.jsonl`` that lost or changed a line which the checkpoint counts."""
+        lines = self.path / ROUNDS
+        written = lines.read_bytes() if lines.exists() else b""
+        counted = written[: beside.get("lines", 0)]
+        if "lines-sha256" in beside and hashlib.sha256(counted).hexdigest() != beside["lines-sha256"]:
+            damaged = next(
+                (n for n, line in enumerate(counted.split(b"\n"), 1) if line and not _is_json(line)), 0
+            )
+            which = f"line {damaged} is no JSON" if damaged else "a line is missing or changed"
+            raise ConfigError(f"{lines}: is damaged, {which}; put it back, or begin anew elsewhere")
 
 
 @contextmanager
@@ -211,7 +262,7 @@ def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
 def read_rounds(path: Path) -> list[dict[str, Any]]:
     """The records in a run directory's ``rounds.jsonl``."""
     records = []
-    file = path / "rounds.jsonl"
+    file = path / ROUNDS
     for line in file.read_text().splitlines() if file.exists() else []:
         try:
             records.append(json.loads(line))
@@ -220,8 +271,15 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
 def read_samples(path: Path) -> dict[str, Any]:
     """Generated texts of a run, by ``before`` and ``after``; empty where it writes none."""
     file = path / SAMPLES
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    return found
+    return read_sealed(file) if file.exists() else {}
