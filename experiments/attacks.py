@@ -363,7 +363,7 @@ def main() -> None:
         sections = {
             "attacks": lambda: table(shown=DEFENCES[:2]),
             "robust": lambda: table(shown=BESIDE),
-            "attacks-mixed": lambda: table("mixed"),
+            "mixed": lambda: table("mixed"),
         }
         write_atomic(PAGE, remade(PAGE.read_text(), sections))
     elif given.what == "pack":
