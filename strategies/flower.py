@@ -150,7 +150,6 @@ class FactorStrategy(Rounds):
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
-        self._released: ArrayRecord | None = None
         self.report = RoundReport(server_round=0)
 
     # --- Flower's hooks -----------------------------------------------------------------------------
@@ -164,8 +163,7 @@ class FactorStrategy(Rounds):
         if self.selection.fraction_train == 0:
             return self._instructions([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
-        for partition_id, reason in self.node_directory.refused.items():
-            self.report.refuse(partition_id, reason)
+        self.report.refuse(self.node_directory.refused)
         chosen = self.selection.choose(present, server_round)
         log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
         return self._instructions(chosen, present, MessageType.TRAIN, server_round, config)
@@ -180,15 +178,16 @@ class FactorStrategy(Rounds):
             where nobody was asked, or nobody answered and ``min_train_nodes`` is 0.
 
         Raises:
-            RunFailed: fewer valid updates than ``min_train_nodes``.
+            RunFailed: fewer valid updates than ``min_train_nodes``, or a private aggregate is not finite.
         """
         contents = self.transport.settle(replies)
         starts = {request.partition_id: request.broadcast for request in self.transport.requests}
         wanted = self.selection.min_train_nodes
-        aggregate = partial(self._next_state, starts)
-        done = aggregate_screened(aggregate, self._accepted(), starts, self.screening, least=wanted)
-        for partition_id, reason in done.refused.items():
-            self.report.refuse(partition_id, reason)
+        done = aggregate_screened(
+            partial(self._next_state, starts), self._accepted(), starts, self.screening,
+            least=wanted, once=self.client_dp is not None,
+        )  # fmt: skip
+        self.report.refuse(done.refused)
         updates = done.updates
         if self.transport.requests and len(updates) < wanted:
             raise RunFailed(
@@ -255,9 +254,7 @@ class FactorStrategy(Rounds):
 
     def _present(self, grid: Grid, wanted: int) -> dict[int, int]:
         """Connected partitions; where anybody may take part the run waits for as many as a round wants."""
-        minimum = self.min_available_nodes
-        if self.selection.partitions is None:
-            minimum = max(minimum, wanted)
+        minimum = max(self.min_available_nodes, wanted if self.selection.partitions is None else 0)
         return self.node_directory.refresh(grid, minimum, CONNECT_TIMEOUT)
 
     def _instructions(
@@ -283,7 +280,7 @@ class FactorStrategy(Rounds):
             try:
                 updates.append(self._accept(request))
             except (UpdateRefused, FactorShapeError) as error:
-                self.report.refuse(request.partition_id, str(error))
+                self.report.refuse({request.partition_id: str(error)})
                 continue
             self.report.note(request.partition_id, request.reply)
             self.transport.note_ledger(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import Any
@@ -49,10 +50,11 @@ class RoundReport:
     arrays: ArrayRecord = field(default_factory=ArrayRecord)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def refuse(self, partition_id: int, reason: str) -> None:
-        """Count a client out, and log why."""
-        self.refused[partition_id] = reason
-        log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
+    def refuse(self, reasons: Mapping[int, str]) -> None:
+        """Count clients out, and log why; reasons by partition."""
+        self.refused.update(reasons)
+        for partition_id, reason in reasons.items():
+            log(WARNING, "\tpartition %s refused: %s", partition_id, reason)
 
     def refusals(self) -> str:
         """Refusals on one line, those of one reason together."""

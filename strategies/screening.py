@@ -30,7 +30,7 @@ import torch
 
 from fedlora.core.factors import LoraFactors, resize
 from fedlora.core.state import Broadcast, ClientUpdate, State
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, RunFailed
 from strategies.diagnostics import Diagnostics
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
@@ -158,6 +158,7 @@ def aggregate_screened(
     screening: Screening | None,
     *,
     least: int,
+    once: bool = False,
 ) -> Aggregated:
     """The aggregate of the updates that pass, which is finite.
 
@@ -169,11 +170,16 @@ def aggregate_screened(
         starts: what each of them started from, by partition.
         screening: bounds that compare them; None: only the aggregate decides.
         least: with fewer updates than these nothing is aggregated.
+        once: the aggregate draws noise for privacy, of which a round has one draw: all updates are in it, or
+            there is none. Who is left out, and a second draw, would be told by what no noise covers.
+
+    Raises:
+        RunFailed: an aggregate that is made once is not finite.
     """
     kept, refused = list(updates), dict[int, str]()
     if screening is not None:
         kept, refused = screening.screened(updates, starts)
-    if not any(update.weight for update in kept):
+    if not once and not any(update.weight for update in kept):
         refused |= {update.partition_id: "weighs nothing, as do all others" for update in kept}
         kept = []
     while len(kept) >= max(least, 1):
@@ -183,6 +189,8 @@ def aggregate_screened(
                 return Aggregated(kept, refused, state, measured)
         except LinAlgError:  # a decomposition of what is not finite
             pass
+        if once:
+            raise RunFailed("the private aggregate holds a NaN or an infinity, and its noise serves once")
         furthest = max(kept, key=lambda u: way(u, starts[u.partition_id]))
         refused[furthest.partition_id] = "with it the aggregate would hold a NaN or an infinity"
         kept = [update for update in kept if update is not furthest]

@@ -249,6 +249,14 @@ def preview(config: RunConfig) -> Preview:
     rule = check(config)
     runtime = read_runtime(config)
     partitions = config.partition_list or runtime.data.clients
-    strategy = assemble(rule, config, runtime, partitions, seeded=True, packed=False)
+    strategy = assemble(
+        rule,
+        config,
+        runtime,
+        partitions,
+        simulation=True,
+        packed=False,
+        known_examples=lambda partition: None,
+    )
     assert strategy.state is not None
     return Preview(config, runtime, rule, strategy.state, partitions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -119,6 +120,32 @@ def test_screening_and_client_level_privacy_exclude_each_other() -> None:
     mechanism = ClientDP(clipping_norm=1.0, noise_multiplier=1.0, seed=0)
     with pytest.raises(ConfigError, match="screening"):
         FactorStrategy(make_rule("fedavg"), client_dp=mechanism, screening=Screening())
+
+
+def test_a_private_aggregate_is_made_once_whatever_it_is(tmp_path: Path) -> None:
+    """Neither another draw of noise nor a client that is left out tells more than the accountant knows."""
+    rule, drawn = make_rule("fedavg"), list[int]()
+
+    class Counted(ClientDP):
+        def privatise(self, updates: Any, sent: Any, planned: int, server_round: int) -> list[ClientUpdate]:
+            drawn.append(server_round)
+            (private,) = ClientDP.privatise(self, updates, sent, planned, server_round)
+            return [replace(private, head={n: t * math.inf for n, t in private.head.items()})]
+
+    mechanism = Counted(clipping_norm=1.0, noise_multiplier=1.0, seed=0)
+    strategy = FactorStrategy(rule, scaling=2.0, client_dp=mechanism)
+    with pytest.raises(RunFailed, match="private aggregate holds a NaN or an infinity"):
+        strategy.start(FakeGrid(range(3), ToyClient(tmp_path)), initial_arrays(), num_rounds=2)
+    assert drawn == [1]
+
+
+def test_a_private_round_counts_updates_that_weigh_nothing(tmp_path: Path) -> None:
+    """There weights are no part of the aggregate, so that they cannot tell who was in it."""
+    mechanism = ClientDP(clipping_norm=1.0, noise_multiplier=1.0, seed=0)
+    toy = ToyClient(tmp_path, num_examples=lambda p: 0)
+    strategy = FactorStrategy(make_rule("fedavg"), scaling=2.0, client_dp=mechanism)
+    strategy.start(FakeGrid(range(3), toy), initial_arrays(), num_rounds=1)
+    assert strategy.report.participants == [0, 1, 2]
 
 
 # --- whole rounds ----------------------------------------------------------------------------------
