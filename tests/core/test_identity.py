@@ -116,6 +116,7 @@ def test_a_run_that_begins_anew_is_of_todays_code(tmp_path: Path, monkeypatch: p
 
 
 def test_rounds_of_which_nothing_is_recorded_stay_unknown(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).open(from_flat({}), "inputs")
     (tmp_path / PROVENANCE).write_text("{}")
     RunDirectory(tmp_path, resume=True).open(from_flat({}), "inputs", continues=True)
     assert written(tmp_path).code == f"not recorded+{code_digest()}"
