@@ -87,7 +87,7 @@ def check_buffered(config: RunConfig, rule: Rule) -> None:
     """Refuse what excludes rounds that do not wait.
 
     Raises:
-        NotApplicable: the rule, its allocation, or client-level privacy.
+        NotApplicable: the rule, its allocation, client-level privacy, or screening.
         ConfigError: a buffer that never fills.
     """
     size = config.devices.buffer_size
@@ -95,6 +95,8 @@ def check_buffered(config: RunConfig, rule: Rule) -> None:
         what = "strategy.allocation" if rule.allocation.name != "all" else "privacy.mode = 'client'"
         what = "what clients keep to themselves" if kept(config, rule) else what
         raise NotApplicable(f"devices.buffer-size = {size}: {what} needs rounds that wait")
+    if config.strategy.screening == "on":
+        raise NotApplicable(f"devices.buffer-size = {size}: strategy.screening = 'on' needs rounds that wait")
     check_buffer(rule.facts.name, rule.facts.stale, config.devices.in_flight or size, size)
     if config.min_train_nodes > size:
         raise ConfigError(f"min-train-nodes = {config.min_train_nodes}: devices.buffer-size is {size}")
