@@ -57,7 +57,7 @@ class TradeOff:
     def true_positive_rate(self, false_positive_rate: float) -> float:
         """The largest share of members that is found by a test that accuses this share of all others.
 
-        >>> claim_alone(math.log(3), 0.0).true_positive_rate(0.1)
+        >>> round(claim_alone(math.log(3), 0.0).true_positive_rate(0.1), 9)
         0.3
         """
         few = self.deltas + np.exp(np.minimum(self.epsilons, MOST)) * false_positive_rate
