@@ -156,6 +156,8 @@ def test_a_wait_says_what_it_waits_for_and_goes_on_when_there_is_room(
     late = RayPool(EngineConfig(num_cpus=0.5, num_gpus=1.0, num_actors=1), LIGHT)
     grid = grid_of(late, tmp_path)
     try:
+        while ray.available_resources().get("GPU", 0):  # the other actors are on their way
+            time.sleep(0.1)
         free = ray.available_resources()["CPU"]
         assert list(grid.send_and_receive([order(grid, 0)], timeout=2.5)) == []
         assert [r.getMessage().partition(";")[2] for r in caplog.records] == [

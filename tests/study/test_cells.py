@@ -178,7 +178,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "strategy.name cannot be set here",
     ),
     ({"study__variants": '{"a": {"study.seeds": "1"}}'}, "study.seeds cannot be set here"),
-    ({"study__variants": '{"a": {"lora.ranks": [1]}}'}, "study.variants a: lora.ranks = [1]: must be"),
+    ({"study__variants": '{"a": {"lora.rank": [1]}}'}, "study.variants a: lora.rank = [1]: must be"),
     ({"study__variants": '{"a": {"nothing": 1}}'}, "study.variants a: nothing = 1: unknown key"),
     ({"study__variants": '{"../a": {}}'}, "'../a' names a directory"),
     ({"study__strategies": "flora", "study__variants": '{"FLoRA": {}}'}, "'FLoRA' is there more than once"),
