@@ -12,7 +12,7 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from clients.execute import Node, train_instruction
-from clients.training import dp_sgd, dp_step
+from clients.training import dp_sgd, opacus_parts
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import fresh_adapters
@@ -65,7 +65,7 @@ class Recorder:
         self.draws: list[list[int]] = []
         self.noise: list[list[float]] = []
         self.seeds: list[int] = []
-        batches, normal, bits = dp_sgd.poisson_batches, dp_step.system_normal, dp_sgd.secrets.randbits
+        batches, normal, bits = dp_sgd.poisson_batches, opacus_parts.system_normal, dp_sgd.secrets.randbits
 
         def drawn(*arguments: Any) -> Any:
             self.noise.clear()  # what the self-test drew
@@ -83,7 +83,7 @@ class Recorder:
             return self.seeds[-1]
 
         patch.setattr(dp_sgd, "poisson_batches", drawn)
-        patch.setattr(dp_step, "system_normal", noisy)
+        patch.setattr(opacus_parts, "system_normal", noisy)
         patch.setattr(dp_sgd.secrets, "randbits", seeded)
 
 
