@@ -43,10 +43,12 @@ LONGEST = (
 """What begins first where workers share the files out, so that none is alone with a long file at the end."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first, in this order; the sort is stable, so that within a file nothing moves.
 
-    A worker takes whole files (``--dist loadgroup``), except that what is on Ray belongs together.
+    A worker takes whole files (``--dist loadgroup``), except that what is on Ray belongs together. First, as
+    the workers read the groups in the same hook.
     """
     items.sort(key=lambda item: next((n for n, f in enumerate(LONGEST) if item.nodeid.startswith(f)), 99))
     for item in items:
