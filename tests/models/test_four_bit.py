@@ -55,7 +55,8 @@ def test_without_bitsandbytes_one_line_says_so(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_other_quantisations_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.quantization = '8bit': accepted are none, 4bit$"):
+    why = r"^model\.quantization = '8bit' \(did you mean 4bit\?\): accepted are none, 4bit$"
+    with pytest.raises(ConfigError, match=why):
         ModelConfig(quantization="8bit")
 
 
