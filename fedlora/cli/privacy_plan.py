@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import math
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from fedlora.cli.console import err, one_line_errors, out, percent
-from fedlora.config.checks import require
 from fedlora.errors import ConfigError
-from fedlora.privacy.client_plan import ClientRequest, make_client_plan
+
+if TYPE_CHECKING:
+    from fedlora.privacy.client_plan import ClientRequest
 
 NEIGHBOURS = {
     "zero_out_one": "an example is replaced by nothing; that there are {} is public",
@@ -59,6 +60,8 @@ def plan(
     Of whole clients: fedlora privacy plan --clients 500 --fraction-train 0.1 --rounds 100 --noise-bands 10
     --target-epsilon 4 --target-delta 1e-3
     """
+    from fedlora.config.checks import require
+    from fedlora.privacy.client_plan import ClientRequest
     from fedlora.privacy.plan import Request, make_plan
 
     of_examples = {"dataset-size": dataset_size, "batch-size": batch_size, "local-steps": local_steps}
@@ -117,6 +120,8 @@ def plan(
 
 
 def _plan_clients(request: ClientRequest, *, as_json: bool) -> None:
+    from fedlora.privacy.client_plan import make_client_plan
+
     if request.target_delta * request.clients >= 1:
         err.print(
             f"[yellow]warning:[/yellow] --target-delta = {request.target_delta:g}: is not below "

@@ -100,11 +100,11 @@ def _hint(key: str, known: Collection[str]) -> str:
     """
     table, _, name = key.rpartition(".")
     beside = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == table}
-    within = [other for other in beside if len(name) > 3 and name in other]
-    near = get_close_matches(name, beside, n=1) or within
-    if near:
-        return f"did you mean {beside[near[0]]}?"
     same = [other for other in known if other.rpartition(".")[2] == name]
+    near = get_close_matches(name, beside, n=1, cutoff=0.8 if same else 0.6)
+    within = [other for other in beside if len(name) > 3 and name in other]
+    if near or (within and not same):
+        return f"did you mean {beside[(near or within)[0]]}?"
     same += get_close_matches(key, known, n=1) if not table or not beside else []
     if same:
         return f"did you mean {same[0]}?"
