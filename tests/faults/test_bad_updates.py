@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import RunFailed
-from tests.faults.deployed import Up, adapter, federation, misbehaving, run
+from tests.faults.deployed import Up, adapter, federation, misbehaving, run, trusting
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1200)]
 
@@ -25,7 +25,7 @@ REASONS = {
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with federation(tmp_path_factory.mktemp("faults")) as found:
+    with federation(tmp_path_factory.mktemp("faults"), prepare=trusting) as found:
         yield found
 
 
