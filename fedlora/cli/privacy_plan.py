@@ -101,12 +101,7 @@ def plan(
         accountant=accountant,
         neighboring_relation=neighboring_relation,
     )
-    if target_delta * dataset_size >= 1:
-        err.print(
-            f"[yellow]warning:[/yellow] --target-delta = {target_delta:g}: is not below 1 / --dataset-size = "
-            f"{1 / dataset_size:.2g}, so giving one example away whole would pass as private",
-            highlight=False,
-        )
+    _warn_of_delta(target_delta, "--dataset-size", dataset_size)
     result = make_plan(request)
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
@@ -119,15 +114,19 @@ def plan(
     _print_accountants(result, target_epsilon)
 
 
+def _warn_of_delta(target_delta: float, option: str, count: int) -> None:
+    if target_delta * count >= 1:
+        err.print(
+            f"[yellow]warning:[/yellow] --target-delta = {target_delta:g}: is not below 1 / {option} = "
+            f"{1 / count:.2g}, so giving one away whole would pass as private",
+            highlight=False,
+        )
+
+
 def _plan_clients(request: ClientRequest, *, as_json: bool) -> None:
     from fedlora.privacy.client_plan import make_client_plan
 
-    if request.target_delta * request.clients >= 1:
-        err.print(
-            f"[yellow]warning:[/yellow] --target-delta = {request.target_delta:g}: is not below "
-            f"1 / --clients = {1 / request.clients:.2g}, so giving one away whole would pass as private",
-            highlight=False,
-        )
+    _warn_of_delta(request.target_delta, "--clients", request.clients)
     plan = make_client_plan(request)
     if as_json:
         sys.stdout.write(json.dumps(plan) + "\n")

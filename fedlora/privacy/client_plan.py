@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedlora.config.checks import one_of, require
-from fedlora.config.privacy import MAX_DELTA
-from fedlora.privacy.accountants import ACCOUNTANTS
+from fedlora.config.checks import require
 from fedlora.privacy.banded import most_participations, remaining, sensitivity, square_root
-from fedlora.privacy.calibration import MAX_EPSILON, calibrate_noise, epsilon_spent
+from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
+from fedlora.privacy.plan import Budget
 from fedlora.privacy.trade_off import trade_off
 
 FULL = 1.0
@@ -22,57 +21,32 @@ FULL = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ClientRequest:
-    """What a plan is made for; the fields are options of ``fedlora privacy plan``.
+class ClientRequest(Budget):
+    """What the plan of whole clients is made for; ``max_participations`` 0 is as many as fit.
 
     Attributes:
         clients: N, that may take part.
-        rounds: R.
-        fraction_train: F, share of the clients that is asked in a round.
-        max_participations: P, rounds that the server lets one client take part in; 0: as many as fit.
         noise_bands: b, rounds over which noise is correlated.
         server_momentum: beta of FedAvgM; 0 without.
-        target_epsilon: the budget of a client over the whole run.
-        target_delta: its delta.
-        accountant: ``prv``, ``pld`` or ``rdp``.
     """
 
     clients: int
-    rounds: int
-    fraction_train: float
-    max_participations: int
     noise_bands: int
     server_momentum: float
-    target_epsilon: float
-    target_delta: float
-    accountant: str
 
     def __post_init__(self) -> None:
         for name in ("clients", "rounds", "noise_bands"):
             require(getattr(self, name) >= 1, _option(name), getattr(self, name), "must be >= 1")
         for name, low in (("max_participations", 0), ("server_momentum", 0.0)):
             require(getattr(self, name) >= low, _option(name), getattr(self, name), f"must be >= {low:g}")
-        require(
-            self.max_participations <= self.rounds, "--max-participations", self.max_participations,
-            f"must be at most --rounds, which is {self.rounds}",
-        )  # fmt: skip
+        self.check_budget()
         require(self.server_momentum < 1, "--server-momentum", self.server_momentum, "must be < 1")
-        require(0 < self.fraction_train <= 1, "--fraction-train", self.fraction_train, "must be in (0, 1]")
         require(
             self.noise_bands == 1 or self.asked * self.noise_bands <= self.clients,
             "--noise-bands", self.noise_bands,
             f"a client takes part once in so many rounds, so of {self.clients} at most "
             f"{self.clients // self.noise_bands} can be asked in each, --fraction-train asks {self.asked}",
         )  # fmt: skip
-        require(
-            0 < self.target_epsilon <= MAX_EPSILON, "--target-epsilon", self.target_epsilon,
-            f"must be > 0 and at most {MAX_EPSILON:g}",
-        )  # fmt: skip
-        require(
-            0 < self.target_delta <= MAX_DELTA, "--target-delta", self.target_delta,
-            f"must be in (0, {MAX_DELTA:g}]",
-        )  # fmt: skip
-        one_of("--accountant", self.accountant, tuple(ACCOUNTANTS))
 
     @property
     def asked(self) -> int:

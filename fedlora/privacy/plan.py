@@ -32,43 +32,31 @@ Arguments = ParamSpec("Arguments")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """What a plan is made for; the fields are the options of ``fedlora privacy plan``.
+class Budget:
+    """What every plan is made for; the fields are options of ``fedlora privacy plan``.
 
     Attributes:
-        dataset_size: N, the public number of examples of the client: the real one under ``zero_out_one``, the
-            declared one under ``add_or_remove_one``.
-        batch_size: B, the expected batch.
-        local_steps: T, steps of a round.
         rounds: R.
+        fraction_train: F, share of the clients that is asked in a round.
         max_participations: P, rounds that the server lets one client take part in.
-        fraction_train: F, share of the clients that is picked in a round.
-        target_epsilon: the budget of the client over the whole run.
+        target_epsilon: the budget of a client over the whole run.
         target_delta: its delta.
         accountant: ``prv``, ``pld`` or ``rdp``.
-        neighboring_relation: which of `fedlora.privacy.types.NeighboringRelation` the plan is for; it decides
-            what N is, and nothing else.
     """
 
-    dataset_size: int
-    batch_size: int
-    local_steps: int
     rounds: int
-    max_participations: int
     fraction_train: float
+    max_participations: int
     target_epsilon: float
     target_delta: float
     accountant: str
-    neighboring_relation: str = ZERO_OUT_ONE
 
-    def __post_init__(self) -> None:
-        for name in ("dataset_size", "batch_size", "local_steps", "rounds", "max_participations"):
-            value = getattr(self, name)
-            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be >= 1")
-        require(
-            self.batch_size <= self.dataset_size, "--batch-size", self.batch_size,
-            f"must be at most --dataset-size, which is {self.dataset_size}",
-        )  # fmt: skip
+    def check_budget(self) -> None:
+        """Refuse what no plan can keep.
+
+        Raises:
+            ConfigError: a value out of its range, or no such accountant.
+        """
         require(
             self.max_participations <= self.rounds, "--max-participations", self.max_participations,
             f"must be at most --rounds, which is {self.rounds}",
@@ -82,8 +70,37 @@ class Request:
             0 < self.target_delta <= MAX_DELTA, "--target-delta", self.target_delta,
             f"must be in (0, {MAX_DELTA:g}]",
         )  # fmt: skip
-        one_of("--neighboring-relation", self.neighboring_relation, (ZERO_OUT_ONE, ADD_OR_REMOVE_ONE))
         one_of("--accountant", self.accountant, tuple(ACCOUNTANTS))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request(Budget):
+    """What the plan of one client's examples is made for.
+
+    Attributes:
+        dataset_size: N, the public number of examples of the client: the real one under ``zero_out_one``, the
+            declared one under ``add_or_remove_one``.
+        batch_size: B, the expected batch.
+        local_steps: T, steps of a round.
+        neighboring_relation: which of `fedlora.privacy.types.NeighboringRelation` the plan is for; it decides
+            what N is, and nothing else.
+    """
+
+    dataset_size: int
+    batch_size: int
+    local_steps: int
+    neighboring_relation: str = ZERO_OUT_ONE
+
+    def __post_init__(self) -> None:
+        for name in ("dataset_size", "batch_size", "local_steps", "rounds", "max_participations"):
+            value = getattr(self, name)
+            require(value >= 1, f"--{name.replace('_', '-')}", value, "must be >= 1")
+        require(
+            self.batch_size <= self.dataset_size, "--batch-size", self.batch_size,
+            f"must be at most --dataset-size, which is {self.dataset_size}",
+        )  # fmt: skip
+        self.check_budget()
+        one_of("--neighboring-relation", self.neighboring_relation, (ZERO_OUT_ONE, ADD_OR_REMOVE_ONE))
 
     @property
     def sample_rate(self) -> float:

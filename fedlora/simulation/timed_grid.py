@@ -13,10 +13,9 @@ from logging import WARNING
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from flwr.app import Error, Message, MessageType, RecordDict
+from flwr.app import Error, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
 from clients.privacy import mechanism_of
 from fedlora import wire
@@ -39,7 +38,7 @@ ATTEMPTS, PAUSE = 1000, 60.0
 
 
 @dataclass(kw_only=True)
-class TimedGrid(Grid):
+class TimedGrid(LocalGrid):
     """Flower Grid around another one, whose replies come in simulated time, in the order of their arrival.
 
     Attributes:
@@ -79,41 +78,10 @@ class TimedGrid(Grid):
     staleness: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__init__(self.inner.partition_ids.values())
+        self.partition_ids = self.inner.partition_ids
         for partition, why in self.unfit.items():
             log(WARNING, "partition %s takes no part: %s", partition, why)
-
-    @property
-    def partition_ids(self) -> Mapping[int, int]:
-        """Partition by node id."""
-        return self.inner.partition_ids
-
-    @property
-    def run(self) -> Run:
-        """Run information."""
-        return self.inner.run
-
-    def set_run(self, run: Run) -> None:
-        """Not needed here, as in the Grid within."""
-        self.inner.set_run(run)
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """A new message to a node."""
-        return self.inner.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Refused, as in the Grid within."""
-        return self.inner.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Refused, as in the Grid within."""
-        return self.inner.pull_messages(message_ids)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes that are there for the round to come; while they are too few, time passes.

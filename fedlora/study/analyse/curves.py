@@ -37,27 +37,18 @@ def sent(row: Row) -> Curve | None:
     return _curve(row, lambda result: [b / 1e6 for b in accumulate(map(_bytes, result.rounds))])
 
 
-def accuracy_by_bytes(row: Row) -> Curve | None:
-    """Accuracy over what was sent so far, in units of 1,000,000 bytes."""
-    accuracy, traffic = per_round(row, "accuracy"), sent(row)
-    if accuracy is None or traffic is None:
-        return None
-    megabytes = dict(zip(traffic.rounds, traffic.y, strict=True))
-    return replace(accuracy, x=[megabytes[number] for number in accuracy.rounds])
-
-
 def simulated(row: Row) -> Curve | None:
     """Simulated hours since the start; None where time was not simulated."""
     return _curve(row, lambda result: [_hours(record) for record in result.rounds])
 
 
-def accuracy_by_time(row: Row) -> Curve | None:
-    """Accuracy over simulated hours."""
-    accuracy, time = per_round(row, "accuracy"), simulated(row)
-    if accuracy is None or time is None:
+def accuracy_over(row: Row, progress: Curve | None) -> Curve | None:
+    """Accuracy over another series of the row, `sent` or `simulated`; None where either is missing."""
+    accuracy = per_round(row, "accuracy")
+    if accuracy is None or progress is None:
         return None
-    hours = dict(zip(time.rounds, time.y, strict=True))
-    return replace(accuracy, x=[hours[number] for number in accuracy.rounds])
+    at = dict(zip(progress.rounds, progress.y, strict=True))
+    return replace(accuracy, x=[at[number] for number in accuracy.rounds])
 
 
 def gap(row: Row) -> Curve | None:

@@ -8,8 +8,7 @@ from fedlora.study.analyse.contests import exact_and_behind
 from fedlora.study.analyse.curves import (
     LOWEST_GAP,
     Curve,
-    accuracy_by_bytes,
-    accuracy_by_time,
+    accuracy_over,
     gap,
     per_round,
     sent,
@@ -57,7 +56,7 @@ def traffic_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
         canvas.axes.set_xlabel("megabytes sent by and to all clients so far")
 
     return _lines(
-        styles, [c for c in _curves(rows, accuracy_by_bytes) if min(c.x) > 0], percent,
+        styles, _accuracy_over(rows, sent), percent,
         name="traffic", title="Accuracy for what was sent",
         note="Up and down together, on a logarithmic axis; further left is cheaper.", adorn=adorn,
         numbers=_by_round(_curves(rows, sent), lambda value: f"{megabytes(1e6 * value)} MB"),
@@ -74,7 +73,7 @@ def time_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
         canvas.axes.set_xlabel("simulated time")
 
     return _lines(
-        styles, [c for c in _curves(rows, accuracy_by_time) if min(c.x) > 0], percent,
+        styles, _accuracy_over(rows, simulated), percent,
         name="time", title="Accuracy over simulated time",
         note="What the configured devices and networks would take, on a logarithmic axis; further left is "
         "sooner. No device was measured.", adorn=adorn,
@@ -175,6 +174,11 @@ def _lines(
 
 def _curves(rows: Sequence[Row], of: Callable[[Row], Curve | None]) -> list[Curve]:
     return [curve for row in rows if row.kind != "reference" and (curve := of(row)) is not None]
+
+
+def _accuracy_over(rows: Sequence[Row], progress: Callable[[Row], Curve | None]) -> list[Curve]:
+    """Accuracy over a series that a logarithmic axis can show."""
+    return [c for c in _curves(rows, lambda row: accuracy_over(row, progress(row))) if min(c.x) > 0]
 
 
 def _accuracy_axis(canvas: Canvas, rows: Sequence[Row], styles: Styles) -> None:
