@@ -135,7 +135,7 @@ def plan_release(
         warn_of_delta(privacy.target_delta, round(train.batch_size / rate), what)
     noise = noise_of(config, rate, local_steps)
     ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
-    settings = [*_settings(config, train), runtime.model.device, *cohort]
+    settings = [*_settings(config, train), noise, rate, runtime.model.device, *cohort]
     release = Release(
         run_key=ledger_ref.run_key,
         server_round=server_round,

@@ -73,7 +73,17 @@ def write_down(
         reason=reply.own_reason or reply.reason,
     )
     settings.home.mkdir(parents=True, exist_ok=True)
+    _drop_cut_line(settings.home / FILE)
     append_line(settings.home / FILE, json.dumps(asdict(entry)))
+
+
+def _drop_cut_line(path: Path) -> None:
+    """Take off a last line that was cut short: what it was to tell of did not leave."""
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        text = stream.read()
+        stream.truncate(text.rfind(b"\n") + 1)
 
 
 def read_journal(home: Path) -> list[Sent]:

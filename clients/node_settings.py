@@ -91,6 +91,11 @@ class NodeSettings:
             "takes test examples of the node's own, data names none",
         )  # fmt: skip
         require(
+            not self.evaluation_epsilon or self.max_epsilon > 0,
+            "evaluation-epsilon", self.evaluation_epsilon,
+            "takes max-epsilon, without which runs that are not private are evaluated exactly",
+        )  # fmt: skip
+        require(
             not self.evaluation_epsilon or self.max_evaluations > 0, "evaluation-epsilon",
             self.evaluation_epsilon, "takes max-evaluations, how many there may be, which is 0",
         )  # fmt: skip

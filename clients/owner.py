@@ -75,8 +75,8 @@ def refuse_beyond_allowed(config: RunConfig, settings: NodeSettings) -> None:
     data = () if settings.data else (("data.name", config.data.name), ("data.test", config.data.test))
     files = {"model.name": config.model.name, "privacy.ledger": config.privacy.ledger, **dict(data)}
     named = {key: value for key, value in files.items() if _is_file(key, value)}
-    if ":" in config.train.optimizer:
-        named["train.optimizer"] = config.train.optimizer
+    classes = {"train.optimizer": config.train.optimizer, "lora.method": config.lora.method}
+    named |= {key: value for key, value in classes.items() if ":" in value}
     for key, value in named.items():
         if value not in settings.allowed:
             raise OwnDataRefused(f"{key} = {value!r}: allow in node.toml does not name it", REFUSAL)

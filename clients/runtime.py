@@ -131,7 +131,8 @@ def read_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime
 def key_of(config: RunConfig) -> Key:
     """Key of a `ClientRuntime`: configurations with the same key share one."""
     kind = adapter_kind(config.lora, config.seed)
-    return (config.task, config.model, _targets(config), config.data, config.seed, config.engine.device, kind)
+    data = config.data, config.privacy.unit_column
+    return (config.task, config.model, _targets(config), *data, config.seed, config.engine.device, kind)
 
 
 @dataclass(frozen=True, slots=True)

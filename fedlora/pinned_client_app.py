@@ -8,12 +8,15 @@ takes the installed ClientApp where they are the same. Else the node declines; i
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fedlora.core.code import code_root, top_packages
 
+LOADER, INSTALLS = "get_load_client_app_fn", "--allow-runtime-dependency-installation"
+"""Flower's function that is replaced, and its option by which a bundle brings packages."""
 REFUSED = "the node runs its own fedlora and declines this code; its own log says why"
 
 
@@ -68,12 +71,20 @@ def loader(directory_of: Callable[[str, str, str], Path]) -> Callable[..., Calla
 
 
 def main() -> None:
-    """Flower's command with this loader in place of its own."""
+    """Flower's command with this loader in place of its own.
+
+    Raises:
+        SystemExit: a Flower that would load the code another way, or is to install what the app asks for.
+    """
     from flwr.common.config import get_project_dir
     from flwr.supernode.cli import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp
 
-    vars(run_clientapp)["get_load_client_app_fn"] = loader(get_project_dir)
+    if LOADER not in run_clientapp.run_clientapp.__code__.co_names:
+        raise SystemExit(f"flwr-clientapp: this Flower loads apps by another function than {LOADER}")
+    if INSTALLS in sys.argv:
+        raise SystemExit(f"flwr-clientapp {INSTALLS}: this node installs nothing that a server asks for")
+    vars(run_clientapp)[LOADER] = loader(get_project_dir)
     flwr_clientapp()
 
 

@@ -14,13 +14,13 @@ Notation: M is ``in_flight``, K is ``buffer_size``. The Grid says who finishes w
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from logging import INFO, WARNING
-from typing import Any, Protocol
+from functools import partial
+from logging import INFO
+from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.app import ArrayRecord, ConfigRecord, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -29,6 +29,7 @@ from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, ClientUpdate, InFlight, ServerState
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed, UpdateRefused
+from strategies.at_work import EventGrid, Work
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.precision import rounded_broadcast, rounded_state
@@ -38,30 +39,6 @@ from strategies.request import PendingRequest
 
 FACTORS, PRODUCT = "factors", "product"
 """What of a late update is added: see `Facts.stale`."""
-
-
-class EventGrid(Protocol):
-    """Grid in simulated time that says when each client's reply will come.
-
-    Attributes:
-        seconds: now.
-    """
-
-    seconds: float
-
-    def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
-        """Seconds from the order to its reply, and why it is lost (empty: it is not)."""
-        ...
-
-    def compute(self, messages: list[Message], lost: set[int], timeout: float) -> list[Message]:
-        """Replies to the messages in no time; those of lost partitions are dropped."""
-        ...
-
-    def close_round(
-        self, server_round: int, arrivals: Mapping[int, float], staleness: Mapping[int, int]
-    ) -> None:
-        """Note what a round was made of; arrivals in seconds since the start of the run."""
-        ...
 
 
 class BufferedStrategy(FactorStrategy):
@@ -117,81 +94,97 @@ class BufferedStrategy(FactorStrategy):
         assert self.state is not None
         self._take(arrays)
         self.report = RoundReport(server_round=server_round)
-        settings = settings_of(config, server_round)
         self.transport.open(self.state.base)
-        present = self._present(grid, 1)
-        queue = [(flight.arrives, flight.number, flight) for flight in self.flights]
-        heapq.heapify(queue)
-        started: dict[int, tuple[InFlight, Message]] = {}
-        buffer: list[InFlight] = []
-        while len(buffer) < self.buffer_size:
-            while len(queue) < self.in_flight and (free := self._free(present, queue, buffer)):
-                draws = stream(self.seed, "starting", server_round, len(started))
-                partition = free[int(draws.integers(len(free)))]
-                message = self._start(partition, present[partition], settings)
-                seconds, why = clock.due(partition, message, self.transport.expected_bytes(partition))
-                number = server_round * 1_000_000 + len(started)
-                flight = InFlight(partition, self.state.round, clock.seconds + seconds, number, lost=why)
-                started[partition] = flight, message
-                heapq.heappush(queue, (flight.arrives, number, flight))
-            if not queue:
-                break
-            _, _, flight = heapq.heappop(queue)
-            clock.seconds = flight.arrives
-            if flight.lost:
-                self.report.refused[flight.partition_id] = flight.lost
-            else:
-                buffer.append(flight)
-        log(INFO, "%s started, %s at work, %s in the buffer", len(started), len(queue), len(buffer))
-        wanted = {f.partition_id for f in buffer} if server_round == last else started.keys()
-        messages = [message for partition, (_, message) in started.items() if partition in wanted]
-        lost = {partition for partition, (flight, _) in started.items() if flight.lost}
-        replies = clock.compute(messages, lost, timeout)
-        trained = self._trained(replies, {p: f for p, (f, _) in started.items()})
-        self.flights = [trained.get(f.number, f) for _, _, f in sorted(queue)]
-        self._aggregate(clock, [trained.get(f.number, f) for f in buffer], server_round)
+        work = Work(self._present(grid, 1), settings_of(config, server_round), server_round == last)
+        for flight in self.flights:
+            work.push(flight)
+        self._fill(clock, work)
+        while self._train(clock, work, timeout):
+            self._fill(clock, work)
+        self._count_bytes()
+        self.flights = sorted(work.flights.values(), key=lambda flight: (flight.arrives, flight.number))
+        self._aggregate(clock, work.buffer, server_round)
         self._released = self.arrays()
         return self._released
 
-    def _free(self, present: Mapping[int, int], queue: list[Any], buffer: list[InFlight]) -> list[int]:
-        """Partitions that are there, have nothing on its way, and may train once more."""
-        busy = {flight.partition_id for _, _, flight in queue} | {f.partition_id for f in buffer}
-        busy |= {request.partition_id for request in self.transport.requests}
-        return [p for p in present if p not in busy and self.selection.may_train(p)]
+    def _fill(self, clock: EventGrid, work: Work) -> None:
+        """Let time pass until the buffer is full, or nobody is at work and nobody free."""
+        while len(work.buffer) < self.buffer_size:
+            while len(work.queue) < self.in_flight and (free := self._free(work)):
+                self._start(free, clock, work)
+            if not work.queue:
+                break
+            flight = work.pop()
+            clock.seconds = max(clock.seconds, flight.arrives)
+            if why := flight.lost or flight.refused or self._too_old(flight):
+                self.report.refuse({flight.partition_id: why})
+            else:
+                work.buffer.append(flight)
+        at_work = len(work.started), len(work.queue), len(work.buffer)
+        log(INFO, "%s started, %s at work, %s in the buffer", *at_work)
 
-    def _start(self, partition_id: int, node_id: int, settings: Mapping[str, Any]) -> Message:
+    def _train(self, clock: EventGrid, work: Work, timeout: float) -> bool:
+        """Have the clients trained that were started; whether one of the buffer turned out to be of no use.
+
+        In the last round only those of the buffer: what the others bring would never be aggregated.
+        """
+        buffered = {flight.partition_id for flight in work.buffer}
+        wanted = [p for p in work.started if p not in work.trained and (p in buffered or not work.last)]
+        work.trained.update(wanted)
+        messages = [message for p in wanted for message in work.started[p][0].sent]
+        send = partial(clock.compute, lost={p for p in wanted if work.started[p][1].lost})
+        replies = self.transport.exchange(send, messages, MessageType.TRAIN, work.settings, timeout)
+        self.transport.settle(replies)
+        for request, flight in map(work.started.__getitem__, wanted):
+            if not flight.lost:
+                work.replace(flight, self._brought_by(request, flight))
+        useless = {f.partition_id: f.refused for f in work.buffer if f.refused}
+        self.report.refuse(useless)
+        work.buffer = [flight for flight in work.buffer if not flight.refused]
+        return bool(useless)
+
+    def _too_old(self, flight: InFlight) -> str:
+        """Reason to drop an update for its age; empty if there is none."""
         assert self.state is not None
-        self.selection.count(partition_id)
-        broadcast = self._broadcast(partition_id)
-        request = self.transport.add(partition_id, node_id, broadcast)
-        return self.transport.message(request, MessageType.TRAIN, settings)
+        old = self.state.round - flight.version
+        if not self.max_staleness or old <= self.max_staleness:
+            return ""
+        return f"its update is {old} versions old, devices.max-staleness = {self.max_staleness}"
+
+    def _free(self, work: Work) -> list[int]:
+        """Partitions that are there, have nothing on its way, and may train once more."""
+        busy = {f.partition_id for f in (*work.flights.values(), *work.buffer)} | work.started.keys()
+        return [p for p in work.present if p not in busy and self.selection.may_train(p)]
+
+    def _start(self, free: Sequence[int], clock: EventGrid, work: Work) -> None:
+        """Start one of these partitions from the model of now."""
+        assert self.state is not None
+        server_round, place = self.report.server_round, len(work.started)
+        partition = free[int(stream(self.seed, "starting", server_round, place).integers(len(free)))]
+        self.selection.count(partition)
+        request = self.transport.add(partition, work.present[partition], self._broadcast(partition))
+        message = self.transport.message(request, MessageType.TRAIN, work.settings)
+        seconds, why = clock.due(partition, message, self.transport.expected_bytes(partition))
+        number = server_round * 1_000_000 + place
+        flight = InFlight(partition, self.state.round, clock.seconds + seconds, number, lost=why)
+        work.started[partition] = request, flight
+        work.push(flight)
 
     def _broadcast(self, partition_id: int) -> Broadcast:
         assert self.state is not None
         broadcast = self.rule.broadcast(self.state, self.client_spec(partition_id))
         return rounded_broadcast(broadcast, self._dtype)
 
-    def _trained(self, replies: list[Message], flights: Mapping[int, InFlight]) -> dict[int, InFlight]:
-        """The flights whose clients have trained by their number, with what they bring or why they do not."""
-        self.transport.settle(replies)
-        self._count_bytes()
-        found = {}
-        for request in self.transport.requests:
-            flight = flights[request.partition_id]
-            if flight.lost:
-                continue
-            try:
-                update = self._accept(request)
-            except (UpdateRefused, FactorShapeError) as error:
-                found[flight.number] = replace(flight, refused=str(error))
-                continue
-            self.report.note(request.partition_id, request.reply)
-            self.transport.note_ledger(request)
-            brought = self._brought(update, request.broadcast)
-            found[flight.number] = replace(
-                flight, tensors=brought, weight=update.weight, loss=_loss_of(request)
-            )
-        return found
+    def _brought_by(self, request: PendingRequest, flight: InFlight) -> InFlight:
+        """The flight of a client that has trained, with what it brings or why it cannot be used."""
+        try:
+            update = self._accept(request)
+        except (UpdateRefused, FactorShapeError) as error:
+            return replace(flight, refused=str(error))
+        self.report.note(request.partition_id, request.reply)
+        self.transport.note_ledger(request)
+        brought = self._brought(update, request.broadcast)
+        return replace(flight, tensors=brought, weight=update.weight, loss=_loss_of(request))
 
     def _brought(self, update: ClientUpdate, start: Broadcast) -> Tensors:
         """What a late update is told by: changes in float64, or whole factors, by layer and name."""
@@ -233,22 +226,12 @@ class BufferedStrategy(FactorStrategy):
     def _aggregate(self, clock: EventGrid, buffer: list[InFlight], server_round: int) -> None:
         assert self.state is not None
         staleness = {flight.partition_id: self.state.round - flight.version for flight in buffer}
-        counted = []
-        for flight in sorted(buffer, key=lambda flight: flight.partition_id):
-            old = staleness[flight.partition_id]
-            why = flight.refused
-            if self.max_staleness and old > self.max_staleness:
-                why = f"its update is {old} versions old, devices.max-staleness = {self.max_staleness}"
-            if why:
-                self.report.refused[flight.partition_id] = why
-                log(WARNING, "\tpartition %s refused: %s", flight.partition_id, why)
-            else:
-                counted.append(flight)
-        if len(counted) < max(1, self.selection.min_train_nodes):
+        if len(buffer) < max(1, self.selection.min_train_nodes):
             raise RunFailed(
-                f"round {server_round}: {len(counted)} valid updates in the buffer, min-train-nodes = "
+                f"round {server_round}: {len(buffer)} valid updates in the buffer, min-train-nodes = "
                 f"{self.selection.min_train_nodes} ({self.report.refusals() or 'nobody is at work'})"
             )
+        counted = sorted(buffer, key=lambda flight: flight.partition_id)
         updates = [self._landed(flight) for flight in counted]
         state, self.report.diagnostics = self.rule.aggregate(
             self.state, updates, diagnostics=self.diagnostics

@@ -232,7 +232,9 @@ class Rounds(Strategy):
         self, grid: Grid, messages: Iterable[Message], kind: str, config: ConfigRecord, server_round: int,
         timeout: float,
     ) -> list[Message]:  # fmt: skip
-        return self.transport.exchange(grid, list(messages), kind, settings_of(config, server_round), timeout)
+        return self.transport.exchange(
+            grid.send_and_receive, list(messages), kind, settings_of(config, server_round), timeout
+        )
 
 
 def settings_of(config: ConfigRecord, server_round: int) -> dict[str, Any]:

@@ -112,7 +112,7 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
             able = ", ".join(n for n, r in RULES.items() if r.facts.mean)
             raise NotApplicable(
                 f"{key} = {value!r}: the aggregate of {rule.facts.name} is no mean (able: {able}"
-                f"{'; multi-krum chooses for every rule' if center else ''})"
+                f"{'; multi-krum chooses for every rule' if key == 'strategy.robust' else ''})"
             )
     return {}
 

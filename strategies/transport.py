@@ -9,12 +9,11 @@ rested at a client in one round (RoLoRA) need not travel when it is trained in t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedlora import wire
@@ -24,6 +23,8 @@ from fedlora.core.state import Broadcast, Patch, digest
 from fedlora.errors import ConfigError
 from strategies.request import Payload, PendingRequest, read_reply, says_missing
 
+Send = Callable[..., Iterable[Message]]
+"""The replies to messages within ``timeout`` seconds, as `flwr.serverapp.Grid.send_and_receive`."""
 Acknowledged = dict[int, set[str]]
 """Partition id -> digests that it has acknowledged."""
 
@@ -121,19 +122,19 @@ class Transport:
         return [self.message(request, message_type, config) for request in self.requests]
 
     def exchange(
-        self, grid: Grid, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
+        self, send: Send, messages: Sequence[Message], message_type: str, config: Mapping[str, Any],
         timeout: float,
     ) -> list[Message]:  # fmt: skip
         """Send the instructions; clients that lack a part are served once more within ``timeout`` seconds."""
         if not messages:
             return []
         deadline = time.monotonic() + timeout
-        replies = list(grid.send_and_receive(messages, timeout=timeout))
+        replies = list(send(messages, timeout=timeout))
         again = self._fuller(replies, message_type, config)
         if again:
             left = max(1.0, deadline - time.monotonic())
             replies = [reply for reply in replies if not says_missing(reply)]
-            replies += grid.send_and_receive(again, timeout=left)
+            replies += send(again, timeout=left)
         return replies
 
     def _fuller(

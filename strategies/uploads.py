@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fedlora import wire
 from fedlora.errors import NotApplicable
-from strategies.mean import MeanRule
 from strategies.registry import RULES
 from strategies.rule import Rule
 
@@ -35,7 +34,7 @@ def checked_upload(upload: str, rule: Rule, *, client_dp: bool) -> str:
             f"{key}: tells later what it leaves out now, which {rule.facts.name} would read in other "
             f"coordinates or not as a mean (able: {names})"
         )
-    if isinstance(rule, MeanRule) and rule.center.name != "mean":
+    if rule.center.name != "mean":
         raise NotApplicable(
             f"{key}: strategy.robust = {rule.center.name!r} would cut off what is told late, must be 'none'"
         )

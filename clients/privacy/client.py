@@ -95,7 +95,8 @@ class ClientPrivacy(PrivacyMechanism):
     def check_data(self, data: Prepared | None, partitions: Collection[int]) -> None:
         warn_of_delta(self.config.privacy.target_delta, len(partitions), "clients")
         config, bands = self.config, self.config.privacy.noise_bands
-        asked = max(config.min_train_nodes, int(config.fraction_train * len(partitions) + 1e-9))
+        share = config.fraction_train * config.devices.over_selection
+        asked = max(config.min_train_nodes, int(share * len(partitions) + 1e-9))
         require(
             bands == 1 or asked * bands <= len(partitions), "privacy.noise-bands", bands,
             f"a client takes part once in so many rounds, so of {len(partitions)} at most "

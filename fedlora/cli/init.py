@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli.console import one_line_errors, out
+from fedlora.core.files import user_path
 from fedlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def init(
     data = data or _asked("data", "the file, directory or hub id of the examples")
     from fedlora.data.outline import outline
 
-    place = Path(data).expanduser()
+    place = user_path(data)
     found = outline(str(place.absolute()) if place.exists() else data)
     task = task or _asked("task", f"one of {', '.join(TASKS)}", found.task)
     if task not in TASKS:

@@ -70,6 +70,10 @@ def plan(
             require(
                 value is None, f"--{name}", value, "is of a client's examples, leave it out with --clients"
             )
+        require(
+            neighboring_relation == "zero_out_one",
+            "--neighboring-relation", neighboring_relation, "is of a client's examples, leave it out",
+        )  # fmt: skip
         _plan_clients(
             ClientRequest(
                 clients=clients,
@@ -86,6 +90,9 @@ def plan(
         )
         return
     require(noise_bands == 1, "--noise-bands", noise_bands, "is of whole clients, needs --clients")
+    require(
+        server_momentum == 0, "--server-momentum", server_momentum, "is of whole clients, needs --clients"
+    )
     if dataset_size is None or batch_size is None or local_steps is None:
         missing = ", ".join(f"--{name}" for name, value in of_examples.items() if value is None)
         raise ConfigError(f"{missing}: must be given, or --clients to hide whole clients")

@@ -25,6 +25,7 @@ from fedlora.data.sources import FILE_KINDS, open_table
 from fedlora.data.text_files import kind_of
 from fedlora.errors import ConfigError, first_line
 from fedlora.models import AdapterCard, load_adapter
+from fedlora.models.fit import most_positions
 from fedlora.tasks import task_named
 from fedlora.tasks.task import Rows, inputs
 
@@ -76,8 +77,11 @@ class LoadedAdapter:
         Texts are cut to the tokens that were trained on; pictures of any size and mode become the model's.
 
         Raises:
-            ConfigError: a language model, a text without a token, or a picture that cannot be read.
+            ConfigError: a language model, a text outside of a list, one without a token, or a picture that
+                cannot be read.
         """
+        if isinstance(items, str):
+            raise ConfigError(f"predict({items[:40]!r}): takes a list, predict([...])")
         task = task_named(self.card.task)
         if not task.labelled:
             raise ConfigError(f"{self.directory}: a language model of {self.card.task} predicts no labels")
@@ -95,13 +99,19 @@ class LoadedAdapter:
             max_new_tokens: written at most.
 
         Raises:
-            ConfigError: a classifier, an empty prompt, or messages that the chat template refuses.
+            ConfigError: a classifier, an empty prompt, one with more tokens than the model has positions for,
+                what is neither a text nor messages, or messages that the chat template refuses.
         """
         if task_named(self.card.task).labelled:
             raise ConfigError(f"{self.directory}: a classifier generates no text")
         ids = self._tokens(prompt)
         if not ids:
             raise ConfigError("the prompt has no token for this model's tokenizer")
+        most = most_positions(self.model)
+        if most is not None and len(ids) >= most:
+            raise ConfigError(f"the prompt has {len(ids)} tokens, the model takes fewer than {most}")
+        if most is not None:
+            max_new_tokens = min(max_new_tokens, most - len(ids))
         given, model = torch.tensor([ids], device=next(self.model.parameters()).device), self.model
         pad = self._reader.pad_token_id
         with torch.inference_mode():
@@ -165,6 +175,8 @@ class LoadedAdapter:
         if isinstance(prompt, str):
             opening, ids = list(self._reader.opening), list(self._reader.pieces([prompt])[0])
             return [*([] if ids[: len(opening)] == opening else opening), *ids]
+        if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt):
+            raise ConfigError("the prompt: takes a text, or messages with role and content")
         turns = [Turn(str(message["role"]), str(message["content"])) for message in prompt]
         return asked(turns, self._reader, "the prompt")
 
@@ -181,11 +193,12 @@ def items_of(given: str, card: AdapterCard, text_column: str) -> list[Any]:
     Raises:
         ConfigError: a file that cannot be read, without that column, or without a row.
     """
-    path = Path(given).expanduser()
+    path = Path(given)
     picture = task_named(card.task).network == "image-classifier"
     try:
+        path = user_path(given)
         exists = path.exists()
-    except OSError:  # a text too long for a name
+    except (OSError, ConfigError):  # a text too long for a name, or one that begins with a tilde
         exists = False
     if not exists:
         if picture or kind_of(path) in (*FILE_KINDS, TEXT_FILE):

@@ -71,6 +71,10 @@ def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str,
             old.unlink(missing_ok=True)
 
 
+BEGUN = {"state-00001.safetensors", "patch-00001.safetensors"}
+"""What may stand there before the first ``latest.json``, where the process ended in between."""
+
+
 def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | None:
     """The last checkpoint, or None if no round was finished.
 
@@ -82,7 +86,7 @@ def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | No
         ConfigError: a file is missing, damaged, or not the one that the round left.
     """
     if not (folder / "latest.json").exists():
-        if any(folder.glob("*.safetensors")):
+        if {file.name for file in folder.glob("*.safetensors")} - BEGUN:
             raise ConfigError(f"{folder / 'latest.json'}: is missing, which says what the others are")
         return None
     about = read_sealed(folder / "latest.json")

@@ -32,6 +32,7 @@ import tomli_w
 from filelock import FileLock, Timeout
 from flwr.common.logger import log
 
+from clients.privacy.client import ClientPrivacy
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.core.files import append_line, check_place, write_atomic
 from fedlora.core.sealed import read_sealed, sealed
@@ -113,7 +114,8 @@ class RunDirectory:
         if written.exists():
             before = read_config(written)
             for key, value in to_flat(before).items():
-                fixed = key == "num-server-rounds" and config.schedules_rounds and value != flat[key]
+                more = continues and key == "num-server-rounds" and value != flat[key]
+                fixed = more and _follow_from_rounds(config, before)
                 if fixed or not _may_become(key, value, flat[key]):
                     raise ConfigError(
                         f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
@@ -246,10 +248,18 @@ def held(path: Path) -> Iterator[None]:
         ) from None
 
 
+def _follow_from_rounds(config: RunConfig, before: RunConfig) -> bool:
+    """Whether rounds that were done would have been others with another number of rounds."""
+    if config.schedules_rounds or config.devices.buffer_size:
+        return True
+    client_level = config.privacy.client_level and before.privacy.client_level
+    return client_level and ClientPrivacy(config).noise != ClientPrivacy(before).noise
+
+
 def _only_tried(path: Path) -> bool:
     """Whether a directory holds no more than a run that stopped before its first round."""
     found = {file.name for file in path.iterdir()}
-    return found <= ATTEMPT and "config.toml" in found and not read_rounds(path)
+    return found <= ATTEMPT and {CONFIG, PROVENANCE} <= found and not read_rounds(path)
 
 
 def _may_become(key: str, before: Scalar, now: Scalar) -> bool:

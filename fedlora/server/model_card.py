@@ -76,7 +76,7 @@ def _privacy(config: RunConfig) -> str:
     if privacy.mode == "none":
         return "Trained without differential privacy: examples may be read out of it."
     return (
-        f"Trained under {privacy.mode}-level differential privacy; what was spent stands in the run's "
+        f"Trained under {privacy.granularity}-level differential privacy; what was spent stands in the run's "
         "`rounds.jsonl`."
     )
 

@@ -149,11 +149,12 @@ class Preview:
         config, privacy = self.config, self.config.privacy
         if privacy.mode == "none":
             return "none"
-        said = f"{privacy.mode} level, epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
+        budget = f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
+        said = f"{privacy.granularity} level, {budget}"
         if privacy.mode != "example" or self.partitions is None:
             return said
         rates = {
-            partition: rate_of(config, partition, len(self.runtime.data.indices(partition)))
+            partition: rate_of(config, partition, self.runtime.data.num_protected(partition))
             for partition in self.partitions
         }
         extremes = {min(rates, key=rates.__getitem__), max(rates, key=rates.__getitem__)}

@@ -12,6 +12,7 @@ from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
 from fedlora.tasks import task_named
+from fedlora.wire import codec_named
 from strategies.allocation import make_allocation
 from strategies.buffered import check_buffer
 from strategies.registry import RULES, make_rule
@@ -198,7 +199,8 @@ def configured_screening(config: RunConfig, *, simulation: bool) -> Screening | 
         ConfigError: a bound that is neither 0 nor at least 1, or bounds under client-level privacy.
     """
     strategy, client_level = config.strategy, config.privacy.mode == "client"
-    unequal = config.train.local_epochs > 0 or bool(config.groups)
+    owed = config.upload or config.wire_dtype  # with feedback an update tells what earlier ones left out
+    unequal = config.train.local_epochs > 0 or bool(config.groups) or codec_named(owed).feedback
     bounds = Screening(
         largest_share=strategy.largest_share,
         max_relative_norm=strategy.max_relative_norm * (UNEQUAL_STEPS if unequal else 1.0),

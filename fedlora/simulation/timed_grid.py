@@ -7,7 +7,7 @@ private ones, train also where their reply is lost: their next round starts from
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
@@ -48,11 +48,12 @@ class TimedGrid(LocalGrid):
         timeout: in place of a deadline.
         seed: of who is there and who vanishes.
         tokens: that a partition trains on in a round.
-        fraction: of those that are there, how many replies are wanted; at least ``least``.
+        fraction: of those that are there, how many replies are wanted; at least ``least_replies``.
         bytes_up: of the reply of a partition to its order of now.
         trains_anyway: what is lost is computed, too.
         unfit: partition -> why its device takes no part.
         least: clients without which a round does not begin.
+        least_replies: that are waited for.
         server_round: that was done last.
         seconds: since the start of the run.
         present: how many are there.
@@ -71,6 +72,7 @@ class TimedGrid(LocalGrid):
     fraction: float
     unfit: Mapping[int, str] = field(default_factory=dict)
     least: int = 1
+    least_replies: int = 1
     server_round: int = 0
     seconds: float = 0.0
     present: int = 0
@@ -111,7 +113,7 @@ class TimedGrid(LocalGrid):
         self.server_round = int(train[0].metadata.group_id)
         by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
         tasks = [self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())]
-        wanted = max(1, self.least, int(self.fraction * self.present + 1e-9))
+        wanted = max(1, self.least_replies, int(self.fraction * self.present + 1e-9))
         outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
         self.arrivals = {partition: self.seconds + at for partition, at in outcome.taken.items()}
         self.seconds += outcome.seconds
@@ -129,7 +131,7 @@ class TimedGrid(LocalGrid):
         outcome = wait_for([task], deadline=self.config.deadline or self.timeout, wanted=1)
         return outcome.seconds, outcome.lost.get(partition_id, "")
 
-    def compute(self, messages: list[Message], lost: set[int], timeout: float) -> list[Message]:
+    def compute(self, messages: Sequence[Message], *, lost: set[int], timeout: float) -> list[Message]:
         """Replies to the messages, in no simulated time; see ``trains_anyway``."""
         partition = {m.metadata.dst_node_id: self.partition_ids[m.metadata.dst_node_id] for m in messages}
         wanted = [m for m in messages if self.trains_anyway or partition[m.metadata.dst_node_id] not in lost]
@@ -190,6 +192,7 @@ def timed(grid: LocalGrid, run: FederatedRun, work: Work) -> Grid:
         fraction=config.fraction_train,
         unfit=unfit,
         least=max(config.min_available_nodes, config.min_train_nodes),
+        least_replies=config.min_train_nodes,
         server_round=run.state.round,
         seconds=records[-1]["virtual_seconds"] if records else 0.0,
     )

@@ -87,6 +87,8 @@ def test_a_damaged_line_is_named_and_a_cut_one_left_out(tmp_path: Path, cache: P
     whole = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(whole + whole[:20])
     assert len(read_journal(tmp_path)) == 1
+    sent(tiny_config(), tmp_path)
+    assert len(read_journal(tmp_path)) == 2, "what was cut short is not in the way of what comes after"
     (tmp_path / FILE).write_text(whole[:20] + "\n" + whole)
     with pytest.raises(ConfigError, match=r"sent\.jsonl: line 1 is none of a node's journal"):
         read_journal(tmp_path)

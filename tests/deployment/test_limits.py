@@ -152,6 +152,7 @@ NAMED = [
     ({"data.test": "~/mail.jsonl"}, "data.test = '~/mail.jsonl'"),
     ({"privacy.ledger": "elsewhere"}, "privacy.ledger = 'elsewhere'"),
     ({"train.optimizer": "mine:Mine"}, "train.optimizer = 'mine:Mine'"),
+    ({"lora.method": "mine:TUNER"}, "lora.method = 'mine:TUNER'"),
 ]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,8 @@ def test_late_updates_add_up_to_what_the_paper_says(name: str, discount: bool, t
     grid = timed(client)
     compute = grid.compute
 
-    def watching(messages: list[Message], lost: set[int], timeout: float) -> list[Message]:
-        replies = compute(messages, lost, timeout)
+    def watching(messages: Sequence[Message], *, lost: set[int], timeout: float) -> list[Message]:
+        replies = compute(messages, lost=lost, timeout=timeout)
         assert strategy.state is not None
         strategy.transport.settle(replies)
         for request in strategy.transport.requests:
@@ -185,6 +186,42 @@ def test_an_update_that_is_too_old_is_dropped_and_named(tmp_path: Path) -> None:
     assert refused[4].endswith("versions old, devices.max-staleness = 1")
 
 
+def test_updates_that_are_too_old_take_no_place(tmp_path: Path) -> None:
+    """With five at work and a buffer of one ordinary updates are four versions old."""
+    strategy = buffered("fedavg", max_staleness=2, buffer_size=1)
+    reports = watched(strategy)
+    strategy.start(timed(ToyClient(tmp_path)), initial_arrays(), num_rounds=8)
+    assert all(len(report.participants) == 1 for report in reports)
+    assert any("versions old" in why for report in reports for why in report.refused.values())
+
+
+def test_a_client_that_lost_a_part_is_served_in_the_same_round(tmp_path: Path) -> None:
+    toy = ToyClient(tmp_path)
+
+    def client(message: Message, partition: int) -> Message | None:
+        if partition == 0 and int(message.metadata.group_id) == 2:
+            shutil.rmtree(tmp_path / "0", ignore_errors=True)
+        return toy(message, partition)
+
+    strategy = buffered("flora")
+    reports = watched(strategy)
+    strategy.start(timed(client), initial_arrays(), num_rounds=4)
+    assert [report.refused for report in reports] == [{}] * 4
+    assert any(0 in report.participants for report in reports[2:])
+
+
+def test_time_never_goes_back(tmp_path: Path) -> None:
+    strategy, grid = (
+        buffered("fedavg", buffer_size=1, in_flight=3),
+        timed(ToyClient(tmp_path), availability=0.3),
+    )
+    grid.least = 3
+    strategy.open(initial_arrays())
+    times = [grid.seconds for _ in strategy.rounds(grid, last=8)]
+    assert times == sorted(times)
+    assert times[-1] > 60
+
+
 def test_who_vanishes_is_given_up_and_replaced(tmp_path: Path) -> None:
     strategy = buffered("fedavg", in_flight=2, buffer_size=2)
     reports, grid = watched(strategy), timed(ToyClient(tmp_path), SECONDS * 8, failure=0.4)
@@ -208,7 +245,7 @@ def test_updates_that_cannot_be_used_are_named_when_they_arrive(tmp_path: Path) 
     reports = watched(strategy)
     strategy.start(timed(client), initial_arrays(), num_rounds=3)
     assert [report.refused for report in reports] == [{}, {3: "RuntimeError: the disk is full"}, {}]
-    assert reports[1].participants == [2]
+    assert [report.participants for report in reports] == [[0, 1], [0, 2], [0, 1]], "its place was filled"
 
 
 # --- real runs ------------------------------------------------------------------------------------------
@@ -255,6 +292,12 @@ def test_a_run_that_was_killed_goes_on_with_the_same_bits_and_times(
         found.append((lines, {name: tensor.numpy().tobytes() for name, tensor in adapter.items()}))
     assert found[0] == found[1]
     assert len({line["virtual_seconds"] for line in found[0][0]}) == 4
+
+
+def test_rounds_that_do_not_wait_end_where_they_were_to_end(tmp_path: Path) -> None:
+    run(KEYS | DOES_NOT | {"num-server-rounds": 2}, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"num-server-rounds = 3: the run in .* has 2; it cannot change"):
+        run(KEYS | DOES_NOT | {"num-server-rounds": 3}, tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize(

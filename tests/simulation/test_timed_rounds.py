@@ -240,6 +240,17 @@ def test_of_those_asked_the_first_are_taken(tmp_path: Path) -> None:
     assert grid.seconds == 30
 
 
+def test_how_many_must_be_there_is_not_how_many_are_waited_for(tmp_path: Path) -> None:
+    config = DevicesConfig(profiles="equal", over_selection=1.25)
+    _, reports, grid = federate(
+        ToyClient(tmp_path),
+        lambda inner: timed(inner, speeds(1, 5, 0.2, 7, 2), config=config, fraction=0.8, least=5),
+        fraction_train=1.0,
+    )
+    assert [report.participants for report in reports] == [[0, 1, 3, 4]] * 3
+    assert grid.seconds == 30
+
+
 def test_while_too_few_are_there_time_passes(tmp_path: Path) -> None:
     def device(partition: int) -> DeviceProfile:
         return DeviceProfile(tokens_per_second=10, availability=0.3)

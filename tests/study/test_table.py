@@ -13,14 +13,16 @@ from rich.console import Console
 
 from fedlora.cli.runs import methods_table
 from fedlora.errors import ConfigError
-from fedlora.study.analyse.summary import of_examples, over_seeds
+from fedlora.study.analyse.summary import of_examples, over_seeds, summarise
 from fedlora.study.analyse.table import StudyTable
+from fedlora.study.report.tables import write_tables
+from tests.study.made_up import result
 
 
 def run(method: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     return {
-        "method": method, "setting": "", "seed": seed, "accuracy": accuracy, "examples": 200,
-        "bytes_up": 1_000_000, "bytes_down": 2_000_000, "epsilon": None, **more,
+        "method": method, "setting": "", "kind": "strategy", "seed": seed, "accuracy": accuracy,
+        "examples": 200, "bytes_up": 1_000_000, "bytes_down": 2_000_000, "epsilon": None, **more,
     }  # fmt: skip
 
 
@@ -37,6 +39,22 @@ def test_means_and_intervals_are_those_of_the_report(tmp_path: Path) -> None:
     assert flora.accuracy == over_seeds(values)
     assert fedavg.accuracy == of_examples(0.65, 200)
     assert (flora.megabytes_up, flora.megabytes_down, flora.epsilon) == (1.0, 2.0, None)
+
+
+def test_a_language_models_interval_is_over_tokens_and_a_reference_sends_nothing(tmp_path: Path) -> None:
+    tokens = {"tokens": 20_000, "perplexity": 9.0}
+    runs = [
+        result("flora", accuracy=0.4, outcome=tokens),
+        result("centralised", "reference", accuracy=0.5, outcome=tokens),
+    ]
+    write_tables(tmp_path, runs, ())
+    flora, centralised = StudyTable.read(tmp_path).rows
+    told, reference = summarise(runs)
+    assert (flora.accuracy, centralised.accuracy) == (told.accuracy, reference.accuracy)
+    assert flora.megabytes_up == (told.bytes_up or 0) / 1e6
+    assert (
+        (centralised.megabytes_up, centralised.megabytes_down) == (None, None) == (reference.bytes_up, None)
+    )
 
 
 def test_clients_of_one_seed_count_once(tmp_path: Path) -> None:

@@ -90,11 +90,16 @@ def bring_own_strategy(config: RunConfig, place: Path) -> None:
 
     It is the server's alone: the bundle that nodes get stays fedlora's own code. An installed one stays where
     it is, as the ServerApp runs in the same environment.
+
+    Raises:
+        ConfigError: a package without ``__init__.py``.
     """
     name, colon, _ = config.strategy.name.partition(":")
     if not colon:
         return
     top = name.partition(".")[0]
+    if sys.modules[top].__file__ is None:
+        raise ConfigError(f"strategy.name = {config.strategy.name!r}: {top}/ needs an __init__.py")
     source = Path(str(sys.modules[top].__file__)).resolve()
     if source.is_relative_to(Path(sys.prefix).resolve()):
         return

@@ -117,13 +117,18 @@ class Row:
         found: list[Any] = [r.rounds[-1].get("virtual_seconds") if r.rounds else None for r in self.results]
         return fmean(found) if all(map(is_number, found)) else None
 
-    def until(self, accuracy: float) -> tuple[float, float] | None:
-        """Simulated seconds and bytes until a round has it, means over the runs; None if one never does."""
+    def until(self, accuracy: float) -> tuple[float | None, float] | None:
+        """Simulated seconds and bytes until a round has it, means over the runs; None if one never does.
+
+        The seconds are None where time was not simulated.
+        """
         found = [_until(result, accuracy) for result in self.results]
         reached = [f for f in found if f is not None]
         if not found or len(reached) < len(found):
             return None
-        return fmean(seconds for seconds, _ in reached), fmean(sent for _, sent in reached)
+        seconds = [at for at, _ in reached if at is not None]
+        timed = len(seconds) == len(reached)
+        return fmean(seconds) if timed else None, fmean(sent for _, sent in reached)
 
     @property
     def claim(self) -> dict[str, Any] | None:
@@ -179,12 +184,12 @@ class Row:
         return sum(r.result.get("intruders", 0) for r in self.results) / looked_at if looked_at else None
 
 
-def _until(result: CellResult, accuracy: float) -> tuple[float, float] | None:
+def _until(result: CellResult, accuracy: float) -> tuple[float | None, float] | None:
     sent = 0
     for record in result.rounds:
         sent += record["bytes_up"] + record["bytes_down"]
         if is_number(record.get("accuracy")) and record["accuracy"] >= accuracy:
-            return float(record.get("virtual_seconds", 0.0)), float(sent)
+            return record.get("virtual_seconds"), float(sent)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,8 +26,9 @@ class TableRow:
         method, setting: as in the study; the setting is empty where there is one only.
         seeds: how many.
         accuracy: the mean over the seeds with its 95 % Student t interval; of one seed the accuracy with the
-            Wilson interval of the test set.
-        megabytes_up, megabytes_down: of all clients and rounds, the mean over seeds.
+            Wilson interval of the test set, of a language model's over tokens.
+        megabytes_up, megabytes_down: of all clients and rounds, the mean over seeds; None for a reference,
+            which needs no federation.
         epsilon: the largest of any client and seed; None without privacy.
     """
 
@@ -35,8 +36,8 @@ class TableRow:
     setting: str
     seeds: int
     accuracy: Estimate
-    megabytes_up: float
-    megabytes_down: float
+    megabytes_up: float | None
+    megabytes_down: float | None
     epsilon: float | None
 
 
@@ -100,9 +101,6 @@ class StudyTable:
             for row in self.rows
         )  # fmt: skip
 
-    def __str__(self) -> str:
-        return self.markdown()
-
     def cells(self, dash: str = "-") -> tuple[list[str], list[list[str]]]:
         """The heading and the rows as text; columns that are empty in all rows are left out."""
         settings = any(row.setting for row in self.rows)
@@ -116,10 +114,14 @@ class StudyTable:
             epsilon = dash if row.epsilon is None else f"{row.epsilon:.2f}"
             cells.append([
                 row.method, *([row.setting or dash] if settings else []), str(row.seeds),
-                f"{100 * a.value:.1f}", bounds, f"{row.megabytes_up:.3g}", f"{row.megabytes_down:.3g}",
+                f"{100 * a.value:.1f}", bounds,
+                *(dash if sent is None else f"{sent:.3g}" for sent in (row.megabytes_up, row.megabytes_down)),
                 *([epsilon] if private else []),
             ])  # fmt: skip
         return header, cells
+
+    def __str__(self) -> str:
+        return self.markdown()
 
 
 def _row(method: str, setting: str, runs: Sequence[dict[str, Any]]) -> TableRow:
@@ -127,13 +129,18 @@ def _row(method: str, setting: str, runs: Sequence[dict[str, Any]]) -> TableRow:
     for run in runs:  # of local-only each seed has a run for each client
         by_seed.setdefault(run["seed"], []).append(run)
     means = [fmean(run["accuracy"] for run in one) for one in by_seed.values()]
-    examples = int(runs[0]["examples"])
+    units = int(runs[0].get("tokens") or runs[0]["examples"])
+    federated = runs[0]["kind"] != "reference"
     return TableRow(
         method=method,
         setting=setting,
         seeds=len(means),
-        accuracy=over_seeds(means) if len(means) > 1 else of_examples(means[0], examples),
-        megabytes_up=fmean(sum(run["bytes_up"] or 0 for run in one) for one in by_seed.values()) / 1e6,
-        megabytes_down=fmean(sum(run["bytes_down"] or 0 for run in one) for one in by_seed.values()) / 1e6,
+        accuracy=over_seeds(means) if len(means) > 1 else of_examples(means[0], units),
+        megabytes_up=_megabytes(by_seed.values(), "bytes_up") if federated else None,
+        megabytes_down=_megabytes(by_seed.values(), "bytes_down") if federated else None,
         epsilon=max((run["epsilon"] for run in runs if run["epsilon"] is not None), default=None),
     )
+
+
+def _megabytes(seeds: Iterable[Sequence[dict[str, Any]]], key: str) -> float:
+    return fmean(sum(run[key] or 0 for run in one) for one in seeds) / 1e6

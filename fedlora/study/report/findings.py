@@ -133,10 +133,12 @@ def _caveats(rows: Sequence[Row], found: Sequence[Contest], looks: Sequence[int]
         caveats.append(
             f"{CONTROL} was not run, so this study cannot tell what the adapters add to a trained head."
         )
-    if any(row.private for row in rows):
+    hidden = list(dict.fromkeys(row.config.privacy.granularity for row in rows if row.private))
+    if hidden:
         caveats.append(
-            "Epsilons are example-level, per client: what a client sends hides whether any single one of its "
-            "examples was used, not that the client took part."
+            f"Epsilons are {listed([f'{what}-level' for what in hidden])}, per client: what a client sends "
+            f"hides whether any single one of its {listed([f'{what}s' for what in hidden])} was used, not "
+            "that the client took part."
         )
     if any(row.kind == "variant" for row in rows):
         caveats.append("Variants may change more than the strategy; their own keys are listed below.")

@@ -172,7 +172,8 @@ def _until(rows: Sequence[Row], target: float) -> dict[str, Column]:
     shown = {"MB": (1, format.megabytes), **({"Time": (0, format.duration)} if timed else {})}
     return {
         f"{what} to {format.percent(target)}": {
-            name: NEVER if at is None else (show(at[place]), at[place], "") for name, at in found.items()
+            name: NEVER if at is None else EMPTY if (v := at[place]) is None else (show(v), v, "")
+            for name, at in found.items()
         }
         for what, (place, show) in shown.items()
     }

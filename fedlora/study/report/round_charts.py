@@ -132,11 +132,12 @@ def epsilon_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
         canvas.axes.set_ylim(bottom=0)
         canvas.levels([Level("budget", b, f"{b:g}", Style(key=f"budget-{b:g}", line=DOTS)) for b in budgets])
 
+    hidden = listed(list(dict.fromkeys(p.granularity for p in privacy)))
     return _lines(
         styles, _curves(rows, lambda row: per_round(row, "epsilon")), lambda value: f"{value:.2f}",
         name="epsilon", title="Privacy spent",
-        note=f"Epsilon at {deltas(rows)} of the client that has spent most; example-level, "
-        "per client. Runs with the same noise, sample rate and steps spend the same, their lines coincide.",
+        note=f"Epsilon at {deltas(rows)} of the client that has spent most, for each {hidden} of it. Runs "
+        "with the same noise, sample rate and steps spend the same, their lines coincide.",
         adorn=adorn, place=lambda x: f"round {x:.0f}: epsilon",
     )  # fmt: skip
 

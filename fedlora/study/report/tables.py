@@ -14,8 +14,8 @@ from fedlora.study.analyse.comparisons import Comparison
 from fedlora.study.analyse.results import CellResult
 
 MEASURED = (
-    "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "majority_accuracy",
-    "bytes_up", "bytes_down", "epsilon", "seconds", "peak_memory_bytes",
+    "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "tokens",
+    "majority_accuracy", "bytes_up", "bytes_down", "epsilon", "seconds", "peak_memory_bytes",
     "intruders", "intruder_candidates",
 )  # fmt: skip
 
