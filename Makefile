@@ -33,10 +33,10 @@ check: $(STAMP)  ## style, types, direction of imports, doctests
 	$(BIN)/python -m pytest -q --doctest-modules fedlora strategies clients
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not deployed" tests
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not deployed" tests
 
 quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapters; about a minute
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadgroup --no-loadscope-reorder --hypothesis-profile quick \
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --hypothesis-profile quick \
 	    -m "not deployed and not slow" \
 	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 

@@ -7,9 +7,13 @@ Andrew, Thakkar, McMahan, Ramaswamy, "Differentially private learning with adapt
     b  = 1/2 + ( sum_k (b_k - 1/2) + N(0, sigma_b^2) ) / m
     S' = S exp(-eta (b - gamma))
 
-A client adds at most S to the sum and 1/2 to the count, so that both together are one Gaussian mechanism of
-noise multiplier z: S^2 / (z_delta S)^2 + (1/2)^2 / sigma_b^2 = 1 / z^2. What is claimed and charged is z; the
-count is paid for by more noise on the sum. S' is made of private numbers alone, and so is free.
+A client adds at most S to the sum and 1/2 to the count, and nothing to either where it sends nothing, so that
+both together are one Gaussian mechanism of noise multiplier z:
+
+    S^2 / (z_delta S)^2 + (1/2)^2 / sigma_b^2 = 1 / z^2
+
+What is claimed and charged is z; the count is paid for by more noise on the sum. S' is made of private
+numbers alone, and so is free.
 
 Flower's ``DifferentialPrivacyServerSideAdaptiveClipping`` has the same terms: ``noise_multiplier`` z,
 ``initial_clipping_norm``, ``target_clipped_quantile`` gamma, ``clip_norm_lr`` eta, ``clipped_count_stddev``

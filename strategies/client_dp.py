@@ -9,7 +9,7 @@ Clipping is of all shipped tensors and the head together, to norm S. m is the *p
 does not answer is a zero update, so the denominator depends on nobody's data. Everybody weighs alike.
 
 It is central: the server sees every update before the noise, and must be trusted; what is protected is the
-model that others receive. Neighbouring runs differ by one client's updates being zero (zero-out). Each round
+model that others receive. Neighbouring runs differ by one client sending nothing (zero-out). Each round
 in which a client takes part costs one Gaussian mechanism of noise z; the sampling amplifies nothing here,
 because cohorts have a fixed size and clients know when they took part.
 

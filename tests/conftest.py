@@ -14,6 +14,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import pytest
 import torch
 from hypothesis import settings
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from fedlora.config import RunConfig, from_flat
 
@@ -43,17 +45,20 @@ LONGEST = (
 """What begins first where workers share the files out, so that none is alone with a long file at the end."""
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long files first, in this order; the sort is stable, so that within a file nothing moves.
+class Files(LoadFileScheduling):
+    """Whole files to a worker, and all that is on Ray to one; ``loadgroup`` finds no group in pytest 9."""
 
-    A worker takes whole files (``--dist loadgroup``), except that what is on Ray belongs together. First, as
-    the workers read the groups in the same hook.
-    """
+    def _split_scope(self, nodeid: str) -> str:
+        return "ray" if nodeid.startswith(ON_RAY) else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Files:
+    return Files(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first, in this order; the sort is stable, so that within a file nothing moves."""
     items.sort(key=lambda item: next((n for n, f in enumerate(LONGEST) if item.nodeid.startswith(f)), 99))
-    for item in items:
-        file = "ray" if item.nodeid.startswith(ON_RAY) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(file))
 
 
 def tiny_config(**overrides: Any) -> RunConfig:

@@ -42,7 +42,6 @@ class WithCanaries:
         rounds: in how many each of them takes part.
         seed: of coins and directions.
         scores: of each: how far the published sums went along its direction, in clipping norms.
-        noise: of each round: what was published less what was sent, in clipping norms.
         claimed: standard deviation that it should have, in clipping norms.
         noise: of each round: what was published less what was sent, times C, in clipping norms.
         power: |s|^2, the rounds that a canary shows in.

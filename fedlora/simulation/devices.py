@@ -52,7 +52,7 @@ def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:
     """The device of each partition: of the trace, of its group's profile, or drawn by the profiles' shares.
 
     Raises:
-        ConfigError: a trace that cannot be read or lacks a partition,
+        ConfigError: a trace that cannot be read, or lacks a partition.
     """
     if config.devices.trace:
         return _traced(Path(config.devices.trace), partitions).__getitem__

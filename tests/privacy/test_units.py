@@ -15,11 +15,13 @@ from clients.budget import plan_release
 from clients.ledger_ref import LedgerRef, fingerprint, say_spread, warn_of_spread
 from clients.node_settings import node_settings
 from clients.privacy import mechanism_of
+from clients.runtime import RuntimeCache
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, LedgerRefused, OwnDataRefused
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
 from fedlora.prepared.node_data import own_data
 from fedlora.privacy.ledger import read_ledgers
+from fedlora.server.preview import preview
 from tests.conftest import tiny_config
 from tests.deployment.test_own_data import own
 from tests.in_process import client_runtime
@@ -42,6 +44,23 @@ def config(path: Path, rows: list[dict[str, Any]] = ROWS, **keys: Any) -> RunCon
 
 def prepared(config: RunConfig) -> Prepared:
     return open_prepared(prepare(config))
+
+
+def test_runs_of_other_units_share_no_data(tmp_path: Path, cache: Path) -> None:
+    """One process takes several runs one after the other, and each counts by its own column."""
+    runtimes, counted = RuntimeCache(), []
+    rows = [{**row, "doctor": f"d{i % 3}"} for i, row in enumerate(ROWS)]
+    for column in ("author", "doctor", "", "author"):
+        data = runtimes.get(config(tmp_path, rows, **{"privacy.unit-column": column})).data
+        counted.append(data.num_protected(0))
+    assert counted == [counted[0], 3, 14, counted[0]]  # 14 of the place's 20 rows are to train
+    assert counted[0] not in (3, 14)
+
+
+def test_what_a_run_shows_beforehand_counts_units(tmp_path: Path, cache: Path) -> None:
+    declared = {"privacy.neighboring-relation": "add_or_remove_one", "privacy.declared-examples": 15}
+    shown = str(preview(config(tmp_path, **declared)).lines())
+    assert "unit level, epsilon" in shown
 
 
 def test_examples_know_whose_they_are_and_are_else_the_same(tmp_path: Path, cache: Path) -> None:

@@ -170,3 +170,19 @@ def test_a_resumed_run_goes_on_with_its_norm(tmp_path: Path, cache: Path) -> Non
     assert whole[0] == 1.0
     assert len(set(whole)) == 3
     assert adapter(path) == adapter(tmp_path / "whole")
+
+
+def test_noise_that_was_charged_cannot_be_calibrated_anew(tmp_path: Path, cache: Path) -> None:
+    """With more rounds the same target takes more noise, and those that were done had less."""
+    keys = {"engine.name": "in-process", "privacy.noise-multiplier": 0.0, "privacy.target-epsilon": 8.0}
+    done, more = config(**keys), config(**keys, **{"num-server-rounds": 9})
+    engine = start(done)
+    simulate_on(engine, done, RunDirectory(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"num-server-rounds = 9: the run in .* has 3; it cannot change"):
+        simulate_on(engine, more, RunDirectory(tmp_path / "run", resume=True))
+    given = {"privacy.noise-multiplier": 2.0}
+    simulate_on(engine, config(**keys | given), RunDirectory(tmp_path / "given"))
+    more = config(**keys | given, **{"num-server-rounds": 4})
+    result = simulate_on(engine, more, RunDirectory(tmp_path / "given", resume=True))
+    engine.close()
+    assert result["rounds"] == 4
