@@ -30,6 +30,10 @@ class UpdateRefused(FedLoraError, ValueError):
     """A client's reply that must not be aggregated; the round goes on without it."""
 
 
+class SecureRefused(UpdateRefused):
+    """A step of secure aggregation that a client does not take, or an answer that none is made of."""
+
+
 class RunFailed(FedLoraError, RuntimeError):
     """A run that had to stop; what it wrote before is kept (exit code 1)."""
 

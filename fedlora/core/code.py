@@ -18,7 +18,7 @@ BESIDE = ("clients", "strategies")
 EXAMPLES = ("demo", "tiny", "private", "images", "novels", "federation", "audit")
 """Configurations of ``experiments/`` that a wheel has, too."""
 EXTRAS = {
-    "deploy": ("cryptography", "httpx", "uvicorn"),
+    "deploy": ("httpx", "uvicorn"),
     "report": ("matplotlib",),
     "offline": ("gguf", "rdata"),
 }
