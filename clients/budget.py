@@ -29,7 +29,6 @@ from fedlora.prepared.node_data import UNREADABLE
 from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
-from fedlora.privacy.quantile import quantile_of
 from fedlora.privacy.spending import Release
 from fedlora.privacy.types import NeighboringRelation, PrivacySpent
 
@@ -147,23 +146,7 @@ def plan_release(
         unit=privacy.unit_column,
         determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
-    quantile, count_noise, on_sum = quantile_of(privacy), 0.0, noise
-    if quantile is not None:
-        count_noise = quantile.noise_of_count(noise, train.batch_size)
-        on_sum = quantile.noise_of_sum(noise, train.batch_size)
-    mechanism = Mechanism(
-        noise_multiplier=on_sum,
-        max_grad_norm=privacy.max_grad_norm,
-        expected_batch_size=train.batch_size,
-        clipping="flat" if quantile else privacy.clipping,
-        grad_sample_mode=privacy.grad_sample_mode,
-        max_physical_batch_size=privacy.max_physical_batch_size,
-        secure=seed is None,
-        unit_examples=privacy.unit_examples,
-        quantile=quantile,
-        count_noise=count_noise,
-        shares=privacy.shares,
-    )
+    mechanism = Mechanism.of(privacy, train.batch_size, noise_multiplier=noise, secure=seed is None)
     return PlannedRelease(
         config=config,
         ledger=ledger,
@@ -192,7 +175,7 @@ def train_within_budget(
     """
     self_check(runtime.model, runtime.data.pad_token_id, plan.mechanism)
     spent = plan.reserve()
-    mechanism, config = plan.mechanism, plan.config
+    config = plan.config
     result = train_private(
         runtime.model,
         runtime.data.train,
@@ -200,21 +183,12 @@ def train_within_budget(
         runtime.data.pad_token_id,
         config.train_of(plan.release.partition_id),
         local_steps=plan.release.steps,
-        noise_multiplier=mechanism.noise_multiplier,
-        max_grad_norm=mechanism.max_grad_norm,
+        mechanism=plan.mechanism,
         seed=seed or 0,
-        clipping=mechanism.clipping,
-        grad_sample_mode=mechanism.grad_sample_mode,
-        max_physical_batch_size=mechanism.max_physical_batch_size,
-        secure=mechanism.secure,
         release_loss=config.privacy.release_metrics,
         canaries=canaries,
         sample_rate=plan.release.sample_rate,
         stage=Stage(plan.release.server_round, config.num_server_rounds),
-        unit_examples=mechanism.unit_examples,
-        quantile=mechanism.quantile,
-        count_noise=mechanism.count_noise,
-        shares=mechanism.shares,
     )
     plan.released()
     return result, spent

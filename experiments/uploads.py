@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import ttest_1samp
 from torch import Tensor
 
 from fedlora import wire
@@ -27,9 +26,7 @@ from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State, Template
-from fedlora.study.analyse.comparisons import ALIKE, Comparison, holm
-from fedlora.study.analyse.sign_flip import sign_flip
-from fedlora.study.analyse.summary import over_seeds
+from fedlora.study.analyse.comparisons import holm, paired
 from strategies.registry import make_rule
 
 INPUTS, HIDDEN, CLASSES, RANK, CLIENTS, EXAMPLES, TESTS = 64, 128, 10, 8, 8, 200, 4000
@@ -134,22 +131,6 @@ def run(upload: str, seed: int) -> tuple[float, int]:
     return accuracy(task, state), sent
 
 
-def compared(upload: str, accuracies: list[float], floats: list[float]) -> Comparison:
-    """The codec against floats, not yet corrected for the others."""
-    differences = tuple((mine - theirs) / 100 for mine, theirs in zip(accuracies, floats, strict=True))
-    below = ttest_1samp(differences, -ALIKE, alternative="greater").pvalue
-    above = ttest_1samp(differences, ALIKE, alternative="less").pvalue
-    return Comparison(
-        method=upload,
-        baseline="float32",
-        setting="",
-        differences=differences,
-        mean=over_seeds(differences, low=-1.0),
-        p_value=sign_flip(differences),
-        p_alike=float(max(below, above)),
-    )
-
-
 def main() -> None:
     """Every codec on all seeds; what is kept has a verdict against floats for each."""
     found: dict[str, dict[str, Any]] = {}
@@ -162,7 +143,13 @@ def main() -> None:
         print(upload, found[upload], flush=True)
     floats = found["float32"]
     pairs = [
-        compared(name, found[name]["accuracy"], floats["accuracy"]) for name in found if name != "float32"
+        paired(
+            name,
+            "float32",
+            [(mine - theirs) / 100 for mine, theirs in zip(own["accuracy"], floats["accuracy"], strict=True)],
+        )
+        for name, own in found.items()
+        if name != "float32"
     ]
     for pair in holm(pairs):
         found[pair.method] |= {

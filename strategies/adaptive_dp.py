@@ -64,12 +64,22 @@ class AdaptiveClientDP:
         self._first.check(rule)
 
     def memory(self) -> Tensors:
-        """See `ClientDP.memory`: nothing."""
-        return self._first.memory()
+        """The clipping norm of the next round, see `ClientDP.memory`."""
+        return {"clipping-norm": torch.tensor(self.clipping_norm, dtype=torch.float64)}
 
     def remember(self, memory: Tensors, done: int) -> None:
-        """See `ClientDP.remember`."""
-        self._first.remember(memory, done)
+        """Go on from a `memory` after so many rounds.
+
+        Raises:
+            ConfigError: it has no clipping norm.
+        """
+        if "clipping-norm" not in memory and done:
+            raise ConfigError(f"privacy.clipping = 'adaptive': the norm after round {done} was not kept")
+        self.clipping_norm = float(memory.get("clipping-norm", self.clipping_norm))
+
+    @property
+    def adapted_norm(self) -> float:
+        return self.clipping_norm
 
     def now(self, planned: int) -> ClientDP:
         """What clips and noises the next round's sum over so many clients."""

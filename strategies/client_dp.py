@@ -110,6 +110,11 @@ class ClientDP:
         if self.bands > 1 and last < done:
             raise ConfigError(f"privacy.noise-bands = {self.bands}: the noise of round {done} was not kept")
 
+    @property
+    def adapted_norm(self) -> float | None:
+        """The next round's clipping norm, where it changes from round to round."""
+        return None
+
     def now(self, planned: int) -> ClientDP:
         """What clips and noises the next round's sum over so many clients."""
         return self

@@ -83,28 +83,23 @@ class Rounds(Strategy):
         assert self.state is not None
         acknowledged = {partition: set(held) for partition, held in self.transport.acknowledged.items()}
         heads = dict(self.transport.ledger_heads)
-        norm = self.client_dp.clipping_norm if isinstance(self.client_dp, AdaptiveClientDP) else None
-        asked, noise = dict(self.selection.asked), self.client_dp.memory() if self.client_dp else {}
+        asked, private = dict(self.selection.asked), self.client_dp.memory() if self.client_dp else {}
         participations = dict(self.selection.participations)
-        return ServerState(
-            self.state, participations, acknowledged, heads, clipping_norm=norm, asked=asked, noise=noise
-        )
+        return ServerState(self.state, participations, acknowledged, heads, asked=asked, private=private)
 
     def restore(self, snapshot: ServerState) -> None:
         """Go on from a `snapshot`.
 
         Raises:
-            ConfigError: it lacks the noise that later rounds have to take back.
+            ConfigError: it lacks what client-level privacy goes on from.
         """
         if self.client_dp is not None:
-            self.client_dp.remember(snapshot.noise, snapshot.state.round)
+            self.client_dp.remember(snapshot.private, snapshot.state.round)
         self.selection.asked = dict(snapshot.asked)
         self.state = snapshot.state
         self.selection.participations = snapshot.participations
         self.transport.acknowledged = snapshot.acknowledged
         self.transport.ledger_heads = snapshot.ledger_heads
-        if isinstance(self.client_dp, AdaptiveClientDP) and snapshot.clipping_norm is not None:
-            self.client_dp.clipping_norm = snapshot.clipping_norm
         self._released = None
 
     def _take(self, arrays: ArrayRecord) -> None:
@@ -130,8 +125,7 @@ class Rounds(Strategy):
         """The next state, as it can be sent."""
         assert self.state is not None
         if self.client_dp is not None:
-            if isinstance(self.client_dp, AdaptiveClientDP):
-                self.report.clipping_norm = self.client_dp.clipping_norm
+            self.report.clipping_norm = self.client_dp.adapted_norm
             updates = self.client_dp.privatise(updates, starts, len(starts), self.report.server_round)
         state, measured = self.rule.aggregate(self.state, updates, diagnostics=self.diagnostics)
         return rounded_state(state, self._dtype), measured

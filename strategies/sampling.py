@@ -99,11 +99,20 @@ class Selection:
         return partition not in self.asked or server_round - self.asked[partition] >= self.separation
 
 
+def clients_of_round(fraction: float, clients: int, minimum: int = 1) -> int:
+    """Number of clients that a round asks: ``max(minimum, floor(fraction * clients))``.
+
+    >>> clients_of_round(0.3, 10), clients_of_round(0.29, 10), clients_of_round(0.01, 10)
+    (3, 2, 1)
+    """
+    return max(minimum, int(fraction * clients + 1e-9))
+
+
 def sample_partitions(
     available: Iterable[int], fraction: float, minimum: int, seed: int, server_round: int,
     purpose: str = "sampling", of: int | None = None,
 ) -> list[int]:  # fmt: skip
-    """The sorted partition ids of one round: ``max(minimum, floor(fraction * n))`` of the available.
+    """The sorted partition ids of one round: `clients_of_round` of n, out of the available.
 
     n is ``of``, or the number of the available.
 
@@ -114,6 +123,6 @@ def sample_partitions(
     """
     everyone = sorted(available)
     n = len(everyone) if of is None else of
-    count = min(len(everyone), max(minimum, int(fraction * n + 1e-9)))
+    count = min(len(everyone), clients_of_round(fraction, n, minimum))
     shuffled = stream(seed, purpose, server_round).permutation(len(everyone))
     return sorted(everyone[i] for i in shuffled[:count])

@@ -6,6 +6,7 @@ The methods import what they need when they are called, because it imports PEFT.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -103,18 +104,7 @@ class ExamplePrivacy(PrivacyMechanism):
     def step(self) -> Mechanism:
         from clients.training.dp_step import Mechanism
 
-        privacy = self.config.privacy
-        return Mechanism(
-            noise_multiplier=0.0,
-            max_grad_norm=1.0,
-            expected_batch_size=1,
-            clipping="flat" if privacy.clipping == "adaptive" else privacy.clipping,
-            grad_sample_mode=privacy.grad_sample_mode,
-            max_physical_batch_size=privacy.max_physical_batch_size,
-            unit_examples=privacy.unit_examples,
-            quantile=quantile_of(privacy),
-            shares=privacy.shares,
-        )
+        return replace(Mechanism.of(self.config.privacy, 1), max_grad_norm=1.0, count_noise=0.0)
 
     def local(
         self,

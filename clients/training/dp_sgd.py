@@ -21,7 +21,6 @@ import torch
 
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
-from clients.training.clip_shares import Shares
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
@@ -34,7 +33,6 @@ from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.privacy.plausible import flaw_of_draws
-from fedlora.privacy.quantile import Quantile
 
 
 def train_private(
@@ -45,21 +43,12 @@ def train_private(
     config: TrainConfig,
     *,
     local_steps: int,
-    noise_multiplier: float,
-    max_grad_norm: float,
+    mechanism: Mechanism,
     seed: int,
-    clipping: str = "flat",
-    grad_sample_mode: str = "hooks",
-    max_physical_batch_size: int = 0,
-    secure: bool = False,
     release_loss: bool = False,
     canaries: Canaries | None = None,
     sample_rate: float | None = None,
     stage: Stage = ONLY_ROUND,
-    unit_examples: int = 0,
-    quantile: Quantile | None = None,
-    count_noise: float = 0.0,
-    shares: Shares = (),
 ) -> LocalResult:
     """As `clients.training.train.train_local`, by DP-SGD; always ``local_steps`` steps.
 
@@ -70,44 +59,22 @@ def train_private(
         pad_token_id: fills up shorter sequences of a batch.
         config: optimiser, rates, proximal term, and the expected batch size.
         local_steps: steps, each of which costs privacy.
-        noise_multiplier: noise standard deviation / ``max_grad_norm``.
-        max_grad_norm: the norm that each example's gradient is clipped to.
+        mechanism: of each step; ``secure`` draws batches too from the operating system and ignores ``seed``.
         seed: this client's and round's own seed; whoever knows it can subtract the noise.
-        clipping: see `Mechanism`.
-        grad_sample_mode: see `Mechanism`.
-        max_physical_batch_size: see `Mechanism`.
-        secure: draw batches and noise from the operating system's entropy and ignore ``seed``.
         release_loss: return the training loss, which is outside the guarantee.
         canaries: what an audit hides among the examples; the sample rate is as without them.
         sample_rate: probability with which an example is in a batch; None: batch size / examples, or units.
         stage: where the round stands in its run.
-        unit_examples: see `Mechanism`.
-        quantile: see `Mechanism`.
-        count_noise: see `Mechanism`.
-        shares: see `Mechanism`.
 
     Raises:
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
         RunFailed: a private step does not compute what it claims on this model.
     """
-    seed, draw = private_streams(seed, secure=secure)
-    units = open_units(examples, indices, unit_examples, seed)
+    seed, draw = private_streams(seed, secure=mechanism.secure)
+    units = open_units(examples, indices, mechanism.unit_examples, seed)
     protected = indices if units is None else units.everyone
     rate = config.batch_size / len(protected) if sample_rate is None else sample_rate
     check_private(config, rate)
-    mechanism = Mechanism(
-        noise_multiplier=noise_multiplier,
-        max_grad_norm=max_grad_norm,
-        expected_batch_size=config.batch_size,
-        clipping=clipping,
-        grad_sample_mode=grad_sample_mode,
-        max_physical_batch_size=max_physical_batch_size,
-        secure=secure,
-        unit_examples=unit_examples,
-        quantile=quantile,
-        count_noise=count_noise,
-        shares=shares,
-    )
     self_check(model, pad_token_id, mechanism)
     noise = torch.Generator(model.device).manual_seed(derive(seed, "noise"))
     total, sizes = torch.zeros((), device=model.device), list[int]()

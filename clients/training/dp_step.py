@@ -29,10 +29,11 @@ from clients.training.followed_norm import followed
 from clients.training.opacus_parts import private_optimizer, watched_model
 from clients.training.train import batch_loss
 from clients.training.units import Units, as_examples, join_at, shares
+from fedlora.config import PrivacyConfig
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
-from fedlora.privacy.quantile import Quantile
+from fedlora.privacy.quantile import Quantile, quantile_of
 
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
@@ -71,6 +72,37 @@ class Mechanism:
     quantile: Quantile | None = None
     count_noise: float = 0.0
     shares: Shares = ()
+
+    @classmethod
+    def of(
+        cls,
+        privacy: PrivacyConfig,
+        expected_batch_size: int,
+        *,
+        noise_multiplier: float = 0.0,
+        secure: bool = False,
+    ) -> Mechanism:
+        """The step of a configuration; the noise multiplier is claimed for sum and count together.
+
+        Raises:
+            ConfigError: counts of norms take all that the noise multiplier allows.
+        """
+        quantile = quantile_of(privacy)
+        return cls(
+            noise_multiplier=quantile.noise_of_sum(noise_multiplier, expected_batch_size)
+            if quantile
+            else noise_multiplier,
+            max_grad_norm=privacy.max_grad_norm,
+            expected_batch_size=expected_batch_size,
+            clipping="flat" if quantile else privacy.clipping,
+            grad_sample_mode=privacy.grad_sample_mode,
+            max_physical_batch_size=privacy.max_physical_batch_size,
+            secure=secure,
+            unit_examples=privacy.unit_examples,
+            quantile=quantile,
+            count_noise=quantile.noise_of_count(noise_multiplier, expected_batch_size) if quantile else 0.0,
+            shares=privacy.shares,
+        )
 
     @property
     def noise_std(self) -> float:

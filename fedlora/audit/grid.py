@@ -16,6 +16,7 @@ from clients.execute_cohort import Assignment, train_instructions
 from clients.execute_evaluation import evaluate_instruction
 from clients.runtime import ClientRuntime
 from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism
 from fedlora import wire
 from fedlora.audit.canaries import ClientCanaries
 from fedlora.audit.views import ServerView, tensors_of
@@ -122,23 +123,18 @@ class AuditGrid(LocalGrid):
         resolved = set_up(runtime, instruction, config, node)
         assert not isinstance(resolved, wire.Reply)  # the client has just carried out the same instruction
         modules = load(runtime, resolved, instruction, config)
-        privacy, indices = config.privacy, runtime.data.indices(node.partition_id)
+        train = config.train_of(node.partition_id)
         result = train_private(
             runtime.model,
             runtime.data.train,
-            indices,
+            runtime.data.indices(node.partition_id),
             runtime.data.pad_token_id,
-            config.train_of(node.partition_id),
+            train,
             local_steps=config.local_steps_of(node.partition_id),
-            noise_multiplier=0.0,
-            max_grad_norm=privacy.max_grad_norm,
+            mechanism=Mechanism.of(config.privacy, train.batch_size),
             seed=seed_of(instruction, config, node),
-            clipping=privacy.clipping,
-            max_physical_batch_size=privacy.max_physical_batch_size,
             canaries=self._canaries(one, view, silent=True),
             sample_rate=rate_of(config, node.partition_id, runtime.data.num_protected(node.partition_id)),
             stage=stage_of(instruction, config),
-            unit_examples=privacy.unit_examples,
-            shares=privacy.shares,
         )
         return tensors_of(wire.to_peft(result.adapters, result.head, instruction.uploaded, modules))

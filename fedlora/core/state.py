@@ -262,9 +262,8 @@ class ServerState:
         acknowledged: partition id -> digests that it has acknowledged.
         ledger_heads: partition id -> the head of its privacy ledger when it last said.
         in_flight: the clients at work, where rounds do not wait for them.
-        clipping_norm: of the next round, where client-level privacy adapts it.
         asked: partition id -> the round in which it was last asked to train, where that limits the next.
-        noise: noise of earlier rounds that later ones take back, see `strategies.client_dp`.
+        private: what client-level privacy goes on from: noise that is taken back later, or its clipping norm.
     """
 
     state: State
@@ -272,6 +271,5 @@ class ServerState:
     acknowledged: dict[int, set[str]] = field(default_factory=dict)
     ledger_heads: dict[int, str] = field(default_factory=dict)
     in_flight: tuple[InFlight, ...] = ()
-    clipping_norm: float | None = None
     asked: dict[int, int] = field(default_factory=dict)
-    noise: Tensors = field(default_factory=dict)
+    private: Tensors = field(default_factory=dict)

@@ -29,6 +29,7 @@ from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
 from strategies.replies import KnownExamples
 from strategies.rule import Rule
+from strategies.sampling import clients_of_round
 
 
 class OwnStrategy(FactorStrategy):
@@ -121,7 +122,7 @@ def _kind(config: RunConfig, partitions: Collection[int]) -> Callable[..., Facto
     devices = config.devices
     if not devices.buffer_size:
         return OwnStrategy
-    usual = max(devices.buffer_size, int(config.fraction_train * len(partitions)))
+    usual = clients_of_round(config.fraction_train, len(partitions), devices.buffer_size)
     in_flight = devices.in_flight or usual
     if in_flight > len(partitions):
         raise ConfigError(f"devices.in-flight = {in_flight}: only {len(partitions)} clients take part")

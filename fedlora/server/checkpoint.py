@@ -1,8 +1,8 @@
 """A run between two rounds, on disk: everything needed to go on with the same bits.
 
-``state-00007.safetensors`` has adapters, head, the rule's memory and noise that later rounds take back, after
-round 7, and the one before it is dropped; ``patch-00001.safetensors`` and on are the base's patches, each
-written once; ``latest.json`` says which of them count, and all that is no tensor. It is sealed
+``state-00007.safetensors`` has adapters, head, the rule's memory and what client-level privacy goes on from,
+after round 7, and the one before it is dropped; ``patch-00001.safetensors`` and on are the base's patches,
+each written once; ``latest.json`` says which of them count, and all that is no tensor. It is sealed
 (`fedlora.core.sealed`), and holds the digests of the tensors in the other files, so that nothing that changed
 on disk is gone on with: a patch that did is taken from what simulated clients keep of it, all else is refused
 by name.
@@ -46,7 +46,7 @@ def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str,
         write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
     name = f"state-{state.round:05d}.safetensors"
     flying = {f"flight.{f.number}.{name}": t for f in checkpoint.in_flight for name, t in f.tensors.items()}
-    tensors = _contiguous(_state_tensors(state) | flying | _named("noise", checkpoint.noise))
+    tensors = _contiguous(_state_tensors(state) | flying | _named("private", checkpoint.private))
     write_atomic(folder / name, save(tensors))
     about = {
         "state": name,
@@ -59,7 +59,6 @@ def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str,
         "acknowledged": {p: sorted(held) for p, held in checkpoint.acknowledged.items()},
         "ledger-heads": checkpoint.ledger_heads,
         **({"in-flight": [_flight(f) for f in checkpoint.in_flight]} if checkpoint.in_flight else {}),
-        "clipping-norm": checkpoint.clipping_norm,
         **({"last-asked": checkpoint.asked} if checkpoint.asked else {}),
         "digest": digest(tensors),
         "patch-digests": [patch.digest() for patch in state.base],
@@ -122,9 +121,8 @@ def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | No
             InFlight(**flight, tensors=_under(f"flight.{flight['number']}.", tensors))
             for flight in about.get("in-flight", [])
         ),
-        about.get("clipping-norm"),
         {int(p): number for p, number in about.get("last-asked", {}).items()},
-        _under("noise.", tensors),
+        _under("private.", tensors),
     )
 
 

@@ -29,6 +29,7 @@ from fedlora.server.build import assemble, client_spec
 from fedlora.server.validate import check
 from fedlora.wire.upload import CODECS
 from strategies.rule import Rule
+from strategies.sampling import clients_of_round
 
 Line = tuple[str, str]
 MOST_NAMED = 8
@@ -100,7 +101,7 @@ class Preview:
 
     def _seconds(self, step: float, each: float, clients: Sequence[int], sizes: dict[int, int]) -> float:
         config, data = self.config, self.runtime.data
-        chosen = max(1, round(config.fraction_train * len(clients)))
+        chosen = clients_of_round(config.fraction_train, len(clients), config.min_train_nodes)
         steps = [num_steps(config.train_of(p), sizes[p], config.local_steps_of(p)) for p in clients]
         rounds = config.num_server_rounds - self.state.round
         subset = config.data.evaluate_examples or len(data.test)
@@ -227,7 +228,7 @@ def _examples(config: DataConfig, data: Prepared) -> str:
 
 def _clients(config: RunConfig, data: Prepared, clients: Sequence[int]) -> str:
     sizes = [len(data.indices(partition)) for partition in clients]
-    chosen = max(1, round(config.fraction_train * len(clients)))
+    chosen = clients_of_round(config.fraction_train, len(clients), config.min_train_nodes)
     ranks = sorted({config.rank_of(partition) for partition in clients})
     said = f"{len(clients)}, {chosen} in a round; {_range(sizes)} examples each; rank {_range(ranks)}"
     if not data.num_labels:

@@ -21,6 +21,7 @@ from clients.training.batches import num_steps
 from fedlora.config import RunConfig, read_config
 from fedlora.models import pick_device
 from fedlora.prepared.cache import Prepared
+from strategies.sampling import clients_of_round
 
 Work: TypeAlias = Callable[[int], float]
 """What the training of a partition costs, in any unit."""
@@ -97,6 +98,6 @@ def _chosen(config: RunConfig, runtime: ClientRuntime) -> int:
         config,
         runtime.model.modules,
         sum(tensor.numel() for tensor in head),
-        max(config.min_train_nodes, int(config.fraction_train * clients + 1e-9)),
+        clients_of_round(config.fraction_train, clients, config.min_train_nodes),
         pick_device("auto").type if device == "auto" else device,
     )

@@ -25,6 +25,7 @@ from fedlora.simulation.arrivals import wait_for
 from fedlora.simulation.devices import Devices, Task, devices_of, is_there, task_of
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.simulation.scheduling import Work
+from strategies.sampling import clients_of_round
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
@@ -113,7 +114,7 @@ class TimedGrid(LocalGrid):
         self.server_round = int(train[0].metadata.group_id)
         by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
         tasks = [self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())]
-        wanted = max(1, self.least_replies, int(self.fraction * self.present + 1e-9))
+        wanted = clients_of_round(self.fraction, self.present, max(1, self.least_replies))
         outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
         self.arrivals = {partition: self.seconds + at for partition, at in outcome.taken.items()}
         self.seconds += outcome.seconds

@@ -9,11 +9,10 @@ import pytest
 import torch
 
 from clients.training import dp_sgd
-from clients.training.dp_sgd import train_private
 from fedlora.audit.canaries import ClientCanaries, Design
 from fedlora.config import TrainConfig
 from tests.clients.measures import same_bits, tensors, values
-from tests.clients.samples import PAD, everyone, examples, loaded
+from tests.clients.samples import PAD, everyone, examples, loaded, train_by_dp_sgd
 
 DATA = examples()
 ALL = everyone(DATA)
@@ -25,7 +24,7 @@ def design(factors: int = 20, head: int = 10) -> Design:
 
 
 def train(canaries: ClientCanaries | None, *, noise: float = 0.0, **how: Any) -> Any:
-    return train_private(
+    return train_by_dp_sgd(
         loaded(),
         DATA,
         ALL,

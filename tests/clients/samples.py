@@ -6,6 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from clients.training.batches import Indices
+from clients.training.dp_sgd import train_private
+from clients.training.dp_step import Mechanism
+from clients.training.train import LocalResult
+from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel
 from tests.models.samples import adapted, random_adapters
@@ -57,3 +62,15 @@ def reload(
 ) -> None:
     adapters = random_adapters(model.modules, rank)
     model.load(adapters, {}, trained=trained, modules=modules, dropout=dropout, train_head=train_head)
+
+
+def train_by_dp_sgd(
+    model: AdaptedModel, data: Examples, indices: Indices, pad: int, config: TrainConfig, *,
+    local_steps: int, seed: int, release_loss: bool = False, canaries: Any = None, **step: Any,
+) -> LocalResult:  # fmt: skip
+    """`train_private` by a mechanism of these settings and the configured batch size."""
+    mechanism = Mechanism(expected_batch_size=config.batch_size, **step)
+    return train_private(
+        model, data, indices, pad, config, local_steps=local_steps, mechanism=mechanism, seed=seed,
+        release_loss=release_loss, canaries=canaries,
+    )  # fmt: skip

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from clients.training.batches import load_batch
-from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
 from fedlora.models import AdaptedModel
-from tests.clients.samples import PAD, everyone, examples
+from tests.clients.samples import PAD, everyone, examples, train_by_dp_sgd
 from tests.models.samples import adapted, cored_adapters
 
 DATA = examples()
@@ -74,7 +73,7 @@ def test_only_the_core_and_the_head_move(noise: float | None, train_head: bool) 
     if noise is None:
         result = train_local(model, DATA, ALL, PAD, SGD, local_steps=2, seed=1)
     else:
-        result = train_private(
+        result = train_by_dp_sgd(
             model, DATA, ALL, PAD, SGD, local_steps=2, noise_multiplier=noise, max_grad_norm=1.0, seed=1
         )
     cores = {f"{name}.R" for name in model.modules}

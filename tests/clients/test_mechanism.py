@@ -15,14 +15,13 @@ from torch import Tensor
 from clients.training import dp_step
 from clients.training.batched.private import ClippedSums
 from clients.training.batches import load_batch, poisson_batches
-from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism, physical_batches, private_steps
 from clients.training.train import batch_loss
 from fedlora.config import PrivacyConfig, TrainConfig
 from fedlora.core.seeding import stream
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
-from tests.clients.samples import PAD, everyone, examples, loaded
+from tests.clients.samples import PAD, everyone, examples, loaded, train_by_dp_sgd
 
 DATA = examples()
 ALL = everyone(DATA)
@@ -46,7 +45,7 @@ def close(ours: list[Tensor], others: list[Tensor], tolerance: float = 1e-9) -> 
 
 
 def train(model: AdaptedModel, mode: str, clipping: str, most: int = 0) -> list[Tensor]:
-    train_private(
+    train_by_dp_sgd(
         model,
         DATA,
         ALL,

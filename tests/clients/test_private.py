@@ -9,13 +9,12 @@ import torch
 from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
 
 from clients.training import dp_sgd, dp_step, opacus_parts
-from clients.training.dp_sgd import train_private
 from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
 from tests.clients.measures import distance, same_bits, tensors, traces, values
-from tests.clients.samples import PAD, everyone, examples, loaded, reload
+from tests.clients.samples import PAD, everyone, examples, loaded, reload, train_by_dp_sgd
 
 DATA = examples()
 ALL = everyone(DATA)
@@ -44,7 +43,7 @@ def train(
     release_loss: bool = False,
     **config: Any,
 ) -> Any:
-    return train_private(
+    return train_by_dp_sgd(
         model,
         DATA,
         indices,

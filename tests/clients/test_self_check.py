@@ -17,7 +17,6 @@ from torch import Tensor
 import clients.training.self_check
 from clients.training import batches, dp_sgd
 from clients.training.batches import shuffled_batches
-from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism
 from clients.training.opacus_parts import SystemNoise
 from clients.training.self_check import check_draws, self_check
@@ -25,7 +24,7 @@ from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
 from tests.clients.measures import traces, values
-from tests.clients.samples import PAD, everyone, examples, loaded, reload
+from tests.clients.samples import PAD, everyone, examples, loaded, reload, train_by_dp_sgd
 from tests.models.samples import random_adapters, save_tiny_gpt2
 
 Break = Callable[[pytest.MonkeyPatch], None]
@@ -250,7 +249,7 @@ def test_it_refuses_what_is_broken(
 def train(model: AdaptedModel, **changes: Any) -> None:
     chosen: dict[str, Any] = {"noise_multiplier": 0.8, "max_grad_norm": 0.5, "local_steps": 1, "seed": 1}
     data = examples()
-    train_private(model, data, everyone(data), PAD, TrainConfig(), **{**chosen, **changes})
+    train_by_dp_sgd(model, data, everyone(data), PAD, TrainConfig(), **{**chosen, **changes})
 
 
 def test_no_private_training_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +331,7 @@ def test_a_round_that_was_drawn_with_another_rate_is_not_released(monkeypatch: p
     model, config = loaded(), TrainConfig(batch_size=8)
     data = examples()
     options: Any = {"local_steps": 60, "noise_multiplier": 0.8, "max_grad_norm": 0.5, "seed": 1}
-    train_private(model, data, everyone(data), PAD, config, **options)
+    train_by_dp_sgd(model, data, everyone(data), PAD, config, **options)
     monkeypatch.setattr(dp_sgd, "poisson_batches", lambda all, rate, *rest: real(all, 2 * rate, *rest))
     with pytest.raises(RunFailed, match=r"examples were drawn in 60 steps.*nothing is released"):
-        train_private(model, data, everyone(data), PAD, config, **options)
+        train_by_dp_sgd(model, data, everyone(data), PAD, config, **options)

@@ -12,7 +12,6 @@ from torch import nn
 
 from clients.execute import Node, train_instruction
 from clients.training.batches import load_batch, shuffled_batches
-from clients.training.dp_sgd import train_private
 from clients.training.train import Penalties, TailGradient, batch_loss, train_local
 from fedlora import wire
 from fedlora.config import TrainConfig
@@ -21,7 +20,7 @@ from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, RankRegularizer, Trainable
 from fedlora.models import AdaptedModel
 from tests.clients.measures import tensors, values
-from tests.clients.samples import BOTH, PAD, everyone, examples, loaded
+from tests.clients.samples import BOTH, PAD, everyone, examples, loaded, train_by_dp_sgd
 from tests.conftest import tiny_config
 from tests.in_process import client_runtime
 from tests.models.samples import random_adapters
@@ -108,7 +107,7 @@ def test_it_shrinks_the_tail_and_leaves_the_next_client_alone() -> None:
 
 def private(tail: RankRegularizer | None, **settings: Any) -> dict[str, torch.Tensor]:
     chosen: dict[str, Any] = {"noise": 0.0, "clip": 1e6, "steps": 1, **settings}
-    result = train_private(
+    result = train_by_dp_sgd(
         with_tail(tail), DATA, ALL, PAD, TrainConfig(batch_size=8, **SGD),
         local_steps=chosen["steps"], noise_multiplier=chosen["noise"], max_grad_norm=chosen["clip"], seed=3,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from clients.training import dp_step
 from clients.training.batched import train as batched
 from clients.training.batched.self_check import check_cohort
 from clients.training.batches import load_batch
-from clients.training.dp_sgd import train_private
 from clients.training.dp_step import Mechanism, private_steps
 from clients.training.made_up import clipped
 from clients.training.self_check import self_check
@@ -25,7 +24,7 @@ from fedlora.config import TrainConfig
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel
 from tests.clients.cohort import samples
-from tests.clients.samples import PAD, examples, loaded
+from tests.clients.samples import PAD, examples, loaded, train_by_dp_sgd
 
 WHOSE = np.repeat([5, 2, 9, 7, 4], [1, 2, 3, 6, 12]).astype(np.int32)
 DATA = replace(examples(), units=np.random.default_rng(1).permutation(WHOSE))
@@ -107,7 +106,7 @@ def test_rate_and_draws_go_by_units() -> None:
 
 
 def trained(batch_size: int = 2, **options: Any) -> Any:
-    return train_private(
+    return train_by_dp_sgd(
         loaded(), DATA, EVERYONE, PAD, TrainConfig(batch_size=batch_size, optimizer="sgd"), local_steps=3,
         noise_multiplier=1.0, max_grad_norm=0.5, seed=1, unit_examples=4, **options,
     )  # fmt: skip

@@ -11,7 +11,6 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from transformers import BertConfig, BertLMHeadModel
 
-from clients.training.dp_sgd import train_private
 from clients.training.train import train_local
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.core.state import State
@@ -20,7 +19,7 @@ from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, check_length, load_adapter, save_adapter
 from fedlora.models.build import build_model
 from tests.clients.cohort.samples import assert_same, member, privately, task
-from tests.clients.samples import BOTH, examples
+from tests.clients.samples import BOTH, examples, train_by_dp_sgd
 from tests.models.language import ARCHITECTURES, VOCABULARY, adapted_lm, save_tiny_lm
 from tests.models.samples import logits, random_adapters, token_batch
 
@@ -81,7 +80,7 @@ def test_a_cohort_trains_as_one_by_one(architecture: str, private: bool, tmp_pat
 def test_private_training_passes_its_self_test(architecture: str, mode: str, tmp_path: Path) -> None:
     model = adapted_lm(str(save_tiny_lm(tmp_path, architecture)))
     model.load(random_adapters(model.modules, 2), {}, trained=BOTH)
-    train_private(
+    train_by_dp_sgd(
         model, small(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1, noise_multiplier=1.0,
         max_grad_norm=1.0, seed=0, grad_sample_mode=mode,
     )  # fmt: skip

@@ -93,7 +93,7 @@ def test_noise_goes_on_from_what_was_remembered(seed: int | None, tmp_path: Path
     first, second = mechanism(seed=seed), mechanism(seed=seed)
     published(first, range(1, 5))
     state = replace(FEDERATION.start(make_rule("fedavg")), round=4)
-    write_checkpoint(tmp_path, ServerState(state, asked={3: 4, 1: 2}, noise=first.memory()))
+    write_checkpoint(tmp_path, ServerState(state, asked={3: 4, 1: 2}, private=first.memory()))
     read = read_checkpoint(tmp_path)
     assert read is not None
     assert read.asked == {1: 2, 3: 4}

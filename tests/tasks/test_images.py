@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from clients.training.dp_sgd import train_private
 from fedlora.cli import cli
 from fedlora.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fedlora.data.examples import Examples, collate
@@ -24,7 +23,7 @@ from fedlora.simulation.simulate import simulate
 from fedlora.tasks import task_named
 from fedlora.tasks.images import ImageReader
 from tests.clients.cohort.samples import assert_same, member, privately, task
-from tests.clients.samples import BOTH
+from tests.clients.samples import BOTH, train_by_dp_sgd
 from tests.conftest import tiny_config
 from tests.models.samples import random_adapters
 from tests.vision.samples import shaded
@@ -128,7 +127,7 @@ def test_a_cohort_trains_as_one_by_one(name: str, private: bool) -> None:
 def test_private_training_passes_its_self_test(name: str, mode: str) -> None:
     model = adapted(name)
     model.load(random_adapters(model.modules, 2), {}, trained=BOTH, train_head=True)
-    train_private(
+    train_by_dp_sgd(
         model, synthetic_examples(), np.arange(24), 0, TrainConfig(batch_size=4), local_steps=1,
         noise_multiplier=1.0, max_grad_norm=1.0, seed=0, grad_sample_mode=mode,
     )  # fmt: skip

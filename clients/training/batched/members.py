@@ -70,6 +70,8 @@ class Streams:
         batches: the examples of each step.
         dropout: of the adapters' inputs.
         noise: of private steps, unless they are secure.
+        drawn_from: number of examples, or units, and canaries that batches draw.
+        rate: probability of each in a private batch.
         units: whose examples are drawn; None where each example is one.
         norm: to which gradients are clipped, where that goes on from step to step.
     """
@@ -77,44 +79,30 @@ class Streams:
     batches: Iterator[Indices]
     dropout: torch.Generator
     noise: torch.Generator
+    drawn_from: int
+    rate: float
     units: Units | None = None
     norm: FollowedNorm | None = None
 
 
-def protected(member: Member, examples: Examples) -> Indices:
-    """What a private member's batches draw: its examples, or the first of each unit, and its canaries."""
-    units = units_of(member, examples, seed=0)
-    return among(member.indices if units is None else units.everyone, member.canaries, len(examples))
-
-
-def units_of(member: Member, examples: Examples, seed: int) -> Units | None:
-    """The member's units, if examples are parts of such."""
-    most = 0 if member.mechanism is None else member.mechanism.unit_examples
-    return open_units(examples, member.indices, most, seed)
-
-
-def rate_of_member(member: Member, config: TrainConfig, examples: Examples) -> float:
-    """The probability with which an example, or a unit, is in a private batch."""
-    if member.sample_rate is not None:
-        return member.sample_rate
-    units = units_of(member, examples, seed=0)
-    return config.batch_size / len(member.indices if units is None else units.everyone)
-
-
 def open_streams(member: Member, config: TrainConfig, device: torch.device, examples: Examples) -> Streams:
     """The member's streams at their beginning; canaries are numbered on from the examples."""
+    seed, units, drawn, rate = member.seed, None, member.indices, 0.0
     if member.mechanism is None:
-        seed = member.seed
-        rng = stream(seed, "batches")
-        batches = shuffled_batches(member.indices, config.batch_size, member.steps, rng)
+        batches = shuffled_batches(drawn, config.batch_size, member.steps, stream(seed, "batches"))
     else:
         seed, rng = private_streams(member.seed, secure=member.mechanism.secure)
-        rate = rate_of_member(member, config, examples)
-        batches = poisson_batches(protected(member, examples), rate, member.steps, rng)
+        units = open_units(examples, member.indices, member.mechanism.unit_examples, seed)
+        own = member.indices if units is None else units.everyone
+        rate = config.batch_size / len(own) if member.sample_rate is None else member.sample_rate
+        drawn = among(own, member.canaries, len(examples))
+        batches = poisson_batches(drawn, rate, member.steps, rng)
     return Streams(
         batches=batches,
         dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),
         noise=torch.Generator(device).manual_seed(derive(seed, "noise")),
-        units=units_of(member, examples, seed),
+        drawn_from=len(drawn),
+        rate=rate,
+        units=units,
         norm=followed(member.mechanism, torch.Generator().manual_seed(derive(seed, "counts"))),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clients.training.batched.dropout import Masks
 from clients.training.batched.layers import ForwardContext, Route, row_wise
-from clients.training.batched.members import Member, open_streams, protected, rate_of_member
+from clients.training.batched.members import Member, open_streams
 from clients.training.batched.private import ClippedSums
 from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microbatches, passes
 from clients.training.batched.stacks import StackedAdapters
@@ -238,13 +238,11 @@ class Cohort:
             yield PassResult(clients, losses, {name: values[name] for name in self.stacks.trained}, units)
 
     def _result(self, place: int) -> LocalResult:
-        member = self._members[place]
+        member, drawn, sizes = self._members[place], self._streams[place], self._sizes[place]
         if member.mechanism is not None:
-            rate = rate_of_member(member, self._task.config, self._task.examples)
-            sizes, examples = self._sizes[place], len(protected(member, self._task.examples))
             if member.canaries is not None:
-                member.canaries.drew(sizes, examples)
-            check_drawn(sizes, examples, rate)
+                member.canaries.drew(sizes, drawn.drawn_from)
+            check_drawn(sizes, drawn.drawn_from, drawn.rate)
         adapters, head = self.stacks.read(place)
         told = member.mechanism is None or self._task.release_loss
         return LocalResult(
@@ -252,7 +250,7 @@ class Cohort:
             head=head if member.train_head else {},
             num_examples=len(member.indices),
             steps=member.steps,
-            loss=float(self._losses[place]) / max(sum(self._sizes[place]), 1) if told else None,
+            loss=float(self._losses[place]) / max(sum(sizes), 1) if told else None,
         )
 
 

@@ -158,12 +158,17 @@ def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
 
 def _compared(mine: Row, theirs: Row) -> Comparison:
     ours, others = mine.accuracy_by_seed, theirs.accuracy_by_seed
-    differences = tuple(ours[seed] - others[seed] for seed in ours if seed in others)
+    differences = [ours[seed] - others[seed] for seed in ours if seed in others]
+    return paired(mine.method, theirs.method, differences, mine.setting)
+
+
+def paired(method: str, baseline: str, differences: Sequence[float], setting: str = "") -> Comparison:
+    """A comparison by its differences of each seed, as shares; not yet corrected for others, see `holm`."""
     found = Comparison(
-        method=mine.method,
-        baseline=theirs.method,
-        setting=mine.setting,
-        differences=differences,
+        method=method,
+        baseline=baseline,
+        setting=setting,
+        differences=tuple(differences),
         mean=Estimate(value=fmean(differences or (math.nan,))),
     )
     if len(differences) < 2:

@@ -91,20 +91,11 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
     if member.mechanism is None:
         result = train_local(*common, local_steps=member.steps, seed=member.seed, stage=task.stage)
     else:
-        m = member.mechanism
         result = train_private(
             *common,
             local_steps=member.steps,
-            noise_multiplier=m.noise_multiplier,
-            max_grad_norm=m.max_grad_norm,
+            mechanism=member.mechanism,
             seed=member.seed,
-            clipping=m.clipping,
-            grad_sample_mode=m.grad_sample_mode,
-            max_physical_batch_size=m.max_physical_batch_size,
-            unit_examples=m.unit_examples,
-            quantile=m.quantile,
-            count_noise=m.count_noise,
-            shares=m.shares,
             release_loss=True,
             stage=task.stage,
         )
