@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 from flwr.app import Message
+from numpy.typing import NDArray
 
 from fedlora.core.state import InFlight
 from strategies.request import PendingRequest
+
+DRAWS = 64
+"""Draws of somebody free before all are looked at."""
 
 
 class EventGrid(Protocol):
@@ -18,9 +23,15 @@ class EventGrid(Protocol):
 
     Attributes:
         seconds: now.
+        node_of: node by partition.
     """
 
     seconds: float
+    node_of: Mapping[int, int]
+
+    def there(self) -> NDArray[np.int64]:
+        """The partitions that are there for the round to come, sorted; time passes while they are too few."""
+        ...
 
     def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
         """Seconds from the order to its reply, and why it is lost (empty: it is not)."""
@@ -30,19 +41,17 @@ class EventGrid(Protocol):
         """Replies to the messages in no time; those of lost partitions are dropped."""
         ...
 
-    def close_round(
-        self, server_round: int, arrivals: Mapping[int, float], staleness: Mapping[int, int]
-    ) -> None:
-        """Note what a round was made of; arrivals in seconds since the start of the run."""
+    def close_round(self, server_round: int, version: int, used: Sequence[InFlight]) -> None:
+        """Note what a round was made of, and the version of the model that its aggregation is added to."""
         ...
 
 
 @dataclass
-class Work:
+class AtWork:
     """A round under way.
 
     Attributes:
-        present: node by partition of who is there.
+        present: partitions of who is there, sorted.
         settings: of the instructions.
         last: no round will come after it.
         flights: those at work by their number.
@@ -50,9 +59,10 @@ class Work:
         buffer: what has arrived.
         started: in this round, by partition, as it started.
         trained: partitions of them that have trained, or will not.
+        busy: partitions with something on its way, or that had in this round.
     """
 
-    present: Mapping[int, int]
+    present: NDArray[np.int64]
     settings: Mapping[str, Any]
     last: bool
     flights: dict[int, InFlight] = field(default_factory=dict)
@@ -60,15 +70,34 @@ class Work:
     buffer: list[InFlight] = field(default_factory=list)
     started: dict[int, tuple[PendingRequest, InFlight]] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)
+    busy: set[int] = field(default_factory=set)
 
     def push(self, flight: InFlight) -> None:
         """Somebody is at work."""
         self.flights[flight.number] = flight
+        self.busy.add(flight.partition_id)
         heapq.heappush(self.queue, (flight.arrives, flight.number))
 
     def pop(self) -> InFlight:
         """Who arrives next."""
         return self.flights.pop(heapq.heappop(self.queue)[1])
+
+    def free(self, may_train: Callable[[int], bool], rng: np.random.Generator) -> int | None:
+        """One of those that are there, have nothing on its way and may train; None: there is nobody.
+
+        Whoever is drawn and not free is drawn anew, so that a large population is not looked through.
+        """
+        for _ in range(DRAWS if len(self.present) > DRAWS else 0):
+            drawn = int(self.present[rng.integers(len(self.present))])
+            if drawn not in self.busy and may_train(drawn):
+                return drawn
+        free = [p for p in self.present.tolist() if p not in self.busy and may_train(p)]
+        return free[int(rng.integers(len(free)))] if free else None
+
+    def drop(self, flight: InFlight) -> None:
+        """What has arrived is of no use; who did not start in this round may start again."""
+        if flight.partition_id not in self.started:
+            self.busy.discard(flight.partition_id)
 
     def replace(self, flight: InFlight, other: InFlight) -> None:
         """Put another in a flight's place."""

@@ -14,7 +14,6 @@ Notation: M is ``in_flight``, K is ``buffer_size``. The Grid says who finishes w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from logging import INFO
@@ -29,7 +28,7 @@ from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
 from fedlora.core.state import Broadcast, ClientUpdate, InFlight, ServerState
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed, UpdateRefused
-from strategies.at_work import EventGrid, Work
+from strategies.at_work import AtWork, EventGrid
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.precision import rounded_broadcast, rounded_state
@@ -95,7 +94,7 @@ class BufferedStrategy(FactorStrategy):
         self._take(arrays)
         self.report = RoundReport(server_round=server_round)
         self.transport.open(self.state.base)
-        work = Work(self._present(grid, 1), settings_of(config, server_round), server_round == last)
+        work = AtWork(clock.there(), settings_of(config, server_round), server_round == last)
         for flight in self.flights:
             work.push(flight)
         self._fill(clock, work)
@@ -107,23 +106,24 @@ class BufferedStrategy(FactorStrategy):
         self._released = self.arrays()
         return self._released
 
-    def _fill(self, clock: EventGrid, work: Work) -> None:
+    def _fill(self, clock: EventGrid, work: AtWork) -> None:
         """Let time pass until the buffer is full, or nobody is at work and nobody free."""
         while len(work.buffer) < self.buffer_size:
-            while len(work.queue) < self.in_flight and (free := self._free(work)):
-                self._start(free, clock, work)
+            while len(work.queue) < self.in_flight and self._start(clock, work):
+                pass
             if not work.queue:
                 break
             flight = work.pop()
             clock.seconds = max(clock.seconds, flight.arrives)
             if why := flight.lost or flight.refused or self._too_old(flight):
                 self.report.refuse({flight.partition_id: why})
+                work.drop(flight)
             else:
                 work.buffer.append(flight)
         at_work = len(work.started), len(work.queue), len(work.buffer)
         log(INFO, "%s started, %s at work, %s in the buffer", *at_work)
 
-    def _train(self, clock: EventGrid, work: Work, timeout: float) -> bool:
+    def _train(self, clock: EventGrid, work: AtWork, timeout: float) -> bool:
         """Have the clients trained that were started; whether one of the buffer turned out to be of no use.
 
         In the last round only those of the buffer: what the others bring would never be aggregated.
@@ -151,24 +151,24 @@ class BufferedStrategy(FactorStrategy):
             return ""
         return f"its update is {old} versions old, devices.max-staleness = {self.max_staleness}"
 
-    def _free(self, work: Work) -> list[int]:
-        """Partitions that are there, have nothing on its way, and may train once more."""
-        busy = {f.partition_id for f in (*work.flights.values(), *work.buffer)} | work.started.keys()
-        return [p for p in work.present if p not in busy and self.selection.may_train(p)]
-
-    def _start(self, free: Sequence[int], clock: EventGrid, work: Work) -> None:
-        """Start one of these partitions from the model of now."""
+    def _start(self, clock: EventGrid, work: AtWork) -> bool:
+        """Start somebody who is free from the model of now; whether there is anybody."""
         assert self.state is not None
         server_round, place = self.report.server_round, len(work.started)
-        partition = free[int(stream(self.seed, "starting", server_round, place).integers(len(free)))]
+        partition = work.free(self.selection.may_train, stream(self.seed, "starting", server_round, place))
+        if partition is None:
+            return False
         self.selection.count(partition)
-        request = self.transport.add(partition, work.present[partition], self._broadcast(partition))
+        request = self.transport.add(partition, clock.node_of[partition], self._broadcast(partition))
         message = self.transport.message(request, MessageType.TRAIN, work.settings)
         seconds, why = clock.due(partition, message, self.transport.expected_bytes(partition))
         number = server_round * 1_000_000 + place
-        flight = InFlight(partition, self.state.round, clock.seconds + seconds, number, lost=why)
+        flight = InFlight(
+            partition, self.state.round, clock.seconds + seconds, number, lost=why, ordered=clock.seconds
+        )
         work.started[partition] = request, flight
         work.push(flight)
+        return True
 
     def _broadcast(self, partition_id: int) -> Broadcast:
         assert self.state is not None
@@ -225,7 +225,7 @@ class BufferedStrategy(FactorStrategy):
 
     def _aggregate(self, clock: EventGrid, buffer: list[InFlight], server_round: int) -> None:
         assert self.state is not None
-        staleness = {flight.partition_id: self.state.round - flight.version for flight in buffer}
+        version = self.state.round
         if len(buffer) < max(1, self.selection.min_train_nodes):
             raise RunFailed(
                 f"round {server_round}: {len(buffer)} valid updates in the buffer, min-train-nodes = "
@@ -241,7 +241,7 @@ class BufferedStrategy(FactorStrategy):
         losses = [(f.weight, f.loss) for f in counted if f.loss is not None]
         total = sum(weight for weight, _ in losses)
         self.report.train_loss = sum(w * x for w, x in losses) / total if total else None
-        clock.close_round(server_round, {f.partition_id: f.arrives for f in buffer}, staleness)
+        clock.close_round(server_round, version, buffer)
 
 
 def check_buffer(name: str, stale: str, in_flight: int, buffer_size: int) -> None:

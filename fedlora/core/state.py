@@ -239,6 +239,7 @@ class InFlight:
         loss: its training loss, if it says.
         lost: why no reply will come; empty: one will.
         refused: why its reply cannot be used.
+        ordered: when it was asked, in simulated seconds since the start of the run.
     """
 
     partition_id: int
@@ -250,6 +251,7 @@ class InFlight:
     loss: float | None = None
     lost: str = ""
     refused: str = ""
+    ordered: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedlora.simulation.devices import Task
+from fedlora.simulation.devices import ClientTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Arrivals:
     lost: dict[int, str]
 
 
-def wait_for(tasks: Sequence[Task], *, deadline: float, wanted: int) -> Arrivals:
+def wait_for(tasks: Sequence[ClientTask], *, deadline: float, wanted: int) -> Arrivals:
     """Wait for the first ``wanted`` replies, and no longer than ``deadline``.
 
     The server does not know who has vanished: where too few are left, it waits until the deadline.
@@ -33,7 +33,8 @@ def wait_for(tasks: Sequence[Task], *, deadline: float, wanted: int) -> Arrivals
         deadline: in seconds from the orders on.
         wanted: how many replies are enough.
 
-    >>> wait_for([Task(0, 1, 5, 1), Task(1, 1, 1, 1), Task(2, 9, 9, 9)], deadline=10, wanted=3)
+    >>> tasks = [ClientTask(0, 1, 5, 1), ClientTask(1, 1, 1, 1), ClientTask(2, 9, 9, 9)]
+    >>> wait_for(tasks, deadline=10, wanted=3)
     Arrivals(seconds=10, taken={1: 3, 0: 7}, lost={2: 'late: it takes 27 s, the deadline is 10 s'})
     """
     answering = sorted((t for t in tasks if t.vanishes is None), key=lambda t: (t.seconds, t.partition_id))
@@ -48,9 +49,9 @@ def wait_for(tasks: Sequence[Task], *, deadline: float, wanted: int) -> Arrivals
     return Arrivals(max(taken.values(), default=0.0) if enough else deadline, taken, lost)
 
 
-def _why(task: Task, deadline: float, wanted: int) -> str:
+def _why(task: ClientTask, deadline: float, wanted: int) -> str:
     if task.vanishes is not None:
-        return f"vanished after {task.vanishes:.0f} s"
+        return f"vanished after {task.vanishes:.3g} s"
     if task.seconds > deadline:
-        return f"late: it takes {task.seconds:.0f} s, the deadline is {deadline:g} s"
-    return f"not waited for: {wanted} others were faster than its {task.seconds:.0f} s"
+        return f"late: it takes {task.seconds:.3g} s, the deadline is {deadline:g} s"
+    return f"not waited for: {wanted} others were faster than its {task.seconds:.3g} s"

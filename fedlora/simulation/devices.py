@@ -1,18 +1,18 @@
 """Devices of a simulated population: who computes, receives and sends how fast, and who is there when.
 
-Every draw is addressed by the seed, the partition and the round, so that none depends on who else is asked.
+Every draw is addressed by the seed and the round, and is at its partition's place in the stream, so that none
+depends on who else is asked, nor on how many there are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.config import DeviceProfile, RunConfig
 from fedlora.config.section import kebab
@@ -20,14 +20,13 @@ from fedlora.core.seeding import stream
 from fedlora.data.sources import read_file
 from fedlora.errors import ConfigError
 
-Devices: TypeAlias = Callable[[int], DeviceProfile]
-"""The device of a partition; its ``share`` and ``spread`` are used up."""
-
+Partitions = NDArray[np.int64]
+"""Ids of partitions, sorted."""
 MEGABIT = 1e6 / 8
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class ClientTask:
     """One client's work in one round, in simulated seconds.
 
     Attributes:
@@ -48,25 +47,29 @@ class Task:
         return self.down + self.train + self.up
 
 
-def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:
-    """The device of each partition: of the trace, of its group's profile, or drawn by the profiles' shares.
+@dataclass(frozen=True, slots=True, eq=False)
+class Devices:
+    """Devices of all partitions; a partition without a row of its own is never asked for.
 
-    Raises:
-        ConfigError: a trace that cannot be read, or lacks a partition.
+    Attributes:
+        kinds: what devices there are.
+        place: (partitions,), the kind of each partition.
+        speeds: (partitions, 2), factors on its kind's speed and on its kind's rates.
     """
-    if config.devices.trace:
-        return _traced(Path(config.devices.trace), partitions).__getitem__
-    kinds = config.devices.kinds
-    names, bounds = list(kinds), np.cumsum([kind.share for kind in kinds.values()])
 
-    @cache
-    def device(partition_id: int) -> DeviceProfile:
-        draws = stream(config.seed, "devices", partition_id)
-        place = int(np.searchsorted(bounds, draws.random() * bounds[-1], side="right"))
-        compute, network = draws.standard_normal(2)
-        group = config.group_of(partition_id)
-        kind = kinds[names[place] if group is None or group.device is None else group.device]
-        faster, nearer = math.exp(kind.spread * compute), math.exp(kind.spread * network)
+    kinds: Sequence[DeviceProfile]
+    place: NDArray[np.int64]
+    speeds: NDArray[np.float64]
+
+    @classmethod
+    def listed(cls, kinds: Sequence[DeviceProfile]) -> Devices:
+        """A device of its own for each partition, in their order."""
+        return cls(kinds, np.arange(len(kinds)), np.ones((len(kinds), 2)))
+
+    def __call__(self, partition_id: int) -> DeviceProfile:
+        """The device of a partition; its ``share`` and ``spread`` are used up."""
+        kind: DeviceProfile = self.kinds[int(self.place[partition_id])]
+        faster, nearer = self.speeds[partition_id].tolist()
         return replace(
             kind,
             share=1.0,
@@ -76,28 +79,51 @@ def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:
             upload_mbps=_times(kind.upload_mbps, nearer),
         )
 
-    return device
+    def present(self, partitions: Partitions, server_round: int, attempt: int, seed: int) -> Partitions:
+        """Those of the partitions that are there when a round begins, or is tried to begin once more."""
+        likely = np.array([kind.availability for kind in self.kinds])
+        if (likely == 1).all():
+            return partitions
+        draws = stream(seed, "availability", server_round, attempt).random(len(self.place))
+        return partitions[draws[partitions] < likely[self.place[partitions]]]
+
+
+def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:
+    """The device of each partition: of the trace, of its group's profile, or drawn by the profiles' shares.
+
+    Raises:
+        ConfigError: a trace that cannot be read, or lacks a partition.
+    """
+    if config.devices.trace:
+        traced = _traced(Path(config.devices.trace), partitions)
+        return Devices.listed([traced.get(p, DeviceProfile()) for p in range(max(partitions) + 1)])
+    names, kinds = list(config.devices.kinds), list(config.devices.kinds.values())
+    count, bounds = max(partitions) + 1, np.cumsum([kind.share for kind in kinds])
+    drawn = stream(config.seed, "devices").random(count) * bounds[-1]
+    place = np.searchsorted(bounds, drawn, side="right")
+    if config.groups:
+        for partition in partitions:
+            group = config.group_of(partition)
+            if group is not None and group.device is not None:
+                place[partition] = names.index(group.device)
+    spread = np.array([kind.spread for kind in kinds])[place]
+    normal = stream(config.seed, "speeds").standard_normal((count, 2))
+    return Devices(kinds, place, np.exp(spread[:, None] * normal))
 
 
 def task_of(
     device: DeviceProfile, partition_id: int, server_round: int, seed: int,
     *, tokens: float, bytes_down: int, bytes_up: int,
-) -> Task:  # fmt: skip
+) -> ClientTask:  # fmt: skip
     """The work of a partition in a round: bytes over rates, tokens over speed, and whether it vanishes."""
     down = _over(bytes_down, device.download_mbps, MEGABIT)
     train = _over(tokens, device.tokens_per_second)
     up = _over(bytes_up, device.upload_mbps, MEGABIT)
     draws = stream(seed, "vanishing", server_round, partition_id)
     vanishes = draws.random() < device.failure
-    return Task(partition_id, down, train, up, draws.random() * (down + train + up) if vanishes else None)
-
-
-def is_there(device: DeviceProfile, partition_id: int, server_round: int, attempt: int, seed: int) -> bool:
-    """Whether a partition is there when a round begins, or is tried to begin once more."""
-    if device.availability == 1:
-        return True
-    draws = stream(seed, "availability", server_round, attempt, partition_id)
-    return bool(draws.random() < device.availability)
+    return ClientTask(
+        partition_id, down, train, up, draws.random() * (down + train + up) if vanishes else None
+    )
 
 
 def _times(rate: float | None, factor: float) -> float | None:

@@ -8,11 +8,12 @@ private ones, train also where their reply is lost: their next round starts from
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
 from flwr.app import Error, Message, MessageType
 from flwr.common.logger import log
 from flwr.serverapp import Grid
@@ -20,9 +21,10 @@ from flwr.serverapp import Grid
 from clients.privacy import mechanism_of
 from fedlora import wire
 from fedlora.config import DevicesConfig
+from fedlora.core.state import ClientSpec, InFlight
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.simulation.arrivals import wait_for
-from fedlora.simulation.devices import Devices, Task, devices_of, is_there, task_of
+from fedlora.simulation.devices import ClientTask, Devices, Partitions, devices_of, task_of
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.simulation.scheduling import Work
 from strategies.sampling import clients_of_round
@@ -58,7 +60,9 @@ class TimedGrid(LocalGrid):
         server_round: that was done last.
         seconds: since the start of the run.
         present: how many are there.
-        arrivals: partitions of the last round -> when their reply came, in seconds since the start.
+        node_of: node by partition.
+        orders: partitions of the last round -> when they were asked, in seconds since the start.
+        arrivals: those of them whose reply is taken -> when it came.
         staleness: of the last round's updates, where rounds do not wait.
     """
 
@@ -77,23 +81,31 @@ class TimedGrid(LocalGrid):
     server_round: int = 0
     seconds: float = 0.0
     present: int = 0
+    node_of: dict[int, int] = field(init=False)
+    orders: dict[int, float] = field(default_factory=dict)
     arrivals: dict[int, float] = field(default_factory=dict)
     staleness: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__init__(self.inner.partition_ids.values())
         self.partition_ids = self.inner.partition_ids
+        self.node_of = {partition: node for node, partition in self.partition_ids.items()}
+        self._fit = np.array(sorted(self.node_of.keys() - self.unfit.keys()), dtype=np.int64)
         for partition, why in self.unfit.items():
             log(WARNING, "partition %s takes no part: %s", partition, why)
 
     def get_node_ids(self) -> Iterable[int]:
-        """The nodes that are there for the round to come; while they are too few, time passes.
+        """The nodes that are there for the round to come, see `there`."""
+        return [self.node_of[partition] for partition in self.there().tolist()]
+
+    def there(self) -> Partitions:
+        """The partitions that are there for the round to come; while they are too few, time passes.
 
         Raises:
             RunFailed: they stay too few.
         """
         for attempt in range(ATTEMPTS):
-            found = [n for n, p in self.partition_ids.items() if self._is_there(p, attempt)]
+            found = self.devices.present(self._fit, self.server_round + 1, attempt, self.seed)
             if len(found) >= self.least:
                 self.seconds += attempt * PAUSE
                 self.present = len(found)
@@ -116,6 +128,7 @@ class TimedGrid(LocalGrid):
         tasks = [self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())]
         wanted = clients_of_round(self.fraction, self.present, max(1, self.least_replies))
         outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
+        self.orders = dict.fromkeys(by_partition, self.seconds)
         self.arrivals = {partition: self.seconds + at for partition, at in outcome.taken.items()}
         self.seconds += outcome.seconds
         computed = [m for p, m in by_partition.items() if self.trains_anyway or p in outcome.taken]
@@ -139,27 +152,23 @@ class TimedGrid(LocalGrid):
         replies = self.inner.send_and_receive(wanted, timeout=timeout)
         return [reply for reply in replies if partition[reply.metadata.src_node_id] not in lost]
 
-    def close_round(
-        self, server_round: int, arrivals: Mapping[int, float], staleness: Mapping[int, int]
-    ) -> None:
+    def close_round(self, server_round: int, version: int, used: Sequence[InFlight]) -> None:
         """Note what a round was made of."""
-        self.server_round, self.arrivals, self.staleness = server_round, dict(arrivals), dict(staleness)
+        self.server_round = server_round
+        self.orders = {flight.partition_id: flight.ordered for flight in used}
+        self.arrivals = {flight.partition_id: flight.arrives for flight in used}
+        self.staleness = {flight.partition_id: version - flight.version for flight in used}
 
     def record(self) -> dict[str, Any]:
         """What the last round adds to its line in ``rounds.jsonl``."""
         return {
             "virtual_seconds": self.seconds,
+            "orders": {str(partition): seconds for partition, seconds in self.orders.items()},
             "arrivals": {str(partition): seconds for partition, seconds in self.arrivals.items()},
             **({"staleness": {str(p): n for p, n in self.staleness.items()}} if self.staleness else {}),
         }
 
-    def _is_there(self, partition: int, attempt: int) -> bool:
-        if partition in self.unfit:
-            return False
-        device = self.devices(partition)
-        return is_there(device, partition, self.server_round + 1, attempt, self.seed)
-
-    def _task(self, partition: int, message: Message, bytes_up: int) -> Task:
+    def _task(self, partition: int, message: Message, bytes_up: int) -> ClientTask:
         return task_of(
             self.devices(partition), partition, int(message.metadata.group_id), self.seed,
             tokens=self.tokens(partition),
@@ -207,15 +216,19 @@ def too_small(devices: Devices, run: FederatedRun) -> dict[int, str]:
     That is the base, and of each trained number its value, its gradient and two moments in float32; what a
     batch needs on top is not counted.
     """
+    trains: dict[ClientSpec, int] = {}
     base = sum(p.numel() * p.element_size() for p in run.runtime.model.module.parameters())
     unfit = {}
     for partition in run.partitions:
         memory = devices(partition).memory_gb
         if memory is None:
             continue
-        broadcast = run.strategy.rule.broadcast(run.state, run.strategy.client_spec(partition))
-        trained = wire.to_peft(broadcast.adapters, broadcast.head, broadcast.trained, broadcast.modules)
-        needed = base + TRAINED_BYTES * sum(tensor.numel() for tensor in trained.values())
+        spec = replace(run.strategy.client_spec(partition), partition_id=0)
+        if spec not in trains:
+            sent = run.strategy.rule.broadcast(run.state, spec)
+            trained = wire.to_peft(sent.adapters, sent.head, sent.trained, sent.modules)
+            trains[spec] = sum(tensor.numel() for tensor in trained.values())
+        needed = base + TRAINED_BYTES * trains[spec]
         if needed > memory * 1e9:
             unfit[partition] = (
                 f"its device has {memory:g} GB, and model, adapter and optimiser need {needed / 1e9:.3g} GB"

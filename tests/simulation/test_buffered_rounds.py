@@ -21,6 +21,7 @@ from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
+from fedlora.simulation.devices import Devices
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.timed_grid import TimedGrid
 from strategies.buffered import FACTORS, PRODUCT, BufferedStrategy
@@ -38,7 +39,7 @@ SECONDS = (4.0, 6.0, 7.0, 10.0, 25.0)
 def timed(client: Any, seconds: tuple[float, ...] = SECONDS, **device: Any) -> TimedGrid:
     return TimedGrid(
         inner=FakeGrid(range(len(seconds)), client),
-        devices=lambda p: DeviceProfile(tokens_per_second=1.0, **device),
+        devices=Devices.listed([DeviceProfile(tokens_per_second=1.0, **device)] * len(seconds)),
         config=DevicesConfig(profiles="equal"),
         timeout=1000.0,
         seed=0,
@@ -343,4 +344,13 @@ def test_a_private_run_spends_for_each_start(tmp_path: Path) -> None:
     }  # fmt: skip
     run(keys, tmp_path / "run")
     records = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
-    assert all(record["epsilon"] > 0 for record in records)
+    spent = set[str]()
+    for record in records:  # in the last round only those train that are still to be aggregated
+        assert all(epsilon > 0 for epsilon in record["epsilon_by_client"].values())
+        spent |= record["epsilon_by_client"].keys()
+        assert {str(p) for p in record["participants"]} <= spent
+    assert (
+        len(records[0]["epsilon_by_client"])
+        >= DOES_NOT["devices.in-flight"]
+        > len(records[0]["participants"])
+    )

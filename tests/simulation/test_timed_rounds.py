@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from flwr.app import Message
 
@@ -17,30 +18,30 @@ from fedlora import wire
 from fedlora.config import DeviceProfile, DevicesConfig, from_flat
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.simulation.arrivals import Arrivals, wait_for
-from fedlora.simulation.devices import Task, devices_of, is_there, task_of
+from fedlora.simulation.devices import ClientTask, Devices, devices_of, task_of
 from fedlora.simulation.timed_grid import TimedGrid
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
 from tests.federation.small import bits, initial_arrays, watched
 
 FIVE = [
-    Task(p, down, train, up)
+    ClientTask(p, down, train, up)
     for p, (down, train, up) in enumerate([(1, 2, 3), (2, 8, 2), (1, 1, 1), (4, 30, 6), (0, 4, 1)])
 ]
 """In 6, 12, 3, 40 and 5 seconds."""
 
 
-def timed(inner: FakeGrid, device: Callable[[int], DeviceProfile], **options: Any) -> TimedGrid:
+def timed(inner: FakeGrid, devices: Devices, **options: Any) -> TimedGrid:
     config = options.pop("config", DevicesConfig(profiles="equal"))
     named = {"timeout": 100.0, "seed": 0, "tokens": lambda p: 10.0, "bytes_up": lambda p: 0} | options
     return TimedGrid(
-        inner=inner, devices=device, config=config, trains_anyway=named.pop("trains_anyway", False),
+        inner=inner, devices=devices, config=config, trains_anyway=named.pop("trains_anyway", False),
         fraction=named.pop("fraction", 1.0), **named,
     )  # fmt: skip
 
 
-def speeds(*tokens_per_second: float) -> Callable[[int], DeviceProfile]:
-    return [DeviceProfile(tokens_per_second=speed) for speed in tokens_per_second].__getitem__
+def speeds(*tokens_per_second: float) -> Devices:
+    return Devices.listed([DeviceProfile(tokens_per_second=speed) for speed in tokens_per_second])
 
 
 # --- who is waited for ----------------------------------------------------------------------------------
@@ -65,7 +66,7 @@ def test_the_first_that_answer_are_enough() -> None:
 
 
 def test_who_has_vanished_costs_the_deadline_unless_enough_others_answer() -> None:
-    tasks = [*FIVE[:3], Task(3, 1, 1, 1, vanishes=2.0)]
+    tasks = [*FIVE[:3], ClientTask(3, 1, 1, 1, vanishes=2.0)]
     assert wait_for(tasks, deadline=60, wanted=4) == Arrivals(
         60, {2: 3, 0: 6, 1: 12}, {3: "vanished after 2 s"}
     )
@@ -252,21 +253,19 @@ def test_how_many_must_be_there_is_not_how_many_are_waited_for(tmp_path: Path) -
 
 
 def test_while_too_few_are_there_time_passes(tmp_path: Path) -> None:
-    def device(partition: int) -> DeviceProfile:
-        return DeviceProfile(tokens_per_second=10, availability=0.3)
-
-    _, reports, grid = federate(ToyClient(tmp_path), lambda inner: timed(inner, device, least=4), rounds=2)
+    devices = Devices.listed([DeviceProfile(tokens_per_second=10, availability=0.3)] * 5)
+    _, reports, grid = federate(ToyClient(tmp_path), lambda inner: timed(inner, devices, least=4), rounds=2)
     waited = []
     for server_round in (1, 2):
         for attempt in range(1000):
-            there = [p for p in range(5) if is_there(device(p), p, server_round, attempt, 0)]
+            there = devices.present(np.arange(5), server_round, attempt, 0).tolist()
             if len(there) >= 4:
                 break
         waited.append((attempt, there))
     assert [report.participants for report in reports] == [there for _, there in waited]
     assert grid.seconds == sum(60 * attempt + 1 for attempt, _ in waited)
     with pytest.raises(RunFailed, match="fewer than 6 clients are there in 17 simulated hours"):
-        federate(ToyClient(tmp_path / "b"), lambda inner: timed(inner, device, least=6), rounds=1)
+        federate(ToyClient(tmp_path / "b"), lambda inner: timed(inner, devices, least=6), rounds=1)
 
 
 @pytest.mark.parametrize("upload", wire.CODECS)

@@ -18,6 +18,7 @@ from fedlora.study.analyse.summary import summarise
 from fedlora.study.report.charts import draw_charts
 from fedlora.study.report.figure import styles_of
 from fedlora.study.report.report import render, write_report
+from fedlora.study.report.timeline_chart import spells
 from tests.study.made_up import result, study
 
 VOID = {"meta", "link", "br"}
@@ -323,6 +324,34 @@ def test_the_way_to_an_accuracy_is_told_in_megabytes_and_simulated_time() -> Non
     assert {"MB to 50.0%", "Time to 50.0%", "Simulated time", "Accuracy over simulated time"} <= set(text)
     assert "never" in Page(render("Time", runs, target=0.99)).text
     assert not {"MB to 50.0%", "Time to 50.0%"} & set(Page(render("Time", runs)).text)
+
+
+def test_a_timeline_shows_who_was_at_work_when() -> None:
+    run = result("fedavg")
+    records = [
+        {
+            **run.rounds[0],
+            "round": 1,
+            "virtual_seconds": 90.0,
+            "orders": {"0": 0.0, "7": 0.0},
+            "arrivals": {"0": 30.0},
+        },
+        {
+            **run.rounds[0],
+            "round": 2,
+            "virtual_seconds": 7290.0,
+            "orders": {"7": 90.0},
+            "arrivals": {"7": 7290.0},
+        },
+    ]
+    assert spells(records) == [(0, 0.0, 30.0, True), (7, 0.0, 90.0, False), (7, 90.0, 7290.0, True)]
+    rows = summarise([replace(run, rounds=records), result("flora")])
+    (chart,) = [chart for chart in draw_charts(rows) if chart.name == "timeline"]
+    assert "fedavg, client 0: 0.0 s to 30.0 s" in chart.svg
+    assert "fedavg, client 7: 1 min 30 s to 2 h 1 min" in chart.svg
+    assert chart.numbers is not None
+    assert chart.numbers.body == (("fedavg", "1 min 30 s", "2 h 1 min", "", "", ""),)
+    assert "timeline" not in [chart.name for chart in draw_charts(summarise([result("flora")]))]
 
 
 def timed(run: CellResult, hours: tuple[float, ...]) -> CellResult:

@@ -34,6 +34,7 @@ from fedlora.study.report.round_charts import (
     time_chart,
     traffic_chart,
 )
+from fedlora.study.report.timeline_chart import timeline_chart
 
 CLIENT_SHARES = {
     0.0: "worst client", 0.1: "10th percentile", 0.5: "median client", 0.9: "90th percentile",
@@ -143,7 +144,7 @@ def _frontiers(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
 
 
 DRAWN = (
-    accuracy_chart, _privacy_utility, traffic_chart, time_chart, gap_chart, cosine_chart, rank_chart,
-    epsilon_chart, trade_off_chart, _domains, _clients,
+    accuracy_chart, _privacy_utility, traffic_chart, time_chart, timeline_chart, gap_chart, cosine_chart,
+    rank_chart, epsilon_chart, trade_off_chart, _domains, _clients,
 )  # fmt: skip
 """In the order of the page."""
