@@ -35,15 +35,14 @@ def rehearse(
         config: the run, ``engine.cohort-size`` decided.
         adapters: what the first round begins with.
         head: likewise.
-        trained: the factors, or the roles of tensors, that it trains.
+        trained: the names of the tensors that it trains.
 
     Raises:
         ConfigError: the step does not compute what it claims on this model.
     """
     model, mechanism = runtime.model, mechanism_of(config).step()
     together = config.engine.cohort_size > 1 and not why_alone(model)
-    names = frozenset().union(*(adapter.part(trained) for adapter in adapters.values()))
-    model.load(adapters, head, trained=names, train_head=config.model.head != "freeze")
+    model.load(adapters, head, trained=trained, train_head=config.model.head != "freeze")
     if not model.adapter.batched and model.trainable().all:
         make_optimizer(model.trainable(), config.train)  # some take matrices alone
     if not (together or mechanism) or not model.trainable().all:

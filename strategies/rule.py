@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedlora.core.adapters import check_same_shapes, resized
+from fedlora.core.adapters import LayerAdapter, check_same_shapes, resized
 from fedlora.core.factors import LoraFactors, Tensors, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
@@ -83,6 +83,14 @@ class Rule:
         """The factors that come back in a round."""
         return self.trained(server_round) & self.facts.uploaded
 
+    def trained_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
+        """The names of a layer's tensors that a round trains."""
+        return adapter.part(self.trained(server_round))
+
+    def shipped_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
+        """The names of a layer's tensors that come back in a round."""
+        return adapter.part(self.shipped(server_round))
+
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """The updates that count, in partition order."""
         return self.center.choose(updates)
@@ -133,10 +141,9 @@ class Rule:
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """Start of this client's next round: the global adapter at its rank and scaling."""
         allocated = self.allocation.modules(state)
-        layers, roles = state.adapters.values(), self.trained(state.round + 1)
-        trained = frozenset().union(*[adapter.part(roles) for adapter in layers])
-        shipped = self.shipped(state.round + 1)
-        uploaded = trained if shipped == roles else frozenset().union(*[a.part(shipped) for a in layers])
+        layers, number = state.adapters.values(), state.round + 1
+        trained = frozenset().union(*[self.trained_names(a, number) for a in layers])
+        uploaded = frozenset().union(*[self.shipped_names(a, number) for a in layers])
         return Broadcast(
             adapters=resized(state.adapters, client.rank, client.scaling),
             trained=trained,

@@ -10,7 +10,7 @@ divided out at the end), and without diagnostics: these need the clients side by
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -53,7 +53,7 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
     if mean is None or not math.isfinite(total):
         raise ConfigError(f"the weights of all updates sum to {total:g}: nothing can be averaged")
     for adapter in mean.adapters.values():
-        for name in adapter.part(rule.shipped(state.round + 1)) & adapter.tensors().keys():
+        for name in rule.shipped_names(adapter, state.round + 1) & adapter.tensors().keys():
             adapter.tensors()[name].div_(total)
     for tensor in mean.head.values():
         tensor.div_(total)
@@ -67,7 +67,7 @@ def streams(rule: Rule) -> bool:
 
 def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, state: State) -> ClientUpdate:
     """The running sums with one more update; factors that nobody ships stay those of the server."""
-    shipped = rule.shipped(state.round + 1)
+    shipped = {name: rule.shipped_names(a, state.round + 1) for name, a in state.adapters.items()}
     if mean is None:
         mean = _zero(update, state, shipped)
     if set(mean.head) != set(update.head):
@@ -75,7 +75,7 @@ def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, stat
     for name, factors in update.adapters.items():
         ratio = factors.scaling / state.adapters[name].scaling
         given, sums = factors.tensors(), mean.adapters[name].tensors()
-        for factor in state.adapters[name].part(shipped) & given.keys():
+        for factor in shipped[name] & given.keys():
             weight = update.weight * (1.0 if factor == "A" else ratio)
             sums[factor].add_(given[factor], alpha=weight)
     for name, tensor in update.head.items():
@@ -83,10 +83,10 @@ def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, stat
     return mean
 
 
-def _zero(update: ClientUpdate, state: State, shipped: frozenset[str]) -> ClientUpdate:
+def _zero(update: ClientUpdate, state: State, shipped: Mapping[str, frozenset[str]]) -> ClientUpdate:
     check_heads(state.head, [update])
     adapters = {
-        name: f.replaced({k: torch.zeros_like(t) for k, t in f.tensors().items() if k in f.part(shipped)})
+        name: f.replaced({k: torch.zeros_like(t) for k, t in f.tensors().items() if k in shipped[name]})
         for name, f in state.adapters.items()
     }
     head: Tensors = {name: tensor.new_zeros(tensor.shape) for name, tensor in update.head.items()}

@@ -10,13 +10,13 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fedlora.core.adapters import Adapters, NamedTensors, check_same_shapes
+from fedlora.core.adapters import TURNS, Adapters, NamedTensors, check_same_shapes
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive, drawn_from
 from fedlora.core.state import ModuleSpec
@@ -203,7 +203,10 @@ class InjectedTuner:
         with warnings.catch_warnings(), drawn_from(kind.seed, "adapter"):
             warnings.simplefilter("ignore")
             self.model: Any = get_peft_model(module, self.config, ACTIVE)
-        self._start = {name: self._first(name) for name in modules}
+        first = {name: self._first(name) for name in modules}
+        by_side = [a.parts[side] for side in ("B", "A") for a in first.values()]
+        turns = tuple(dict.fromkeys(name for names in by_side for name in names))
+        self._start = {name: replace(a, parts={**a.parts, TURNS: turns}) for name, a in first.items()}
 
     def start(self) -> Adapters:
         """Start by PEFT's initialisation, from the seed of the run."""

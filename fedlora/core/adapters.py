@@ -38,6 +38,8 @@ class LayerAdapter(Protocol):
         ...
 
 
+TURNS = "turns"
+"""Role of all tensors, of any layer of the model, in the order in which they are trained by turns."""
 Adapters: TypeAlias = Mapping[str, LayerAdapter]
 """Module name (as in ``model.named_modules()``) -> its adapter, all of one kind."""
 

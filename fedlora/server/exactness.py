@@ -8,15 +8,17 @@ that trains all at once is not.
 from __future__ import annotations
 
 from fedlora.adapters import is_affine
-from fedlora.core.adapters import Adapters
+from fedlora.core.adapters import Adapters, tensor_names
 from fedlora.core.factors import LoraFactors
 from fedlora.errors import NotApplicable
 from fedlora.models import AdaptedModel
 from strategies.mean import MeanRule
 from strategies.rule import Rule
 
-ROUNDS = (1, 2)
-"""After which a rule repeats what it trains."""
+
+def rounds(adapters: Adapters) -> range:
+    """Rounds after which every rule repeats what it trains: one for each tensor, and at least two."""
+    return range(1, 1 + max(2, len(tensor_names(adapters))))
 
 
 def check_parts(rule: Rule, method: str, adapters: Adapters) -> None:
@@ -25,13 +27,15 @@ def check_parts(rule: Rule, method: str, adapters: Adapters) -> None:
     Raises:
         NotApplicable: a rule of two parts for a method that has one.
     """
-    adapter = next(iter(adapters.values()))
-    wanted = [*map(rule.trained, ROUNDS), *map(rule.shipped, ROUNDS)]
-    if any(roles and not adapter.part(roles) for roles in wanted):
-        raise NotApplicable(
-            f"strategy.name = {rule.facts.name!r}: tells two parts of an adapter apart, {method} has one "
-            "(fedavg trains and averages it whole)"
-        )
+    layers = adapters.values()
+    for number in rounds(adapters):
+        idle = rule.trained(number) and not any(rule.trained_names(a, number) for a in layers)
+        silent = rule.shipped(number) and not any(rule.shipped_names(a, number) for a in layers)
+        if idle or silent:
+            raise NotApplicable(
+                f"strategy.name = {rule.facts.name!r}: tells two parts of an adapter apart, {method} has one "
+                "(fedavg trains and averages it whole)"
+            )
 
 
 def mean_is_exact(rule: Rule, model: AdaptedModel, adapters: Adapters) -> bool:
@@ -52,8 +56,5 @@ def mean_is_exact(rule: Rule, model: AdaptedModel, adapters: Adapters) -> bool:
     smallest: dict[frozenset[str], str] = {}  # one layer of each set of names
     for name in sorted(sizes, key=lambda module: (sizes[module], module)):
         smallest.setdefault(frozenset(adapters[name].tensors()), name)
-    return all(
-        is_affine(model.adapter, model.module, name, adapters[name].part(rule.trained(server_round)))
-        for name in smallest.values()
-        for server_round in ROUNDS
-    )
+    parts = {(n, rule.trained_names(adapters[n], t)) for n in smallest.values() for t in rounds(adapters)}
+    return all(is_affine(model.adapter, model.module, name, part) for name, part in parts if part)

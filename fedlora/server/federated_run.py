@@ -62,7 +62,9 @@ class FederatedRun:
             known_examples=self._known_examples,
             node_directory=session.node_directory,
         )
-        rehearse(self.runtime, self.config, self.state.adapters, self.state.head, rule.trained(1))
+        adapters = self.state.adapters
+        trained = frozenset().union(*(rule.trained_names(a, 1) for a in adapters.values()))
+        rehearse(self.runtime, self.config, adapters, self.state.head, trained)
         checkpoint = directory.load_checkpoint()
         if session.stores is not None:
             heads = {} if checkpoint is None else checkpoint.ledger_heads

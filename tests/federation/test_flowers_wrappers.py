@@ -149,7 +149,7 @@ def test_every_strategy_fits_or_is_refused() -> None:
             fit.add(named.rule_type.facts.name)
         except ConfigError:
             continue
-    assert fit == {"fedavg", "ffa", "rolora", "head-only", "zero-padding"}
+    assert fit == {"fedavg", "ffa", "rolora", "turns", "head-only", "zero-padding"}
     assert fit <= {name for name, rule in strategies.RULES.items() if rule.facts.mean}
 
 

@@ -108,6 +108,7 @@ def test_orders_for_a_cohort_are_carried_out_one_by_one(tmp_path: Path, cache: P
         {"privacy.mode": "client", "privacy.noise-multiplier": 1.0},
         {"wire-dtype": "float16"},
         {"strategy.name": "rolora"},
+        {"strategy.name": "turns"},
         {"strategy.name": "local-only"},
     ],
     ids=lambda keys: "-".join(map(str, keys.values())),
@@ -123,7 +124,8 @@ def test_what_needs_tensors_by_name_alone_takes_them(
     assert any(not torch.equal(t, start[m].tensors()["vera_lambda_b"]) for m, t in after.items()) == shipped
     exact = {"strategy.robust": False, "strategy.server-optimizer": False}
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["exact"] == (keys.get("strategy.name") == "rolora" and exact.keys().isdisjoint(keys))
+    by_turns = keys.get("strategy.name") in ("rolora", "turns")
+    assert result["exact"] == (by_turns and exact.keys().isdisjoint(keys))
 
 
 def test_round_trips_carry_only_what_is_trained(tmp_path: Path, cache: Path) -> None:
@@ -137,6 +139,22 @@ def test_round_trips_carry_only_what_is_trained(tmp_path: Path, cache: Path) -> 
         for part, name in (("b", "vera_lambda_b"), ("d", "vera_lambda_d"))
     }
     assert [r["bytes_up"] for r in rounds] == [4 * sizes["b"], 4 * sizes["d"]]
+
+
+@pytest.mark.parametrize("name", ["rolora", "turns"])
+def test_four_factors_are_exact_one_at_a_time_alone(name: str, tmp_path: Path, cache: Path) -> None:
+    """LoHa by RoLoRA trains three of its factors at once."""
+    keys = {"strategy.name": name, "model.head": "freeze", "num-server-rounds": 4}
+    done = run(tmp_path, **{**keys_of("loha"), **keys})
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["exact"] == (name == "turns")
+    lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
+    up = [json.loads(line)["bytes_up"] for line in lines]
+    numbers = dict.fromkeys(("hada_w2_b", "hada_w1_a", "hada_w1_b", "hada_w2_a"), 0)
+    for adapter in done.state.adapters.values():
+        for tensor, values in adapter.tensors().items():
+            numbers[tensor] += values.numel()
+    first, *rest = (4 * 4 * count for count in numbers.values())
+    assert up == ([first, *rest] if name == "turns" else [first, sum(rest)] * 2)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fedlora.core.state import ClientSpec, ClientUpdate, ServerState, State
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed
 from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_loaded
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
-from fedlora.server.exactness import check_parts, mean_is_exact
+from fedlora.server.exactness import check_parts, mean_is_exact, rounds
 from strategies.registry import RULES, make_rule
 from strategies.rule import Rule
 from tests.clients.samples import PAD
@@ -130,7 +130,7 @@ def test_the_mean_is_called_exact_exactly_where_it_is(name: str, method: str) ->
         return
     state = replace(state, adapters=moved(state.adapters, 5))
     gaps = []
-    for server_round in (1, 2):
+    for server_round in rounds(state.adapters):
         sent = rule.broadcast(replace(state, round=server_round - 1), SPEC)
         if not sent.trained:
             return  # rolora and one part: refused, see below
@@ -167,6 +167,44 @@ def weights(model: AdaptedModel, adapters: Adapters) -> torch.Tensor:
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("method", KINDS)
+def test_turns_train_one_tensor_a_round_and_begin_with_what_starts_the_update(method: str) -> None:
+    rule = make_rule("turns")
+    state = begun(rule, method)
+    everything = names_of(state.adapters)
+    trained = [rule.broadcast(replace(state, round=t), SPEC).trained for t in range(2 * len(everything))]
+    assert all(len(names) == 1 for names in trained)
+    assert frozenset().union(*trained[: len(everything)]) == everything
+    assert trained[len(everything) :] == trained[: len(everything)]
+    assert trained[0] <= next(iter(state.adapters.values())).part({"B"})
+
+
+def test_a_layer_without_the_tensor_whose_turn_it_is_rests() -> None:
+    """LoKr splits its larger factor in large layers alone."""
+    module = build_model(ModelConfig(name="tiny"), 2, 0)
+    options = {"rank_dropout": 0.0, "decompose_factor": 4}
+    config = LoraConfig(method="lokr", rank=7, method_options=json.dumps(options))
+    targets = resolve_targets(module, "attention.self.query,intermediate.dense")
+    model = AdaptedModel(module, targets, kind=adapter_kind(config, 0))
+    rule = make_rule("turns")
+    state = rule.init(model.template(4, 4.0), 0)
+    assert len({frozenset(a.tensors()) for a in state.adapters.values()}) == 2
+    assert mean_is_exact(rule, model, state.adapters)
+    for t in range(len(names_of(state.adapters))):
+        now = replace(state, round=t, adapters=moved(state.adapters, t))
+        sent = rule.broadcast(now, SPEC)
+        model.load(sent.adapters, {}, trained=sent.trained, modules=sent.modules)
+        (name,) = sent.trained
+        having = {m for m, a in state.adapters.items() if name in a.tensors()}
+        assert set(model.trainable().factors) == {f"{m}.{name}" for m in having}
+        update = ClientUpdate(partition_id=0, adapters=moved(now.adapters, 9), head=dict(now.head), weight=1)
+        after, _ = rule.aggregate(now, [update])
+        for m, adapter in after.adapters.items():
+            for n, tensor in adapter.tensors().items():
+                source = update.adapters if n == name else now.adapters
+                torch.testing.assert_close(tensor, source[m].tensors()[n])
+
+
 @pytest.mark.parametrize("method", TUNERS)
 def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> None:
     row = next(
@@ -177,7 +215,7 @@ def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> No
     adapters = start_of(model)
     assert config == f"`{tuner.config}`"
     assert has == (", ".join(n for n in ("rank", "alpha", "dropout") if getattr(tuner, n)) or "-")
-    for name, cell in zip(("fedavg", "ffa", "rolora"), cells, strict=True):
+    for name, cell in zip(("fedavg", "ffa", "rolora", "turns"), cells, strict=True):
         rule = make_rule(name)
         try:
             check_parts(rule, method, adapters)

@@ -272,6 +272,7 @@ ORACLES: dict[str, Oracle] = {
     "lora-fair": lora_fair,
     "hetlora": hetlora,
     "rolora": rolora,
+    "turns": rolora,
     "fedrot": fedrot,
     "fedsvd": fedsvd,
     "fedsvd-renew": fedsvd_renew,
