@@ -13,26 +13,37 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedlora.api import aggregate, evaluate, load, run
+    from fedlora import data
     from fedlora.config import RunConfig
     from fedlora.errors import ConfigError, FedLoraError, RunFailed
     from fedlora.evaluation.loaded import LoadedAdapter, Prediction
     from fedlora.merge.aggregate import Outcome
-    from fedlora.server.results import RunResult, load_run
-    from fedlora.study.library import StudyResult, compare, load_study
+    from fedlora.study.library import (
+        RoundCallback,
+        RunResult,
+        StudyResult,
+        aggregate,
+        compare,
+        evaluate,
+        load,
+        load_run,
+        load_study,
+        run,
+    )
 
     __version__: str
 
 _HOMES = {
-    "RunResult": "fedlora.server.results",
+    "RoundCallback": "fedlora.study.library",
+    "RunResult": "fedlora.study.library",
     "StudyResult": "fedlora.study.library",
-    "aggregate": "fedlora.api",
+    "aggregate": "fedlora.study.library",
     "compare": "fedlora.study.library",
-    "evaluate": "fedlora.api",
-    "load": "fedlora.api",
-    "load_run": "fedlora.server.results",
+    "evaluate": "fedlora.study.library",
+    "load": "fedlora.study.library",
+    "load_run": "fedlora.study.library",
     "load_study": "fedlora.study.library",
-    "run": "fedlora.api",
+    "run": "fedlora.study.library",
     "LoadedAdapter": "fedlora.evaluation.loaded",
     "Prediction": "fedlora.evaluation.loaded",
     "Outcome": "fedlora.merge.aggregate",
@@ -48,6 +59,7 @@ __all__ = [
     "LoadedAdapter",
     "Outcome",
     "Prediction",
+    "RoundCallback",
     "RunConfig",
     "RunFailed",
     "RunResult",
@@ -55,6 +67,7 @@ __all__ = [
     "__version__",
     "aggregate",
     "compare",
+    "data",
     "evaluate",
     "load",
     "load_run",
@@ -69,6 +82,8 @@ def __getattr__(name: str) -> Any:
             return metadata.version("fedlora")
         except metadata.PackageNotFoundError:  # inside a Flower app bundle, which is no installed package
             return "unknown"
+    if name == "data":
+        return import_module("fedlora.data")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

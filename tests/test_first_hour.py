@@ -206,3 +206,19 @@ def test_a_terminal_has_a_line_before_anything_heavy_is_imported(command: list[s
     os.close(child)
     assert f"{command[0]} ..." in first
     assert waited < SECONDS
+
+
+def test_a_run_ends_with_what_all_its_rounds_took(tmp_path: Path) -> None:
+    """The same lines, simulated or deployed: they are made of what is in the run directory."""
+    from fedlora.cli.runs import _totals
+    from fedlora.study.library import RunResult
+
+    rounds = [{"round": n, "refused": {"3": "late"} if n == 2 else {}} for n in (1, 2)]
+    record = {"rounds": 2, "seconds": 61.2, "bytes_up": 2_500_000, "bytes_down": 4_000, "epsilon": 7.94321}
+    done = RunResult(path=tmp_path, config=fedlora.RunConfig(), record=record, rounds=rounds)
+    assert _totals(done) == [
+        ("rounds", "2 in 0:01:01"),
+        ("traffic", "2.5 MB up, 0.004 MB down"),
+        ("privacy", "epsilon 7.943 of the client that spent most"),
+        ("refused", "1 updates, the last of partition 3 in round 2: late"),
+    ]

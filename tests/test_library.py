@@ -6,10 +6,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pandas
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 import fedlora
+from fedlora.config import DataConfig, from_keywords
+from fedlora.data.sources import load_examples
+from fedlora.study.report.tables import write_tables
+from tests.study.made_up import study
 
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.toml"
 
@@ -35,13 +42,24 @@ def test_stand_ins_give_the_same_objects() -> None:
 
 
 def test_a_run_from_python_is_the_run_of_the_command(tmp_path: Path, cache: Path) -> None:
-    few = {"num-server-rounds": 1, "engine.name": "in-process"}
-    result = fedlora.run(str(TINY), tmp_path / "run", overrides={**few, "seed": 3})
+    told: list[dict[str, Any]] = []
+    result = fedlora.run(
+        str(TINY), tmp_path / "run", overrides={"num-server-rounds": 9, "seed": 3}, callback=told.append,
+        num_server_rounds=1, engine="in-process",
+    )  # fmt: skip
+    assert told == result.rounds
     assert result.config.seed == 3
     assert result.record == json.loads((tmp_path / "run" / "result.json").read_text())
     assert len(result.rounds) == 1
     assert (result.adapter / "adapter_model.safetensors").is_file()
     assert fedlora.load_run(tmp_path / "run").record == result.record
+    page = result.report()
+    assert page == tmp_path / "run" / "report.html"
+    assert "Accuracy after each round" in page.read_text()
+    with pytest.raises(fedlora.ConfigError, match=r"nowhere\.csv': no such file"):
+        result.evaluate("nowhere.csv")
+    again = result.evaluate("synthetic")
+    assert again["accuracy"] == result.record["accuracy"]
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path: Path) -> None:
@@ -56,3 +74,136 @@ def test_a_configuration_may_be_keys_or_an_object(tmp_path: Path) -> None:
         with pytest.raises(fedlora.ConfigError, match=r"lora\.rank = 0"):
             fedlora.run(config, tmp_path / "none", overrides={"lora.rank": 0})
     assert not (tmp_path / "none").exists()
+
+
+def test_keywords_are_the_keys_of_a_file(tmp_path: Path) -> None:
+    keys = {"strategy": "flora", "lora": {"target_modules": ["query", "value"]}, "num_server_rounds": 2}
+    assert from_keywords(keys) == {
+        "strategy.name": "flora", "lora.target-modules": "query,value", "num-server-rounds": 2,
+    }  # fmt: skip
+    with pytest.raises(
+        fedlora.ConfigError, match=r"lora\.rnak = 4: unknown key \(did you mean lora\.rank\?\)"
+    ):
+        fedlora.run(out=tmp_path / "none", lora={"rnak": 4})
+    with pytest.raises(fedlora.ConfigError, match=r"strategy\.name = 'flor' \(did you mean flora\?\)"):
+        fedlora.run({"strategy": {"name": "fedavg"}}, tmp_path / "none", strategy="flor")
+    with pytest.raises(fedlora.ConfigError, match=r"fedlora\.run: out is missing"):
+        fedlora.run(strategy="flora")
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_callback_raises_ends_the_run_after_its_checkpoint(tmp_path: Path, cache: Path) -> None:
+    def stop(record: dict[str, Any]) -> None:
+        raise KeyError(record["round"])
+
+    keys: dict[str, Any] = {"engine": "in-process", "num_server_rounds": 2}
+    with pytest.raises(KeyError):
+        fedlora.run(TINY, tmp_path / "run", callback=stop, **keys)
+    told: list[int] = []
+    fedlora.run(
+        TINY, tmp_path / "run", resume=True, callback=lambda record: told.append(record["round"]), **keys
+    )
+    assert told == [2]
+
+
+# --- studies -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def a_study(tmp_path: Path) -> fedlora.StudyResult:
+    """A study as `compare` leaves it, of made-up runs."""
+    import tomli_w
+
+    from fedlora.config import to_flat, unflatten
+
+    runs = study()
+    for run in runs:
+        home = tmp_path / run.label
+        home.mkdir()
+        (home / "config.toml").write_text(tomli_w.dumps(unflatten(to_flat(run.config))))
+        (home / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run.rounds))
+        (home / "result.json").write_text(json.dumps(run.result))
+        (home / "provenance.json").write_text(json.dumps(run.provenance))
+    write_tables(tmp_path, runs, ())
+    (tmp_path / "study.json").write_text("{}")
+    return fedlora.load_study(tmp_path)
+
+
+@pytest.mark.parametrize(("ending", "begins"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_a_chart_of_the_report_is_a_figure_for_a_paper(
+    ending: str, begins: bytes, a_study: fedlora.StudyResult, tmp_path: Path
+) -> None:
+    figure = a_study.figure("accuracy")
+    figure.savefig(tmp_path / f"accuracy.{ending}")
+    assert (tmp_path / f"accuracy.{ending}").read_bytes().startswith(begins)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only", "centralised", "local-only",
+        "fedavg-private", "ffa-private", "head-only-private",
+    ]  # fmt: skip
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+def test_a_chart_that_is_not_there_is_refused(a_study: fedlora.StudyResult, tmp_path: Path) -> None:
+    with pytest.raises(fedlora.ConfigError, match=r"figure = 'acuracy' \(did you mean accuracy\?\)"):
+        a_study.figure("acuracy")
+    (tmp_path / "results.parquet").unlink()
+    with pytest.raises(fedlora.ConfigError, match="no results yet"):
+        a_study.figure("accuracy")
+
+
+# --- examples in memory ------------------------------------------------------------------------------
+
+DAYS = {"review": [f"day {i} was fine" for i in range(60)], "stars": ["good", "bad"] * 30}
+
+
+def _read(name: str, **keys: Any) -> Any:
+    return load_examples(DataConfig(name=name, partitioner="iid", num_partitions=2, **keys))
+
+
+def test_a_frame_is_the_data_of_a_run_as_its_file_would_be(tmp_path: Path, cache: Path) -> None:
+    frame = pandas.DataFrame(DAYS)
+    frame.to_csv(tmp_path / "days.csv", index=False)
+    columns = {"text_column": "review", "label_column": "stars"}
+    kept = fedlora.data.from_dataframe(frame.astype({"stars": "category"}).iloc[::-1].iloc[::-1])
+    assert kept == fedlora.data.from_dataframe(frame)
+    assert Path(kept).is_relative_to(cache)
+    mine, file = _read(kept, **columns), _read(str(tmp_path / "days.csv"), **columns)
+    assert mine.train.to_list() == file.train.to_list()
+    assert (mine.test.to_list(), mine.label_names) == (file.test.to_list(), ("bad", "good"))
+    with pytest.raises(fedlora.ConfigError, match=r"no such column in .*, it has review, stars"):
+        _read(kept)
+
+
+def test_a_dataset_keeps_the_names_of_its_classes_and_its_test_split(cache: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    whole = Dataset.from_dict({"text": DAYS["review"], "label": [0, 1] * 30}, features=features)
+    assert _read(fedlora.data.from_datasets(whole)).label_names == ("no", "yes")
+    both = DatasetDict({"train": whole.select(range(40)), "test": whole.select(range(40, 60))})
+    assert [len(part) for part in _both(_read(fedlora.data.from_datasets(both)))] == [40, 20]
+
+
+def _both(found: Any) -> tuple[Any, Any]:
+    return found.train, found.test
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([1], "from_dataframe: list is no pandas DataFrame"),
+        (pandas.DataFrame(DAYS)[:0], "from_dataframe: there is no row in it"),
+        (pandas.DataFrame({"text": ["a", 1]}), "from_dataframe: .*Conversion failed for column text"),
+        (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "from_dataframe: Duplicate column names"),
+        (Dataset.from_dict({"text": []}), "from_datasets: there is no row in it"),
+        (Dataset.from_dict(DAYS).to_iterable_dataset(), "from_datasets: IterableDataset is neither"),
+        (DatasetDict({"trian": Dataset.from_dict(DAYS)}), r"split = 'trian' \(did you mean train\?\)"),
+        (DatasetDict({"test": Dataset.from_dict(DAYS)}), "there is no train split, it has test"),
+    ],
+)
+def test_other_things_in_memory_are_refused_in_one_line(given: Any, said: str, cache: Path) -> None:
+    make = (
+        fedlora.data.from_datasets if "datasets" in said or "split" in said else fedlora.data.from_dataframe
+    )
+    with pytest.raises(fedlora.ConfigError, match=said) as refused:
+        make(given)
+    assert "\n" not in str(refused.value)
+    assert not list(cache.glob("frames/.new-*"))

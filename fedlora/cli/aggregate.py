@@ -55,9 +55,9 @@ def aggregate(
 
     Example: fedlora aggregate --strategy flora --weights 3,1 --out global clients/a clients/b
     """
-    from fedlora import api
+    from fedlora.study import library
 
-    outcome = api.aggregate(
+    outcome = library.aggregate(
         adapters,
         out_dir,
         strategy=strategy,

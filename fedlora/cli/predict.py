@@ -33,10 +33,10 @@ def predict(
 
     Example: fedlora predict runs/demo/flora/adapter "a wonderful film"
     """
-    from fedlora import api
     from fedlora.evaluation.loaded import items_of
+    from fedlora.study import library
 
-    loaded = api.load(adapter)
+    loaded = library.load(adapter)
     items = items_of(given, loaded.card, text_column)
     if not loaded.card.label_names:
         for item in items:
@@ -60,10 +60,10 @@ def chat(
 
     Example: fedlora chat runs/chat/adapter
     """
-    from fedlora import api
     from fedlora.errors import ConfigError
+    from fedlora.study import library
 
-    loaded = api.load(adapter)
+    loaded = library.load(adapter)
     if loaded.card.label_names:
         raise ConfigError(f"{adapter}: a classifier, ask it by fedlora predict")
     begin = [{"role": "system", "content": system}] if system else []

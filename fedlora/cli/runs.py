@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from fedlora.errors import ConfigError
 if TYPE_CHECKING:
     from fedlora.config import RunConfig
     from fedlora.study.analyse.table import StudyTable
+    from fedlora.study.library import RunResult
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The run's configuration.")]
 Overrides = Annotated[
@@ -52,8 +54,8 @@ def run(
     Example: fedlora run demo.toml --out runs/demo
     (fedlora example demo > demo.toml writes such a file)
     """
-    from fedlora import api
     from fedlora.config import parse_overrides, read_config
+    from fedlora.study import library
 
     cut = {} if max_rank is None else {"max-rank": max_rank}
     settings = read_config(config, parse_overrides(set_) | cut)
@@ -62,17 +64,37 @@ def run(
         return
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
     finished = resume and _finished(path, settings.num_server_rounds)
-    result = api.run(settings, path, resume=resume, federation=federation).record
+    done = library.run(settings, path, resume=resume, federation=federation)
+    result = done.record
     if finished:
         out.print(f"{path} was finished: all {settings.num_server_rounds} rounds are done, none was added")
     out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
+    for heading, text in _totals(done):
+        out.print(f"{heading:10}{text}", highlight=False, markup=False)
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
     if settings.max_rank and "adapter" in result:
         written = result["adapter"]
         lost = f"{100 * written['energy_lost']:.3g} % of the update's energy lost"
         out.print(f"adapter of rank {written['rank']}: {lost}; {written['vllm']}")
+
+
+def _totals(done: RunResult) -> list[tuple[str, str]]:
+    """What all rounds took together, simulated or deployed: a heading and a sentence for each."""
+    result = done.record
+    refused = [(r["round"], partition, why) for r in done.rounds for partition, why in r["refused"].items()]
+    lines = [
+        ("rounds", f"{result['rounds']} in {timedelta(seconds=round(result['seconds']))}"),
+        ("traffic", f"{result['bytes_up'] / 1e6:.3g} MB up, {result['bytes_down'] / 1e6:.3g} MB down"),
+    ]
+    if result["epsilon"] is not None:
+        lines.append(("privacy", f"epsilon {result['epsilon']:.4g} of the client that spent most"))
+    if refused:
+        number, partition, why = refused[-1]
+        last = f"the last of partition {partition} in round {number}: {why}"
+        lines.append(("refused", f"{len(refused)} updates, {last}"))
+    return lines
 
 
 def _preview(settings: RunConfig, *, deployed: bool) -> None:
@@ -123,9 +145,9 @@ def compare(
     (fedlora example demo > demo.toml writes such a file)
     """
     from fedlora.config import parse_overrides
-    from fedlora.study.library import compare as compare_all
+    from fedlora.study import library
 
-    study = compare_all(
+    study = library.compare(
         config,
         out_dir or Path(f"runs/{config.stem}"),
         overrides=parse_overrides(set_),
@@ -172,9 +194,9 @@ def evaluate(
     if lm_eval:
         _by_harness(adapter, lm_eval, limit, as_json)
         return
-    from fedlora import api
+    from fedlora.study import library
 
-    result = api.evaluate(adapter, data, text_column=text_column, label_column=label_column)
+    result = library.evaluate(adapter, data, text_column=text_column, label_column=label_column)
     if as_json:
         sys.stdout.write(json.dumps(result) + "\n")
         return

@@ -19,8 +19,9 @@ from fedlora.errors import ConfigError
 
 FlatConfig = dict[str, Scalar]
 AnyPath: TypeAlias = str | Path
-Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Scalar]
-"""A configuration: an object, a TOML file, or a mapping of dotted keys such as ``{"lora.rank": 4}``."""
+Config: TypeAlias = RunConfig | AnyPath | Mapping[str, Any]
+"""A configuration: an object, a TOML file, or a mapping of keys as in one: ``{"lora.rank": 4}`` and
+``{"lora": {"rank": 4}}`` are the same."""
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
@@ -144,7 +145,47 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
         raise ConfigError(f"{path}: there is no such file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise ConfigError(f"{path}: not a TOML file ({error})") from None
-    flat = {**flatten(table), **(overrides or {})}
+    return _at_home({**flatten(table), **(overrides or {})})
+
+
+def as_config(config: Config, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A checked configuration, with overrides on top.
+
+    Raises:
+        ConfigError: as `read_config` and `from_flat`.
+    """
+    over = flatten(overrides or {})
+    if isinstance(config, (str, Path)):
+        return read_config(Path(config).expanduser(), over)
+    flat = to_flat(config) if isinstance(config, RunConfig) else flatten(config)
+    return _at_home({**flat, **over})
+
+
+def from_keywords(keys: Mapping[str, Any]) -> FlatConfig:
+    """Dotted keys from Python's keyword arguments: fields, and sections as mappings of fields.
+
+    For a section that has a name, a string is that name.
+
+    Raises:
+        ConfigError: as `flatten`.
+
+    >>> from_keywords({"strategy": "flora", "num_server_rounds": 3, "lora": {"target_modules": ["q"]}})
+    {'strategy.name': 'flora', 'num-server-rounds': 3, 'lora.target-modules': 'q'}
+    """
+    flat: FlatConfig = {}
+    for field, value in keys.items():
+        if isinstance(value, str) and f"{field}.name" in _keys_of_text():
+            flat[f"{field}.name"] = value
+        elif isinstance(value, Mapping) and kebab(field) not in _keys_of_text():
+            flat |= flatten({kebab(field): {kebab(str(name)): each for name, each in value.items()}})
+        else:
+            flat |= flatten({kebab(field): value})
+    return flat
+
+
+def _at_home(flat: FlatConfig) -> RunConfig:
+    """The configuration with what its keys name on this machine found, see `read_config`."""
+    flat = dict(flat)
     ledger = flat.get("privacy.ledger")
     if isinstance(ledger, str) and ledger:
         flat["privacy.ledger"] = str(user_path(ledger).absolute())
@@ -156,18 +197,6 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
     if isinstance(template, str) and template and "{" not in template:
         flat["model.chat-template"] = _text_of("model.chat-template", template)
     return from_flat(flat)
-
-
-def as_config(config: Config, overrides: Mapping[str, Scalar] | None = None) -> RunConfig:
-    """A checked configuration, with overrides on top.
-
-    Raises:
-        ConfigError: as `read_config` and `from_flat`.
-    """
-    if isinstance(config, (str, Path)):
-        return read_config(Path(config).expanduser(), dict(overrides or {}))
-    flat = to_flat(config) if isinstance(config, RunConfig) else dict(config)
-    return from_flat({**flat, **(overrides or {})})
 
 
 def _text_of(key: str, name: str) -> str:

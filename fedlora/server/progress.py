@@ -1,8 +1,10 @@
-"""Shows progress to people: a bar on a terminal, one plain line a round elsewhere."""
+"""Shows progress to people: a bar on a terminal and in a notebook, one plain line a round elsewhere."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from html import escape
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +13,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,6 +32,40 @@ def tell_wait(what: str) -> None:
         console.print(what, style="dim", highlight=False, markup=False)
 
 
+class NotebookBar:
+    """A bar in the output of a notebook's cell, where rich's own would need widgets."""
+
+    def add_task(self, description: str, *, total: int, status: str) -> TaskID:
+        """The one task; it is shown when its progress begins."""
+        self._title, self._total, self._done, self._status = description, total, 0, status
+        return TaskID(0)
+
+    def start(self) -> None:
+        """Show it."""
+        from IPython.display import display
+
+        self._began = time.monotonic()
+        self._shown = display(self, display_id=True)
+
+    def update(self, task: TaskID, *, completed: int, status: str) -> None:
+        """Show so many rounds of it as done."""
+        self._done, self._status = completed, status
+        self._shown.update(self)
+
+    def stop(self) -> None:
+        """Leave it as it is."""
+
+    def _repr_html_(self) -> str:
+        seconds = time.monotonic() - self._began
+        return (
+            f'{escape(self._title)} <progress value="{self._done}" max="{self._total}"></progress> '
+            f"{self._done}/{self._total} {escape(self._status)} ({seconds:.0f} s)"
+        )
+
+    def __repr__(self) -> str:
+        return f"{self._title}: {self._done}/{self._total} {self._status}"
+
+
 class RoundProgress:
     """Shows the rounds of one run as they finish.
 
@@ -41,16 +78,20 @@ class RoundProgress:
     def __init__(self, title: str, num_server_rounds: int, *, alone: bool = True) -> None:
         self._title, self._total = title, num_server_rounds
         self._console = Console(stderr=True, soft_wrap=True)
-        self._lines = not (alone and self._console.is_terminal)
-        self._bar = Progress(
-            TextColumn("{task.description:24}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[status]}"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=self._lines,
+        self._lines = not (alone and (self._console.is_terminal or self._console.is_jupyter))
+        self._bar = (
+            NotebookBar()
+            if self._console.is_jupyter and alone
+            else Progress(
+                TextColumn("{task.description:24}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+                disable=self._lines,
+            )
         )
         self._task = self._bar.add_task(title, total=num_server_rounds, status="starting")
 

@@ -26,8 +26,20 @@ if TYPE_CHECKING:
     from fedlora.server.session import Engine
 
 
-def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str, Any]:
+def simulate(
+    config: RunConfig,
+    path: Path,
+    *,
+    resume: bool = False,
+    callback: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:
     """The result record of one simulated run; its files are in ``path``.
+
+    Args:
+        config: what to do.
+        path: the run directory.
+        resume: go on with what is there.
+        callback: called with each round's record.
 
     Raises:
         ConfigError: the configuration cannot be carried out, or the directory is in use; nothing was
@@ -42,7 +54,7 @@ def simulate(config: RunConfig, path: Path, *, resume: bool = False) -> dict[str
         tell_wait("starting processes, reading model and data")
         engine = start(config)
         try:
-            return simulate_on(engine, config, directory)
+            return simulate_on(engine, config, directory, callback=callback)
         finally:
             engine.close()
 
@@ -58,7 +70,13 @@ def start(config: RunConfig) -> Engine:
 
 
 def simulate_on(
-    engine: Engine, config: RunConfig, directory: RunDirectory, title: str = "", *, alone: bool = True
+    engine: Engine,
+    config: RunConfig,
+    directory: RunDirectory,
+    title: str = "",
+    *,
+    alone: bool = True,
+    callback: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """The same on an engine that is already there; ``alone`` as in `RoundProgress`."""
     from fedlora.server.callbacks import Tell
@@ -67,7 +85,8 @@ def simulate_on(
 
     with RoundProgress(title or config.strategy.name, config.num_server_rounds, alone=alone) as progress:
         session = engine.session(config, directory.path)
-        run = FederatedRun(session, directory, [Tell(progress.update, progress.begin)])
+        told = [Tell(progress.update, progress.begin), *([Tell(callback)] if callback else [])]
+        run = FederatedRun(session, directory, told)
         if not title:  # a study's own page says the same of all its runs
             progress.show(
                 Preview(run.config, run.runtime, run.strategy.rule, run.state, run.partitions).lines()

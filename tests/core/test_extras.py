@@ -30,7 +30,8 @@ def guarded(name, globals=None, *rest, **named):
 
 builtins.__import__ = guarded
 import clients.execute_cohort, clients.handler, clients.mod
-import fedlora.api, fedlora.cli, fedlora.client_app, fedlora.evaluation.adapter, fedlora.merge.aggregate
+import fedlora.study.library, fedlora.cli
+import fedlora.client_app, fedlora.evaluation.adapter, fedlora.merge.aggregate
 import fedlora.server_app, fedlora.simulation.actor, fedlora.simulation.ray_grid, fedlora.simulation.simulate
 import fedlora.deployment.operator.submit, fedlora.study.execute.runner
 """

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from fedlora.config import RunConfig, read_config, to_flat
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.directory import PROVENANCE, read_rounds, read_samples
@@ -15,6 +17,8 @@ from fedlora.server.identity import NO_EFFECT
 from fedlora.server.provenance import check_schema
 from fedlora.study.plan.cells import Cell, Kind
 
+RESULTS = "results.parquet"
+"""Of a study that was reported on: a line for each run."""
 RESULT = "result.json"
 """Written last: a cell without it is not finished."""
 TAKEN_FROM = "taken-from"
@@ -101,6 +105,46 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         provenance=_read_json(path / PROVENANCE),
         samples=read_samples(path),
     )
+
+
+def single_result(path: Path) -> CellResult:
+    """A finished run as the only one of a study.
+
+    Raises:
+        RunFailed, ConfigError: as `load_result`.
+    """
+    config, name = read_config(path / "config.toml"), path.resolve().name
+    label: dict[str, Any] = {"label": name, "group": name, "method": name, "setting": ""}
+    return load_result(Cell(**label, kind="strategy", seed=config.seed, config=config), path)
+
+
+def study_results(path: Path) -> list[CellResult]:
+    """The runs that a study's report is on.
+
+    Raises:
+        ConfigError: it has no results yet.
+        RunFailed: what a run left cannot be read.
+    """
+    found = []
+    for run in read_results(path):
+        names = {key: run[key] for key in ("method", "setting", "kind", "seed")}
+        group, home = "-".join(filter(None, (run["method"], run["setting"]))), path / run["run"]
+        config = read_config(home / "config.toml")
+        found.append(load_result(Cell(**names, label=run["run"], group=group, config=config), home))
+    return found
+
+
+def read_results(study: Path) -> list[dict[str, Any]]:
+    """The lines of a study's ``results.parquet``.
+
+    Raises:
+        ConfigError: it has none yet.
+    """
+    table = study / RESULTS
+    if not table.is_file():
+        raise ConfigError(f"{study}: no results yet, there is no {RESULTS} in it")
+    rows: list[dict[str, Any]] = pq.read_table(table).to_pylist()
+    return rows
 
 
 def check_directory(cell: Cell, path: Path) -> None:

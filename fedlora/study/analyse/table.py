@@ -8,13 +8,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from fedlora.core.code import installed
-from fedlora.errors import ConfigError
+from fedlora.study.analyse.results import read_results
 from fedlora.study.analyse.summary import Estimate, of_examples, over_seeds
 
-RESULTS = "results.parquet"
 LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"})
 
 
@@ -58,11 +55,8 @@ class StudyTable:
         Raises:
             ConfigError: it has no results yet.
         """
-        path = study / RESULTS
-        if not path.is_file():
-            raise ConfigError(f"{study}: no results yet, there is no {RESULTS} in it")
         groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for run in pq.read_table(path).to_pylist():
+        for run in read_results(study):
             groups.setdefault((run["method"], run["setting"]), []).append(run)
         return cls([_row(*names, runs) for names, runs in groups.items()])
 
@@ -75,6 +69,8 @@ class StudyTable:
         header, cells = self.cells()
         lines = [header, ["---", *["---:"] * (len(header) - 1)], *cells]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    _repr_markdown_ = markdown  # what a notebook shows
 
     def latex(self) -> str:
         """A LaTeX ``tabular`` with booktabs' rules, accuracies in percent."""

@@ -39,6 +39,7 @@ def trade_off_chart(rows: Sequence[Row], styles: Mapping[str, Style]) -> Chart |
         title="What an attacker can find",
         note=_note(curves),
         svg=canvas.finish("trade-off", "Line chart: what an attacker can find over false alarms"),
+        figure=canvas.figure,
         numbers=Numbers(
             ("run", *(f"at {100 * rate:g}% false alarms" for rate in NAMED), "found by"),
             tuple((row.name, *map(curve.shown, NAMED), curve.found_by) for row, curve in curves),

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.lines import Line2D
 
 from fedlora.study.analyse.summary import Row
 from fedlora.study.report.attacker import trade_off_chart
 from fedlora.study.report.figure import (
     HEIGHT,
+    SERIES,
     SETTINGS,
     Canvas,
     Chart,
+    Drawing,
     Numbers,
     styles_of,
 )  # fmt: skip
@@ -41,6 +44,8 @@ CLIENT_SHARES = {
     1.0: "best client",
 }  # fmt: skip
 """Quantiles of the clients that are marked."""
+MOST_LETTERS, LEGEND_LINE = 54, 0.26
+"""Of the names in a line of a legend outside of the page; the height of the line in inches."""
 SPREAD = 0.5
 """The share of the room between two budgets in which the methods stand side by side."""
 
@@ -50,6 +55,24 @@ def draw_charts(rows: Sequence[Row]) -> list[Chart]:
     styles = styles_of(rows)
     with rc_context(SETTINGS):
         return [chart for draw in DRAWN if (chart := draw(rows, styles))]
+
+
+def with_legend(chart: Chart, rows: Sequence[Row]) -> Drawing:
+    """The figure of a chart for use outside of the page: on white, with a legend of its runs below."""
+    figure, styles = chart.figure, styles_of(rows)
+    gids = [str(artist.get_gid()) for artist in figure.axes[0].get_children()]
+    drawn = {gid.split(":")[1] for gid in gids if gid.startswith(SERIES)}
+    with rc_context(SETTINGS):
+        names = [name for name, style in styles.items() if style.key in drawn]
+        lines = [
+            Line2D([], [], linestyle=styles[name].line, label=name, **styles[name].marking) for name in names
+        ]
+        width, height = figure.get_size_inches()
+        columns = max(1, min(3, MOST_LETTERS // max(map(len, names), default=1)))
+        figure.set_size_inches(width, height + LEGEND_LINE * math.ceil(len(lines) / columns))
+        figure.legend(handles=lines, loc="outside lower center", ncols=columns, frameon=False, fontsize=10.5)
+        figure.set_facecolor("white")
+    return figure
 
 
 def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
@@ -71,6 +94,7 @@ def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
         title="Accuracy by domain",
         note="Final models on the whole test set; within a domain the runs are in the order of the legend.",
         svg=canvas.finish("domains", "Dot chart of final accuracy by domain"),
+        figure=canvas.figure,
         numbers=Numbers(("run", *domains), body),
     )
 
@@ -98,6 +122,7 @@ def _clients(rows: Sequence[Row], styles: Styles) -> Chart | None:
         title="From the worst client to the best",
         note="Final models on each client's own test examples; each client a mean over the seeds.",
         svg=canvas.finish("clients", "Range chart of accuracy over the clients, one line for each run"),
+        figure=canvas.figure,
         numbers=Numbers(("run", *CLIENT_SHARES.values()), tuple(body)),
     )
 
@@ -128,6 +153,7 @@ def _privacy_utility(rows: Sequence[Row], styles: Styles) -> Chart | None:
         title="What privacy costs",
         note=f"Final accuracy on the whole test set at each budget, {deltas(rows)}. Bars are 95% intervals.",
         svg=canvas.finish("privacy-utility", "Accuracy over the privacy budget, one series for each method"),
+        figure=canvas.figure,
         numbers=Numbers(("method", *(f"epsilon {name}" for name in names.values())), tuple(body)),
     )
 

@@ -181,6 +181,7 @@ class Chart:
     title: str
     note: str
     svg: Markup
+    figure: Drawing
     numbers: Numbers | None = None
 
 
@@ -205,11 +206,20 @@ class Level:
     style: Style
 
 
+class Drawing(Figure):
+    """A matplotlib figure that notebooks show."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=144)
+        return buffer.getvalue()
+
+
 class Canvas:
     """A figure of the report, to be used under `SETTINGS`."""
 
     def __init__(self, height: float = HEIGHT) -> None:
-        self.figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained")
+        self.figure = Drawing(figsize=(WIDTH / 72, height / 72), layout="constrained")
         self.axes: Axes = self.figure.add_subplot()
         self._notes: dict[str, list[str]] = {}
 

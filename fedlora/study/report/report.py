@@ -59,6 +59,11 @@ def write_report(
     write_atomic(path, render(title, results, comparisons, absent, tuning, looks, target))
 
 
+def write_page(path: Path, title: str, results: Sequence[CellResult]) -> None:
+    """The page alone, without tables and claims."""
+    write_atomic(path, render(title, results))
+
+
 def render(
     title: str,
     results: Sequence[CellResult],

@@ -169,6 +169,7 @@ def _lines(
         title=title,
         note=note + bands,
         svg=canvas.finish(name, f"Line chart: {title}, one line for each run"),
+        figure=canvas.figure,
         numbers=numbers or _by_round(curves, show),
     )
 

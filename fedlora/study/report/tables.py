@@ -11,7 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 
 from fedlora.study.analyse.comparisons import Comparison
-from fedlora.study.analyse.results import CellResult
+from fedlora.study.analyse.results import RESULTS, CellResult
 
 MEASURED = (
     "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "tokens",
@@ -24,7 +24,7 @@ def write_tables(directory: Path, results: Sequence[CellResult], comparisons: Se
     """One row a run in ``results.*``, one row a comparison in ``comparisons.csv`` if there are any."""
     runs = pa.Table.from_pylist([_run(result) for result in results])
     pa.csv.write_csv(runs, directory / "results.csv")
-    pa.parquet.write_table(runs, directory / "results.parquet")
+    pa.parquet.write_table(runs, directory / RESULTS)
     if comparisons:
         pa.csv.write_csv(
             pa.Table.from_pylist([_comparison(found) for found in comparisons]), directory / "comparisons.csv"

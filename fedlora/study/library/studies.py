@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedlora.config import AnyPath, Config, Scalar, as_config
-from fedlora.errors import ConfigError
-from fedlora.server.results import RunResult, load_run
+from fedlora.config import AnyPath, Config, as_config, from_keywords
+from fedlora.core.code import need_extra
+from fedlora.errors import ConfigError, unknown_name
+from fedlora.study.library.runs import RunResult, load_run, place
 
 if TYPE_CHECKING:
     from fedlora.study.analyse.table import StudyTable
@@ -42,27 +43,52 @@ class StudyResult:
 
         return StudyTable.read(self.path)
 
+    def figure(self, name: str) -> Any:
+        """A chart of the report as a matplotlib ``Figure`` with a legend; a notebook shows it.
+
+        ``study.figure("accuracy").savefig("accuracy.pdf")`` writes pdf, svg or png, by the ending.
+
+        Args:
+            name: ``accuracy``, ``traffic``, ``gap``, ..., which end the addresses of the report's charts.
+
+        Raises:
+            ConfigError: no such chart, a study without results, or the extra ``report`` is not installed.
+            RunFailed: what a run left cannot be read.
+        """
+        need_extra("report", "figure()")
+        from fedlora.study.analyse.results import study_results
+        from fedlora.study.analyse.summary import summarise
+        from fedlora.study.report.charts import draw_charts, with_legend
+
+        rows = summarise(study_results(self.path))
+        charts = {chart.name: chart for chart in draw_charts(rows)}
+        if name not in charts:
+            raise unknown_name("figure", name, charts)
+        return with_legend(charts[name], rows)
+
 
 def compare(
-    config: Config,
-    out: AnyPath,
+    config: Config | None = None,
+    out: AnyPath | None = None,
     *,
-    overrides: Mapping[str, Scalar] | None = None,
+    overrides: Mapping[str, Any] | None = None,
     resume: bool = False,
     retry_failed: bool = False,
     share: Sequence[AnyPath] = (),
     parallel: int = 1,
+    **keys: Any,
 ) -> StudyResult:
     """Every run of a configuration's ``[study]`` table, and the report.
 
     Args:
-        config: see `Config`.
-        out: the study's directory; empty or absent, except with ``resume``.
+        config: see `Config`; none is the defaults.
+        out: the study's directory; empty or absent, except with ``resume``. By default ``output-dir``.
         overrides: dotted keys that go over those of ``config``.
         resume: keep finished runs and go on.
         retry_failed: with ``resume``, try again what failed.
         share: directories of other studies; their finished runs of the same configuration are taken over.
         parallel: runs at a time; they divide the actors.
+        keys: as of `fedlora.run`.
 
     Raises:
         ConfigError: a study that cannot be carried out; nothing was run.
@@ -70,9 +96,10 @@ def compare(
     """
     from fedlora.study.execute.runner import run_study
 
-    path = Path(out).expanduser()
+    settings = as_config(config or {}, {**(overrides or {}), **from_keywords(keys)})
+    path = place("compare", out, settings)
     run_study(
-        as_config(config, overrides),
+        settings,
         path,
         resume=resume,
         retry_failed=retry_failed,

@@ -1,7 +1,4 @@
-"""Public API: what the command line does, as functions that return values.
-
-A script that runs a simulation needs no ``if __name__ == "__main__"``: Ray starts processes of its own.
-"""
+"""Saved adapters: aggregated, opened, evaluated."""
 
 from __future__ import annotations
 
@@ -9,49 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.config import AnyPath, Config, Scalar, as_config
-from fedlora.server.results import RunResult, load_run
+from fedlora.config import AnyPath
 
 if TYPE_CHECKING:
     from fedlora.evaluation.loaded import LoadedAdapter
     from fedlora.merge.aggregate import Outcome
-
-
-def run(
-    config: Config,
-    out: AnyPath,
-    *,
-    overrides: Mapping[str, Scalar] | None = None,
-    resume: bool = False,
-    federation: AnyPath | None = None,
-) -> RunResult:
-    """One run, in simulation or deployed.
-
-    Args:
-        config: see `Config`.
-        out: the run directory; empty or absent, except with ``resume``.
-        overrides: dotted keys that go over those of ``config``.
-        resume: go on after the last checkpoint in ``out``.
-        federation: the directory of a federation that is up; without it the run is simulated.
-
-    Raises:
-        ConfigError: a configuration that cannot be carried out, or a directory in use; nothing was started.
-        RunFailed: the run stopped; what was written before is kept.
-    """
-    settings, path = as_config(config, overrides), Path(out).expanduser()
-    if federation is None:
-        from fedlora.simulation.simulate import simulate
-
-        simulate(settings, path, resume=resume)
-    else:
-        from fedlora.deployment.operator.layout import open_layout
-        from fedlora.deployment.operator.submit import submit
-        from fedlora.server.progress import RoundProgress
-
-        layout = open_layout(Path(federation).expanduser())
-        with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
-            submit(layout, settings, path, resume=resume, progress=progress.update)
-    return load_run(path)
 
 
 def aggregate(

@@ -1,0 +1,162 @@
+"""Runs as values: `run` makes one, `load_run` reads one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from fedlora.config import AnyPath, Config, RunConfig, as_config, from_keywords, read_config
+from fedlora.core.code import installed, need_extra
+from fedlora.errors import ConfigError
+from fedlora.server.directory import read_rounds
+from fedlora.study.library.adapters import evaluate
+
+RoundCallback: TypeAlias = Callable[[dict[str, Any]], None]
+"""Called with each round's record, a line of ``rounds.jsonl``, once it is kept; 0 is before training."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """One finished run, read from its directory.
+
+    Attributes:
+        path: the run directory.
+        config: the configuration that it ran with.
+        record: ``result.json``: the final model on the whole test set, and totals over the rounds.
+        rounds: ``rounds.jsonl``: one record a round.
+    """
+
+    path: Path
+    config: RunConfig
+    record: dict[str, Any]
+    rounds: list[dict[str, Any]]
+
+    @property
+    def adapter(self) -> Path:
+        """The directory with the global adapter in PEFT's format."""
+        return self.path / "adapter"
+
+    def frame(self) -> Any:
+        """The rounds as a pandas ``DataFrame``, a row for each, with a column for each number in a record.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        pandas = installed("pandas", "frame()")
+        scalar = (int, float, str, bool, type(None))
+        return pandas.DataFrame(
+            {key: value for key, value in record.items() if isinstance(value, scalar)}
+            for record in self.rounds
+        )
+
+    def evaluate(
+        self, data: str, *, text_column: str | None = None, label_column: str | None = None
+    ) -> dict[str, Any]:
+        """The global adapter on other examples, as `fedlora.evaluate`; the columns are the run's own.
+
+        Raises:
+            ConfigError: no such data, or labels that the adapter does not know.
+        """
+        own = self.config.data
+        return evaluate(
+            self.adapter,
+            data,
+            text_column=own.text_column if text_column is None else text_column,
+            label_column=own.label_column if label_column is None else label_column,
+        )
+
+    def report(self) -> Path:
+        """Write the page of a study, of this run alone, into its directory; the page.
+
+        Raises:
+            ConfigError: the extra ``report`` is not installed.
+            RunFailed: what the run left cannot be read.
+        """
+        need_extra("report", "report()")
+        from fedlora.study.analyse.results import single_result
+        from fedlora.study.report.report import write_page
+
+        page = self.path / "report.html"
+        write_page(page, self.path.resolve().name, [single_result(self.path)])
+        return page
+
+
+def run(
+    config: Config | None = None,
+    out: AnyPath | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    federation: AnyPath | None = None,
+    callback: RoundCallback | None = None,
+    **keys: Any,
+) -> RunResult:
+    """One run, in simulation or deployed.
+
+    ``fedlora.run(out="runs/a", strategy="flora", lora={"rank": 4}, num_server_rounds=3)`` needs no file.
+
+    Args:
+        config: see `Config`; none is the defaults.
+        out: the run directory; empty or absent, except with ``resume``. By default ``output-dir``.
+        overrides: dotted keys that go over those of ``config``.
+        resume: go on after the last checkpoint in ``out``.
+        federation: the directory of a federation that is up; without it the run is simulated.
+        callback: see `RoundCallback`; what it raises ends the run, which can be resumed.
+        keys: keys by their fields, over all others, see `fedlora.config.from_keywords`.
+
+    Raises:
+        ConfigError: a configuration that cannot be carried out, or a directory in use; nothing was started.
+        RunFailed: the run stopped; what was written before is kept.
+    """
+    settings = as_config(config or {}, {**(overrides or {}), **from_keywords(keys)})
+    path = place("run", out, settings)
+    if federation is None:
+        from fedlora.simulation.simulate import simulate
+
+        simulate(settings, path, resume=resume, callback=callback)
+    else:
+        from fedlora.deployment.operator.layout import open_layout
+        from fedlora.deployment.operator.submit import submit
+        from fedlora.server.progress import RoundProgress
+
+        def told(record: dict[str, Any]) -> None:
+            progress.update(record)
+            if callback is not None:
+                callback(record)
+
+        layout = open_layout(Path(federation).expanduser())
+        with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
+            submit(layout, settings, path, resume=resume, progress=told)
+    return load_run(path)
+
+
+def place(function: str, out: AnyPath | None, config: RunConfig) -> Path:
+    """Where the results go.
+
+    Raises:
+        ConfigError: nobody says.
+    """
+    if not (out or config.output_dir):
+        raise ConfigError(f"fedlora.{function}: out is missing, the directory for the results")
+    return Path(out or config.output_dir).expanduser()
+
+
+def load_run(path: AnyPath) -> RunResult:
+    """A finished run.
+
+    Raises:
+        ConfigError: no finished run in this directory.
+    """
+    home = Path(path).expanduser()
+    result = home / "result.json"
+    if not result.is_file():
+        raise ConfigError(f"{home}: no finished run, there is no result.json in it")
+    return RunResult(
+        path=home,
+        config=read_config(home / "config.toml"),
+        record=json.loads(result.read_text()),
+        rounds=read_rounds(home),
+    )
