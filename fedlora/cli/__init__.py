@@ -20,6 +20,7 @@ from fedlora.cli.privacy_plan import plan
 from fedlora.cli.probe import probe
 from fedlora.cli.runs import compare, evaluate, run
 from fedlora.cli.strategies import strategies
+from fedlora.cli.watch import watch
 
 cli = typer.Typer(
     name="fedlora",
@@ -39,7 +40,9 @@ def _options(
     """Options of the command itself."""
 
 
-for command in (init, example, run, compare, evaluate, predict, chat, aggregate, strategies, pretrain, probe):
+for command in (
+    init, example, run, compare, watch, evaluate, predict, chat, aggregate, strategies, pretrain, probe,
+):  # fmt: skip
     cli.command()(command)
 
 privacy = typer.Typer(no_args_is_help=True, help="Budgets of privacy: what is spent, what noise costs.")

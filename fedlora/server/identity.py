@@ -61,7 +61,7 @@ LIBRARIES = (
 """Whose versions are part of the code: they compute, tokenise, partition or account."""
 APART = (
     "fedlora/study/", "fedlora/cli/", "fedlora/audit/", "fedlora/merge/", "fedlora/evaluation/",
-    "fedlora/server/tracking.py", "fedlora/server/progress.py",
+    "fedlora/watch/", "fedlora/server/tracking.py", "fedlora/server/progress.py",
 )  # fmt: skip
 """Beginnings of files that no result of a run rests on: they choose, show or use runs. Most of
 ``fedlora/deployment`` would be others, but simulated clients, too, go through it."""
