@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Test processes side by side: two cores are the least that a machine has.
 WORKERS ?= 2
 
-.PHONY: demo test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment federation clean
+.PHONY: demo test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment bench-gpu federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
@@ -54,6 +54,9 @@ bench-engine: $(STAMP)  ## fedlora beside a bare loop and a stock Flower app; on
 
 bench-deployment: $(STAMP)  ## seconds a round on a federation of real processes; on an idle machine, a quarter of an hour
 	$(BIN)/python -m experiments.benchmarks.deployment
+
+bench-gpu: $(STAMP)  ## local training on this machine's GPU, models at random, no network; under 8 minutes
+	$(BIN)/python -m experiments.benchmarks.gpu
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -60,9 +60,8 @@ class StackedAdapters:
 
     def holding(self, name: str, active: int) -> Tensor | None:
         """The places, among the first ``active``, of members that do not train a tensor; None if all do."""
-        places = self._holding[name]
-        places = places[places < active]
-        return places if len(places) else None
+        places = [place for place in self._holding[name] if place < active]
+        return torch.tensor(places, device=self.device) if places else None  # no step waits for a device
 
     def trained_by(self, member: Member) -> list[str]:
         """The names of the tensors that one member trains."""
@@ -120,10 +119,10 @@ class StackedAdapters:
             self.own(stacked, name, place).copy_(part)
         return stacked
 
-    def _who_holds(self, name: str) -> Tensor:
+    def _who_holds(self, name: str) -> list[int]:
         is_head = name in self._head
-        holds = [not (m.train_head if is_head else is_trained(m, name)) for m in self.members]
-        return torch.tensor(holds, device=self.device).nonzero().flatten()
+        trains = [m.train_head if is_head else is_trained(m, name) for m in self.members]
+        return [place for place, does in enumerate(trains) if not does]
 
 
 def is_trained(member: Member, factor: str) -> bool:
