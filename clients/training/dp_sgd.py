@@ -25,7 +25,7 @@ from clients.training.dp_step import Mechanism, private_steps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
-from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
+from clients.training.train import LocalResult, Penalties, at_rest, dropout_stream, local_result
 from clients.training.units import open_units
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
@@ -93,9 +93,16 @@ def train_private(
     ):
         rates = ScheduledRates(optimizer, rate_factors(config, local_steps, stage))
         penalties = Penalties(trained, config)  # they know no data: added after the noise
-        private.optimizer.attach_step_hook(lambda _: penalties.add_gradient())
+
+        def after_noise(_: object) -> None:
+            for parameter in private.resting:
+                parameter.grad = None
+            penalties.add_gradient()
+
+        private.optimizer.attach_step_hook(after_noise)
         everyone = among(protected, canaries, len(examples))
-        for drawn in poisson_batches(everyone, rate, local_steps, draw):
+        for step, drawn in enumerate(poisson_batches(everyone, rate, local_steps, draw)):
+            private.resting = at_rest(trained, config, step)
             rates.advance()
             total += private.step(examples, drawn, pad_token_id)
             sizes.append(len(drawn))

@@ -116,6 +116,7 @@ class PrivateSteps:
     Attributes:
         optimizer: Opacus' optimiser around the given one.
         norm: C, where it goes on from step to step.
+        resting: tensors that the next step leaves, of which nothing counts; their noise is to be dropped.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class PrivateSteps:
     ):
         self.optimizer = optimizer
         self.norm = followed(mechanism, counts)
+        self.resting: Sequence[Any] = ()
         self._model = model
         self._watched = watched
         self._mechanism = mechanism
@@ -139,14 +141,15 @@ class PrivateSteps:
     def step(self, examples: Examples, drawn: Indices, pad_token_id: int) -> Tensor:
         """Move by the noisy clipped sum over the drawn examples or units; none of them is noise alone.
 
-        Returns:
-            The summed loss, of units the sum of their means, detached, which is not private.
+        Returns their summed loss, of units the sum of means, detached, which is not private.
         """
         total = torch.zeros((), device=self._model.device)
         chunks = physical_batches(drawn, at_once(self._mechanism))
         for number, chunk in enumerate(chunks, start=1):
             self.optimizer.zero_grad()  # keeps the sum over the chunks before
             total += self.backward(examples, chunk, pad_token_id)
+            for parameter in self.resting:
+                parameter.grad_sample = torch.zeros_like(parameter.grad_sample)
             if self.norm is not None:
                 self.optimizer.max_grad_norm = self.norm.value
                 gradients = [g.flatten(1) for g in self.optimizer.grad_samples]
@@ -262,9 +265,7 @@ def private_steps(
     units: Units | None = None,
     counts: torch.Generator | None = None,
 ) -> Iterator[PrivateSteps]:
-    """Inside, the model is watched by Opacus' hooks, on trained layers only; no trace is left afterwards.
-
-    A ``loop`` needs no hooks.
+    """Inside, Opacus' hooks watch the trained layers (a ``loop`` needs none); no trace is left afterwards.
 
     Args:
         model: inside its ``training()``.

@@ -37,6 +37,8 @@ class Stage:
 
 
 ONLY_ROUND = Stage()
+NOTHING = ""
+"""Ending of what rests where nothing does."""
 
 
 def rate_factors(config: TrainConfig, steps: int, stage: Stage) -> tuple[float, ...]:
@@ -59,6 +61,20 @@ def _factor(config: TrainConfig, place: int, count: int) -> float:
     progress = (place - config.warmup_steps) / max(count - config.warmup_steps, 1)
     floor = config.schedule_floor
     return floor + (1.0 - floor) * SHAPES[config.schedule](progress)
+
+
+def resting(config: TrainConfig, step: int) -> str:
+    """End of the names of the factors that rest in a step, from 0; none unless A and B alternate.
+
+    LA-LoRA: Liu et al., "Rethinking LoRA for Privacy-Preserving Federated Learning in Large Models", ICLR
+    2026 (arXiv 2602.19926). B comes first, since B = 0 leaves A without a gradient.
+    """
+    return (".A", ".B")[step % 2] if config.alternating else NOTHING
+
+
+def rests(name: str, ending: str) -> bool:
+    """Whether a tensor is one that rests, see `resting`."""
+    return ending != NOTHING and name.endswith(ending)
 
 
 class ScheduledRates:

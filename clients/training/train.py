@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
 from clients.training.optimizers.registry import finish, make_optimizer
-from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
+from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors, resting, rests
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors
@@ -75,10 +75,13 @@ def train_local(
         optimizer = make_optimizer(trained, config)
         rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
         penalties = Penalties(trained, config)
-        for drawn in shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches")):
+        batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
+        for step, drawn in enumerate(batches):
             optimizer.zero_grad()
             loss = batch_loss(model, load_batch(examples, drawn, pad_token_id, model.device))
             loss.backward()  # type: ignore[no-untyped-call]
+            for parameter in at_rest(trained, config, step):
+                parameter.grad = None
             penalties.add_gradient()
             if config.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
@@ -87,6 +90,12 @@ def train_local(
             total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
         finish(optimizer)
     return local_result(model, trained, len(indices), steps, float(total) / seen)
+
+
+def at_rest(trained: Trainable, config: TrainConfig, step: int) -> list[nn.Parameter]:
+    """The factors that a step, from 0, does not move."""
+    ending = resting(config, step)
+    return [p for name, p in trained.factors.items() if rests(name, ending)]
 
 
 def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:

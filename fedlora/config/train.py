@@ -58,6 +58,9 @@ class TrainConfig:
     """Steps in which the step size first rises from 0 along a line; rounds where ``train.schedule-over`` is
     ``rounds``."""
 
+    alternating: bool = False
+    """LA-LoRA: B moves in the first step of a round, A in the second, and so on; the head in each."""
+
     def __post_init__(self) -> None:
         _ = self.optimizer_option_dict
         require(

@@ -41,6 +41,7 @@ ADDED = {
     "train.schedule-over": "round",
     "train.schedule-floor": 0.0,
     "train.warmup-steps": 0,
+    "train.alternating": False,
     "devices.profiles": "",
     "devices.trace": "",
     "devices.deadline": 0.0,

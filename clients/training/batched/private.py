@@ -16,6 +16,7 @@ from torch import Tensor
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.clip_shares import tensor_clips
 from clients.training.dp_step import Mechanism
+from clients.training.schedule import NOTHING, rests
 from fedlora.privacy.entropy import on_grid, system_normal
 
 
@@ -25,13 +26,16 @@ class ClippedSums:
     Args:
         stacks: what is trained.
         mechanisms: of the members at work, in their order.
+        ending: of the names of tensors that rest in this step, see `clients.training.schedule.resting`.
 
     Attributes:
         sums: the clipped gradients, by client.
         counts: of each client the sum over its rows of 1/2 for a norm within the clipping norm, else -1/2.
     """
 
-    def __init__(self, stacks: StackedAdapters, mechanisms: Sequence[Mechanism]) -> None:
+    def __init__(
+        self, stacks: StackedAdapters, mechanisms: Sequence[Mechanism], ending: str = NOTHING
+    ) -> None:
         self._stacks, self._mechanisms = stacks, mechanisms
         values, active = stacks.values, len(mechanisms)
         self.sums = {name: torch.zeros_like(values[name][:active]) for name in stacks.trained}
@@ -42,7 +46,9 @@ class ClippedSums:
         self._trained = torch.ones(len(stacks.trained), active, device=stacks.device, dtype=stacks.dtype)
         for row, name in enumerate(stacks.trained):
             holding = stacks.holding(name, active)
-            if holding is not None:
+            if rests(name, ending):
+                self._trained[row] = 0.0
+            elif holding is not None:
                 self._trained[row].index_fill_(0, holding, 0.0)
 
     def _clips_of(self, mechanism: Mechanism, trained: Sequence[str]) -> list[float]:

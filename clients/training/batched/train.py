@@ -26,7 +26,7 @@ from clients.training.batched.update import Gradients, Update
 from clients.training.batches import Indices, load_batch
 from clients.training.dp_sgd import check_drawn
 from clients.training.dp_step import Mechanism, at_once
-from clients.training.schedule import ONLY_ROUND, Stage
+from clients.training.schedule import NOTHING, ONLY_ROUND, Stage, resting, rests
 from clients.training.train import LocalResult, batch_loss
 from clients.training.units import as_examples, joined
 from fedlora.config import TrainConfig
@@ -133,7 +133,9 @@ class Cohort:
         for sizes, batch in zip(self._sizes, batches, strict=False):
             sizes.append(len(batch))
         mechanisms = [self._now(place) for place in range(active) if self._members[0].mechanism is not None]
-        gradients = self.private(batches, mechanisms) if mechanisms else self.plain(batches)
+        ending = resting(self._task.config, number)
+        gradients = self.private(batches, mechanisms, ending) if mechanisms else self.plain(batches)
+        gradients = {name: g for name, g in gradients.items() if not rests(name, ending)}
         for place, stream in enumerate(self._streams[:active]):
             if stream.norm is not None:
                 stream.norm.add(float(self.counts[place]))
@@ -157,9 +159,11 @@ class Cohort:
         found = {name: stacks.values[name].grad for name in stacks.trained}
         return {name: grad[: len(batches)] for name, grad in found.items() if grad is not None}
 
-    def private(self, batches: Sequence[Indices], mechanisms: Sequence[Mechanism]) -> Gradients:
-        """Each client's noisy mean of clipped gradients; of an empty draw noise alone."""
-        sums = ClippedSums(self.stacks, mechanisms)
+    def private(
+        self, batches: Sequence[Indices], mechanisms: Sequence[Mechanism], ending: str = NOTHING
+    ) -> Gradients:
+        """Each client's noisy mean of clipped gradients; of an empty draw, and of what rests, noise alone."""
+        sums = ClippedSums(self.stacks, mechanisms, ending)
         most, own = mechanisms[0].max_physical_batch_size, len(self._task.examples)
         for place, batch in enumerate(batches):
             made_up, canaries = self._canaries[place], batch[batch >= own] - own
