@@ -65,6 +65,7 @@ def timeline_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
         "lowest numbers among those asked. A bar is a client's work from the order to its reply; dotted is "
         "work whose reply was not taken; upright lines are aggregations.",
         svg=canvas.finish("timeline", "Bars of clients at work over simulated time, by run"),
+        figure=canvas.figure,
         numbers=Numbers(("run", *(f"round {n + 1} ends" for n in range(ROUNDS))), tuple(body)),
     )
 
