@@ -27,6 +27,7 @@ from fedlora.audit.membership import Membership, membership
 from fedlora.audit.separation import Expected, Separation, separation
 from fedlora.audit.views import ServerView, final_scores
 from fedlora.config import RunConfig
+from fedlora.config.section import by_field
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
 from fedlora.privacy.banded import most_participations
@@ -211,7 +212,7 @@ def audited(config: RunConfig) -> RunConfig:
     return replace(
         config,
         output_dir="",
-        evaluate_every=config.num_server_rounds,
+        **by_field(config.measured_once),
         strategy=replace(config.strategy, diagnostics=False),
         privacy=replace(config.privacy, ledger="", dataset_id=""),
     )

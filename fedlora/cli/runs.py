@@ -73,6 +73,11 @@ def run(
         out.print(f"before training: {_measured(result['before'])}")
     for heading, text in _totals(done):
         out.print(f"{heading:10}{text}", highlight=False, markup=False)
+    if result.get("stopped_early"):
+        patience = settings.early_stopping_patience
+        out.print(f"ended after round {result['rounds']}: {patience} evaluations without a better one")
+    if "best_round" in result:
+        out.print(f"model of round {result['best_round']}, the best on {result['best_on']} examples")
     out.print(f"results in {path}, adapter in {path / 'adapter'}")
     if settings.max_rank and "adapter" in result:
         written = result["adapter"]

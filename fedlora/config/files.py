@@ -126,7 +126,15 @@ def to_flat(config: Any, prefix: str = "") -> FlatConfig:
     return flat
 
 
-PLACES = ("model.name", "data.name", "data.test", "data.public", "devices.trace", "output-dir")
+PLACES = (
+    "model.name",
+    "model.adapter",
+    "data.name",
+    "data.test",
+    "data.public",
+    "devices.trace",
+    "output-dir",
+)
 """Keys that may name a place on this machine; one that begins with ``~`` does."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import field, replace
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from fedlora.config.checks import int_list, parse_json, require
 from fedlora.config.devices import DevicesConfig
@@ -83,6 +83,14 @@ class RunConfig:
     """Seconds to wait for a round's replies."""
     evaluate_every: PositiveInt = 1
     """Evaluate the global model every so many rounds (always after the last)."""
+    early_stopping_patience: NonNegativeInt = 0
+    """The run ends after so many evaluations in a row without a better one; 0 means never."""
+    early_stopping_threshold: NonNegativeFloat = 0.0
+    """How much better an evaluation must be for patience to begin anew."""
+    load_best_model_at_end: bool = False
+    """The model of the best evaluation is measured and written at the end, not the last one."""
+    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
+    """What is better: a lower ``loss``, or a higher ``accuracy``."""
     seed: NonNegativeInt = 0
     """Root of all randomness."""
     partitions: str = ""
@@ -123,6 +131,7 @@ class RunConfig:
             most * share <= 1 or most == 1, "devices.over-selection", most,
             f"times fraction-train = {share:g} must be <= 1, or there are not so many to ask",
         )  # fmt: skip
+        self._check_evaluations()
         kinds = self.devices.kinds
         for group in self.groups:
             require(
@@ -175,6 +184,15 @@ class RunConfig:
         return self._train_by_group[self.group_of(partition_id)]
 
     @property
+    def measured_once(self) -> dict[str, int | bool]:
+        """Keys by which the same rounds are measured after the last one only."""
+        return {
+            "evaluate-every": self.num_server_rounds,
+            "early-stopping-patience": 0,
+            "load-best-model-at-end": False,
+        }
+
+    @property
     def schedules_rounds(self) -> bool:
         """Whether step sizes follow from how many rounds there are."""
         falls = any(train.schedule != "constant" for train in self._train_by_group.values())
@@ -183,6 +201,20 @@ class RunConfig:
     @cached_property
     def _train_by_group(self) -> dict[ClientGroup | None, TrainConfig]:
         return {None: self.train} | {group: replace(self.train, **group.own_train) for group in self.groups}
+
+    def _check_evaluations(self) -> None:
+        """Refuse to choose or to stop where there are too few evaluations for it."""
+        number = -(-self.num_server_rounds // self.evaluate_every)
+        among = f"evaluate-every = {self.evaluate_every} makes {number} in {self.num_server_rounds} rounds"
+        require(
+            number > 1 or not self.load_best_model_at_end, "load-best-model-at-end", True,
+            f"must be false without evaluations to choose among, {among}",
+        )  # fmt: skip
+        patience = self.early_stopping_patience
+        require(
+            patience < number or patience == 0, "early-stopping-patience", patience,
+            f"must be below the number of evaluations, {among}",
+        )  # fmt: skip
 
     def _check_warmup(self, group: ClientGroup | None) -> None:
         """Refuse a warm-up that never ends; under ``train.local-epochs`` steps follow from the data."""

@@ -24,6 +24,9 @@ class ModelConfig:
     """Of a classifier: ``mean`` of the token states, or ``model``: the model's own classification head."""
     head: Literal["train", "freeze", "local"] = "train"
     """Of a classifier: ``train`` (averaged), ``freeze``, or ``local`` (trained, never sent)."""
+    adapter: str = ""
+    """Directory of a PEFT adapter that the run starts from, for instance ``runs/a/adapter``; see
+    ``docs/training.md``."""
     quantization: Literal["none", "4bit"] = "none"
     """``none``, or ``4bit``: the base's linear layers as NF4 by bitsandbytes (QLoRA)."""
     chat_template: str = ""

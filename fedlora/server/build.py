@@ -24,6 +24,7 @@ from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
 from fedlora.server.validate import configured_screening, kept
+from fedlora.server.warm_start import warm_start
 from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
@@ -157,6 +158,8 @@ def client_spec(config: RunConfig, runtime: ClientRuntime, partition_id: int) ->
 def _template(rule: Rule, config: RunConfig, runtime: ClientRuntime, rank: int) -> Template:
     share_head = config.model.head == "train"
     template = runtime.model.template(rank, config.lora.scaling(rank), share_head=share_head)
+    if config.model.adapter:
+        template = warm_start(template, config, runtime)
     if rule.init_a in FROM_BASE:
         template = subtract_from_base(template, runtime.model.base.pristine, rule.init_a)
     if rule.init_a in FROM_DATA:

@@ -6,12 +6,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from clients.privacy import mechanism_of
 from fedlora.core.factors import Tensors
+from fedlora.server import best
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
 from fedlora.server.export import counted_intruders, export, own_tensors
@@ -120,7 +122,7 @@ class Record(Callback):
         records, before = run.directory.rounds(), run.directory.before()
         whole = result_record(run.config, run.runtime.data, records, dict(result), before)
         result.clear()
-        result.update(whole)
+        result.update(whole | best.chosen(run.config, records))
         if run.config.lora.method != "lora":
             exact = mean_is_exact(run.strategy.rule, run.runtime.model, run.state.adapters)
             result |= {"lora_method": run.config.lora.method, "exact": exact}
@@ -164,6 +166,24 @@ class Checkpoint(Callback):
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Replace the checkpoint."""
         run.directory.save_checkpoint(run.strategy.snapshot())
+
+
+class KeepBest(Callback):
+    """Keeps the model of the best round; after the checkpoint, so that no crash leaves it ahead of that."""
+
+    def before_run(self, run: FederatedRun) -> None:
+        """Say what is chosen on, and make up for a crash right after a checkpoint."""
+        chooses = run.config.load_best_model_at_end or run.config.early_stopping_patience > 0
+        if chooses and best.chosen_on(run.config) == "test":
+            logging.getLogger("fedlora").warning(
+                "the best round is chosen on test examples, so that its figures there are too good "
+                "(data.validation-fraction keeps others for that)"
+            )
+        best.keep(run)
+
+    def after_round(self, run: FederatedRun, report: RoundReport) -> None:
+        """Replace what is kept, if this is the best round so far."""
+        best.keep(run)
 
 
 class Tell(Callback):

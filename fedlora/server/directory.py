@@ -7,6 +7,7 @@
     rounds.jsonl      one JSON object a round
     result.json       the last round and the evaluation on the whole test set
     checkpoint/       everything needed to resume with the same bits
+    best/             the same after the best round, where that is kept
     adapter/          the global adapter in PEFT's format
     clients/          what simulated clients hold between rounds
     spoiled.txt       why the run cannot be relied on or resumed, if that was found
@@ -42,7 +43,7 @@ from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkp
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
-FREE_TO_CHANGE = ("num-server-rounds", "max-rank", *NO_EFFECT)
+FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "early-stopping-", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
 does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"

@@ -107,9 +107,8 @@ def counted_intruders(runtime: ClientRuntime, state: State) -> dict[str, int]:
 
 def _from_anywhere(model: ModelConfig) -> ModelConfig:
     """The base by a name that leads to it from any working directory."""
-    if model.name in (*BUILT_IN_MODELS, *PRETRAINED, *TINY):
-        return model
-    return replace(model, name=str(absolute(model.name)))
+    name = model.name if model.name in (*BUILT_IN_MODELS, *PRETRAINED, *TINY) else str(absolute(model.name))
+    return replace(model, name=name, adapter="")
 
 
 def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict[int, Tensors]:

@@ -13,8 +13,9 @@ from clients.privacy import mechanism_of
 from clients.rehearsal import rehearse
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.server.best import best_state, has_ended
 from fedlora.server.build import assemble
-from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, Record, Track
+from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, KeepBest, Record, Track
 from fedlora.server.directory import RunDirectory
 from fedlora.server.inputs import inputs_digest
 from fedlora.server.session import Session
@@ -44,7 +45,7 @@ class FederatedRun:
     def __init__(self, session: Session, directory: RunDirectory, callbacks: Sequence[Callback] = ()) -> None:
         self.session, self.directory = session, directory
         self.config, self.runtime = session.config, session.runtime
-        self.callbacks = (Evaluate(), Record(), Track(), Checkpoint(), *callbacks)
+        self.callbacks = (Evaluate(), Record(), Track(), Checkpoint(), KeepBest(), *callbacks)
         self.before: dict[str, Any] = {}
         rule = check(self.config)
         if self.config.devices.timed and session.stores is None:
@@ -119,7 +120,8 @@ class FederatedRun:
             RunFailed: too few clients or valid updates; what was written before is kept.
         """
         grid = grid or self.session.grid(self)
-        last, timeout = self.config.num_server_rounds, self.config.round_timeout
+        timeout = self.config.round_timeout
+        last = self.state.round if self._has_ended() else self.config.num_server_rounds
         told = ConfigRecord({"run-key": self.run_key, "labels": list(self.runtime.data.label_names)})
         with ExitStack() as closing:
             for callback in self.callbacks:
@@ -128,12 +130,19 @@ class FederatedRun:
             for report in self.strategy.rounds(grid, last, timeout, told, told):
                 for callback in self.callbacks:
                     callback.after_round(self, report)
+                if self._has_ended():
+                    break
             self._verify()
+            self.strategy.state = best_state(self)
             result: dict[str, Any] = {}
             for callback in self.callbacks:
                 callback.after_run(self, result)
         self.directory.write_result(result)
         return result
+
+    def _has_ended(self) -> bool:
+        """Whether no further round is to be done, for want of better ones."""
+        return self.config.early_stopping_patience > 0 and has_ended(self.config, self.directory.rounds())
 
     def _restore(self, checkpoint: ServerState | None) -> None:
         if checkpoint is not None:

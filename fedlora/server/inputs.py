@@ -13,9 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from clients.runtime import ClientRuntime
+from fedlora.assets.fetch import file_sha256
 from fedlora.config import RunConfig
+from fedlora.core.files import user_path
 from fedlora.data.examples import Examples
 from fedlora.models import pick_device
+from fedlora.models.export import TENSORS_FILE
 from fedlora.models.shared_memory import hashes
 from fedlora.prepared.cache import Prepared
 from fedlora.server.public_data import open_public
@@ -48,6 +51,8 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         "device": device,
         "cohort-size": config.engine.cohort_size or 1,
     }
+    if config.model.adapter:
+        found["adapter"] = file_sha256(user_path(config.model.adapter) / TENSORS_FILE)
     if config.devices.trace:
         found["devices"] = hashlib.sha256(Path(config.devices.trace).read_bytes()).hexdigest()
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]

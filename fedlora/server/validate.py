@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from clients.privacy import mechanism_of
 from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import check_optimizer, optimizer_type
@@ -60,7 +62,13 @@ def check(config: RunConfig) -> Rule:
             f"strategy.init-a = {rule.init_a!r}: needs equal ranks, not {sorted(ranks)}, "
             "a client of lower rank would lack a part of the base weight"
         )
+    if config.model.adapter:
+        check_warm_start(config, rule, ranks)
     mechanism_of(config).check(rule, kept(config, rule))
+    if config.load_best_model_at_end and kept(config, rule):
+        raise NotApplicable(
+            "load-best-model-at-end = true: clients keep a part of the model, of the last round"
+        )
     if config.devices.buffer_size:
         check_buffered(config, rule)
     if config.model.quantization != "none":
@@ -85,6 +93,25 @@ def check(config: RunConfig) -> Rule:
         head=config.model.head != "freeze" and task_named(config.task).labelled,
     )
     return rule
+
+
+def check_warm_start(config: RunConfig, rule: Rule, ranks: Collection[int]) -> None:
+    """Refuse an adapter to start from where the start is another, or not the same for all.
+
+    Raises:
+        NotApplicable: another kind of adapter, a start of its own, or clients of different ranks.
+    """
+    key = f"model.adapter = {config.model.adapter!r}"
+    if config.lora.method != "lora":
+        raise NotApplicable(f"{key}: is of lora, the run has lora.method = {config.lora.method!r}")
+    if rule.init_a != "kaiming":
+        raise NotApplicable(f"{key}: brings its A, leave strategy.init-a = {rule.init_a!r} out")
+    if rule.gradient_examples:
+        raise NotApplicable(f"{key}: {rule.facts.name} starts from a gradient on public examples here")
+    if len(ranks) > 1:
+        raise NotApplicable(
+            f"{key}: needs equal ranks, not {sorted(ranks)}, a client of lower rank would lack a part of it"
+        )
 
 
 def check_buffered(config: RunConfig, rule: Rule) -> None:

@@ -90,7 +90,7 @@ def load_result(cell: Cell, path: Path) -> CellResult:
     config = read_config(path / "config.toml")
     _check_same(cell.config, config, path)
     rounds = read_rounds(path)
-    if len(rounds) != config.num_server_rounds:
+    if len(rounds) != config.num_server_rounds and not result.get("stopped_early"):
         raise RunFailed(f"{path / 'rounds.jsonl'}: {len(rounds)} rounds, expected {config.num_server_rounds}")
     return CellResult(
         label=cell.label,

@@ -279,7 +279,7 @@ def _tuned(
 def _trial(cell: Cell, rate: float, seed: int) -> Cell:
     """A cell of the group with this rate and seed; it is measured after the last round only."""
     label = f"tuning-{cell.group}-rate-{rate:g}-seed-{seed}"
-    keys = {RATE: rate, "seed": seed, "evaluate-every": cell.config.num_server_rounds}
+    keys = {RATE: rate, "seed": seed, **cell.config.measured_once}
     return replace(_with(cell, keys), label=label, seed=seed, group=f"tuning-{cell.group}-rate-{rate:g}")
 
 

@@ -175,8 +175,7 @@ def _references(
     base = _checked(flat, "study.overrides fedavg: " if "fedavg" in overrides else "")
     for name in names:
         keys = _centralised(base, num_partitions) if name == "centralised" else _local_only()
-        once = {"evaluate-every": base.num_server_rounds}
-        yield _Entry(name, "reference", {**flat, **keys, **once}, f"study.references {name}: ")
+        yield _Entry(name, "reference", {**flat, **keys, **base.measured_once}, f"study.references {name}: ")
 
 
 def _centralised(base: RunConfig, num_partitions: int) -> FlatConfig:

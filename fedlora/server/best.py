@@ -1,0 +1,90 @@
+"""The best round of a run, and when no better one is to be expected, by what its rounds' lines say.
+
+As in transformers' ``Trainer``: the best evaluation is the first with the lowest loss (or highest accuracy),
+and patience counts evaluations that were not better than the best before them by more than a threshold. Both
+follow from ``rounds.jsonl`` alone, so that a resumed run decides as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from fedlora.config import RunConfig
+from fedlora.core.state import ServerState, State
+from fedlora.errors import ConfigError
+from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
+
+if TYPE_CHECKING:
+    from fedlora.server.federated_run import FederatedRun
+
+BEST = "best"
+Records = Sequence[Mapping[str, Any]]
+
+
+def best_round(config: RunConfig, records: Records) -> int:
+    """The round of the best evaluation; 0 where none has a number."""
+    costs = _costs(config, records)
+    return min(costs, key=lambda number: (costs[number], number), default=0)
+
+
+def has_ended(config: RunConfig, records: Records) -> bool:
+    """Whether patience is at an end."""
+    best, without = math.inf, 0
+    for cost in _costs(config, records, unmeasured=math.inf).values():
+        without = 0 if cost < best - config.early_stopping_threshold else without + 1
+        best = min(best, cost)
+    return 0 < config.early_stopping_patience <= without
+
+
+def chosen(config: RunConfig, records: Records) -> dict[str, Any]:
+    """Part of a result: which round it is of, and whether rounds were left out; nothing unless asked for."""
+    found: dict[str, Any] = {}
+    if config.load_best_model_at_end:
+        found |= {"best_round": best_round(config, records), "best_on": chosen_on(config)}
+    if len(records) < config.num_server_rounds:
+        found["stopped_early"] = True
+    return found
+
+
+def _costs(config: RunConfig, records: Records, unmeasured: float | None = None) -> dict[int, float]:
+    """Round -> what is to be small, where it was evaluated; NaN is left out unless a number stands for it."""
+    sign = 1.0 if config.metric_for_best_model == "loss" else -1.0
+    found = {r["round"]: sign * r[config.metric_for_best_model] for r in records if r["loss"] is not None}
+    if unmeasured is not None:
+        return {n: unmeasured if math.isnan(cost) else cost for n, cost in found.items()}
+    return {n: cost for n, cost in found.items() if not math.isnan(cost)}
+
+
+def chosen_on(config: RunConfig) -> str:
+    """Which examples a run is evaluated on."""
+    return "validation" if config.data.validation_fraction > 0 else "test"
+
+
+def keep(run: FederatedRun) -> None:
+    """Keep the state in ``best/`` if it is the best round's; the checkpoint has its patches."""
+    state = run.state
+    if (
+        run.config.load_best_model_at_end
+        and state.round == best_round(run.config, run.directory.rounds()) > 0
+    ):
+        own = replace(state, base=(), memory={})
+        write_checkpoint(run.directory.path / BEST, ServerState(own), {"base": len(state.base)})
+
+
+def best_state(run: FederatedRun) -> State:
+    """The state that a run ends with: that of its best round where this is kept, else the last one.
+
+    Raises:
+        ConfigError: ``best/`` is missing, damaged or of another round.
+    """
+    best = best_round(run.config, run.directory.rounds()) if run.config.load_best_model_at_end else 0
+    if best in (0, run.state.round):
+        return run.state
+    folder = run.directory.path / BEST
+    kept = read_checkpoint(folder)
+    if kept is None or kept.state.round != best:
+        raise ConfigError(f"{folder}: has not the model of round {best}, the best one; put it back")
+    return replace(kept.state, base=run.state.base[: read_beside(folder)["base"]])
