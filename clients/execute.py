@@ -18,6 +18,7 @@ from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
 from clients.training.canaries import Canaries
+from clients.training.packing_check import check_packing
 from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
@@ -264,6 +265,8 @@ def _train(
         return train_within_budget(
             runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )
+    if config.train.packing:
+        check_packing(runtime.model, runtime.data.pad_token_id)
     with packed_base(runtime.model, runtime.model.precision):
         result = train_local(
             runtime.model,

@@ -15,6 +15,7 @@ from clients.runtime import ClientRuntime
 from clients.training.batched.layers import why_alone
 from clients.training.batched.self_check import check_cohort
 from clients.training.optimizers.registry import make_optimizer
+from clients.training.packing_check import check_packing
 from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
 from fedlora.core.adapters import Adapters
@@ -28,7 +29,7 @@ def rehearse(
     head: Mapping[str, Tensor],
     trained: frozenset[str],
 ) -> None:
-    """A step as the clients will take it: in a cohort, or privately one by one; plain steps need no asking.
+    """A step as the clients will take it: in a cohort, packed, or privately; plain steps need no asking.
 
     Args:
         runtime: the run's model and data; the model is left loaded with these values.
@@ -45,6 +46,8 @@ def rehearse(
     model.load(adapters, head, trained=trained, train_head=config.model.head != "freeze")
     if not model.adapter.batched and model.trainable().all:
         make_optimizer(model.trainable(), config.train)  # some take matrices alone
+    if config.train.packing and model.trainable().all:
+        check_packing(model, runtime.data.pad_token_id)
     if not (together or mechanism) or not model.trainable().all:
         return
     try:

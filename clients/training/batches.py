@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples, collate
+from fedlora.data.packing import collate_packed
 from fedlora.errors import ConfigError
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
@@ -54,11 +55,24 @@ def poisson_batches(
         yield indices[rng.random(len(indices)) < sample_rate]
 
 
+def physical_batches(drawn: Indices, most: int) -> list[Indices]:
+    """The drawn examples in order, at most so many at once (0: all); one empty batch if there are none.
+
+    >>> [[len(chunk) for chunk in physical_batches(np.arange(n), 3)] for n in (7, 0)]
+    [[3, 3, 1], [0]]
+    """
+    count = max(len(drawn), 1)
+    return [drawn[start : start + (most or count)] for start in range(0, count, most or count)]
+
+
 def load_batch(
-    examples: Examples, indices: Indices, pad_token_id: int, device: torch.device
+    examples: Examples, indices: Indices, pad_token_id: int, device: torch.device, *, packed: bool = False
 ) -> dict[str, Tensor]:
-    """``input_ids``, ``attention_mask`` (batch, tokens) and ``labels`` (batch,) on the device."""
-    batch = collate(examples, indices, pad_token_id)
+    """``input_ids``, ``attention_mask`` (batch, tokens) and ``labels`` (batch,) on the device.
+
+    ``packed`` puts several examples into a row, see `fedlora.data.packing`.
+    """
+    batch = (collate_packed if packed else collate)(examples, indices, pad_token_id)
     for name in batch:
         batch[name] = batch[name].to(device)
     return batch

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clients.training.batches import Indices, load_batch
+from clients.training.batches import Indices, load_batch, physical_batches
 from clients.training.canaries import Rows, add_clipped, add_rows
 from clients.training.clip_shares import Shares
 from clients.training.followed_norm import followed
@@ -319,14 +319,3 @@ def drop_overflowed(parameters: Sequence[Any]) -> None:
 def at_once(mechanism: Mechanism) -> int:
     """How many of those that were drawn are in memory at once, units with all of their examples; 0: all."""
     return mechanism.max_physical_batch_size // max(mechanism.unit_examples, 1)
-
-
-def physical_batches(drawn: Indices, most: int) -> list[Indices]:
-    """The drawn examples in order, at most so many at once (0: all); one empty batch if there are none.
-
-    >>> import numpy as np
-    >>> [[len(chunk) for chunk in physical_batches(np.arange(n), 3)] for n in (7, 0)]
-    [[3, 3, 1], [0]]
-    """
-    count = max(len(drawn), 1)
-    return [drawn[start : start + (most or count)] for start in range(0, count, most or count)]

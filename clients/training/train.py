@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clients.training.batches import Indices, load_batch, num_steps, shuffled_batches
+from clients.training.batches import Indices, load_batch, num_steps, physical_batches, shuffled_batches
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors, resting, rests
 from fedlora.config import TrainConfig
@@ -78,8 +78,12 @@ def train_local(
         batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
         for step, drawn in enumerate(batches):
             optimizer.zero_grad()
-            loss = batch_loss(model, load_batch(examples, drawn, pad_token_id, model.device))
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part in physical_batches(drawn, config.micro_batch_size):
+                batch = load_batch(examples, part, pad_token_id, model.device, packed=config.packing)
+                loss = batch_loss(model, batch) * (len(part) / len(drawn))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total = total + loss.detach() * len(drawn)
+            seen += len(drawn)
             for parameter in at_rest(trained, config, step):
                 parameter.grad = None
             penalties.add_gradient()
@@ -87,7 +91,6 @@ def train_local(
                 nn.utils.clip_grad_norm_(trained.all, config.max_grad_norm)
             rates.advance()
             optimizer.step()
-            total, seen = total + loss.detach() * len(drawn), seen + len(drawn)
         finish(optimizer)
     return local_result(model, trained, len(indices), steps, float(total) / seen)
 

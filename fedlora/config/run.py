@@ -83,6 +83,9 @@ class RunConfig:
     """Seconds to wait for a round's replies."""
     evaluate_every: PositiveInt = 1
     """Evaluate the global model every so many rounds (always after the last)."""
+    generate_every: NonNegativeInt = 0
+    """Of language models: ``samples.json`` also has what the global model writes every so many rounds; 0
+    means before training and at the end alone."""
     early_stopping_patience: NonNegativeInt = 0
     """The run ends after so many evaluations in a row without a better one; 0 means never."""
     early_stopping_threshold: NonNegativeFloat = 0.0
@@ -104,6 +107,9 @@ class RunConfig:
     max_rank: NonNegativeInt = 0
     """Cut the adapter that is written to this rank, by SVD, as ``fedlora run --max-rank``; 0 leaves it as it
     is."""
+    license: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]*$"), "name one as the hub does"] = ""
+    """Licence of the adapter that is written, for its model card, as the hub names it, for instance
+    ``apache-2.0``; empty names none."""
     output_dir: str = ""
     """Where results go, for instance ``runs/a``; empty means ``runs/<name of the config file>``, or a
     folder named after the run."""

@@ -38,6 +38,12 @@ class TrainConfig:
     """Passes over the client's data a round; 0 means ``train.local-steps`` decides."""
     batch_size: PositiveInt = 8
     """Examples a step; under DP the expected number."""
+    micro_batch_size: NonNegativeInt = 0
+    """Examples of a step in one pass at most, whose gradients add up to the step's (gradient accumulation); 0
+    means all. Under DP that is ``privacy.max-physical-batch-size``."""
+    packing: bool = False
+    """Of language models: several examples of a step in one row, none of which sees another; see
+    ``docs/training.md``."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the batch gradient to this norm (not DP); 0 means never."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -17,6 +17,7 @@ from fedlora.server import best
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
 from fedlora.server.export import counted_intruders, export, own_tensors
+from fedlora.server.model_card import about_run
 from fedlora.server.records import (
     BY_CLIENT,
     MEASURED,
@@ -66,6 +67,8 @@ class Evaluate(Callback):
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Begin the round's record: accuracy, loss and what else the task has; None where not measured."""
+        if run.config.generate_every and report.server_round % run.config.generate_every == 0:
+            self._write_samples(run, f"round {report.server_round}")
         report.record = {"accuracy": None, "loss": None}
         if not is_measured(run.config, report.server_round):
             return
@@ -128,7 +131,8 @@ class Record(Callback):
             result |= {"lora_method": run.config.lora.method, "exact": exact}
         average = bool(run.strategy.rule.facts.uploaded)
         config, path = run.config, run.directory.path
-        result |= export(path, config, run.runtime, run.state, _own(run), average=average)
+        about = about_run(config, run.runtime, records, here=run.session.nodes is None)
+        result |= export(path, config, run.runtime, run.state, _own(run), average=average, about=about)
         if config.lora.method == "lora" and config.model.quantization == "none" and not run.personal:
             result |= counted_intruders(run.runtime, run.state)
 

@@ -3,7 +3,7 @@
     config.toml       the resolved configuration
     provenance.json   versions, commit, hardware, and the identity by which studies know a run again
     before.json       the pretrained model on the whole test set, where it needs no trained head
-    samples.json      what a language model writes, before round 1 and after the last
+    samples.json      what a language model writes, before round 1, after some rounds and after the last
     rounds.jsonl      one JSON object a round
     result.json       the last round and the evaluation on the whole test set
     checkpoint/       everything needed to resume with the same bits
@@ -43,7 +43,7 @@ from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkp
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import check_schema, provenance, read_provenance
 
-FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "early-stopping-", *NO_EFFECT)
+FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "license", "generate-every", "early-stopping-", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
 does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"

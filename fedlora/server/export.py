@@ -38,6 +38,7 @@ def export(
     own: Mapping[int, Tensors],
     *,
     average: bool,
+    about: Mapping[str, str],
 ) -> dict[str, Any]:
     """Write ``adapter/``, and ``adapters/client-K/`` for each client whose own tensors are given.
 
@@ -48,20 +49,27 @@ def export(
         state: the last one.
         own: partition -> what the client kept to itself, as far as it can be reached.
         average: ``adapter/`` is the mean over clients where they kept something.
+        about: facts of the run for the model card.
 
     Returns:
         What of ``adapter/`` belongs into the result, see `save_adapter`; nothing of other kinds than LoRA.
     """
     for partition, tensors in own.items():
         theirs = model_of(state, tensors, client_spec(config, runtime, partition))
-        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, reader=False)
+        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, about, reader=False)
     if own and average:
         state = mean_model(state, own, {p: float(len(runtime.data.indices(p))) for p in own})
-    return _save(path / "adapter", config, runtime, state)
+    return _save(path / "adapter", config, runtime, state, about)
 
 
 def _save(
-    directory: Path, config: RunConfig, runtime: ClientRuntime, state: State, *, reader: bool = True
+    directory: Path,
+    config: RunConfig,
+    runtime: ClientRuntime,
+    state: State,
+    about: Mapping[str, str],
+    *,
+    reader: bool = True,
 ) -> dict[str, Any]:
     card = AdapterCard(
         model=_from_anywhere(config.model),
@@ -71,7 +79,8 @@ def _save(
         task=config.task,
         assistant_loss=config.data.assistant_loss,
     )
-    model, beside = runtime.model, partial(write_beside, config=config, card=card, reader=reader)
+    model = runtime.model
+    beside = partial(write_beside, config=config, card=card, reader=reader, about=about)
     if config.lora.method != "lora":
         model.load(state.adapters, state.head)
         save_loaded(directory, model, card, beside=beside)

@@ -44,10 +44,10 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         device = pick_device(device).type
     model = runtime.model
     found = {
-        "base": sorted(model.base_digests().items()),
+        "base": base_parts(runtime),
         "head": sorted(hashes(model.initial_head).items()),
-        "data": _data(runtime.data),
-        "public": _data(open_public(config)) if config.data.public else None,
+        "data": data_parts(runtime.data),
+        "public": data_parts(open_public(config)) if config.data.public else None,
         "device": device,
         "cohort-size": config.engine.cohort_size or 1,
     }
@@ -55,10 +55,21 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         found["adapter"] = file_sha256(user_path(config.model.adapter) / TENSORS_FILE)
     if config.devices.trace:
         found["devices"] = hashlib.sha256(Path(config.devices.trace).read_bytes()).hexdigest()
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+    return digest_of(found)
 
 
-def _data(data: Prepared) -> list[object]:
+def digest_of(parts: object) -> str:
+    """A digest of parts that JSON can hold."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def base_parts(runtime: ClientRuntime) -> list[tuple[str, str]]:
+    """The hash of each tensor of the base, by name."""
+    return sorted(runtime.model.base_digests().items())
+
+
+def data_parts(data: Prepared) -> list[object]:
+    """Hashes of the examples as the model sees them, and of who holds which."""
     names = [data.label_names, data.domain_names, data.pad_token_id, data.task]
     return [*names, _array(data.flat), _array(data.offsets), *map(_examples, (data.train, data.test))]
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+from clients.runtime import ClientRuntime
 from fedlora.assets.models import ROUNDED
 from fedlora.config import RunConfig
 from fedlora.data.chat.template import chat_settings
 from fedlora.data.tokenizers import PretrainedTokenizer, load_tokenizer
 from fedlora.models import AdapterCard
+from fedlora.server.best import Records, best_round
+from fedlora.server.inputs import base_parts, data_parts, digest_of
 from fedlora.tasks import task_named
 
 MODEL_CARD = "README.md"
@@ -23,9 +27,16 @@ PIPELINES = {
 """The hub's name for what each network does."""
 
 
-def write_beside(directory: Path, config: RunConfig, card: AdapterCard, *, reader: bool = True) -> None:
+def write_beside(
+    directory: Path,
+    config: RunConfig,
+    card: AdapterCard,
+    *,
+    reader: bool = True,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Write the model card and, for a ``reader``, what turns texts or pictures into the model's inputs."""
-    (directory / MODEL_CARD).write_text(model_card(config, card))
+    (directory / MODEL_CARD).write_text(model_card(config, card, about or {}))
     if not reader:
         return
     if task_named(card.task).network == "image-classifier":
@@ -38,22 +49,49 @@ def write_beside(directory: Path, config: RunConfig, card: AdapterCard, *, reade
         tokenizer.save(directory)
 
 
-def model_card(config: RunConfig, card: AdapterCard) -> str:
+def about_run(config: RunConfig, runtime: ClientRuntime, records: Records, *, here: bool) -> dict[str, str]:
+    """Facts of a run for the model card.
+
+    Args:
+        config: the run.
+        runtime: its model and data.
+        records: the lines of ``rounds.jsonl``.
+        here: the data is here, and not at nodes.
+    """
+    clients = {partition for record in records for partition in record["participants"]}
+    claims = [record["claim"] for record in records if "claim" in record]
+    found = {"rounds": str(len(records)), "clients": str(len(clients))}
+    if config.load_best_model_at_end:
+        found["best round"] = f"{best_round(config, records)}, whose model this is"
+    if claims:
+        largest = max(claims, key=lambda claim: float(claim["epsilon"]))
+        found["epsilon"] = f"{largest['epsilon']:.4g} at delta {largest['delta']:g}, the most of any client"
+    found["base, hash"] = digest_of(base_parts(runtime))
+    if here:
+        found["data, hash"] = digest_of(data_parts(runtime.data))
+    return found
+
+
+def model_card(config: RunConfig, card: AdapterCard, about: Mapping[str, str]) -> str:
     """Markdown with the hub's front matter: what the adapter is, how it came about, how it is opened."""
     network = task_named(card.task).network
     front = ["library_name: peft", f"pipeline_tag: {PIPELINES[network]}", "tags: [lora, federated]"]
     if card.base_name is not None:
         front.insert(0, f"base_model: {json.dumps(card.base_name)}")
+    if config.license:
+        front.insert(0, f"license: {config.license}")
     base = card.base_name or f"{card.model.name} (made by fedlora, on no hub)"
     lines = [
         "---", *front, "---", "",
         f"# {card.task}, {config.strategy.name}",
         "",
         f"An adapter over `{base}`, trained by federated fine-tuning with fedlora: strategy "
-        f"`{config.strategy.name}`, {config.num_server_rounds} rounds, data `{_data(config)}`.",
+        f"`{config.strategy.name}`, data `{_data(config)}`.",
         "",
         _privacy(config),
     ]  # fmt: skip
+    if about:
+        lines += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in about.items())]
     if card.label_names:
         lines += ["", f"Labels, in the order of the logits: {', '.join(map(repr, card.label_names))}."]
     if card.model.name in ROUNDED or card.model.quantization != "none":
@@ -76,8 +114,8 @@ def _privacy(config: RunConfig) -> str:
     if privacy.mode == "none":
         return "Trained without differential privacy: examples may be read out of it."
     return (
-        f"Trained under {privacy.granularity}-level differential privacy; what was spent stands in the run's "
-        "`rounds.jsonl`."
+        f"Trained under {privacy.granularity}-level differential privacy; what each client spent stands "
+        "in the run's `rounds.jsonl`."
     )
 
 

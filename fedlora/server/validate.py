@@ -14,6 +14,7 @@ from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.tracking import check_tracking
+from fedlora.server.validate_passes import check_passes
 from fedlora.tasks import task_named
 from fedlora.wire import codec_named
 from strategies.allocation import make_allocation
@@ -73,8 +74,7 @@ def check(config: RunConfig) -> Rule:
         check_buffered(config, rule)
     if config.model.quantization != "none":
         check_quantised(config, rule)
-    if config.train.gradient_checkpointing:
-        check_checkpointing(config)
+    check_passes(config)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(
             f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"
@@ -143,6 +143,9 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     task = task_named(config.task)
     task.columns(config.data)
     check_chat(config)
+    if config.generate_every and (task.unit != "token" or kept(config, rule)):
+        why = "clients keep a part of the model" if task.unit == "token" else f"{task.name} writes no text"
+        raise NotApplicable(f"generate-every = {config.generate_every}: {why}, must be 0")
     if not task.labelled and config.model.head == "local":
         raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")
     if not task.labelled and not rule.facts.trained:
@@ -221,20 +224,6 @@ def check_quantised(config: RunConfig, rule: Rule) -> None:
         )
     if rule.gradient_examples:
         raise ConfigError(f"{key}: {rule.facts.name} starts from a gradient of weights, which are packed")
-
-
-def check_checkpointing(config: RunConfig) -> None:
-    """Refuse where a block that is computed again would not be what it was.
-
-    Raises:
-        ConfigError: cohorts with dropout.
-    """
-    key = "train.gradient-checkpointing = true"
-    if config.lora.dropout > 0 and config.engine.cohort_size != 1:
-        raise ConfigError(
-            f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
-            f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
-        )
 
 
 def kept(config: RunConfig, rule: Rule) -> str:

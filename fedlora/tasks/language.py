@@ -53,6 +53,8 @@ class LanguageTask(TextTask):
     def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
         """Mean negative log-likelihood of each example's counted tokens, (rows,)."""
         losses, counted, _ = token_losses(module, batch)
+        if "segments" in batch:
+            losses, counted = by_example(losses, counted, batch["segments"][:, 1:], len(batch["labels"]))
         means = losses.sum(dim=1) / counted.sum(dim=1)
         if reduction == "none":
             return means
@@ -71,6 +73,14 @@ class LanguageTask(TextTask):
         return made_up_text(number, config, pad_token_id)
 
 
+def by_example(losses: Tensor, counted: Tensor, segments: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Sums of losses and of counted tokens of each packed example, (number, 1), from those of tokens."""
+    places = segments[counted]
+    zeros = losses.new_zeros(number)
+    sums = zeros.index_add(0, places, losses[counted])
+    return sums[:, None], torch.bincount(places, minlength=number)[:, None]
+
+
 def token_losses(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Predictions of a model for each token but the first.
 
@@ -79,7 +89,7 @@ def token_losses(module: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor
         does not count; whether it counts; the most likely token.
     """
     logits = module(**inputs(module, batch)).logits[:, :-1]
-    counted = batch.get("counted", batch["attention_mask"])[:, 1:].bool()
+    counted = batch["counted" if "counted" in batch else "attention_mask"][:, 1:].bool()
     targets = torch.where(counted, batch["input_ids"][:, 1:], IGNORED)
     exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(

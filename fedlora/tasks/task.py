@@ -157,7 +157,7 @@ class Task(Protocol):
 
 def inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of a model in a batch: token types where it takes them."""
-    left_out = {"labels", "counted"}
+    left_out = {"labels", "counted", "segments"}
     if "token_type_ids" in batch and not takes_types(module):
         left_out.add("token_type_ids")
     return {name: tensor for name, tensor in batch.items() if name not in left_out}

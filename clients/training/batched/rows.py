@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clients.training.batches import Indices
-from clients.training.dp_step import physical_batches
+from clients.training.batches import Indices, physical_batches
 from clients.training.units import shares
 from fedlora.data.examples import Examples
 

@@ -154,7 +154,9 @@ class Cohort:
         for name in stacks.trained:
             stacks.values[name].grad = None
         sizes = torch.tensor([len(batch) for batch in batches], device=stacks.device, dtype=stacks.dtype)
-        for walked in self._passes(gather(self._task.examples, batches)):
+        for walked in self._passes(
+            gather(self._task.examples, batches), most_rows=self._task.config.micro_batch_size
+        ):
             (walked.losses / sizes[walked.clients]).sum().backward()  # type: ignore[no-untyped-call]
         found = {name: stacks.values[name].grad for name in stacks.trained}
         return {name: grad[: len(batches)] for name, grad in found.items() if grad is not None}

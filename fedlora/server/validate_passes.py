@@ -1,0 +1,53 @@
+"""Validation of how a step is computed: in parts, packed, with blocks that are computed again."""
+
+from __future__ import annotations
+
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.tasks import task_named
+
+
+def check_passes(config: RunConfig) -> None:
+    """Refuse blocks computed again, steps in parts and packed rows where a step would not be what it was.
+
+    Raises:
+        NotApplicable: packing of anything but a language model's examples, or of private ones.
+        ConfigError: cohorts; parts of a private step, which have a key of their own.
+    """
+    if config.train.gradient_checkpointing:
+        check_checkpointing(config)
+    micro, private, size = config.train.micro_batch_size, config.privacy.private, config.engine.cohort_size
+    if micro and private:
+        raise ConfigError(
+            f"train.micro-batch-size = {micro}: must be 0 where examples are private, "
+            "privacy.max-physical-batch-size is that there"
+        )
+    if micro and config.lora.dropout > 0 and size != 1:
+        raise ConfigError(
+            f"train.micro-batch-size = {micro}: cohorts draw the dropout masks of a whole step; with "
+            f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
+        )
+    if not config.train.packing:
+        return
+    if task_named(config.task).network != "language-model":
+        raise NotApplicable(f"train.packing = true: task {config.task} has no sequences to pack")
+    if private:
+        raise NotApplicable("train.packing = true: a private example must be a row of its own to be clipped")
+    if size > 1:
+        raise ConfigError(
+            f"train.packing = true: packed clients train alone, engine.cohort-size = {size} must be 1"
+        )
+
+
+def check_checkpointing(config: RunConfig) -> None:
+    """Refuse where a block that is computed again would not be what it was.
+
+    Raises:
+        ConfigError: cohorts with dropout.
+    """
+    key = "train.gradient-checkpointing = true"
+    if config.lora.dropout > 0 and config.engine.cohort_size != 1:
+        raise ConfigError(
+            f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
+            f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
+        )
