@@ -78,20 +78,17 @@ class LayerMeasure:
 
 def measure(layer: Layer, merged: Merged) -> LayerMeasure:
     """The measures of one layer."""
-    start = layer.start
-    reached = [as_product(as_lora(merged.adapter))]
+    start, end = as_product(layer.start), as_product(as_lora(merged.adapter))
+    reached, asked_of = [end], 0.0
     if merged.into_base is not layer.target:  # else the target cancels, bit for bit
-        reached.append(scale(-1.0, layer.target))
-        if merged.into_base is not None:
-            reached.append(merged.into_base)
-    change = add(layer.target, scale(-1.0, as_product(start)))
-    if change.rank_bound < min(start.in_features, start.out_features):
-        asked, target, clients, fourth = _by_grams(layer, change)
-    else:
-        asked, target, clients, fourth = _by_matrix(layer, change)
-    return LayerMeasure(
-        asked=asked, missed=norm(add(*reached)) ** 2, target=target, clients=clients, fourth=fourth
-    )
+        asked_of = -1.0
+        reached += [] if merged.into_base is None else [merged.into_base]
+    everything = add(layer.target, start, *reached)
+    if everything.rank_bound < min(layer.start.in_features, layer.start.out_features):
+        return _by_grams(layer, everything, asked_of)
+    change = add(layer.target, scale(-1.0, start))
+    missed = norm(add(*reached, *([scale(-1.0, layer.target)] if asked_of else []))) ** 2
+    return _by_matrix(layer, change, missed)
 
 
 def summarise(layers: Sequence[LayerMeasure], weights: Sequence[float]) -> Diagnostics | None:
@@ -119,40 +116,51 @@ def _cosine(asked: float, squares: Tensor, weights: Sequence[float]) -> float:
     return max(-1.0, min(1.0, (asked - float((sizes**2).sum())) / pairs))
 
 
-def _by_grams(layer: Layer, change: Product) -> tuple[float, float, Tensor, float]:
-    """Everything about D from one pair of Gram matrices over [B_1 .. B_m, B] and [p_k s_k A_k; -s A]."""
-    left, right = change.left.double(), change.right.double()
+def _by_grams(layer: Layer, everything: Product, asked_of: float) -> LayerMeasure:
+    """All of it from one pair of Gram matrices over ``[T; s B A; what was reached]``.
+
+    Args:
+        layer: the round.
+        everything: these products, stacked.
+        asked_of: -1, or 0 where T is a part of what was reached.
+    """
+    left, right = everything.left.double(), everything.right.double()
     G_left, G_right = left.T @ left, right @ right.T
     pairs = G_left * G_right
-    M = G_left @ G_right
-    own, end = slice(pairs.shape[0] - layer.start.rank, None), 0
+    T, r = layer.target.rank_bound, layer.start.rank
+    own, now, end = slice(T, T + r), slice(0, T + r), 0
+    change, missed = torch.zeros(2, len(pairs), dtype=torch.float64)
+    change[:T], change[own] = 1.0, -1.0
+    missed[:T], missed[own.stop :] = asked_of, 1.0
     start = float(pairs[own, own].sum())
     squares = []
     for client in layer.clients:
         block = slice(end, end + client.factors.rank)
         p, end = client.weight, block.stop
         squares.append(
-            float(pairs[block, block].sum()) / p**2 + 2 * float(pairs[block, own].sum()) / p + start
+            float(pairs[block, block].sum()) / p**2 - 2 * float(pairs[block, own].sum()) / p + start
         )
-    target = float(pairs[:end, :end].sum())
-    return (
-        max(float(pairs.sum()), 0.0),
-        max(target, 0.0),
-        torch.tensor(squares, dtype=torch.float64).clamp_min(0.0),
-        float((M * M.T).sum()),
+    M = (G_left[now, now] * change[now]) @ (G_right[now, now] * change[now])
+    return LayerMeasure(
+        asked=max(float(change @ pairs @ change), 0.0),
+        missed=max(float(missed @ pairs @ missed), 0.0),
+        target=max(float(pairs[:T, :T].sum()), 0.0),
+        clients=torch.tensor(squares, dtype=torch.float64).clamp_min(0.0),
+        fourth=float((M * M.T).sum()),
     )
 
 
-def _by_matrix(layer: Layer, change: Product) -> tuple[float, float, Tensor, float]:
+def _by_matrix(layer: Layer, change: Product, missed: float) -> LayerMeasure:
     """The same from the (out, in) matrices, where the stack is larger than the layer."""
     D = change.dense().double()
     square = D @ D.T if D.shape[0] <= D.shape[1] else D.T @ D
     squares = [_difference(c.factors, layer.start) for c in layer.clients]
-    return (
-        float((D * D).sum()),
-        norm(layer.target) ** 2,
-        torch.tensor(squares, dtype=torch.float64),
-        float((square * square).sum()),
+    return LayerMeasure(
+        asked=float((D * D).sum()),
+        missed=missed,
+        target=norm(layer.target) ** 2,
+        clients=torch.tensor(squares, dtype=torch.float64),
+        fourth=float((square * square).sum()),
     )
 
 
