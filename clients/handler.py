@@ -9,6 +9,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
+from clients import secure
 from clients.execute import Node, train_instruction
 from clients.execute_evaluation import evaluate_instruction
 from clients.journal import write_down
@@ -38,15 +39,17 @@ def handle(
     run_config: Mapping[str, Any],
     node_config: Mapping[str, Any],
     runtimes: RuntimeCache,
+    state: RecordDict | None = None,
 ) -> RecordDict:
     """The reply to a message.
 
     Args:
-        kind: ``train`` or ``evaluate``.
+        kind: ``train``, ``evaluate`` or a step of secure sums.
         content: of the message.
         run_config: Flower's, of the run.
         node_config: Flower's, of the node.
         runtimes: of this process.
+        state: the node's between messages, changed in place; None keeps nothing.
 
     Raises:
         UpdateRefused: the message is not an instruction.
@@ -54,6 +57,9 @@ def handle(
     """
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
+    state = RecordDict() if state is None else state
+    if kind == wire.STEP:
+        return secure.carry_out(content, config, settings, state)
     instruction = wire.decode_instruction(content)
     protected = not simulation and is_protected(config, settings)
 
@@ -75,7 +81,10 @@ def handle(
         reply = answer()
     else:
         reply = explained_refusal(answer)
-    encoded = wire.encode_reply(reply, instruction, packed=instruction.packed)
+    if kind == TRAIN:
+        reply, encoded = secure.encoded(reply, instruction, content, config, settings, state)
+    else:
+        encoded = wire.encode_reply(reply, instruction, packed=instruction.packed)
     if simulation:
         return encoded
     try:
@@ -92,12 +101,15 @@ def handle_together(
     run_configs: Sequence[Mapping[str, Any]],
     node_configs: Sequence[Mapping[str, Any]],
     runtimes: RuntimeCache,
+    states: Sequence[RecordDict] | None = None,
 ) -> list[RecordDict | str]:
     """The replies to messages to train for several simulated nodes in this process, in their order.
 
     A node that fails has the first line of its error instead; the others do not notice.
     """
     from clients.execute_cohort import Assignment, train_instructions
+
+    states = [RecordDict() for _ in contents] if states is None else states
 
     answers: dict[int, RecordDict | str] = {}
     assignments: dict[int, Assignment] = {}
@@ -120,7 +132,10 @@ def handle_together(
         replies = train_instructions(list(assignments.values()))
     for (place, assigned), reply in zip(assignments.items(), replies, strict=True):
         if isinstance(reply, wire.Reply):
-            answers[place] = wire.encode_reply(reply, assigned.instruction)
+            config, settings = configured(run_configs[place]), node_settings(node_configs[place])
+            _, answers[place] = secure.encoded(
+                reply, assigned.instruction, contents[place], config, settings, states[place]
+            )
         else:
             answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]

@@ -72,6 +72,9 @@ class NodeSettings:
     """Evaluations that may leave a protected node; outside the claim but for ``evaluation-epsilon``."""
     evaluation_epsilon: NonNegativeFloat = 0.0
     """Epsilon of each of them, which then leave with noise, within ``max-epsilon``; 0: they leave exactly."""
+    secure_clients: NonNegativeInt = 0
+    """Send what was trained only within secure sums of at least so many clients, for instance ``5``; 0: as
+    the run says, see ``docs/secure.md``."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
     allow: str = ""

@@ -54,6 +54,11 @@ def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:
     Raises:
         ConfigError: a run that gives no guarantee for an example, or a looser one than is allowed.
     """
+    if settings.secure_clients and config.secure.mode != "sums":
+        raise ConfigError(
+            f"secure.mode = {config.secure.mode!r}: the owner of this node takes part in secure sums alone, "
+            f"of at least {settings.secure_clients} clients"
+        )
     if not settings.max_epsilon:
         return
     limit = f"the owner of this node allows epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"

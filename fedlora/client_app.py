@@ -41,6 +41,12 @@ def train_message(message: Message, context: Context) -> Message:
     return Message(_carried_out("train", message, context), reply_to=message)
 
 
+@app.query("secure")
+def secure_message(message: Message, context: Context) -> Message:
+    """Carry out a step of secure sums."""
+    return Message(_carried_out("query.secure", message, context), reply_to=message)
+
+
 @app.evaluate()
 def evaluate_message(message: Message, context: Context) -> Message:
     """Carry out an instruction to evaluate."""
@@ -49,13 +55,13 @@ def evaluate_message(message: Message, context: Context) -> Message:
 
 def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
     settings = node_settings(context.node_config)
-    if settings.keep_model:
+    if settings.keep_model and "secure" not in message.content:  # whose secrets stay in the node's state
         reply = ask(kind, message.content, context.run_config, context.node_config, settings)
         if reply is not None:
             return reply
     from clients.handler import handle
 
-    return handle(kind, message.content, context.run_config, context.node_config, _runtimes())
+    return handle(kind, message.content, context.run_config, context.node_config, _runtimes(), context.state)
 
 
 @cache

@@ -45,6 +45,7 @@ class Transport:
         ledger_heads: partition id -> the head of its privacy ledger when it last said: a client sees by it
             that its ledger was not set back since.
         requests: of this round.
+        beside: partition id -> what travels with its orders, see `fedlora.wire.secure`.
 
     Raises:
         ConfigError: names of records that are not different, or no such codec.
@@ -70,6 +71,7 @@ class Transport:
         wire.codec_named(self.upload)
         self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
         self._places: dict[str, int] = {}
+        self.beside: dict[int, ConfigRecord] = {}
         self.packed = packed
         self.acknowledged: Acknowledged = {}
         self.ledger_heads: dict[int, str] = {}
@@ -212,7 +214,7 @@ class Transport:
             raise ConfigError(f"{message_type}_config {taken[0]!r}: the strategy's own setting, rename yours")
         content = self._content(request, config)
         request.identity = wire.identity(config)
-        request.bytes_down += wire.payload_bytes(content)
+        request.bytes_down += wire.payload_bytes(content) + wire.step_bytes(content)
         message = Message(content, request.node_id, message_type, group_id=str(config["server-round"]))
         request.sent.append(message)
         return message
@@ -246,6 +248,8 @@ class Transport:
         lacks = tuple(name for name in request.needs.base if name not in held)
         if lacks:
             content[wire.PARTS] = self._part(lacks)
+        if request.partition_id in self.beside:
+            content[wire.SECURE] = self.beside[request.partition_id]
         return content
 
     def _payload(self, broadcast: Broadcast) -> Payload:

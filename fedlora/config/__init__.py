@@ -30,6 +30,7 @@ from fedlora.config.sections import (
     StudyConfig,
     TrackingConfig,
 )
+from fedlora.config.secure import SecureConfig
 from fedlora.config.strategy import StrategyConfig
 from fedlora.config.train import TrainConfig
 
@@ -47,6 +48,7 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "Scalar",
+    "SecureConfig",
     "StrategyConfig",
     "StudyConfig",
     "TrackingConfig",

@@ -20,6 +20,7 @@ from fedlora.config.sections import (
     StudyConfig,
     TrackingConfig,
 )
+from fedlora.config.secure import SecureConfig
 from fedlora.config.strategy import StrategyConfig
 from fedlora.config.train import TrainConfig
 
@@ -123,6 +124,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    secure: SecureConfig = field(default_factory=SecureConfig)
     devices: DevicesConfig = field(default_factory=DevicesConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     study: StudyConfig = field(default_factory=StudyConfig)

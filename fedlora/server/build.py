@@ -13,6 +13,7 @@ from flwr.common.logger import log
 
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
+from clients.secure import terms_of
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
 from fedlora.core.init_eva import most_varied
@@ -23,6 +24,7 @@ from fedlora.models.gradient_checkpointing import blocks
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
+from fedlora.server.secure import largest_weight
 from fedlora.server.validate import configured_screening, kept
 from fedlora.server.warm_start import warm_start
 from strategies.buffered import BufferedStrategy
@@ -31,6 +33,7 @@ from strategies.nodes import NodeDirectory
 from strategies.replies import KnownExamples
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
+from strategies.secure import SecureStrategy
 
 
 class OwnStrategy(FactorStrategy):
@@ -38,6 +41,10 @@ class OwnStrategy(FactorStrategy):
 
     def arrays(self) -> ArrayRecord:
         return ArrayRecord()
+
+
+class OwnSecureStrategy(OwnStrategy, SecureStrategy):
+    """The same where the server learns sums alone."""
 
 
 class OwnBufferedStrategy(OwnStrategy, BufferedStrategy):
@@ -79,7 +86,7 @@ def assemble(
     privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
     if screening is not None:
         log(INFO, "screening of updates: %s", screening)
-    strategy = _kind(config, partitions)(
+    strategy = _kind(config, partitions, known_examples)(
         rule,
         fraction_train=config.fraction_train * config.devices.over_selection,
         min_train_nodes=config.min_train_nodes,
@@ -114,12 +121,22 @@ def assemble(
     return strategy
 
 
-def _kind(config: RunConfig, partitions: Collection[int]) -> Callable[..., FactorStrategy]:
-    """Strategy whose rounds wait, or one whose rounds do not.
+def _kind(
+    config: RunConfig, partitions: Collection[int], known_examples: KnownExamples
+) -> Callable[..., FactorStrategy]:
+    """Strategy whose rounds wait, one whose rounds do not, or one that sees sums alone.
 
     Raises:
-        ConfigError: fewer clients than are to be at work.
+        ConfigError: fewer clients than are to be at work, or than a sum may be of.
     """
+    if config.secure.mode == "sums":
+        return partial(
+            OwnSecureStrategy,
+            terms=terms_of(config),
+            largest_change=config.secure.largest_change,
+            max_weight=largest_weight(config, partitions, known_examples),
+            timeout=config.round_timeout,
+        )
     devices = config.devices
     if not devices.buffer_size:
         return OwnStrategy

@@ -26,6 +26,7 @@ from fedlora.core.state import Broadcast, State
 from fedlora.data.examples import evaluation_subset
 from fedlora.prepared.cache import Prepared
 from fedlora.server.build import assemble, client_spec
+from fedlora.server.secure import secure_line
 from fedlora.server.validate import check
 from fedlora.wire.upload import CODECS
 from strategies.rule import Rule
@@ -64,6 +65,7 @@ class Preview:
             ("training", self._training()),
             *([] if self.partitions is None else [("traffic", self._traffic(sorted(self.partitions)))]),
             ("privacy", self._privacy()),
+            *([("secure", secure_line(self.config))] if self.config.secure.mode == "sums" else []),
         ]
 
     def expected(self) -> list[Line]:

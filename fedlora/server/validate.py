@@ -13,6 +13,7 @@ from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.secure import check_secure
 from fedlora.server.tracking import check_tracking
 from fedlora.server.validate_passes import check_passes
 from fedlora.tasks import task_named
@@ -72,6 +73,8 @@ def check(config: RunConfig) -> Rule:
         )
     if config.devices.buffer_size:
         check_buffered(config, rule)
+    if config.secure.mode == "sums":
+        check_secure(config, rule)
     if config.model.quantization != "none":
         check_quantised(config, rule)
     check_passes(config)
@@ -251,7 +254,8 @@ def configured_screening(config: RunConfig, *, simulation: bool) -> Screening | 
             "strategy.screening = 'on': leaves a client out by what others sent, which the noise of "
             "privacy.mode = 'client' does not cover; there updates are clipped and weigh alike"
         )
-    wanted = not (simulation or client_level) if strategy.screening == "auto" else strategy.screening == "on"
+    blind = client_level or config.secure.mode == "sums"
+    wanted = not (simulation or blind) if strategy.screening == "auto" else strategy.screening == "on"
     return bounds if wanted else None
 
 

@@ -112,9 +112,11 @@ class ClientActor:
         runtimes = self._model.runtimes
         contents = [message.content for message in messages]
         runs, nodes = [c.run_config for c in contexts], [c.node_config for c in contexts]
+        states = [c.state for c in contexts]
         if len(messages) > 1:
-            return handle_together(contents, runs, nodes, runtimes)
-        return [handle(messages[0].metadata.message_type, contents[0], runs[0], nodes[0], runtimes)]
+            return handle_together(contents, runs, nodes, runtimes, states)
+        kind = messages[0].metadata.message_type
+        return [handle(kind, contents[0], runs[0], nodes[0], runtimes, states[0])]
 
     def evaluate(self, ref: SharedModelRef, model: Any, batches: Sequence[Any]) -> list[Any]:
         """The outcome of each batch of test examples.

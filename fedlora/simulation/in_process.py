@@ -83,6 +83,7 @@ class InProcessGrid(LocalGrid):
         self._runtimes, self._run_config = runtimes, to_flat(run.config)
         self._cohort_size = run.config.engine.cohort_size
         self._work = work
+        self._states = {node: RecordDict() for node in self.partition_ids}
         self._node_config = {"state-dir": str(run.session.stores), "simulation": True}
 
     def send_and_receive(
@@ -104,11 +105,12 @@ class InProcessGrid(LocalGrid):
             partition = self.partition_ids[message.metadata.dst_node_id]
             nodes.append({**self._node_config, "partition-id": partition})
         contents, configs = [message.content for message in group], [self._run_config] * len(group)
+        states = [self._states[message.metadata.dst_node_id] for message in group]
         try:
             if len(group) > 1:
-                return handle_together(contents, configs, nodes, self._runtimes)
+                return handle_together(contents, configs, nodes, self._runtimes, states)
             kind = group[0].metadata.message_type
-            return [handle(kind, contents[0], configs[0], nodes[0], self._runtimes)]
+            return [handle(kind, contents[0], configs[0], nodes[0], self._runtimes, states[0])]
         except Exception as error:
             logging.getLogger("fedlora").exception("client failed")
             return [named_line(error)] * len(group)

@@ -97,8 +97,7 @@ class RayGrid(LocalGrid):
     def _reply(self, message: Message, content: RecordDict | str, state: RecordDict) -> Message:
         if isinstance(content, str):
             return Message(Error(CLIENT_FAILED, content), reply_to=message)
-        if state:
-            self._states[message.metadata.dst_node_id] = state
+        self._states[message.metadata.dst_node_id] = state
         return Message(content, reply_to=message)
 
     def _context(self, message: Message) -> Context:

@@ -75,7 +75,7 @@ def from_record(record: ArrayRecord, *, coded: bool = False) -> Tensors:
 def _single(record: ArrayRecord, accepted: Collection[str]) -> Tensors:
     tensors: Tensors = {}
     for name, array in record.items():
-        decoded = _decoded(name, array)
+        decoded = decoded_array(name, array)
         if str(decoded.dtype) not in accepted or decoded.shape != tuple(array.shape):
             raise UpdateRefused(
                 f"array {name} is {decoded.dtype} {decoded.shape}, announced as {tuple(array.shape)}; "
@@ -86,7 +86,7 @@ def _single(record: ArrayRecord, accepted: Collection[str]) -> Tensors:
 
 
 def _unpacked(array: Array, accepted: Collection[str]) -> Tensors:
-    decoded = _decoded(PACKED, array)
+    decoded = decoded_array(PACKED, array)
     try:
         tensors = load(decoded.astype(np.uint8, casting="no").tobytes())
     except (SafetensorError, TypeError, ValueError, KeyError) as error:
@@ -97,7 +97,12 @@ def _unpacked(array: Array, accepted: Collection[str]) -> Tensors:
     return tensors
 
 
-def _decoded(name: str, array: Array) -> NDArray[Any]:
+def decoded_array(name: str, array: Array) -> NDArray[Any]:
+    """An array in NumPy's own format, pickling refused.
+
+    Raises:
+        UpdateRefused: it is none.
+    """
     try:
         return np.asarray(array.numpy())
     except Exception as error:

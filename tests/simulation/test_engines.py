@@ -23,6 +23,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "fedavg": {"strategy.name": "fedavg", "engine.cohort-size": 1},
     "flora-cohorts": {**MIXED, "engine.cohort-size": 2},
     "private": {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "engine.cohort-size": 1},
+    "secure": {"secure.mode": "sums", "engine.cohort-size": 2},
     "local-head": {"model.head": "local", "engine.cohort-size": 1},
 }
 SAME = ("accuracy", "loss", "train_loss", "bytes_up", "bytes_down", "participants", "refused", "epsilon")

@@ -1,0 +1,35 @@
+"""The ``[secure]`` table: whether the server sees updates, or their sums alone."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from fedlora.config.checks import require
+from fedlora.config.section import section
+
+
+@section("secure.")
+class SecureConfig:
+    """Secure aggregation, see ``docs/secure.md``."""
+
+    mode: Literal["none", "sums"] = "none"
+    """``none``, or ``sums``: the server learns the weighted sum of a round's updates and no single one, for
+    the strategies whose aggregate is made of sums."""
+    min_clients: Annotated[int, Field(ge=2)] = 3
+    """The fewest clients that a sum may be of; a round with fewer fails. A node's owner may ask for more
+    (``secure-clients``)."""
+    threshold: Annotated[float, Field(gt=0.5, le=1)] = 0.66
+    """Share of the clients that hold a client's secrets which is needed to put them together: so many must
+    stay to the end of a round, and as many would have to collude with the server to see one update."""
+    bits: int = 32
+    """Sums are modulo 2^32, or 2^64 with ``64``: twice the bytes, finer steps."""
+    largest_change: PositiveFloat = 1.0
+    """Numbers that changed by more in a round are cut to it; how many clients cut some is told in the log."""
+    max_weight: NonNegativeInt = 0
+    """The most examples that a client may count for, for instance ``1000``; 0: the most that the server knows
+    a partition to have."""
+
+    def __post_init__(self) -> None:
+        require(self.bits in (32, 64), "secure.bits", self.bits, "accepted are 32, 64")

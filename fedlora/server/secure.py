@@ -1,0 +1,81 @@
+"""What excludes secure sums, and the largest weight in them, settled before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from clients.privacy import mechanism_of
+from clients.secure import terms_of
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.secure.fixed_point import FixedPoint
+from strategies.registry import RULES
+from strategies.replies import KnownExamples
+from strategies.rule import Rule
+
+KEY = "secure.mode = 'sums'"
+
+
+def check_secure(config: RunConfig, rule: Rule) -> None:
+    """Refuse what a server needs single updates for.
+
+    Raises:
+        NotApplicable: a rule that does more than add, or bounds, noise and codecs of single updates.
+        ConfigError: clients of unlike shapes or scalings, or weights without a bound that is known.
+    """
+    if not rule.facts.secure_sum:
+        able = ", ".join(name for name, r in RULES.items() if r.facts.secure_sum)
+        raise NotApplicable(f"{KEY}: {rule.facts.name} needs each client's own factors (able: {able})")
+    single = {
+        "strategy.robust": (config.strategy.robust, "none"),
+        "strategy.max-update-norm": (config.strategy.max_update_norm, 0.0),
+        "devices.buffer-size": (config.devices.buffer_size, 0),
+    }
+    for key, (value, none) in single.items():
+        if value != none:
+            raise NotApplicable(f"{KEY}: {key} = {value!r} looks at single updates, must be {none!r}")
+    if config.strategy.screening == "on":
+        raise NotApplicable(
+            f"{KEY}: strategy.screening = 'on' compares single updates, accepted are auto, off"
+        )
+    if config.privacy.mode == "client":
+        raise NotApplicable(
+            f"{KEY}: privacy.mode = 'client' clips single updates at the server; accepted are none, example"
+        )
+    if config.upload not in ("", "float32"):
+        raise NotApplicable(
+            f"{KEY}: upload = {config.upload!r}: masked updates travel as integers, leave it out"
+        )
+    unlike = any(g.rank is not None or g.alpha is not None or g.target_modules for g in config.groups)
+    if unlike or len(set(config.lora.rank_list)) > 1:
+        raise NotApplicable(f"{KEY}: clients of their own rank, alpha or target-modules cannot be added up")
+
+
+def secure_line(config: RunConfig) -> str:
+    """What is summed and what is off for it, in a sentence."""
+    secure = config.secure
+    return (
+        f"the server learns sums of at least {secure.min_clients} clients, modulo 2^{secure.bits}; screening "
+        "and diagnostics, which look at single updates, are off"
+    )
+
+
+def largest_weight(config: RunConfig, partitions: Collection[int], known_examples: KnownExamples) -> int:
+    """The most that a client may weigh in a run's sums.
+
+    Raises:
+        ConfigError: it is not known, fewer clients take part than a sum may be of, or sums could overflow.
+    """
+    least = terms_of(config).min_clients
+    if len(partitions) < least:
+        raise ConfigError(f"secure.min-clients = {least}: only {len(partitions)} clients take part")
+    most = 1
+    if mechanism_of(config).weighted_by_key is not None:
+        known = [known_examples(partition) for partition in partitions]
+        if not config.secure.max_weight and None in known:
+            raise ConfigError(
+                "secure.max-weight = 0: how many examples each client has is not known here, say the most"
+            )
+        most = config.secure.max_weight or max(number or 0 for number in known)
+    FixedPoint(len(partitions), config.secure.bits, config.secure.largest_change, most)
+    return most

@@ -1,0 +1,192 @@
+"""Secure sums as Flower's records: a step, and an update as one row of integers under masks.
+
+    [ w change_1, .., w change_n, w loss | w, w where the loss is told, 1 where a number was cut ]
+
+Changes are of the tensors that are shipped, in the order of their names; the last three are counts and exact.
+A step is a record that somebody else wrote: every value is checked when it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedlora.core.factors import Tensors
+from fedlora.errors import SecureRefused
+from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.masks import Unsigned
+from fedlora.wire.arrays import decoded_array
+
+SECURE, MASKED = "secure", "masked"
+"""Records of a message: what a step says, and a masked update."""
+STEP = "query.secure"
+"""Kind of the messages of steps that carry no update."""
+ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
+"""Their phases."""
+COUNTS = 3
+LARGEST_LOSS = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Summed:
+    """What a sum says.
+
+    Attributes:
+        tensors: start and mean change.
+        weight: the sum of the clients' weights.
+        loss: mean over those that told one; None where nobody did.
+        cut: clients of which some number was beyond the largest change.
+    """
+
+    tensors: Tensors
+    weight: int
+    loss: float | None
+    cut: int
+
+
+def row_length(start: Tensors) -> int:
+    """Integers in a row."""
+    return sum(tensor.numel() for tensor in start.values()) + 1 + COUNTS
+
+
+def to_row(
+    start: Tensors, trained: Tensors, weight: int, loss: float | None, fixed: FixedPoint,
+    generator: np.random.Generator,
+) -> Unsigned:  # fmt: skip
+    """The row of a client, not masked.
+
+    Args:
+        start: what training began from.
+        trained: the same tensors after it.
+        weight: from 0 to the largest.
+        loss: None where it is not told.
+        fixed: how numbers are written.
+        generator: rounds.
+    """
+    change = np.concatenate([_flat(trained, start, name) for name in sorted(start)] or [np.zeros(0)])
+    told = loss is not None and math.isfinite(loss)
+    scaled = (loss or 0.0) / LARGEST_LOSS * fixed.limit if told else 0.0
+    cut = int(bool(np.abs(change).max(initial=0.0) > fixed.limit))
+    counts = [fixed.count(number) for number in (weight, weight if told else 0, cut)]
+    return np.concatenate([fixed.encode(np.append(change, scaled), float(weight), generator), *counts])
+
+
+def from_row(total: Unsigned, start: Tensors, fixed: FixedPoint) -> Summed:
+    """The mean out of a sum of rows.
+
+    Raises:
+        SecureRefused: the weights sum to zero.
+    """
+    weight, told, cut = (int(number) for number in total[-COUNTS:])
+    if not weight:
+        raise SecureRefused("the weights of all clients sum to zero")
+    sums = fixed.decode(total[:-COUNTS])
+    loss = float(sums[-1]) / fixed.limit * LARGEST_LOSS / told if told else None
+    tensors, begin = Tensors(), 0
+    for name in sorted(start):
+        part = sums[begin : begin + start[name].numel()] / weight
+        begin += len(part)
+        mean = start[name].double() + torch.from_numpy(part).reshape(start[name].shape)
+        tensors[name] = mean.to(torch.float32)
+    return Summed(tensors, weight, loss, cut)
+
+
+def masked_record(row: Unsigned) -> ArrayRecord:
+    """A masked row as it travels."""
+    return ArrayRecord({MASKED: Array(row)})
+
+
+def masked_row(content: RecordDict, length: int, bits: int) -> Unsigned:
+    """The masked row in a reply.
+
+    Raises:
+        SecureRefused: there is none of that length and modulus.
+    """
+    array = content.array_records.get(MASKED, ArrayRecord()).get(MASKED)
+    row = None if array is None else decoded_array(MASKED, array)
+    if row is None or row.shape != (length,) or row.dtype != np.dtype(f"<u{bits // 8}"):
+        raise SecureRefused(f"its update is not a row of {length} integers of {bits} bits under masks")
+    return row
+
+
+def _flat(trained: Tensors, start: Tensors, name: str) -> NDArray[np.float64]:
+    flat: NDArray[np.float64] = (trained[name].double() - start[name].double()).numpy().reshape(-1)
+    return flat
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A record of a step; each method raises `SecureRefused` where a value is not what it should be."""
+
+    record: ConfigRecord
+
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self.record.get(key)
+        if not isinstance(value, str):
+            raise SecureRefused(f"{key} is no text")
+        return value
+
+    def number(self, key: str) -> int:
+        """A whole number >= 1."""
+        value = self.record.get(key)
+        if type(value) is not int or value < 1:
+            raise SecureRefused(f"{key} is no number >= 1")
+        return value
+
+    def binary(self, key: str) -> bytes:
+        """Bytes."""
+        value = self.record.get(key)
+        if not isinstance(value, bytes):
+            raise SecureRefused(f"{key} is not bytes")
+        return value
+
+    def numbers(self, key: str) -> list[int]:
+        """Partitions, each once; none where there is no such key."""
+        values = self.record.get(key, [])
+        if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**63 for v in values):
+            raise SecureRefused(f"{key} is no list of partitions")
+        if len(set(values)) < len(values):
+            raise SecureRefused(f"{key} names a partition twice")
+        return values  # type: ignore[return-value]
+
+    def table(self, partitions: str, values: str) -> dict[int, bytes]:
+        """Bytes by partition, out of two lists."""
+        found, keys = self.record.get(values, []), self.numbers(partitions)
+        table = [v for v in found if isinstance(v, bytes)] if isinstance(found, list) else []
+        if len(table) != len(keys) or table != found:
+            raise SecureRefused(f"{values} is no list of bytes, one for each of {partitions}")
+        return dict(zip(keys, table, strict=True))
+
+
+def step_of(content: RecordDict) -> Step:
+    """The step in a message or an answer.
+
+    Raises:
+        SecureRefused: there is none, or the other side refused it.
+    """
+    record = content.config_records.get(SECURE)
+    if record is None:
+        raise SecureRefused("the message says nothing of secure sums")
+    if "reason" in record:
+        raise SecureRefused(str(record["reason"]))
+    return Step(record)
+
+
+def step_bytes(content: RecordDict) -> int:
+    """Payload bytes of a step: of its keys, shares and numbers, without names."""
+    record = content.config_records.get(SECURE, ConfigRecord())
+    return sum(_size(item) for value in record.values() for item in _items(value))
+
+
+def _items(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _size(item: object) -> int:
+    return len(item) if isinstance(item, (str, bytes)) else 8

@@ -1,0 +1,227 @@
+"""Rounds of which the server learns sums alone: secure aggregation (`fedlora.secure`) around a rule.
+
+A round is four exchanges: keys, sealed shares, the orders to train with their masked replies, and the shares
+that take the masks off their sum. The rule is then given one update: the clients' weighted mean, which for a
+rule of sums (`Facts.secure_sum`) makes of the state what the updates themselves would have made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from logging import WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+
+from fedlora import wire
+from fedlora.core.adapters import tensor_names
+from fedlora.core.factors import Tensors
+from fedlora.core.state import ClientUpdate
+from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
+from fedlora.secure.collector import Collector
+from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.participant import Terms
+from strategies.flower import FactorStrategy
+from strategies.replies import TRAIN_LOSS
+from strategies.request import PendingRequest
+
+Steps = Mapping[int, Mapping[str, Any]]
+"""Partition -> what it is asked."""
+
+
+class SecureStrategy(FactorStrategy):
+    """Strategy of a rule of sums.
+
+    Args:
+        arguments, named: as of `FactorStrategy`.
+        terms: of each round.
+        largest_change: by which a number may change.
+        max_weight: the most that a client may weigh.
+        timeout: seconds for each exchange but that of training.
+
+    Raises:
+        ConfigError: a rule that needs single updates.
+    """
+
+    def __init__(
+        self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int, timeout: float = 3600,
+        **named: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(*arguments, **{**named, "diagnostics": False})
+        if not self.rule.facts.secure_sum:
+            raise ConfigError(f"secure sums: {self.rule.facts.name} needs single updates")
+        if self.screening is not None or self.client_dp is not None:
+            raise ConfigError("secure sums: screening and client-level privacy need single updates")
+        self.terms, self.timeout = terms, timeout
+        self.largest_change, self.max_weight = largest_change, max_weight
+        self.collector = Collector(terms=terms)
+        self._grid: Grid | None = None
+        self._nodes: dict[int, int] = {}
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """The instructions to the clients that have exchanged keys and shares before."""
+        self._grid = grid
+        return super().configure_train(server_round, arrays, config, grid)
+
+    def _instructions(
+        self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
+        config: ConfigRecord,
+    ) -> list[Message]:  # fmt: skip
+        self.transport.beside = {}
+        if message_type == MessageType.TRAIN and chosen:
+            chosen = self._agree({partition: present[partition] for partition in chosen})
+            for partition in chosen:
+                record = ConfigRecord({"session": self.collector.session, "sharers": chosen})
+                record["max-weight"] = self.max_weight
+                if sealed := self.collector.sealed_for(partition):
+                    record["from"], record["sealed"] = list(sealed), list(sealed.values())
+                self.transport.beside[partition] = record
+        return super()._instructions(chosen, present, message_type, server_round, config)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the mean of the valid updates, once the masks are off their sum.
+
+        Raises:
+            RunFailed: fewer clients than a sum may be of, or than ``min_train_nodes``, are left in some step.
+        """
+        contents = self.transport.settle(replies)
+        if not self.transport.requests:
+            return None, None
+        start, fixed = self._start(), self._fixed()
+        for request in self.transport.requests:
+            self._take_update(request, contents.get(request.partition_id), wire.row_length(start))
+        self._count_bytes()
+        survivors = sorted(self.collector.survivors)
+        if len(survivors) < self.selection.min_train_nodes:
+            raise RunFailed(
+                f"round {server_round}: {len(survivors)} masked updates, min-train-nodes = "
+                f"{self.selection.min_train_nodes} ({self.report.refusals() or 'no replies'})"
+            )
+        self.collector.close_masked()
+        self._unmask(survivors)
+        try:
+            summed = wire.from_row(self.collector.total(), start, fixed)
+        except SecureRefused as error:
+            raise RunFailed(f"round {server_round}: {error}") from None
+        if summed.cut:
+            log(
+                WARNING,
+                "secure.largest-change = %s: %s clients cut numbers to it",
+                self.largest_change,
+                summed.cut,
+            )
+        self.state, _ = self._next_state({}, [self._virtual(summed)])
+        self.report.participants, self.report.train_loss = survivors, summed.loss
+        self._released = self.arrays()
+        return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
+
+    # --- the exchanges --------------------------------------------------------------------------------
+
+    def _agree(self, nodes: Mapping[int, int]) -> list[int]:
+        """Exchange keys and shares with the clients; returns those that did both."""
+        collector = self.collector = Collector(terms=self.terms)
+        self._nodes = dict(nodes)
+        session = {"session": collector.session}
+        self._ask(
+            {p: {"phase": wire.ADVERTISE, **session} for p in sorted(nodes)},
+            lambda partition, step: collector.take_keys(partition, step.binary("keys")),
+        )
+        collector.close_keys()
+        everybody = {
+            "phase": wire.SHARE, **session,
+            "partitions": sorted(collector.keys), "keys": [collector.keys[p] for p in sorted(collector.keys)],
+        }  # fmt: skip
+        self._ask(
+            dict.fromkeys(sorted(collector.keys), everybody),
+            lambda partition, step: collector.take_shares(
+                partition, step.table("holders", "sealed"), step.binary("digest")
+            ),
+        )
+        collector.close_shares()
+        return sorted(collector.sealed)
+
+    def _unmask(self, survivors: list[int]) -> None:
+        order = {"phase": wire.UNMASK, "session": self.collector.session, "survivors": survivors}
+        self._ask(
+            dict.fromkeys(survivors, order),
+            lambda partition, step: self.collector.take_unmasking(
+                partition, step.table("own-of", "own"), step.table("pair-of", "pair")
+            ),
+            lost=False,
+        )
+
+    def _ask(self, orders: Steps, take: Callable[[int, wire.Step], None], *, lost: bool = True) -> None:
+        """One exchange; whoever does not answer, or not as it should, takes no part in what follows.
+
+        Args:
+            orders: what each is asked.
+            take: takes an answer in, in partition order.
+            lost: without its answer a client is not in the round's sum.
+        """
+        assert self._grid is not None
+        records: dict[int, ConfigRecord] = {}
+        messages = []
+        for partition, order in orders.items():
+            record = records.setdefault(id(order), ConfigRecord(dict(order)))
+            content = RecordDict({wire.SECURE: record})
+            self.report.bytes_down += wire.step_bytes(content)
+            group = str(self.report.server_round)
+            messages.append(Message(content, self._nodes[partition], wire.STEP, group_id=group))
+        by_node = {node: partition for partition, node in self._nodes.items()}
+        answers = {by_node.get(reply.metadata.src_node_id): reply
+                   for reply in self._grid.send_and_receive(messages, timeout=self.timeout)}  # fmt: skip
+        for partition in orders:
+            try:
+                take(partition, self._answer(answers.get(partition)))
+            except SecureRefused as error:
+                reason = f"secure sums, {orders[partition]['phase']}: {error}"
+                if lost:
+                    self.report.refuse({partition: reason})
+                else:
+                    log(WARNING, "\tpartition %s: %s", partition, reason)
+
+    def _answer(self, reply: Message | None) -> wire.Step:
+        if reply is None or reply.has_error():
+            raise SecureRefused("no answer" if reply is None else f"failed ({reply.error.reason})")
+        self.report.bytes_up += wire.step_bytes(reply.content)
+        return wire.step_of(reply.content)
+
+    # --- from replies to one update ---------------------------------------------------------------------
+
+    def _take_update(self, request: PendingRequest, content: RecordDict | None, length: int) -> None:
+        """Add a masked update to the sum, or count its client out."""
+        reply = request.reply
+        try:
+            if reply is None or content is None:
+                raise UpdateRefused(request.failure)
+            if reply.status != wire.OK:
+                raise UpdateRefused(reply.reason or f"answered {reply.status!r}")
+            row = wire.masked_row(content, length, self.terms.bits)
+            self.collector.take_masked(request.partition_id, row)
+        except UpdateRefused as error:
+            self.report.refuse({request.partition_id: str(error)})
+            return
+        self.report.note(request.partition_id, reply)
+        self.transport.note_ledger(request)
+
+    def _start(self) -> Tensors:
+        """What every client's training began from, of what is shipped."""
+        sent = self.transport.requests[0].broadcast
+        return wire.to_peft(sent.adapters, sent.head, sent.uploaded, sent.modules)
+
+    def _fixed(self) -> FixedPoint:
+        clients = len(self.collector.sealed)
+        return FixedPoint(clients, self.terms.bits, self.largest_change, self.max_weight)
+
+    def _virtual(self, summed: wire.Summed) -> ClientUpdate:
+        """The clients' mean as the update of one, of their whole weight."""
+        sent = self.transport.requests[0].broadcast
+        parts = wire.from_peft(summed.tensors, tensor_names(sent.adapters))
+        adapters = parts.over(sent.adapters)
+        return ClientUpdate(partition_id=0, adapters=adapters, head=parts.head, weight=float(summed.weight))

@@ -1,0 +1,297 @@
+"""Runs of which the server sees sums alone: the same results, and nothing in the clear, whoever vanishes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ConfigRecord, Message, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clients.handler import handle
+from fedlora import wire
+from fedlora.config import RunConfig, from_flat, to_flat
+from fedlora.core.state import State
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
+from fedlora.simulation.in_process import InProcessEngine
+from fedlora.simulation.local_grid import LocalGrid
+from strategies.registry import RULES
+
+ENGINE = InProcessEngine()
+KEYS: dict[str, Any] = {
+    "model.name": "tiny", "data.name": "synthetic", "data.evaluate-examples": 8, "data.num-partitions": 5,
+    "lora.rank": 2, "train.local-steps": 2, "train.batch-size": 2, "engine.name": "in-process",
+    "num-server-rounds": 2, "secure.mode": "sums", "engine.cohort-size": 2,
+}  # fmt: skip
+SUMS = [name for name, rule in RULES.items() if rule.facts.secure_sum]
+Answer = Callable[[Message, int, Message], Message | None]
+"""A message, its partition and the reply: what arrives in its place."""
+
+
+def config_of(**keys: Any) -> RunConfig:
+    return from_flat({**KEYS, **{k.replace("_", "-"): v for k, v in keys.items()}})
+
+
+class Between(LocalGrid):
+    """Grid around an engine's, with somebody between server and clients."""
+
+    def __init__(self, inner: LocalGrid, answer: Answer) -> None:
+        super().__init__(inner.partition_ids.values())
+        self.inner, self.answer = inner, answer
+        self.replies: list[tuple[int, str, RecordDict]] = []
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        sent = list(messages)
+        by_node = {m.metadata.dst_node_id: m for m in sent}
+        arrived = []
+        for reply in self.inner.send_and_receive(sent, timeout=timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_content():
+                self.replies.append((self.partition_ids[node], phase(by_node[node]), reply.content))
+            changed = self.answer(by_node[node], self.partition_ids[node], reply)
+            arrived += [] if changed is None else [changed]
+        return arrived
+
+
+def phase(message: Message) -> str:
+    """``advertise``, ``share``, ``train``, ``unmask`` or ``evaluate``."""
+    kind = message.metadata.message_type
+    return str(message.content[wire.SECURE]["phase"]) if kind == wire.STEP else kind
+
+
+def honest(message: Message, partition: int, reply: Message) -> Message | None:
+    return reply
+
+
+def first_vanish(at: str, number: int, message: Message, partition: int, reply: Message) -> Message | None:
+    """The first so many partitions do not answer in a phase."""
+    return None if phase(message) == at and partition < number else reply
+
+
+def carry_out(
+    path: Path, answer: Answer = honest, *, resume: bool = False, **keys: Any
+) -> tuple[FederatedRun, Between]:
+    run = FederatedRun(ENGINE.session(config_of(**keys), path), RunDirectory(path, resume=resume))
+    grid = Between(run.session.grid(run), answer)
+    run.run(grid)
+    return run, grid
+
+
+def numbers(state: State) -> dict[str, torch.Tensor]:
+    """The products, which do not depend on how a rule splits them, and the head."""
+    return {name: state.product(name).dense() for name in state.adapters} | dict(state.head)
+
+
+def distance(one: State, other: State) -> float:
+    """The largest difference, as a share of the norm of its tensor."""
+    first, second = numbers(one), numbers(other)
+    return max(float((first[n] - t).norm() / max(float(t.norm()), 1e-6)) for n, t in second.items())
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_a_run_ends_where_the_plain_one_ends(name: str, cache: Path, tmp_path: Path) -> None:
+    """Within rounding; and with the sum of four, where the fifth gets lost on the way."""
+    more = {"data.public": "synthetic"} if RULES[name]().gradient_examples else {}
+    keys = {"strategy.name": name, "engine.cohort-size": 1, **more}
+    lost = {("train", 3)}
+
+    def vanishing(message: Message, partition: int, reply: Message) -> Message | None:
+        return None if (phase(message), partition) in lost else reply
+
+    plain, _ = carry_out(tmp_path / "plain", vanishing, **{**keys, "secure.mode": "none"})
+    summed, _ = carry_out(tmp_path / "sums", vanishing, **keys)
+    assert distance(summed.state, plain.state) < 1e-4
+    lines = summed.directory.rounds()
+    assert [line["participants"] for line in lines] == [[0, 1, 2, 4]] * 2
+    assert all(line["train_loss"] == pytest.approx(other["train_loss"], abs=1e-3)
+               for line, other in zip(lines, plain.directory.rounds(), strict=True))  # fmt: skip
+
+
+def test_what_arrives_is_noise_and_no_metric(cache: Path, tmp_path: Path) -> None:
+    """Every byte value of a masked update is as frequent as another; nothing else of training is told."""
+    _, grid = carry_out(tmp_path / "run")
+    trained = [content for _, at, content in grid.replies if at == "train"]
+    assert len(trained) == 10
+    counts: Counter[int] = Counter()
+    for content in trained:
+        assert not content[wire.ARRAYS]
+        assert not content[wire.METRICS]
+        counts.update(content[wire.MASKED][wire.MASKED].numpy().tobytes())
+    expected = sum(counts.values()) / 256
+    statistic = sum((counts[i] - expected) ** 2 / expected for i in range(256))
+    assert 150 < statistic < 400  # 255 degrees of freedom
+
+
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(cache: Path, tmp_path: Path) -> None:
+    whole, _ = carry_out(tmp_path / "whole", num_server_rounds=3)
+    stopped, _ = carry_out(tmp_path / "half")
+    assert stopped.state.round == 2
+    resumed, _ = carry_out(tmp_path / "half", resume=True, num_server_rounds=3)
+    assert distance(resumed.state, whole.state) == 0
+
+
+# --- who vanishes, and who lies -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("at", ["advertise", "share", "train", "unmask"])
+@pytest.mark.parametrize("gone", [1, 2])
+def test_a_round_goes_on_without_who_vanishes_before_any_phase(
+    at: str, gone: int, cache: Path, tmp_path: Path
+) -> None:
+    """As long as as many stay as the threshold says: 4 of 5 holders at 0.66, 3 of them at 0.6."""
+    run, _ = carry_out(tmp_path / "run", partial(first_vanish, at, gone), **{"secure.threshold": 0.6})
+    line = run.directory.rounds()[-1]
+    lost = 0 if at == "unmask" else gone
+    assert line["participants"] == list(range(lost, 5))
+    plain, _ = carry_out(tmp_path / "plain", partial(first_vanish, "train", lost), **{"secure.mode": "none"})
+    assert distance(run.state, plain.state) < 1e-4
+
+
+def test_too_few_fail_the_run_in_one_line(cache: Path, tmp_path: Path) -> None:
+    for at, why in (
+        ("advertise", "2 clients sent keys, secure.min-clients = 3"),
+        ("share", "2 clients shared their secrets, secure.min-clients = 3"),
+        ("train", "2 clients uploaded, secure.min-clients = 3"),
+        ("unmask", "2 shares of partition 0's secret are left, 4 needed"),
+    ):
+        with pytest.raises(RunFailed, match=why) as caught:
+            carry_out(tmp_path / at, partial(first_vanish, at, 3))
+        assert "\n" not in str(caught.value)
+
+
+VALUES = st.one_of(
+    st.integers(-3, 2**40), st.text(max_size=4), st.binary(max_size=70),
+    st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    st.lists(st.binary(max_size=70), min_size=1, max_size=6),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_one_client_answers_the_others_sum_is_right_or_the_run_fails(
+    data: st.DataObject, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A step's record with keys of other values, or none; a masked update of another shape or kind."""
+    at = data.draw(st.sampled_from(["advertise", "share", "train", "unmask"]))
+
+    def lying(message: Message, partition: int, reply: Message) -> Message | None:
+        if partition != 2 or phase(message) != at or message.metadata.group_id != "1":
+            return reply
+        content = reply.content
+        if at == "train":
+            drawn = data.draw(st.sampled_from([np.zeros(3, "<u4"), np.zeros((2, 2)), np.zeros(9, "<u8")]))
+            content[wire.MASKED] = wire.to_record({wire.MASKED: torch.from_numpy(drawn.astype("<f4"))})
+        else:
+            record = dict(content[wire.SECURE])
+            key = data.draw(st.sampled_from(sorted(record)))
+            record.pop(key)
+            if data.draw(st.booleans()):
+                record[key] = data.draw(VALUES)
+            content[wire.SECURE] = ConfigRecord(record)
+        return Message(content, reply_to=message)
+
+    home = tmp_path_factory.mktemp("lying")
+    keys = {"num-server-rounds": 1, "secure.threshold": 0.6}
+    run, _ = carry_out(home / "run", lying, **keys)
+    there = run.directory.rounds()[0]["participants"]
+    assert there == ([0, 1, 2, 3, 4] if at == "unmask" or 2 in there else [0, 1, 3, 4])
+
+    def without(message: Message, partition: int, reply: Message) -> Message | None:
+        return None if partition not in there and phase(message) == "train" else reply
+
+    plain, _ = carry_out(home / "plain", without, **{**keys, "secure.mode": "none"})
+    assert distance(run.state, plain.state) < 1e-4
+
+
+# --- a client and its owner ---------------------------------------------------------------------------
+
+
+def step(node: dict[str, Any], state: RecordDict, **keys: Any) -> ConfigRecord:
+    content = RecordDict({wire.SECURE: ConfigRecord(keys)})
+    return handle(wire.STEP, content, to_flat(config_of()), node, ENGINE.runtimes, state)[wire.SECURE]
+
+
+def test_a_client_forgets_a_round_once_it_has_unmasked_it(cache: Path, tmp_path: Path) -> None:
+    """Asked again for the same sum, or a smaller one, it has nothing to tell."""
+    seen: dict[int, Message] = {}
+
+    def watching(message: Message, partition: int, reply: Message) -> Message | None:
+        if phase(message) == "unmask":
+            seen[partition] = message
+        return reply
+
+    _, grid = carry_out(tmp_path / "run", watching)
+    message = seen[0]
+    for survivors in ([0, 1, 2, 3, 4], [0, 1, 2]):
+        message.content[wire.SECURE]["survivors"] = survivors
+        [reply] = grid.inner.send_and_receive([message])
+        assert "no keys for that round" in str(reply.content[wire.SECURE]["reason"])
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"phase": "share", "session": "a", "partitions": [0], "keys": [b"k"]},
+        {"phase": "unmask", "session": "a", "survivors": [0, 1, 2]},
+        {"phase": "other", "session": "a"},
+        {"phase": "advertise"},
+        {"phase": 3, "session": "a"},
+        {},
+    ],
+)
+def test_a_stray_step_is_refused_in_one_line(asked: dict[str, Any], cache: Path) -> None:
+    told = step({"partition-id": 0, "simulation": True}, RecordDict(), **asked)
+    assert set(told) == {"reason"}
+    assert "\n" not in str(told["reason"])
+
+
+def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) -> None:
+    """A node that wants six in a sum does not share among five; without sums it does not train at all."""
+    node, state = {"partition-id": 0, "secure-clients": 6, "state-dir": str(tmp_path)}, RecordDict()
+    assert "keys" in step(node, state, phase="advertise", session="a")
+    own = step(node, state, phase="advertise", session="b")["keys"]
+    keys = [own, *(bytes([i]) * 64 for i in range(4))]
+    told = step(node, state, phase="share", session="b", partitions=list(range(5)), keys=keys)
+    assert told["reason"] == "5 clients advertise keys, the least is 6"
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        ({"strategy.name": "flora"}, "flora needs each client's own factors"),
+        ({"strategy.name": "flexlora"}, "flexlora needs each client's own factors"),
+        ({"strategy.robust": "median"}, "strategy.robust = 'median' looks at single updates"),
+        ({"strategy.screening": "on"}, "strategy.screening = 'on' compares single updates"),
+        ({"strategy.max-update-norm": 1.0}, "strategy.max-update-norm = 1.0 looks at single updates"),
+        ({"privacy.mode": "client", "privacy.noise-multiplier": 1.0}, "privacy.mode = 'client' clips single"),
+        ({"upload": "int8"}, "upload = 'int8'"),
+        ({"lora.ranks": "2,4", "strategy.name": "zero-padding"}, "cannot be added up"),
+        ({"client-groups": '[{"partitions": "0", "alpha": 3.0}]'}, "cannot be added up"),
+        ({"data.num-partitions": 2}, "secure.min-clients = 3: only 2 clients take part"),
+        ({"secure.max-weight": 10**9}, "secure.max-weight = 1000000000: sums of 5 such weights overflow"),
+        ({"secure.bits": 16}, "secure.bits = 16: accepted are 32, 64"),
+        ({"secure.threshold": 0.5}, "secure.threshold = 0.5"),
+        ({"secure.mode": "sum"}, "did you mean sums"),
+    ],
+)
+def test_what_excludes_secure_sums_is_refused_before_anything_starts(
+    keys: dict[str, Any], why: str, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        carry_out(tmp_path / "run", **keys)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "rounds.jsonl").exists()
+
+
+def test_a_claim_beyond_the_largest_weight_takes_no_part(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"must be whole and at most secure.max-weight = 5"):
+        carry_out(tmp_path / "run", **{"secure.max-weight": 5})
