@@ -108,10 +108,8 @@ def _masked(
         raise SecureRefused(str(error)) from None
     key = mechanism_of(config).weighted_by_key
     weight = 1.0 if key is None else reply.metrics.get(key, -1.0)
-    if not (weight.is_integer() and 0 <= weight <= fixed.max_weight):
-        raise SecureRefused(
-            f"{key} = {weight:g}: must be whole and at most secure.max-weight = {fixed.max_weight}"
-        )
+    if not (weight.is_integer() and 0 <= weight <= fixed.max_weight):  # how many it has is not told
+        raise SecureRefused(f"its {key} is not whole, or beyond secure.max-weight = {fixed.max_weight}")
     rounding = stream(config.seed, "secure", instruction.server_round, settings.partition_id)
     loss = reply.metrics.get("train-loss")
     row = wire.to_row(reply.start, reply.arrays, int(weight), loss, fixed, rounding)

@@ -293,5 +293,5 @@ def test_what_excludes_secure_sums_is_refused_before_anything_starts(
 
 
 def test_a_claim_beyond_the_largest_weight_takes_no_part(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFailed, match=r"must be whole and at most secure.max-weight = 5"):
+    with pytest.raises(RunFailed, match=r"its num-examples is not whole, or beyond secure.max-weight = 5\)"):
         carry_out(tmp_path / "run", **{"secure.max-weight": 5})
