@@ -2,40 +2,31 @@
 
 from __future__ import annotations
 
+import csv
 import json
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
+from PIL import Image
 
 from fedlora.study.report.report import write_report
+from tests.browser import a_browser, needs_browser, screen, sideways
 from tests.study.made_up import large, study
 
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs the package selenium")
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="needs chromium and chromedriver")
+pytest.importorskip("selenium", reason="needs the package selenium")
+pytestmark = needs_browser
 OF_RUNS = ".chart .series[data-series^=s]"
 """What a run's button hides; levels such as the majority stay."""
-ARGUMENTS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    yield driver
-    driver.quit()
+    with a_browser(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +38,10 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Any:
-    _screen(browser, 1280, "light")
+    screen(browser, 1280, "light")
     browser.get_log("performance")
     browser.get(address)
     return browser
-
-
-def _screen(browser: Any, width: int, scheme: str) -> None:
-    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 500}
-    media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
 
 def _find(page: Any, selector: str) -> Any:
@@ -87,7 +71,7 @@ def test_a_button_hides_and_shows_its_run_in_all_charts(page: Any) -> None:
     others = _find(page, ".series[data-series=s3]")
     assert button.text == "flora"
     assert button.get_attribute("aria-pressed") == "true"
-    assert len(parts) == 11
+    assert len(parts) == 13
     assert all(part.is_displayed() for part in parts)
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
@@ -146,7 +130,7 @@ def test_missing_numbers_stay_last_in_both_directions(page: Any) -> None:
 
 
 def test_nothing_sticks_out_on_a_phone(page: Any) -> None:
-    _screen(page, 390, "light")
+    screen(page, 390, "light")
     widths = page.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert widths == [390, 390]
     for details in _find(page, "details"):
@@ -158,7 +142,7 @@ def test_nothing_sticks_out_on_a_phone(page: Any) -> None:
 
 
 def test_text_in_charts_is_legible_on_a_phone(page: Any) -> None:
-    _screen(page, 390, "light")
+    screen(page, 390, "light")
     heights = [text.rect["height"] for text in _find(page, ".chart svg text") if not _turned(text)]
     assert min(heights) >= 9
 
@@ -186,7 +170,7 @@ def large_page(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study of five hundred runs, opened."""
     path: Path = tmp_path_factory.mktemp("large") / "report.html"
     write_report(path, "Five hundred runs", large(), "*:method-0")
-    _screen(browser, 1280, "light")
+    screen(browser, 1280, "light")
     browser.get_log("browser")
     browser.get(path.as_uri())
     return path
@@ -215,7 +199,7 @@ def test_the_legend_of_many_runs_leaves_room_for_the_charts(browser: Any, large_
 
 
 def test_long_names_leave_room_for_the_numbers_on_a_phone(browser: Any, large_page: Path) -> None:
-    _screen(browser, 390, "light")
+    screen(browser, 390, "light")
     for name in (".sortable tbody th", "#claims ~ .scroll tbody th"):
         assert _find(browser, name)[0].rect["width"] < 390 / 2
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390
@@ -232,7 +216,7 @@ def test_dark_mode_turns_paper_ink_and_series(page: Any) -> None:
         _style(page, "body", "color"),
         _style(page, line, "stroke"),
     ]
-    _screen(page, 1280, "dark")
+    screen(page, 1280, "dark")
     dark = [
         _style(page, "body", "backgroundColor"),
         _style(page, "body", "color"),
@@ -240,3 +224,109 @@ def test_dark_mode_turns_paper_ink_and_series(page: Any) -> None:
     ]
     assert all(a != b for a, b in zip(light, dark, strict=True))
     assert dark[0] == "rgb(22, 24, 27)"
+
+
+# --- columns, copies, pictures -----------------------------------------------------------------------
+
+
+def _columns(page: Any) -> list[str]:
+    return [th.text for th in _find(page, "#all-runs thead th") if th.is_displayed()]
+
+
+@pytest.mark.parametrize("width", [1280, 1136, 390])
+def test_only_columns_that_fit_are_shown_and_a_reader_has_the_others(page: Any, width: int) -> None:
+    screen(page, width, "light")
+    page.refresh()
+    room = "const room = document.querySelector('#all-runs').parentElement; "
+    assert page.execute_script(f"{room} return room.scrollWidth - room.clientWidth") == 0
+    assert _columns(page)[:2] == ["Run", "Accuracy"]
+    assert sideways(page) <= 0
+    boxes = _find(page, ".columns input")
+    assert len(boxes) == len(_find(page, "#all-runs thead th")) - 1
+    assert sum(box.is_selected() for box in boxes) == len(_columns(page)) - 1
+    if width > 1000:
+        return
+    assert len(_columns(page)) < len(boxes)
+    summary = next(s for s in _find(page, ".tools summary") if s.text.startswith("Columns ("))
+    summary.click()
+    (epsilon,) = [label for label in _find(page, ".columns label") if label.text == "Epsilon"]
+    epsilon.click()
+    assert _columns(page)[-1] == "Epsilon"
+    assert sideways(page) == 0
+
+
+def _as(page: Any, form: str) -> str:
+    found = page.execute_script("return tableText(document.querySelector('#all-runs'), arguments[0])", form)
+    return str(found)
+
+
+def test_a_table_is_copied_as_it_is_shown(page: Any) -> None:
+    rows = list(csv.reader(_as(page, "csv").splitlines()))
+    assert rows[0] == _columns(page)
+    assert rows[1][:2] == ["fedavg (strategy)", "81.7% (80.1 to 83.2%)"]
+    assert len({len(row) for row in rows}) == 1
+    markdown = _as(page, "Markdown").splitlines()
+    assert markdown[1].startswith("| --- | ---: |")
+    assert len(markdown) == len(rows) + 1
+    latex = _as(page, "LaTeX")
+    assert r"fedavg (strategy) & 81.7\% (80.1 to 83.2\%) &" in latex
+    assert latex.count(r"\\") == len(rows)
+    button = next(b for b in _find(page, "#runs ~ .tools button") if b.text == "csv")
+    page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite"]})
+    button.click()
+    page.execute_script("window.focus()")
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, e => done(String(e)))"
+    assert page.execute_async_script(read) == _as(page, "csv")
+    assert button.text == "csv: copied"
+
+
+HOSTILE = """
+const table = document.createElement("table");
+table.innerHTML = "<tr><th>a</th></tr><tr><td></td></tr>";
+table.rows[1].cells[0].textContent = arguments[0];
+return tableText(table, arguments[1]);
+"""
+
+
+def test_signs_of_the_forms_are_escaped(page: Any) -> None:
+    text = 'a,"b"|c_d%\\e$'
+    assert next(csv.reader([page.execute_script(HOSTILE, text, "csv").splitlines()[1]])) == [text]
+    assert r"\|c" in page.execute_script(HOSTILE, text, "Markdown")
+    assert r"|c\_d\%\textbackslash{}e\$ \\" in page.execute_script(HOSTILE, text, "LaTeX")
+
+
+def test_a_chart_is_saved_as_svg_and_png_with_its_legend(page: Any, tmp_path: Path) -> None:
+    folder = {"behavior": "allow", "downloadPath": str(tmp_path)}
+    page.execute_cdp_cmd("Browser.setDownloadBehavior", folder)
+    _find(page, "[data-toggle=s1]")[0].click()
+    for button in _find(page, "#chart-accuracy > .tools button"):
+        button.click()
+    deadline = time.monotonic() + 20
+    while not all((tmp_path / f"accuracy.{ending}").exists() for ending in ("svg", "png")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    text = (tmp_path / "accuracy.svg").read_text()
+    assert "var(" not in text
+    names = [
+        "".join(e.itertext()) for e in ElementTree.fromstring(text).iter("{http://www.w3.org/2000/svg}text")
+    ]
+    assert "flora" in names
+    assert "ffa" not in names
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.width == 920
+        assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
+
+
+def test_a_picture_is_on_the_first_screen(page: Any) -> None:
+    (picture,) = _find(page, "#chart-overview svg")
+    assert picture.rect["y"] + picture.rect["height"] < 844
+    page.set_window_size(1280, 844)
+    assert "lora-fair" in [text.text for text in _find(page, "#chart-overview svg text")]
+
+
+def test_what_differs_is_marked_and_folders_are_linked(page: Any) -> None:
+    marked = {mark.get_attribute("textContent") for mark in _find(page, "#differing mark")}
+    assert marked == {"0", "0.005", "example", "64"}
+    links = [link.get_attribute("href") for link in _find(page, ".run a")]
+    assert links[0].endswith("/fedavg/")
+    assert len(links) == len(study())

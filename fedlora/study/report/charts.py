@@ -19,6 +19,7 @@ from fedlora.study.report.figure import (
     Chart,
     Drawing,
     Numbers,
+    series_gid,
     styles_of,
 )  # fmt: skip
 from fedlora.study.report.format import (
@@ -44,6 +45,8 @@ CLIENT_SHARES = {
     1.0: "best client",
 }  # fmt: skip
 """Quantiles of the clients that are marked."""
+MOST_IN_OVERVIEW = 14
+"""Runs of the picture on the first screen."""
 MOST_LETTERS, LEGEND_LINE = 54, 0.26
 """Of the names in a line of a legend outside of the page; the height of the line in inches."""
 SPREAD = 0.5
@@ -55,6 +58,34 @@ def draw_charts(rows: Sequence[Row]) -> list[Chart]:
     styles = styles_of(rows)
     with rc_context(SETTINGS):
         return [chart for draw in DRAWN if (chart := draw(rows, styles))]
+
+
+def overview_chart(rows: Sequence[Row]) -> Chart:
+    """The final accuracies with their intervals, named; the most accurate first."""
+    styles = styles_of(rows)
+    shown = sorted(rows, key=lambda row: -row.accuracy.value)[:MOST_IN_OVERVIEW]
+    with rc_context(SETTINGS):
+        canvas = Canvas(max(HEIGHT / 2, 46 + 22 * len(shown)))
+        for place, row in enumerate(shown):
+            estimate, style = row.accuracy, styles[row.name]
+            if estimate.low is not None and estimate.high is not None:
+                canvas.axes.plot(
+                    [estimate.low, estimate.high], [place, place], color=style.colour, zorder=2,
+                    gid=series_gid(style.key, "bar"),
+                )  # fmt: skip
+            canvas.points([(estimate.value, place)], style, [f"{row.name}: {percent(estimate.value)}"])
+        canvas.group_axis(
+            [row.name if len(row.name) < 25 else f"{row.name[:23]}\N{HORIZONTAL ELLIPSIS}" for row in shown]
+        )
+        canvas.percent_axis("x")
+        left_out = f", the {len(shown)} highest of {len(rows)}" if len(shown) < len(rows) else ""
+        return Chart(
+            name="overview",
+            title="Final accuracy",
+            note=f"On the whole test set, with 95% intervals{left_out}.",
+            svg=canvas.finish("overview", "Dot chart of final accuracies with their intervals"),
+            figure=canvas.figure,
+        )
 
 
 def with_legend(chart: Chart, rows: Sequence[Row]) -> Drawing:

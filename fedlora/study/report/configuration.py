@@ -88,6 +88,20 @@ def _neighbours(config: RunConfig) -> str:
     return f"differ by {hidden}, {differ}"
 
 
+Marked = tuple[str, bool]
+"""A value as it is read, and whether it departs from what is shared."""
+
+
+def differing(rows: Sequence[Row], shared: FlatConfig) -> tuple[list[str], list[tuple[str, list[Marked]]]]:
+    """The keys in which rows differ, and the values of each row."""
+    flats = {row.name: to_flat(row.config) for row in rows}
+    keys = [key for key, _ in shared_keys(dict.fromkeys(shared, "shown"))]
+    keys = [key for key in keys if len({flat[key] for flat in flats.values()}) > 1]
+    return keys, [
+        (name, [(str(flat[key]), flat[key] != shared[key]) for key in keys]) for name, flat in flats.items()
+    ]
+
+
 def shared_keys(shared: FlatConfig) -> list[tuple[str, Scalar]]:
     """Keys that all runs share, without those that are off."""
     return [(key, value) for key, value in shared.items() if value and not key.startswith(NOT_A_SETTING)]
@@ -176,6 +190,7 @@ def provenances(results: Sequence[CellResult]) -> list[tuple[list[str], dict[str
         packages = found.pop("packages", None) or {}
         found |= {name: version or "not installed" for name, version in packages.items()}
         found["code"] = code_of(result.provenance)
+        found["commit"] = found.get("commit") or "not from a git checkout"
         groups.setdefault(str(found), ([], found))[0].append(result.label)
     return list(groups.values())
 

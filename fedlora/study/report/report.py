@@ -17,7 +17,7 @@ from fedlora.study.analyse.summary import CONTROL, Estimate, Row, summarise
 from fedlora.study.analyse.tuning import Tuning
 from fedlora.study.plan.absent import Absent
 from fedlora.study.report import configuration, format
-from fedlora.study.report.charts import draw_charts
+from fedlora.study.report.charts import draw_charts, overview_chart
 from fedlora.study.report.figure import styles_of, swatch
 from fedlora.study.report.findings import CLAIMS_HEADER, claim, claims, find
 from fedlora.study.report.tables import write_tables
@@ -60,8 +60,8 @@ def write_report(
 
 
 def write_page(path: Path, title: str, results: Sequence[CellResult]) -> None:
-    """The page alone, without tables and claims."""
-    write_atomic(path, render(title, results))
+    """The page of the run whose directory it lies in, without tables and claims."""
+    write_atomic(path, render(title, results, folder="./"))
 
 
 def render(
@@ -72,8 +72,10 @@ def render(
     tuning: Tuning | None = None,
     looks: Sequence[int] = (),
     target: float = 0.0,
+    *,
+    folder: str = "",
 ) -> str:
-    """The report as HTML."""
+    """The report as HTML; ``folder`` is where a run's files are, by default the one named after it."""
     rows = summarise(results)
     shared = configuration.shared_config(rows)
     styles = styles_of(rows)
@@ -93,7 +95,10 @@ def render(
         claims_table=[claim(comparison) for comparison in comparisons],
         table=_table(rows, target),
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
+        overview=overview_chart(rows),
         charts=draw_charts(rows),
+        folder=folder,
+        differing=configuration.differing(rows, shared),
         details=[_detail(row, shared) for row in rows],
         facts=configuration.facts(rows),
         keys=configuration.shared_keys(shared),
@@ -107,6 +112,13 @@ def render(
 
 # --- the table of all runs ---------------------------------------------------------------------------
 
+RANK = {
+    name: rank
+    for rank, name in enumerate(
+        ("Accuracy", "Perplexity", "To the highest", f"Over {CONTROL}", "Epsilon", "MB up", "Time", "Gap")
+    )
+}
+"""Columns that stay the longest where room is short; the others go first."""
 Value = tuple[str, float | None, str]
 """A cell of the sortable table: what is read, the number it is sorted by (None sorts last), small print."""
 Column = Mapping[str, Value]
@@ -142,7 +154,7 @@ def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
             "Perplexity": (format.significant(before), before, ""),
         }
         lines.append((name, "untrained", [known.get(column, EMPTY) for column in columns]))
-    return {"columns": list(columns), "lines": lines}
+    return {"columns": [(name, RANK.get(name, len(RANK))) for name in columns], "lines": lines}
 
 
 def _column(rows: Sequence[Row], of: Callable[[Row], float | None], show: Callable[[float], str]) -> Column:
