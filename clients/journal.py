@@ -99,7 +99,7 @@ def read_journal(home: Path) -> list[Sent]:
     for number, line in enumerate(lines, start=1):
         try:
             found.append(Sent(**json.loads(line)))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             if number == len(lines) and not line.endswith("\n"):
                 break
             raise ConfigError(f"{path}: line {number} is none of a node's journal ({error})") from None

@@ -32,6 +32,7 @@ from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import RunConfig
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
 from fedlora.core.files import write_atomic
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.data.columns import BUILT_IN
 from fedlora.errors import ConfigError, FedLoraError, OwnDataRefused
 
@@ -155,18 +156,18 @@ def count_evaluation(settings: NodeSettings) -> None:
         done = _evaluations_done(path)
         if done >= most:
             raise ConfigError(f"max-evaluations = {most}: so many have left this node, see {path}")
-        write_atomic(path, json.dumps({"done": done + 1}) + "\n")
+        write_atomic(path, json.dumps(sealed({"done": done + 1})) + "\n")
 
 
 def _evaluations_done(path: Path) -> int:
     if not path.exists():
         return 0
     try:
-        done = json.loads(path.read_text())["done"]
-    except (ValueError, KeyError, TypeError):
+        done = read_sealed(path).get("done")
+    except ConfigError:
         done = None
     if type(done) is not int or done < 0:
-        raise ConfigError(f"{path}: is damaged, no evaluation leaves the node until its owner has mended it")
+        raise ConfigError(f"{path}: is damaged, no evaluation leaves the node until its owner has deleted it")
     return done
 
 

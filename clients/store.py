@@ -26,6 +26,7 @@ from fedlora import wire
 from fedlora.core.adapters import Adapters, tensor_names
 from fedlora.core.factors import Tensors
 from fedlora.core.files import write_atomic
+from fedlora.core.sealed import is_digest
 from fedlora.core.state import Patch, digest
 from fedlora.errors import UpdateRefused
 
@@ -246,8 +247,9 @@ def _undamaged(path: Path) -> Tensors:
 
 
 def _listed(path: Path) -> set[str]:
-    """The names in a list; none where another process has just dropped it."""
+    """The digests in a list; none where another process has just dropped it, or it is damaged."""
     try:
-        return set(json.loads(path.read_text()))
-    except (FileNotFoundError, ValueError):
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError, RecursionError):
         return set()
+    return {name for name in found if is_digest(name)} if isinstance(found, list) else set()

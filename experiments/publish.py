@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 
 from fedlora.core.files import write_atomic
-from fedlora.study.analyse.results import FILES, RESULT
+from fedlora.server.results import RESULT
+from fedlora.study.analyse.results import FILES
 
 CELLS = "cells.jsonl"
 

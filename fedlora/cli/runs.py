@@ -116,7 +116,7 @@ def _preview(settings: RunConfig, *, deployed: bool) -> None:
 
 def _finished(path: Path, rounds: int) -> bool:
     """Whether a run directory has its result and all of these rounds."""
-    from fedlora.server.directory import read_rounds
+    from fedlora.server.results import read_rounds
 
     return (path / "result.json").exists() and len(read_rounds(path)) >= rounds
 

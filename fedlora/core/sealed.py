@@ -2,14 +2,16 @@
 
 A sealed record is a JSON object whose ``sha256`` is that of all its other entries. It may hold the hashes of
 files beside it, tensors by `fedlora.core.state.digest` and bytes by sha256, so that one record vouches for a
-whole directory. What was written before there were seals is read as it is.
+whole directory. What a run goes on from is read with its seal alone; a finished run's records may be older
+than seals.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,13 @@ from fedlora.core.state import digest
 from fedlora.errors import ConfigError
 
 SEAL = "sha256"
+FILES_SHA256 = "files_sha256"
+"""In a record: of the files beside it that it vouches for, by name."""
+
+
+def is_digest(value: object) -> bool:
+    """Whether a value is a SHA-256 in hex."""
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +41,13 @@ def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, SEAL: _hash(record)}
 
 
-def read_sealed(file: Path) -> dict[str, Any]:
+def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
     """The record in a file, without its hash.
+
+    Args:
+        file: to read.
+        older: a record without a hash is taken for one of before there were seals, unless one of its entries
+            is a hash: then that entry's name was damaged.
 
     Raises:
         ConfigError: the file is not there, no JSON object, or not what was sealed.
@@ -42,14 +56,31 @@ def read_sealed(file: Path) -> dict[str, Any]:
         found = json.loads(file.read_text())
     except OSError as error:
         raise ConfigError(f"{file}: {_reason(error)}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError(f"{file}: is damaged, it is no JSON") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: is damaged, it is no JSON object")
     seal = found.pop(SEAL, None)
+    if seal is None and (not older or any(map(is_digest, found.values()))):
+        raise ConfigError(f"{file}: has no {SEAL}: it is damaged, or an earlier version wrote it")
     if seal is not None and seal != _hash(found):
         raise ConfigError(f"{file}: is damaged, its contents are not those that were written")
     return found
+
+
+def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of some files of a directory, for `FILES_SHA256`."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def changed(folder: Path, record: Mapping[str, Any]) -> Path | None:
+    """The first file that a record vouches for and that is not there as it was; None if all are."""
+    vouched: dict[str, str] = record.get(FILES_SHA256, {})
+    for name, expected in vouched.items():
+        file = folder / name
+        if not file.is_file() or hashes(folder, [name])[name] != expected:
+            return file
+    return None
 
 
 def read_tensors(file: Path, expected: str | None) -> Tensors:

@@ -12,11 +12,13 @@ from torch import nn
 from fedlora.assets.models import HUB_IDS, RANDOM_MODELS, model_directory
 from fedlora.config import ModelConfig
 from fedlora.core.files import user_path
+from fedlora.core.sealed import FILES_SHA256, SEAL, changed, hashes, read_sealed, sealed
 from fedlora.data.image_reader import PRETRAINED, TINY, model_source
 from fedlora.errors import ConfigError
 from fedlora.tasks import CLASSIFICATION, task_named
 
 CARD_FILE = "fedlora.json"
+VOUCHED = ("adapter_config.json", "adapter_model.safetensors")
 LIBRARY = "transformers."
 """Modules of classes that PEFT's AutoPeftModel may import."""
 
@@ -42,19 +44,26 @@ class AdapterCard:
     assistant_loss: Literal["all", "last"] = "all"
 
     def write(self, directory: Path) -> None:
-        """Write ``fedlora.json``."""
-        (directory / CARD_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        """Write ``fedlora.json``, which vouches for itself and for the adapter's files that are there."""
+        files = [file for file in VOUCHED if (directory / file).is_file()]
+        record = sealed(asdict(self) | {FILES_SHA256: hashes(directory, files)})
+        (directory / CARD_FILE).write_text(json.dumps(record, indent=2) + "\n")
 
     @classmethod
     def read(cls, directory: Path) -> AdapterCard:
         """The card of a directory from `save_adapter`.
 
         Raises:
-            ConfigError: no such file, or not what `save_adapter` writes.
+            ConfigError: no such file, not what `save_adapter` writes, or a file that it vouches for changed.
         """
         path = directory / CARD_FILE
+        fields = read_sealed(path, older=True)
+        if other := changed(directory, fields):
+            raise ConfigError(
+                f"{other}: is not what was written; put it back, or delete {SEAL} and {FILES_SHA256} from "
+                f"{CARD_FILE} if it was changed on purpose"
+            )
         try:
-            fields = json.loads(path.read_text())
             return cls(
                 model=ModelConfig(**fields["model"]),
                 label_names=tuple(fields["label_names"]),
@@ -63,7 +72,7 @@ class AdapterCard:
                 task=fields.get("task", CLASSIFICATION.name),
                 assistant_loss=fields.get("assistant_loss", "all"),
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None
 
     @property

@@ -36,24 +36,21 @@ from flwr.common.logger import log
 from clients.privacy.client import ClientPrivacy
 from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
 from fedlora.core.files import append_line, check_place, write_atomic
-from fedlora.core.sealed import read_sealed, sealed
+from fedlora.core.sealed import FILES_SHA256, hashes, read_sealed, sealed
 from fedlora.core.state import ServerState
 from fedlora.errors import ConfigError
 from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
-from fedlora.server.provenance import check_schema, provenance, read_provenance
+from fedlora.server.provenance import PROVENANCE, check_schema, provenance, read_provenance
+from fedlora.server.results import CONFIG, RESULT, ROUNDS, SAMPLES, read_rounds, read_samples
 
 FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "license", "generate-every", "early-stopping-", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
 does where learning rates follow from it.)"""
 COHORT_SIZE = "engine.cohort-size"
 """The one key of the engine that changes bits; 0 is written by engines that train one by one."""
-CONFIG = "config.toml"
-ROUNDS = "rounds.jsonl"
 CHECKPOINT = "checkpoint"
-PROVENANCE = "provenance.json"
 BEFORE = "before.json"
-SAMPLES = "samples.json"
 RUN_KEY = "run-key.txt"
 """What clients and ledgers know the run by, from before its first round."""
 ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flower.log", "failure.json"})
@@ -86,9 +83,7 @@ class RunDirectory:
         path.mkdir(parents=True, exist_ok=True)
         check_schema(path / PROVENANCE)
         if (path / SPOILED).exists():
-            raise ConfigError(
-                f"--resume {path}: {(path / SPOILED).read_text().strip()}; begin it anew elsewhere"
-            )
+            raise ConfigError(f"--resume {path}: {_text(path / SPOILED)}; begin it anew elsewhere")
 
     def condemn(self, reason: str) -> None:
         """Mark the run as one that must never be resumed; its files stay."""
@@ -113,7 +108,10 @@ class RunDirectory:
             )
         flat = to_flat(config)
         if written.exists():
-            before = read_config(written)
+            try:
+                before = read_config(written)
+            except ConfigError as error:
+                raise ConfigError(f"{written}: {error}") from None
             for key, value in to_flat(before).items():
                 more = continues and key == "num-server-rounds" and value != flat[key]
                 fixed = more and _follow_from_rounds(config, before)
@@ -123,7 +121,7 @@ class RunDirectory:
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         record = provenance(config, inputs, self._begun_as(config) if continues else None)
-        write_atomic(self.path / PROVENANCE, json.dumps(record, indent=2) + "\n")
+        write_atomic(self.path / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
 
     def _begun_as(self, config: RunConfig) -> Identity:
         found = recorded(read_provenance(self.path / PROVENANCE))
@@ -136,7 +134,7 @@ class RunDirectory:
             ConfigError: rounds were done under a name that is not there any more.
         """
         file = self.path / RUN_KEY
-        kept, found = self._kept_key(), file.read_text().strip() if file.exists() else ""
+        kept, found = self._kept_key(), _text(file) if file.exists() else ""
         if kept and kept != found:
             log(WARNING, "%s: was damaged or missing, the checkpoint has the key", file)
             write_atomic(file, kept + "\n")
@@ -150,7 +148,7 @@ class RunDirectory:
                     "begin it anew elsewhere"
                 )
             write_atomic(file, uuid4().hex + "\n")
-        return file.read_text().strip()
+        return _text(file)
 
     def _kept_key(self) -> str:
         return str(read_beside(self.path / CHECKPOINT).get("run-key", ""))
@@ -166,9 +164,8 @@ class RunDirectory:
 
     def write_samples(self, when: str, samples: list[dict[str, Any]]) -> None:
         """Add what the model writes ``before`` or ``after`` training."""
-        write_atomic(
-            self.path / SAMPLES, json.dumps({**read_samples(self.path), when: samples}, indent=2) + "\n"
-        )
+        written = sealed({**read_samples(self.path), when: samples})
+        write_atomic(self.path / SAMPLES, json.dumps(written, indent=2) + "\n")
 
     # --- rounds ------------------------------------------------------------------------------------
 
@@ -186,8 +183,9 @@ class RunDirectory:
         write_atomic(self.path / ROUNDS, "".join(kept))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Replace ``result.json``."""
-        write_atomic(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        """Replace ``result.json``, which vouches for the configuration and ``rounds.jsonl``."""
+        record = sealed({**result, FILES_SHA256: hashes(self.path, [CONFIG, ROUNDS])})
+        write_atomic(self.path / RESULT, json.dumps(record, indent=2) + "\n")
 
     # --- checkpoint ------------------------------------------------------------------------------------
 
@@ -197,7 +195,7 @@ class RunDirectory:
         written = lines.read_bytes() if lines.exists() else b""
         beside = {"lines": len(written), "lines-sha256": hashlib.sha256(written).hexdigest()}
         if (self.path / RUN_KEY).exists():
-            beside["run-key"] = (self.path / RUN_KEY).read_text().strip()
+            beside["run-key"] = _text(self.path / RUN_KEY)
         write_checkpoint(self.path / CHECKPOINT, checkpoint, beside)
 
     def load_checkpoint(self) -> ServerState | None:
@@ -224,11 +222,15 @@ class RunDirectory:
         written = lines.read_bytes() if lines.exists() else b""
         counted = written[: beside.get("lines", 0)]
         if "lines-sha256" in beside and hashlib.sha256(counted).hexdigest() != beside["lines-sha256"]:
-            damaged = next(
-                (n for n, line in enumerate(counted.split(b"\n"), 1) if line and not _is_json(line)), 0
+            self.rounds()  # names a line that cannot be read
+            raise ConfigError(
+                f"{lines}: is damaged, a line is missing or changed; put it back, or begin anew elsewhere"
             )
-            which = f"line {damaged} is no JSON" if damaged else "a line is missing or changed"
-            raise ConfigError(f"{lines}: is damaged, {which}; put it back, or begin anew elsewhere")
+
+
+def _text(file: Path) -> str:
+    """One line; bytes that are no text are none of it."""
+    return file.read_text(errors="replace").strip()
 
 
 @contextmanager
@@ -268,29 +270,3 @@ def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
     if key == COHORT_SIZE:
         return (before or 1) == (now or 1)
     return before == now or key.startswith(FREE_TO_CHANGE)
-
-
-def read_rounds(path: Path) -> list[dict[str, Any]]:
-    """The records in a run directory's ``rounds.jsonl``."""
-    records = []
-    file = path / ROUNDS
-    for line in file.read_text().splitlines() if file.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
-
-
-def read_samples(path: Path) -> dict[str, Any]:
-    """Generated texts of a run, by ``before`` and ``after``; empty where it writes none."""
-    file = path / SAMPLES
-    return read_sealed(file) if file.exists() else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -11,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
+from fedlora.core.sealed import read_sealed
 from fedlora.errors import ConfigError
 from fedlora.server.identity import LIBRARIES, Identity, identity, installed
 
+PROVENANCE = "provenance.json"
 SCHEMA = 1
 """Counted up whenever files of a run or a study come to mean something else; 1 where none is written."""
 PACKAGES = ("fedlora", *LIBRARIES, "ray")
@@ -27,10 +28,7 @@ def check_schema(file: Path) -> None:
     """
     if not file.exists():
         return
-    try:
-        schema = json.loads(file.read_text()).get("schema", 1)
-    except (ValueError, AttributeError):
-        raise ConfigError(f"{file}: is no JSON object, so its schema is unknown; use another --out") from None
+    schema = read_sealed(file, older=True).get("schema", 1)
     if schema != SCHEMA:
         raise ConfigError(
             f"{file}: is of schema {schema}, this version of fedlora reads and writes {SCHEMA}; use another "
@@ -58,10 +56,9 @@ def provenance(
 def read_provenance(file: Path) -> dict[str, Any]:
     """Contents of a ``provenance.json``; empty where there is none, or nothing that can be read."""
     try:
-        found = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return read_sealed(file, older=True)
+    except ConfigError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _commit() -> str | None:

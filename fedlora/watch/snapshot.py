@@ -17,9 +17,10 @@ from clients.node_settings import NODE_FILE, read_node, state_of
 from fedlora.config import read_config
 from fedlora.deployment.operator.layout import FAILURE, SERVER_FILE, open_layout
 from fedlora.errors import FedLoraError
-from fedlora.server.directory import CONFIG, PROVENANCE, ROUNDS, read_rounds
+from fedlora.server.provenance import PROVENANCE
+from fedlora.server.results import CONFIG, RESULT, ROUNDS, read_rounds
 
-RESULT, FAILED, ATTEMPT = "result.json", "failed.json", (CONFIG, PROVENANCE)
+FAILED, ATTEMPT = "failed.json", (CONFIG, PROVENANCE)
 DEPTH = 3
 """Directories below the one that is watched in which runs and nodes are looked for."""
 RECENT = 5

@@ -10,7 +10,7 @@ import pytest
 from fedlora.config import Scalar, from_flat, to_flat
 from fedlora.core.code import top_packages
 from fedlora.server import identity
-from fedlora.server.directory import PROVENANCE, RunDirectory
+from fedlora.server.directory import RunDirectory
 from fedlora.server.identity import (
     APART,
     Identity,
@@ -19,6 +19,7 @@ from fedlora.server.identity import (
     recorded,
     source_digest,
 )
+from fedlora.server.provenance import PROVENANCE
 
 ROOT = Path(__file__).parents[2]
 

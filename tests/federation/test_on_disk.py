@@ -152,8 +152,14 @@ def test_a_seal_covers_every_entry(tmp_path: Path) -> None:
             read_sealed(file)
     file.write_text(json.dumps(record))
     assert read_sealed(file) == {"round": 3, "by": {"1": [1, 2.5]}}
-    file.write_text(json.dumps({"round": 3}))  # from before there were seals
-    assert read_sealed(file) == {"round": 3}
+    del record["sha256"]
+    file.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"a.json: has no sha256"):
+        read_sealed(file)
+    assert read_sealed(file, older=True) == record
+    file.write_text(json.dumps(sealed(record)).replace("sha256", "sha257"))
+    with pytest.raises(ConfigError, match=r"a.json: has no sha256"):
+        read_sealed(file, older=True)
 
 
 @pytest.mark.parametrize("place", [0.0, 0.2, 0.6, 0.99])

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from fedlora.cli import cli
 from fedlora.config import from_flat
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import RunDirectory
 from fedlora.study.execute import runner
@@ -197,7 +198,7 @@ def _other_study_schema(root: Path) -> None:
 
 def _other_cell_schema(root: Path) -> None:
     file = root / "fedavg" / "provenance.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "schema": 99}))
+    file.write_text(json.dumps(sealed({**read_sealed(file), "schema": 99})))
 
 
 def _no_schema_at_all(root: Path) -> None:
@@ -214,7 +215,7 @@ def _another_rank(root: Path) -> None:
     [
         (_other_study_schema, "study.json: is of schema 99, this version of fedlora reads and writes 1"),
         (_other_cell_schema, "provenance.json: is of schema 99"),
-        (_no_schema_at_all, "its schema is unknown"),
+        (_no_schema_at_all, "study.json: is damaged, it is no JSON object"),
         (_another_rank, "lora.rank = 8: the run in .* has 4; use another --out"),
     ],
 )
@@ -242,6 +243,6 @@ def test_without_a_schema_it_is_the_first(simulation: Simulation, tmp_path: Path
     run_study(study(strategies="fedavg"), tmp_path)
     (tmp_path / "study.json").unlink()
     file = tmp_path / "fedavg" / "provenance.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "schema"}))
+    file.write_text(json.dumps({k: v for k, v in read_sealed(file).items() if k != "schema"}))
     run_study(study(strategies="fedavg"), tmp_path, resume=True)
     assert simulation.ran == ["fedavg"]

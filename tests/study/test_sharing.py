@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from fedlora.cli import cli
 from fedlora.config import from_flat, to_flat
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.study.execute import reuse
 from fedlora.study.execute.runner import run_study
@@ -28,8 +29,7 @@ def shared(simulation: Simulation) -> Simulation:
 
 
 def provenance(cell: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((cell / "provenance.json").read_text())
-    return found
+    return read_sealed(cell / "provenance.json")
 
 
 def everything(root: Path) -> dict[Path, bytes]:
@@ -137,7 +137,7 @@ def _condemned(shared: Simulation, monkeypatch: pytest.MonkeyPatch, one: Path) -
 
 def _irreproducible(shared: Simulation, monkeypatch: pytest.MonkeyPatch, one: Path) -> None:
     file = one / "fedavg" / "result.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "reproducible": False}))
+    file.write_text(json.dumps(sealed({**read_sealed(file), "reproducible": False})))
 
 
 def _no_study(shared: Simulation, monkeypatch: pytest.MonkeyPatch, one: Path) -> None:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
 SERVER_FILE = "federation.toml"
+SERVER_KEYS = {
+    "host": (str, "a name or an address"), "port": (int, "a whole number"),
+    "control-port": (int, "a whole number"), "nodes": (list, "a list of tables"),
+}  # fmt: skip
 FAILURE = "failure.json"
 """In a run directory: why the ServerApp gave up, for ``fedlora run --federation``."""
 OWN = "own"
@@ -98,9 +102,9 @@ def open_layout(path: Path) -> Layout:
     table = read_server_file(file)
     return Layout(
         path=path.absolute(),
-        host=str(table["host"]),
-        port=int(table["port"]),
-        control_port=int(table["control-port"]),
+        host=table["host"],
+        port=table["port"],
+        control_port=table["control-port"],
         nodes=_nodes(file, table),
     )
 
@@ -113,11 +117,14 @@ def read_server_file(file: Path) -> Mapping[str, Any]:
     """
     try:
         table = tomllib.loads(file.read_text())
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: cannot be read ({error})") from None
-    lacks = {"host", "port", "control-port", "nodes"} - table.keys()
+    lacks = SERVER_KEYS.keys() - table.keys()
     if lacks:
         raise ConfigError(f"{file}: {min(lacks)} is missing")
+    for key, (kind, accepted) in SERVER_KEYS.items():
+        if type(table[key]) is not kind:
+            raise ConfigError(f"{file}: {key} = {str(table[key])[:60]!r}: must be {accepted}")
     return table
 
 
@@ -165,18 +172,20 @@ class NodeKeys:
 def _nodes(file: Path, table: Mapping[str, Any]) -> tuple[NodeEntry, ...]:
     nodes = []
     for entry in table["nodes"]:
+        name, partition, key = _named(entry)
+        if type(name) is not str or type(partition) is not int or type(key) is not str or partition < 0:
+            raise ConfigError(f"{file}: nodes = {str(entry)[:200]}: needs name, partition-id and fingerprint")
         declared = entry.get("declared-examples")
         if not (declared is None or (type(declared) is int and declared >= 1)):
             raise ConfigError(f"{file}: declared-examples = {declared!r}: must be a whole number >= 1")
-        try:
-            own = str(entry["name"]), int(entry["partition-id"]), str(entry["fingerprint"])
-            nodes.append(NodeEntry(*own, declared))
-        except (KeyError, TypeError, ValueError):
-            raise ConfigError(
-                f"{file}: nodes = {entry!r}: needs name, partition-id and fingerprint"
-            ) from None
+        nodes.append(NodeEntry(name, partition, key, declared))
     for what in ("partition_id", "fingerprint", "name"):
         values = [getattr(node, what) for node in nodes]
         if len(set(values)) < len(values):
             raise ConfigError(f"{file}: two nodes have one {what.replace('_', '-')}")
     return tuple(sorted(nodes, key=lambda node: node.partition_id))
+
+
+def _named(entry: Any) -> tuple[Any, Any, Any]:
+    values = entry if isinstance(entry, dict) else {}
+    return values.get("name"), values.get("partition-id"), values.get("fingerprint")

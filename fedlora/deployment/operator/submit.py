@@ -24,6 +24,7 @@ from fedlora.deployment.operator.layout import CONNECTION, FAILURE, OWN, Layout
 from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.directory import RunDirectory
+from fedlora.server.results import read_result
 from fedlora.server.validate import check
 
 APP = "fedlora"
@@ -205,5 +206,4 @@ def _outcome(layout: Layout, run_id: str, directory: RunDirectory) -> dict[str, 
             f"run {run_id} is {status} ({details or 'no reason given'}), see {directory.path / LOG}; "
             "what was written is kept, go on with --resume"
         )
-    result: dict[str, Any] = json.loads((directory.path / "result.json").read_text())
-    return result
+    return read_result(directory.path)

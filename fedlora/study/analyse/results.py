@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fedlora.config import RunConfig, read_config, to_flat
+from fedlora.core.sealed import read_sealed
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.server.directory import PROVENANCE, read_rounds, read_samples
 from fedlora.server.identity import NO_EFFECT
-from fedlora.server.provenance import check_schema
+from fedlora.server.provenance import PROVENANCE, check_schema
+from fedlora.server.results import RESULT, read_result, read_rounds, read_samples
 from fedlora.study.plan.cells import Cell, Kind
 
 RESULTS = "results.parquet"
 """Of a study that was reported on: a line for each run."""
-RESULT = "result.json"
-"""Written last: a cell without it is not finished."""
 TAKEN_FROM = "taken-from"
 """In the provenance of a cell that was taken over: STUDY/CELL, where it ran."""
 FILES = ("config.toml", "rounds.jsonl", RESULT, PROVENANCE)
@@ -80,7 +78,9 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         ConfigError: it was run with other settings than ``cell.config``, or is of another schema.
     """
     check_schema(path / PROVENANCE)
-    result = _read_json(path / RESULT)
+    if not finished(path):
+        raise RunFailed(f"{path / RESULT}: there is no such file, the run is not finished")
+    result = read_result(path)
     for key in NEEDED:
         if result.get(key) is None:
             raise RunFailed(f"{path / RESULT}: {key} is missing, remove the directory and run again")
@@ -102,7 +102,7 @@ def load_result(cell: Cell, path: Path) -> CellResult:
         config=config,
         rounds=rounds,
         result=result,
-        provenance=_read_json(path / PROVENANCE),
+        provenance=read_sealed(path / PROVENANCE, older=True),
         samples=read_samples(path),
     )
 
@@ -163,15 +163,3 @@ def _check_same(asked: RunConfig, ran: RunConfig, path: Path) -> None:
     for key, value in to_flat(asked).items():
         if before[key] != value and not key.startswith(NO_EFFECT):
             raise ConfigError(f"{key} = {value!r}: the run in {path} has {before[key]!r}; use another --out")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise RunFailed(f"{path}: there is no such file, the run is not finished") from None
-    except ValueError as error:
-        raise RunFailed(f"{path}: not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise RunFailed(f"{path}: must hold one JSON object")
-    return value

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from fedlora.core.files import new_directory, write_atomic
+from fedlora.core.sealed import sealed
 from fedlora.errors import ConfigError, FedLoraError, first_line
-from fedlora.server.directory import BEFORE, PROVENANCE, SAMPLES, SPOILED
+from fedlora.server.directory import BEFORE, SPOILED
 from fedlora.server.identity import code_digest, code_of, config_digest, recorded
-from fedlora.server.provenance import check_schema, read_provenance
+from fedlora.server.provenance import PROVENANCE, check_schema, read_provenance
+from fedlora.server.results import SAMPLES
 from fedlora.study.analyse.results import FILES, TAKEN_FROM, finished, load_result
 from fedlora.study.plan.cells import Cell
 
@@ -106,7 +108,7 @@ def take(source: Path, home: Path) -> None:
         for name in (*FILES, BEFORE, SAMPLES):
             if (source / name).exists():
                 shutil.copyfile(source / name, draft / name)
-        write_atomic(draft / PROVENANCE, json.dumps(record, indent=2) + "\n")
+        write_atomic(draft / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
 
 
 def by_other_code(cells: Iterable[Cell], path: Path) -> int:

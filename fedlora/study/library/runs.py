@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeAlias
 from fedlora.config import AnyPath, Config, RunConfig, as_config, from_keywords, read_config
 from fedlora.core.code import installed, need_extra
 from fedlora.errors import ConfigError
-from fedlora.server.directory import read_rounds
+from fedlora.server.results import CONFIG, RESULT, read_result, read_rounds
 from fedlora.study.library.adapters import evaluate
 
 RoundCallback: TypeAlias = Callable[[dict[str, Any]], None]
@@ -151,12 +150,7 @@ def load_run(path: AnyPath) -> RunResult:
         ConfigError: no finished run in this directory.
     """
     home = Path(path).expanduser()
-    result = home / "result.json"
-    if not result.is_file():
-        raise ConfigError(f"{home}: no finished run, there is no result.json in it")
-    return RunResult(
-        path=home,
-        config=read_config(home / "config.toml"),
-        record=json.loads(result.read_text()),
-        rounds=read_rounds(home),
-    )
+    if not (home / RESULT).is_file():
+        raise ConfigError(f"{home}: no finished run, there is no {RESULT} in it")
+    record = read_result(home)
+    return RunResult(path=home, config=read_config(home / CONFIG), record=record, rounds=read_rounds(home))
