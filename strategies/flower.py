@@ -24,6 +24,7 @@ from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.loop import Rounds, settings_of
 from strategies.nodes import CONNECT_TIMEOUT, NodeDirectory
+from strategies.patience import Patience
 from strategies.precision import padded, rounded_broadcast
 from strategies.replies import (
     NUM_EXAMPLES,
@@ -35,6 +36,7 @@ from strategies.replies import (
     validate_reply,
 )
 from strategies.report import RoundReport
+from strategies.request import NO_REPLY
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.screening import Screening, aggregate_screened
@@ -71,6 +73,8 @@ class FactorStrategy(Rounds):
         upload: how clients write down what they send, see `fedlora.wire.upload`; empty: as ``wire_dtype``.
         packed: see `strategies.transport.Transport`.
         node_directory: who is who among the connected nodes; by default what they say, see `NodeDirectory`.
+        max_missed_rounds: a node without a reply in so many rounds in a row is set aside for some, see
+            `strategies.patience`; 0 waits for it in every round.
 
     Raises:
         ConfigError: a value out of range, or settings that exclude each other.
@@ -107,6 +111,7 @@ class FactorStrategy(Rounds):
         packed: bool = False,
         keep_ranks: bool = True,
         node_directory: NodeDirectory | None = None,
+        max_missed_rounds: int = 0,
     ) -> None:
         self.rule = rule
         self.selection = Selection(
@@ -143,6 +148,7 @@ class FactorStrategy(Rounds):
         self.client_dp = client_dp
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
+        self.patience = Patience(max_missed_rounds)
         self.keep_ranks = keep_ranks
         self.transport = Transport(
             rule.init_a, wire_dtype, seed=seed, packed=packed,
@@ -164,6 +170,8 @@ class FactorStrategy(Rounds):
             return self._instructions([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
         self.report.refuse(self.node_directory.refused)
+        present, aside = self.patience.without_hanging(present, server_round, self.selection.min_train_nodes)
+        self.report.refuse(aside)
         chosen = self.selection.choose(present, server_round)
         log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
         return self._instructions(chosen, present, MessageType.TRAIN, server_round, config)
@@ -181,6 +189,9 @@ class FactorStrategy(Rounds):
             RunFailed: fewer valid updates than ``min_train_nodes``, or a private aggregate is not finite.
         """
         contents = self.transport.settle(replies)
+        asked = {request.partition_id: request for request in self.transport.requests}
+        silent = {p for p, request in asked.items() if request.reply is None and request.failure == NO_REPLY}
+        self.patience.note(server_round, asked.keys(), silent)
         starts = {request.partition_id: request.broadcast for request in self.transport.requests}
         wanted = self.selection.min_train_nodes
         done = aggregate_screened(
@@ -208,7 +219,14 @@ class FactorStrategy(Rounds):
     ) -> Iterable[Message]:
         """Orders to evaluate the new global model; nobody is asked where ``clients_evaluate`` says no."""
         self._take(arrays)
-        chosen, present = list[int](), {p.partition_id: p.node_id for p in self.transport.requests}
+        chosen, present = (
+            list[int](),
+            {
+                p.partition_id: p.node_id
+                for p in self.transport.requests
+                if p.reply is not None or not self.patience.most  # a node that hangs costs no second deadline
+            },
+        )
         if self.clients_evaluate(server_round):
             chosen = sorted(present)
             if self.selection.fraction_evaluate is not None:

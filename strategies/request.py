@@ -11,6 +11,8 @@ from fedlora.core.factors import Tensors
 from fedlora.core.state import Broadcast
 from fedlora.errors import UpdateRefused
 
+NO_REPLY = "no reply before the deadline"
+
 
 @dataclass(frozen=True, slots=True)
 class Payload:
@@ -60,7 +62,7 @@ class PendingRequest:
     half: bool = False
     upload: str = "float32"
     reply: wire.Reply | None = None
-    failure: str = "no reply before the deadline"
+    failure: str = NO_REPLY
     identity: str = ""
     bytes_down: int = 0
     bytes_up: int = 0

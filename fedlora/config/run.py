@@ -82,6 +82,9 @@ class RunConfig:
     """The run waits until so many clients are connected."""
     round_timeout: PositiveFloat = 3600.0
     """Seconds to wait for a round's replies."""
+    max_missed_rounds: NonNegativeInt = 2
+    """In a deployment, a node that let so many rounds in a row pass without a reply is set aside for ten
+    rounds, then tried again; 0: it is waited for in every round."""
     evaluate_every: PositiveInt = 1
     """Evaluate the global model every so many rounds (always after the last)."""
     generate_every: NonNegativeInt = 0

@@ -108,6 +108,7 @@ def assemble(
         packed=packed,
         keep_ranks=False,
         node_directory=node_directory,
+        max_missed_rounds=0 if simulation else config.max_missed_rounds,
     )
     template = _template(rule, config, runtime, max(ranks))
     if template.adapters is not None and config.lora.method != "lora":

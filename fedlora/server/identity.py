@@ -65,6 +65,7 @@ ADDED = {
     "devices.in-flight": 0,
     "devices.max-staleness": 0,
     "devices.staleness": "sqrt",
+    "max-missed-rounds": 2,
     "strategy.screening": "auto",
     "strategy.largest-share": 2.0,
     "strategy.max-relative-norm": 2.0,
