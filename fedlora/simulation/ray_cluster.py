@@ -111,10 +111,12 @@ def check_address(address: str) -> None:
     Raises:
         ConfigError: no address, or nobody there.
     """
-    if address == "auto" and LAST_STARTED.is_file() and not os.environ.get("RAY_ADDRESS"):
-        left = LAST_STARTED.read_text().strip()
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        left = "the address"
         try:
-            _knock(left)
+            if LAST_STARTED.is_file():
+                left = LAST_STARTED.read_text().strip()
+                _knock(left)
         except (OSError, OverflowError, ValueError) as error:
             raise _unreachable(address, f"{left} in {LAST_STARTED}: {error}") from None
     if address in ("", "auto"):

@@ -127,6 +127,10 @@ def test_a_cluster_that_was_killed_is_not_waited_for(tmp_path: Path, monkeypatch
         )
         with pytest.raises(ConfigError, match=expected):
             check_address("auto")
+    monkeypatch.setattr(ray_cluster, "LAST_STARTED", tmp_path / ("x" * 300))  # the system cannot look
+    with pytest.raises(ConfigError, match=r"no Ray cluster answers there \(the address in .*too long"):
+        check_address("auto")
+    monkeypatch.setattr(ray_cluster, "LAST_STARTED", left)
     with socket.create_server(("127.0.0.1", 0)) as server:
         left.write_text(f"127.0.0.1:{server.getsockname()[1]}\n")
         check_address("auto")
