@@ -10,10 +10,13 @@ export TOKENIZERS_PARALLELISM := false
 # Test processes side by side: two cores are the least that a machine has.
 WORKERS ?= 2
 
-.PHONY: demo test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment bench-gpu federation clean
+.PHONY: demo docs test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment bench-gpu federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
+
+docs: $(STAMP)  ## the documentation as a site in build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 federation: $(STAMP)  ## three nodes that own their data, TLS and node keys on the loopback; ends with the accuracy
 	rm -rf runs/federation

@@ -1,7 +1,7 @@
 """Rewrites what follows from the registry of rules: ``python -m experiments.readme``.
 
-The README's tables, of strategies and of decided claims, the table of deviations in ``docs/strategy.md``, and
-the public classes as type checkers read them, ``strategies/__init__.pyi``.
+The tables of strategies and of decided claims in ``docs/strategies.md``, that of deviations in
+``docs/strategy.md``, and the public classes as type checkers read them, ``strategies/__init__.pyi``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "strategies": markdown_table, "decided": decided, "deviations": deviations_table
 }  # fmt: skip
 """What stands between the marks of these names."""
-PAGES = {"README.md": ["decided", "strategies"], "docs/strategy.md": ["deviations"]}
+PAGES = {"docs/strategies.md": ["decided", "strategies"], "docs/strategy.md": ["deviations"]}
 """Page -> the tables that it must have."""
 STUB = ROOT / "strategies" / "__init__.pyi"
 

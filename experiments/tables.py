@@ -96,7 +96,7 @@ def decided_table(names: Iterable[str]) -> str:
     return markdown(
         ["Study", *SHOWN],
         (
-            [f"[{name}](experiments/published/{name}/README.md)", *(shown[column] for column in SHOWN)]
+            [f"[{name}](../experiments/published/{name}/README.md)", *(shown[column] for column in SHOWN)]
             for name, shown in decided
         ),
     )

@@ -30,6 +30,8 @@ FOREIGN = {
     "ray": "starts a cluster, which outlives a test",
     "chown": "of the machines of a deployment", "cp": "of the machines of a deployment",
     "systemctl": "of the machines of a deployment",
+    "sbatch": "needs a cluster with Slurm",
+    "vllm": "is no dependency, and was never run",
 }  # fmt: skip
 """Programs that are not ours, and why no test runs them."""
 
@@ -70,6 +72,7 @@ def verify(command: Command) -> None:
     """
     environment = re.compile(r"[A-Z_]+=")
     words = [word for word in command.words if not environment.match(word)]
+    words = words[: words.index(">")] if ">" in words else words
     program, arguments = Path(words[0]).name, words[1:]
     if program not in FOREIGN:
         assert program in CHECKS, f"{command.page}: {command.text}: nobody checks {program}"
@@ -112,6 +115,20 @@ def _flwr(arguments: Sequence[str]) -> None:
         read_config(ROOT / file)
 
 
+def _pip(arguments: Sequence[str]) -> None:
+    """Installs what is here, with extras that exist."""
+    command, *rest = arguments
+    assert command == "install"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for option, word in zip(["", *rest], rest, strict=False):
+        if option == "--constraint":
+            assert (ROOT / word).is_file(), word
+        elif not word.startswith("--"):
+            asked = re.fullmatch(r"\.(?:\[([\w,-]+)\])?", word)
+            assert asked is not None, word
+            assert set((asked[1] or "").split(",")) - {""} <= set(extras), word
+
+
 def _python(arguments: Sequence[str]) -> None:
     assert arguments[0] == "-m", "only modules are run"
     assert importlib.util.find_spec(arguments[1]) is not None, f"{arguments[1]}: no such module"
@@ -120,7 +137,7 @@ def _python(arguments: Sequence[str]) -> None:
 
 
 CHECKS: dict[str, Callable[[Sequence[str]], None]] = {
-    "fedlora": _fedlora, "make": _make, "flwr": _flwr, "python": _python,
+    "fedlora": _fedlora, "make": _make, "flwr": _flwr, "pip": _pip, "python": _python,
 }  # fmt: skip
 
 

@@ -17,15 +17,14 @@ from tests.docs_commands import FOREIGN, PAGES, ROOT, Command, commands, keys_in
 SHOWN = commands()
 RUN: tuple[tuple[str, dict[str, str]], ...] = (
     (
-        ".venv/bin/fedlora run experiments/demo.toml --set strategy.name=flora --set lora.ranks=4,8,16,8 "
-        "--out runs/mine",
-        {"experiments/demo.toml": "TINY"},
+        "fedlora run demo.toml --set strategy.name=flora --set lora.ranks=4,8,16,8 --out runs/mine",
+        {"demo.toml": "TINY"},
     ),
-    (".venv/bin/fedlora evaluate runs/mine/adapter sentiment", {"sentiment": "synthetic"}),
+    ("fedlora evaluate runs/mine/adapter sentiment", {"sentiment": "synthetic"}),
     (".venv/bin/fedlora compare experiments/privacy.toml --out runs/privacy --resume",
      {"experiments/privacy.toml": "TINY"}),
     (
-        ".venv/bin/fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100 "
+        "fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100 "
         "--fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5",
         {},
     ),
@@ -54,6 +53,8 @@ def test_every_command_is_accepted_as_it_stands(command: Command) -> None:
         "flwr run . --run-config experiments/gone.toml",
         "python -m experiments.gone",
         "python -m pytest tests/gone.py",
+        "pip install fedlora",
+        "pip install .[none]",
         "accelerate launch",
     ],
 )

@@ -1,4 +1,4 @@
-"""The README says what the code does: its tables are made from it, its links lead somewhere."""
+"""The README is short; the pages say what the code does: tables are made from it, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from experiments.readme import PAGES, STUB, main, with_tables
 from fedlora.cli import cli
 from strategies.named import stub
 from strategies.registry import deviations, markdown_table
+from tests.docs_commands import PAGES as PAGES_SHOWN
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MOST_WORDS = 900
+PICTURE_BYTES = 80_000
 
 
 def test_pages_say_what_the_registry_and_the_results_say() -> None:
@@ -28,18 +31,18 @@ def test_pages_say_what_the_registry_and_the_results_say() -> None:
 
 def test_a_table_that_drifted_is_rewritten_and_nothing_else(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    (tmp_path / "README.md").write_text(
-        README.replace("| `flora` | FLoRA | yes |", "| `flora` | FLoRA | no |")
-    )
-    assert (tmp_path / "README.md").read_text() != README
+    page = tmp_path / "docs" / "strategies.md"
+    before = page.read_text()
+    page.write_text(before.replace("| `flora` | FLoRA | yes |", "| `flora` | FLoRA | no |"))
+    assert page.read_text() != before
     main(tmp_path)
-    assert (tmp_path / "README.md").read_text() == README
+    assert page.read_text() == before
     assert (tmp_path / "strategies" / "__init__.pyi").read_text() == STUB.read_text()
 
 
 def test_a_page_without_its_marks_is_refused() -> None:
     with pytest.raises(SystemExit, match="strategies"):
-        with_tables("no marks", PAGES["README.md"])
+        with_tables("no marks", PAGES["docs/strategies.md"])
 
 
 def test_the_command_shows_the_same_facts_as_the_table() -> None:
@@ -61,13 +64,28 @@ def test_what_differs_from_the_papers_is_shown_and_documented() -> None:
         assert f"{name}: {text}" in shown
 
 
-def test_every_link_leads_to_a_file() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", README):
+def test_the_readme_is_short_and_its_picture_small() -> None:
+    assert len(README.split()) < MOST_WORDS
+    assert (ROOT / "docs" / "report.png").stat().st_size < PICTURE_BYTES
+
+
+@pytest.mark.parametrize("page", PAGES_SHOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
         file, _, anchor = target.partition("#")
         if not target.startswith("http"):
-            assert (ROOT / file).exists(), target
-            titles = re.findall(r"(?m)^#+ (.+)$", (ROOT / file).read_text()) if anchor else []
-            assert not anchor or anchor in [title.lower().replace(" ", "-") for title in titles], target
+            found = page.parent / file if file else page
+            assert found.exists(), target
+            assert not anchor or anchor in anchors(found.read_text()), target
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```|``.+?``|`[^`\n]+`", "", text, flags=re.S | re.M)
+
+
+def anchors(text: str) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def test_the_two_commands_are_targets_of_the_makefile() -> None:

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.seeding import derive
 from fedlora.core.state import ModuleSpec
-from tests.docs_commands import ROOT, blocks
+from tests.docs_commands import ROOT
 from tests.e2e.test_flwr_run import flower as flower
 from tests.e2e.test_flwr_run import wait_for_status
 from tests.federation.fake_grid import FakeGrid
@@ -121,18 +121,6 @@ def test_the_page_shows_a_whole_app() -> None:
     assert sorted(FILES) == [
         "flora_app/client_app.py", "flora_app/server_app.py", "flora_app/task.py", "pyproject.toml",
     ]  # fmt: skip
-
-
-def test_the_readme_shows_parts_of_that_app() -> None:
-    """Line by line; only the indentation may differ."""
-    parts = blocks((ROOT / "README.md").read_text(), "python")
-    assert all(any(_lines(part) in _lines(file) for file in FILES.values()) for part in parts)
-    assert any("FLoRA(" in part for part in parts)
-    assert any("base_mod(" in part for part in parts)
-
-
-def _lines(text: str) -> str:
-    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def test_the_app_in_this_process_is_the_dense_computation(app: Path, modules: dict[str, ModuleType]) -> None:

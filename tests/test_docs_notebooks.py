@@ -1,0 +1,62 @@
+"""The notebooks run from top to bottom in a kernel of their own, and are stored without outputs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat", reason="needs the package nbclient")
+nbclient = pytest.importorskip("nbclient", reason="needs the package nbclient")
+pytest.importorskip("ipykernel", reason="needs the package ipykernel")
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+SECONDS = 240
+
+
+def carried_out(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The notebook with its outputs; its kernel stands in ``here`` and finds this tree."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("IPYTHONDIR", str(here / "ipython"))
+    book = nbformat.read(path, as_version=4)
+    client = nbclient.NotebookClient(book, timeout=SECONDS, resources={"metadata": {"path": str(here)}})
+    return client.execute()
+
+
+def shown(book: Any) -> str:
+    """What its cells print and return, as text."""
+    outputs = [output for cell in book.cells for output in cell.get("outputs", [])]
+    return "\n".join(str(o.get("text", o.get("data", {}).get("text/plain", ""))) for o in outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("first-run", ("accuracy", "did you mean", "rank")),
+        ("compare-aggregation", ("report.html", "fedavg", "flora", "tabular")),
+        ("privacy-budget", ("8.0", "epsilon")),
+    ],
+)
+def test_a_notebook_runs(
+    name: str, words: tuple[str, ...], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = shown(carried_out(ROOT / "docs" / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch))
+    for word in words:
+        assert word in printed, printed
+
+
+def test_a_cell_that_fails_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
+    nbformat.write(book, tmp_path / "wrong.ipynb")
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="ZeroDivisionError"):
+        carried_out(tmp_path / "wrong.ipynb", tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_no_outputs_are_stored(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    nbformat.validate(book)
+    assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in book.cells)
