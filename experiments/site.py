@@ -32,6 +32,7 @@ OUTSIDE = {
 } | {f"experiments/published/{p.parent.name}/README.md": str(p.relative_to(ROOT))
      for p in (ROOT / "experiments" / "published").glob("*/README.md")}  # fmt: skip
 """Page of the site -> its file in the repository."""
+IN_MEMORY = ("data.from_dataframe", "data.from_datasets")
 LINK = re.compile(r"^```.*?^```|`[^`\n]+`|\[((?:`[^`]*`|[^\]`])+)\]\(([^)\s]+)\)", re.S | re.M)
 MERMAID = re.compile(r"^```mermaid\n(.*?)^```", re.S | re.M)
 
@@ -79,7 +80,7 @@ def commands() -> str:
 
 def library() -> str:
     """The public API, name by name."""
-    parts = [f"::: fedlora.{name}" for name in sorted(fedlora._HOMES)]
+    parts = [f"::: fedlora.{name}" for name in [*sorted(fedlora._HOMES), *IN_MEMORY]]
     return "\n\n".join(["# Python", "What `import fedlora` offers; [how it is used](library.md).", *parts])
 
 

@@ -63,13 +63,15 @@ class Walk:
     """How a page is gone through.
 
     Attributes:
-        keys: go over what its commands and its Python configure.
+        keys: go over what its commands configure.
+        python: go over what its Python configures.
         before: makes what the page takes for granted.
         leaves: what is there in the end.
         without: beginnings of its commands that are not carried out, and why.
     """
 
     keys: Mapping[str, Any] = field(default_factory=dict)
+    python: Mapping[str, Any] = field(default_factory=dict)
     before: Callable[[Path], None] = lambda here: None
     leaves: tuple[str, ...]
     without: Mapping[str, str] = field(default_factory=dict)
@@ -78,6 +80,7 @@ class Walk:
 MAKE = {"make": "installs and downloads", "pip": "installs"}
 WALKS = {
     "README.md": Walk(
+        python=SYNTHETIC,
         before=reviews,
         leaves=("runs/first/adapter/adapter_model.safetensors", "runs/mine/report.html"),
         without=MAKE,
@@ -93,7 +96,7 @@ WALKS = {
         leaves=("merged/model.safetensors", "global/adapter_config.json", "small/adapter_config.json"),
         without={"vllm": "is no dependency, and was never run"},
     ),
-    "library.md": Walk(keys=SYNTHETIC, before=mine, leaves=("runs/library/result.json",)),
+    "library.md": Walk(before=mine, leaves=("runs/library/result.json",)),
 }  # fmt: skip
 
 
@@ -134,8 +137,8 @@ def test_the_page_works_as_printed(
     monkeypatch.chdir(tmp_path)
     walk.before(tmp_path)
 
-    def small(config: Any, out: str, overrides: Mapping[str, Any] | None = None) -> fedlora.RunResult:
-        return run(config, out, overrides={**(overrides or {}), **SMALL, **SYNTHETIC})
+    def small(*given: Any, overrides: Mapping[str, Any] | None = None, **keys: Any) -> fedlora.RunResult:
+        return run(*given, overrides={**(overrides or {}), **SMALL, **walk.python}, **keys)
 
     monkeypatch.setattr(fedlora, "run", small)
     names: dict[str, Any] = {}
