@@ -142,6 +142,8 @@ class Bench:
         config = TrainConfig(batch_size=size, learning_rate=1e-4)
         head = bool(model.initial_head)
 
+        mechanism = Mechanism(expected_batch_size=size, **MECHANISM) if private else None
+
         def own(client: int) -> Any:
             return np.arange(client * HELD, (client + 1) * HELD)
 
@@ -149,12 +151,10 @@ class Bench:
             for client in range(clients):
                 model.load(adapters, {}, trained=frozenset("AB"), train_head=head)
                 common: Any = (model, examples, own(client), 0, config)
-                if private:
-                    train_private(*common, local_steps=steps, seed=client, **MECHANISM)
+                if mechanism is not None:
+                    train_private(*common, local_steps=steps, mechanism=mechanism, seed=client)
                 else:
                     train_local(*common, local_steps=steps, seed=client)
-
-        mechanism = Mechanism(expected_batch_size=size, **MECHANISM) if private else None
 
         def cohort(steps: int) -> None:
             members = [

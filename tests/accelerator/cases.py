@@ -28,11 +28,12 @@ from fedlora.adapters import adapter_kind
 from fedlora.config import LoraConfig, ModelConfig, TrainConfig
 from fedlora.core.factors import Tensors
 from fedlora.core.state import RankRegularizer
+from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel, build_model, resolve_targets
 from fedlora.server.generation import continued
 from fedlora.tasks import task_named
 from tests.accelerator.pretend import NAME, SYNCHRONISATIONS
-from tests.clients.cohort.samples import member, privately, task
+from tests.clients.cohort.samples import mechanism, member, privately, task
 from tests.clients.samples import BOTH, PAD, examples
 from tests.conftest import tiny_config
 from tests.models.samples import random_adapters, random_patch
@@ -146,28 +147,22 @@ PRIVATE: dict[str, dict[str, Any]] = {
 }
 
 
+def private(network: AdaptedModel, data: Examples, *, release_loss: bool = False, **how: Any) -> LocalResult:
+    of_step = mechanism(noise_multiplier=0.8, expected_batch_size=6, **how)
+    config = TrainConfig(batch_size=6)
+    return train_private(
+        network, data, np.arange(30), PAD, config, local_steps=2, mechanism=of_step, seed=5,
+        release_loss=release_loss,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(("way", "kind"), [*((way, "tiny") for way in PRIVATE), ("ghost", "tiny-lm")])
 def test_private_training(way: str, kind: str) -> None:
     results = []
     for device in ("cpu", NAME):
         network = model(device, kind)
         load(network, dropout=0.1)
-        data = DATA if kind == "tiny" else TEXTS
-        results.append(
-            train_private(
-                network,
-                data,
-                np.arange(30),
-                PAD,
-                TrainConfig(batch_size=6),
-                local_steps=3,
-                noise_multiplier=0.8,
-                max_grad_norm=0.5,
-                seed=5,
-                release_loss=True,
-                **PRIVATE[way],
-            )
-        )
+        results.append(private(network, DATA if kind == "tiny" else TEXTS, release_loss=True, **PRIVATE[way]))
     assert_alike(tensors(results[1]), tensors(results[0]))
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
 
@@ -175,10 +170,7 @@ def test_private_training(way: str, kind: str) -> None:
 def test_noise_of_the_operating_system() -> None:
     network = model(NAME)
     load(network)
-    result = train_private(
-        network, DATA, np.arange(30), PAD, TrainConfig(batch_size=6), local_steps=2, noise_multiplier=0.8,
-        max_grad_norm=0.5, seed=5, secure=True,
-    )  # fmt: skip
+    result = private(network, DATA, secure=True)
     assert all(tensor.isfinite().all() for tensor in tensors(result).values())
 
 
