@@ -17,8 +17,8 @@ import torch
 from clients.ledger_ref import LedgerRef, ledger_of
 from clients.runtime import ClientRuntime
 from clients.training.canaries import Canaries
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import check_private, train_private
-from clients.training.dp_step import Mechanism
 from clients.training.schedule import Stage
 from clients.training.self_check import self_check
 from clients.training.train import LocalResult

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from clients.budget import PlannedRelease
     from clients.execute import Node
     from clients.runtime import ClientRuntime
-    from clients.training.dp_step import Mechanism
+    from clients.training.dp_mechanism import Mechanism
     from fedlora import wire
     from fedlora.prepared.cache import Prepared
 
@@ -102,7 +102,7 @@ class ExamplePrivacy(PrivacyMechanism):
         check_ledgers(self.config, data, partitions, ledgers, heads)
 
     def step(self) -> Mechanism:
-        from clients.training.dp_step import Mechanism
+        from clients.training.dp_mechanism import Mechanism
 
         return replace(Mechanism.of(self.config.privacy, 1), max_grad_norm=1.0, count_noise=0.0)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # these import PEFT
     from clients.budget import PlannedRelease
     from clients.execute import Node
     from clients.runtime import ClientRuntime
-    from clients.training.dp_step import Mechanism
+    from clients.training.dp_mechanism import Mechanism
     from fedlora import wire
     from fedlora.prepared.cache import Prepared
     from strategies.adaptive_dp import AdaptiveClientDP

@@ -21,7 +21,8 @@ import torch
 
 from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
-from clients.training.dp_step import Mechanism, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import private_steps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check

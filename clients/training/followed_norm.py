@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from clients.training.dp_step import Mechanism
+    from clients.training.dp_mechanism import Mechanism
 
 
 class FollowedNorm:

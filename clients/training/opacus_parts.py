@@ -14,7 +14,7 @@ from fedlora.privacy.entropy import on_grid, system_normal
 if TYPE_CHECKING:
     from opacus.optimizers import DPOptimizer
 
-    from clients.training.dp_step import Mechanism
+    from clients.training.dp_mechanism import Mechanism
 
 
 def watched_model(model: AdaptedModel, mechanism: Mechanism) -> Any:

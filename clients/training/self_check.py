@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from clients.training import batches
-from clients.training.dp_step import Mechanism, PrivateSteps, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import PrivateSteps, private_steps
 from clients.training.followed_norm import followed
 from clients.training.made_up import (
     EXAMPLES,

@@ -15,8 +15,8 @@ from peft import get_peft_model
 from torch import nn
 
 from clients.training.batched import BatchSettings, Member, train_cohort
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private
-from clients.training.dp_step import Mechanism
 from clients.training.train import train_local
 from fedlora.config import LoraConfig, TrainConfig
 from fedlora.core.init_drawn import fresh_adapters

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from clients.training.batches import load_batch
-from clients.training.dp_step import Mechanism, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import private_steps
 from clients.training.optimizers.registry import make_optimizer
 from clients.training.train import batch_loss
 from experiments.benchmarks.hardware import hardware

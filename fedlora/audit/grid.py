@@ -15,8 +15,8 @@ from clients.execute import Node, load, seed_of, set_up, stage_of, train_instruc
 from clients.execute_cohort import Assignment, train_instructions
 from clients.execute_evaluation import evaluate_instruction
 from clients.runtime import ClientRuntime
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private
-from clients.training.dp_step import Mechanism
 from fedlora import wire
 from fedlora.audit.canaries import ClientCanaries
 from fedlora.audit.views import ServerView, tensors_of

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from clients.training.batches import Indices
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private
-from clients.training.dp_step import Mechanism
 from clients.training.train import LocalResult
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples

@@ -12,7 +12,7 @@ from clients.training import clip_shares, made_up, opacus_parts
 from clients.training.batched import private
 from clients.training.batched.self_check import check_cohort
 from clients.training.clip_shares import tensor_clips
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.self_check import self_check
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.models import AdaptedModel

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clients.training.batches import load_batch
-from clients.training.dp_step import Mechanism, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import private_steps
 from clients.training.train import batch_loss, train_local
 from fedlora.config import TrainConfig
 from fedlora.models import AdaptedModel

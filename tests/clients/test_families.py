@@ -19,7 +19,7 @@ import transformers as tf
 from clients.training.batched.layers import why_alone
 from clients.training.batched.self_check import check_cohort
 from clients.training.batches import load_batch
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.self_check import check_steps
 from clients.training.train import batch_loss
 from fedlora.config import ModelConfig

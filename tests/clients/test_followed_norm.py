@@ -15,7 +15,7 @@ from clients.ledger_ref import LedgerRef
 from clients.privacy import mechanism_of
 from clients.training.batched.private import ClippedSums
 from clients.training.batched.self_check import check_cohort
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.followed_norm import FollowedNorm
 from clients.training.self_check import self_check
 from fedlora.audit.run import check_audit

@@ -15,7 +15,8 @@ from torch import Tensor
 from clients.training import dp_step
 from clients.training.batched.private import ClippedSums
 from clients.training.batches import load_batch, physical_batches, poisson_batches
-from clients.training.dp_step import Mechanism, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import private_steps
 from clients.training.train import batch_loss
 from fedlora.config import PrivacyConfig, TrainConfig
 from fedlora.core.seeding import stream

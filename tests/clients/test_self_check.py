@@ -17,7 +17,7 @@ from torch import Tensor
 import clients.training.self_check
 from clients.training import batches, dp_sgd
 from clients.training.batches import shuffled_batches
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.opacus_parts import SystemNoise
 from clients.training.self_check import check_draws, self_check
 from fedlora.config import ModelConfig, TrainConfig

@@ -15,7 +15,8 @@ from clients.training import dp_step
 from clients.training.batched import train as batched
 from clients.training.batched.self_check import check_cohort
 from clients.training.batches import load_batch
-from clients.training.dp_step import Mechanism, private_steps
+from clients.training.dp_mechanism import Mechanism
+from clients.training.dp_step import private_steps
 from clients.training.made_up import clipped
 from clients.training.self_check import self_check
 from clients.training.train import batch_loss

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.self_check import check_noise, check_steps
 from fedlora import wire
 from fedlora.adapters import KINDS, NOT_HERE, TUNERS, adapter_kind, check_kind

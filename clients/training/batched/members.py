@@ -9,8 +9,8 @@ import torch
 
 from clients.training.batches import Indices, poisson_batches, shuffled_batches
 from clients.training.canaries import Canaries, among
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import private_streams
-from clients.training.dp_step import Mechanism
 from clients.training.followed_norm import FollowedNorm, followed
 from clients.training.units import Units, open_units
 from fedlora.config import TrainConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.clip_shares import tensor_clips
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.schedule import NOTHING, rests
 from fedlora.privacy.entropy import on_grid, system_normal
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.training.batched.members import Member
 from clients.training.batched.train import BatchSettings, Cohort
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from clients.training.made_up import EXAMPLES, Named, clipped, one_by_one, prepared, synthetic_examples
 from clients.training.self_check import (
     HUGE,

@@ -24,8 +24,9 @@ from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microb
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.batched.update import Gradients, Update
 from clients.training.batches import Indices, load_batch
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import check_drawn
-from clients.training.dp_step import Mechanism, at_once
+from clients.training.dp_step import at_once
 from clients.training.schedule import NOTHING, ONLY_ROUND, Stage, resting, rests
 from clients.training.train import LocalResult, batch_loss
 from clients.training.units import as_examples, joined

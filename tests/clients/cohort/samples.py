@@ -11,8 +11,8 @@ from torch import Tensor
 
 from clients.training.batched import BatchSettings, Member
 from clients.training.batched.train import Cohort
+from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private
-from clients.training.dp_step import Mechanism
 from clients.training.train import train_local
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples

@@ -12,7 +12,7 @@ import torch
 from clients.training.batched import Member, private
 from clients.training.batched import members as drawn_by
 from clients.training.batched.train import Cohort
-from clients.training.dp_step import Mechanism
+from clients.training.dp_mechanism import Mechanism
 from fedlora.models import AdaptedModel
 from tests.clients.cohort.samples import assert_same, mechanism, member, privately, task, together
 
