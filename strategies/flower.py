@@ -36,7 +36,6 @@ from strategies.replies import (
     validate_reply,
 )
 from strategies.report import RoundReport
-from strategies.request import NO_REPLY
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.screening import Screening, aggregate_screened
@@ -169,9 +168,8 @@ class FactorStrategy(Rounds):
         if self.selection.fraction_train == 0:
             return self._instructions([], {}, MessageType.TRAIN, server_round, config)
         present = self._present(grid, self.selection.min_train_nodes)
-        self.report.refuse(self.node_directory.refused)
         present, aside = self.patience.without_hanging(present, server_round, self.selection.min_train_nodes)
-        self.report.refuse(aside)
+        self.report.refuse(self.node_directory.refused | aside)
         chosen = self.selection.choose(present, server_round)
         log(INFO, "configure_train: %s of %s clients", len(chosen), len(present))
         return self._instructions(chosen, present, MessageType.TRAIN, server_round, config)
@@ -189,27 +187,22 @@ class FactorStrategy(Rounds):
             RunFailed: fewer valid updates than ``min_train_nodes``, or a private aggregate is not finite.
         """
         contents = self.transport.settle(replies)
-        asked = {request.partition_id: request for request in self.transport.requests}
-        silent = {p for p, request in asked.items() if request.reply is None and request.failure == NO_REPLY}
-        self.patience.note(server_round, asked.keys(), silent)
+        self.patience.note(server_round, self.transport.requests)
         starts = {request.partition_id: request.broadcast for request in self.transport.requests}
-        wanted = self.selection.min_train_nodes
-        done = aggregate_screened(
-            partial(self._next_state, starts), self._accepted(), starts, self.screening,
-            least=wanted, once=self.client_dp is not None,
-        )  # fmt: skip
+        wanted, private = self.selection.min_train_nodes, self.client_dp is not None
+        aggregate, accepted = partial(self._next_state, starts), self._accepted()
+        done = aggregate_screened(aggregate, accepted, starts, self.screening, least=wanted, once=private)
         self.report.refuse(done.refused)
-        updates = done.updates
-        if self.transport.requests and len(updates) < wanted:
+        if self.transport.requests and len(done.updates) < wanted:
             raise RunFailed(
-                f"round {server_round}: {len(updates)} valid updates, min-train-nodes = "
+                f"round {server_round}: {len(done.updates)} valid updates, min-train-nodes = "
                 f"{wanted} ({self.report.refusals() or 'no replies'})"
             )
         if done.state is None:
             return None, None
         self.state, self.report.diagnostics = done.state, done.diagnostics
-        self.report.participants = [update.partition_id for update in updates]
-        self.report.train_loss = mean_loss(self.transport.requests, updates)
+        self.report.participants = [update.partition_id for update in done.updates]
+        self.report.train_loss = mean_loss(self.transport.requests, done.updates)
         self._released = self.arrays()
         counted_in = [contents[partition] for partition in sorted(self.report.participants)]
         return self._released, self._means(self.train_metrics_aggr_fn, counted_in)
@@ -219,20 +212,11 @@ class FactorStrategy(Rounds):
     ) -> Iterable[Message]:
         """Orders to evaluate the new global model; nobody is asked where ``clients_evaluate`` says no."""
         self._take(arrays)
-        chosen, present = (
-            list[int](),
-            {
-                p.partition_id: p.node_id
-                for p in self.transport.requests
-                if p.reply is not None or not self.patience.most  # a node that hangs costs no second deadline
-            },
-        )
+        chosen, present = list[int](), self.patience.answering(self.transport.requests)
         if self.clients_evaluate(server_round):
-            chosen = sorted(present)
-            if self.selection.fraction_evaluate is not None:
-                present = {}
-                if self.selection.fraction_evaluate > 0:
-                    present = self._present(grid, self.selection.min_evaluate_nodes)
+            chosen, share = sorted(present), self.selection.fraction_evaluate
+            if share is not None:
+                present = self._present(grid, self.selection.min_evaluate_nodes) if share > 0 else {}
                 chosen = self.selection.evaluators(present, server_round)
         return self._instructions(chosen, present, MessageType.EVALUATE, server_round, config)
 
@@ -246,9 +230,7 @@ class FactorStrategy(Rounds):
             self.report.note(request.partition_id, request.reply)
             self.transport.note_ledger(request)
         self.report.client_metrics = {
-            partition: metrics
-            for partition, metrics in measured.items()
-            if NUM_EXAMPLES in metrics and all(map(math.isfinite, metrics.values()))
+            p: m for p, m in measured.items() if NUM_EXAMPLES in m and all(map(math.isfinite, m.values()))
         }
         counted_in = [contents[partition] for partition in sorted(measured)]
         return self._means(self.evaluate_metrics_aggr_fn, counted_in) if counted_in else None
@@ -260,8 +242,11 @@ class FactorStrategy(Rounds):
         log(INFO, "\t├──> %s", self.rule)
         log(INFO, "\t├──> %s, available %s", self.selection, self.min_available_nodes)
         log(INFO, "\t├──> weighted by: %r, screening: %s", self.weighted_by_key, self.screening)
-        keys = self.transport.arrayrecord_key, self.transport.configrecord_key
-        log(INFO, "\t└──> keys in records: arrays %r, config %r", *keys)
+        log(
+            INFO,
+            "\t└──> keys in records: %r",
+            (self.transport.arrayrecord_key, self.transport.configrecord_key),
+        )
 
     # --- pieces ---------------------------------------------------------------------------------------
 
@@ -285,10 +270,9 @@ class FactorStrategy(Rounds):
             client = self.client_spec(partition_id)
             broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
             rank = 0 if not self.keep_ranks else next(iter(broadcast.adapters.values())).rank
-            if 0 < rank < client.rank:
-                self.transport.add(partition_id, present[partition_id], padded(broadcast, client.rank), rank)
-            else:
-                self.transport.add(partition_id, present[partition_id], broadcast)
+            kept = rank if rank < client.rank else 0
+            sent = padded(broadcast, client.rank) if kept else broadcast
+            self.transport.add(partition_id, present[partition_id], sent, kept)
         return self.transport.messages(message_type, settings_of(config, server_round))
 
     def _accepted(self) -> list[ClientUpdate]:
@@ -299,9 +283,9 @@ class FactorStrategy(Rounds):
                 updates.append(self._accept(request))
             except (UpdateRefused, FactorShapeError) as error:
                 self.report.refuse({request.partition_id: str(error)})
-                continue
-            self.report.note(request.partition_id, request.reply)
-            self.transport.note_ledger(request)
+            else:
+                self.report.note(request.partition_id, request.reply)
+                self.transport.note_ledger(request)
         return updates
 
     def _means(self, function: MetricsFn | None, contents: list[RecordDict]) -> MetricRecord:

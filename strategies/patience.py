@@ -6,10 +6,12 @@ later. If it answers then, it takes part as before; if not, that cost a deadline
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from logging import WARNING
 
 from flwr.common.logger import log
+
+from strategies.request import NO_REPLY, PendingRequest
 
 PAUSE = 10
 """Rounds for which a node is set aside."""
@@ -45,12 +47,13 @@ class Patience:
             return dict(present), {}
         return left, {p: f"set aside until round {u}: {self._why(p)}" for p, u in sorted(aside.items())}
 
-    def note(self, server_round: int, asked: Collection[int], silent: Collection[int]) -> None:
+    def note(self, server_round: int, requests: Sequence[PendingRequest]) -> None:
         """Count who let a round's deadline pass."""
         if not self.most:
             return
-        for partition in sorted(asked):
-            if partition not in silent:
+        for request in sorted(requests, key=lambda request: request.partition_id):
+            partition = request.partition_id
+            if request.reply is not None or request.failure != NO_REPLY:
                 self._missed.pop(partition, None)
                 continue
             self._missed[partition] = self._missed.get(partition, 0) + 1
@@ -58,6 +61,10 @@ class Patience:
                 until = self._until[partition] = server_round + PAUSE + 1
                 why = self._why(partition)
                 log(WARNING, "partition %s is set aside until round %s: %s", partition, until, why)
+
+    def answering(self, requests: Sequence[PendingRequest]) -> dict[int, int]:
+        """Node by partition of who is asked once more in a round: one that hangs costs one deadline."""
+        return {r.partition_id: r.node_id for r in requests if r.reply is not None or not self.most}
 
     def _why(self, partition: int) -> str:
         return f"no reply before the deadline in {self._missed[partition]} rounds that asked it"

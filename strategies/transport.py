@@ -239,12 +239,8 @@ class Transport:
             **({"ledger-head": head} if head else {}),
             **{key: value for key, value in own.items() if value != []},
         }
-        content = RecordDict(
-            {
-                self.arrayrecord_key: self._record(self.arranged(travels)),
-                self.configrecord_key: ConfigRecord(settings),
-            }
-        )
+        arrays = self._record(self.arranged(travels))
+        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord(settings)})
         lacks = tuple(name for name in request.needs.base if name not in held)
         if lacks:
             content[wire.PARTS] = self._part(lacks)

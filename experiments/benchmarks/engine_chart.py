@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from experiments.benchmarks.engine_cells import PRIVATE, REFERENCE, WAYS, Regime
 from experiments.benchmarks.engine_figures import STEADY, WHOLE, Figures
 from experiments.benchmarks.engine_table import title
-from fedlora.study.report.figure import HUES, MUTED, PAPER, SETTINGS
+from fedlora.study.report.figure import SETTINGS
+from fedlora.study.report.styles import HUES, MUTED, PAPER
 
 PANELS = ((STEADY, "seconds a round"), (WHOLE, "seconds for the whole run"))
 

@@ -16,8 +16,8 @@ from fedlora.errors import ConfigError
 from fedlora.study.analyse.results import CellResult
 from fedlora.study.analyse.summary import summarise
 from fedlora.study.report.charts import draw_charts
-from fedlora.study.report.figure import styles_of
 from fedlora.study.report.report import render, write_report
+from fedlora.study.report.styles import styles_of
 from fedlora.study.report.timeline_chart import spells
 from tests.study.made_up import result, study
 

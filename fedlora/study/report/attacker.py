@@ -8,8 +8,9 @@ import numpy as np
 
 from fedlora.privacy.trade_off import LOSSES, NAMED, TradeOff, curve_of
 from fedlora.study.analyse.summary import Row
-from fedlora.study.report.figure import DOTS, MUTED, Canvas, Chart, Numbers, Style, series_gid
+from fedlora.study.report.figure import Canvas, Chart, Numbers, series_gid
 from fedlora.study.report.format import listed
+from fedlora.study.report.styles import DOTS, MUTED, Style
 
 DRAWN = tuple(np.geomspace(min(NAMED), 1.0, 61).tolist())
 """False positive rates of the lines."""

@@ -20,8 +20,7 @@ from fedlora.study.report.figure import (
     Drawing,
     Numbers,
     series_gid,
-    styles_of,
-)  # fmt: skip
+)
 from fedlora.study.report.format import (
     DASH,
     interval,
@@ -38,6 +37,7 @@ from fedlora.study.report.round_charts import (
     time_chart,
     traffic_chart,
 )
+from fedlora.study.report.styles import styles_of
 from fedlora.study.report.timeline_chart import timeline_chart
 
 CLIENT_SHARES = {

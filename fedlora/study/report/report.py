@@ -18,8 +18,9 @@ from fedlora.study.analyse.tuning import Tuning
 from fedlora.study.plan.absent import Absent
 from fedlora.study.report import configuration, format
 from fedlora.study.report.charts import draw_charts, overview_chart
-from fedlora.study.report.figure import styles_of, swatch
+from fedlora.study.report.figure import swatch
 from fedlora.study.report.findings import CLAIMS_HEADER, claim, claims, find
+from fedlora.study.report.styles import styles_of
 from fedlora.study.report.tables import write_tables
 
 EMPTY = (format.DASH, None, "")

@@ -15,14 +15,7 @@ from fedlora.study.analyse.curves import (
     simulated,
 )
 from fedlora.study.analyse.summary import Row
-from fedlora.study.report.figure import (
-    DOTS,
-    Canvas,
-    Chart,
-    Level,
-    Numbers,
-    Style,
-)  # fmt: skip
+from fedlora.study.report.figure import Canvas, Chart, Level, Numbers
 from fedlora.study.report.format import (
     duration,
     listed,
@@ -31,6 +24,7 @@ from fedlora.study.report.format import (
     power_of_ten,
     significant,
 )  # fmt: skip
+from fedlora.study.report.styles import DOTS, Style
 
 Styles = Mapping[str, Style]
 Show = Callable[[float], str]

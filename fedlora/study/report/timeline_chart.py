@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedlora.study.analyse.summary import Row
-from fedlora.study.report.figure import HEIGHT, RULE, Canvas, Chart, Numbers, series_gid
+from fedlora.study.report.figure import HEIGHT, Canvas, Chart, Numbers, series_gid
 from fedlora.study.report.format import duration
 from fedlora.study.report.round_charts import Styles
+from fedlora.study.report.styles import RULE
 
 ROUNDS, CLIENTS, METHODS = 5, 6, 8
 """How many are shown: rounds from the first one on, clients by their numbers, and runs."""
