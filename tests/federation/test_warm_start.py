@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from clients.runtime import ClientRuntime
 from fedlora.config import RunConfig
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.models.build import build_model
@@ -148,8 +149,8 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 def edited(path: Path, copy: Path, **fields: Any) -> Path:
     shutil.copytree(path, copy)
-    card = json.loads((copy / "fedlora.json").read_text())
-    (copy / "fedlora.json").write_text(json.dumps(card | fields))
+    card = read_sealed(copy / "fedlora.json")
+    (copy / "fedlora.json").write_text(json.dumps(sealed(card | fields)))
     return copy
 
 
