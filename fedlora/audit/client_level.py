@@ -98,6 +98,11 @@ class WithCanaries:
         """See `ClientDP.memory`."""
         return self.mechanism.memory()
 
+    @property
+    def adapted_norm(self) -> float | None:
+        """See `ClientDP.adapted_norm`."""
+        return self.mechanism.adapted_norm
+
     def _take_part(self, server_round: int) -> bool:
         number, early = divmod(server_round - 1, self.mechanism.bands)
         return not early and number < self.rounds

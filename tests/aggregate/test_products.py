@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedlora.core.factors import PLAIN
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.models import load_adapter as load_exported
 from fedlora.models import save_adapter as export
 from strategies.registry import RULES, make_rule
@@ -217,9 +218,9 @@ def test_adapters_that_fedlora_wrote_stay_adapters_that_fedlora_reads(tmp_path: 
     module, card = load_exported(tmp_path / "out")
     assert card == card_of("tiny")
     assert_close(deltas(module), deltas(load_exported(tmp_path / "one")[0]))
-    (tmp_path / "two" / "fedlora.json").write_text(
-        (tmp_path / "two" / "fedlora.json").read_text().replace('"tiny"', '"minilm"')
-    )
+    card_file = tmp_path / "two" / "fedlora.json"
+    other = json.loads(json.dumps(read_sealed(card_file)).replace('"tiny"', '"minilm"'))
+    card_file.write_text(json.dumps(sealed(other)))
     refused(aggregate("--strategy", "flora", "--out", tmp_path / "no", *both), "different base", "minilm")
 
 

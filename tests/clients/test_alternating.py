@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from clients.training.dp_sgd import train_private
 from clients.training.train import train_local
 from fedlora.config import TrainConfig, from_flat
 from fedlora.errors import ConfigError, NotApplicable
@@ -16,7 +15,7 @@ from fedlora.models import AdaptedModel
 from fedlora.server.validate import check
 from tests.clients.cohort.samples import assert_same, member, model, privately, task
 from tests.clients.measures import tensors, values
-from tests.clients.samples import PAD, everyone, examples, loaded
+from tests.clients.samples import PAD, everyone, examples, loaded, train_by_dp_sgd
 
 DATA = examples()
 ALL = everyone(DATA)
@@ -34,7 +33,7 @@ def trained(steps: int, of: AdaptedModel | None = None, how: str = "", **config:
     if not how:
         result = train_local(of, DATA, ALL, PAD, given, local_steps=steps, seed=1)
     else:
-        result = train_private(
+        result = train_by_dp_sgd(
             of, DATA, ALL, PAD, given, local_steps=steps, seed=1,
             noise_multiplier=0.0, max_grad_norm=0.05, grad_sample_mode=how,
         )  # fmt: skip
@@ -78,7 +77,7 @@ def test_noise_moves_nothing_that_rests(config: dict[str, Any]) -> None:
     network = loaded()
     before = values(network)
     given = TrainConfig(**{**SGD, "alternating": True, **config})
-    result = train_private(
+    result = train_by_dp_sgd(
         network, DATA, ALL, PAD, given, local_steps=1, seed=1, noise_multiplier=1.0, max_grad_norm=1.0
     )
     assert same(part(tensors(result), "A"), before)

@@ -41,7 +41,7 @@ def test_extras_are_those_of_the_project() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for name, packages in EXTRAS.items():
         assert tuple(re.split("[>=<]", wanted)[0] for wanted in declared[name]) == packages
-    assert f"fedlora[{','.join(EXTRAS)}]" in declared["dev"]
+    assert f"fedlora[{','.join(EXTRAS)},docs]" in declared["dev"]
 
 
 def test_runs_nodes_and_servers_import_nothing_of_an_extra() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import time
@@ -16,6 +15,7 @@ from clients import owner
 from clients.handler import EVALUATE, TRAIN, handle
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
+from fedlora.core.sealed import read_sealed
 from fedlora.errors import UpdateRefused
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import PRIVATE, order
@@ -103,7 +103,7 @@ def test_no_evaluation_leaves_unless_the_owner_allows_it(mode: str, tmp_path: Pa
     allowed = {**LIMIT, "max-evaluations": 2}
     statuses = [reply(EVALUATE, config, tmp_path, n, **allowed).status for n in (1, 2, 3)]
     assert statuses == [wire.OK, wire.OK, wire.DECLINED]
-    assert json.loads((tmp_path / owner.EVALUATIONS).read_text()) == {"done": 2}
+    assert read_sealed(tmp_path / owner.EVALUATIONS) == {"done": 2}
 
 
 def test_a_damaged_count_lets_nothing_out(tmp_path: Path, cache: Path) -> None:

@@ -166,7 +166,7 @@ TINY = {
     "lora.ranks": "2,4", "data.evaluate-examples": 60, "train.local-steps": 3, "engine.num-actors": 2,
     "engine.num-cpus": 0.5, "study.strategies": "flora,head-only",
 }  # fmt: skip
-MEASURED_ANEW = ("seconds", "peak_memory_bytes")
+MEASURED_ANEW = ("seconds", "peak_memory_bytes", "files_sha256", "sha256")
 
 
 def outcome(cell: Path) -> Any:
