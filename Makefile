@@ -44,7 +44,7 @@ quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapter
 	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
-	$(BIN)/python -m pytest -q -m deployed tests
+	$(BIN)/python -m pytest -v -m deployed $(FLAGS) tests
 
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants
