@@ -97,8 +97,8 @@ def test_noise_goes_on_from_what_was_remembered(seed: int | None, tmp_path: Path
     read = read_checkpoint(tmp_path)
     assert read is not None
     assert read.asked == {1: 2, 3: 4}
-    assert sorted(read.noise) == ["3/x", "4/x"]
-    second.remember(read.noise, read.state.round)
+    assert sorted(read.private) == ["3/x", "4/x"]
+    second.remember(read.private, read.state.round)
     if seed is None:
         mean = (-square_root(3)[1] * first.rows["x"][4] - square_root(3)[2] * first.rows["x"][3]).numpy()
         row = published(second, range(5, 6))[0]
