@@ -57,6 +57,8 @@ class AdapterCard:
             ConfigError: no such file, not what `save_adapter` writes, or a file that it vouches for changed.
         """
         path = directory / CARD_FILE
+        if not path.is_file():
+            raise ConfigError(f"{path}: is missing, so this is not an adapter that fedlora wrote")
         fields = read_sealed(path, older=True)
         if other := changed(directory, fields):
             raise ConfigError(
