@@ -14,7 +14,7 @@ from typing import Any
 import tomli_w
 import torch
 
-from tests.wire.mutations import DTYPES, NAMES, SHAPES, TEXTS, Random, Trap, picked
+from tests.wire.mutations import NAMES, TEXTS, Random, Trap, in_safetensors, picked
 
 VALUES: tuple[Any, ...] = (
     *TEXTS, None, 0, -1, 1, 2**62, 2**70, 0.0, -0.5, 1e308, float("nan"), float("inf"), True, False, [], {},
@@ -135,34 +135,6 @@ def in_lines(content: bytes, rng: Random) -> bytes:
         case _:
             lines[at] = in_json(lines[at], rng)
     return b"".join(line + b"\n" for line in lines)
-
-
-def in_safetensors(content: bytes, rng: Random) -> bytes:
-    """The header: what each tensor is called, its type and shape, where it lies; or the header's length."""
-    length = int.from_bytes(content[:8], "little")
-    header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
-    name = picked([key for key, value in header.items() if key != "__metadata__"], rng)
-    match rng.integers(8):
-        case 0:
-            header[name]["dtype"] = picked(("F32", "F64", "F16", "BF16", "I64", "BOOL", *DTYPES), rng)
-        case 1:
-            header[name]["shape"] = picked((*map(list, SHAPES), "x", [1.5], [[]], None), rng)
-        case 2:
-            header[name]["data_offsets"] = picked(([0, 4], [4, 0], [-4, 0], [0, 2**60], [0], "x", None), rng)
-        case 3:
-            header[picked(NAMES, rng)] = header.pop(name)
-        case 4:
-            other = picked([key for key in header if key != "__metadata__"], rng)
-            header[name], header[other] = header[other], header[name]
-        case 5:
-            del header[name]
-        case 6:
-            header["__metadata__"] = picked(VALUES, rng)
-        case _:
-            length = picked((0, 1, 2**40, 2**63, len(content)), rng)
-            return length.to_bytes(8, "little") + content[8:]
-    text = json.dumps(header).encode()
-    return len(text).to_bytes(8, "little") + text + rest
 
 
 FORMATS: dict[str, Callable[[bytes, Random], bytes]] = {

@@ -133,20 +133,27 @@ def _change_array(content: RecordDict, rng: Random) -> None:
 
 
 def _change_packed(content: RecordDict, rng: Random) -> None:
-    """The header of tensors that travel together: it says what each is and where it lies."""
+    """Tensors that travel together, see `in_safetensors`."""
     record = _record(content, rng)
     if not record or list(record) != ["safetensors"]:
         return
     try:
-        packed = record["safetensors"].numpy().tobytes()
-        length = int.from_bytes(packed[:8], "little")
-        header, rest = json.loads(packed[8 : 8 + length]), packed[8 + length :]
-        name = picked([key for key, value in header.items() if isinstance(value, dict)], rng)
+        spoiled = in_safetensors(record["safetensors"].numpy().tobytes(), rng)
     except Exception:
         return  # spoiled before
-    match rng.integers(7):
+    record["safetensors"] = Array(np.frombuffer(spoiled, np.uint8))
+
+
+def in_safetensors(content: bytes, rng: Random) -> bytes:
+    """The header: what each tensor is called, its type and shape, where it lies; or the header's length."""
+    length = int.from_bytes(content[:8], "little")
+    header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
+    name = picked([key for key, value in header.items() if key != "__metadata__"], rng)
+    match rng.integers(8):
         case 0:
-            header[name]["dtype"] = picked(("F32", "F64", "F16", "BF16", "I64", "BOOL", "X", 3, None), rng)
+            header[name]["dtype"] = picked(
+                ("F32", "F64", "F16", "BF16", "I64", "BOOL", "X", 3, None, *DTYPES), rng
+            )
         case 1:
             header[name]["shape"] = picked((*map(list, SHAPES), "x", [1.5], [[]], None), rng)
         case 2:
@@ -154,15 +161,17 @@ def _change_packed(content: RecordDict, rng: Random) -> None:
         case 3:
             header[picked(NAMES, rng)] = header.pop(name)
         case 4:
-            header[picked(("__metadata__", name), rng)] = picked(VALUES[:-7], rng)
+            other = picked([key for key in header if key != "__metadata__"], rng)
+            header[name], header[other] = header[other], header[name]
         case 5:
             del header[name]
+        case 6:
+            header["__metadata__"] = picked(VALUES[:-7], rng)
         case _:
-            length = picked((0, 1, 2**40, 2**63, len(packed)), rng)
-            record["safetensors"] = Array(np.frombuffer(length.to_bytes(8, "little") + packed[8:], np.uint8))
-            return
+            length = picked((0, 1, 2**40, 2**63, len(content)), rng)
+            return length.to_bytes(8, "little") + content[8:]
     text = json.dumps(header).encode()
-    record["safetensors"] = Array(np.frombuffer(len(text).to_bytes(8, "little") + text + rest, np.uint8))
+    return len(text).to_bytes(8, "little") + text + rest
 
 
 def _change_names(content: RecordDict, rng: Random) -> None:
