@@ -72,8 +72,7 @@ class FactorStrategy(Rounds):
         upload: how clients write down what they send, see `fedlora.wire.upload`; empty: as ``wire_dtype``.
         packed: see `strategies.transport.Transport`.
         node_directory: who is who among the connected nodes; by default what they say, see `NodeDirectory`.
-        max_missed_rounds: a node without a reply in so many rounds in a row is set aside for some, see
-            `strategies.patience`; 0 waits for it in every round.
+        max_missed_rounds: silent rounds in a row after which a node is set aside, see `Patience`; 0: never.
 
     Raises:
         ConfigError: a value out of range, or settings that exclude each other.
