@@ -67,8 +67,13 @@ def to_row(
         loss: None where it is not told.
         fixed: how numbers are written.
         generator: rounds.
+
+    Raises:
+        SecureRefused: a change that is no number: under masks nobody else could see that.
     """
     change = np.concatenate([_flat(trained, start, name) for name in sorted(start)] or [np.zeros(0)])
+    if not np.isfinite(change).all():
+        raise SecureRefused("its update holds a NaN or an infinity")
     told = loss is not None and math.isfinite(loss)
     scaled = (loss or 0.0) / LARGEST_LOSS * fixed.limit if told else 0.0
     cut = int(bool(np.abs(change).max(initial=0.0) > fixed.limit))

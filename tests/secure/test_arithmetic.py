@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 from collections import Counter
 from contextlib import suppress
 from itertools import product
 
 import numpy as np
 import pytest
+import torch
 from Crypto.Cipher import AES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure import masks, shamir
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.wire.secure import row_length, to_row
 
 
 def test_the_agreed_key_is_hkdf_of_x25519_by_the_vectors_of_rfc_7748() -> None:
@@ -142,3 +145,13 @@ def test_at_the_defaults_a_mean_is_off_by_less_than_a_ten_thousandth_of_its_norm
 def test_a_modulus_that_is_too_small_is_refused(values: tuple[int, int, float, int], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         FixedPoint(*values)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_an_update_that_is_not_finite_leaves_no_client(value: float) -> None:
+    """As an integer it would be any number, and under masks the server could not tell whose."""
+    start, trained = {"a": torch.zeros(2)}, {"a": torch.tensor([0.1, value])}
+    fixed, draws = FixedPoint(clients=3, bits=32, limit=1.0, max_weight=5), np.random.default_rng(0)
+    with pytest.raises(SecureRefused, match="holds a NaN or an infinity"):
+        to_row(start, trained, 1, None, fixed, draws)
+    assert len(to_row(start, {"a": torch.ones(2)}, 1, None, fixed, draws)) == row_length(start)
