@@ -143,7 +143,7 @@ class PlainLora:
 def _refuse_other_methods(path: Path, fields: Mapping[str, Any]) -> None:
     kind, bias, init = (fields.get(key) for key in ("peft_type", "bias", "init_lora_weights"))
     if kind != "LORA":
-        raise ConfigError(f"{path}: peft_type = {kind!r}: only LORA can be aggregated")
+        raise ConfigError(f"{path}: peft_type = {kind!r}: only LORA can be aggregated or started from")
     if bias not in (None, "none"):
         raise ConfigError(f"{path}: bias = {bias!r}: trained biases are no LoRA factors, accepted is 'none'")
     if init not in KEEPS_BASE:
@@ -159,7 +159,9 @@ def _refuse_other_methods(path: Path, fields: Mapping[str, Any]) -> None:
                 if key in known
                 else f"PEFT {peft.__version__} does not know it, only plain LoRA"
             )
-            raise ConfigError(f"{path}: {key} = {json.dumps(value)[:60]}: {why} can be aggregated")
+            raise ConfigError(
+                f"{path}: {key} = {json.dumps(value)[:60]}: {why} can be aggregated or started from"
+            )
 
 
 def _number(fields: Mapping[str, Any], key: str, kind: type) -> Any:

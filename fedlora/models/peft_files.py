@@ -145,7 +145,9 @@ def _factors(A: Tensors, B: Tensors, config: PlainLora) -> AdapterSet:
 def _pair(name: str, A: Tensor, B: Tensor, config: PlainLora) -> LoraFactors:
     shapes = f"lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)}"
     if A.ndim != 2 or B.ndim != 2:
-        raise ConfigError(f"{name}: {shapes}: only linear layers and embeddings can be aggregated")
+        raise ConfigError(
+            f"{name}: {shapes}: only linear layers and embeddings can be aggregated or started from"
+        )
     rank = config.rank_of(name)
     if A.shape[0] != rank or B.shape[1] != rank or 0 in (*A.shape, *B.shape):
         raise ConfigError(f"{name}: {shapes} are not of the rank {rank} that the configuration says")

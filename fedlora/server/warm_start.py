@@ -35,8 +35,7 @@ def warm_start(template: Template, config: RunConfig, runtime: ClientRuntime) ->
     try:
         given = read_adapter(user_path(config.model.adapter))
     except ConfigError as error:
-        line = str(error).replace("can be aggregated", "can be started from")
-        raise ConfigError(f"model.adapter: {line}") from None
+        raise ConfigError(f"model.adapter: {error}") from None
     _check_base(key, given, config, runtime)
     _check_layers(key, given, template)
     for name, factors in given.adapters.items():

@@ -135,7 +135,7 @@ def test_an_adapter_of_peft_alone_is_taken(stranger: Callable[..., Path]) -> Non
         ({"lora_alpha": 8}, {}, r"has scaling 2 in \S+, the run has 4 \(lora.alpha = 16\)"),
         ({"target_modules": ["q_proj"]}, {}, r"does not adapt \S+v_proj, the run does \(lora.target"),
         ({}, {"lora.target-modules": "q_proj"}, r"adapts \S+v_proj, the run does not \(lora.target"),
-        ({"use_dora": True}, {}, r".*use_dora = true: only plain LoRA can be started from"),
+        ({"use_dora": True}, {}, r".*use_dora = true: only plain LoRA can be aggregated or started from"),
     ],
 )  # fmt: skip
 def test_an_adapter_that_does_not_fit_is_refused(
