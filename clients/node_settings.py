@@ -6,6 +6,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,13 +137,17 @@ class NodeSettings:
 
 
 def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
-    """The settings in a Flower node config.
+    """The settings in a Flower node config; read once for each distinct one.
 
     Raises:
         ConfigError: an unknown key, or a value that is not accepted.
     """
-    own = {key: value for key, value in node_config.items() if key not in FLOWERS_OWN}
-    return NodeSettings(**by_field(own))
+    return _settings(tuple(sorted((k, v) for k, v in node_config.items() if k not in FLOWERS_OWN)))
+
+
+@lru_cache(maxsize=64)
+def _settings(items: tuple[tuple[str, Any], ...]) -> NodeSettings:
+    return NodeSettings(**by_field(dict(items)))
 
 
 def own_of(settings: NodeSettings, labels: tuple[str, ...] = ()) -> OwnData | None:

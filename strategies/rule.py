@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedlora.core.adapters import LayerAdapter, check_same_shapes, resized
-from fedlora.core.factors import LoraFactors, Tensors, check_same_modules
+from fedlora.core.factors import LoraFactors, Tensors, check_like, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
@@ -223,20 +223,10 @@ class Rule:
         check_same_modules(state.adapters, update.adapters, who)
         for name, start in state.adapters.items():
             given = update.adapters[name]
-            if not (isinstance(start, LoraFactors) and isinstance(given, LoraFactors)):
+            if isinstance(start, LoraFactors) and isinstance(given, LoraFactors):
+                check_like(start, given, f"{who}, {name}", "" if self.facts.mixed_ranks else self.facts.name)
+            else:
                 check_same_shapes(start, given, f"{who}, {name}")
-                continue
-            shape, expected = (given.out_features, given.in_features), (start.out_features, start.in_features)
-            if shape != expected:
-                raise FactorShapeError(f"{who}, {name}: the layer is {shape}, expected {expected}")
-            if (given.R is None) != (start.R is None):
-                odd = "has no core R" if given.R is None else "has a core R that nobody asked for"
-                raise FactorShapeError(f"{who}, {name}: the adapter {odd}")
-            if given.rank != start.rank and not self.facts.mixed_ranks:
-                raise FactorShapeError(
-                    f"{who}, {name}: A has rank {given.rank}, expected {start.rank}; "
-                    f"{self.facts.name} needs equal ranks"
-                )
 
 
 def trained_modules(state: State, client: ClientSpec) -> frozenset[str]:

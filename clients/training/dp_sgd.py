@@ -101,9 +101,9 @@ def train_private(
             penalties.add_gradient()
 
         private.optimizer.attach_step_hook(after_noise)
-        everyone = among(protected, canaries, len(examples))
+        everyone, resting = among(protected, canaries, len(examples)), at_rest(trained, config)
         for step, drawn in enumerate(poisson_batches(everyone, rate, local_steps, draw)):
-            private.resting = at_rest(trained, config, step)
+            private.resting = resting[step % 2]
             rates.advance()
             total += private.step(examples, drawn, pad_token_id)
             sizes.append(len(drawn))

@@ -74,7 +74,7 @@ def train_local(
     with model.training() as trained, dropout_stream(seed, model.device):
         optimizer = make_optimizer(trained, config)
         rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
-        penalties = Penalties(trained, config)
+        penalties, resting = Penalties(trained, config), at_rest(trained, config)
         batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
         for step, drawn in enumerate(batches):
             optimizer.zero_grad()
@@ -84,7 +84,7 @@ def train_local(
                 loss.backward()  # type: ignore[no-untyped-call]
                 total = total + loss.detach() * len(drawn)
             seen += len(drawn)
-            for parameter in at_rest(trained, config, step):
+            for parameter in resting[step % 2]:
                 parameter.grad = None
             penalties.add_gradient()
             if config.max_grad_norm > 0:
@@ -95,10 +95,12 @@ def train_local(
     return local_result(model, trained, len(indices), steps, float(total) / seen)
 
 
-def at_rest(trained: Trainable, config: TrainConfig, step: int) -> list[nn.Parameter]:
-    """The factors that a step, from 0, does not move."""
-    ending = resting(config, step)
-    return [p for name, p in trained.factors.items() if rests(name, ending)]
+def at_rest(trained: Trainable, config: TrainConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The factors that even and odd steps, from 0, do not move."""
+    even, odd = (
+        [p for name, p in trained.factors.items() if rests(name, resting(config, step))] for step in (0, 1)
+    )
+    return even, odd
 
 
 def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:

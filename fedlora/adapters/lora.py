@@ -61,10 +61,10 @@ class InjectedLora:
         if len({f.R is None for f in factors.values()}) > 1:
             raise FactorShapeError("an adapter has a core in all layers or in none, this one in some")
         for name, f in factors.items():
-            spec, shape = self._modules[name], (f.out_features, f.in_features)
-            if shape != (spec.out_features, spec.in_features):
+            spec = self._modules[name]
+            if f.shape != (spec.out_features, spec.in_features):
                 raise FactorShapeError(
-                    f"{name}: the factors are for a layer {shape}, the layer is "
+                    f"{name}: the factors are for a layer {f.shape}, the layer is "
                     f"{(spec.out_features, spec.in_features)}"
                 )
         self.check_rank(ranks[0])

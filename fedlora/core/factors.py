@@ -74,6 +74,11 @@ class LoraFactors:
     def out_features(self) -> int:
         return self.B.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in): the weight's, which the delta has too."""
+        return self.B.shape[0], self.A.shape[1]
+
     def delta(self) -> Tensor:
         """The dense (out, in) change of the weight; for export and tests only."""
         plain = self.folded()
@@ -207,6 +212,29 @@ def resize(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
 def as_product(factors: LoraFactors) -> Product:
     """The adapter's delta as a product (scaling in the right side)."""
     return stack([(1.0, factors)])
+
+
+def check_like(start: LoraFactors, given: LoraFactors, who: str, equal_ranks: str = "") -> None:
+    """Refuse factors of another layer than expected, or a core where there is none.
+
+    Args:
+        start: what is expected.
+        given: what is looked at.
+        who: whose they are, for the message.
+        equal_ranks: who needs their ranks to be equal, too; nobody if empty.
+
+    Raises:
+        FactorShapeError: the first difference.
+    """
+    if given.shape != start.shape:
+        raise FactorShapeError(f"{who}: the layer is {given.shape}, expected {start.shape}")
+    if (given.R is None) != (start.R is None):
+        odd = "has no core R" if given.R is None else "has a core R that nobody asked for"
+        raise FactorShapeError(f"{who}: the adapter {odd}")
+    if equal_ranks and given.rank != start.rank:
+        raise FactorShapeError(
+            f"{who}: A has rank {given.rank}, expected {start.rank}; {equal_ranks} needs equal ranks"
+        )
 
 
 def check_same_modules(expected: Mapping[str, object], given: Mapping[str, object], who: str) -> None:

@@ -202,7 +202,7 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
     if broadcast.tail is not None:
         config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
     if broadcast.fresh_seed is not None:
-        shapes = {name: [f.out_features, f.in_features] for name, f in lora_set(broadcast.adapters).items()}
+        shapes = {name: list(f.shape) for name, f in lora_set(broadcast.adapters).items()}
         config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})
     return config
 
