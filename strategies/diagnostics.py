@@ -124,9 +124,9 @@ def _by_grams(layer: Layer, everything: Product, asked_of: float) -> LayerMeasur
         everything: these products, stacked.
         asked_of: -1, or 0 where T is a part of what was reached.
     """
-    left, right = everything.left.double(), everything.right.double()
+    left, right = everything.left.double(), everything.right.double()  # (out, R), (R, in)
     G_left, G_right = left.T @ left, right @ right.T
-    pairs = G_left * G_right
+    pairs = G_left * G_right  # (R, R): <column i (x) row i, column j (x) row j>
     T, r = layer.target.rank_bound, layer.start.rank
     own, now, end = slice(T, T + r), slice(0, T + r), 0
     change, missed = torch.zeros(2, len(pairs), dtype=torch.float64)
@@ -140,7 +140,7 @@ def _by_grams(layer: Layer, everything: Product, asked_of: float) -> LayerMeasur
         squares.append(
             float(pairs[block, block].sum()) / p**2 - 2 * float(pairs[block, own].sum()) / p + start
         )
-    M = (G_left[now, now] * change[now]) @ (G_right[now, now] * change[now])
+    M = (G_left[now, now] * change[now]) @ (G_right[now, now] * change[now])  # eigenvalues sigma_j^2
     return LayerMeasure(
         asked=max(float(change @ pairs @ change), 0.0),
         missed=max(float(missed @ pairs @ missed), 0.0),

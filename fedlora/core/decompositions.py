@@ -32,10 +32,10 @@ def svd(p: Product) -> tuple[Tensor, Tensor, Tensor]:
         U, S, Vh = torch.linalg.svd(left @ right, full_matrices=False)
     else:
         reflectors_left, reflectors_right = torch.geqrf(left), torch.geqrf(right.T)
-        core = _triangle(reflectors_left[0]) @ _triangle(reflectors_right[0]).T
+        core = _triangle(reflectors_left[0]) @ _triangle(reflectors_right[0]).T  # (R, R)
         core_U, S, core_Vh = torch.linalg.svd(core, full_matrices=False)
         U, Vh = _reflected(*reflectors_left, core_U), _reflected(*reflectors_right, core_Vh.T).T
-    peak = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))
+    peak = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))  # (q, 1)
     sign = torch.where(peak < 0, -1.0, 1.0).to(Vh.dtype)
     dtype = p.left.dtype
     return (U * sign.T).to(dtype), S.to(dtype), (Vh * sign).to(dtype)
@@ -104,7 +104,7 @@ def completed(factors: LoraFactors, spare: Tensor, generator: torch.Generator) -
         spare: (n, in), the rows to take the directions from, in this order.
         generator: draws those that ``spare`` has not.
     """
-    live = factors.B.any(dim=0)
+    live = factors.B.any(dim=0)  # (r,)
     held, offered = factors.A[live].double(), spare.double()
     missing = min(factors.rank, factors.in_features) - held.shape[0]
     if missing <= 0:
@@ -114,8 +114,8 @@ def completed(factors: LoraFactors, spare: Tensor, generator: torch.Generator) -
     offered = offered[: own.numel()]
     offered = offered[own > DEPENDENT * torch.linalg.vector_norm(offered, dim=1)]
     drawn = torch.randn(missing, factors.in_features, generator=generator, dtype=torch.float64)
-    rows = torch.cat([held, offered, drawn])[: held.shape[0] + missing]
-    basis, triangle = torch.linalg.qr(rows.T)
+    rows = torch.cat([held, offered, drawn])[: held.shape[0] + missing]  # spare rows before drawn ones
+    basis, triangle = torch.linalg.qr(rows.T)  # (in, held + missing)
     basis = basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0)
     A = factors.A.clone()
     A[(~live).nonzero().flatten()[:missing]] = basis.T[held.shape[0] :].to(A.dtype)

@@ -175,8 +175,8 @@ def inner(p: Product, q: Product) -> float:
     >>> inner(one, one)
     6.0
     """
-    left = p.left.double().T @ q.left.double()
-    right = p.right.double() @ q.right.double().T
+    left = p.left.double().T @ q.left.double()  # (R_p, R_q)
+    right = p.right.double() @ q.right.double().T  # (R_p, R_q)
     return float((left * right).sum())
 
 

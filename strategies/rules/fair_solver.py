@@ -40,12 +40,12 @@ def cosine_correction(A: Tensor, B: Tensor, target: Product, lam: float, *, squa
     is no minimum because the cosine wants a direction at a right angle to B or beyond, towards B' = 0.
     """
     P, S, V = _directions(A)
-    start = B.double() @ P
-    wanted = target.left.double() @ (target.right.double() @ V)
+    start = B.double() @ P  # Y_0: (out, q)
+    wanted = target.left.double() @ (target.right.double() @ V)  # T V: (out, q)
     tau, size = norm(target), float(start.norm())
     if tau == 0 or size == 0:
         return torch.zeros_like(B)
-    basis, _ = torch.linalg.qr(torch.cat([start, wanted], dim=1))
+    basis, _ = torch.linalg.qr(torch.cat([start, wanted], dim=1))  # (out, 2q)
     problem = _Problem(
         unit=(basis.T @ start).numpy() / size,
         wanted=(basis.T @ wanted).numpy() / tau,
@@ -54,7 +54,7 @@ def cosine_correction(A: Tensor, B: Tensor, target: Product, lam: float, *, squa
         squared=squared,
     )
     y = _best_direction(problem)
-    length = float((problem.unit * y).sum() / (y * y).sum())
+    length = float((problem.unit * y).sum() / (y * y).sum())  # of the y nearest to Y_0
     if length <= 0:
         return torch.zeros_like(B)
     dB: Tensor = basis @ torch.from_numpy(size * (length * y - problem.unit)) @ P.T

@@ -73,9 +73,9 @@ def residual(clients: Sequence[Weighted], mean: LoraFactors) -> Product:
     lefts, rights = [], []
     for k, client in enumerate(clients):
         f, vanishes = client.factors, min(mean.rank, client.factors.rank) if k == lowest else 0
-        left = (f.scaling / mean.scaling) * f.B - _sized(mean.B.T, f.rank).T
-        right = (client.weight * mean.scaling) * (f.A - _sized(common, f.rank))
-        lefts.append(left[:, vanishes:])
+        left = (f.scaling / mean.scaling) * f.B - _sized(mean.B.T, f.rank).T  # (out, r_k)
+        right = (client.weight * mean.scaling) * (f.A - _sized(common, f.rank))  # (r_k, in)
+        lefts.append(left[:, vanishes:])  # the reference client's own A is `common`: its rows are 0
         rights.append(right[vanishes:])
     return bounded(Product(torch.cat(lefts, dim=1), torch.cat(rights, dim=0)))
 

@@ -89,7 +89,7 @@ class FedRotLoRARule(Rule):
 
 def align(A: Tensor, B: Tensor, reference: LoraFactors, lam: float, *, to_a: bool) -> tuple[Tensor, Tensor]:
     """``(Q^T A, B Q)`` with the rotation Q that brings A to the reference's A, or else B to its B."""
-    overlap = A.double() @ reference.A.double().T if to_a else B.double().T @ reference.B.double()
+    overlap = A.double() @ reference.A.double().T if to_a else B.double().T @ reference.B.double()  # (r, r)
     Q = softened(rotation(overlap, reflections=lam > 1), lam).to(A.dtype)
     return Q.T @ A, B @ Q
 
@@ -102,9 +102,9 @@ def rotation(overlap: Tensor, *, reflections: bool = False) -> Tensor:
         reflections: determinant -1 will do as well.
     """
     U, S, Vh = torch.linalg.svd(overlap)
-    known = int((NEGLIGIBLE * S[0] < S).sum())
+    known = int((NEGLIGIBLE * S[0] < S).sum())  # directions in which the overlap decides
     if known < S.numel():
-        left, _, right = torch.linalg.svd(U[:, known:].T @ Vh[known:].T)
+        left, _, right = torch.linalg.svd(U[:, known:].T @ Vh[known:].T)  # the rest: as near to I as it gets
         U = torch.cat([U[:, :known], U[:, known:] @ left], dim=1)
         Vh = torch.cat([Vh[:known], right @ Vh[known:]], dim=0)
     if not reflections and torch.linalg.det(U @ Vh) < 0:

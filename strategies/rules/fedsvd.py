@@ -82,7 +82,7 @@ def refactored(factors: LoraFactors) -> LoraFactors:
     Rows of zeros under B keep the SVD among the factors, so that A keeps all r directions where B A has
     fewer (softmax gradients, fewer outputs than r). Only r > in leaves rows of zeros.
     """
-    missing = max(0, factors.rank + 1 - factors.out_features)
+    missing = max(0, factors.rank + 1 - factors.out_features)  # rows that B lacks for a thin SVD of r + 1
     padded = replace(factors, B=torch.nn.functional.pad(factors.B, (0, 0, 0, missing)))
     found = truncate(as_product(padded), factors.rank, factors.scaling)
     return replace(found, B=found.B[: factors.out_features])

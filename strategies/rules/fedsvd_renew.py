@@ -66,7 +66,7 @@ class FedSVDRenewRule(FedSVDRule):
         turned = refactored(adapter)
         renewed = max(1, round(self.renew * adapter.rank))
         kept = adapter.rank - renewed
-        weak = Product(turned.B[:, kept:], turned.scaling * turned.A[kept:])
+        weak = Product(turned.B[:, kept:], turned.scaling * turned.A[kept:])  # (out, n) @ (n, in)
         left = turned.A[: max(kept, adapter.in_features - renewed)]  # all rows, unless there is no room
         A = torch.cat([turned.A[:kept], outside(left, renewed, layer.generator("renew"))])
         B = turned.B.clone()

@@ -83,7 +83,7 @@ class LoRAFAIRRule(Rule):
 
     def merge(self, layer: Layer) -> Merged:
         s = layer.start.scaling
-        A, B, T = mean_a(layer), mean_b(layer), scale(1.0 / s, layer.target)
+        A, B, T = mean_a(layer), mean_b(layer), scale(1.0 / s, layer.target)  # sum_k p_k s_k B_k A_k / s
         if self.correct != "A":
             B = B + self.correction(A, B, T)
         if self.correct != "B":

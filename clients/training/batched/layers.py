@@ -93,12 +93,12 @@ def _adapted(name: str, frozen: Forward, route: Route) -> Callable[..., Tensor]:
         context = route.current
         y = frozen(x)
         _check(name, x, context)
-        inner = _tokens(x if context.dropout is None else context.dropout(x))
-        hidden = torch.bmm(inner, context.values[f"{name}.A"].transpose(1, 2))
+        inner = _tokens(x if context.dropout is None else context.dropout(x))  # (rows, tokens, in)
+        hidden = torch.bmm(inner, context.values[f"{name}.A"].transpose(1, 2))  # (rows, tokens, r)
         core = context.values.get(f"{name}.R")
         if core is not None:
             hidden = torch.bmm(hidden, core.transpose(1, 2))
-        outer = context.values[f"{name}.B"].transpose(1, 2)
+        outer = context.values[f"{name}.B"].transpose(1, 2)  # (rows, r, out)
         return torch.baddbmm(_tokens(y), hidden, outer).view_as(y)
 
     return forward
@@ -108,7 +108,7 @@ def _head(name: str, route: Route) -> Callable[..., Tensor]:
     def forward(x: Tensor) -> Tensor:
         context = route.current
         _check(name, x, context)
-        weight = context.values[f"{name}.weight"]
+        weight = context.values[f"{name}.weight"]  # (rows, labels, in)
         y = torch.bmm(_tokens(x), weight.transpose(1, 2))
         bias = context.values.get(f"{name}.bias")
         if bias is not None:

@@ -73,8 +73,8 @@ class ClippedSums:
             clients: (rows,), whose each row is.
         """
         found = [gradients[name] for name in self._stacks.trained]
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found])
-        trained = self._trained[:, clients]
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in found])  # (tensors, rows)
+        trained = self._trained[:, clients]  # (tensors, rows)
         # (rows,): such an example counts as zero
         overflowed = ~(norms.isfinite() | (trained == 0)).all(dim=0)
         if overflowed.any():
@@ -82,7 +82,7 @@ class ClippedSums:
             found = [g.masked_fill(overflowed.view(-1, *[1] * (g.ndim - 1)), 0.0) for g in found]
         norms = torch.where(trained > 0, norms, torch.zeros_like(norms))
         if not self._per_layer:
-            whole = norms.norm(dim=0)
+            whole = norms.norm(dim=0)  # (rows,): over all tensors together
             self.counts.index_add_(0, clients, (whole <= self._clips[0, clients]).to(self.counts) - 0.5)
             norms = whole.expand_as(norms)
         factors = (self._clips[:, clients] / (norms + 1e-6)).clamp(max=1.0) * trained

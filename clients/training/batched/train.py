@@ -191,7 +191,7 @@ class Cohort:
         streams = zip(self._streams, wave, strict=False)
         drawn = [stream.units.rows(batch) for stream, batch in streams if stream.units is not None]
         rows = gather(self._task.examples, [own for own, _ in drawn], [owners for _, owners in drawn])
-        clients = np.repeat(np.arange(len(wave)), [len(batch) for batch in wave])
+        clients = np.repeat(np.arange(len(wave)), [len(batch) for batch in wave])  # (units,): whose each is
         stacks = self.stacks
         shapes = {name: stacks.values[name].shape[1:] for name in stacks.trained}
         means = {n: stacks.values[n].new_zeros((len(clients), *shape)) for n, shape in shapes.items()}

@@ -206,7 +206,7 @@ class _Tails:
         self._pairs = [(f"{m}.A", f"{m}.B") for m in modules if f"{m}.B" in stacks.factors]
         ranks = torch.arange(max(member.rank for member in members))
         starts = torch.tensor([m.rank if m.tail is None else m.tail.start for m in members])
-        self._inside = (ranks >= starts[:, None]).to(stacks.device, stacks.dtype)
+        self._inside = (ranks >= starts[:, None]).to(stacks.device, stacks.dtype)  # (k, r)
         self._both = {
             a: torch.tensor([float(is_trained(m, a) and is_trained(m, b)) for m in members]).to(self._weights)
             for a, b in self._pairs
@@ -228,6 +228,6 @@ class _Tails:
 def clip_by_client(gradients: Gradients, max_norm: float) -> None:
     """``torch.nn.utils.clip_grad_norm_`` for each client on its own, in place."""
     norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in gradients.values()])
-    factors = (max_norm / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)
+    factors = (max_norm / (norms.norm(dim=0) + 1e-6)).clamp(max=1.0)  # (clients,); 1e-6 is torch's
     for gradient in gradients.values():
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
