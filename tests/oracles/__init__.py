@@ -107,6 +107,18 @@ def flexlora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return Outcome(best, np.zeros((start.B.shape[0], start.A.shape[1])))
 
 
+def raflora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
+    """raFLoRA (arXiv 2602.13486): block by block of ranks, over the clients that have the block; then SVD."""
+    total, first = np.zeros((start.B.shape[0], start.A.shape[1])), 0
+    for last in sorted({k.A.shape[0] for k in clients}):
+        have = [k for k in clients if k.A.shape[0] >= last]
+        for k in have:
+            total += k.p / sum(h.p for h in have) * k.s * k.B[:, first:last] @ k.A[first:last]
+        first = last
+    best, _ = _split(total + start.s * start.B[:, first:] @ start.A[first:], start)
+    return Outcome(best, np.zeros_like(total))
+
+
 def fedex(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     """FedEx-LoRA (arXiv 2410.09432): the averages of both factors, and the residual added to W_0."""
     average = zero_padding(start, clients, t).adapter
@@ -265,6 +277,7 @@ ORACLES: dict[str, Oracle] = {
     "flora": flora,
     "florist": florist,
     "flexlora": flexlora,
+    "raflora": raflora,
     "fedex": fedex,
     "frlora": frlora,
     "zero-padding": zero_padding,

@@ -245,8 +245,13 @@ def test_rules_on_products_do_not_see_the_clients_bases(rule: Rule, federation: 
 @pytest.mark.parametrize("rule", of_factors.values(), ids=list(of_factors))
 @pytest.mark.parametrize("seed", range(3))
 def test_rules_on_factors_do_see_them(rule: Rule, seed: int) -> None:
-    """The same client models, written in other bases, give FedAvg another global model."""
+    """The same client models, written in other bases, give FedAvg another global model.
+
+    One client has a lower rank, where it may: with equal ones, raFLoRA sees products alone.
+    """
     federation = one_layer(seed)
+    lower = replace(federation.clients[-1], rank=2)
+    federation = replace(federation, clients=(*federation.clients[:-1], lower)).suited(rule.facts)
     before = federation.start(rule)
     updates = federation.updates(rule, before)
     after, _ = rule.aggregate(before, updates)
