@@ -12,13 +12,15 @@ from fedlora.config.section import by_field, kebab, section
 
 Share = Annotated[float, Field(ge=0, le=1)]
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
+Portion = Annotated[float, Field(gt=0, le=1e9)]
+Spread = Annotated[float, Field(ge=0, le=10)]
 
 
 @section("devices.profiles ")
 class DeviceProfile:
     """One kind of device; what is not said does not limit it."""
 
-    share: PositiveFloat = 1.0
+    share: Portion = 1.0
     """How many of the clients are of this kind, relative to the other kinds."""
     tokens_per_second: PositiveFloat | None = None
     """Tokens that it trains on in a second."""
@@ -32,7 +34,7 @@ class DeviceProfile:
     """Probability that it is there when a round begins."""
     failure: FromZeroBelowOne = 0.0
     """Probability that it vanishes before its reply has arrived."""
-    spread: NonNegativeFloat = 0.0
+    spread: Spread = 0.0
     """Standard deviation of the logarithm of its speeds: devices of a kind differ by exp(spread N(0, 1))."""
 
 
@@ -88,7 +90,7 @@ class DevicesConfig:
             why = "means nothing without devices.profiles or devices.trace"
             value = getattr(self, key)
             require(self.timed or value == usual[key].default, _key(key), value, why)
-        for key in ("in_flight", "max_staleness"):
+        for key in ("in_flight", "max_staleness", "staleness"):
             why, value = "means nothing without devices.buffer-size", getattr(self, key)
             require(bool(self.buffer_size) or value == usual[key].default, _key(key), value, why)
         require(
@@ -111,6 +113,7 @@ class DevicesConfig:
             own = self.profiles.strip().startswith("{") or not self.profiles
             require(own, "devices.profiles", self.profiles, f"accepted are {names}, or a JSON object")
             given = parse_json("devices.profiles", self.profiles, dict)
+            require(bool(given) or not self.profiles, "devices.profiles", self.profiles, "names no kind")
             for name, entry in given.items():
                 require(isinstance(entry, dict), f"devices.profiles {name}", entry, "must be an object")
         return {name: DeviceProfile(**by_field(entry)) for name, entry in given.items()}

@@ -217,6 +217,11 @@ class AdaptedModel:
         pristine = {f"{name}.weight": weight for name, weight in self.base.pristine_weights.items()}
         return hashes({**self._frozen, **pristine})
 
+    def base_bytes(self) -> int:
+        """Bytes of the base in memory, without head and adapters, whatever is loaded."""
+        tensors = *self._frozen.values(), *self.base.pristine_weights.values()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def check(self, adapters: Adapters, head: Mapping[str, Tensor]) -> None:
         """Refuse what `load` would refuse, for the same reasons."""
         check_same_modules(self.modules, adapters, "the adapter")

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 
 class Clock(Protocol):
-    """Simulated time of a run."""
+    """Simulated time of a run.
+
+    Attributes:
+        unfit: partition -> why its device takes no part.
+    """
+
+    unfit: Mapping[int, str]
 
     def record(self) -> dict[str, Any]:
         """What the last round adds to its line in ``rounds.jsonl``."""

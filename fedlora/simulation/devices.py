@@ -138,11 +138,17 @@ def _traced(path: Path, partitions: Collection[int]) -> Mapping[int, DeviceProfi
     """The rows of a trace by partition; each value as if it stood in a profile."""
     where = f"devices.trace = {str(path)!r}"
     found: dict[int, DeviceProfile] = {}
-    for number, row in enumerate(read_file(path, "devices.trace"), start=1):
+    try:
+        rows = list(read_file(path, "devices.trace"))
+    except ValueError as error:  # a number that no column holds
+        raise ConfigError(f"{where}: cannot be read ({error})") from None
+    for number, row in enumerate(rows, start=1):
         try:
             values = {key.strip().replace("-", "_"): _number(key, value) for key, value in row.items()}
+            if len(values) < len(row):
+                raise ConfigError(f"columns {', '.join(row)}: two of them are the same")
             partition = values.pop("partition", None)
-            if partition is None or not float(partition).is_integer():
+            if partition is None or not partition.is_integer() or partition < 0:
                 raise ConfigError(f"partition = {row.get('partition')!r}: must be a partition's number")
             taken = {k: v for k, v in values.items() if v is not None}
             if wrong := sorted(
@@ -170,5 +176,5 @@ def _number(key: str, value: Any) -> float | None:
         if isinstance(value, bool):
             raise ValueError
         return float(value)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key} = {value!r}: must be a number") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"{key} = {str(value)[:40]!r}: must be a number") from None

@@ -217,7 +217,7 @@ def too_small(devices: Devices, run: FederatedRun) -> dict[int, str]:
     batch needs on top is not counted.
     """
     trains: dict[ClientSpec, int] = {}
-    base = sum(p.numel() * p.element_size() for p in run.runtime.model.module.parameters())
+    base = run.runtime.model.base_bytes()
     unfit = {}
     for partition in run.partitions:
         memory = devices(partition).memory_gb
