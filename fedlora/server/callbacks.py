@@ -115,8 +115,8 @@ class Record(Callback):
         report.record = round_record(run.config, report, report.record, now - self._began)
         if run.session.clock is not None:
             report.record |= run.session.clock.record()
-        if run.left_out:
-            report.record["left_out"] = {str(p): why for p, why in run.left_out.items()}
+        if run.without:
+            report.record["left_out"] = {str(p): why for p, why in run.without.items()}
         self._began = now
         run.directory.append_round(report.record)
 
@@ -208,7 +208,7 @@ class Tell(Callback):
     def before_run(self, run: FederatedRun) -> None:
         """Tells where the run stands, and what was measured before round 1, if it just was."""
         if self._begin is not None:
-            self._begin(run.state.round, run.left_out)
+            self._begin(run.state.round, run.without)
         if run.before:
             self._function(run.before)
 

@@ -101,10 +101,14 @@ class FederatedRun:
 
     @property
     def left_out(self) -> Mapping[int, str]:
+        """Partitions of the data here that have no example to train on, and why."""
+        return self.runtime.data.left_out if self.session.nodes is None else {}
+
+    @property
+    def without(self) -> Mapping[int, str]:
         """Partitions that take no part, and why: no example to train on, or a device that is too small."""
         clock = self.session.clock
-        unfit = {} if clock is None else clock.unfit
-        return {**(self.runtime.data.left_out if self.session.nodes is None else {}), **unfit}
+        return {**self.left_out, **({} if clock is None else clock.unfit)}
 
     def _known_examples(self, partition: int) -> int | None:
         """Examples that a partition has at most: those here, or what its owner declared to the server."""
