@@ -1,4 +1,4 @@
-"""Clients at work in a buffered round, and the Grid that says when each will be done."""
+"""Clients at work in a round that does not wait, and the Grid that says when each will be done."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class EventGrid(Protocol):
 
     def there(self) -> NDArray[np.int64]:
         """The partitions that are there for the round to come, sorted; time passes while they are too few."""
+        ...
+
+    def tiers(self, count: int) -> NDArray[np.int64]:
+        """Tier of each partition out of ``count``, 0 the fastest; -1 for those that take no part."""
         ...
 
     def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
@@ -80,18 +84,24 @@ class AtWork:
 
     def pop(self) -> InFlight:
         """Who arrives next."""
-        return self.flights.pop(heapq.heappop(self.queue)[1])
+        return self.take(heapq.heappop(self.queue)[1])
 
-    def free(self, may_train: Callable[[int], bool], rng: np.random.Generator) -> int | None:
-        """One of those that are there, have nothing on its way and may train; None: there is nobody.
+    def take(self, number: int) -> InFlight:
+        """Whoever has arrived, out of those at work."""
+        return self.flights.pop(number)
+
+    def free(
+        self, among: NDArray[np.int64], may_train: Callable[[int], bool], rng: np.random.Generator
+    ) -> int | None:
+        """One of these that has nothing on its way and may train; None: there is nobody.
 
         Whoever is drawn and not free is drawn anew, so that a large population is not looked through.
         """
-        for _ in range(DRAWS if len(self.present) > DRAWS else 0):
-            drawn = int(self.present[rng.integers(len(self.present))])
+        for _ in range(DRAWS if len(among) > DRAWS else 0):
+            drawn = int(among[rng.integers(len(among))])
             if drawn not in self.busy and may_train(drawn):
                 return drawn
-        free = [p for p in self.present.tolist() if p not in self.busy and may_train(p)]
+        free = [p for p in among.tolist() if p not in self.busy and may_train(p)]
         return free[int(rng.integers(len(free)))] if free else None
 
     def drop(self, flight: InFlight) -> None:

@@ -76,6 +76,9 @@ class DevicesConfig:
     in_flight: NonNegativeInt = 0
     """Clients at work at a time where rounds do not wait; 0 means ``fraction-train`` of all, at least the
     buffer's size."""
+    tiers: NonNegativeInt = 0
+    """Clients in so many tiers by their speed, each with rounds of its own, out of which it merges (FedAT);
+    0 means none."""
     max_staleness: NonNegativeInt = 0
     """An update is dropped if more aggregations than this came after it started; 0 drops none."""
     staleness: Literal["sqrt", "constant"] = "sqrt"
@@ -86,16 +89,27 @@ class DevicesConfig:
             not (self.profiles and self.trace), "devices.trace", self.trace, "devices.profiles is set, too"
         )
         usual = DevicesConfig.__dataclass_fields__
-        for key in ("deadline", "over_selection", "buffer_size"):
+        for key in ("deadline", "over_selection", "buffer_size", "tiers"):
             why = "means nothing without devices.profiles or devices.trace"
             value = getattr(self, key)
             require(self.timed or value == usual[key].default, _key(key), value, why)
-        for key in ("in_flight", "max_staleness", "staleness"):
-            why, value = "means nothing without devices.buffer-size", getattr(self, key)
-            require(bool(self.buffer_size) or value == usual[key].default, _key(key), value, why)
         require(
-            not self.buffer_size or self.over_selection == 1,
-            "devices.over-selection", self.over_selection, "rounds of devices.buffer-size wait for nobody",
+            bool(self.buffer_size) or not self.in_flight,
+            "devices.in-flight", self.in_flight, "means nothing without devices.buffer-size",
+        )  # fmt: skip
+        for key in ("max_staleness", "staleness"):
+            why, value = "means nothing without devices.buffer-size or devices.tiers", getattr(self, key)
+            require(not self.waits or value == usual[key].default, _key(key), value, why)
+        require(
+            not (self.buffer_size and self.tiers),
+            "devices.tiers",
+            self.tiers,
+            "devices.buffer-size is set, too",
+        )
+        require(
+            self.waits or self.over_selection == 1,
+            "devices.over-selection", self.over_selection,
+            f"rounds of devices.{'tiers' if self.tiers else 'buffer-size'} ask for no more than they take",
         )  # fmt: skip
         _ = self.kinds
 
@@ -103,6 +117,11 @@ class DevicesConfig:
     def timed(self) -> bool:
         """Whether time is simulated."""
         return bool(self.profiles or self.trace)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a round waits for the clients that it asks."""
+        return not (self.buffer_size or self.tiers)
 
     @cached_property
     def kinds(self) -> dict[str, DeviceProfile]:

@@ -227,7 +227,7 @@ class State:
 
 @dataclass(frozen=True, slots=True)
 class InFlight:
-    """One client at work in a buffered run, or done and not aggregated yet.
+    """One client at work in a run whose rounds do not wait, or done and not aggregated yet.
 
     Attributes:
         partition_id: who it is.

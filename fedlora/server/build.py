@@ -34,6 +34,7 @@ from strategies.replies import KnownExamples
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
 from strategies.secure import SecureStrategy
+from strategies.tiered import TieredStrategy
 
 
 class OwnStrategy(FactorStrategy):
@@ -49,6 +50,10 @@ class OwnSecureStrategy(OwnStrategy, SecureStrategy):
 
 class OwnBufferedStrategy(OwnStrategy, BufferedStrategy):
     """The same where rounds do not wait."""
+
+
+class OwnTieredStrategy(OwnStrategy, TieredStrategy):
+    """The same where each tier has rounds of its own."""
 
 
 def assemble(
@@ -139,19 +144,16 @@ def _kind(
             timeout=config.round_timeout,
         )
     devices = config.devices
-    if not devices.buffer_size:
+    if devices.waits:
         return OwnStrategy
+    late = {"max_staleness": devices.max_staleness, "discount": devices.staleness == "sqrt"}
     usual = clients_of_round(config.fraction_train, len(partitions), devices.buffer_size)
-    in_flight = devices.in_flight or usual
-    if in_flight > len(partitions):
-        raise ConfigError(f"devices.in-flight = {in_flight}: only {len(partitions)} clients take part")
-    return partial(
-        OwnBufferedStrategy,
-        in_flight=in_flight,
-        buffer_size=devices.buffer_size,
-        max_staleness=devices.max_staleness,
-        discount=devices.staleness == "sqrt",
-    )
+    key, wanted = ("tiers", devices.tiers) if devices.tiers else ("in-flight", devices.in_flight or usual)
+    if wanted > len(partitions):
+        raise ConfigError(f"devices.{key} = {wanted}: only {len(partitions)} clients take part")
+    if devices.tiers:
+        return partial(OwnTieredStrategy, tiers=wanted, **late)
+    return partial(OwnBufferedStrategy, in_flight=wanted, buffer_size=devices.buffer_size, **late)
 
 
 def _never(server_round: int) -> bool:

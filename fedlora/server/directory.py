@@ -253,7 +253,7 @@ def held(path: Path) -> Iterator[None]:
 
 def _follow_from_rounds(config: RunConfig, before: RunConfig) -> bool:
     """Whether rounds that were done would have been others with another number of rounds."""
-    if config.schedules_rounds or config.devices.buffer_size:
+    if config.schedules_rounds or not config.devices.waits:
         return True
     client_level = config.privacy.client_level and before.privacy.client_level
     return client_level and ClientPrivacy(config).noise != ClientPrivacy(before).noise

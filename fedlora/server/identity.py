@@ -63,6 +63,7 @@ ADDED = {
     "devices.over-selection": 1.0,
     "devices.buffer-size": 0,
     "devices.in-flight": 0,
+    "devices.tiers": 0,
     "devices.max-staleness": 0,
     "devices.staleness": "sqrt",
     "max-missed-rounds": 2,

@@ -30,6 +30,7 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
         "strategy.robust": (config.strategy.robust, "none"),
         "strategy.max-update-norm": (config.strategy.max_update_norm, 0.0),
         "devices.buffer-size": (config.devices.buffer_size, 0),
+        "devices.tiers": (config.devices.tiers, 0),
     }
     for key, (value, none) in single.items():
         if value != none:

@@ -20,6 +20,7 @@ from fedlora.tasks import task_named
 from fedlora.wire import codec_named
 from strategies.allocation import make_allocation
 from strategies.buffered import check_buffer
+from strategies.late import check_late
 from strategies.registry import RULES, make_rule
 from strategies.robust import make_center
 from strategies.rule import Rule
@@ -71,8 +72,8 @@ def check(config: RunConfig) -> Rule:
         raise NotApplicable(
             "load-best-model-at-end = true: clients keep a part of the model, of the last round"
         )
-    if config.devices.buffer_size:
-        check_buffered(config, rule)
+    if not config.devices.waits:
+        check_asynchronous(config, rule)
     if config.secure.mode == "sums":
         check_secure(config, rule)
     if config.model.quantization != "none":
@@ -117,21 +118,25 @@ def check_warm_start(config: RunConfig, rule: Rule, ranks: Collection[int]) -> N
         )
 
 
-def check_buffered(config: RunConfig, rule: Rule) -> None:
+def check_asynchronous(config: RunConfig, rule: Rule) -> None:
     """Refuse what excludes rounds that do not wait.
 
     Raises:
         NotApplicable: the rule, its allocation, client-level privacy, or screening.
         ConfigError: a buffer that never fills.
     """
-    size = config.devices.buffer_size
+    devices, size = config.devices, config.devices.buffer_size
+    key = f"devices.buffer-size = {size}" if size else f"devices.tiers = {devices.tiers}"
     if rule.allocation.name != "all" or config.privacy.mode == "client" or kept(config, rule):
         what = "strategy.allocation" if rule.allocation.name != "all" else "privacy.mode = 'client'"
         what = "what clients keep to themselves" if kept(config, rule) else what
-        raise NotApplicable(f"devices.buffer-size = {size}: {what} needs rounds that wait")
+        raise NotApplicable(f"{key}: {what} needs rounds that wait")
     if config.strategy.screening == "on":
-        raise NotApplicable(f"devices.buffer-size = {size}: strategy.screening = 'on' needs rounds that wait")
-    check_buffer(rule.facts.name, rule.facts.stale, config.devices.in_flight or size, size)
+        raise NotApplicable(f"{key}: strategy.screening = 'on' needs rounds that wait")
+    check_late(rule, key)
+    if not size:
+        return
+    check_buffer(devices.in_flight or size, size)
     if config.min_train_nodes > size:
         raise ConfigError(f"min-train-nodes = {config.min_train_nodes}: devices.buffer-size is {size}")
 

@@ -46,6 +46,16 @@ class ClientTask:
         """From the order to the reply."""
         return self.down + self.train + self.up
 
+    @property
+    def begins(self) -> bool:
+        """Whether it begins to train before it vanishes."""
+        return self.vanishes is None or self.vanishes > self.down
+
+    @property
+    def trains(self) -> bool:
+        """Whether it has trained before it vanishes."""
+        return self.vanishes is None or self.vanishes >= self.down + self.train
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Devices:
@@ -124,6 +134,23 @@ def task_of(
     return ClientTask(
         partition_id, down, train, up, draws.random() * (down + train + up) if vanishes else None
     )
+
+
+def tiers_of(seconds: Mapping[int, float], partitions: int, count: int) -> NDArray[np.int64]:
+    """Tier of each partition, 0 the fastest, by what its work takes; sizes differ by one at most.
+
+    Args:
+        seconds: of each partition that takes part; the others are in tier -1.
+        partitions: how many there are.
+        count: of the tiers.
+
+    >>> tiers_of({0: 9.0, 1: 1.0, 3: 5.0}, 4, 2).tolist()
+    [1, 0, -1, 0]
+    """
+    found = np.full(partitions, -1)
+    for tier, members in enumerate(np.array_split(sorted(seconds, key=lambda p: (seconds[p], p)), count)):
+        found[members.astype(np.int64)] = tier
+    return found
 
 
 def _times(rate: float | None, factor: float) -> float | None:

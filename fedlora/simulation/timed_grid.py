@@ -2,13 +2,15 @@
 
 Nothing ever sleeps. What a client's work takes follows from bytes, tokens and its device before it trains, so
 that the engine is only given what is waited for, in any order. Clients that keep something to themselves, and
-private ones, train also where their reply is lost: their next round starts from that, or they have spent.
+private ones, train also where their reply is lost, if they get so far: their next round starts from that, or
+they have spent, which a ledger says before the training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from logging import WARNING
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -24,7 +26,7 @@ from fedlora.config import DevicesConfig
 from fedlora.core.state import ClientSpec, InFlight
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.simulation.arrivals import wait_for
-from fedlora.simulation.devices import ClientTask, Devices, Partitions, devices_of, task_of
+from fedlora.simulation.devices import ClientTask, Devices, Partitions, devices_of, task_of, tiers_of
 from fedlora.simulation.local_grid import LocalGrid
 from fedlora.simulation.scheduling import Work
 from strategies.sampling import clients_of_round
@@ -53,7 +55,8 @@ class TimedGrid(LocalGrid):
         tokens: that a partition trains on in a round.
         fraction: of those that are there, how many replies are wanted; at least ``least_replies``.
         bytes_up: of the reply of a partition to its order of now.
-        trains_anyway: what is lost is computed, too.
+        trains_anyway: whether work whose reply is lost is computed, too.
+        update_bytes: of what a partition trains, as it travels without savings.
         unfit: partition -> why its device takes no part.
         least: clients without which a round does not begin.
         least_replies: that are waited for.
@@ -73,8 +76,9 @@ class TimedGrid(LocalGrid):
     seed: int
     tokens: Callable[[int], float]
     bytes_up: Callable[[int], int]
-    trains_anyway: bool
+    trains_anyway: Callable[[ClientTask], bool]
     fraction: float
+    update_bytes: Callable[[int], int] = lambda partition: 0
     unfit: Mapping[int, str] = field(default_factory=dict)
     least: int = 1
     least_replies: int = 1
@@ -90,6 +94,8 @@ class TimedGrid(LocalGrid):
         super().__init__(self.inner.partition_ids.values())
         self.partition_ids = self.inner.partition_ids
         self.node_of = {partition: node for node, partition in self.partition_ids.items()}
+        self._tiers: Partitions | None = None
+        self._tasks: dict[int, ClientTask] = {}
         self._fit = np.array(sorted(self.node_of.keys() - self.unfit.keys()), dtype=np.int64)
         for partition, why in self.unfit.items():
             log(WARNING, "partition %s takes no part: %s", partition, why)
@@ -125,13 +131,13 @@ class TimedGrid(LocalGrid):
             return self.inner.send_and_receive(orders, timeout=timeout)
         self.server_round = int(train[0].metadata.group_id)
         by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
-        tasks = [self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())]
+        tasks = {p: self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())}
         wanted = clients_of_round(self.fraction, self.present, max(1, self.least_replies))
-        outcome = wait_for(tasks, deadline=self.config.deadline or self.timeout, wanted=wanted)
+        outcome = wait_for([*tasks.values()], deadline=self.config.deadline or self.timeout, wanted=wanted)
         self.orders = dict.fromkeys(by_partition, self.seconds)
         self.arrivals = {partition: self.seconds + at for partition, at in outcome.taken.items()}
         self.seconds += outcome.seconds
-        computed = [m for p, m in by_partition.items() if self.trains_anyway or p in outcome.taken]
+        computed = [m for p, m in by_partition.items() if p in outcome.taken or self.trains_anyway(tasks[p])]
         replies = {
             self.partition_ids[reply.metadata.src_node_id]: reply
             for reply in self.inner.send_and_receive(computed, timeout=timeout)
@@ -139,16 +145,30 @@ class TimedGrid(LocalGrid):
         lost = [_lost(by_partition[partition], why) for partition, why in outcome.lost.items()]
         return [replies[partition] for partition in outcome.taken if partition in replies] + lost
 
+    def tiers(self, count: int) -> Partitions:
+        """See `EventGrid.tiers`: by what an order and its reply take that hold what the client trains."""
+        if self._tiers is None:
+            tasks = [self._nominal(partition) for partition in self._fit.tolist()]
+            seconds = {task.partition_id: task.seconds for task in tasks}
+            self._tiers = tiers_of(seconds, max(self.node_of) + 1, count)
+        return self._tiers
+
+    def _nominal(self, partition: int) -> ClientTask:
+        sent, tokens = self.update_bytes(partition), self.tokens(partition)
+        device = self.devices(partition)
+        return task_of(device, partition, 0, self.seed, tokens=tokens, bytes_down=sent, bytes_up=sent)
+
     def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
         """Seconds from an order to its reply, or to when it is given up and why."""
-        task = self._task(partition_id, message, bytes_up)
+        task = self._tasks[partition_id] = self._task(partition_id, message, bytes_up)
         outcome = wait_for([task], deadline=self.config.deadline or self.timeout, wanted=1)
         return outcome.seconds, outcome.lost.get(partition_id, "")
 
     def compute(self, messages: Sequence[Message], *, lost: set[int], timeout: float) -> list[Message]:
         """Replies to the messages, in no simulated time; see ``trains_anyway``."""
         partition = {m.metadata.dst_node_id: self.partition_ids[m.metadata.dst_node_id] for m in messages}
-        wanted = [m for m in messages if self.trains_anyway or partition[m.metadata.dst_node_id] not in lost]
+        vain = {p for p in lost if not self.trains_anyway(self._tasks[p])}
+        wanted = [m for m in messages if partition[m.metadata.dst_node_id] not in vain]
         replies = self.inner.send_and_receive(wanted, timeout=timeout)
         return [reply for reply in replies if partition[reply.metadata.src_node_id] not in lost]
 
@@ -186,10 +206,14 @@ def timed(grid: LocalGrid, run: FederatedRun, work: Work) -> Grid:
     config, session, records = run.config, run.session, run.directory.rounds()
     if not config.devices.timed:
         return grid
-    devices = devices_of(config, run.partitions)
-    unfit = too_small(devices, run)
-    if len(unfit) == len(run.partitions):
-        raise ConfigError(f"devices: no client can take part, for instance {next(iter(unfit.values()))}")
+    devices, trained = devices_of(config, run.partitions), trained_numbers(run)
+    unfit = too_small(devices, run, trained)
+    fit = len(run.partitions) - len(unfit)
+    if fit < max(1, config.devices.in_flight, config.devices.tiers):
+        key = "tiers" if config.devices.tiers else "in-flight"
+        wanted = f"devices.{key} = {getattr(config.devices, key.replace('-', '_'))}" if fit else "devices"
+        why = next(iter(unfit.values()))
+        raise ConfigError(f"{wanted}: only {fit} clients can take part, of the others for instance {why}")
     clock = TimedGrid(
         inner=grid,
         devices=devices,
@@ -198,8 +222,9 @@ def timed(grid: LocalGrid, run: FederatedRun, work: Work) -> Grid:
         seed=config.seed,
         tokens=work,
         bytes_up=run.strategy.transport.expected_bytes,
-        trains_anyway=run.personal or mechanism_of(config).draws_batches,
+        trains_anyway=_trains_anyway(run),
         fraction=config.fraction_train,
+        update_bytes=lambda partition: 4 * trained(partition),
         unfit=unfit,
         least=max(config.min_available_nodes, config.min_train_nodes),
         least_replies=config.min_train_nodes,
@@ -210,26 +235,36 @@ def timed(grid: LocalGrid, run: FederatedRun, work: Work) -> Grid:
     return clock
 
 
-def too_small(devices: Devices, run: FederatedRun) -> dict[int, str]:
+def _trains_anyway(run: FederatedRun) -> Callable[[ClientTask], bool]:
+    """Whether work counts although its reply is lost: for what was spent, or what the client keeps."""
+    if mechanism_of(run.config).draws_batches:
+        return lambda task: task.begins
+    return lambda task: run.personal and task.trains
+
+
+def trained_numbers(run: FederatedRun) -> Callable[[int], int]:
+    """How many numbers a partition trains, by what it is sent first."""
+
+    @cache
+    def of(spec: ClientSpec) -> int:
+        sent = run.strategy.rule.broadcast(run.state, spec)
+        trained = wire.to_peft(sent.adapters, sent.head, sent.trained, sent.modules)
+        return sum(tensor.numel() for tensor in trained.values())
+
+    return lambda partition: of(replace(run.strategy.client_spec(partition), partition_id=0))
+
+
+def too_small(devices: Devices, run: FederatedRun, trained: Callable[[int], int]) -> dict[int, str]:
     """The partitions whose device cannot hold what must be held at the least, and why.
 
     That is the base, and of each trained number its value, its gradient and two moments in float32; what a
     batch needs on top is not counted.
     """
-    trains: dict[ClientSpec, int] = {}
-    base = run.runtime.model.base_bytes()
-    unfit = {}
+    base, unfit = run.runtime.model.base_bytes(), {}
     for partition in run.partitions:
         memory = devices(partition).memory_gb
-        if memory is None:
-            continue
-        spec = replace(run.strategy.client_spec(partition), partition_id=0)
-        if spec not in trains:
-            sent = run.strategy.rule.broadcast(run.state, spec)
-            trained = wire.to_peft(sent.adapters, sent.head, sent.trained, sent.modules)
-            trains[spec] = sum(tensor.numel() for tensor in trained.values())
-        needed = base + TRAINED_BYTES * trains[spec]
-        if needed > memory * 1e9:
+        needed = 0 if memory is None else base + TRAINED_BYTES * trained(partition)
+        if memory is not None and needed > memory * 1e9:
             unfit[partition] = (
                 f"its device has {memory:g} GB, and model, adapter and optimiser need {needed / 1e9:.3g} GB"
             )

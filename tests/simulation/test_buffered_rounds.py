@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Message
@@ -24,8 +25,9 @@ from fedlora.server.validate import check
 from fedlora.simulation.devices import Devices
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.timed_grid import TimedGrid
-from strategies.buffered import FACTORS, PRODUCT, BufferedStrategy
+from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
+from strategies.late import FACTORS, PRODUCT
 from strategies.replies import validate_reply
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import MODULES, bits, initial_arrays, watched
@@ -45,7 +47,7 @@ def timed(client: Any, seconds: tuple[float, ...] = SECONDS, **device: Any) -> T
         seed=0,
         tokens=lambda p: seconds[p],
         bytes_up=lambda p: 0,
-        trains_anyway=False,
+        trains_anyway=lambda task: False,
         fraction=1.0,
     )
 
@@ -113,6 +115,30 @@ def test_with_equal_devices_and_a_full_buffer_the_bits_are_those_of_rounds_that_
     does_not = buffered(name, buffer_size=5)
     does_not.start(timed(ToyClient(tmp_path / "b"), (3.0,) * 5), initial_arrays(), num_rounds=3)
     assert bits(waits) == bits(does_not)
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flora"])
+def test_the_order_of_computation_never_changes_the_result(name: str, tmp_path: Path) -> None:
+    """One client after the other, or all together and the last first."""
+
+    def grid(path: Path, shuffled: bool) -> TimedGrid:
+        found = timed(ToyClient(path))
+        send = found.inner.send_and_receive
+
+        def alone(messages: Any, *, timeout: float | None = None) -> list[Message]:
+            order = np.random.default_rng(1).permutation(len(messages))
+            return [reply for i in order for reply in send([list(messages)[i]], timeout=timeout)]
+
+        if shuffled:
+            found.inner.send_and_receive = alone  # type: ignore[method-assign]
+        return found
+
+    results = []
+    for shuffled in (False, True):
+        strategy = buffered(name)
+        strategy.start(grid(tmp_path / str(shuffled), shuffled), initial_arrays(), num_rounds=5)
+        results.append(bits(strategy))
+    assert results[0] == results[1]
 
 
 @every_late_rule
@@ -354,3 +380,19 @@ def test_a_private_run_spends_for_each_start(tmp_path: Path) -> None:
         >= DOES_NOT["devices.in-flight"]
         > len(records[0]["participants"])
     )
+
+
+def test_a_private_client_whose_reply_is_lost_has_spent(tmp_path: Path) -> None:
+    """Its ledger says so before it trains; what arrives in time or not is up to the network."""
+    kinds = {"slow": {"tokens-per-second": 1}, "fast": {"tokens-per-second": 1000}}
+    groups = [{"partitions": "0", "device": "slow"}, {"partitions": "1-5", "device": "fast"}]
+    keys = KEYS | DOES_NOT | {
+        "strategy.name": "fedavg", "privacy.mode": "example", "privacy.noise-multiplier": 1.0,
+        "engine.cohort-size": 1, "devices.profiles": json.dumps(kinds), "client-groups": json.dumps(groups),
+        "devices.deadline": 3.0, "devices.in-flight": 6,
+    }  # fmt: skip
+    run(keys, tmp_path / "run")
+    records = [json.loads(line) for line in (tmp_path / "run/rounds.jsonl").read_text().splitlines()]
+    assert not any(0 in record["participants"] for record in records)
+    (ledger,) = (tmp_path / "run/clients/ledger").glob("*partition-0-*.jsonl")
+    assert [json.loads(line)["kind"] for line in ledger.read_text().splitlines()].count("reserve") == 1

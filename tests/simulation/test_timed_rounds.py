@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ import strategies
 from fedlora import wire
 from fedlora.config import DeviceProfile, DevicesConfig, from_flat
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
+from fedlora.server.callbacks import Tell
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.arrivals import Arrivals, wait_for
 from fedlora.simulation.devices import ClientTask, Devices, devices_of, task_of
+from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.timed_grid import TimedGrid
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
@@ -35,8 +40,8 @@ def timed(inner: FakeGrid, devices: Devices, **options: Any) -> TimedGrid:
     config = options.pop("config", DevicesConfig(profiles="equal"))
     named = {"timeout": 100.0, "seed": 0, "tokens": lambda p: 10.0, "bytes_up": lambda p: 0} | options
     return TimedGrid(
-        inner=inner, devices=devices, config=config, trains_anyway=named.pop("trains_anyway", False),
-        fraction=named.pop("fraction", 1.0), **named,
+        inner=inner, devices=devices, config=config, fraction=named.pop("fraction", 1.0),
+        trains_anyway=named.pop("trains_anyway", lambda task: False), **named,
     )  # fmt: skip
 
 
@@ -140,6 +145,8 @@ def test_a_trace_says_what_each_partition_runs_on(tmp_path: Path, ending: str) -
         ("partition,upload-mbps\n0.5,5\n1,5\n", "row 1: partition = '0.5': must be a partition's number"),
         ("partition,failure\n0,1\n1,0\n", "row 1: .*failure = 1.0: must be < 1"),
         ("partition,spread\n0,1\n1,0\n", "row 1: column 'spread'"),
+        ("partition,upload-mbps\n-1,5\n0,5\n1,5\n", "row 1: partition = '-1': must be a partition's number"),
+        ("partition,upload-mbps,upload_mbps\n0,5,6\n1,5,6\n", "row 1: columns .*: two of them are the same"),
     ],
 )
 def test_a_trace_with_faults_is_refused_in_one_line(tmp_path: Path, text: str, why: str) -> None:
@@ -158,6 +165,10 @@ def test_a_trace_with_faults_is_refused_in_one_line(tmp_path: Path, text: str, w
         ({"profiles": "fast"}, "accepted are equal, heavy-tailed"),
         ({"profiles": "[1]"}, "accepted are equal, heavy-tailed"),
         ({"profiles": '{"a": 1}'}, "devices.profiles a = 1: must be an object"),
+        ({"profiles": "{}"}, "devices.profiles = '{}': names no kind"),
+        ({"profiles": '{"a": {"spread": 11}}'}, "spread = 11: must be <= 10"),
+        ({"profiles": '{"a": {"share": 1e10}}'}, "share = .*: must be <= 1000000000"),
+        ({"profiles": "equal", "staleness": "constant"}, "means nothing without devices.buffer-size or"),
         ({"deadline": 3.0}, "means nothing without devices.profiles"),
         ({"over-selection": 1.5}, "means nothing without devices.profiles"),
         ({"buffer-size": 2}, "means nothing without devices.profiles"),
@@ -223,11 +234,43 @@ def test_whose_work_counts_though_it_is_lost_trains_all_the_same(tmp_path: Path)
     config = DevicesConfig(profiles="equal", deadline=20)
     _, reports, _ = federate(
         client,
-        lambda inner: timed(inner, speeds(1, 5, 0.2, 7, 2), config=config, trains_anyway=True),
+        lambda inner: timed(
+            inner, speeds(1, 5, 0.2, 7, 2), config=config, trains_anyway=lambda task: task.trains
+        ),
         rounds=1,
     )
     assert reports[0].participants == [0, 1, 3, 4]
     assert trained[2] == 1
+
+
+@pytest.mark.parametrize(
+    ("vanishes", "begins", "trains"),
+    [(None, True, True), (0.5, False, False), (1.5, True, False), (3.5, True, True)],
+    ids=["never", "before training", "during it", "after it"],
+)
+def test_who_vanishes_has_trained_as_far_as_it_came(
+    vanishes: float | None, begins: bool, trains: bool
+) -> None:
+    task = ClientTask(0, down=1, train=2, up=1, vanishes=vanishes)
+    assert (task.begins, task.trains) == (begins, trains)
+
+
+def test_who_vanishes_before_it_has_trained_does_not_train_anyway(tmp_path: Path) -> None:
+    toy, trained = ToyClient(tmp_path), list[int]()
+
+    def client(message: Message, partition: int) -> Message | None:
+        trained.append(partition)
+        return toy(message, partition)
+
+    devices = Devices.listed([DeviceProfile(tokens_per_second=1, failure=0.999)] * 5)
+    devices = replace(devices, kinds=[*devices.kinds[:4], DeviceProfile(tokens_per_second=1)])
+    _, reports, _ = federate(
+        client,
+        lambda inner: timed(inner, devices, trains_anyway=lambda task: task.trains),
+        rounds=1,
+    )
+    assert len(reports[0].refused) == 4
+    assert trained == [4], "they have no uploads to vanish in"
 
 
 def test_of_those_asked_the_first_are_taken(tmp_path: Path) -> None:
@@ -285,3 +328,52 @@ def test_the_bytes_of_a_reply_are_known_before_it_comes(name: str, upload: str, 
     strategy.start(FakeGrid(range(3), client), initial_arrays(), num_rounds=2)
     sent = sum(report.bytes_up for report in reports)
     assert sent == expected[0] or (upload == "segments" and 0 <= expected[0] - sent <= 0.3 * sent)
+
+
+# --- memory -----------------------------------------------------------------------------------------------
+
+SMALL = {
+    "model.name": "tiny", "data.name": "synthetic", "data.partitioner": "iid", "data.num-partitions": 4,
+    "strategy.name": "flora", "engine.name": "in-process", "train.local-steps": 1, "num-server-rounds": 1,
+    "lora.rank": 8,
+}  # fmt: skip
+
+
+def test_a_device_that_cannot_hold_its_rank_is_told_before_it_trains(tmp_path: Path) -> None:
+    """What one run of an engine leaves in the model does not count in the next."""
+    engine = InProcessEngine()
+
+    def ask(path: Path, memory: dict[str, float], **keys: Any) -> list[dict[str, Any]]:
+        kinds = {name: {"memory-gb": gigabytes} for name, gigabytes in memory.items()}
+        groups = [
+            {"partitions": "0-1", "device": "small", "rank": 1},
+            {"partitions": "2-3", "device": "large"},
+        ]
+        given = {"devices.profiles": json.dumps(kinds), "client-groups": json.dumps(groups)}
+        session = engine.session(from_flat(SMALL | given | keys), path)
+        FederatedRun(
+            session, RunDirectory(path), [Tell(lambda record: None, lambda _, why: told.append(why))]
+        ).run()
+        return [json.loads(line) for line in (path / "rounds.jsonl").read_text().splitlines()]
+
+    told: list[Any] = []
+    base = engine.runtime(from_flat(SMALL)).model.base_bytes()
+    with pytest.raises(ConfigError, match="devices: only 0 clients can take part"):
+        ask(tmp_path / "none", {"small": base / 1e9, "large": base / 1e9})
+    assert not told
+    numbers = {rank: 16 * _trained(engine, rank) for rank in (1, 8)}
+    enough = {"small": (base + numbers[1]) / 1e9, "large": (base + numbers[8]) / 1e9}
+    for path in (tmp_path / "first", tmp_path / "after larger ones"):
+        (record,) = ask(path, enough)
+        assert record["participants"] == [0, 1, 2, 3]
+    (record,) = ask(tmp_path / "less", enough | {"large": enough["large"] - 1e-9})
+    assert record["participants"] == [0, 1]
+    assert set(told[-1]) == {2, 3}
+    assert record["left_out"]["2"].startswith("its device has ")
+
+
+def _trained(engine: InProcessEngine, rank: int) -> int:
+    """Numbers of A, B and head by the shapes of the layers alone."""
+    model = engine.runtime(from_flat(SMALL)).model
+    layers = sum(rank * (spec.out_features + spec.in_features) for spec in model.modules.values())
+    return layers + sum(tensor.numel() for tensor in model.initial_head.values())
