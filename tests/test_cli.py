@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -168,6 +171,32 @@ def test_a_full_disk_is_one_line_and_keeps_what_is_there(
     assert result.exit_code == 1
     expected = f"error: {tmp_path / 'rounds.jsonl'}: No space left on device; what was written before is kept"
     assert result.stderr.strip() == expected
+
+
+def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed, before = [], signal.getsignal(signal.SIGTERM)
+
+    def ended(*_: object, **__: object) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        finally:
+            closed.append("engine")
+
+    monkeypatch.setattr("fedlora.simulation.simulate.simulate", ended)
+    result = fedlora("run", TINY, "--out", str(tmp_path / "out"))
+    assert (result.exit_code, closed) == (1, ["engine"])
+    assert result.stderr.strip() == "interrupted; what was written stays, go on with --resume"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_line_that_stands_twice_is_dropped_on_resume(tmp_path: Path) -> None:
+    """As a copy of a file's end leaves it; `python -m tests.fuzz` found it."""
+    directory = RunDirectory(tmp_path / "run")
+    for number in (1, 2, 2, 3):
+        directory.append_round({"round": number})
+    directory.keep_rounds(2)
+    assert directory.rounds() == [{"round": 1}, {"round": 2}]
 
 
 @pytest.mark.parametrize("text", ["", "[model", "\x00"])

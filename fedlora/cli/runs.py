@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out, percent
+from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def run(
         return
     path = out_dir or Path(settings.output_dir or f"runs/{config.stem}")
     finished = resume and _finished(path, settings.num_server_rounds)
-    done = library.run(settings, path, resume=resume, federation=federation)
+    with ended_by_sigterm():
+        done = library.run(settings, path, resume=resume, federation=federation)
     result = done.record
     if finished:
         out.print(f"{path} was finished: all {settings.num_server_rounds} rounds are done, none was added")
@@ -152,15 +153,16 @@ def compare(
     from fedlora.config import parse_overrides
     from fedlora.study import library
 
-    study = library.compare(
-        config,
-        out_dir or Path(f"runs/{config.stem}"),
-        overrides=parse_overrides(set_),
-        resume=resume,
-        retry_failed=retry_failed,
-        share=share,
-        parallel=parallel,
-    )
+    with ended_by_sigterm():
+        study = library.compare(
+            config,
+            out_dir or Path(f"runs/{config.stem}"),
+            overrides=parse_overrides(set_),
+            resume=resume,
+            retry_failed=retry_failed,
+            share=share,
+            parallel=parallel,
+        )
     out.print(methods_table(study.table()))
     out.print(f"report: {study.report}")
 

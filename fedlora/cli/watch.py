@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from fedlora.cli.console import one_line_errors, out
+from fedlora.cli.console import ended_by_sigterm, one_line_errors, out
 
 
 @one_line_errors
@@ -24,14 +23,9 @@ def watch(
     """
     from fedlora.watch.serve import Server
 
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with Server(directory, port) as server:
+        with ended_by_sigterm(), Server(directory, port) as server:
             out.print(f"{server.address} shows {directory}; Ctrl-C stops it", highlight=False, markup=False)
             server.serve_forever()
     except KeyboardInterrupt:
         out.print("stopped")
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

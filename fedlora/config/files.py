@@ -84,6 +84,8 @@ def from_flat(flat: Mapping[str, Any]) -> RunConfig:
     for key, value in flat.items():
         if key not in known:
             raise ConfigError(refusal(key, value, f"unknown key ({_hint(key, known)})"))
+        if isinstance(value, str) and "\0" in value:
+            raise ConfigError(refusal(key, value, "holds a NUL, which no path or name has"))
         table, _, name = key.rpartition(".")
         sections.setdefault(table, {})[name] = value
     top = sections.pop("", {})

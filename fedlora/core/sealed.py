@@ -60,10 +60,10 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{file}: is damaged, it is no JSON") from None
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: is damaged, it is no JSON object")
-    seal = found.pop(SEAL, None)
-    if seal is None and (not older or any(map(is_digest, found.values()))):
+    has_seal, seal = SEAL in found, found.pop(SEAL, None)
+    if not has_seal and (not older or any(map(is_digest, found.values()))):
         raise ConfigError(f"{file}: has no {SEAL}: it is damaged, or an earlier version wrote it")
-    if seal is not None and seal != _hash(found):
+    if has_seal and seal != _hash(found):
         raise ConfigError(f"{file}: is damaged, its contents are not those that were written")
     return found
 

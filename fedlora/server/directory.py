@@ -178,9 +178,12 @@ class RunDirectory:
         return read_rounds(self.path)
 
     def keep_rounds(self, last: int) -> None:
-        """Drop the lines after round ``last``, those of rounds that were not checkpointed."""
-        kept = [json.dumps(r) + "\n" for r in self.rounds() if r["round"] <= last]
-        write_atomic(self.path / ROUNDS, "".join(kept))
+        """Drop lines after round ``last``, of rounds that were not checkpointed, and what stands twice."""
+        kept: dict[int, str] = {}
+        for record in self.rounds():
+            if record["round"] <= last:
+                kept.setdefault(record["round"], json.dumps(record) + "\n")
+        write_atomic(self.path / ROUNDS, "".join(kept.values()))
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace ``result.json``, which vouches for the configuration and ``rounds.jsonl``."""

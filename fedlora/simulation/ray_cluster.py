@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,10 +63,26 @@ def connect(address: str) -> bool:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            ray.init(address=address or "local", **settings)
+            with _sigterm_kept():
+                ray.init(address=address or "local", **settings)
         except Exception as error:  # a node of Ray that starts too slowly is a bare one
             raise _unreachable(address, str(error)) from None
     return True
+
+
+@contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Inside, Ray may answer SIGTERM by its own handler; afterwards whoever did before does again.
+
+    Ray's kills the raylet under the driver, which then aborts with a trace. Where nobody handles the signal
+    Ray's stays, for it leaves no process behind.
+    """
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if callable(before):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_joined(address: str, joined: str) -> None:

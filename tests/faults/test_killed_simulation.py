@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -39,13 +40,17 @@ def rounds(out: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_after(process: subprocess.Popen[bytes], out: Path, round_number: int, delay: float) -> None:
-    """SIGKILL of the driver and all its processes, some time after a round was written."""
+def wait_for_round(process: subprocess.Popen[bytes], out: Path, number: int) -> None:
     deadline = time.monotonic() + 120
-    while rounds(out) < round_number:
+    while rounds(out) < number:
         assert process.poll() is None, (out.parent / f"{out.name}.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def kill_after(process: subprocess.Popen[bytes], out: Path, round_number: int, delay: float) -> None:
+    """SIGKILL of the driver and all its processes, some time after a round was written."""
+    wait_for_round(process, out, round_number)
     time.sleep(delay)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -76,3 +81,30 @@ def test_a_killed_run_goes_on_where_it_was(strategy: str, more: str, tmp_path: P
     assert not (killed / "result.json").exists()
     assert start(config, killed, "--resume").wait(300) == 0, (tmp_path / "killed.log").read_text()
     assert outcome(killed) == outcome(undisturbed)
+
+
+@pytest.mark.deployed
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_mid_round_leaves_nothing_behind(
+    how: signal.Signals, tmp_path: Path, cache: Path
+) -> None:
+    config, out, shared = tmp_path / "run.toml", tmp_path / "out", Path("/dev/shm")
+    config.write_text(CONFIG.format(strategy="flora", more=""))
+    before = set(shared.iterdir())
+    process = start(config, out, "--set", "num-server-rounds=400")
+    wait_for_round(process, out, 2)
+    began = {each.pid for each in psutil.Process(process.pid).children(recursive=True)}
+    assert len(began) > 2
+    process.send_signal(how)
+    assert process.wait(60) == 1
+    said = (tmp_path / "out.log").read_text()
+    assert said.endswith("interrupted; what was written stays, go on with --resume\n")
+    assert "Traceback" not in said
+    assert "***" not in said
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in began if psutil.pid_exists(pid)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert {each for each in shared.iterdir() if each not in before and "plasma" in each.name} == set()
+    done = rounds(out)
+    assert start(config, out, "--resume", "--set", f"num-server-rounds={done + 1}").wait(300) == 0

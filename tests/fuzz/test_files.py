@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from fedlora.config import from_flat
+from fedlora.core.sealed import read_sealed
+from fedlora.deployment.operator.layout import roll_of
+from fedlora.errors import ConfigError
 from tests.fuzz.harness import fuzz
 from tests.fuzz.subjects import SUBJECTS
 
@@ -18,3 +22,22 @@ def test_spoiled_files_are_refused_by_name_or_do_no_harm(name: str, tmp_path: Pa
     outcomes = fuzz(name, SUBJECTS[name], COUNT, tmp_path)
     assert sum(outcomes.values()) == COUNT
     assert outcomes["refused"] > COUNT // 10, outcomes
+
+
+def test_a_seal_that_is_null_is_no_record_of_before_there_were_seals(tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text('{"before": [], "sha256": null}')
+    with pytest.raises(ConfigError, match=r"samples\.json: is damaged"):
+        read_sealed(tmp_path / "samples.json", older=True)
+
+
+def test_what_stands_in_a_file_does_not_break_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "federation.toml"
+    file.write_text('host = "h"\nport = 1\ncontrol-port = 2\nnodes = ["two\\nlines"]\n')
+    with pytest.raises(ConfigError) as refused:
+        roll_of(file)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_nul_in_a_configuration_is_refused_by_its_key() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.chat-template = .*holds a NUL"):
+        from_flat({"model.chat-template": "a\0b"})

@@ -5,6 +5,7 @@ These tests leave the Ray of the process, which all others of the folder share; 
 
 from __future__ import annotations
 
+import signal
 import socket
 import threading
 import time
@@ -54,6 +55,26 @@ def test_two_nodes_train_with_an_actor_on_each_and_the_bits_of_one_machine(
     pool.close()
     simulate(tiny_config(**{"strategy.name": "flora", "num-server-rounds": 2}), tmp_path / "here")
     assert adapter(tmp_path / "here") == adapter(tmp_path / "cluster")
+
+
+def test_sigterm_stays_with_whoever_had_it_before_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own handler kills the raylet under a driver that then aborts with a trace."""
+
+    def begin(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: None)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", begin)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        assert connect("")
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        connect("")
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_ray_that_was_started_for_a_pool_ends_with_it() -> None:

@@ -174,7 +174,9 @@ def _nodes(file: Path, table: Mapping[str, Any]) -> tuple[NodeEntry, ...]:
     for entry in table["nodes"]:
         name, partition, key = _named(entry)
         if type(name) is not str or type(partition) is not int or type(key) is not str or partition < 0:
-            raise ConfigError(f"{file}: nodes = {str(entry)[:200]}: needs name, partition-id and fingerprint")
+            raise ConfigError(
+                f"{file}: nodes = {repr(entry)[:200]}: needs name, partition-id and fingerprint"
+            )
         declared = entry.get("declared-examples")
         if not (declared is None or (type(declared) is int and declared >= 1)):
             raise ConfigError(f"{file}: declared-examples = {declared!r}: must be a whole number >= 1")
