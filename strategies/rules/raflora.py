@@ -6,14 +6,14 @@ Wu, Hu, Min, Wang, "Preventing Rank Collapse in Federated Low-Rank Adaptation wi
     P_j = sum_{k: r_k >= j} p_k,     T = sum_j sum_{k: r_k >= j} (p_k / P_j) s_k b_kj a_kj^T = U S V^T,
     A' = V_r^T,   B' = U_r S_r / s
 
-and a client of rank r_k starts from the leading r_k directions, as in FlexLoRA. There column j counts with p_k
-alone: a direction that only a share P_j of the clients holds comes back P_j times as long from every round,
-even where nobody moves it, so that the energy ends in the ranks that all clients share (the paper's rank
-collapse). Here clients that return what they were sent leave the model as it is.
+and a client of rank r_k starts from the leading r_k directions, as in FlexLoRA. There column j counts with
+p_k alone: a direction that only a share P_j of the clients holds comes back P_j times as long from every
+round, even where nobody moves it, so that the energy ends in the ranks that all clients share (the paper's
+rank collapse). Here clients that return what they were sent leave the model as it is.
 
 The paper weighs blocks of ranks between the clients' different ranks; within a block all columns have the
-same P_j. Not exact: T is no mean of products, and ``sum_{j > r} sigma_j^2`` is dropped. With equal ranks it is
-FlexLoRA. Columns are told apart by their place, so that it matters how a client splits its product.
+same P_j. Not exact: T is no mean of products, and ``sum_{j > r} sigma_j^2`` is dropped. With equal ranks it
+is FlexLoRA. Columns are told apart by their place, so that it matters how a client splits its product.
 """
 
 from __future__ import annotations

@@ -108,7 +108,7 @@ def flexlora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
 
 
 def raflora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
-    """raFLoRA (arXiv 2602.13486): block by block of ranks, over the clients that have the block; then SVD."""
+    """By raFLoRA (arXiv 2602.13486): means over the clients that have a block of ranks; then SVD."""
     total, first = np.zeros((start.B.shape[0], start.A.shape[1])), 0
     for last in sorted({k.A.shape[0] for k in clients}):
         have = [k for k in clients if k.A.shape[0] >= last]
