@@ -23,6 +23,8 @@ class Facts:
             of any kind (``lora.method``).
         exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
         mixed_ranks: clients may have different ranks.
+        draws_ranks: which directions a client of a lower rank holds is drawn for it; without the draw its
+            factors say nothing.
         updates_base: the rule adds patches to the base weights.
         product_invariant: the global model depends on the s_k B_k A_k alone, not on how each is split.
         single_client_exact: the product of a client alone, at the global rank, becomes the global model.
@@ -49,6 +51,7 @@ class Facts:
     any_kind: bool = False
     exact: bool
     mixed_ranks: bool = False
+    draws_ranks: bool = False
     updates_base: bool = False
     product_invariant: bool = False
     single_client_exact: bool = True

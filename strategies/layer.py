@@ -19,10 +19,17 @@ from fedlora.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """One client's adapter of one layer with its normalised weight p_k."""
+    """One client's adapter of one layer with its normalised weight p_k.
+
+    Attributes:
+        weight: p_k.
+        adapter: after its local steps.
+        partition_id: whose, for what a rule draws for each client.
+    """
 
     weight: float
     adapter: LayerAdapter
+    partition_id: int = -1
 
     @property
     def factors(self) -> LoraFactors:

@@ -215,7 +215,10 @@ class Rule:
     def _layer(
         self, state: State, name: str, updates: Sequence[ClientUpdate], weights: Sequence[float]
     ) -> Layer:
-        clients = [Weighted(w, update.adapters[name]) for w, update in zip(weights, updates, strict=True)]
+        clients = [
+            Weighted(w, update.adapters[name], update.partition_id)
+            for w, update in zip(weights, updates, strict=True)
+        ]
         return Layer(name, state.adapters[name], clients, state.round + 1, state.seed, self.kept(state, name))
 
     def check(self, state: State, update: ClientUpdate) -> None:

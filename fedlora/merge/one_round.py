@@ -108,7 +108,7 @@ def one_round(rule: Rule, group: AdapterGroup, weights: Sequence[float]) -> Roun
 def _used(rule: Rule, before: State, name: str, updates: Sequence[ClientUpdate]) -> list[float]:
     counted = [update for update in updates if update.weight > 0]
     total = sum(update.weight for update in counted)
-    clients = [Weighted(update.weight / total, update.adapters[name]) for update in counted]
+    clients = [Weighted(u.weight / total, u.adapters[name], u.partition_id) for u in counted]
     used = iter(rule.weights(Layer(name, before.adapters[name], clients, server_round=1)))
     return [next(used) if update.weight > 0 else 0.0 for update in updates]
 
@@ -132,14 +132,15 @@ def _start(group: AdapterGroup, weights: Sequence[float]) -> AdapterSet:
 
 
 def _check_ranks(rule: Rule, group: AdapterGroup) -> None:
-    if rule.facts.mixed_ranks:
+    if rule.facts.mixed_ranks and not rule.facts.draws_ranks:
         return
     for name in group.modules:
         (first, factors), *others = group.holders(name)
         for other, given in others:
             if given.rank != factors.rank:
                 facts = (able.facts for able in RULES.values())
-                able = ", ".join(f.name for f in facts if f.mixed_ranks and "B" in f.uploaded)
+                mixing = (f for f in facts if f.mixed_ranks and not f.draws_ranks and "B" in f.uploaded)
+                able = ", ".join(f.name for f in mixing)
                 raise ConfigError(
                     f"--strategy {rule.facts.name} needs equal ranks: {name} has rank {factors.rank} in "
                     f"{first.path}, {given.rank} in {other.path} (mixed ranks: {able})"

@@ -119,6 +119,17 @@ def raflora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return Outcome(best, np.zeros_like(total))
 
 
+def fslora(start: Adapter, clients: Sequence[Client], t: int, rank: int = 0) -> Outcome:
+    """FSLoRA (arXiv 2501.19389): what each client changed, put back where it was taken from, and averaged."""
+    A, B = start.A.copy(), start.B.copy()
+    for k in clients:
+        for column, j in enumerate(k.held):
+            A[j] += k.p * (k.A[column] - start.A[j])
+            own = k.s * len(k.held) / (start.s * start.A.shape[0]) * k.B[:, column]
+            B[:, j] += k.p * (own - start.B[:, j])
+    return kept(B, A, start.s)
+
+
 def fedex(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     """FedEx-LoRA (arXiv 2410.09432): the averages of both factors, and the residual added to W_0."""
     average = zero_padding(start, clients, t).adapter
@@ -278,6 +289,7 @@ ORACLES: dict[str, Oracle] = {
     "florist": florist,
     "flexlora": flexlora,
     "raflora": raflora,
+    "fslora": fslora,
     "fedex": fedex,
     "frlora": frlora,
     "zero-padding": zero_padding,

@@ -34,6 +34,8 @@ class Client:
     A: Array
     s: float
     R: Array | None = None
+    held: tuple[int, ...] = ()
+    """Directions of the global adapter that it was sent, where they are not the leading ones."""
 
 
 @dataclass(frozen=True)

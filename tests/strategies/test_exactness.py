@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedlora.core.state import ClientUpdate, State
+from fedlora.core.state import ClientSpec, ClientUpdate, State
 from strategies.registry import option_fields
 from strategies.rule import Rule
 from tests import oracles
@@ -42,9 +42,19 @@ def by_oracle(
 ) -> tuple[oracles.Adapter, list[oracles.Client], oracles.Outcome]:
     """One layer's start, clients and next adapter according to the paper."""
     start, clients = oracle_layer(state, updates, name)
+    if rule.facts.draws_ranks:
+        pairs = zip(clients, updates, strict=True)
+        clients = [replace(c, held=_held(rule, state, u, name)) for c, u in pairs]
     options: dict[str, Any] = {n: getattr(rule, n) for n in option_fields(type(rule)) if n != "init_a"}
     outcome = oracles.ORACLES[rule.facts.name](start, clients, state.round + 1, **options)
     return start, clients, outcome
+
+
+def _held(rule: Rule, state: State, update: ClientUpdate, name: str) -> tuple[int, ...]:
+    """Which rows of the global A a client was sent, found by their values."""
+    spec = ClientSpec(partition_id=update.partition_id, rank=update.adapters[name].rank, scaling=1.0)
+    sent, whole = rule.broadcast(state, spec).adapters[name].A, state.adapters[name].A
+    return tuple(int((whole == row).all(dim=1).nonzero()) for row in sent)
 
 
 def asked(state: State, updates: list[ClientUpdate], name: str) -> oracles.Array:

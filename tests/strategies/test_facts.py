@@ -33,11 +33,14 @@ every_turn = pytest.mark.parametrize("rounds", [0, 1])
 """After none or one round: a rule may train its factors in turn."""
 
 
-def replies(rule: Rule, rounds: int = 0) -> tuple[State, list[ClientUpdate]]:
-    state = FEDERATION.start(rule)
+def replies(rule: Rule, rounds: int = 0, *, lower: bool = False) -> tuple[State, list[ClientUpdate]]:
+    """The state after some rounds and the next updates, with ``lower`` of clients below the global rank."""
+    clients = tuple(replace(c, rank=RANK - 1) for c in FEDERATION.clients) if lower else FEDERATION.clients
+    federation = replace(FEDERATION, clients=clients)
+    state = federation.start(rule)
     for _ in range(rounds):
-        state, _ = rule.aggregate(state, FEDERATION.updates(rule, state))
-    return state, FEDERATION.updates(rule, state)
+        state, _ = rule.aggregate(state, federation.updates(rule, state))
+    return state, federation.updates(rule, state)
 
 
 def shifted(update: ClientUpdate, factor: str, by: torch.Tensor) -> ClientUpdate:
@@ -93,7 +96,7 @@ def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: R
 
     One factor at a time, so that for a product rule the other factor tells the clients apart.
     """
-    state, updates = replies(rule, rounds)
+    state, updates = replies(rule, rounds, lower=rule.facts.draws_ranks)
     after, _ = rule.aggregate(state, updates)
     changes = [0.0]
     for factor in rule.shipped(state.round + 1):
