@@ -88,7 +88,9 @@ class LateStrategy(FactorStrategy):
             self._fill(clock, work)
         self._count_bytes()
         self.flights = sorted(work.flights.values(), key=lambda flight: (flight.arrives, flight.number))
-        self._aggregate(clock, work.buffer, server_round)
+        version = self.state.round
+        self._aggregate(work.buffer)
+        clock.close_round(server_round, version, work.buffer)
         self._released = self.arrays()
         return self._released
 
@@ -206,13 +208,13 @@ class LateStrategy(FactorStrategy):
             partition_id=flight.partition_id, adapters=adapters, head=head, weight=flight.weight
         )
 
-    def _aggregate(self, clock: EventGrid, buffer: list[InFlight], server_round: int) -> None:
+    def _aggregate(self, buffer: list[InFlight]) -> None:
         assert self.state is not None
-        version = self.state.round
         if len(buffer) < max(1, self.selection.min_train_nodes):
             raise RunFailed(
-                f"round {server_round}: {len(buffer)} valid updates in the buffer, min-train-nodes = "
-                f"{self.selection.min_train_nodes} ({self.report.refusals() or 'nobody is at work'})"
+                f"round {self.report.server_round}: {len(buffer)} valid updates in the buffer, "
+                f"min-train-nodes = {self.selection.min_train_nodes} "
+                f"({self.report.refusals() or 'nobody is at work'})"
             )
         counted = sorted(buffer, key=lambda flight: flight.partition_id)
         updates = [self._landed(flight) for flight in counted]
@@ -224,7 +226,6 @@ class LateStrategy(FactorStrategy):
         losses = [(f.weight, f.loss) for f in counted if f.loss is not None]
         total = sum(weight for weight, _ in losses)
         self.report.train_loss = sum(w * x for w, x in losses) / total if total else None
-        clock.close_round(server_round, version, buffer)
 
 
 def check_late(rule: Rule, key: str = "late updates") -> None:

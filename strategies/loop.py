@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from logging import INFO
+from logging import INFO, WARNING
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fedlora.errors import ConfigError
 from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.diagnostics import Diagnostics
+from strategies.overdue import Overdue
 from strategies.precision import rounded_state
 from strategies.report import RoundReport
 from strategies.rule import Rule
@@ -170,14 +171,30 @@ class Rounds(Strategy):
             self._released = self.arrays()
         arrays = self._released
         train, evaluate = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        overdue = Overdue()
         for server_round in range(self.state.round + 1, last + 1):
             log(INFO, "[ROUND %s/%s]", server_round, last)
             arrays = self.train_round(grid, arrays, train, server_round, last, timeout)
+            self._note_late(grid, overdue)
             messages = self.configure_evaluate(server_round, arrays, evaluate, grid)
             replies = self._exchange(grid, messages, MessageType.EVALUATE, evaluate, server_round, timeout)
             self.report.evaluate_metrics = self.aggregate_evaluate(server_round, replies)
             self.report.arrays = arrays
             yield self.report
+
+    def _note_late(self, grid: Grid, overdue: Overdue) -> None:
+        """Count and attribute replies that came after their round; what they released has been spent."""
+        newer = {request.partition_id for request in self.transport.requests if request.reply is not None}
+        for server_round, request in overdue.answered(getattr(grid, "late", list)()):
+            what = f"its reply to round {server_round} came after that had ended"
+            log(WARNING, "\tpartition %s is late: %s", request.partition_id, what)
+            self.report.late[request.partition_id] = what
+            self.report.bytes_up += request.bytes_up
+            if request.partition_id not in newer:
+                self.report.note(request.partition_id, request.reply)
+                self.transport.note_ledger(request)
+        if hasattr(grid, "late"):
+            overdue.note(self.report.server_round, self.transport.requests)
 
     def train_round(
         self, grid: Grid, arrays: ArrayRecord, config: ConfigRecord, server_round: int, last: int,

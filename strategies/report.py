@@ -22,6 +22,8 @@ class RoundReport:
         server_round: from 1.
         participants: partitions whose updates were aggregated.
         refused: partition id -> one-line reason.
+        late: partition id -> what came of its reply to an earlier round, which came after that had ended.
+        staleness: partition id -> versions by which its update was late, where rounds do not wait.
         bytes_up, bytes_down: payload bytes over all sampled clients.
         train_loss: weighted mean of the losses that clients released, or None.
         privacy: partition id -> what that client has spent.
@@ -37,6 +39,8 @@ class RoundReport:
     server_round: int
     participants: list[int] = field(default_factory=list)
     refused: dict[int, str] = field(default_factory=dict)
+    late: dict[int, str] = field(default_factory=dict)
+    staleness: dict[int, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
     train_loss: float | None = None

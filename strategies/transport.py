@@ -93,11 +93,11 @@ class Transport:
         last = len(self._places)
         return {name: tensors[name] for name in sorted(tensors, key=lambda n: self._places.get(n, last))}
 
-    def open(self, base: tuple[Patch, ...]) -> None:
-        """Begin a round of instructions over this base; the last round's payloads are forgotten."""
+    def open(self, base: tuple[Patch, ...], pending: Sequence[PendingRequest] = ()) -> None:
+        """Begin a round of instructions over this base; the last round's are forgotten, but for these."""
         self._payloads, self._records, self._digests, self._parts = {}, {}, {}, {}
         self._expected = {}
-        self.requests, self._by_node = [], {}
+        self.requests, self._by_node = [*pending], {request.node_id: request for request in pending}
         self._patches = {patch.digest(): patch for patch in base}
 
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> PendingRequest:
@@ -132,14 +132,14 @@ class Transport:
             return []
         deadline = time.monotonic() + timeout
         replies = list(send(messages, timeout=timeout))
-        again = self._fuller(replies, message_type, config)
+        again = self.fuller(replies, message_type, config)
         if again:
             left = max(1.0, deadline - time.monotonic())
             replies = [reply for reply in replies if not says_missing(reply)]
             replies += send(again, timeout=left)
         return replies
 
-    def _fuller(
+    def fuller(
         self, replies: Iterable[Message], message_type: str, config: Mapping[str, Any]
     ) -> list[Message]:
         """Orders again, with the parts that their clients answered that they lack."""

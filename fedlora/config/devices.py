@@ -56,7 +56,10 @@ NAMED_PROFILES: dict[str, dict[str, dict[str, Any]]] = {
 
 @section("devices.")
 class DevicesConfig:
-    """Simulated time: devices, networks and absences. Off where neither profiles nor a trace are given."""
+    """Simulated time: devices, networks and absences. Off where neither profiles nor a trace are given.
+
+    Rounds of a buffer are there for real nodes, too.
+    """
 
     profiles: str = ""
     """``equal``, ``heavy-tailed``, ``phones-and-workstations``, or a JSON object of your own, for instance
@@ -71,8 +74,8 @@ class DevicesConfig:
     as ``fraction-train`` says."""
 
     buffer_size: NonNegativeInt = 0
-    """Rounds that do not wait (FedBuff): the server aggregates whenever so many updates have come; 0 means
-    that rounds wait."""
+    """Rounds that do not wait (FedBuff), in simulated time or over real nodes: the server aggregates whenever
+    so many updates have come; 0 means that rounds wait."""
     in_flight: NonNegativeInt = 0
     """Clients at work at a time where rounds do not wait; 0 means ``fraction-train`` of all, at least the
     buffer's size."""
@@ -89,7 +92,7 @@ class DevicesConfig:
             not (self.profiles and self.trace), "devices.trace", self.trace, "devices.profiles is set, too"
         )
         usual = DevicesConfig.__dataclass_fields__
-        for key in ("deadline", "over_selection", "buffer_size", "tiers"):
+        for key in ("deadline", "over_selection", "tiers"):
             why = "means nothing without devices.profiles or devices.trace"
             value = getattr(self, key)
             require(self.timed or value == usual[key].default, _key(key), value, why)

@@ -27,6 +27,7 @@ from fedlora.server.public_data import first_gradients, first_inputs
 from fedlora.server.secure import largest_weight
 from fedlora.server.validate import configured_screening, kept
 from fedlora.server.warm_start import warm_start
+from strategies.arriving import ArrivingStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
 from strategies.nodes import NodeDirectory
@@ -50,6 +51,10 @@ class OwnSecureStrategy(OwnStrategy, SecureStrategy):
 
 class OwnBufferedStrategy(OwnStrategy, BufferedStrategy):
     """The same where rounds do not wait."""
+
+
+class OwnArrivingStrategy(OwnStrategy, ArrivingStrategy):
+    """The same in real time."""
 
 
 class OwnTieredStrategy(OwnStrategy, TieredStrategy):
@@ -91,7 +96,7 @@ def assemble(
     privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
     if screening is not None:
         log(INFO, "screening of updates: %s", screening)
-    strategy = _kind(config, partitions, known_examples)(
+    strategy = _kind(config, partitions, known_examples, simulation=simulation)(
         rule,
         fraction_train=config.fraction_train * config.devices.over_selection,
         min_train_nodes=config.min_train_nodes,
@@ -128,7 +133,7 @@ def assemble(
 
 
 def _kind(
-    config: RunConfig, partitions: Collection[int], known_examples: KnownExamples
+    config: RunConfig, partitions: Collection[int], known_examples: KnownExamples, *, simulation: bool
 ) -> Callable[..., FactorStrategy]:
     """Strategy whose rounds wait, one whose rounds do not, or one that sees sums alone.
 
@@ -153,7 +158,8 @@ def _kind(
         raise ConfigError(f"devices.{key} = {wanted}: only {len(partitions)} clients take part")
     if devices.tiers:
         return partial(OwnTieredStrategy, tiers=wanted, **late)
-    return partial(OwnBufferedStrategy, in_flight=wanted, buffer_size=devices.buffer_size, **late)
+    buffered = OwnBufferedStrategy if simulation else OwnArrivingStrategy
+    return partial(buffered, in_flight=wanted, buffer_size=devices.buffer_size, **late)
 
 
 def _never(server_round: int) -> bool:

@@ -19,7 +19,7 @@ from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, KeepBest, R
 from fedlora.server.directory import RunDirectory
 from fedlora.server.inputs import inputs_digest
 from fedlora.server.session import Session
-from fedlora.server.validate import check, kept
+from fedlora.server.validate import check, check_time, kept
 
 
 class FederatedRun:
@@ -48,8 +48,7 @@ class FederatedRun:
         self.callbacks = (Evaluate(), Record(), Track(), Checkpoint(), KeepBest(), *callbacks)
         self.before: dict[str, Any] = {}
         rule = check(self.config)
-        if self.config.devices.timed and session.stores is None:
-            raise ConfigError("devices: time is simulated by `fedlora run` and `compare`, here it is real")
+        check_time(self.config.devices, simulated=session.stores is not None)
         self.personal = bool(kept(self.config, rule))
         privacy = mechanism_of(self.config)
         privacy.check_data(self.runtime.data if session.nodes is None else None, self.partitions)

@@ -117,6 +117,8 @@ def round_record(
         **(report.diagnostics.as_dict() if report.diagnostics else {}),
         "participants": report.participants,
         "refused": {str(p): reason for p, reason in report.refused.items()},
+        **({"late": {str(p): what for p, what in report.late.items()}} if report.late else {}),
+        **({"staleness": {str(p): n for p, n in report.staleness.items()}} if report.staleness else {}),
         **({"halved": report.halved} if report.halved else {}),
         **({} if report.clipping_norm is None else {"clipping_norm": report.clipping_norm}),
     }

@@ -8,7 +8,7 @@ from clients.privacy import mechanism_of
 from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import check_optimizer, optimizer_type
 from fedlora.adapters import check_kind
-from fedlora.config import RunConfig, StrategyConfig
+from fedlora.config import DevicesConfig, RunConfig, StrategyConfig
 from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
@@ -139,6 +139,19 @@ def check_asynchronous(config: RunConfig, rule: Rule) -> None:
     check_buffer(devices.in_flight or size, size)
     if config.min_train_nodes > size:
         raise ConfigError(f"min-train-nodes = {config.min_train_nodes}: devices.buffer-size is {size}")
+
+
+def check_time(devices: DevicesConfig, *, simulated: bool) -> None:
+    """Refuse simulated time where it is real, and rounds of a buffer where there is no time at all.
+
+    Raises:
+        ConfigError: one of these.
+    """
+    if devices.timed and not simulated:
+        raise ConfigError("devices: time is simulated by `fedlora run` and `compare`, here it is real")
+    if devices.buffer_size and simulated and not devices.timed:
+        key = f"devices.buffer-size = {devices.buffer_size}"
+        raise ConfigError(f"{key}: means nothing without devices.profiles or devices.trace in a simulation")
 
 
 def check_task(config: RunConfig, rule: Rule) -> None:

@@ -67,3 +67,19 @@ def test_a_slow_node_is_not_waited_for_and_takes_part_again(
     assert records[1]["participants"] == [1, 2]
     assert "no reply" in records[1]["refused"]["0"]
     assert records[-1]["participants"] == [0, 1, 2]
+    late = [record["late"] for record in records if "late" in record]
+    assert late == [{"0": "its reply to round 2 came after that had ended"}]
+
+
+def test_rounds_of_a_buffer_go_on_without_a_slow_node_and_use_what_it_brings(
+    up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    misbehaving(monkeypatch, {0: {1: "slow-15"}})
+    keys = {"devices.buffer-size": 2, "devices.in-flight": 3, "num_server_rounds": 30}
+    records = run(up, tmp_path / "run", **keys)
+    first = next(record["round"] for record in records if 0 in record["participants"])
+    assert first > 2
+    assert records[first - 1]["staleness"]["0"] == first - 1
+    assert all(record["participants"] == [1, 2] for record in records[: first - 1])
+    assert not any(record["refused"] for record in records)
+    assert sum(0 in record["participants"] for record in records) > 1, "it is asked again"

@@ -171,7 +171,7 @@ def test_a_trace_with_faults_is_refused_in_one_line(tmp_path: Path, text: str, w
         ({"profiles": "equal", "staleness": "constant"}, "means nothing without devices.buffer-size or"),
         ({"deadline": 3.0}, "means nothing without devices.profiles"),
         ({"over-selection": 1.5}, "means nothing without devices.profiles"),
-        ({"buffer-size": 2}, "means nothing without devices.profiles"),
+        ({"tiers": 2}, "means nothing without devices.profiles"),
         ({"profiles": "equal", "in-flight": 2}, "means nothing without devices.buffer-size"),
         ({"profiles": "equal", "over-selection": 1.5}, "times fraction-train = 1 must be <= 1"),
         ({"profiles": "equal", "deadline": -1.0}, "devices.deadline = -1.0: must be >= 0"),

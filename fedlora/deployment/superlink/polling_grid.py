@@ -23,6 +23,7 @@ class PollingGrid(Grid):
     def __init__(self, grid: Grid, seconds: float = POLL_SECONDS) -> None:
         self._grid = grid
         self._seconds = seconds
+        self._overdue: set[str] = set()
 
     def set_run(self, run: Run) -> None:
         """As the Grid behind it."""
@@ -77,4 +78,11 @@ class PollingGrid(Grid):
             if not waiting or (deadline is not None and time.monotonic() >= deadline):
                 break
             time.sleep(self._seconds)
+        self._overdue |= waiting
+        return replies
+
+    def late(self) -> list[Message]:
+        """Replies that have come since to messages of which `send_and_receive` gave up; each once."""
+        replies = list(self._grid.pull_messages(self._overdue)) if self._overdue else []
+        self._overdue -= {message.metadata.reply_to_message_id for message in replies}
         return replies
