@@ -19,7 +19,7 @@ from fedlora.config import from_flat
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
-from fedlora.server.validate import UNEQUAL_STEPS, check_buffered, configured_screening
+from fedlora.server.validate import UNEQUAL_STEPS, check_asynchronous, configured_screening
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
@@ -151,8 +151,8 @@ def test_a_private_round_counts_updates_that_weigh_nothing(tmp_path: Path) -> No
 def test_rounds_that_do_not_wait_refuse_screening_in_words() -> None:
     late = {"devices.profiles": "equal", "devices.buffer-size": 2, "devices.in-flight": 3}
     with pytest.raises(NotApplicable, match=r"screening = 'on' needs rounds that wait"):
-        check_buffered(from_flat({**late, "strategy.screening": "on"}), make_rule("fedavg"))
-    check_buffered(from_flat({**late, "min-train-nodes": 1}), make_rule("fedavg"))
+        check_asynchronous(from_flat({**late, "strategy.screening": "on"}), make_rule("fedavg"))
+    check_asynchronous(from_flat({**late, "min-train-nodes": 1}), make_rule("fedavg"))
 
 
 # --- whole rounds ----------------------------------------------------------------------------------
