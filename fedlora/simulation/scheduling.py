@@ -17,6 +17,7 @@ from flwr.app import Message, MessageType
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.training.batched.cohort_size import cohort_size
+from clients.training.batched.self_check import why_apart
 from clients.training.batches import num_steps
 from fedlora.config import RunConfig, read_config
 from fedlora.models import pick_device
@@ -94,10 +95,11 @@ def _chosen(config: RunConfig, runtime: ClientRuntime) -> int:
     clients = len(config.partition_list) or len(runtime.data.clients)
     head = runtime.model.initial_head.values() if config.model.head != "freeze" else ()
     device = config.engine.device
-    return cohort_size(
+    size = cohort_size(
         config,
         runtime.model.modules,
         sum(tensor.numel() for tensor in head),
         clients_of_round(config.fraction_train, clients, config.min_train_nodes),
         pick_device("auto").type if device == "auto" else device,
     )
+    return 1 if size > 1 and why_apart(runtime.model, runtime.data.pad_token_id) else size

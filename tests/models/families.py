@@ -69,10 +69,26 @@ DECODERS: dict[str, Callable[[], Any]] = {
     "mixtral": lambda: tf.MixtralConfig(**_DECODER, num_local_experts=2, num_experts_per_tok=1),
 }
 CLASSIFIERS = {**ENCODERS, **END_TOKEN, **DECODERS}
+CHAT: dict[str, Callable[[], Any]] = {
+    "qwen2": lambda: tf.Qwen2Config(**_DECODER),
+    "gemma2": lambda: tf.Gemma2Config(**_DECODER),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_DECODER),
+    "mistral": lambda: tf.MistralConfig(**_DECODER),
+    "phi": lambda: tf.PhiConfig(**{k: v for k, v in _DECODER.items() if k != "head_dim"}),
+    "phi3": lambda: tf.Phi3Config(**_DECODER),
+    "qwen3-moe": lambda: tf.Qwen3MoeConfig(
+        **_DECODER, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=24
+    ),
+}
+"""Further language models, near kin of the decoders above: tried in whole runs alone."""
 
 
 def tokenizer(family: str, **more: Any) -> Any:
     """As the family's own: frames, token types and side of the padding."""
+    if family == "qwen2":  # transformers makes its tokenizer anew, of bytes
+        letters = {letter: len(SPECIALS) + n for n, letter in enumerate("w0123456789\u0120")}
+        known = {word: number for number, word in enumerate(SPECIALS)} | letters
+        return tf.Qwen2Tokenizer(known, [], pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     words = {word: number for number, word in enumerate([*SPECIALS, *(f"w{n}" for n in range(WORDS))])}
     fast = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     fast.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -103,7 +119,7 @@ def _frames(family: str) -> tuple[str, str]:
 
 def save(directory: Path, family: str, kind: str = "SequenceClassification", **more: Any) -> Path:
     """A random model of a family and its tokenizer; ``more`` goes into its configuration."""
-    config = CLASSIFIERS[family]()
+    config = {**CLASSIFIERS, **CHAT}[family]()
     config.num_labels = LABELS
     for name, value in more.items():
         setattr(config, name, value)

@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from clients.training.batched.layers import why_alone
 from clients.training.batched.members import Member
 from clients.training.batched.train import BatchSettings, Cohort
 from clients.training.dp_mechanism import Mechanism
@@ -28,6 +29,7 @@ from clients.training.self_check import (
 )
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import lora_set
+from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
@@ -71,6 +73,23 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
                 _check_clipping(cohort, real, alone)
                 _check_noise(cohort, real)
     model.passed.add(("cohort", shapes, real))
+
+
+def why_apart(model: AdaptedModel, pad_token_id: int) -> str:
+    """Reason that examples of several clients cannot share a pass of this model; empty where they can.
+
+    Args:
+        model: any; it is loaded anew, with LoRA of rank 1.
+        pad_token_id: fills up shorter sequences.
+    """
+    if reason := why_alone(model):
+        return reason
+    model.load(fresh_adapters(model.modules, 1, 1.0, 0), {}, trained=frozenset("AB"))
+    try:
+        check_cohort(model, pad_token_id, None)
+    except RunFailed as error:
+        return str(error)
+    return ""
 
 
 def _check_clipping(cohort: Cohort, mechanism: Mechanism, alone: dict[str, Tensor]) -> None:
