@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from clients.training.batches import Indices, load_batch
-from fedlora.data.examples import Examples
-from fedlora.errors import ConfigError
+from clients.training.reference import reference_batch
+from fedlora.data.examples import EVALUATION_BATCH, Examples, cut
 from fedlora.models import AdaptedModel
 from fedlora.models.packed_linear import packed_base
 from fedlora.tasks import CLASSIFICATION, ExampleMetrics, Task
-
-BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +82,7 @@ def evaluate(
     examples: Examples,
     indices: Indices,
     pad_token_id: int,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = EVALUATION_BATCH,
     *,
     task: Task = CLASSIFICATION,
 ) -> Evaluation:
@@ -101,49 +99,20 @@ def evaluate(
     Raises:
         ConfigError: there is no example.
     """
-    module, task = (model.module, model.task) if isinstance(model, AdaptedModel) else (model, task)
+    task = model.task if isinstance(model, AdaptedModel) else task
     places = cut(examples, indices, batch_size, task.most_tokens)
     with packed_base(model) if isinstance(model, AdaptedModel) else nullcontext():
-        outcomes = [run_batch(module, task, examples, indices[chosen], pad_token_id) for chosen in places]
+        outcomes = [run_batch(model, task, examples, indices[chosen], pad_token_id) for chosen in places]
     return assemble(examples, indices, places, outcomes)
 
 
-def cut(
-    examples: Examples, indices: Indices, batch_size: int = BATCH_SIZE, most_tokens: int = 0
-) -> list[Indices]:
-    """The batches, as places in ``indices``: by length, so that they depend on the examples alone.
-
-    Args:
-        examples: the data set.
-        indices: which of them.
-        batch_size: examples of a batch at most.
-        most_tokens: padded tokens of a batch at most (0: any number); one longer example is a batch.
-
-    Raises:
-        ConfigError: there is no example.
-    """
-    if len(indices) == 0:
-        raise ConfigError("there is no example to evaluate on")
-    lengths = examples.lengths_of(indices)
-    by_length = np.argsort(lengths, kind="stable")
-    batches: list[Indices] = []
-    start = 0
-    while start < len(by_length):
-        size = batch_size
-        if most_tokens:
-            next_lengths = lengths[by_length[start : start + batch_size]]
-            padded = next_lengths * np.arange(1, len(next_lengths) + 1)
-            size = max(1, int(np.searchsorted(padded, most_tokens, side="right")))
-        batches.append(by_length[start : start + size])
-        start += size
-    return batches
-
-
 def run_batch(
-    module: nn.Module, task: Task, examples: Examples, indices: Indices, pad_token_id: int
+    model: AdaptedModel | nn.Module, task: Task, examples: Examples, indices: Indices, pad_token_id: int
 ) -> ExampleMetrics:
     """Metrics of the model on one batch."""
+    module = model.module if isinstance(model, AdaptedModel) else model
     module.eval()
+    examples = reference_batch(model, task, examples, indices, pad_token_id)
     with torch.inference_mode():
         return task.evaluate_batch(
             module, load_batch(examples, indices, pad_token_id, next(module.parameters()).device)

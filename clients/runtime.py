@@ -25,7 +25,7 @@ from fedlora.models import (
 from fedlora.models.shared_memory import put_together, take_apart
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
 from fedlora.prepared.node_data import OwnData, own_data
-from fedlora.tasks import task_named
+from fedlora.tasks import Task, task_named, task_of
 
 Key: TypeAlias = tuple[Any, ...]
 """Names a `ClientRuntime`, see `key_of`."""
@@ -124,7 +124,8 @@ class RuntimeCache:
 def read_runtime(config: RunConfig, own: OwnData | None = None) -> ClientRuntime:
     """The model and data of a configuration, read; for the arguments and errors see `RuntimeCache.get`."""
     _, data, network, modules = _read(config, own)
-    return _runtime(network, data, modules, adapter_kind(config.lora, config.seed), config.engine.device)
+    kind = adapter_kind(config.lora, config.seed)
+    return _runtime(network, data, modules, kind, task_of(config), config.engine.device)
 
 
 @lru_cache(maxsize=8)
@@ -132,7 +133,7 @@ def key_of(config: RunConfig) -> Key:
     """Key of a `ClientRuntime`: configurations with the same key share one."""
     kind = adapter_kind(config.lora, config.seed)
     data = config.data, config.privacy.unit_column
-    return (config.task, config.model, _targets(config), *data, config.seed, config.engine.device, kind)
+    return (task_of(config), config.model, _targets(config), *data, config.seed, config.engine.device, kind)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,7 @@ class SharedArrays:
         data: the prepared data, or where it lies.
         modules: as in `ClientRuntime`.
         kind: of the adapter.
+        task: of the run.
     """
 
     structure: bytes
@@ -151,6 +153,7 @@ class SharedArrays:
     data: Prepared | Path
     modules: Mapping[str, tuple[str, ...]]
     kind: AdapterKind
+    task: Task
 
 
 def parts_of(config: RunConfig, *, with_data: bool = False) -> SharedArrays:
@@ -162,7 +165,7 @@ def parts_of(config: RunConfig, *, with_data: bool = False) -> SharedArrays:
     path, data, network, modules = _read(config)
     structure, arrays = take_apart(network)
     kind = adapter_kind(config.lora, config.seed)
-    return SharedArrays(structure, arrays, data if with_data else path, modules, kind)
+    return SharedArrays(structure, arrays, data if with_data else path, modules, kind, task_of(config))
 
 
 def runtime_of(parts: SharedArrays, device: str) -> ClientRuntime:
@@ -173,7 +176,7 @@ def runtime_of(parts: SharedArrays, device: str) -> ClientRuntime:
     """
     data = open_prepared(parts.data) if isinstance(parts.data, Path) else parts.data
     network = put_together(parts.structure, parts.arrays)
-    return _runtime(network, data, parts.modules, parts.kind, device)
+    return _runtime(network, data, parts.modules, parts.kind, parts.task, device)
 
 
 def _runtime(
@@ -181,11 +184,12 @@ def _runtime(
     data: Prepared,
     modules: Mapping[str, tuple[str, ...]],
     kind: AdapterKind,
+    task: Task,
     device: str,
 ) -> ClientRuntime:
     adapted = dict.fromkeys(name for names in modules.values() for name in names)
     network.to(pick_device(device))
-    model = AdaptedModel(network, list(adapted), task_named(data.task), kind)
+    model = AdaptedModel(network, list(adapted), task, kind)
     return ClientRuntime(model, data, modules)
 
 

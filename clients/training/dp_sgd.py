@@ -24,6 +24,7 @@ from clients.training.canaries import Canaries, among
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_step import private_steps
 from clients.training.optimizers.registry import finish, make_optimizer
+from clients.training.reference import with_references
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
 from clients.training.train import LocalResult, Penalties, at_rest, dropout_stream, local_result
@@ -71,6 +72,7 @@ def train_private(
         ConfigError: a configuration that DP-SGD does not cover, see `check_private`.
         RunFailed: a private step does not compute what it claims on this model.
     """
+    examples = with_references(model, examples, [indices], pad_token_id)
     seed, draw = private_streams(seed, secure=mechanism.secure)
     units = open_units(examples, indices, mechanism.unit_examples, seed)
     protected = indices if units is None else units.everyone

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, physical_batches, shuffled_batches
 from clients.training.optimizers.registry import finish, make_optimizer
+from clients.training.reference import with_references
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors, resting, rests
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import Adapters
@@ -70,6 +71,7 @@ def train_local(
         ConfigError: no example, or nothing to train.
     """
     steps = num_steps(config, len(indices), local_steps)
+    examples = with_references(model, examples, [indices], pad_token_id)
     total, seen = torch.zeros((), device=model.device), 0
     with model.training() as trained, dropout_stream(seed, model.device):
         optimizer = make_optimizer(trained, config)

@@ -44,6 +44,9 @@ class TrainConfig:
     packing: bool = False
     """Of language models: several examples of a step in one row, none of which sees another; see
     ``docs/training.md``."""
+    dpo_beta: PositiveFloat = 0.1
+    """Of task ``dpo``: how much a margin of log-likelihoods counts, TRL's ``beta``; larger stays nearer the
+    base."""
     max_grad_norm: NonNegativeFloat = 0.0
     """Clip the batch gradient to this norm (not DP); 0 means never."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 
 from fedlora.config import DataConfig, name_list
 from fedlora.data.chat.columns import KEY, conversation_texts, usual_columns
+from fedlora.data.chat.preferences import PREFERENCES, preference_texts
 from fedlora.data.values import as_names, as_texts, class_names, refuse_empty
 from fedlora.errors import ConfigError
 
@@ -55,6 +56,7 @@ class Columns:
         conversations: the texts are conversations, see `fedlora.data.chat.conversations`: a column of
             messages, or prompt and response, or prompt, input and response.
         unit: the column whose values are the units of example-level privacy, or `EACH_ROW`.
+        preferences: the conversations are pairs, see `fedlora.data.chat.preferences`.
     """
 
     texts: tuple[str, ...]
@@ -64,6 +66,7 @@ class Columns:
     natural: str
     conversations: bool = False
     unit: str = ""
+    preferences: bool = False
 
     @classmethod
     def of(cls, config: DataConfig, *, labelled: bool = True, conversations: bool = False) -> Columns:
@@ -88,11 +91,24 @@ class Columns:
         known = {"label": config.label_column, "domain": domain, "group": group}.get(by)
         return cls(texts, config.label_column, domain, group, natural="" if known else by)
 
+    def of_preferences(self) -> Columns:
+        """The same for pairs of answers.
+
+        Raises:
+            ConfigError: one column, which is not where they are called as usual.
+        """
+        if len(self.texts) == 1 and self.texts != DEFAULT_TEXTS:
+            raise ConfigError(
+                f"{KEY} = {self.texts[0]!r}: must name prompt, chosen and rejected, or chosen and rejected"
+            )
+        return replace(self, preferences=True)
+
     def settled(self, names: Sequence[str]) -> Columns:
         """With the texts of conversations by their usual names, where the configuration names none."""
         if not self.conversations or self.texts != DEFAULT_TEXTS:
             return self
-        return replace(self, texts=usual_columns(names) or self.texts)
+        usual = next((u for u in PREFERENCES if set(u) <= set(names)), PREFERENCES[0])
+        return replace(self, texts=usual if self.preferences else usual_columns(names) or self.texts)
 
     def parts(self) -> dict[str, tuple[str, str]]:
         """Our name -> (the key that names the dataset's column, that column); parts in use only."""
@@ -125,7 +141,8 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
             )
     texts: dict[str, pa.ChunkedArray] = {}
     if columns.conversations:
-        texts = conversation_texts(table, columns.texts, where)
+        read = preference_texts if columns.preferences else conversation_texts
+        texts = read(table, columns.texts, where)
         columns = replace(columns, texts=tuple(texts))
         used = columns.parts()
     arrow: pa.Table = table.with_format("arrow").select_columns(sorted({c for _, c in used.values()}))[:]

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from fedlora.core.seeding import stream
 from fedlora.data.images import ImageFormat, Images, image_batch
+from fedlora.errors import ConfigError
 
+REJECTED = "rejected_"
+"""Prefix of what is of the second side of a pair, in a batch."""
+EVALUATION_BATCH = 64
+"""Examples of an evaluation pass at most."""
 IMAGE = b"image"
 """In an Arrow file's metadata: the form of its images as JSON."""
 
@@ -31,6 +36,10 @@ class Examples:
         counted: for each token whether the loss counts it, uint8; None where that goes without saying.
         types: the type of each token (which text of a pair it is of), uint8; None where all are 0.
         image: the form of the images; None where the examples are texts.
+        splits: of pairs, where in ``tokens`` the second of the two begins, int64, shape (examples,); None
+            where examples are single.
+        reference: what a reference makes of each side of a pair, float32, shape (examples, 2); None where
+            that is not known.
         units: a number for whose each example is (``privacy.unit-column``), int32, shape (examples,); None
             where each example is a unit of privacy by itself.
     """
@@ -43,13 +52,16 @@ class Examples:
     types: np.ndarray | None = None
     image: ImageFormat | None = None
     units: np.ndarray | None = None
+    splits: np.ndarray | None = None
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def input_ids(self, index: int) -> np.ndarray:
-        """Token ids of one example, int32, not padded."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+        """Token ids of one example, of a pair those of the first, int32, not padded."""
+        end = self.offsets[index + 1] if self.splits is None else self.splits[index]
+        return self.tokens[self.offsets[index] : end]
 
     def none(self) -> Examples:
         """No examples, of the same kind."""
@@ -58,6 +70,8 @@ class Examples:
             domains=self.domains[:0], counted=None if self.counted is None else self.counted[:0],
             types=None if self.types is None else self.types[:0],
             units=None if self.units is None else self.units[:0],
+            splits=None if self.splits is None else self.splits[:0],
+            reference=None if self.reference is None else self.reference[:0],
         )  # fmt: skip
 
     @property
@@ -77,16 +91,20 @@ def open_examples(path: Path) -> Examples:
     """The examples of an Arrow IPC file; nothing is read before it is used."""
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     rows, ids = batch.num_rows, batch.column("input_ids")
+    offsets = _view(ids, np.int64, rows + 1)
     form = (batch.schema.metadata or {}).get(IMAGE)
     return Examples(
         tokens=_view(ids.values, np.int32 if form is None else np.uint8, len(ids.values)),
-        offsets=_view(ids, np.int64, rows + 1),
+        offsets=offsets,
         labels=_view(batch.column("label"), np.int64, rows),
         domains=_view(batch.column("domain"), np.int32, rows),
         counted=_by_token(batch, "counted"),
         types=_by_token(batch, "types"),
         image=None if form is None else ImageFormat(**json.loads(form)),
         units=_view(batch.column("unit"), np.int32, rows) if "unit" in batch.schema.names else None,
+        splits=offsets[:-1] + _view(batch.column("split"), np.int64, rows)
+        if "split" in batch.schema.names
+        else None,
     )
 
 
@@ -102,6 +120,37 @@ def _by_token(batch: pa.RecordBatch, column: str) -> np.ndarray | None:
     return _view(numbers, np.uint8, len(numbers))
 
 
+def cut(
+    examples: Examples, indices: np.ndarray, batch_size: int = EVALUATION_BATCH, most_tokens: int = 0
+) -> list[np.ndarray]:
+    """The batches, as places in ``indices``: by length, so that they depend on the examples alone.
+
+    Args:
+        examples: the data set.
+        indices: which of them.
+        batch_size: examples of a batch at most.
+        most_tokens: padded tokens of a batch at most (0: any number); one longer example is a batch.
+
+    Raises:
+        ConfigError: there is no example.
+    """
+    if len(indices) == 0:
+        raise ConfigError("there is no example to evaluate on")
+    lengths = examples.lengths_of(indices)
+    by_length = np.argsort(lengths, kind="stable")
+    batches: list[np.ndarray] = []
+    start = 0
+    while start < len(by_length):
+        size = batch_size
+        if most_tokens:
+            next_lengths = lengths[by_length[start : start + batch_size]]
+            padded = next_lengths * np.arange(1, len(next_lengths) + 1)
+            size = max(1, int(np.searchsorted(padded, most_tokens, side="right")))
+        batches.append(by_length[start : start + size])
+        start += size
+    return batches
+
+
 def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
     """The numbers in an array's second buffer (values, or a list's offsets); to_numpy imports pandas."""
     return np.frombuffer(array.buffers()[1], dtype=kind, count=count)
@@ -114,30 +163,41 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
     And, where the examples say it, of shape (batch, longest) and 0 in the padding: ``counted``, whether the
     loss counts a token, and ``token_type_ids``.
     The longest is the longest of this batch; no indices give shape (0, 1).
+    Of pairs these are of the first side, those of the second have the prefix `REJECTED`, and ``reference`` is
+    of shape (batch, 2), float32.
     """
+    chosen = np.asarray(indices, dtype=np.int64)
     if examples.image is not None:
-        return _images(examples, np.asarray(indices, dtype=np.int64), examples.image)
-    rows = [examples.input_ids(int(index)) for index in indices]
-    shape = (len(rows), max((len(row) for row in rows), default=1))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    for number, row in enumerate(rows):
-        input_ids[number, : len(row)] = row
-        attention_mask[number, : len(row)] = 1
-    labels = examples.labels[np.asarray(indices, dtype=np.int64)]
-    batch = {
-        "input_ids": torch.from_numpy(input_ids),
-        "attention_mask": torch.from_numpy(attention_mask),
-        "labels": torch.from_numpy(labels),
+        return _images(examples, chosen, examples.image)
+    starts, ends = examples.offsets[chosen], examples.offsets[chosen + 1]
+    labels = {"labels": torch.from_numpy(examples.labels[chosen])}
+    if examples.splits is None:
+        return _padded(examples, starts, ends, pad_token_id) | labels
+    splits, known = examples.splits[chosen], examples.reference
+    second = _padded(examples, splits, ends, pad_token_id)
+    return {
+        **_padded(examples, starts, splits, pad_token_id),
+        **{REJECTED + name: tensor for name, tensor in second.items()},
+        **({} if known is None else {"reference": torch.from_numpy(known[chosen])}),
+        **labels,
     }
-    for name, numbers in (("counted", examples.counted), ("token_type_ids", examples.types)):
-        if numbers is not None:
-            padded = np.zeros(shape, dtype=np.int64)
-            for number, index in enumerate(indices):
-                own = numbers[examples.offsets[index] : examples.offsets[index + 1]]
-                padded[number, : len(own)] = own
-            batch[name] = torch.from_numpy(padded)
-    return batch
+
+
+def _padded(examples: Examples, starts: np.ndarray, ends: np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
+    """Stretches of the tokens as rows of one length, and what is said of each token."""
+    shape = (len(starts), int((ends - starts).max(initial=1)))
+    named = (("counted", examples.counted), ("token_type_ids", examples.types))
+    found = {"input_ids": np.full(shape, pad_token_id, dtype=np.int64)}
+    found["attention_mask"] = np.zeros(shape, dtype=np.int64)
+    found |= {name: np.zeros(shape, dtype=np.int64) for name, numbers in named if numbers is not None}
+    for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        length = end - start
+        found["input_ids"][row, :length] = examples.tokens[start:end]
+        found["attention_mask"][row, :length] = 1
+        for name, numbers in named:
+            if numbers is not None:
+                found[name][row, :length] = numbers[start:end]
+    return {name: torch.from_numpy(array) for name, array in found.items()}
 
 
 def _images(examples: Examples, indices: np.ndarray, form: ImageFormat) -> dict[str, Tensor]:

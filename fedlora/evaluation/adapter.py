@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 
 from clients.evaluation import evaluate
-from fedlora.config import DataConfig, RunConfig
+from fedlora.config import DataConfig, RunConfig, TrainConfig
 from fedlora.core.files import user_path
 from fedlora.data.columns import label_codes
 from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.server.records import summary
-from fedlora.tasks import task_named
+from fedlora.tasks import task_of
 
 
 def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column: str) -> dict[str, Any]:
@@ -43,8 +43,9 @@ def evaluate_adapter(adapter: Path, name: str, *, text_column: str, label_column
         max_length=card.max_length,
         assistant_loss=card.assistant_loss,
     )
-    task = task_named(card.task)
-    config = RunConfig(task=card.task, model=card.model, data=data, seed=card.seed)
+    train = TrainConfig(dpo_beta=card.dpo_beta)
+    config = RunConfig(task=card.task, model=card.model, data=data, train=train, seed=card.seed)
+    task = task_of(config)
     prepared = open_prepared(prepare(config, trained=False))
     test = prepared.test
     if task.labelled:

@@ -37,6 +37,7 @@ class AdaptedModel:
         frozen: all linear layers of the base, by name.
         packed: what `fedlora.models.packed_linear` has laid out of them.
         passed: the self-checks that this model has passed, each with what it depends on.
+        references: what the base makes of clients' pairs, see `clients.training.reference`.
         device: where it is, and stays.
         initial_head: the head before any training.
         names: those of all modules of the base.
@@ -83,6 +84,7 @@ class AdaptedModel:
         }
         self.packed: dict[tuple[str, torch.dtype], Any] = {}
         self.passed: set[tuple[Any, ...]] = set()
+        self.references: dict[str, tuple[Any, Any]] = {}
         for parameter in self._head.values():
             parameter.data = parameter.data.clone()
         self._frozen = {
@@ -197,6 +199,27 @@ class AdaptedModel:
                 yield
         finally:
             self.precision = before
+
+    @contextmanager
+    def as_base(self) -> Iterator[None]:
+        """Inside, the network computes what the base computes: W_0, no adapter, evaluation mode."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [layer for layer in self.module.modules() if isinstance(layer, BaseTunerLayer)]
+        moved = self.frozen if self.base.version else {}  # packed forwards hold the weights of now
+        laid_out = {name: vars(layer).pop("forward", None) for name, layer in moved.items()}
+        self.module.eval()
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
+            with self.base.pristine_again():
+                yield
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+            for name, forward in laid_out.items():
+                if forward is not None:
+                    vars(self.frozen[name])["forward"] = forward
 
     @contextmanager
     def training(self) -> Iterator[Trainable]:

@@ -113,6 +113,17 @@ class PatchedBase:
         self._applied.clear()
 
     @contextmanager
+    def pristine_again(self) -> Iterator[None]:
+        """Inside, the layers have the weights W_0; afterwards what they had."""
+        try:
+            for name in self._exact:
+                self._layers[name].weight.data = self._pristine[name]
+            yield
+        finally:
+            for name, weight in self._exact.items():
+                self._set(name, weight)
+
+    @contextmanager
     def gradients(self) -> Iterator[Callable[[Tensor], Tensors]]:
         """Inside, these weights take part in backward passes.
 

@@ -34,6 +34,7 @@ class AdapterCard:
         seed: the seed of `build_model`, for weights that neither checkpoint nor adapter bring.
         task: what it was trained for.
         assistant_loss: of conversations, which answers it was trained on.
+        dpo_beta: of pairs, by which its loss and margin are measured.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class AdapterCard:
     seed: int
     task: str = CLASSIFICATION.name
     assistant_loss: Literal["all", "last"] = "all"
+    dpo_beta: float = 0.1
 
     def write(self, directory: Path) -> None:
         """Write ``fedlora.json``, which vouches for itself and for the adapter's files that are there."""
@@ -73,6 +75,7 @@ class AdapterCard:
                 seed=fields["seed"],
                 task=fields.get("task", CLASSIFICATION.name),
                 assistant_loss=fields.get("assistant_loss", "all"),
+                dpo_beta=fields.get("dpo_beta", 0.1),
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path}: not an adapter that fedlora wrote ({error!r})") from None

@@ -255,6 +255,8 @@ def tokenised(
     for name, by_token in (("counted", encoded.counted), ("types", encoded.types)):
         if by_token is not None:
             columns[name] = pa.LargeListArray.from_arrays(offsets, np.concatenate(by_token))
+    if encoded.splits is not None:
+        columns["split"] = np.array(encoded.splits, dtype=np.int64)
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
     return with_form(batch, encoded.image)
 
@@ -278,7 +280,7 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    by_token = [name for name in ("input_ids", "counted", "types") if name in table.column_names]
+    by_token = [name for name in ("input_ids", "counted", "types", "split") if name in table.column_names]
     clients = json.loads((home / META).read_text())["clients"]
     known = {column: np.array(of["codes"]) for column, of in clients.items()}
     parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed, known)

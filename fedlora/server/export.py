@@ -78,6 +78,7 @@ def _save(
         seed=config.seed,
         task=config.task,
         assistant_loss=config.data.assistant_loss,
+        dpo_beta=config.train.dpo_beta,
     )
     model = runtime.model
     beside = partial(write_beside, config=config, card=card, reader=reader, about=about)

@@ -40,6 +40,7 @@ ADDED = {
     "model.adapter": "",
     "train.micro-batch-size": 0,
     "train.packing": False,
+    "train.dpo-beta": 0.1,
     "license": "",
     "generate-every": 0,
     "early-stopping-patience": 0,

@@ -77,7 +77,8 @@ def data_parts(data: Prepared) -> list[object]:
 def _examples(examples: Examples) -> list[str | None]:
     arrays = (getattr(examples, name) for name in ("tokens", "offsets", "labels", "domains", "counted"))
     found = [repr(examples.image), *(None if array is None else _array(array) for array in arrays)]
-    return found if examples.types is None else [*found, _array(examples.types)]
+    more = (array for array in (examples.types, examples.splits) if array is not None)
+    return [*found, *map(_array, more)]
 
 
 def _array(array: np.ndarray) -> str:

@@ -19,6 +19,7 @@ from fedlora.errors import RunFailed
 from fedlora.prepared.cache import Prepared
 from fedlora.privacy.trade_off import curve_of, history_of
 from fedlora.tasks import CLASSIFICATION, Task
+from fedlora.tasks.preference import margin
 from strategies.report import RoundReport
 
 MEASURED = (
@@ -29,14 +30,16 @@ MEASURED = (
     "perplexity",
     "perplexity_by_domain",
     "tokens",
+    "margin",
 )
-"""Keys of an evaluation as a record; the last three where the task has them."""
+"""Keys of an evaluation as a record; the last four where the task has them."""
 
 
 def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASSIFICATION) -> dict[str, Any]:
     """An evaluation as a record: accuracy, loss, accuracy by domain, examples.
 
-    Of a language model they are over tokens; there are also perplexity, by domain too, and tokens.
+    Of a language model they are over tokens; there are also perplexity, by domain too, and tokens. Of pairs
+    there is the mean margin of rewards.
     """
     by_domain = {domain_names[d]: results for d, results in outcome.by_domain().items()}
     record = {
@@ -49,6 +52,8 @@ def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASS
         record["perplexity"] = perplexity(outcome.loss)
         record["perplexity_by_domain"] = {name: perplexity(r.loss) for name, r in by_domain.items()}
         record["tokens"] = outcome.num_units
+    if task.unit == "pair":
+        record["margin"] = margin(outcome.losses)
     return record
 
 

@@ -164,8 +164,9 @@ def check_task(config: RunConfig, rule: Rule) -> None:
     task = task_named(config.task)
     task.columns(config.data)
     check_chat(config)
-    if config.generate_every and (task.unit != "token" or kept(config, rule)):
-        why = "clients keep a part of the model" if task.unit == "token" else f"{task.name} writes no text"
+    writes = task.network == "language-model"
+    if config.generate_every and (not writes or kept(config, rule)):
+        why = "clients keep a part of the model" if writes else f"{task.name} writes no text"
         raise NotApplicable(f"generate-every = {config.generate_every}: {why}, must be 0")
     if not task.labelled and config.model.head == "local":
         raise ConfigError(f"model.head = 'local': task {task.name} trains no head, accepted is 'train'")

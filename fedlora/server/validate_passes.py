@@ -29,8 +29,9 @@ def check_passes(config: RunConfig) -> None:
         )
     if not config.train.packing:
         return
-    if task_named(config.task).network != "language-model":
-        raise NotApplicable(f"train.packing = true: task {config.task} has no sequences to pack")
+    if not task_named(config.task).packs:
+        what = "compares pairs" if config.task == "dpo" else "has no sequences to pack"
+        raise NotApplicable(f"train.packing = true: task {config.task} {what}, must be false")
     if private:
         raise NotApplicable("train.packing = true: a private example must be a row of its own to be clipped")
     if size > 1:

@@ -132,9 +132,9 @@ class ClientActor:
         runtime = self._model.attach(ref)
         runtime.model.load(*model)
         data = runtime.data
-        module, task = runtime.model.module, runtime.model.task
+        model_here, task = runtime.model, runtime.model.task
         with packed_base(runtime.model):
-            return [run_batch(module, task, data.test, batch, data.pad_token_id) for batch in batches]
+            return [run_batch(model_here, task, data.test, batch, data.pad_token_id) for batch in batches]
 
     def base_hashes(self, ref: SharedModelRef) -> Hashes:
         """See `fedlora.simulation.shared_model.AttachedModel.base_hashes`."""

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from flwr.serverapp import Grid
 
-from clients.evaluation import Evaluation, assemble, cut
+from clients.evaluation import Evaluation, assemble
 from clients.training.batches import Indices
 from fedlora.config import RunConfig, to_flat
 from fedlora.core.state import State
+from fedlora.data.examples import cut
 from fedlora.server.session import Session
 from fedlora.simulation.dispatch import Dispatcher, Job
 from fedlora.simulation.ray_cluster import put

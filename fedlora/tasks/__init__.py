@@ -5,16 +5,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from fedlora.config import RunConfig
 from fedlora.errors import unknown_name
 from fedlora.tasks.causal_lm import CausalLM
 from fedlora.tasks.classification import CLASSIFICATION
 from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
+from fedlora.tasks.preference import Preference
 from fedlora.tasks.task import Encoded, ExampleMetrics, Task
 
-__all__ = ["CLASSIFICATION", "TASKS", "Encoded", "ExampleMetrics", "Task", "task_named"]
+__all__ = ["CLASSIFICATION", "TASKS", "Encoded", "ExampleMetrics", "Task", "task_named", "task_of"]
 
-ALL: tuple[Task, ...] = (CLASSIFICATION, CausalLM(), Instruction(), ImageClassification())
+ALL: tuple[Task, ...] = (CLASSIFICATION, CausalLM(), Instruction(), Preference(), ImageClassification())
 TASKS = {task.name: task for task in ALL}
 
 
@@ -27,3 +31,13 @@ def task_named(name: str) -> Task:
     if name not in TASKS:
         raise unknown_name("task", name, TASKS)
     return TASKS[name]
+
+
+def task_of(config: RunConfig) -> Task:
+    """The task of a run, with what the run says of its loss.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    task = task_named(config.task)
+    return replace(task, beta=config.train.dpo_beta) if isinstance(task, Preference) else task

@@ -36,6 +36,7 @@ class LanguageTask(TextTask):
     conversations = False
     unit = "token"
     most_tokens = 1024
+    packs = True
 
     def columns(self, config: DataConfig) -> Columns:
         """The text columns and no label.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fedlora.config import DataConfig
 from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import Columns
-from fedlora.data.examples import Examples
+from fedlora.data.examples import REJECTED, Examples
 from fedlora.data.images import ImageFormat
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Encoded:
         counted: for each value whether the loss counts it, uint8; None where the task needs no such thing.
         types: of each token which text of a pair it is of, uint8; None where all are 0.
         image: the form of the images; None where the examples are texts.
+        splits: of pairs, how many tokens the first of the two has; None where examples are single.
     """
 
     values: list[np.ndarray]
@@ -43,6 +44,7 @@ class Encoded:
     counted: list[np.ndarray] | None = None
     types: list[np.ndarray] | None = None
     image: ImageFormat | None = None
+    splits: list[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Task(Protocol):
         labelled: whether examples have a label, and the model a head of its own for it.
         unit: what is judged, in the singular.
         most_tokens: padded tokens of an evaluation pass at most; 0 where only the number of examples counts.
+        packs: whether several examples can be one row.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Task(Protocol):
     labelled: bool
     unit: str
     most_tokens: int
+    packs: bool
 
     def columns(self, config: DataConfig) -> Columns:
         """Columns of the dataset that are read.
@@ -155,9 +159,13 @@ class Task(Protocol):
         """
 
 
+NO_INPUTS = frozenset({"labels", "counted", "segments", "reference"})
+"""What a batch has for the loss alone."""
+
+
 def inputs(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Inputs of a model in a batch: token types where it takes them."""
-    left_out = {"labels", "counted", "segments"}
+    left_out = {name for name in batch if name in NO_INPUTS or name.startswith(REJECTED)}
     if "token_type_ids" in batch and not takes_types(module):
         left_out.add("token_type_ids")
     return {name: tensor for name, tensor in batch.items() if name not in left_out}

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class TextTask:
     """Rows of text, and a tokenizer that makes examples of them."""
 
+    packs = False
+
     def columns(self, config: DataConfig) -> Columns:
         """Texts and label."""
         return Columns.of(config)
@@ -68,4 +70,20 @@ def made_up_text(number: int, config: Any, pad_token_id: int) -> Examples:
         labels=np.arange(number) % config.num_labels,
         domains=np.zeros(number, dtype=np.int32),
         types=(2 * places >= np.repeat(lengths, lengths)).astype(np.uint8) if typed else None,
+    )
+
+
+def made_up_pairs(number: int, config: Any, pad_token_id: int) -> Examples:
+    """Pairs of `made_up_text`: the first third of a side is its prompt, and the reference is near 0."""
+    sides = made_up_text(2 * number, config, pad_token_id)
+    places = np.arange(len(sides.tokens)) - np.repeat(sides.offsets[:-1], sides.lengths)
+    return replace(
+        sides,
+        offsets=sides.offsets[::2],
+        splits=sides.offsets[1::2],
+        labels=sides.labels[:number],
+        domains=sides.domains[:number],
+        counted=(3 * places >= np.repeat(sides.lengths, sides.lengths)).astype(np.uint8),
+        types=None,
+        reference=stream(0, "self-test", "reference").normal(size=(number, 2)).astype(np.float32),
     )

@@ -1,4 +1,4 @@
-"""Families of models that people fine-tune, through whole runs: one by one, in cohorts, and opened by PEFT."""
+"""Families of models that people fine-tune, in whole runs: one by one, in cohorts, opened by PEFT."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from clients.training.batches import Indices, load_batch
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import check_drawn
 from clients.training.dp_step import at_once
+from clients.training.reference import with_references
 from clients.training.schedule import NOTHING, ONLY_ROUND, Stage, resting, rests
 from clients.training.train import LocalResult, batch_loss
 from clients.training.units import as_examples, joined
@@ -87,6 +88,8 @@ def train_cohort(model: AdaptedModel, members: Sequence[Member], task: BatchSett
         members: 1 or more, each with 1 step or more.
         task: what is alike for all.
     """
+    held = [member.indices for member in members]
+    task = replace(task, examples=with_references(model, task.examples, held, task.pad_token_id))
     order = sorted(range(len(members)), key=lambda place: -members[place].steps)
     cohort = Cohort(model, [members[place] for place in order], task)
     with cohort.route_laid():

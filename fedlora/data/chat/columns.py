@@ -47,27 +47,27 @@ def conversation_texts(table: Dataset, texts: Sequence[str], where: str) -> dict
     Raises:
         ConfigError: a row that is no conversation, with its number, counted from 1.
     """
-    rows = list(_cells(table, texts))
+    rows = list(cells(table, texts))
     places = [f"{KEY} = {','.join(texts)!r}: row {n} of {where}" for n in range(1, len(rows) + 1)]
     if len(texts) == 1:
         found = [
             conversation(messages, tools, place).dump()
             for place, (messages, tools) in zip(places, rows, strict=True)
         ]
-        return {texts[0]: _column(found)}
+        return {texts[0]: as_column(found)}
     pairs = [_pair(cells[:-1], place) for place, cells in zip(places, rows, strict=True)]
     tools = [cells[-1] for cells in rows]
     if all(isinstance(side, str) for pair in pairs for side in pair) and not any(tools):
         prompts, responses = zip(*pairs, strict=True)
-        return {texts[0]: _column(prompts), texts[-1]: _column(responses)}
+        return {texts[0]: as_column(prompts), texts[-1]: as_column(responses)}
     found = [
         prompted(prompt, response, tool, place).dump()
         for (prompt, response), tool, place in zip(pairs, tools, places, strict=True)
     ]
-    return {texts[0]: _column(found)}
+    return {texts[0]: as_column(found)}
 
 
-def _cells(table: Dataset, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+def cells(table: Dataset, texts: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     """Row by row the cells of the text columns and of ``tools``."""
     arrow: pa.Table = table.with_format("arrow")[:]
     columns = [_values(arrow[name]) for name in texts]
@@ -103,5 +103,6 @@ def _unpadded(cell: Any) -> Any:
     return [_unpadded(value) for value in cell] if isinstance(cell, list) else cell
 
 
-def _column(texts: Sequence[str]) -> pa.ChunkedArray:
+def as_column(texts: Sequence[str]) -> pa.ChunkedArray:
+    """A column of large strings."""
     return pa.chunked_array([pa.array(texts, pa.large_string())])

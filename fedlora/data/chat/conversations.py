@@ -100,8 +100,8 @@ def prompted(prompt: Any, response: Any, tools: Any, where: str) -> Conversation
     Raises:
         ConfigError: as `conversation`.
     """
-    before = _messages(prompt) or [{"role": "user", "content": prompt}]
-    after = _messages(response) or [{"role": "assistant", "content": response}]
+    before = messages_in(prompt) or [{"role": "user", "content": prompt}]
+    after = messages_in(response) or [{"role": "assistant", "content": response}]
     return conversation([*map(_unlearned, before), *after], tools, where)
 
 
@@ -110,7 +110,7 @@ def _unlearned(message: Any) -> Any:
     return {**message, "weight": 0} if answers else message
 
 
-def _messages(cell: Any) -> list[Any] | None:
+def messages_in(cell: Any) -> list[Any] | None:
     """The messages in a cell or its JSON; None where it is a text of its own, which may look like a list."""
     found = _parsed(cell)
     listed = found if isinstance(found, list) else []
