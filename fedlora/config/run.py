@@ -71,7 +71,8 @@ class RunConfig:
     """One federated run."""
 
     task: str = "classification"
-    """``classification``, ``causal-lm`` or ``instruction``; see ``docs/tasks.md``."""
+    """``classification``, ``causal-lm``, ``instruction``, ``dpo`` or ``image-classification``; see
+    ``docs/tasks.md``."""
     num_server_rounds: PositiveInt = 10
     """Rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0

@@ -31,7 +31,7 @@ def check_passes(config: RunConfig) -> None:
         return
     if not task_named(config.task).packs:
         what = "compares pairs" if config.task == "dpo" else "has no sequences to pack"
-        raise NotApplicable(f"train.packing = true: task {config.task} {what}, must be false")
+        raise NotApplicable(f"train.packing = true: task {config.task} {what}")
     if private:
         raise NotApplicable("train.packing = true: a private example must be a row of its own to be clipped")
     if size > 1:

@@ -12,6 +12,7 @@ import torch
 import transformers as tf
 from peft import PeftModel
 
+from clients.training.batched.self_check import why_apart
 from clients.training.dp_mechanism import Mechanism
 from clients.training.self_check import check_steps
 from fedlora.config import ModelConfig
@@ -88,6 +89,13 @@ def test_what_opacus_cannot_take_is_taken_one_by_one(family: str, saved: Save) -
         model, PAD, Mechanism(noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1,
                               grad_sample_mode="loop"),
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["roberta", *ALONE])
+def test_a_cohort_is_for_models_that_leave_examples_alone(family: str, saved: Save) -> None:
+    reason = why_apart(adapted(saved(family), "classification"), PAD)
+    assert ALONE.get(family, "") in reason
+    assert bool(reason) == (family in ALONE)
 
 
 def adapted(path: Path, task: str) -> AdaptedModel:
