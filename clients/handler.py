@@ -9,7 +9,7 @@ from typing import Any
 
 from flwr.app import RecordDict
 
-from clients import secure
+from clients import secure, secure_steps
 from clients.execute import Node, train_instruction
 from clients.execute_evaluation import evaluate_instruction
 from clients.journal import write_down
@@ -29,6 +29,7 @@ from clients.runtime import RuntimeCache, configured
 from fedlora import wire
 from fedlora.core.parallel import one_thread
 from fedlora.errors import FedLoraError, named_line
+from fedlora.secure.step import STEP
 
 TRAIN, EVALUATE = "train", "evaluate"
 
@@ -58,8 +59,8 @@ def handle(
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
     state = RecordDict() if state is None else state
-    if kind == wire.STEP:
-        return secure.carry_out(content, config, settings, state)
+    if kind == STEP:
+        return secure_steps.carry_out(content, config, settings, state)
     instruction = wire.decode_instruction(content)
     protected = not simulation and is_protected(config, settings)
 
@@ -82,7 +83,9 @@ def handle(
     else:
         reply = explained_refusal(answer)
     if kind == TRAIN:
-        reply, encoded = secure.encoded(reply, instruction, content, config, settings, state)
+        reply, encoded = secure.encoded(
+            reply, instruction, content, config, settings, state, protected=protected
+        )
     else:
         encoded = wire.encode_reply(reply, instruction, packed=instruction.packed)
     if simulation:

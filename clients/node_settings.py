@@ -76,6 +76,11 @@ class NodeSettings:
     secure_clients: NonNegativeInt = 0
     """Send what was trained only within secure sums of at least so many clients, for instance ``5``; 0: as
     the run says, see ``docs/secure.md``."""
+    secure_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The least ``secure.threshold`` of a run with secure sums, for instance ``0.66``; 0: as the run says."""
+    secure_peers: str = ""
+    """File with the public keys of the federation's nodes, for instance ``peers.toml``, beside this node's
+    ``key``; then clients of secure sums are nodes that are in it. Empty: whoever the server says."""
     keep_model: bool = False
     """Keep the base model in memory between messages."""
     allow: str = ""

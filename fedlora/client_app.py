@@ -44,7 +44,11 @@ def train_message(message: Message, context: Context) -> Message:
 @app.query("secure")
 def secure_message(message: Message, context: Context) -> Message:
     """Carry out a step of secure sums."""
-    return Message(_carried_out("query.secure", message, context), reply_to=message)
+    from clients.secure_steps import carry_out
+    from fedlora.config import from_flat
+
+    config, settings = from_flat(dict(context.run_config)), node_settings(context.node_config)
+    return Message(carry_out(message.content, config, settings, context.state), reply_to=message)
 
 
 @app.evaluate()

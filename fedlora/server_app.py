@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from clients.runtime import configured, read_runtime
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
-from fedlora.deployment.operator.layout import FAILURE, OWN, NodeKeys, declared_examples_of, roll_of
+from fedlora.deployment.operator.layout import FAILURE, OWN, NodeKeys, declared_examples_of, peers_of, roll_of
 from fedlora.deployment.superlink.polling_grid import PollingGrid
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory
@@ -60,4 +60,5 @@ def _session(config: RunConfig) -> Session:
         nodes=nodes,
         declared_examples=declared_examples_of(Path(file)),
         node_directory=NodeDirectory(keys),
+        peers=peers_of(Path(file)) if config.secure.mode == "sums" else None,
     )

@@ -1,12 +1,14 @@
 """Rounds of which the server learns sums alone: secure aggregation (`fedlora.secure`) around a rule.
 
 A round is four exchanges: keys, sealed shares, the orders to train with their masked replies, and the shares
-that take the masks off their sum. The rule is then given one update: the clients' weighted mean, which for a
-rule of sums (`Facts.secure_sum`) makes of the state what the updates themselves would have made.
+that take the masks off their sum; and one more before the last where nodes sign who is in it. The rule is
+then given one update: the clients' weighted mean, which for a rule of sums (`Facts.secure_sum`) makes of the
+state what the updates themselves would have made.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterable, Mapping
 from logging import WARNING
 from typing import Any
@@ -23,7 +25,10 @@ from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.participant import Terms
+from fedlora.secure.peers import PUBLIC, SURVIVORS, Peers, to_sign
+from fedlora.secure.step import ADVERTISE, CONFIRM, SECURE, SHARE, STEP, UNMASK, Step, step_of
 from strategies.flower import FactorStrategy
+from strategies.loop import settings_of
 from strategies.replies import TRAIN_LOSS
 from strategies.request import PendingRequest
 
@@ -40,6 +45,7 @@ class SecureStrategy(FactorStrategy):
         largest_change: by which a number may change.
         max_weight: the most that a client may weigh.
         timeout: seconds for each exchange but that of training.
+        peers: the registered nodes' keys, with which they sign; None: nobody signs.
 
     Raises:
         ConfigError: a rule that needs single updates.
@@ -47,14 +53,14 @@ class SecureStrategy(FactorStrategy):
 
     def __init__(
         self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int, timeout: float = 3600,
-        **named: Any,
+        peers: Peers | None = None, **named: Any,
     ) -> None:  # fmt: skip
         super().__init__(*arguments, **{**named, "diagnostics": False})
         if not self.rule.facts.secure_sum:
             raise ConfigError(f"secure sums: {self.rule.facts.name} needs single updates")
         if self.screening is not None or self.client_dp is not None:
             raise ConfigError("secure sums: screening and client-level privacy need single updates")
-        self.terms, self.timeout = terms, timeout
+        self.terms, self.timeout, self.peers = terms, timeout, peers
         self.largest_change, self.max_weight = largest_change, max_weight
         self.collector = Collector(terms=terms)
         self._grid: Grid | None = None
@@ -73,7 +79,8 @@ class SecureStrategy(FactorStrategy):
     ) -> list[Message]:  # fmt: skip
         self.transport.beside = {}
         if message_type == MessageType.TRAIN and chosen:
-            chosen = self._agree({partition: present[partition] for partition in chosen})
+            named = wire.identity(settings_of(config, server_round))
+            chosen = self._agree(named, {partition: present[partition] for partition in chosen})
             for partition in chosen:
                 record = ConfigRecord({"session": self.collector.session, "sharers": chosen})
                 record["max-weight"] = self.max_weight
@@ -123,22 +130,26 @@ class SecureStrategy(FactorStrategy):
 
     # --- the exchanges --------------------------------------------------------------------------------
 
-    def _agree(self, nodes: Mapping[int, int]) -> list[int]:
+    def _agree(self, named: str, nodes: Mapping[int, int]) -> list[int]:
         """Exchange keys and shares with the clients; returns those that did both."""
-        collector = self.collector = Collector(terms=self.terms)
-        self._nodes = dict(nodes)
-        session = {"session": collector.session}
-        self._ask(
-            {p: {"phase": wire.ADVERTISE, **session} for p in sorted(nodes)},
-            lambda partition, step: collector.take_keys(partition, step.binary("keys")),
-        )
+        session = f"{named}, {secrets.token_hex(16)}"
+        collector = self.collector = Collector(terms=self.terms, session=session)
+        self._nodes, signatures = dict(nodes), dict[int, bytes]()
+
+        def take_keys(partition: int, step: Step) -> None:
+            keys = step.binary("keys")
+            self._check(signatures, partition, step, PUBLIC, partition, keys)
+            collector.take_keys(partition, keys)
+
+        self._ask({p: {"phase": ADVERTISE, "session": session} for p in sorted(nodes)}, take_keys)
         collector.close_keys()
+        there = sorted(collector.keys)
         everybody = {
-            "phase": wire.SHARE, **session,
-            "partitions": sorted(collector.keys), "keys": [collector.keys[p] for p in sorted(collector.keys)],
+            "phase": SHARE, "session": session, "partitions": there,
+            "keys": [collector.keys[p] for p in there], **self._passed_on(signatures, there),
         }  # fmt: skip
         self._ask(
-            dict.fromkeys(sorted(collector.keys), everybody),
+            dict.fromkeys(there, everybody),
             lambda partition, step: collector.take_shares(
                 partition, step.table("holders", "sealed"), step.binary("digest")
             ),
@@ -147,7 +158,19 @@ class SecureStrategy(FactorStrategy):
         return sorted(collector.sealed)
 
     def _unmask(self, survivors: list[int]) -> None:
-        order = {"phase": wire.UNMASK, "session": self.collector.session, "survivors": survivors}
+        """Have the clients in the sum take its masks off; where they sign, all of them the same sum."""
+        order: dict[str, Any] = {"session": self.collector.session, "survivors": survivors}
+        if self.peers is not None:
+            agreed, signatures = self.collector.agreed(), dict[int, bytes]()
+            question = {"phase": CONFIRM, **order}
+            self._ask(
+                dict.fromkeys(survivors, question),
+                lambda partition, step: self._check(signatures, partition, step, SURVIVORS, *agreed),
+                lost=False,
+            )
+            signers = sorted(signatures)
+            order |= {"signers": signers, **self._passed_on(signatures, signers)}
+        order["phase"] = UNMASK
         self._ask(
             dict.fromkeys(survivors, order),
             lambda partition, step: self.collector.take_unmasking(
@@ -156,7 +179,19 @@ class SecureStrategy(FactorStrategy):
             lost=False,
         )
 
-    def _ask(self, orders: Steps, take: Callable[[int, wire.Step], None], *, lost: bool = True) -> None:
+    def _check(
+        self, signatures: dict[int, bytes], partition: int, step: Step, what: str, *parts: bytes | int
+    ) -> None:
+        """Keep a node's signature, so that no wrong one makes the others refuse the round."""
+        if self.peers is not None:
+            signature = step.binary("signature")
+            self.peers.check(partition, signature, to_sign(what, self.collector.session, *parts))
+            signatures[partition] = signature
+
+    def _passed_on(self, signatures: Mapping[int, bytes], there: list[int]) -> dict[str, Any]:
+        return {} if self.peers is None else {"signatures": [signatures[p] for p in there]}
+
+    def _ask(self, orders: Steps, take: Callable[[int, Step], None], *, lost: bool = True) -> None:
         """One exchange; whoever does not answer, or not as it should, takes no part in what follows.
 
         Args:
@@ -169,10 +204,10 @@ class SecureStrategy(FactorStrategy):
         messages = []
         for partition, order in orders.items():
             record = records.setdefault(id(order), ConfigRecord(dict(order)))
-            content = RecordDict({wire.SECURE: record})
+            content = RecordDict({SECURE: record})
             self.report.bytes_down += wire.step_bytes(content)
             group = str(self.report.server_round)
-            messages.append(Message(content, self._nodes[partition], wire.STEP, group_id=group))
+            messages.append(Message(content, self._nodes[partition], STEP, group_id=group))
         by_node = {node: partition for partition, node in self._nodes.items()}
         answers = {by_node.get(reply.metadata.src_node_id): reply
                    for reply in self._grid.send_and_receive(messages, timeout=self.timeout)}  # fmt: skip
@@ -186,11 +221,11 @@ class SecureStrategy(FactorStrategy):
                 else:
                     log(WARNING, "\tpartition %s: %s", partition, reason)
 
-    def _answer(self, reply: Message | None) -> wire.Step:
+    def _answer(self, reply: Message | None) -> Step:
         if reply is None or reply.has_error():
             raise SecureRefused("no answer" if reply is None else f"failed ({reply.error.reason})")
         self.report.bytes_up += wire.step_bytes(reply.content)
-        return wire.step_of(reply.content)
+        return step_of(reply.content.config_records)
 
     # --- from replies to one update ---------------------------------------------------------------------
 

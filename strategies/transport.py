@@ -21,6 +21,7 @@ from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
 from fedlora.core.state import Broadcast, Patch, digest
 from fedlora.errors import ConfigError
+from fedlora.secure.step import SECURE
 from strategies.request import Payload, PendingRequest, read_reply, says_missing
 
 Send = Callable[..., Iterable[Message]]
@@ -245,7 +246,7 @@ class Transport:
         if lacks:
             content[wire.PARTS] = self._part(lacks)
         if request.partition_id in self.beside:
-            content[wire.SECURE] = self.beside[request.partition_id]
+            content[SECURE] = self.beside[request.partition_id]
         return content
 
     def _payload(self, broadcast: Broadcast) -> Payload:

@@ -69,7 +69,7 @@ def cell(clients: int, numbers: int, dropouts: float) -> dict[str, float]:
             collector.take_masked(c, masked)
     for c in there:
         with spent(seconds, "client"):
-            told = members[c].unmask(there, TERMS)
+            told = members[c].confirm(there, TERMS).unmask()
         with spent(seconds, "server"):
             collector.take_unmasking(c, *told)
     with spent(seconds, "server"):

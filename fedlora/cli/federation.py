@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from fedlora.cli.console import err, one_line_errors, out
 from fedlora.core.code import need_extra
+
+if TYPE_CHECKING:
+    from clients.node_settings import NodeSettings
 
 Directory = Annotated[Path, typer.Argument(metavar="DIR", help="The federation's directory.")]
 Port = Annotated[int, typer.Option("--port", help="Port that nodes reach; 0 takes a free one.")]
@@ -152,6 +155,7 @@ def check(
     own = own_of(settings)
     limit = f"epsilon {settings.max_epsilon:g} at delta {settings.max_delta:g}"
     out.print(f"partition {settings.partition_id}, limit: {limit if settings.max_epsilon else NO_LIMIT}")
+    out.print(f"secure sums: {_signed(directory, settings)}")
     if own is None:
         out.print("data: this partition of the run's dataset")
         return
@@ -180,6 +184,16 @@ def gate(
     from fedlora.deployment.superlink.proxy import serve_gate
 
     serve_gate(directory, host, port, control_port)
+
+
+def _signed(directory: Path, settings: NodeSettings) -> str:
+    """With whom a node takes part in secure sums."""
+    from fedlora.secure.peers import read_identity
+
+    if not settings.secure_peers:
+        return "with whoever the server says (secure-peers in node.toml names those you know)"
+    identity = read_identity(directory / settings.secure_peers, settings.partition_id)
+    return f"with the {len(identity.peers.keys)} nodes in {settings.secure_peers}"
 
 
 def _limited(node: Path) -> bool:

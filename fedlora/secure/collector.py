@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from fedlora.errors import RunFailed, SecureRefused
 from fedlora.secure.graph import Graph, graph_of
 from fedlora.secure.masks import KEY_BYTES, NONCE_BYTES, TAG_BYTES, Unsigned, add_expanded, public_of
-from fedlora.secure.participant import PUBLIC_BYTES, Terms, pair_key
+from fedlora.secure.participant import PUBLIC_BYTES, Terms, agreement, pair_key
 from fedlora.secure.shamir import SHARE_BYTES, combine
 
 SEALED_BYTES = NONCE_BYTES + 2 * SHARE_BYTES + TAG_BYTES
@@ -86,6 +86,7 @@ class Collector:
     def close_shares(self) -> None:
         """All shares are there."""
         self._enough(self.sealed, "shared their secrets")
+        self._held(self.sealed, "shared")
 
     def sealed_for(self, client: int) -> dict[int, bytes]:
         """What the neighbours of a client that shared sealed for it."""
@@ -106,6 +107,11 @@ class Collector:
     def close_masked(self) -> None:
         """Everything is uploaded that will be."""
         self._enough(self.survivors, "uploaded")
+        self._held(self.survivors, "uploaded")
+
+    def agreed(self) -> tuple[bytes | int, ...]:
+        """What clients sign of the sum, see `Participant.agreed`."""
+        return agreement(self.keys, self.terms, self.survivors)
 
     def take_unmasking(self, client: int, own: Mapping[int, bytes], pair: Mapping[int, bytes]) -> None:
         """Shares that a client holds, of b and of masking keys.
@@ -116,7 +122,7 @@ class Collector:
         assert self.graph is not None
         if client not in self.survivors or client in self._answered:
             raise SecureRefused("it was not asked for shares, or has told them before")
-        holds = ({client} | self.graph.neighbours[client]) & self.sealed.keys()
+        holds = self.graph.holders(client) & self.sealed.keys()
         there, gone = holds & self.survivors, holds - self.survivors
         lengths = {len(share) for share in (*own.values(), *pair.values())}
         if own.keys() != there or pair.keys() != gone or lengths != {SHARE_BYTES}:
@@ -163,6 +169,17 @@ class Collector:
             return combine(dict(sorted(held.items())[:wanted]))
         except ValueError as error:
             raise RunFailed(f"secure sums: partition {client}: {error}") from None
+
+    def _held(self, there: Collection[int], what: str) -> None:
+        """Whether enough hold the shares of each of these clients: else its mask can never come off."""
+        assert self.graph is not None
+        for client in sorted(there):
+            held = len(self.graph.holders(client).intersection(there))
+            if held < self.graph.threshold:
+                raise RunFailed(
+                    f"secure sums: {held} of partition {client}'s holders {what}, {self.graph.threshold} "
+                    f"needed (secure.threshold = {self.terms.share:g})"
+                )
 
     def _enough(self, clients: Iterable[int], what: str) -> None:
         there = len(set(clients))

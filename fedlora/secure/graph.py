@@ -32,6 +32,10 @@ class Graph:
     neighbours: Mapping[int, frozenset[int]]
     threshold: int
 
+    def holders(self, client: int) -> frozenset[int]:
+        """Who holds shares of a client's secrets, itself among them."""
+        return self.neighbours[client] | {client}
+
 
 def graph_of(keys: Mapping[int, bytes], share: float) -> Graph:
     """The graph of a round.
@@ -45,14 +49,18 @@ def graph_of(keys: Mapping[int, bytes], share: float) -> Graph:
     if degree >= len(clients) - 1:
         found = {client: frozenset(clients) - {client} for client in clients}
         return Graph(found, threshold_of(len(clients) - 1, share))
-    everything = hashlib.sha256(b"".join(client.to_bytes(8, "big") + keys[client] for client in clients))
-    circle = sorted(
-        clients, key=lambda c: hashlib.sha256(everything.digest() + c.to_bytes(8, "big")).digest()
-    )
+    drawn = digest_of(keys)
+    circle = sorted(clients, key=lambda c: hashlib.sha256(drawn + c.to_bytes(8, "big")).digest())
     half, n = degree // 2, len(circle)
     around = [*range(-half, 0), *range(1, half + 1)]
     found = {client: frozenset(circle[(i + j) % n] for j in around) for i, client in enumerate(circle)}
     return Graph(found, threshold_of(degree, share))
+
+
+def digest_of(keys: Mapping[int, bytes]) -> bytes:
+    """Digest of all public keys of a round."""
+    everything = b"".join(client.to_bytes(8, "big") + keys[client] for client in sorted(keys))
+    return hashlib.sha256(everything).digest()
 
 
 def threshold_of(degree: int, share: float) -> int:

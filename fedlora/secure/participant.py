@@ -3,26 +3,29 @@
     advertise   two key pairs; both public keys go out
     share       b and the masking key, each shared t of k + 1 by Shamir's scheme, sealed for each neighbour
     mask        y_u = x_u + PRG(b_u) + sum_{v > u} PRG(s_uv) - sum_{v < u} PRG(s_uv)    (mod 2^bits)
+    confirm     who uploaded; where nodes have keys of their own it signs that list, and no other in a round
     unmask      of each neighbour that uploaded the share of b, of each that did not the share of its key
 
-v goes over u's neighbours that shared. Either both kinds of share of one client are never told, or its mask
-would come off: so a client answers once in a round, and then has no secrets any more.
+v goes over u's neighbours that shared. Both kinds of share of one client are never told, or its mask would
+come off; and no two clients go by unlike lists of who uploaded, or the keys of all others would, and with
+them the pair masks of one. So a client goes by one list, answers once, and then has no secrets any more.
+Lists of which too few hold a client's shares are refused: with them its round can only fail.
 """
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fedlora.errors import SecureRefused
-from fedlora.secure.graph import Graph, graph_of
+from fedlora.secure.graph import Graph, digest_of, graph_of, threshold_of
 from fedlora.secure.masks import KEY_BYTES, Unsigned, add_expanded, agree, public_of, seal, unseal
 from fedlora.secure.shamir import SHARE_BYTES, split
 
-ADVERTISED, SHARED, UPLOADED = "advertised", "shared", "uploaded"
+ADVERTISED, SHARED, UPLOADED, CONFIRMED = "advertised", "shared", "uploaded", "confirmed"
 """What a client has done last."""
 PUBLIC_BYTES = 2 * KEY_BYTES
 
@@ -41,6 +44,10 @@ class Terms:
     share: float
     bits: int
 
+    def least_of(self, holders: int) -> int:
+        """How many of so many holders give a secret."""
+        return threshold_of(holders - 1, self.share)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Participant:
@@ -54,6 +61,7 @@ class Participant:
         own: the seed of its own mask, b.
         partitions, keys: everybody's public keys, those for sealing before those for masking.
         sharers: clients that masks are for, itself among them.
+        survivors: clients that are in the sum.
         holds: of whom it holds shares, and in ``shares`` b's before the key's.
     """
 
@@ -66,6 +74,7 @@ class Participant:
     partitions: tuple[int, ...] = ()
     keys: tuple[bytes, ...] = ()
     sharers: tuple[int, ...] = ()
+    survivors: tuple[int, ...] = ()
     holds: tuple[int, ...] = ()
     shares: tuple[bytes, ...] = field(default=(), repr=False)
 
@@ -85,7 +94,7 @@ class Participant:
         """Its two public keys."""
         return public_of(self.sealing) + public_of(self.masking)
 
-    # --- the four steps ---------------------------------------------------------------------------------
+    # --- the steps --------------------------------------------------------------------------------------
 
     @classmethod
     def advertise(cls, session: str, partition: int) -> Participant:
@@ -117,7 +126,7 @@ class Participant:
                 "the keys that are told are not two of 32 bytes for each client, all different"
             )
         graph, own = graph_of(keys, terms.share), secrets.token_bytes(KEY_BYTES)
-        holders = {client + 1: client for client in (*graph.neighbours[self.partition], self.partition)}
+        holders = {client + 1: client for client in graph.holders(self.partition)}
         of_own, of_key = (split(secret, graph.threshold, holders) for secret in (own, self.masking))
         pairs = {client: of_own[x] + of_key[x] for x, client in holders.items()}
         mine = pairs.pop(self.partition)
@@ -143,10 +152,11 @@ class Participant:
             SecureRefused: out of turn, too few or unknown clients, or a share that does not open.
         """
         self._expects(SHARED)
-        there, keys = set(sharers), dict(zip(self.partitions, self.keys, strict=True))
+        there, keys = set(sharers), self._everybody
         _enough(len(there), terms, "share their secrets")
         if not there <= keys.keys() or self.partition not in there:
             raise SecureRefused("the clients that share are not all among those with keys, or not this one")
+        self._held(there, terms, "share their secrets")
         near = self._graph(terms).neighbours[self.partition] & there
         if sealed.keys() != near:
             raise SecureRefused("the sealed shares are not those of this client's neighbours")
@@ -164,8 +174,8 @@ class Participant:
         )  # fmt: skip
         return after, total
 
-    def unmask(self, survivors: Sequence[int], terms: Terms) -> tuple[dict[int, bytes], dict[int, bytes]]:
-        """Shares of b of who uploaded, and of the masking key of who did not, by client; the last step.
+    def confirm(self, survivors: Sequence[int], terms: Terms) -> Participant:
+        """Go by this list of who uploaded, and by no other.
 
         Raises:
             SecureRefused: out of turn, too few or unknown clients, or not this one among them.
@@ -175,14 +185,38 @@ class Participant:
         _enough(len(there), terms, "are in the sum")
         if not there <= set(self.sharers) or self.partition not in there:
             raise SecureRefused("the clients of the sum are not all among those that shared, or not this one")
-        pairs = dict(zip(self.holds, self.shares, strict=True))
+        self._held(there, terms, "are in the sum")
+        return replace(self, done=CONFIRMED, survivors=tuple(sorted(there)))
+
+    def agreed(self, terms: Terms) -> tuple[bytes | int, ...]:
+        """What it signs of the sum, see `agreement`."""
+        return agreement(self._everybody, terms, self.survivors)
+
+    def unmask(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
+        """Shares of b of who uploaded, and of the masking key of who did not, by client; the last step.
+
+        Raises:
+            SecureRefused: out of turn.
+        """
+        self._expects(CONFIRMED)
+        there, pairs = set(self.survivors), dict(zip(self.holds, self.shares, strict=True))
         of_own = {v: pair[:SHARE_BYTES] for v, pair in pairs.items() if v in there}
         return of_own, {v: pair[SHARE_BYTES:] for v, pair in pairs.items() if v not in there}
 
     # --- pieces -----------------------------------------------------------------------------------------
 
+    @property
+    def _everybody(self) -> dict[int, bytes]:
+        return dict(zip(self.partitions, self.keys, strict=True))
+
     def _graph(self, terms: Terms) -> Graph:
-        return graph_of(dict(zip(self.partitions, self.keys, strict=True)), terms.share)
+        return graph_of(self._everybody, terms.share)
+
+    def _held(self, there: set[int], terms: Terms, what: str) -> None:
+        graph = self._graph(terms)
+        held = len(graph.holders(self.partition) & there)
+        if held < graph.threshold:
+            raise SecureRefused(f"{held} of this client's holders {what}, the least is {graph.threshold}")
 
     def _seals(self, public: bytes, sender: int, receiver: int) -> bytes:
         purpose = f"fedlora share {self.session} {sender} {receiver}"
@@ -191,6 +225,11 @@ class Participant:
     def _expects(self, done: str) -> None:
         if self.done != done:
             raise SecureRefused(f"out of turn: this client has {self.done}, what is asked follows on {done}")
+
+
+def agreement(keys: Mapping[int, bytes], terms: Terms, survivors: Iterable[int]) -> tuple[bytes | int, ...]:
+    """What clients sign of a sum: all keys, the modulus, how many holders it takes, and who is in it."""
+    return digest_of(keys), terms.bits, f"{terms.share:.6f}".encode(), *sorted(survivors)
 
 
 def pair_key(masking: bytes, public: bytes, session: str, one: int, other: int) -> bytes:

@@ -13,7 +13,7 @@ from flwr.common.logger import log
 
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
-from clients.secure import terms_of
+from clients.secure_steps import terms_of
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
 from fedlora.core.init_eva import most_varied
@@ -21,6 +21,7 @@ from fedlora.core.init_svd import subtract_from_base
 from fedlora.core.state import ClientSpec, Template
 from fedlora.errors import ConfigError
 from fedlora.models.gradient_checkpointing import blocks
+from fedlora.secure.peers import Peers
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
@@ -71,6 +72,7 @@ def assemble(
     packed: bool,
     known_examples: KnownExamples,
     node_directory: NodeDirectory | None = None,
+    peers: Peers | None = None,
 ) -> FactorStrategy:
     """The strategy, with its state before round 1.
 
@@ -84,6 +86,7 @@ def assemble(
         packed: each record of an instruction travels as one array.
         known_examples: what is known of the partitions here, see `strategies.replies`.
         node_directory: who is who among the nodes, where their keys say so.
+        peers: those keys, where nodes sign in secure sums.
 
     Raises:
         ConfigError: a rank that a layer does not allow, or no public examples to start from.
@@ -96,7 +99,7 @@ def assemble(
     privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
     if screening is not None:
         log(INFO, "screening of updates: %s", screening)
-    strategy = _kind(config, partitions, known_examples, simulation=simulation)(
+    strategy = _kind(config, partitions, known_examples, peers, simulation=simulation)(
         rule,
         fraction_train=config.fraction_train * config.devices.over_selection,
         min_train_nodes=config.min_train_nodes,
@@ -133,8 +136,9 @@ def assemble(
 
 
 def _kind(
-    config: RunConfig, partitions: Collection[int], known_examples: KnownExamples, *, simulation: bool
-) -> Callable[..., FactorStrategy]:
+    config: RunConfig, partitions: Collection[int], known_examples: KnownExamples, peers: Peers | None, *,
+    simulation: bool,
+) -> Callable[..., FactorStrategy]:  # fmt: skip
     """Strategy whose rounds wait, one whose rounds do not, or one that sees sums alone.
 
     Raises:
@@ -147,6 +151,7 @@ def _kind(
             largest_change=config.secure.largest_change,
             max_weight=largest_weight(config, partitions, known_examples),
             timeout=config.round_timeout,
+            peers=peers,
         )
     devices = config.devices
     if devices.waits:

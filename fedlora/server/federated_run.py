@@ -61,6 +61,7 @@ class FederatedRun:
             packed=session.nodes is not None,
             known_examples=self._known_examples,
             node_directory=session.node_directory,
+            peers=session.peers,
         )
         adapters = self.state.adapters
         trained = frozenset().union(*(rule.trained_names(a, 1) for a in adapters.values()))

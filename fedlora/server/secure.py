@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from clients.privacy import mechanism_of
-from clients.secure import terms_of
+from clients.secure_steps import terms_of
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.secure.fixed_point import FixedPoint

@@ -14,6 +14,7 @@ from clients.runtime import ClientRuntime
 from clients.training.batches import Indices
 from fedlora.config import RunConfig
 from fedlora.core.state import State
+from fedlora.secure.peers import Peers
 from strategies.nodes import NodeDirectory
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Session:
         declared_examples: partition -> how many examples its owner declared to the server; of the others
             nothing is known.
         node_directory: who is who among the nodes; None: what they say.
+        peers: the nodes' public keys, with which they sign in secure sums; None: nobody signs.
         clock: of simulated time; None: time is not simulated.
     """
 
@@ -55,6 +57,7 @@ class Session:
     nodes: Collection[int] | None = None
     declared_examples: Mapping[int, int] = field(default_factory=dict)
     node_directory: NodeDirectory | None = None
+    peers: Peers | None = None
     clock: Clock | None = None
 
     def grid(self, run: FederatedRun) -> Grid:

@@ -46,27 +46,19 @@ from fedlora.wire.reply import (
     metrics_in,
 )
 from fedlora.wire.secure import (
-    ADVERTISE,
     MASKED,
-    SECURE,
-    SHARE,
-    STEP,
-    UNMASK,
-    Step,
     Summed,
     from_row,
     masked_record,
     masked_row,
     row_length,
     step_bytes,
-    step_of,
     to_row,
 )
 from fedlora.wire.upload import CODECS, UploadCodec, codec_named, with_owed
 from fedlora.wire.validation import check_range
 
 __all__ = [
-    "ADVERTISE",
     "ARRAYS",
     "CODECS",
     "CONFIG",
@@ -78,14 +70,9 @@ __all__ = [
     "OK",
     "PARTS",
     "PREFIX",
-    "SECURE",
-    "SHARE",
-    "STEP",
-    "UNMASK",
     "Needs",
     "PeftTensors",
     "Reply",
-    "Step",
     "Summed",
     "TrainInstruction",
     "UploadCodec",
@@ -119,7 +106,6 @@ __all__ = [
     "payload_bytes",
     "row_length",
     "step_bytes",
-    "step_of",
     "to_peft",
     "to_record",
     "to_row",

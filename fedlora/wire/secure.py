@@ -1,9 +1,8 @@
-"""Secure sums as Flower's records: a step, and an update as one row of integers under masks.
+"""Secure sums as Flower's records: an update as one row of integers under masks, and what a step weighs.
 
     [ w change_1, .., w change_n, w loss | w, w where the loss is told, 1 where a number was cut ]
 
 Changes are of the tensors that are shipped, in the order of their names; the last three are counts and exact.
-A step is a record that somebody else wrote: every value is checked when it is read.
 """
 
 from __future__ import annotations
@@ -20,14 +19,11 @@ from fedlora.core.factors import Tensors
 from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import Unsigned
+from fedlora.secure.step import SECURE
 from fedlora.wire.arrays import decoded_array
 
-SECURE, MASKED = "secure", "masked"
-"""Records of a message: what a step says, and a masked update."""
-STEP = "query.secure"
-"""Kind of the messages of steps that carry no update."""
-ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
-"""Their phases."""
+MASKED = "masked"
+"""Record of a message with a masked update."""
 COUNTS = 3
 LARGEST_LOSS = 64.0
 
@@ -122,65 +118,6 @@ def masked_row(content: RecordDict, length: int, bits: int) -> Unsigned:
 def _flat(trained: Tensors, start: Tensors, name: str) -> NDArray[np.float64]:
     flat: NDArray[np.float64] = (trained[name].double() - start[name].double()).numpy().reshape(-1)
     return flat
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A record of a step; each method raises `SecureRefused` where a value is not what it should be."""
-
-    record: ConfigRecord
-
-    def text(self, key: str) -> str:
-        """A text."""
-        value = self.record.get(key)
-        if not isinstance(value, str):
-            raise SecureRefused(f"{key} is no text")
-        return value
-
-    def number(self, key: str) -> int:
-        """A whole number >= 1."""
-        value = self.record.get(key)
-        if type(value) is not int or value < 1:
-            raise SecureRefused(f"{key} is no number >= 1")
-        return value
-
-    def binary(self, key: str) -> bytes:
-        """Bytes."""
-        value = self.record.get(key)
-        if not isinstance(value, bytes):
-            raise SecureRefused(f"{key} is not bytes")
-        return value
-
-    def numbers(self, key: str) -> list[int]:
-        """Partitions, each once; none where there is no such key."""
-        values = self.record.get(key, [])
-        if not isinstance(values, list) or any(type(v) is not int or not 0 <= v < 2**63 for v in values):
-            raise SecureRefused(f"{key} is no list of partitions")
-        if len(set(values)) < len(values):
-            raise SecureRefused(f"{key} names a partition twice")
-        return values  # type: ignore[return-value]
-
-    def table(self, partitions: str, values: str) -> dict[int, bytes]:
-        """Bytes by partition, out of two lists."""
-        found, keys = self.record.get(values, []), self.numbers(partitions)
-        table = [v for v in found if isinstance(v, bytes)] if isinstance(found, list) else []
-        if len(table) != len(keys) or table != found:
-            raise SecureRefused(f"{values} is no list of bytes, one for each of {partitions}")
-        return dict(zip(keys, table, strict=True))
-
-
-def step_of(content: RecordDict) -> Step:
-    """The step in a message or an answer.
-
-    Raises:
-        SecureRefused: there is none, or the other side refused it.
-    """
-    record = content.config_records.get(SECURE)
-    if record is None:
-        raise SecureRefused("the message says nothing of secure sums")
-    if "reason" in record:
-        raise SecureRefused(str(record["reason"]))
-    return Step(record)
 
 
 def step_bytes(content: RecordDict) -> int:

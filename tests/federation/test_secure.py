@@ -20,6 +20,7 @@ from fedlora import wire
 from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
+from fedlora.secure.step import SECURE, STEP
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.in_process import InProcessEngine
@@ -65,7 +66,7 @@ class Between(LocalGrid):
 def phase(message: Message) -> str:
     """``advertise``, ``share``, ``train``, ``unmask`` or ``evaluate``."""
     kind = message.metadata.message_type
-    return str(message.content[wire.SECURE]["phase"]) if kind == wire.STEP else kind
+    return str(message.content[SECURE]["phase"]) if kind == STEP else kind
 
 
 def honest(message: Message, partition: int, reply: Message) -> Message | None:
@@ -191,12 +192,12 @@ def test_whatever_one_client_answers_the_others_sum_is_right_or_the_run_fails(
             drawn = data.draw(st.sampled_from([np.zeros(3, "<u4"), np.zeros((2, 2)), np.zeros(9, "<u8")]))
             content[wire.MASKED] = wire.to_record({wire.MASKED: torch.from_numpy(drawn.astype("<f4"))})
         else:
-            record = dict(content[wire.SECURE])
+            record = dict(content[SECURE])
             key = data.draw(st.sampled_from(sorted(record)))
             record.pop(key)
             if data.draw(st.booleans()):
                 record[key] = data.draw(VALUES)
-            content[wire.SECURE] = ConfigRecord(record)
+            content[SECURE] = ConfigRecord(record)
         return Message(content, reply_to=message)
 
     home = tmp_path_factory.mktemp("lying")
@@ -216,8 +217,8 @@ def test_whatever_one_client_answers_the_others_sum_is_right_or_the_run_fails(
 
 
 def step(node: dict[str, Any], state: RecordDict, **keys: Any) -> ConfigRecord:
-    content = RecordDict({wire.SECURE: ConfigRecord(keys)})
-    return handle(wire.STEP, content, to_flat(config_of()), node, ENGINE.runtimes, state)[wire.SECURE]
+    content = RecordDict({SECURE: ConfigRecord(keys)})
+    return handle(STEP, content, to_flat(config_of()), node, ENGINE.runtimes, state)[SECURE]
 
 
 def test_a_client_forgets_a_round_once_it_has_unmasked_it(cache: Path, tmp_path: Path) -> None:
@@ -232,9 +233,9 @@ def test_a_client_forgets_a_round_once_it_has_unmasked_it(cache: Path, tmp_path:
     _, grid = carry_out(tmp_path / "run", watching)
     message = seen[0]
     for survivors in ([0, 1, 2, 3, 4], [0, 1, 2]):
-        message.content[wire.SECURE]["survivors"] = survivors
+        message.content[SECURE]["survivors"] = survivors
         [reply] = grid.inner.send_and_receive([message])
-        assert "no keys for that round" in str(reply.content[wire.SECURE]["reason"])
+        assert "no keys for that round" in str(reply.content[SECURE]["reason"])
 
 
 @pytest.mark.parametrize(

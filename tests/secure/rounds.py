@@ -55,7 +55,7 @@ class Round:
         collector.close_masked()
         for c in self.there(UNMASK):
             kept = Participant.of(self.clients[c].kept())
-            collector.take_unmasking(c, *kept.unmask(sorted(collector.survivors), self.terms))
+            collector.take_unmasking(c, *kept.confirm(sorted(collector.survivors), self.terms).unmask())
         return collector.total()
 
 

@@ -121,7 +121,7 @@ def uploaded() -> tuple[Collector, dict[int, Participant]]:
 
 def test_a_client_tells_one_kind_of_share_of_each_peer_and_has_nothing_else_left() -> None:
     _, members = uploaded()
-    own, pair = members[0].unmask([0, 1, 2], TERMS)
+    own, pair = members[0].confirm([0, 1, 2], TERMS).unmask()
     assert (set(own), set(pair)) == ({0, 1, 2}, {3})
     assert members[0].own == members[0].masking == members[0].sealing == b""
     with pytest.raises(SecureRefused, match="out of turn"):
@@ -140,12 +140,12 @@ def test_a_client_tells_one_kind_of_share_of_each_peer_and_has_nothing_else_left
 )
 def test_a_client_does_not_unmask(survivors: list[int], why: str) -> None:
     with pytest.raises(SecureRefused, match=why):
-        uploaded()[1][0].unmask(survivors, TERMS)
+        uploaded()[1][0].confirm(survivors, TERMS).unmask()
 
 
 def test_a_client_does_not_unmask_out_of_turn() -> None:
     with pytest.raises(SecureRefused, match="out of turn: this client has shared"):
-        shared()[1][0].unmask([0, 1, 2], TERMS)
+        shared()[1][0].confirm([0, 1, 2], TERMS).unmask()
 
 
 def test_a_client_does_not_share_with_what_it_does_not_know() -> None:
@@ -182,7 +182,7 @@ def test_a_client_does_not_mask_for_others_nor_with_shares_of_another_round() ->
 
 def test_the_server_takes_nothing_twice_nor_what_it_did_not_ask_for() -> None:
     collector, members = uploaded()
-    own, pair = members[0].unmask([0, 1, 2], TERMS)
+    own, pair = members[0].confirm([0, 1, 2], TERMS).unmask()
     wrong = [
         lambda: collector.take_keys(0, members[0].session.encode() * 2),
         lambda: collector.take_shares(0, collector.sealed[0], collector.digests[0]),
@@ -208,7 +208,7 @@ def test_a_lie_in_a_share_is_seen_and_never_a_wrong_sum(data: st.DataObject) -> 
     collector, members = uploaded()
     liar = data.draw(st.sampled_from([0, 1, 2]))
     for c in (0, 1, 2):
-        own, pair = members[c].unmask([0, 1, 2], TERMS)
+        own, pair = members[c].confirm([0, 1, 2], TERMS).unmask()
         if c == liar:
             kind = data.draw(st.sampled_from([own, pair]))
             about = data.draw(st.sampled_from(sorted(kind)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tomli_w
 
@@ -13,6 +14,7 @@ from fedlora.deployment.operator.keys import write_authority, write_node_key, wr
 from fedlora.deployment.operator.layout import SERVER_FILE, Layout, open_layout
 from fedlora.deployment.operator.scripts import RESTART_SECONDS, filled, flower_config, node_toml, unit
 from fedlora.errors import ConfigError
+from fedlora.secure.peers import PEERS_FILE, peers_toml
 
 FOLDER, SCRIPT = 0o700, 0o755
 _HOST = re.compile(r"[0-9A-Za-z]([0-9A-Za-z.:-]*[0-9A-Za-z])?")
@@ -45,6 +47,7 @@ def create(
             _write_node(draft, partition, f"{_bracketed(host)}:{port}", data[partition] if data else "")
             for partition in range(nodes)
         ]
+        _write_peers(draft, entries)
         table = {"host": host, "port": port, "control-port": port + 1, "nodes": entries}
         write_atomic(draft / "server" / SERVER_FILE, tomli_w.dumps(table))
     return open_layout(path)
@@ -102,6 +105,16 @@ def _write_node(draft: Path, partition: int, address: str, data: str) -> dict[st
     text = unit(f"Node {partition} of a fedlora federation", name, "start.sh", RESTART_SECONDS)
     (node / "fedlora-supernode.service").write_text(text)
     return {"name": name, "partition-id": partition, "fingerprint": mark}
+
+
+def _write_peers(draft: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """All public keys to every node, for secure sums."""
+    keys = draft / "server" / "keys"
+    text = peers_toml(
+        (entry["partition-id"], (keys / f"{entry['name']}.pub").read_bytes()) for entry in entries
+    )
+    for entry in entries:
+        (draft / "nodes" / entry["name"] / PEERS_FILE).write_text(text)
 
 
 def _write_script(path: Path, text: str) -> None:

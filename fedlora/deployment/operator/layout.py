@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.errors import ConfigError
+from fedlora.secure.peers import Peers, public_key
 
 if TYPE_CHECKING:
     from flwr.serverapp import Grid
 
-SERVER_FILE = "federation.toml"
+SERVER_FILE, KEYS = "federation.toml", "keys"
 SERVER_KEYS = {
     "host": (str, "a name or an address"), "port": (int, "a whole number"),
     "control-port": (int, "a whole number"), "nodes": (list, "a list of tables"),
@@ -87,7 +88,7 @@ class Layout:
 
     def public_key(self, entry: NodeEntry) -> Path:
         """The public key of a node, at the server."""
-        return self.server / "keys" / f"{entry.name}.pub"
+        return self.server / KEYS / f"{entry.name}.pub"
 
 
 def open_layout(path: Path) -> Layout:
@@ -146,6 +147,25 @@ def declared_examples_of(file: Path) -> dict[int, int]:
     """
     nodes = _nodes(file, read_server_file(file))
     return {n.partition_id: n.declared_examples for n in nodes if n.declared_examples is not None}
+
+
+def peers_of(file: Path) -> Peers:
+    """The public keys of all nodes, which lie beside a ``federation.toml``.
+
+    Raises:
+        ConfigError: as `roll_of`, or one is not there.
+    """
+    keys = {}
+    for node in _nodes(file, read_server_file(file)):
+        place = file.parent / KEYS / f"{node.name}.pub"
+        try:
+            key = public_key(place.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"{place}: cannot be read ({error.strerror})") from None
+        if key is None:
+            raise ConfigError(f"{place}: is no ECDSA key in OpenSSH's format")
+        keys[node.partition_id] = key
+    return Peers(keys)
 
 
 class NodeKeys:
