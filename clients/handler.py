@@ -50,7 +50,8 @@ def handle(
         run_config: Flower's, of the run.
         node_config: Flower's, of the node.
         runtimes: of this process.
-        state: the node's between messages, changed in place; None keeps nothing.
+        state: the node's between messages, changed in place; None where somebody else keeps it, who also puts
+            an update under its masks.
 
     Raises:
         UpdateRefused: the message is not an instruction.
@@ -58,9 +59,8 @@ def handle(
     """
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
-    state = RecordDict() if state is None else state
     if kind == STEP:
-        return secure_steps.carry_out(content, config, settings, state)
+        return secure_steps.carry_out(content, config, settings, RecordDict() if state is None else state)
     instruction = wire.decode_instruction(content)
     protected = not simulation and is_protected(config, settings)
 

@@ -1,4 +1,4 @@
-"""Steps of secure sums at a client that carry no update: keys, shares, what it goes by, and unmasking.
+"""Steps of secure sums at a client: keys, shares, masks on its update, what it goes by, and unmasking.
 
 Between two messages a client is a record in Flower's state of the node, in the memory of the process that
 carries its messages (an engine, the SuperNode), and never on disk. The last step leaves nothing of it.
@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from clients.node_settings import NodeSettings
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, SecureRefused
+from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.participant import Participant, Terms
 from fedlora.secure.peers import PUBLIC, SURVIVORS, Identity, read_identity, to_sign
-from fedlora.secure.step import ADVERTISE, CONFIRM, SECURE, SHARE, UNMASK, Step, step_of
+from fedlora.secure.step import ADVERTISE, CONFIRM, MASKED, SECURE, SHARE, UNMASK, Step, step_of
 
 SUMS = "sums"
 
@@ -50,6 +51,42 @@ def carry_out(
         logging.getLogger("fedlora").warning("secure sums: %s", error)
         answer = {"reason": str(error)}
     return RecordDict({SECURE: ConfigRecord(answer)})
+
+
+def fixed_point(asked: Step, config: RunConfig, settings: NodeSettings) -> FixedPoint:
+    """How the numbers of a round are written.
+
+    Raises:
+        SecureRefused: sums of so many clients and weights would overflow.
+    """
+    clients, most = len(asked.numbers("sharers")), asked.number("max-weight")
+    try:
+        return FixedPoint(clients, terms_of(config, settings).bits, config.secure.largest_change, most)
+    except ConfigError as error:
+        raise SecureRefused(str(error)) from None
+
+
+def under_masks(
+    reply: RecordDict, content: RecordDict, config: RunConfig, settings: NodeSettings, state: RecordDict
+) -> None:
+    """Mask the row in a reply, in place; without a reply that can be masked nothing leaves.
+
+    Args:
+        reply: with the row in the clear.
+        content: of the message that it answers, with what the client's neighbours sealed for it.
+        config: the run.
+        settings: of the node.
+        state: the node's, between messages.
+
+    Raises:
+        SecureRefused: no round of this client's, or as `Participant.mask`.
+    """
+    row = reply.array_records.pop(MASKED)[MASKED].numpy()
+    asked, terms = step_of(content.config_records), terms_of(config, settings)
+    member, sharers = member_of(state, asked), asked.numbers("sharers")
+    after, masked = member.mask(sharers, asked.table("from", "sealed"), row, terms)
+    keep(state, after)
+    reply[MASKED] = ArrayRecord({MASKED: Array(masked)})
 
 
 def member_of(state: RecordDict, asked: Step) -> Participant:

@@ -15,6 +15,8 @@ from flwr.common.logger import log
 
 from clients.node_settings import node_settings
 from fedlora.deployment.node.model_client import ask, start
+from fedlora.errors import SecureRefused
+from fedlora.secure.step import MASKED
 
 if TYPE_CHECKING:
     from clients.runtime import RuntimeCache
@@ -58,14 +60,32 @@ def evaluate_message(message: Message, context: Context) -> Message:
 
 
 def _carried_out(kind: str, message: Message, context: Context) -> RecordDict:
-    settings = node_settings(context.node_config)
-    if settings.keep_model and "secure" not in message.content:  # whose secrets stay in the node's state
-        reply = ask(kind, message.content, context.run_config, context.node_config, settings)
+    settings, content = node_settings(context.node_config), message.content
+    if settings.keep_model:
+        reply = ask(kind, content, context.run_config, context.node_config, settings)
         if reply is not None:
-            return reply
+            return _masked(reply, content, context) if MASKED in reply else reply
     from clients.handler import handle
 
-    return handle(kind, message.content, context.run_config, context.node_config, _runtimes(), context.state)
+    return handle(kind, content, context.run_config, context.node_config, _runtimes(), context.state)
+
+
+def _masked(reply: RecordDict, content: RecordDict, context: Context) -> RecordDict:
+    """The reply of the process that keeps the model under masks, whose secrets are here alone."""
+    from clients.secure_steps import under_masks
+    from fedlora.config import from_flat
+
+    config, settings = from_flat(dict(context.run_config)), node_settings(context.node_config)
+    try:
+        under_masks(reply, content, config, settings, context.state)
+    except SecureRefused as error:
+        from fedlora import wire
+
+        log(WARNING, "secure sums: %s", error)
+        instruction = wire.decode_instruction(content)
+        declined = wire.Reply(status=wire.DECLINED, reason=str(error))
+        return wire.encode_reply(declined, instruction, packed=instruction.packed)
+    return reply
 
 
 @cache

@@ -186,7 +186,7 @@ class FactorStrategy(Rounds):
             RunFailed: fewer valid updates than ``min_train_nodes``, or a private aggregate is not finite.
         """
         contents = self.transport.settle(replies)
-        self.patience.note(server_round, self.transport.requests)
+        self.patience.note(server_round, {r.partition_id: r.is_silent for r in self.transport.requests})
         starts = {request.partition_id: request.broadcast for request in self.transport.requests}
         wanted, private = self.selection.min_train_nodes, self.client_dp is not None
         aggregate, accepted = partial(self._next_state, starts), self._accepted()

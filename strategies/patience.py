@@ -11,7 +11,7 @@ from logging import WARNING
 
 from flwr.common.logger import log
 
-from strategies.request import NO_REPLY, PendingRequest
+from strategies.request import PendingRequest
 
 PAUSE = 10
 """Rounds for which a node is set aside."""
@@ -47,13 +47,17 @@ class Patience:
             return dict(present), {}
         return left, {p: f"set aside until round {u}: {self._why(p)}" for p, u in sorted(aside.items())}
 
-    def note(self, server_round: int, requests: Sequence[PendingRequest]) -> None:
-        """Count who let a round's deadline pass."""
+    def note(self, server_round: int, silent: Mapping[int, bool]) -> None:
+        """Count who let a round's deadline pass.
+
+        Args:
+            server_round: from 1.
+            silent: of each partition that was asked, whether it did.
+        """
         if not self.most:
             return
-        for request in sorted(requests, key=lambda request: request.partition_id):
-            partition = request.partition_id
-            if request.reply is not None or request.failure != NO_REPLY:
+        for partition in sorted(silent):
+            if not silent[partition]:
                 self._missed.pop(partition, None)
                 continue
             self._missed[partition] = self._missed.get(partition, 0) + 1

@@ -68,6 +68,11 @@ class PendingRequest:
     bytes_up: int = 0
     sent: list[Message] = field(default_factory=list)
 
+    @property
+    def is_silent(self) -> bool:
+        """Whether its deadline has passed without a reply."""
+        return self.reply is None and self.failure == NO_REPLY
+
     def message_ids(self) -> set[str]:
         """Ids that the Grid gave the messages; a lost node's error names only these."""
         return {message.metadata.message_id for message in self.sent}

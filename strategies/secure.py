@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from fedlora import wire
 from fedlora.core.adapters import tensor_names
 from fedlora.core.factors import Tensors
-from fedlora.core.state import ClientUpdate
+from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
@@ -65,6 +65,7 @@ class SecureStrategy(FactorStrategy):
         self.collector = Collector(terms=terms)
         self._grid: Grid | None = None
         self._nodes: dict[int, int] = {}
+        self._silent: dict[int, bool] = {}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -103,6 +104,7 @@ class SecureStrategy(FactorStrategy):
         start, fixed = self._start(), self._fixed()
         for request in self.transport.requests:
             self._take_update(request, contents.get(request.partition_id), wire.row_length(start))
+            self._silent[request.partition_id] = request.is_silent
         self._count_bytes()
         survivors = sorted(self.collector.survivors)
         if len(survivors) < self.selection.min_train_nodes:
@@ -112,6 +114,7 @@ class SecureStrategy(FactorStrategy):
             )
         self.collector.close_masked()
         self._unmask(survivors)
+        self.patience.note(server_round, self._silent)
         try:
             summed = wire.from_row(self.collector.total(), start, fixed)
         except SecureRefused as error:
@@ -123,7 +126,7 @@ class SecureStrategy(FactorStrategy):
                 self.largest_change,
                 summed.cut,
             )
-        self.state, _ = self._next_state({}, [self._virtual(summed)])
+        self.state, _ = self._next_state({}, [virtual_update(summed, self.transport.requests[0].broadcast)])
         self.report.participants, self.report.train_loss = survivors, summed.loss
         self._released = self.arrays()
         return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
@@ -134,7 +137,7 @@ class SecureStrategy(FactorStrategy):
         """Exchange keys and shares with the clients; returns those that did both."""
         session = f"{named}, {secrets.token_hex(16)}"
         collector = self.collector = Collector(terms=self.terms, session=session)
-        self._nodes, signatures = dict(nodes), dict[int, bytes]()
+        self._nodes, self._silent, signatures = dict(nodes), {}, dict[int, bytes]()
 
         def take_keys(partition: int, step: Step) -> None:
             keys = step.binary("keys")
@@ -184,6 +187,8 @@ class SecureStrategy(FactorStrategy):
     ) -> None:
         """Keep a node's signature, so that no wrong one makes the others refuse the round."""
         if self.peers is not None:
+            if "signature" not in step.record:
+                raise SecureRefused("it signs nothing: secure-peers in its node.toml is empty")
             signature = step.binary("signature")
             self.peers.check(partition, signature, to_sign(what, self.collector.session, *parts))
             signatures[partition] = signature
@@ -212,6 +217,7 @@ class SecureStrategy(FactorStrategy):
         answers = {by_node.get(reply.metadata.src_node_id): reply
                    for reply in self._grid.send_and_receive(messages, timeout=self.timeout)}  # fmt: skip
         for partition in orders:
+            self._silent[partition] = partition not in answers
             try:
                 take(partition, self._answer(answers.get(partition)))
             except SecureRefused as error:
@@ -254,9 +260,9 @@ class SecureStrategy(FactorStrategy):
         clients = len(self.collector.sealed)
         return FixedPoint(clients, self.terms.bits, self.largest_change, self.max_weight)
 
-    def _virtual(self, summed: wire.Summed) -> ClientUpdate:
-        """The clients' mean as the update of one, of their whole weight."""
-        sent = self.transport.requests[0].broadcast
-        parts = wire.from_peft(summed.tensors, tensor_names(sent.adapters))
-        adapters = parts.over(sent.adapters)
-        return ClientUpdate(partition_id=0, adapters=adapters, head=parts.head, weight=float(summed.weight))
+
+def virtual_update(summed: wire.Summed, sent: Broadcast) -> ClientUpdate:
+    """The mean of clients that were all sent the same, as the update of one of their whole weight."""
+    parts = wire.from_peft(summed.tensors, tensor_names(sent.adapters))
+    adapters = parts.over(sent.adapters)
+    return ClientUpdate(partition_id=0, adapters=adapters, head=parts.head, weight=float(summed.weight))

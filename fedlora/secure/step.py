@@ -8,8 +8,8 @@ from typing import Any
 
 from fedlora.errors import SecureRefused, first_line
 
-SECURE = "secure"
-"""Record of a message with what a step says."""
+SECURE, MASKED = "secure", "masked"
+"""Records of a message: what a step says, and a masked update."""
 STEP = "query.secure"
 """Kind of the messages of steps that carry no update."""
 ADVERTISE, SHARE, CONFIRM, UNMASK = "advertise", "share", "confirm", "unmask"

@@ -15,6 +15,7 @@ Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 """
 
 from fedlora.core.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
+from fedlora.secure.step import MASKED
 from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
 from fedlora.wire.instruction import (
     INSTRUCTION_KEYS,
@@ -46,7 +47,6 @@ from fedlora.wire.reply import (
     metrics_in,
 )
 from fedlora.wire.secure import (
-    MASKED,
     Summed,
     from_row,
     masked_record,

@@ -19,11 +19,9 @@ from fedlora.core.factors import Tensors
 from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import Unsigned
-from fedlora.secure.step import SECURE
+from fedlora.secure.step import MASKED, SECURE
 from fedlora.wire.arrays import decoded_array
 
-MASKED = "masked"
-"""Record of a message with a masked update."""
 COUNTS = 3
 LARGEST_LOSS = 64.0
 

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+import time
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,9 +23,12 @@ from fedlora.deployment.operator import submit as submitting
 from fedlora.deployment.operator.create import create
 from fedlora.deployment.operator.layout import Layout
 from fedlora.deployment.operator.loopback import Loopback
+from fedlora.deployment.operator.operate import node_states
+from fedlora.errors import RunFailed
 from fedlora.server.directory import RunDirectory
 
 NODES = 3
+BACK_SECONDS = 180.0
 KEYS: dict[str, Any] = {
     "seed": 5,
     "model.name": "tiny",
@@ -47,10 +51,12 @@ class Up:
     Attributes:
         loopback: its processes.
         told: what the supervisor said.
+        left_alone: while it is set nothing is started again.
     """
 
     loopback: Loopback
     told: list[str] = field(default_factory=list)
+    left_alone: threading.Event = field(default_factory=threading.Event)
 
     def kill(self, name: str) -> None:
         """SIGKILL of one of its processes (``superlink``, ``node-1``, ..) with all its children."""
@@ -65,30 +71,34 @@ class Up:
 
 @contextmanager
 def federation(
-    home: Path, hosts: tuple[str, ...] = (), prepare: Callable[[Layout], None] = lambda _: None
-) -> Iterator[Up]:
-    """Three nodes on the loopback, each with one partition of the made-up data.
+    home: Path, hosts: tuple[str, ...] = (), prepare: Callable[[Layout], None] = lambda _: None,
+    nodes: int = NODES,
+) -> Iterator[Up]:  # fmt: skip
+    """Nodes on the loopback, each with one partition of the made-up data.
 
     Args:
         home: for everything.
         hosts: the server's addresses.
         prepare: called with the directory before anything is started.
+        nodes: how many.
     """
     os.environ["FEDLORA_CACHE"] = str(home / "cache")
-    layout = create(home / "federation", NODES, hosts)
+    layout = create(home / "federation", nodes, hosts)
     prepare(layout)
     told: list[str] = []
     done = threading.Event()
     with Loopback(layout, told.append) as loopback:
+        up = Up(loopback, told)
 
         def keep_up() -> None:
             while not done.wait(0.3):
-                loopback.supervise()
+                if not up.left_alone.is_set():
+                    loopback.supervise()
 
         thread = threading.Thread(target=keep_up)
         thread.start()
         try:
-            yield Up(loopback, told)
+            yield up
         finally:
             done.set()
             thread.join()
@@ -107,6 +117,19 @@ def run(up: Up, out: Path, progress: Callable[[dict[str, Any]], None] = lambda _
 
 def config(**keys: Any) -> RunConfig:
     return from_flat({**KEYS, **{key.replace("_", "-"): value for key, value in keys.items()}})
+
+
+def wait_for_nodes(up: Up) -> None:
+    """Until all nodes are online."""
+    deadline = time.monotonic() + BACK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            if node_states(up.loopback.layout).get("online", 0) == len(up.loopback.layout.nodes):
+                return
+        except RunFailed:
+            pass  # the SuperLink is not back yet
+        time.sleep(1)
+    raise AssertionError("the nodes did not come back")
 
 
 def adapter(out: Path) -> bytes:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from sabotage import PLAN  # type: ignore[import-not-found]
 
 from clients.node_settings import node_settings
-from fedlora.client_app import identify, train_message
+from fedlora.client_app import identify, secure_message, train_message
+from fedlora.secure.step import step_of
 from fedlora.wire import from_record, to_record
 
 SLOW_SECONDS = 90.0
@@ -24,15 +27,37 @@ def query(message: Message, context: Context) -> Message:
     return identify(message, context)
 
 
+def planned(context: Context, server_round: int) -> str:
+    plan = json.loads(PLAN).get(str(node_settings(context.node_config).partition_id), {})
+    return str(plan.get(str(server_round), ""))
+
+
+def die_if_planned(kind: str, phase: str) -> None:
+    """End the SuperNode above this process with all its children, without a word to anybody."""
+    if kind == f"die at {phase}":
+        node = next(p for p in psutil.Process().parents() if any("supernode" in w for w in p.cmdline()))
+        for process in [node, *node.children(recursive=True)]:
+            process.send_signal(signal.SIGKILL)
+
+
+@app.query("secure")
+def secure(message: Message, context: Context) -> Message:
+    """A step of secure sums, whose session begins with ``round N of run``."""
+    step = step_of(message.content.config_records)
+    die_if_planned(planned(context, int(step.text("session").split()[1])), step.text("phase"))
+    return secure_message(message, context)
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     settings = node_settings(context.node_config)
-    server_round = int(message.content["config"]["server-round"])
-    plan = json.loads(PLAN).get(str(settings.partition_id), {})
-    kind = plan.get(str(server_round), "")
+    kind = planned(context, int(message.content["config"]["server-round"]))
+    die_if_planned(kind, "train")
     if kind.startswith("slow"):  # "slow-8": by so many seconds
         time.sleep(float(kind.partition("-")[2] or SLOW_SECONDS))
     reply = train_message(message, context)
+    if kind.startswith("die") or not kind:
+        return reply
     return Message(spoil(kind, reply.content, settings.home / "old-reply.npz"), reply_to=message)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import psutil
 import pytest
 
-from fedlora.deployment.operator.operate import node_states
 from fedlora.errors import RunFailed
-from tests.faults.deployed import NODES, Up, adapter, federation, run
+from tests.faults.deployed import NODES, Up, adapter, federation, run, wait_for_nodes
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]
 
@@ -39,18 +37,6 @@ def kill_server_app(up: Up) -> None:
     family = psutil.Process(up.loopback.processes["superlink"].pid).children(recursive=True)
     (app,) = [p for p in family if any("flwr-serverapp" in word for word in p.cmdline())]
     app.kill()
-
-
-def wait_for_nodes(up: Up) -> None:
-    deadline = time.monotonic() + 180
-    while time.monotonic() < deadline:
-        try:
-            if node_states(up.loopback.layout).get("online", 0) == NODES:
-                return
-        except RunFailed:
-            pass  # the SuperLink is not back yet
-        time.sleep(1)
-    raise AssertionError("the nodes did not come back")
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 from flwr.app import Message
 
 from strategies import FedAvg
 from strategies.flower import FactorStrategy
 from strategies.patience import PAUSE
-from strategies.request import NO_REPLY
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import initial_arrays, watched
 
@@ -60,10 +57,7 @@ def test_who_answers_again_takes_part_as_before(tmp_path: Path) -> None:
 def test_nobody_is_set_aside_where_all_are_needed(tmp_path: Path) -> None:
     clients = Hanging(tmp_path, {})
     strategy = FedAvg(scaling=2.0, fraction_evaluate=0.0, max_missed_rounds=1, min_train_nodes=3)
-    requests: Any = [
-        SimpleNamespace(partition_id=p, reply=p != 1 or None, failure=NO_REPLY) for p in range(3)
-    ]
-    strategy.patience.note(1, requests)
+    strategy.patience.note(1, {p: p == 1 for p in range(3)})
     strategy.start(FakeGrid(range(3), clients), initial_arrays(), num_rounds=3)
     assert clients.asked[1] == [1, 2, 3]
 

@@ -17,6 +17,7 @@ from fedlora.secure.collector import Collector
 from fedlora.secure.graph import graph_of, threshold_of
 from fedlora.secure.masks import add_expanded
 from fedlora.secure.participant import Participant, Terms, pair_key
+from fedlora.secure.shamir import combine
 from tests.secure.rounds import KEYS, SHARES, UNMASK, UPLOAD, Round, drawn, plain_sum
 
 TERMS = Terms(min_clients=2, share=2 / 3, bits=32)
@@ -94,6 +95,43 @@ def test_what_is_left_of_an_upload_is_uniform_whatever_is_in_it(value: int) -> N
     other = residual(done, 1, {2, 3, 4})
     assert np.array_equal(left + other, values[0] + values[1])  # the sum of the honest is all there is
     assert np.array_equal(residual(done, 0, {1, 2, 3, 4}), values[0])  # against all others nothing helps
+
+
+def split_lists(share: float) -> np.ndarray:
+    """What is left of client 0's upload to a server that tells each of five clients a list of its own.
+
+    Client 0 is told that 1 and 2 alone share with it, 3 and 4 that 1 and 2 vanished, 1 that 2 did, and 2 that
+    1 did: so each of 1 and 2 has its masking key told by three.
+    """
+    terms, values = Terms(min_clients=2, share=share, bits=32), drawn(5, 3)
+    done = Round(terms=terms, values=values)
+    members = {c: Participant.advertise(done.collector.session, c) for c in range(5)}
+    keys = {c: member.public for c, member in members.items()}
+    sealed = {}
+    for c in range(5):
+        members[c], sealed[c], _ = members[c].share(keys, terms)
+    told, left = {}, values[0]
+    for c, (sharers, survivors) in {
+        0: ([0, 1, 2], [0, 1, 2]), 1: (range(5), [0, 1, 3, 4]), 2: (range(5), [0, 2, 3, 4]),
+        3: (range(5), [0, 3, 4]), 4: (range(5), [0, 3, 4]),
+    }.items():  # fmt: skip
+        for_it = {v: sealed[v][c] for v in sharers if v != c}
+        members[c], upload = members[c].mask(list(sharers), for_it, values[c], terms)
+        told[c] = members[c].confirm(survivors, terms).unmask()
+        left = upload if c == 0 else left
+    own = combine({c + 1: told[c][0][0] for c in (0, 3, 4)})
+    add_expanded(left, own, positive=False)
+    for v in (1, 2):
+        masking = combine({c + 1: pair[v] for c, (_, pair) in told.items() if v in pair})
+        add_expanded(left, pair_key(masking, keys[0], done.collector.session, 0, v), positive=False)
+    return left - values[0]
+
+
+def test_lists_that_differ_show_one_update_where_nobody_signs_and_few_holders_do() -> None:
+    """Why nodes sign who is in the sum; at the default threshold five clients refuse such short lists."""
+    assert not split_lists(0.51).any()
+    with pytest.raises(SecureRefused, match="3 of this client's holders share their secrets, the least is 4"):
+        split_lists(0.66)
 
 
 # --- what is refused --------------------------------------------------------------------------------------
