@@ -147,7 +147,10 @@ def node_settings(node_config: Mapping[str, Any]) -> NodeSettings:
     Raises:
         ConfigError: an unknown key, or a value that is not accepted.
     """
-    return _settings(tuple(sorted((k, v) for k, v in node_config.items() if k not in FLOWERS_OWN)))
+    own = {key: value for key, value in node_config.items() if key not in FLOWERS_OWN}
+    for key, value in own.items():
+        require(isinstance(value, (bool, int, float, str)), key, value, "must be a boolean, number or text")
+    return _settings(tuple(sorted(own.items())))
 
 
 @lru_cache(maxsize=64)

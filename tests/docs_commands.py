@@ -30,6 +30,7 @@ FOREIGN = {
     "ray": "starts a cluster, which outlives a test",
     "chown": "of the machines of a deployment", "cp": "of the machines of a deployment",
     "systemctl": "of the machines of a deployment",
+    "docker": "there is no daemon; tests/deployment/test_compose.py carries out what compose.yaml says",
     "sbatch": "needs a cluster with Slurm",
     "vllm": "is no dependency, and was never run",
 }  # fmt: skip
@@ -151,6 +152,14 @@ def keys_in_prose(text: str) -> Iterator[str]:
         for section, name in re.findall(r"(?<![\w./-])([a-z]+)\.([a-z][a-z0-9-]*)(?![\w/.])", quoted):
             if section in sections and name not in ("md", "py", "toml", "json", "jsonl"):
                 yield f"{section}.{name}"
+
+
+def values_in_prose(text: str) -> Iterator[tuple[str, str]]:
+    """Keys with a value in quotes: `lora.method = "vera"`; not those of a user's own, `module:Class`."""
+    known = to_flat(RunConfig())
+    for key, value in re.findall(r'`([a-z][a-z.-]*) = "([^"`]+)"`', text):
+        if key in known and ":" not in value:
+            yield key, value
 
 
 def tables(text: str) -> Iterator[FlatConfig]:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from clients.training.optimizers.registry import OPTIMIZERS
+from fedlora.adapters import KINDS
 from fedlora.cli import cli
 from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.errors import ConfigError
-from tests.docs_commands import FOREIGN, PAGES, ROOT, Command, commands, keys_in_prose, tables, verify
+from fedlora.server.validate import check
+from fedlora.wire.upload import CODECS
+from strategies.allocation import ALLOCATIONS
+from strategies.registry import RULES
+from strategies.rule import INIT_A
+from tests.docs_commands import (
+    FOREIGN,
+    PAGES,
+    ROOT,
+    Command,
+    commands,
+    keys_in_prose,
+    tables,
+    values_in_prose,
+    verify,
+)
 
 SHOWN = commands()
 RUN: tuple[tuple[str, dict[str, str]], ...] = (
@@ -77,6 +95,36 @@ def test_every_key_in_backticks_exists(page: Path) -> None:
 def test_every_table_is_a_configuration(page: Path) -> None:
     for flat in tables(page.read_text()):
         from_flat(flat)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_value_in_backticks_is_one_that_its_key_takes(page: Path) -> None:
+    for key, value in values_in_prose(page.read_text()):
+        told = ""
+        try:
+            check(from_flat({key: value}))
+        except ConfigError as error:  # it may need another key beside it
+            told = str(error)
+        assert not (told.startswith(f"{key} = ") and "accepted are" in told), told
+
+
+def test_a_method_that_is_not_there_is_found() -> None:
+    page = '| X | `strategy.name = "flora2"` | |'
+    with pytest.raises(ConfigError, match="did you mean flora"):
+        check(from_flat(dict(values_in_prose(page))))
+
+
+METHODS = (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_every_name_that_stands_for_something_here_is_registered() -> None:
+    """In the column *here* of the page on methods, also where a name stands without its key."""
+    keys = {part for key in to_flat(RunConfig()) for part in (key, key.rpartition(".")[2])}
+    known = {*RULES, *KINDS, *OPTIMIZERS, *ALLOCATIONS, *CODECS, *INIT_A, *keys}
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|", METHODS, re.M)
+    names = {name for cell in rows for name in re.findall(r'`"?([a-z][a-z0-9-]+)"?`', cell)}
+    assert {"fedsvd-renew", "florist"} <= names
+    assert names - known == set()
 
 
 def test_the_first_steps_run(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from clients.node_settings import read_node
 from fedlora.config import from_flat
 from fedlora.core.sealed import read_sealed
 from fedlora.deployment.operator.layout import roll_of
@@ -36,6 +37,13 @@ def test_what_stands_in_a_file_does_not_break_its_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         roll_of(file)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("entry", ["[max-epsilon]\na = 1", "max-epsilon = [1]", "allow = 1979-05-27"])
+def test_a_table_in_a_node_s_settings_is_refused_by_its_key(entry: str, tmp_path: Path) -> None:
+    (tmp_path / "node.toml").write_text(f"partition-id = 1\n{entry}\n")
+    with pytest.raises(ConfigError, match=r"node\.toml: (max-epsilon|allow) = .*must be a boolean, number"):
+        read_node(tmp_path)
 
 
 def test_a_nul_in_a_configuration_is_refused_by_its_key() -> None:
