@@ -10,6 +10,7 @@ import typer
 from fedlora.cli import federation as deployment
 from fedlora.cli.aggregate import aggregate
 from fedlora.cli.console import print_version
+from fedlora.cli.forget import forget
 from fedlora.cli.init import example, init
 from fedlora.cli.node import log
 from fedlora.cli.predict import chat, predict
@@ -41,7 +42,8 @@ def _options(
 
 
 for command in (
-    init, example, run, compare, watch, evaluate, predict, chat, aggregate, strategies, pretrain, probe,
+    init, example, run, compare, watch, evaluate, predict, chat, aggregate, forget, strategies, pretrain,
+    probe,
 ):  # fmt: skip
     cli.command()(command)
 
