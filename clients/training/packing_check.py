@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from clients.training.made_up import EXAMPLES, one_by_one, prepared, synthetic_examples
-from clients.training.self_check import negligible
+from clients.training.self_check import negligible, tolerance_of
 from clients.training.train import batch_loss
 from fedlora.data.packing import collate_packed
 from fedlora.errors import ConfigError, named_line
@@ -39,7 +39,7 @@ def check_packing(model: AdaptedModel, pad_token_id: int) -> None:
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
         raise _refused(f"the model cannot compute it ({named_line(error)})") from None
     for name, gradient, gradients in zip(named, found, alone, strict=True):
-        if not negligible(gradient - gradients.mean(dim=0), gradients):
+        if not negligible(gradient - gradients.mean(dim=0), gradients, tolerance_of(model)):
             raise _refused(f"the gradient of {name} is not that of single examples")
     model.passed.add(("packing", shapes))
 

@@ -33,10 +33,13 @@ from clients.training.units import open_units
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed, named_line
 from fedlora.models import AdaptedModel
+from fedlora.models.layers import in_half_precision
 from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_spread
 
 TOLERANCE = 1e-3
 """Largest accepted difference, relative to the largest entry: far above rounding, far below any error."""
+IN_HALF = 0.1
+"""Likewise over a base in half precision: above its rounding, below an example that sees another."""
 HUGE = 1e9
 FALSE_ALARM = 1e-9
 """Probability with which correct noise is refused."""
@@ -248,9 +251,14 @@ def _check(what: str, error: Tensor, reference: Tensor, way_out: str = "") -> No
         _refuse(f"{what}: wrong on this model", way_out)
 
 
-def negligible(error: Tensor, reference: Tensor) -> bool:
+def negligible(error: Tensor, reference: Tensor, tolerance: float = TOLERANCE) -> bool:
     """Whether an error is rounding, beside what it is an error of."""
-    return bool(error.abs().max() <= TOLERANCE * reference.abs().max())
+    return bool(error.abs().max() <= tolerance * reference.abs().max())
+
+
+def tolerance_of(model: AdaptedModel) -> float:
+    """What counts as rounding of a model's plain gradients; private ones are of float32 alone."""
+    return IN_HALF if in_half_precision(model.module) else TOLERANCE
 
 
 @contextmanager

@@ -130,8 +130,11 @@ class InjectedLora:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
             inject_adapter_in_model(config, self._module, name)
-        for layer in map(self._layer, self._modules if cored else ()):
-            layer.lora_B[name] = CoredOutput(layer.lora_B[name])
+        for layer in map(self._layer, self._modules):
+            layer.lora_A[name].float()  # PEFT makes them like the base
+            layer.lora_B[name].float()
+            if cored:
+                layer.lora_B[name] = CoredOutput(layer.lora_B[name])
         self._adapters.add(name)
 
 

@@ -43,9 +43,16 @@ def one_line(where: str, expected: str = "") -> Iterator[None]:
 
 
 def pretrained(
-    kind: Any, source: Any, where: str, expected: str, *, labels: int = 0, new_head: bool = False
+    kind: Any,
+    source: Any,
+    where: str,
+    expected: str,
+    *,
+    labels: int = 0,
+    new_head: bool = False,
+    dtype: str = "float32",
 ) -> Any:
-    """The pretrained network in float32.
+    """The pretrained network.
 
     Args:
         kind: one of transformers' Auto classes.
@@ -54,6 +61,7 @@ def pretrained(
         expected: what is accepted there.
         labels: of its classification head; 0 where it has none.
         new_head: a head for another number of labels is drawn anew instead of being refused.
+        dtype: of its numbers, torch's name; ``auto`` is that of the files.
 
     Raises:
         ConfigError: nothing there, of another kind, not whole, of other shapes, or not finite.
@@ -63,8 +71,8 @@ def pretrained(
         if labels:
             config.num_labels = labels
         network, report = kind.from_pretrained(
-            source, config=config, dtype=torch.float32, output_loading_info=True,
-            ignore_mismatched_sizes=True, **LOCAL_CODE,
+            source, config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True,
+            **LOCAL_CODE,
         )  # fmt: skip
     for name, there, wanted in sorted(report["mismatched_keys"]):
         _check_shape(network, where, name, tuple(there), tuple(wanted), labels, new_head)

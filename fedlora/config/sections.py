@@ -27,6 +27,9 @@ class ModelConfig:
     adapter: str = ""
     """Directory of a PEFT adapter that the run starts from, for instance ``runs/a/adapter``; see
     ``docs/training.md``."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """Numbers of the frozen base: ``float32``, ``bfloat16``, ``float16``, or ``auto``, those of its files;
+    factors and head are float32 always. See ``docs/tasks.md``."""
     quantization: Literal["none", "4bit"] = "none"
     """``none``, or ``4bit``: the base's linear layers as NF4 by bitsandbytes (QLoRA)."""
     chat_template: str = ""

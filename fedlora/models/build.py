@@ -28,7 +28,7 @@ from fedlora.core.seeding import drawn_from
 from fedlora.data.built_in_tokenizers import BYTE_VOCAB_SIZE, TINY_VOCAB_SIZE
 from fedlora.errors import ConfigError
 from fedlora.models.fit import pad_in_front
-from fedlora.models.layers import head_tensors
+from fedlora.models.layers import head_tensors, keep_head_exact
 from fedlora.models.quantized import quantise
 from fedlora.models.vision.backbones import image_classifier
 
@@ -62,6 +62,7 @@ class MeanPooledClassifier(nn.Module):
         ``more`` (``token_type_ids``) goes to the transformer.
         """
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
+        states = states.to(self.classifier.weight.dtype)
         mask = attention_mask.unsqueeze(-1).to(states.dtype)
         pooled = (states * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1.0)
         logits = self.classifier(pooled)
@@ -70,7 +71,7 @@ class MeanPooledClassifier(nn.Module):
 
 
 def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = "classifier") -> nn.Module:
-    """The frozen float32 base in evaluation mode, on the CPU; its linear layers may be of 4 bits.
+    """The frozen base in evaluation mode, on the CPU: float32, ``model.dtype``, or linear layers of 4 bits.
 
     ``network`` is what a task wants, see `NETWORKS`; a language model has no head that is trained.
 
@@ -85,6 +86,7 @@ def build_model(config: ModelConfig, num_labels: int, seed: int, network: str = 
         model = NETWORKS[network](config, num_labels, seed)
         if config.quantization == "4bit":
             quantise(model, config.name)
+    keep_head_exact(model)
     return model.requires_grad_(False).eval()
 
 
@@ -105,14 +107,14 @@ def pick_device(name: str) -> torch.device:
 
 def _classifier(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
     if config.pooling == "mean":
-        return _mean_pooled(config.name, num_labels, seed)
-    return _with_own_head(config.name, num_labels)
+        return _mean_pooled(config, num_labels, seed)
+    return _with_own_head(config, num_labels)
 
 
 def _language_model(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
     if config.name == "tiny":
         raise ConfigError(f"model.name = 'tiny': {NO_LANGUAGE_MODEL}")
-    model = _tiny_lm() if config.name == "tiny-lm" else _pretrained(AutoModelForCausalLM, config.name)
+    model = _tiny_lm() if config.name == "tiny-lm" else _pretrained(AutoModelForCausalLM, config)
     model.config.use_cache = False  # keys and values that training never reads
     _check_causal(config.name, model)
     network: nn.Module = model
@@ -140,8 +142,9 @@ def _check_causal(name: str, model: Any) -> None:
         raise ConfigError(f"model.name = {name!r}: its tokens see those that follow, {NO_LANGUAGE_MODEL}")
 
 
-def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:
-    backbone = _tiny_backbone() if name == "tiny" else _pretrained(AutoModel, name)
+def _mean_pooled(config: ModelConfig, num_labels: int, seed: int) -> nn.Module:
+    name = config.name
+    backbone = _tiny_backbone() if name == "tiny" else _pretrained(AutoModel, config)
     if backbone.config.is_encoder_decoder or not hasattr(backbone.config, "hidden_size"):
         raise ConfigError(
             f"model.name = {name!r}: {backbone.config.model_type} has no single sequence of token states, "
@@ -152,12 +155,13 @@ def _mean_pooled(name: str, num_labels: int, seed: int) -> nn.Module:
     return model
 
 
-def _with_own_head(name: str, num_labels: int) -> nn.Module:
+def _with_own_head(config: ModelConfig, num_labels: int) -> nn.Module:
+    name = config.name
     if name == "tiny":
         model = AutoModelForSequenceClassification.from_config(_tiny_config(num_labels))
         model.bert.load_state_dict(_tiny_backbone().state_dict(), strict=False)
     else:
-        model = _pretrained(AutoModelForSequenceClassification, name, num_labels)
+        model = _pretrained(AutoModelForSequenceClassification, config, num_labels)
     if getattr(model.config, "summary_type", "") == "last" and hasattr(model, "sequence_summary"):
         pad_in_front(model.base_model)
     if model.config.pad_token_id is None:  # decoders need one to find the last token of a padded batch
@@ -168,13 +172,17 @@ def _with_own_head(name: str, num_labels: int) -> nn.Module:
     return head
 
 
-def _pretrained(kind: Any, name: str, labels: int = 0) -> Any:
-    """The pretrained weights in float32 from a built-in asset, a directory or the hub."""
+def _pretrained(kind: Any, config: ModelConfig, labels: int = 0) -> Any:
+    """The pretrained weights from a built-in asset, a directory or the hub."""
+    name = config.name
     accepted = (
         f"accepted are {', '.join(BUILT_IN_MODELS)}, a directory with a transformers model that fits the "
         "task and a Hugging Face id"
     )
-    return pretrained(kind, model_directory(name) or name, f"model.name = {name!r}", accepted, labels=labels)
+    return pretrained(
+        kind, model_directory(name) or name, f"model.name = {name!r}", accepted, labels=labels,
+        dtype=config.dtype,
+    )  # fmt: skip
 
 
 def _tiny_config(num_labels: int = 2) -> BertConfig:

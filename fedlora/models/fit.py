@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedlora.config import ModelConfig
 from fedlora.data.examples import Examples, collate
 from fedlora.errors import ConfigError, named_line
+from fedlora.models.layers import in_half_precision
 from fedlora.prepared.cache import Prepared
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 from fedlora.tasks.task import inputs, takes_types
@@ -24,6 +25,8 @@ PROBED = 2e11
 """Tokens times parameters of a trial pass at most: seconds on a processor."""
 FELT = 1e-3
 """How far logits may move with padding, relative to the largest."""
+FELT_IN_HALF = 0.05
+"""Likewise of a base in half precision, whose rounding is some hundredths."""
 
 
 def check_fit(config: ModelConfig, network: nn.Module, data: Prepared, max_length: int) -> None:
@@ -180,7 +183,7 @@ def _try(where: str, network: nn.Module, examples: Examples, pad_token_id: int, 
         ) from None
     beside = both[:1] if task.labelled else both[:1, : alone.shape[1]]
     moved, size = float((beside - alone).abs().max()), float(alone.abs().max())
-    if not moved <= FELT * size:
+    if not moved <= (FELT_IN_HALF if in_half_precision(network) else FELT) * size:
         warnings.warn(
             f"{where}: padding moves its results (logits by {moved:.2g} of {size:.2g}), what it makes of "
             "an example depends on its batch",

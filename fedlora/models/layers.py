@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -37,6 +38,26 @@ def head_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: p for name, p in model.named_parameters() if not name.startswith(base) and id(p) not in frozen
     }
+
+
+def in_half_precision(model: nn.Module) -> bool:
+    """Whether a part of a model is in half precision, so that its results are exact to hundredths alone."""
+    return any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+
+
+def keep_head_exact(model: nn.Module) -> None:
+    """Keep the head in float32 over a base in half precision, in place: its layers widen their inputs."""
+    for parameter in head_tensors(model).values():
+        if parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+    if not in_half_precision(model):
+        return
+    for name in {name.rpartition(".")[0] for name in head_tensors(model)}:
+        model.get_submodule(name).register_forward_pre_hook(_widened)
+
+
+def _widened(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
 
 
 def _output_embedding(model: Any) -> set[int]:

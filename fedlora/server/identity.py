@@ -41,6 +41,7 @@ ADDED = {
     "train.micro-batch-size": 0,
     "train.packing": False,
     "train.dpo-beta": 0.1,
+    "model.dtype": "float32",
     "license": "",
     "generate-every": 0,
     "early-stopping-patience": 0,

@@ -78,7 +78,7 @@ def check(config: RunConfig) -> Rule:
         check_secure(config, rule)
     if config.model.quantization != "none":
         check_quantised(config, rule)
-    check_passes(config)
+    check_passes(config, rule)
     if rule.gradient_examples and not config.data.public:
         raise ConfigError(
             f"data.public = '': {rule.facts.name} starts from a gradient on public examples, name some"

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+
 from fedlora.config import RunConfig
+from fedlora.core.init_drawn import TAKEN_OUT
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.tasks import task_named
+from strategies.rule import Rule
 
 
-def check_passes(config: RunConfig) -> None:
+def check_passes(config: RunConfig, rule: Rule) -> None:
     """Refuse blocks computed again, steps in parts and packed rows where a step would not be what it was.
 
     Raises:
@@ -16,6 +20,8 @@ def check_passes(config: RunConfig) -> None:
     """
     if config.train.gradient_checkpointing:
         check_checkpointing(config)
+    if config.model.dtype != "float32":
+        check_dtype(config, rule)
     micro, private, size = config.train.micro_batch_size, config.privacy.private, config.engine.cohort_size
     if micro and private:
         raise ConfigError(
@@ -51,4 +57,29 @@ def check_checkpointing(config: RunConfig) -> None:
         raise ConfigError(
             f"{key}: cohorts draw a dropout mask for each layer that runs, and layers run twice; with "
             f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
+        )
+
+
+def check_dtype(config: RunConfig, rule: Rule) -> None:
+    """Refuse a base in half precision where nothing would hold; warn where patches would hardly be felt.
+
+    Raises:
+        NotApplicable: pictures, another kind of adapter, private examples, or a base in 4 bits.
+    """
+    why = ""
+    if config.privacy.private:
+        why = "the self-test of private steps compares gradients to the rounding of float32"
+    elif config.lora.method != "lora":
+        why = f"lora.method = {config.lora.method!r} computes in float32"
+    elif task_named(config.task).network == "image-classifier":
+        why = f"task {config.task} computes in float32"
+    elif config.model.quantization != "none":
+        why = f"model.quantization = {config.model.quantization!r} says how the base is held"
+    if why:
+        raise NotApplicable(f"model.dtype = {config.model.dtype!r}: {why}, must be 'float32'")
+    if rule.facts.updates_base or rule.init_a in TAKEN_OUT:
+        warnings.warn(
+            f"model.dtype = {config.model.dtype!r}: passes see what is added to the base rounded to it, "
+            "small changes hardly at all (docs/tasks.md); the adapter that is written has them whole",
+            stacklevel=2,
         )

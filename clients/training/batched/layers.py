@@ -93,13 +93,14 @@ def _adapted(name: str, frozen: Forward, route: Route) -> Callable[..., Tensor]:
         context = route.current
         y = frozen(x)
         _check(name, x, context)
+        A = context.values[f"{name}.A"]  # (rows, r, in), float32 over a base in half precision too
         inner = _tokens(x if context.dropout is None else context.dropout(x))  # (rows, tokens, in)
-        hidden = torch.bmm(inner, context.values[f"{name}.A"].transpose(1, 2))  # (rows, tokens, r)
+        hidden = torch.bmm(inner.to(A.dtype), A.transpose(1, 2))  # (rows, tokens, r)
         core = context.values.get(f"{name}.R")
         if core is not None:
             hidden = torch.bmm(hidden, core.transpose(1, 2))
         outer = context.values[f"{name}.B"].transpose(1, 2)  # (rows, r, out)
-        return torch.baddbmm(_tokens(y), hidden, outer).view_as(y)
+        return torch.baddbmm(_tokens(y).to(A.dtype), hidden, outer).to(y.dtype).view_as(y)
 
     return forward
 

@@ -21,11 +21,13 @@ from clients.training.made_up import EXAMPLES, Named, clipped, one_by_one, prepa
 from clients.training.self_check import (
     HUGE,
     NOISE_DRAWS,
+    TOLERANCE,
     beginning,
     check_count,
     check_draws,
     flaw_of_tensors,
     negligible,
+    tolerance_of,
 )
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import lora_set
@@ -66,7 +68,7 @@ def check_cohort(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism | 
         with cohort.route_laid():
             if real is None:
                 means = {name: [g[own].mean(dim=0) for own in SHARED_OUT] for name, g in alone.items()}
-                _compare("gradient", cohort.plain(SHARED_OUT), means)
+                _compare("gradient", cohort.plain(SHARED_OUT), means, tolerance_of(model))
             else:
                 check_draws()
                 check_count(real)
@@ -165,14 +167,16 @@ def _two_clients(
     return Cohort(model, members, task)
 
 
-def _compare(what: str, found: dict[str, Tensor], wanted: dict[str, list[Tensor]]) -> None:
+def _compare(
+    what: str, found: dict[str, Tensor], wanted: dict[str, list[Tensor]], tolerance: float = TOLERANCE
+) -> None:
     for name, of_clients in wanted.items():
-        if name not in found or not _alike(found[name], of_clients):
+        if name not in found or not _alike(found[name], of_clients, tolerance):
             _refuse(f"the {what} of {name} is not that of its clients")
 
 
-def _alike(found: Tensor, wanted: Sequence[Tensor]) -> bool:
-    return all(negligible(f - w, w) for f, w in zip(found, wanted, strict=True))
+def _alike(found: Tensor, wanted: Sequence[Tensor], tolerance: float) -> bool:
+    return all(negligible(f - w, w, tolerance) for f, w in zip(found, wanted, strict=True))
 
 
 def _refuse(reason: str) -> None:

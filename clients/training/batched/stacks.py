@@ -32,7 +32,7 @@ class StackedAdapters:
         self.members = members
         self._rank = max(member.rank for member in members)
         like = next(model.module.parameters())
-        self.device, self.dtype = like.device, like.dtype
+        self.device, self.dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         self._modules = list(model.modules)
         self._head = list(model.initial_head)
         letters = ("A", "B", "R") if members[0].cored else ("A", "B")
