@@ -37,7 +37,7 @@ class EventGrid(Protocol):
         """Tier of each partition out of ``count``, 0 the fastest; -1 for those that take no part."""
         ...
 
-    def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
+    def due(self, partition_id: int, server_round: int, bytes_down: int, bytes_up: int) -> tuple[float, str]:
         """Seconds from the order to its reply, and why it is lost (empty: it is not)."""
         ...
 

@@ -145,8 +145,9 @@ class LateStrategy(FactorStrategy):
             return False
         self.selection.count(partition)
         request = self.transport.add(partition, clock.node_of[partition], self._broadcast(partition))
-        message = self.transport.message(request, MessageType.TRAIN, work.settings)
-        seconds, why = clock.due(partition, message, self.transport.expected_bytes(partition))
+        self.transport.message(request, MessageType.TRAIN, work.settings)
+        bytes_up = self.transport.expected_bytes(request.node_id)
+        seconds, why = clock.due(partition, server_round, request.bytes_down, bytes_up)
         number = server_round * 1_000_000 + place
         flight = InFlight(
             partition, self.state.round, clock.seconds + seconds, number, lost=why, ordered=clock.seconds

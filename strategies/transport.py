@@ -178,12 +178,12 @@ class Transport:
                 self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
         return dict(sorted(contents.items()))
 
-    def expected_bytes(self, partition_id: int) -> int:
-        """Payload bytes of a partition's reply to its instruction of now, before there is one.
+    def expected_bytes(self, node_id: int) -> int:
+        """Payload bytes of a node's reply to its instruction of now, before there is one.
 
         They are the most of all rounds where a codec sends other parts by turns.
         """
-        request = next(request for request in self.requests if request.partition_id == partition_id)
+        request = self._by_node[node_id]
         broadcast = request.broadcast
         key = id(request.payload), broadcast.modules
         if key not in self._expected:

@@ -95,7 +95,8 @@ class Devices:
         if (likely == 1).all():
             return partitions
         draws = stream(seed, "availability", server_round, attempt).random(len(self.place))
-        return partitions[draws[partitions] < likely[self.place[partitions]]]
+        there: NDArray[np.bool_] = draws < likely[self.place]
+        return partitions[there[partitions]]
 
 
 def devices_of(config: RunConfig, partitions: Collection[int]) -> Devices:

@@ -54,7 +54,7 @@ class TimedGrid(LocalGrid):
         seed: of who is there and who vanishes.
         tokens: that a partition trains on in a round.
         fraction: of those that are there, how many replies are wanted; at least ``least_replies``.
-        bytes_up: of the reply of a partition to its order of now.
+        bytes_up: of the reply of a node to its order of now.
         trains_anyway: whether work whose reply is lost is computed, too.
         update_bytes: of what a partition trains, as it travels without savings.
         unfit: partition -> why its device takes no part.
@@ -131,7 +131,12 @@ class TimedGrid(LocalGrid):
             return self.inner.send_and_receive(orders, timeout=timeout)
         self.server_round = int(train[0].metadata.group_id)
         by_partition = {self.partition_ids[m.metadata.dst_node_id]: m for m in train}
-        tasks = {p: self._task(p, message, self.bytes_up(p)) for p, message in sorted(by_partition.items())}
+        tasks = {
+            p: self._task(
+                p, self.server_round, wire.payload_bytes(m.content), self.bytes_up(m.metadata.dst_node_id)
+            )
+            for p, m in sorted(by_partition.items())
+        }
         wanted = clients_of_round(self.fraction, self.present, max(1, self.least_replies))
         outcome = wait_for([*tasks.values()], deadline=self.config.deadline or self.timeout, wanted=wanted)
         self.orders = dict.fromkeys(by_partition, self.seconds)
@@ -154,13 +159,13 @@ class TimedGrid(LocalGrid):
         return self._tiers
 
     def _nominal(self, partition: int) -> ClientTask:
-        sent, tokens = self.update_bytes(partition), self.tokens(partition)
-        device = self.devices(partition)
-        return task_of(device, partition, 0, self.seed, tokens=tokens, bytes_down=sent, bytes_up=sent)
+        sent = self.update_bytes(partition)
+        return self._task(partition, 0, sent, sent)
 
-    def due(self, partition_id: int, message: Message, bytes_up: int) -> tuple[float, str]:
+    def due(self, partition_id: int, server_round: int, bytes_down: int, bytes_up: int) -> tuple[float, str]:
         """Seconds from an order to its reply, or to when it is given up and why."""
-        task = self._tasks[partition_id] = self._task(partition_id, message, bytes_up)
+        task = self._task(partition_id, server_round, bytes_down, bytes_up)
+        self._tasks[partition_id] = task
         outcome = wait_for([task], deadline=self.config.deadline or self.timeout, wanted=1)
         return outcome.seconds, outcome.lost.get(partition_id, "")
 
@@ -188,12 +193,10 @@ class TimedGrid(LocalGrid):
             **({"staleness": {str(p): n for p, n in self.staleness.items()}} if self.staleness else {}),
         }
 
-    def _task(self, partition: int, message: Message, bytes_up: int) -> ClientTask:
+    def _task(self, partition: int, server_round: int, bytes_down: int, bytes_up: int) -> ClientTask:
         return task_of(
-            self.devices(partition), partition, int(message.metadata.group_id), self.seed,
-            tokens=self.tokens(partition),
-            bytes_down=wire.payload_bytes(message.content),
-            bytes_up=bytes_up,
+            self.devices(partition), partition, server_round, self.seed,
+            tokens=self.tokens(partition), bytes_down=bytes_down, bytes_up=bytes_up,
         )  # fmt: skip
 
 

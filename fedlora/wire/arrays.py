@@ -121,7 +121,8 @@ def nbytes(record: ArrayRecord | None) -> int:
     """Payload bytes: the tensors' own, without names and headers; all bytes of what cannot be read."""
     if record is None:
         return 0
-    return sum(_nbytes(array, packed=is_packed(record)) for array in record.values())
+    packed = is_packed(record)
+    return sum(_nbytes(array, packed=packed) for array in record.values())
 
 
 def _nbytes(array: Array, *, packed: bool) -> int:

@@ -321,7 +321,7 @@ def test_the_bytes_of_a_reply_are_known_before_it_comes(name: str, upload: str, 
         return
 
     def client(message: Message, partition: int) -> Message | None:
-        expected[0] += strategy.transport.expected_bytes(partition)
+        expected[0] += strategy.transport.expected_bytes(message.metadata.dst_node_id)
         return toy(message, partition)
 
     reports = watched(strategy)
