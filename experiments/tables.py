@@ -1,8 +1,9 @@
 """Rewrites the tables of ``experiments/published/*/README.md``: ``python -m experiments.tables``.
 
 A text says between which marks it wants which table: ``accuracy`` (a method a line, a setting a column),
-``claims`` (the comparisons that the study declares) or ``rates`` (the trials that tuned it), all made of the
-cells that are kept there; or ``accounting``, see `experiments.released_accounting`.
+``claims`` (the comparisons that the study declares), ``rates`` (the trials that tuned it), ``times`` or
+``staleness`` (see `experiments.waiting`), all made of the cells that are kept there; or ``accounting``, see
+`experiments.released_accounting`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from experiments.marked import markdown, marks, remade
 from experiments.publish import unpack
 from experiments.released_accounting import accounting_table
+from experiments.waiting import staleness_table, times_table
 from fedlora.config import RunConfig, read_config
 from fedlora.core.files import write_atomic
 from fedlora.study.analyse.comparisons import Comparison, compare
@@ -66,7 +68,11 @@ def kept(name: str) -> Kept:
 def rewritten(text: str, found: Kept) -> str:
     """A text with what stands between its marks made anew."""
     tables = {"accuracy": accuracy_table, "claims": claims_table, "rates": rates_table}
-    return remade(text, {"accounting": accounting_table} | {n: partial(t, found) for n, t in tables.items()})
+    waited = {"times": times_table, "staleness": staleness_table}
+    makers = {n: partial(t, found) for n, t in tables.items()} | {
+        n: partial(t, found.rows) for n, t in waited.items()
+    }
+    return remade(text, {"accounting": accounting_table} | makers)
 
 
 def accuracy_table(found: Kept) -> str:

@@ -2,8 +2,8 @@
 
     python -m experiments.benchmarks.scheduler --clients 1000000 --in-flight 1000 --buffer-size 100
 
-What runs is the strategy, the Grid in simulated time and a server's aggregation of one layer of rank 1; a
-client's reply is what it was sent. Prints seconds of the processor, and the largest memory.
+What runs is the strategy, the Grid in simulated time and a server's aggregation, by default of one layer
+of rank 1; a client's reply is what it was sent. Prints seconds of the processor, and the largest memory.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ def main() -> None:
     parser.add_argument("--in-flight", type=int, default=1000)
     parser.add_argument("--buffer-size", type=int, default=100)
     parser.add_argument("--aggregations", type=int, default=1000)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--width", type=int, default=4, help="a layer is so many rows of so many columns")
+    parser.add_argument("--rank", type=int, default=1)
     parser.add_argument("--profiles", default="phones-and-workstations")
     given = parser.parse_args()
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -76,8 +79,10 @@ def main() -> None:
         make_rule("fedavg"), in_flight=given.in_flight, buffer_size=given.buffer_size, fraction_evaluate=0.0,
         diagnostics=False,
     )  # fmt: skip
-    layer = {"layer": LoraFactors(torch.ones(1, 4), torch.zeros(4, 1), 1.0)}
-    strategy.open(wire.to_record(wire.to_peft(layer, {})))
+    rank, width = given.rank, given.width
+    layer = LoraFactors(torch.ones(rank, width), torch.zeros(width, rank), 1.0)
+    adapters = {f"layer.{number}": layer for number in range(given.layers)}
+    strategy.open(wire.to_record(wire.to_peft(adapters, {})))
     ready = time.process_time()
     started = refused = 0
     for report in strategy.rounds(grid, last=given.aggregations):

@@ -370,6 +370,9 @@ def test_a_device_that_cannot_hold_its_rank_is_told_before_it_trains(tmp_path: P
     assert record["participants"] == [0, 1]
     assert set(told[-1]) == {2, 3}
     assert record["left_out"]["2"].startswith("its device has ")
+    few = {"devices.buffer-size": 2, "devices.in-flight": 3}
+    with pytest.raises(ConfigError, match=r"devices\.in-flight = 3: only 2 clients can take part, of the "):
+        ask(tmp_path / "few", enough | {"large": enough["large"] - 1e-9}, **few)
 
 
 def _trained(engine: InProcessEngine, rank: int) -> int:

@@ -122,13 +122,13 @@ class Row:
 
         The seconds are None where time was not simulated.
         """
-        found = [_until(result, accuracy) for result in self.results]
-        reached = [f for f in found if f is not None]
-        if not found or len(reached) < len(found):
+        found = [reached(result, accuracy) for result in self.results]
+        there = [f for f in found if f is not None]
+        if not found or len(there) < len(found):
             return None
-        seconds = [at for at, _ in reached if at is not None]
-        timed = len(seconds) == len(reached)
-        return fmean(seconds) if timed else None, fmean(sent for _, sent in reached)
+        seconds = [at for at, _ in there if at is not None]
+        timed = len(seconds) == len(there)
+        return fmean(seconds) if timed else None, fmean(sent for _, sent in there)
 
     @property
     def claim(self) -> dict[str, Any] | None:
@@ -184,7 +184,8 @@ class Row:
         return sum(r.result.get("intruders", 0) for r in self.results) / looked_at if looked_at else None
 
 
-def _until(result: CellResult, accuracy: float) -> tuple[float | None, float] | None:
+def reached(result: CellResult, accuracy: float) -> tuple[float | None, float] | None:
+    """Simulated seconds (None where time is real) and bytes until a round has an accuracy; None: never."""
     sent = 0
     for record in result.rounds:
         sent += record["bytes_up"] + record["bytes_down"]
