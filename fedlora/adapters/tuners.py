@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedlora.core.adapters import TURNS, Adapters, NamedTensors, check_same_shapes
 from fedlora.core.factors import Tensors
@@ -44,6 +44,7 @@ class Tuner:
             where it has none.
         seed: the field that draws what is not trained.
         settings: fields as fedlora has them, unlike PEFT, for instance to start at W_0.
+        mask: which weights are trained: called with a layer and the rank, 1 in the shape of its weight.
         input_side: the names in the role "A"; all others have the role "B".
     """
 
@@ -55,6 +56,7 @@ class Tuner:
     dropout: str = ""
     seed: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    mask: Callable[..., Tensor] | None = None
     input_side: tuple[str, ...] = ()
 
     @property
@@ -69,6 +71,16 @@ class Tuner:
         import peft
 
         return getattr(peft, self.config)
+
+
+def smallest_weights(layer: nn.Linear, rank: int, **_: Any) -> Tensor:
+    """SaRA's mask: 1 at the ``rank (in + out)`` weights of W_0 that are nearest to zero, (out, in).
+
+    The paper's is all weights below a threshold; here their number is SHiRA's. Whoever has W_0 has it.
+    """
+    weight = layer.weight.detach()
+    chosen = weight.abs().flatten().argsort(stable=True)[: rank * sum(weight.shape)]
+    return torch.zeros_like(weight).flatten().index_fill_(0, chosen, 1.0).view_as(weight)
 
 
 TUNERS = {
@@ -98,6 +110,10 @@ TUNERS = {
         Tuner(
             name="shira", config="ShiraConfig", paper="Bhardwaj et al., NeurIPS 2024, arXiv 2406.13175",
             rank="r", seed="random_seed",
+        ),
+        Tuner(
+            name="sara", config="ShiraConfig", paper="Hu et al., ICLR 2025, arXiv 2409.06633",
+            rank="r", settings={"random_seed": 0}, mask=smallest_weights,
         ),
         Tuner(
             name="ia3", config="IA3Config", paper="Liu et al., NeurIPS 2022, arXiv 2205.05638",
@@ -178,9 +194,12 @@ class TunerKind:
             fields["fan_in_fan_out"] = fan_in_fan_out
         elif fan_in_fan_out:
             raise ValueError("it has no place for Conv1D, whose weight is (in, out)")
-        return tuner.config_type(
+        config = tuner.config_type(
             target_modules=list(modules), **tuner.settings, **fields, **json.loads(self.options)
         )
+        if tuner.mask is not None:
+            config.mask_fn = tuner.mask
+        return config
 
 
 class InjectedTuner:

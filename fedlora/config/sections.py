@@ -72,8 +72,9 @@ class LoraConfig:
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
     method: str = "lora"
     """``lora``, or another of PEFT's tuners, which takes of rank, alpha and dropout what it has of them:
-    ``vera``, ``randlora``, ``fourierft``, ``waveft``, ``c3a``, ``shira``, ``ia3``, ``loha``, ``lokr``,
-    ``hira``, ``gralora``, ``miss``, ``psoft``, or ``module:TUNER`` of your own; see ``docs/peft.md``."""
+    ``vera``, ``randlora``, ``fourierft``, ``waveft``, ``c3a``, ``shira``, ``sara``, ``ia3``, ``loha``,
+    ``lokr``, ``hira``, ``gralora``, ``miss``, ``psoft``, or ``module:TUNER`` of your own; see
+    ``docs/peft.md``."""
     method_options: str = ""
     """JSON object of further fields of that tuner's configuration in PEFT, for instance
     ``{"n_frequency": 500}``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from tests.models.samples import adapted, logits, token_batch
 
 SPEC = ClientSpec(partition_id=0, rank=4, scaling=4.0)
 ANY_KIND = [name for name, rule in RULES.items() if rule.facts.any_kind]
-AFFINE = {"fourierft", "waveft", "c3a", "shira", "ia3", "miss", "psoft"}
+AFFINE = {"fourierft", "waveft", "c3a", "shira", "sara", "ia3", "miss", "psoft"}
 """Kinds whose weight is affine in all that is trained; measured here, declared nowhere else."""
 DOCUMENTED = (Path(__file__).parents[2] / "docs" / "peft.md").read_text()
 LOOP = Mechanism(noise_multiplier=0.8, max_grad_norm=0.5, expected_batch_size=16, grad_sample_mode="loop")
@@ -240,7 +241,7 @@ def test_peft_loads_what_is_exported_as_what_it_is(method: str, tmp_path: Path) 
     model.load(moved(start_of(model), 8), {name: t + 0.1 for name, t in model.initial_head.items()})
     card = AdapterCard(model=ModelConfig(name="tiny"), label_names=("a", "b"), max_length=32, seed=0)
     save_loaded(tmp_path / "adapter", model, card)
-    assert PeftConfig.from_pretrained(tmp_path / "adapter").peft_type.value.lower() == method
+    assert type(PeftConfig.from_pretrained(tmp_path / "adapter")) is TUNERS[method].config_type
     base = build_model(ModelConfig(name="tiny"), 2, 0)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(loaded, batch), logits(model.module, batch), rtol=1e-4, atol=1e-5)
@@ -295,3 +296,20 @@ def test_lora_takes_no_options_and_a_near_name_is_said() -> None:
         check_kind(LoraConfig(method_options='{"r": 3}'))
     with pytest.raises(ConfigError, match=r"lora\.method = 'veraa' \(did you mean vera\?\)"):
         check_kind(LoraConfig(method="veraa"))
+
+
+def test_sara_trains_the_weights_that_are_nearest_to_zero() -> None:
+    """As many as SHiRA, and those alone move."""
+    model = model_with("sara")
+    before = {name: spec.weight.detach().clone() for name, spec in base_layers(model).items()}
+    model.load(moved(start_of(model), 1), {})
+    for name, layer in base_layers(model).items():
+        delta = model.module.get_submodule(name).get_delta_weight("default").to_dense()
+        weight, number = before[name], 4 * sum(layer.weight.shape)
+        assert int((delta != 0).sum()) == number
+        assert float(weight[delta != 0].abs().max()) <= float(weight[delta == 0].abs().min())
+
+
+def base_layers(model: AdaptedModel) -> dict[str, Any]:
+    """The linear layers under the adapters."""
+    return {name: model.module.get_submodule(name).get_base_layer() for name in model.modules}
