@@ -30,7 +30,7 @@ from fedlora.privacy.calibration import calibrate_noise, warn_of_delta
 from fedlora.privacy.filter import Budget
 from fedlora.privacy.ledger import Ledger
 from fedlora.privacy.spending import Release
-from fedlora.privacy.types import NeighboringRelation, PrivacySpent
+from fedlora.privacy.types import CLIENT, NeighboringRelation, PrivacySpent
 
 BOOKKEEPING = (
     "neighboring_relation", "target_epsilon", "target_delta", "max_participations", "accountant",
@@ -55,14 +55,14 @@ class PlannedRelease:
         config: the run.
         ledger: the client's.
         release: what will be charged.
-        mechanism: what makes it.
+        mechanism: of a private step; None where training is plain, and what leaves the client has noise.
         ledger_ref: a head that the ledger had, and the owner's limits.
     """
 
     config: RunConfig
     ledger: Ledger
     release: Release
-    mechanism: Mechanism
+    mechanism: Mechanism | None
     ledger_ref: LedgerRef
 
     def reserve(self) -> PrivacySpent:
@@ -157,6 +157,47 @@ def plan_release(
     )
 
 
+def plan_whole(
+    runtime: ClientRuntime,
+    config: RunConfig,
+    ledger_ref: LedgerRef,
+    *,
+    partition_id: int,
+    server_round: int,
+    noise_multiplier: float,
+    seed: int | None,
+    start: str = "",
+    cohort: Sequence[int] = (),
+) -> PlannedRelease:
+    """One round of plain training, of which all that leaves the client has noise for all of its data.
+
+    Arguments are those of `plan_release`, and the multiplier of that noise.
+    """
+    ledger = ledger_of(ledger_ref.directory, config, runtime.data, partition_id)
+    settings = [
+        *_settings(config, config.train_of(partition_id)),
+        noise_multiplier,
+        runtime.model.device,
+        *cohort,
+    ]
+    secure = dataclasses.asdict(config.secure)
+    release = Release(
+        run_key=ledger_ref.run_key,
+        server_round=server_round,
+        partition_id=partition_id,
+        noise_multiplier=noise_multiplier,
+        sample_rate=1.0,
+        steps=1,
+        unit=CLIENT,
+        determined_by=""
+        if seed is None
+        else _digest(seed, start, ledger.dataset.fingerprint, secure, *settings),
+    )
+    return PlannedRelease(
+        config=config, ledger=ledger, release=release, mechanism=None, ledger_ref=ledger_ref
+    )
+
+
 def train_within_budget(
     runtime: ClientRuntime, plan: PlannedRelease, *, seed: int | None, canaries: Canaries | None = None
 ) -> tuple[LocalResult, PrivacySpent]:
@@ -174,6 +215,7 @@ def train_within_budget(
         BudgetExceeded, LedgerRefused: see `PlannedRelease.reserve`.
         RunFailed: a private step does not compute what it claims on this model.
     """
+    assert plan.mechanism is not None
     self_check(runtime.model, runtime.data.pad_token_id, plan.mechanism)
     spent = plan.reserve()
     config = plan.config

@@ -261,10 +261,11 @@ def _train(
 ) -> tuple[LocalResult, PrivacySpent | None]:
     seed = seed_of(instruction, config, node)
     plan = plan_of(runtime, resolved, instruction, config, node)
-    if plan is not None:
+    if plan is not None and plan.mechanism is not None:
         return train_within_budget(
             runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )
+    spent = None if plan is None else plan.reserve()
     if config.train.packing:
         check_packing(runtime.model, runtime.data.pad_token_id)
     with packed_base(runtime.model, runtime.model.precision):
@@ -278,7 +279,9 @@ def _train(
             seed=seed,
             stage=stage_of(instruction, config),
         )
-    return result, None
+    if plan is not None:
+        plan.released()
+    return result, spent
 
 
 def _start(instruction: wire.TrainInstruction, resolved: ResolvedInstruction) -> str:

@@ -202,7 +202,8 @@ def _charged(group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:
 
 def _member(runtime: ClientRuntime, ready: Ready) -> Member:
     one, indices = ready.assignment, runtime.data.indices(ready.partition_id)
-    config = one.config
+    config, plan = one.config, ready.plan
+    private = plan is not None and plan.mechanism is not None
     train, steps = config.train_of(ready.partition_id), config.local_steps_of(ready.partition_id)
     return Member(
         adapters=lora_set(ready.resolved.adapters),
@@ -212,11 +213,11 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         train_head=config.model.head != "freeze",
         tail=one.instruction.tail,
         indices=indices,
-        steps=num_steps(train, len(indices), steps) if ready.plan is None else steps,
+        steps=steps if private else num_steps(train, len(indices), steps),
         seed=seed_of(one.instruction, config, one.node),
-        mechanism=None if ready.plan is None else ready.plan.mechanism,
+        mechanism=None if plan is None else plan.mechanism,
         canaries=one.node.canaries,
-        sample_rate=None if ready.plan is None else ready.plan.release.sample_rate,
+        sample_rate=plan.release.sample_rate if plan is not None and private else None,
     )
 
 

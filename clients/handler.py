@@ -84,7 +84,7 @@ def handle(
         reply = explained_refusal(answer)
     if kind == TRAIN:
         reply, encoded = secure.encoded(
-            reply, instruction, content, config, settings, state, protected=protected
+            reply, instruction, content, config, settings, state, protected=protected, simulation=simulation
         )
     else:
         encoded = wire.encode_reply(reply, instruction, packed=instruction.packed)
@@ -137,8 +137,9 @@ def handle_together(
         if isinstance(reply, wire.Reply):
             config, settings = configured(run_configs[place]), node_settings(node_configs[place])
             _, answers[place] = secure.encoded(
-                reply, assigned.instruction, contents[place], config, settings, states[place]
-            )
+                reply, assigned.instruction, contents[place], config, settings, states[place],
+                simulation=assigned.node.simulation,
+            )  # fmt: skip
         else:
             answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]

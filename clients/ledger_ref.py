@@ -131,8 +131,9 @@ def fingerprint(examples: Examples, indices: Indices) -> str:
 
 
 def check_ledgers(
-    config: RunConfig, data: Prepared, partitions: Collection[int], directory: Path, heads: Mapping[int, str]
-) -> None:
+    config: RunConfig, data: Prepared, partitions: Collection[int], directory: Path, heads: Mapping[int, str],
+    unit: str,
+) -> None:  # fmt: skip
     """Before a run: every client's ledger is there or can be resolved, and continues from its known head.
 
     Raises:
@@ -140,7 +141,7 @@ def check_ledgers(
     """
     for partition in sorted(partitions):
         ledger = ledger_of(directory, config, data, partition)
-        ledger.check(heads.get(partition, ""), config.privacy.unit_column)
+        ledger.check(heads.get(partition, ""), unit)
 
 
 def check_disjoint(config: RunConfig, data: Prepared, partitions: Collection[int]) -> None:

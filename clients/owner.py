@@ -1,6 +1,7 @@
 """Owner's policy of a node: what may leave it, whatever a run asks for.
 
-A node is protected in every private run, and in every run where its owner sets a limit (``max-epsilon``).
+A node is protected in every run in which it makes what it sends private itself (``privacy.mode = "example"``,
+``secure.noise = "distributed"``), and in every run where its owner sets a limit (``max-epsilon``).
 From a protected node leave
 
     the noisy update, and the claim that goes with it
@@ -46,7 +47,7 @@ LARGEST_VALUE = 1e4
 
 def is_protected(config: RunConfig, settings: NodeSettings) -> bool:
     """Whether the owner's policy holds for this run."""
-    return config.privacy.private or settings.max_epsilon > 0
+    return config.privacy.private or config.secure.noise != "none" or settings.max_epsilon > 0
 
 
 def refuse_beyond_limit(config: RunConfig, settings: NodeSettings) -> None:

@@ -13,18 +13,21 @@ from flwr.app import RecordDict
 from clients.node_settings import NodeSettings
 from clients.owner import REFUSAL
 from clients.privacy import mechanism_of
+from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure_steps import SUMS, fixed_point, under_masks
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.seeding import stream
-from fedlora.errors import SecureRefused
+from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.masks import Unsigned
-from fedlora.secure.step import step_of
+from fedlora.secure.noise import SharedNoise, Words, seeded_words, system_words
+from fedlora.secure.step import Step, step_of
 
 
 def encoded(
     reply: wire.Reply, instruction: wire.TrainInstruction, content: RecordDict, config: RunConfig,
-    settings: NodeSettings, state: RecordDict | None, *, protected: bool = False,
+    settings: NodeSettings, state: RecordDict | None, *, simulation: bool,
+    protected: bool = False,
 ) -> tuple[wire.Reply, RecordDict]:  # fmt: skip
     """The reply to an instruction to train as it leaves, under masks where the run has secure sums.
 
@@ -35,6 +38,7 @@ def encoded(
         config: the run.
         settings: of the node.
         state: the node's, between messages; None: the row is not masked yet, whoever has the state does it.
+        simulation: noise is drawn from the run's seed, not from the operating system.
         protected: why it declines may depend on its data, and is told to its owner alone.
     """
     if config.secure.mode != SUMS or reply.status != wire.OK:
@@ -42,7 +46,8 @@ def encoded(
     bare = replace(reply, arrays={}, start={}, metrics={})
     records = wire.encode_reply(bare, instruction, packed=instruction.packed)
     try:
-        records[wire.MASKED] = wire.masked_record(_row(reply, instruction, content, config, settings))
+        row = _row(reply, instruction, content, config, settings, simulation=simulation)
+        records[wire.MASKED] = wire.masked_record(row)
         if state is not None:
             under_masks(records, content, config, settings, state)
     except SecureRefused as error:
@@ -55,15 +60,32 @@ def encoded(
 
 def _row(
     reply: wire.Reply, instruction: wire.TrainInstruction, content: RecordDict, config: RunConfig,
-    settings: NodeSettings,
+    settings: NodeSettings, *, simulation: bool,
 ) -> Unsigned:  # fmt: skip
     asked = step_of(content.config_records)
     if not asked.text("session").startswith(f"{instruction.identity}, "):
         raise SecureRefused("the keys were made for another run, or another round of it")
-    fixed, key = fixed_point(asked, config, settings), mechanism_of(config).weighted_by_key
+    if isinstance(privacy := mechanism_of(config), DistributedClientPrivacy):
+        words = words_of(config, instruction.server_round, settings.partition_id, simulation=simulation)
+        return wire.to_noisy_row(reply.start, reply.arrays, _noise(privacy, asked), words)
+    fixed, key = fixed_point(asked, config, settings), privacy.weighted_by_key
     weight = 1.0 if key is None else reply.metrics.get(key, -1.0)
     if not (weight.is_integer() and 0 <= weight <= fixed.max_weight):  # how many it has is not told
         raise SecureRefused(f"its {key} is not whole, or beyond secure.max-weight = {fixed.max_weight}")
     rounding = stream(config.seed, "secure", instruction.server_round, settings.partition_id)
     loss = reply.metrics.get("train-loss")
     return wire.to_row(reply.start, reply.arrays, int(weight), loss, fixed, rounding)
+
+
+def _noise(privacy: DistributedClientPrivacy, asked: Step) -> SharedNoise:
+    try:
+        return privacy.shared(len(asked.numbers("sharers")))
+    except ConfigError as error:
+        raise SecureRefused(str(error)) from None
+
+
+def words_of(config: RunConfig, server_round: int, partition_id: int, *, simulation: bool) -> Words:
+    """What a client's noise is drawn from: the operating system, in simulation the run's seed."""
+    if not simulation:
+        return system_words
+    return seeded_words(stream(config.seed, "secure-noise", server_round, partition_id))

@@ -24,6 +24,8 @@ from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.masks import Unsigned
+from fedlora.secure.noise import SharedNoise
 from fedlora.secure.participant import Terms
 from fedlora.secure.peers import PUBLIC, SURVIVORS, Peers, to_sign
 from fedlora.secure.step import ADVERTISE, CONFIRM, SECURE, SHARE, STEP, UNMASK, Step, step_of
@@ -44,6 +46,7 @@ class SecureStrategy(FactorStrategy):
         terms: of each round.
         largest_change: by which a number may change.
         max_weight: the most that a client may weigh.
+        shared_noise: of so many clients that may be in a sum, where each clips and noises its own update.
         timeout: seconds for each exchange but that of training.
         peers: the registered nodes' keys, with which they sign; None: nobody signs.
 
@@ -52,7 +55,8 @@ class SecureStrategy(FactorStrategy):
     """
 
     def __init__(
-        self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int, timeout: float = 3600,
+        self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int,
+        shared_noise: Callable[[int], SharedNoise] | None = None, timeout: float = 3600,
         peers: Peers | None = None, **named: Any,
     ) -> None:  # fmt: skip
         super().__init__(*arguments, **{**named, "diagnostics": False})
@@ -62,6 +66,7 @@ class SecureStrategy(FactorStrategy):
             raise ConfigError("secure sums: screening and client-level privacy need single updates")
         self.terms, self.timeout, self.peers = terms, timeout, peers
         self.largest_change, self.max_weight = largest_change, max_weight
+        self.shared_noise, self._planned = shared_noise, 0
         self.collector = Collector(terms=terms)
         self._grid: Grid | None = None
         self._nodes: dict[int, int] = {}
@@ -80,6 +85,7 @@ class SecureStrategy(FactorStrategy):
     ) -> list[Message]:  # fmt: skip
         self.transport.beside = {}
         if message_type == MessageType.TRAIN and chosen:
+            self._planned = len(chosen)
             named = wire.identity(settings_of(config, server_round))
             chosen = self._agree(named, {partition: present[partition] for partition in chosen})
             for partition in chosen:
@@ -101,9 +107,10 @@ class SecureStrategy(FactorStrategy):
         contents = self.transport.settle(replies)
         if not self.transport.requests:
             return None, None
-        start, fixed = self._start(), self._fixed()
+        start, noisy = self._start(), self.shared_noise is not None
+        length = wire.row_length(start, noisy=noisy)
         for request in self.transport.requests:
-            self._take_update(request, contents.get(request.partition_id), wire.row_length(start))
+            self._take_update(request, contents.get(request.partition_id), length)
             self._silent[request.partition_id] = request.is_silent
         self._count_bytes()
         survivors = sorted(self.collector.survivors)
@@ -116,7 +123,7 @@ class SecureStrategy(FactorStrategy):
         self._unmask(survivors)
         self.patience.note(server_round, self._silent)
         try:
-            summed = wire.from_row(self.collector.total(), start, fixed)
+            summed = self._read(self.collector.total(), start)
         except SecureRefused as error:
             raise RunFailed(f"round {server_round}: {error}") from None
         if summed.cut:
@@ -256,9 +263,13 @@ class SecureStrategy(FactorStrategy):
         sent = self.transport.requests[0].broadcast
         return wire.to_peft(sent.adapters, sent.head, sent.uploaded, sent.modules)
 
-    def _fixed(self) -> FixedPoint:
+    def _read(self, total: Unsigned, start: Tensors) -> wire.Summed:
+        """The mean; with shared noise over all that were asked: an update that does not come is zero."""
         clients = len(self.collector.sealed)
-        return FixedPoint(clients, self.terms.bits, self.largest_change, self.max_weight)
+        if self.shared_noise is not None:
+            return wire.from_noisy_row(total, start, self.shared_noise(clients), self._planned)
+        fixed = FixedPoint(clients, self.terms.bits, self.largest_change, self.max_weight)
+        return wire.from_row(total, start, fixed)
 
 
 def virtual_update(summed: wire.Summed, sent: Broadcast) -> ClientUpdate:

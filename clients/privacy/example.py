@@ -99,7 +99,7 @@ class ExamplePrivacy(PrivacyMechanism):
         from clients.ledger_ref import check_ledgers, ledger_directory
 
         ledgers = ledger_directory(self.config, stores, simulation=True)
-        check_ledgers(self.config, data, partitions, ledgers, heads)
+        check_ledgers(self.config, data, partitions, ledgers, heads, self.config.privacy.unit_column)
 
     def step(self) -> Mechanism:
         from clients.training.dp_mechanism import Mechanism

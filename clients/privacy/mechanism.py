@@ -8,6 +8,7 @@ A run asks its mechanism and knows no mode. In the order of a run:
     local           a client's training as a release that is planned, charged and then made
     server          clipping and noise on updates, before any rule sees them
     spent           what each client has spent, where the server knows it and clients do not say
+    beside          a second epsilon, for who sees less
 
 A newcomer is a subclass and its mode among those that ``privacy.mode`` accepts. What a mode does in several
 ways is within it: under adaptive clipping `clients.privacy.client` has another `server`, and all else stays.
@@ -142,5 +143,13 @@ class PrivacyMechanism:
 
         Args:
             participations: rounds by partition.
+        """
+        return {}
+
+    def beside(self, claim: Mapping[str, Any]) -> dict[str, Any]:
+        """What a client's claim says beside its epsilon, which is against whoever sees most.
+
+        Args:
+            claim: fields of `fedlora.privacy.types.PrivacySpent`, of a reply or of `spent`.
         """
         return {}

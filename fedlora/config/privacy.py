@@ -22,7 +22,7 @@ class PrivacyConfig:
 
     mode: Literal["none", "example", "client"] = "none"
     """``none``; ``example``: one example more or less at a client is hidden from its server; ``client``: one
-    client is hidden in the global model, from everybody but the server."""
+    client is hidden in the global model, from everybody but the server, and with ``secure.noise`` from it."""
     neighboring_relation: Literal["zero_out_one", "add_or_remove_one"] = "zero_out_one"
     """``example``: neighbours differ by an example that is replaced by nothing, and the number of examples is
     public (``zero_out_one``), or by one more or less, the number hidden (``add_or_remove_one``)."""

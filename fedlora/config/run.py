@@ -144,6 +144,10 @@ class RunConfig:
             f"times fraction-train = {share:g} must be <= 1, or there are not so many to ask",
         )  # fmt: skip
         self._check_evaluations()
+        require(
+            self.secure.noise == "none" or self.privacy.client_level, "secure.noise", self.secure.noise,
+            f"is noise for whole clients, privacy.mode is {self.privacy.mode!r}, must be 'client'",
+        )  # fmt: skip
         kinds = self.devices.kinds
         for group in self.groups:
             require(

@@ -31,5 +31,25 @@ class SecureConfig:
     """The most examples that a client may count for, for instance ``1000``; 0: the most that the server knows
     a partition to have."""
 
+    noise: Literal["none", "distributed"] = "none"
+    """``distributed``: with ``privacy.mode = "client"`` each client clips its own update and adds its share
+    of the noise, so that the server need not be trusted with it; ``none``: clients add none to sums."""
+    colluding: NonNegativeInt = 1
+    """Clients that may tell the server what they know, or add no noise: that of ``min-clients`` less these
+    alone is counted on against the server."""
+
     def __post_init__(self) -> None:
         require(self.bits in (32, 64), "secure.bits", self.bits, "accepted are 32, 64")
+        require(
+            self.noise == "none" or self.mode == "sums", "secure.noise", self.noise,
+            f"clients' shares of noise add up in sums alone, secure.mode is {self.mode!r}, must be 'sums'",
+        )  # fmt: skip
+        require(
+            self.mode == "none" or self.colluding < self.min_clients, "secure.colluding", self.colluding,
+            f"must be below secure.min-clients, which is {self.min_clients}, or no other noise is left",
+        )  # fmt: skip
+
+    @property
+    def honest(self) -> int:
+        """Clients of a sum whose noise is counted on against the server, T."""
+        return self.min_clients - self.colluding

@@ -41,6 +41,7 @@ from fedlora.privacy.entries import (
 )
 from fedlora.privacy.filter import Budget, Setting, fits, spent
 from fedlora.privacy.spending import EvaluationRelease, Release, Standing
+from fedlora.privacy.types import CLIENT
 
 ROUNDING = 1e-9
 """Of a sum of equal epsilons, relative."""
@@ -178,8 +179,9 @@ class Ledger:
     def _check_unit(self, unit: str) -> None:
         """Refuse to add up what protects examples and what protects people: no epsilon is one of both."""
         if self._tally.unit not in (None, unit):
+            key = "privacy.mode = 'client'" if unit == CLIENT else f"privacy.unit-column = {unit!r}"
             raise LedgerRefused(
-                f"privacy.unit-column = {unit!r}: {self.path} has releases for {self._tally.unit!r}; what is "
+                f"{key}: {self.path} has releases for {self._tally.unit!r}; what is "
                 "spent on one kind of unit does not add up with another, so keep it or use another ledger"
             )
 

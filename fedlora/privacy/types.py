@@ -28,6 +28,10 @@ class NeighboringRelation(StrEnum):
     """By one example more or less; rate and noise go by a number that the owner of the data declares."""
 
 
+CLIENT = ":client"
+"""Unit of a release that hides all of a client's data; no column has such a name."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrivacySpent:
     """What one client's training has cost so far.
@@ -69,12 +73,14 @@ class PrivacySpent:
         noise, rate = standing.history[-1][:2] if standing.history else (0.0, 0.0)
         if release is not None:
             noise, rate = release.setting
+        unit = "" if release is None else release.unit
+        granularity = "client" if unit == CLIENT else "unit" if unit else "example"
         return cls(
             epsilon=standing.epsilon,
             delta=standing.delta,
-            granularity="unit" if release is not None and release.unit else "example",
+            granularity=granularity,
             neighboring_relation=standing.neighboring_relation,
-            sampling_method="poisson",
+            sampling_method="none" if granularity == "client" else "poisson",
             accountant=standing.accountant,
             noise_multiplier=noise,
             sample_rate=rate,
@@ -89,12 +95,17 @@ class PrivacySpent:
         """What leaves the client.
 
         Args:
-            count: the example count leaves it, too. Otherwise, where noise and rate go by the real count,
-                they stay, and epsilon is rounded up to two decimals; whoever wants to can still find it out.
+            count: the example count leaves it, too. Otherwise, where noise and rate go by the real count
+                (which those for whole clients do not), they stay, and epsilon is rounded up to two decimals;
+                whoever wants to can still find it out.
             simulated: nothing has to be kept from the server; the history goes along for its records.
         """
         whole = dataclasses.asdict(self)
-        if count or self.neighboring_relation == NeighboringRelation.ADD_OR_REMOVE_ONE:
+        if (
+            count
+            or self.granularity == "client"
+            or self.neighboring_relation == NeighboringRelation.ADD_OR_REMOVE_ONE
+        ):
             return whole
         stays = ("noise_multiplier", "sample_rate", *(() if simulated else ("history",)))
         kept = {key: value for key, value in whole.items() if key not in stays}

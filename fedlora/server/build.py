@@ -25,7 +25,7 @@ from fedlora.secure.peers import Peers
 from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
-from fedlora.server.secure import largest_weight
+from fedlora.server.secure import largest_weight, shared_noise
 from fedlora.server.validate import configured_screening, kept
 from fedlora.server.warm_start import warm_start
 from strategies.arriving import ArrivingStrategy
@@ -150,6 +150,7 @@ def _kind(
             terms=terms_of(config),
             largest_change=config.secure.largest_change,
             max_weight=largest_weight(config, partitions, known_examples),
+            shared_noise=shared_noise(config, len(partitions)),
             timeout=config.round_timeout,
             peers=peers,
         )

@@ -109,8 +109,9 @@ class Record(Callback):
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Complete the round's record and write it."""
-        spent = mechanism_of(run.config).spent(run.strategy.snapshot().participations)
-        report.privacy = spent or report.privacy
+        privacy = mechanism_of(run.config)
+        spent = privacy.spent(run.strategy.snapshot().participations) or report.privacy
+        report.privacy = {client: {**claim, **privacy.beside(claim)} for client, claim in spent.items()}
         now = time.monotonic()
         report.record = round_record(run.config, report, report.record, now - self._began)
         if run.session.clock is not None:

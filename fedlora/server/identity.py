@@ -59,6 +59,8 @@ ADDED = {
     "secure.bits": 32,
     "secure.largest-change": 1.0,
     "secure.max-weight": 0,
+    "secure.noise": "none",
+    "secure.colluding": 1,
     "devices.profiles": "",
     "devices.trace": "",
     "devices.deadline": 0.0,

@@ -165,7 +165,7 @@ def result_record(
 
 CLAIM = (
     "epsilon", "delta", "granularity", "neighboring_relation", "sampling_method", "accountant", "steps",
-    "on_evaluations",
+    "on_evaluations", "epsilon_of_model", "epsilon_of_sums", "colluding",
 )  # fmt: skip
 """Fields of `fedlora.privacy.types.PrivacySpent` that are kept, beside the history."""
 

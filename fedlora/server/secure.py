@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from clients.privacy import mechanism_of
+from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure_steps import terms_of
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.graph import COLLUDING, degree_of, threshold_of
+from fedlora.secure.noise import SharedNoise
 from strategies.registry import RULES
 from strategies.replies import KnownExamples
 from strategies.rule import Rule
+from strategies.sampling import clients_of_round
 
 KEY = "secure.mode = 'sums'"
 
@@ -39,9 +43,10 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(
             f"{KEY}: strategy.screening = 'on' compares single updates, accepted are auto, off"
         )
-    if config.privacy.mode == "client":
+    if config.privacy.mode == "client" and config.secure.noise == "none":
         raise NotApplicable(
-            f"{KEY}: privacy.mode = 'client' clips single updates at the server; accepted are none, example"
+            f"{KEY}: privacy.mode = 'client' clips single updates at the server, unless secure.noise is "
+            "'distributed'"
         )
     if config.upload not in ("", "float32"):
         raise NotApplicable(
@@ -54,11 +59,40 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
 
 def secure_line(config: RunConfig) -> str:
     """What is summed and what is off for it, in a sentence."""
-    secure = config.secure
+    secure, noise = config.secure, ""
+    if secure.noise != "none":
+        noise = f"; each clips and noises its own update, noise of {secure.honest} is counted on"
     return (
-        f"the server learns sums of at least {secure.min_clients} clients, modulo 2^{secure.bits}; screening "
-        "and diagnostics, which look at single updates, are off"
+        f"the server learns sums of at least {secure.min_clients} clients, modulo 2^{secure.bits}{noise}; "
+        "screening and diagnostics, which look at single updates, are off"
     )
+
+
+def shared_noise(config: RunConfig, clients: int) -> Callable[[int], SharedNoise] | None:
+    """How so many clients, or fewer, write changes with noise; None where they add none.
+
+    Raises:
+        ConfigError: a grid too fine for so many, a round that asks too few for its noise, or colluders who
+            could take off masks.
+    """
+    privacy, secure = mechanism_of(config), config.secure
+    if not isinstance(privacy, DistributedClientPrivacy):
+        return None
+    share, least = config.fraction_train * config.devices.over_selection, secure.min_clients
+    asked = min(clients, clients_of_round(share, clients, config.min_train_nodes))
+    if asked < least:
+        raise ConfigError(
+            f"secure.min-clients = {least}: a round asks {asked} clients, whose noise is too little"
+        )
+    everybody = degree_of(asked, secure.threshold) >= asked - 1  # masks with everybody
+    most = threshold_of(least - 1, secure.threshold) - 1 if everybody else int(COLLUDING * least)
+    if secure.colluding > most:
+        raise ConfigError(
+            f"secure.colluding = {secure.colluding}: the masks of {least} clients (secure.min-clients) hold "
+            f"against at most {most} who collude"
+        )
+    privacy.shared(asked)
+    return privacy.shared
 
 
 def largest_weight(config: RunConfig, partitions: Collection[int], known_examples: KnownExamples) -> int:

@@ -48,11 +48,13 @@ from fedlora.wire.reply import (
 )
 from fedlora.wire.secure import (
     Summed,
+    from_noisy_row,
     from_row,
     masked_record,
     masked_row,
     row_length,
     step_bytes,
+    to_noisy_row,
     to_row,
 )
 from fedlora.wire.upload import CODECS, UploadCodec, codec_named, with_owed
@@ -83,6 +85,7 @@ __all__ = [
     "decode_instruction",
     "decode_reply",
     "encode_reply",
+    "from_noisy_row",
     "from_peft",
     "from_record",
     "from_row",
@@ -106,6 +109,7 @@ __all__ = [
     "payload_bytes",
     "row_length",
     "step_bytes",
+    "to_noisy_row",
     "to_peft",
     "to_record",
     "to_row",

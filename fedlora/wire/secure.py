@@ -3,6 +3,7 @@
     [ w change_1, .., w change_n, w loss | w, w where the loss is told, 1 where a number was cut ]
 
 Changes are of the tensors that are shipped, in the order of their names; the last three are counts and exact.
+Where clients share noise, a row is of changes alone, everybody's once and with noise: nothing of it is exact.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fedlora.core.factors import Tensors
 from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import Unsigned
+from fedlora.secure.noise import SharedNoise, Words
 from fedlora.secure.step import MASKED, SECURE
 from fedlora.wire.arrays import decoded_array
 
@@ -43,9 +45,9 @@ class Summed:
     cut: int
 
 
-def row_length(start: Tensors) -> int:
+def row_length(start: Tensors, *, noisy: bool = False) -> int:
     """Integers in a row."""
-    return sum(tensor.numel() for tensor in start.values()) + 1 + COUNTS
+    return sum(tensor.numel() for tensor in start.values()) + (0 if noisy else 1 + COUNTS)
 
 
 def to_row(
@@ -65,7 +67,7 @@ def to_row(
     Raises:
         SecureRefused: a change that is no number: under masks nobody else could see that.
     """
-    change = np.concatenate([_flat(trained, start, name) for name in sorted(start)] or [np.zeros(0)])
+    change = _change(start, trained)
     if not np.isfinite(change).all():
         raise SecureRefused("its update holds a NaN or an infinity")
     told = loss is not None and math.isfinite(loss)
@@ -86,13 +88,17 @@ def from_row(total: Unsigned, start: Tensors, fixed: FixedPoint) -> Summed:
         raise SecureRefused("the weights of all clients sum to zero")
     sums = fixed.decode(total[:-COUNTS])
     loss = float(sums[-1]) / fixed.limit * LARGEST_LOSS / told if told else None
-    tensors, begin = Tensors(), 0
-    for name in sorted(start):
-        part = sums[begin : begin + start[name].numel()] / weight
-        begin += len(part)
-        mean = start[name].double() + torch.from_numpy(part).reshape(start[name].shape)
-        tensors[name] = mean.to(torch.float32)
-    return Summed(tensors, weight, loss, cut)
+    return Summed(_moved(start, sums[:-1] / weight), weight, loss, cut)
+
+
+def to_noisy_row(start: Tensors, trained: Tensors, noise: SharedNoise, words: Words) -> Unsigned:
+    """The row of a client that adds its share of noise, not masked; see `SharedNoise.encode`."""
+    return noise.encode(_change(start, trained), words)
+
+
+def from_noisy_row(total: Unsigned, start: Tensors, noise: SharedNoise, planned: int) -> Summed:
+    """Start and mean over so many clients, asked whether or not they are in the sum, out of its row."""
+    return Summed(_moved(start, noise.decode(total) / planned), weight=1, loss=None, cut=0)
 
 
 def masked_record(row: Unsigned) -> ArrayRecord:
@@ -113,9 +119,19 @@ def masked_row(content: RecordDict, length: int, bits: int) -> Unsigned:
     return row
 
 
-def _flat(trained: Tensors, start: Tensors, name: str) -> NDArray[np.float64]:
-    flat: NDArray[np.float64] = (trained[name].double() - start[name].double()).numpy().reshape(-1)
-    return flat
+def _change(start: Tensors, trained: Tensors) -> NDArray[np.float64]:
+    flat = [(trained[name].double() - start[name].double()).numpy().reshape(-1) for name in sorted(start)]
+    return np.concatenate(flat or [np.zeros(0)])
+
+
+def _moved(start: Tensors, change: NDArray[np.float64]) -> Tensors:
+    tensors, begin = Tensors(), 0
+    for name in sorted(start):
+        part = change[begin : begin + start[name].numel()]
+        begin += len(part)
+        moved = start[name].double() + torch.from_numpy(part).reshape(start[name].shape)
+        tensors[name] = moved.to(torch.float32)
+    return tensors
 
 
 def step_bytes(content: RecordDict) -> int:

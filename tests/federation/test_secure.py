@@ -273,7 +273,10 @@ def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) ->
         ({"strategy.robust": "median"}, "strategy.robust = 'median' looks at single updates"),
         ({"strategy.screening": "on"}, "strategy.screening = 'on' compares single updates"),
         ({"strategy.max-update-norm": 1.0}, "strategy.max-update-norm = 1.0 looks at single updates"),
-        ({"privacy.mode": "client", "privacy.noise-multiplier": 1.0}, "privacy.mode = 'client' clips single"),
+        (
+            {"privacy.mode": "client", "privacy.noise-multiplier": 1.0},
+            "'client' clips single .* 'distributed'",
+        ),
         ({"upload": "int8"}, "upload = 'int8'"),
         ({"lora.ranks": "2,4", "strategy.name": "zero-padding"}, "cannot be added up"),
         ({"client-groups": '[{"partitions": "0", "alpha": 3.0}]'}, "cannot be added up"),

@@ -67,15 +67,31 @@ def facts(rows: Sequence[Row]) -> list[tuple[str, str]]:
         "Test examples": f"{rows[0].examples:,}",
         "Test examples in a round": " or ".join(sorted(evaluated)),
         "Neighbouring data sets": "; or ".join({_neighbours(r.config): None for r in rows if r.protected}),
+        **_seen_by_less(runs),
         "Labels": f"{len(labels)} ({', '.join(map(str, labels))})" if labels else "",
     }  # fmt: skip
     return [(name, value) for name, value in found.items() if value]
+
+
+SECOND = {
+    "epsilon_of_model": "Epsilon against who sees the model alone",
+    "epsilon_of_sums": "Epsilon against who sees sums alone",
+}
+"""A claim's second epsilon, see `clients.privacy.mechanism`."""
+
+
+def _seen_by_less(runs: Sequence[CellResult]) -> dict[str, str]:
+    claims = [run.result.get("claim", {}) for run in runs]
+    most = {title: [c[key] for c in claims if key in c] for key, title in SECOND.items()}
+    return {title: f"{max(found):.2f} at most" for title, found in most.items() if found}
 
 
 def _neighbours(config: RunConfig) -> str:
     if config.privacy.client_level:
         bands = config.privacy.noise_bands
         drawn = f"correlated over {bands} rounds, of which a client is in one" if bands > 1 else "independent"
+        if config.secure.noise != "none":
+            drawn = f"shared by clients, that of {config.secure.honest} is counted on against the server"
         return f"differ by one client's updates, replaced by nothing; noise is {drawn}"
     column = config.privacy.unit_column
     units = "units" if column else "examples"

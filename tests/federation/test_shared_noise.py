@@ -1,0 +1,166 @@
+"""Runs in which clients clip and noise their own updates: what the server is told, what is claimed of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from clients.handler import handle
+from clients.privacy import mechanism_of
+from clients.privacy.distributed import DistributedClientPrivacy
+from clients.secure import words_of
+from fedlora import wire
+from fedlora.config import to_flat
+from fedlora.errors import ConfigError, RunFailed
+from fedlora.privacy.ledger import read_ledgers
+from fedlora.secure.noise import system_words
+from tests.federation.test_secure import ENGINE, carry_out, config_of, numbers, phase
+
+KEYS: dict[str, Any] = {
+    "privacy.mode": "client", "secure.noise": "distributed", "privacy.noise-multiplier": 1e-3,
+    "privacy.clipping-norm": 0.01, "num-server-rounds": 1, "privacy.target-epsilon": 1e9,
+    "engine.cohort-size": 1, "privacy.accountant": "rdp",
+}  # fmt: skip
+SOME = {
+    **KEYS, "privacy.noise-multiplier": 4.0, "privacy.target-epsilon": 8.0, "engine.cohort-size": 2,
+}  # fmt: skip
+
+
+def test_almost_without_noise_it_is_the_central_mechanism(cache: Path, tmp_path: Path) -> None:
+    """Clipped by clients as by the server, over the planned cohort, also where one of five gets lost."""
+
+    def losing(message: Any, partition: int, reply: Any) -> Any:
+        return None if (phase(message), partition) == ("train", 3) else reply
+
+    summed, grid = carry_out(tmp_path / "sums", losing, **KEYS)
+    central = {**KEYS, "secure.mode": "none", "secure.noise": "none"}
+    plain, _ = carry_out(tmp_path / "plain", losing, **central)
+    for name, tensor in plain.state.adapters.items():
+        for factor, value in tensor.tensors().items():
+            apart = summed.state.adapters[name].tensors()[factor] - value
+            assert float(apart.abs().max()) < 6 * 1e-5 * math.sqrt(3)
+    moved = torch.cat([t.reshape(-1) for t in numbers(plain.state).values()])
+    assert float(moved.abs().max()) > 1e-3
+    line = summed.directory.rounds()[0]
+    assert line["participants"] == [0, 1, 2, 4]
+    assert line["train_loss"] is None
+    rows = [c[wire.MASKED][wire.MASKED].numpy() for _, at, c in grid.replies if at == "train"]
+    shipped = sum(t.numel() for a in plain.state.adapters.values() for t in a.tensors().values())
+    assert {row.shape for row in rows} == {(shipped + sum(t.numel() for t in plain.state.head.values()),)}
+
+
+def test_the_model_has_the_noise_of_everybody_in_the_sum(cache: Path, tmp_path: Path) -> None:
+    """Of five shares, three less one of which are counted on: sqrt(5 / 2) of the claimed noise."""
+    noisy, _ = carry_out(tmp_path / "noisy", **SOME)
+    quiet, _ = carry_out(tmp_path / "quiet", **KEYS)
+    apart = [
+        (tensor.tensors()[x] - quiet.state.adapters[name].tensors()[x]).numpy().ravel()
+        for name, tensor in noisy.state.adapters.items()
+        for x in "AB"
+    ]
+    found, expected = np.concatenate(apart).std(), math.sqrt(5 / 2) * 4.0 * 0.01 / 5
+    assert found == pytest.approx(expected, rel=0.06)
+
+
+def test_both_epsilons_are_recorded_and_the_ledger_has_the_larger(cache: Path, tmp_path: Path) -> None:
+    """Against the rule for one Gaussian mechanism of z / sqrt(rounds), with noise of two and of three."""
+    run, _ = carry_out(tmp_path / "run", **{**SOME, "num-server-rounds": 2, "privacy.accountant": "pld"})
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    claim = result["claim"]
+    assert (claim["granularity"], claim["sampling_method"], claim["steps"]) == ("client", "none", 2)
+    from scipy.optimize import brentq
+
+    from tests.secure.test_shared_noise import gaussian
+
+    for key, share in (("epsilon", 1.0), ("epsilon_of_model", (3 * 1024 - 4) / (2 * 1024 - 4))):
+        sigma = 4.0 * math.sqrt(share / 2)
+        exact = brentq(lambda e, s=sigma: gaussian(s, e) - 1e-5, 1e-4, 50)
+        assert exact <= claim[key] <= exact + 2e-3
+    assert claim["colluding"] == 1
+    [*accounts] = read_ledgers(run.session.stores / "ledger")
+    assert len(accounts) == 5
+    assert {account.unit for account in accounts} == {":client"}
+    assert {round(a.standing.epsilon, 6) for a in accounts} == {round(claim["epsilon"], 6)}
+
+
+def test_fewer_clients_than_the_noise_counts_on_end_the_run(cache: Path, tmp_path: Path) -> None:
+    def losing(message: Any, partition: int, reply: Any) -> Any:
+        return None if phase(message) == "train" and partition > 2 else reply
+
+    with pytest.raises(RunFailed, match=r"3 clients uploaded, secure\.min-clients = 4"):
+        carry_out(tmp_path / "run", losing, **{**SOME, "secure.min-clients": 4})
+
+
+def test_a_client_over_its_budget_takes_no_part(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"privacy\.target-epsilon = 0\.5"):
+        carry_out(tmp_path / "run", **{**SOME, "privacy.target-epsilon": 0.5})
+
+
+def test_outside_of_a_simulation_noise_is_no_ones_to_repeat(cache: Path) -> None:
+    run = config_of(**SOME)
+    assert words_of(run, 1, 0, simulation=False) is system_words
+    drawn = [words_of(run, *place, simulation=True)(4).tolist() for place in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert drawn[0] == drawn[3]
+    assert len({*map(tuple, drawn)}) == 3
+
+
+def test_outside_of_a_simulation_no_evaluation_leaves_a_node(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor the reason for it: what a client measures is in no epsilon."""
+    monkeypatch.setattr("clients.owner.REFUSAL_SECONDS", 1e-3)
+    message: dict[str, Any] = {}
+
+    def keeping(asked: Any, partition: int, reply: Any) -> Any:
+        if phase(asked) == "train" and partition == 0:
+            message["content"] = asked.content
+        return reply
+
+    carry_out(tmp_path / "run", keeping, **SOME)
+    node = {"partition-id": 0, "state-dir": str(tmp_path / "node")}
+    reply = handle("evaluate", message["content"], to_flat(config_of(**SOME)), node, ENGINE.runtimes)
+    assert not any(dict(record) for record in reply.metric_records.values())
+    assert "the node declines; its own log says why" in str(dict(reply.config_records))
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (
+            {"secure.mode": "none"},
+            "secure.noise = 'distributed': clients' shares of noise add up in sums alone",
+        ),
+        ({"privacy.mode": "none"}, "secure.noise = 'distributed': is noise for whole clients"),
+        ({"privacy.mode": "example"}, "secure.noise = 'distributed': is noise for whole clients"),
+        ({"privacy.noise-bands": 2}, "privacy.noise-bands = 2: noise that a later round takes back"),
+        ({"privacy.clipping": "adaptive"}, "privacy.clipping = 'adaptive': norms are counted nowhere"),
+        ({"privacy.release-metrics": True}, "privacy.release-metrics = True: nothing leaves a client"),
+        ({"secure.colluding": 3}, "secure.colluding = 3: must be below secure.min-clients, which is 3"),
+        ({"secure.colluding": 2}, "secure.colluding = 2: the masks of 3 clients .* against at most 1"),
+        ({"privacy.noise-multiplier": 1e-7}, "privacy.noise-multiplier = 1e-07: its grid is too fine"),
+        ({"fraction-train": 0.4}, "secure.min-clients = 3: a round asks 2 clients"),
+        ({"strategy.name": "flora"}, "the aggregate of flora is no mean"),
+        ({"secure.noise": "skellam"}, "secure.noise = 'skellam'"),
+    ],
+)
+def test_what_shares_of_noise_do_not_cover_is_refused_before_anything_starts(
+    keys: dict[str, Any], why: str, cache: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        carry_out(tmp_path / "run", **{**SOME, **keys})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("clients", [3, 4, 50])
+def test_more_shares_are_worth_more_noise_and_a_lost_one_less(clients: int) -> None:
+    privacy = mechanism_of(config_of(**SOME))
+    assert isinstance(privacy, DistributedClientPrivacy)
+    assert privacy.noise_of(privacy.config.secure.honest) == pytest.approx(4.0)
+    assert privacy.noise_of(clients) > 4.0 * math.sqrt(clients / 2)
+    assert privacy.noise_of(1) < 4.0 / math.sqrt(2)
