@@ -117,7 +117,7 @@ class DistributedClientPrivacy(ClientPrivacy):
         """Nothing: clients' ledgers say it."""
         return {}
 
-    def beside(self, claim: Mapping[str, Any]) -> dict[str, Any]:
+    def beside(self, claim: Mapping[str, Any], clients: int) -> dict[str, Any]:
         """``epsilon_of_model``, for who sees the model alone, where every client adds its noise."""
         privacy, rounds, secure = self.config.privacy, claim.get("steps"), self.config.secure
         if type(rounds) is not int or not 1 <= rounds <= self.config.num_server_rounds:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from clients.privacy.mechanism import PrivacyMechanism
+from clients.privacy.sums import epsilon_of_sums
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.privacy.calibration import warn_of_delta
 from fedlora.privacy.quantile import quantile_of
@@ -131,3 +132,8 @@ class ExamplePrivacy(PrivacyMechanism):
             start=start() if node.simulation else "",
             cohort=cohort,
         )
+
+    def beside(self, claim: Mapping[str, Any], clients: int) -> dict[str, Any]:
+        """``epsilon_of_sums``, for who sees sums alone, where it is known."""
+        found = epsilon_of_sums(self.config, claim, clients)
+        return {} if found is None else {"epsilon_of_sums": found, "colluding": self.config.secure.colluding}

@@ -146,10 +146,11 @@ class PrivacyMechanism:
         """
         return {}
 
-    def beside(self, claim: Mapping[str, Any]) -> dict[str, Any]:
+    def beside(self, claim: Mapping[str, Any], clients: int) -> dict[str, Any]:
         """What a client's claim says beside its epsilon, which is against whoever sees most.
 
         Args:
             claim: fields of `fedlora.privacy.types.PrivacySpent`, of a reply or of `spent`.
+            clients: that take part.
         """
         return {}

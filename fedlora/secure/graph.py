@@ -68,6 +68,18 @@ def threshold_of(degree: int, share: float) -> int:
     return math.ceil(share * (degree + 1) - 1e-9)
 
 
+def colluders_held(least: int, asked: int, share: float) -> int:
+    """The most clients that tell the server all they know and take off nobody's mask.
+
+    Args:
+        least: the fewest clients of a sum.
+        asked: the most of a round.
+        share: as in `graph_of`.
+    """
+    everybody = degree_of(asked, share) >= asked - 1
+    return threshold_of(least - 1, share) - 1 if everybody else int(COLLUDING * least)
+
+
 @lru_cache
 def degree_of(clients: int, share: float) -> int:
     """Neighbours of each of so many clients; see the module."""

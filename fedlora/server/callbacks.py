@@ -111,7 +111,8 @@ class Record(Callback):
         """Complete the round's record and write it."""
         privacy = mechanism_of(run.config)
         spent = privacy.spent(run.strategy.snapshot().participations) or report.privacy
-        report.privacy = {client: {**claim, **privacy.beside(claim)} for client, claim in spent.items()}
+        clients = len(run.partitions)
+        report.privacy = {p: {**claim, **privacy.beside(claim, clients)} for p, claim in spent.items()}
         now = time.monotonic()
         report.record = round_record(run.config, report, report.record, now - self._began)
         if run.session.clock is not None:

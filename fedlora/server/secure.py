@@ -10,7 +10,7 @@ from clients.secure_steps import terms_of
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.secure.fixed_point import FixedPoint
-from fedlora.secure.graph import COLLUDING, degree_of, threshold_of
+from fedlora.secure.graph import colluders_held
 from fedlora.secure.noise import SharedNoise
 from strategies.registry import RULES
 from strategies.replies import KnownExamples
@@ -84,8 +84,7 @@ def shared_noise(config: RunConfig, clients: int) -> Callable[[int], SharedNoise
         raise ConfigError(
             f"secure.min-clients = {least}: a round asks {asked} clients, whose noise is too little"
         )
-    everybody = degree_of(asked, secure.threshold) >= asked - 1  # masks with everybody
-    most = threshold_of(least - 1, secure.threshold) - 1 if everybody else int(COLLUDING * least)
+    most = colluders_held(least, asked, secure.threshold)
     if secure.colluding > most:
         raise ConfigError(
             f"secure.colluding = {secure.colluding}: the masks of {least} clients (secure.min-clients) hold "

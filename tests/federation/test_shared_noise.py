@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 
 from clients.handler import handle
 from clients.privacy import mechanism_of
@@ -17,9 +19,13 @@ from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure import words_of
 from fedlora import wire
 from fedlora.config import to_flat
+from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.privacy.ledger import read_ledgers
+from fedlora.secure.graph import colluders_held
 from fedlora.secure.noise import system_words
+from fedlora.server.directory import RunDirectory
+from fedlora.server.federated_run import FederatedRun
 from tests.federation.test_secure import ENGINE, carry_out, config_of, numbers, phase
 
 KEYS: dict[str, Any] = {
@@ -164,3 +170,64 @@ def test_more_shares_are_worth_more_noise_and_a_lost_one_less(clients: int) -> N
     assert privacy.noise_of(privacy.config.secure.honest) == pytest.approx(4.0)
     assert privacy.noise_of(clients) > 4.0 * math.sqrt(clients / 2)
     assert privacy.noise_of(1) < 4.0 / math.sqrt(2)
+
+
+STEP: dict[str, Any] = {
+    "privacy.mode": "example", "privacy.noise-multiplier": 2.0, "privacy.target-epsilon": 50.0,
+    "train.optimizer": "sgd", "train.local-steps": 1, "num-server-rounds": 2, "privacy.accountant": "pld",
+    "train.learning-rate": 1e-3, "engine.cohort-size": 1,
+}  # fmt: skip
+
+
+def test_other_clients_noise_in_a_sum_is_a_second_epsilon(cache: Path, tmp_path: Path) -> None:
+    """As the same run would claim with sqrt(T) times the noise; the sums' noise is that of all five."""
+    run, _ = carry_out(tmp_path / "run", **STEP)
+    claim = json.loads((tmp_path / "run" / "result.json").read_text())["claim"]
+    [[noise, rate, steps]] = claim["history"]
+    assert (noise, steps) == (2.0, 2)
+    louder = PLDAccountant()
+    louder.compose(PoissonSampledDpEvent(rate, GaussianDpEvent(2.0 * math.sqrt(2))), steps)
+    assert claim["epsilon_of_sums"] == pytest.approx(louder.get_epsilon(1e-5), rel=5e-3)
+    assert claim["epsilon_of_sums"] < claim["epsilon"]
+    before, after = (
+        torch.cat([t.B.reshape(-1) for t in state.adapters.values()])
+        for state in (_started(tmp_path / "other"), run.state)
+    )
+    expected = 1e-3 * 2.0 / 2 * math.sqrt(2 * 5) / 5
+    assert float((after - before).std()) == pytest.approx(expected, rel=0.15)
+
+
+def _started(path: Path) -> State:
+    """Where such runs start."""
+    return FederatedRun(ENGINE.session(config_of(**STEP), path), RunDirectory(path)).state
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"train.local-steps": 2}, {"train.local-epochs": 1}, {"train.optimizer": "adamw"},
+        {"train.weight-decay": 0.1}, {"train.max-grad-norm": 1.0}, {"privacy.clipping": "adaptive"},
+        {"privacy.noise-multiplier": 0.0}, {"train.learning-rate": 0.5}, {"secure.mode": "none"},
+        {"secure.colluding": 2}, {"client-groups": '[{"partitions": "0", "batch-size": 1}]'},
+        {"train.optimizer-options": '{"nesterov": true}', "train.momentum": 0.5},
+    ],
+)  # fmt: skip
+def test_where_noise_does_not_add_up_nothing_is_claimed_of_sums(keys: dict[str, Any]) -> None:
+    claim = {"history": [[2.0, 0.1, 2]]}
+    assert mechanism_of(config_of(**STEP)).beside(claim, 5)
+    assert mechanism_of(config_of(**{**STEP, **keys})).beside(claim, 5) == {}
+
+
+@pytest.mark.parametrize(
+    "history",
+    [None, [], [[2.0, 0.1, 2], [3.0, 0.1, 2]], [[3.0, 0.1, 2]], [[2.0, 1.5, 2]], [[2.0, 0.1, 9]], "x"],
+)
+def test_a_claim_that_is_not_of_this_run_gets_no_second_epsilon(history: Any) -> None:
+    assert mechanism_of(config_of(**STEP)).beside({"history": history}, 5) == {}
+    assert mechanism_of(config_of(**SOME)).beside({"steps": history}, 5) == {}
+
+
+def test_colluders_that_masks_do_not_hold_against_are_not_counted_on() -> None:
+    """Everybody masks with everybody up to 31; beyond, a fifth may collude."""
+    assert [colluders_held(n, n, 0.66) for n in (2, 3, 10, 31)] == [1, 1, 6, 20]
+    assert [colluders_held(least, 100, 0.66) for least in (3, 50, 100)] == [0, 10, 20]
