@@ -104,7 +104,7 @@ class ClientPrivacy(PrivacyMechanism):
             f"and min-train-nodes = {config.min_train_nodes} ask {asked}",
         )  # fmt: skip
 
-    def server(self, *, seeded: bool) -> ClientDP | AdaptiveClientDP:
+    def server(self, *, seeded: bool) -> ClientDP | AdaptiveClientDP | None:
         fixed = ClientDP(
             clipping_norm=self.config.privacy.clipping_norm,
             noise_multiplier=self.noise,

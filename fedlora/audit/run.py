@@ -165,6 +165,11 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
             "privacy.clipping = 'adaptive': what a canary is clipped to follows the noise, so that an audit "
             "cannot say how far it should go; audit with 'flat'"
         )
+    if config.secure.noise != "none":
+        raise ConfigError(
+            f"secure.noise = {config.secure.noise!r}: an audit of whole clients looks at means with a server's "
+            "noise; audit with secure.mode = 'none' and the same noise multiplier"
+        )
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
     if not 0 < confidence < 1:

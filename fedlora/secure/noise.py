@@ -93,7 +93,8 @@ class SharedNoise:
         noisy = whole + np.concatenate(
             [drawn((centres - whole)[i : i + PIECE], words) for i in range(0, len(whole), PIECE)] or [whole]
         )
-        return noisy.astype(f"<i{self.bits // 8}").view(f"<u{self.bits // 8}")
+        integers: Unsigned = noisy.astype(f"<i{self.bits // 8}").view(f"<u{self.bits // 8}")
+        return integers
 
     def decode(self, total: Unsigned) -> Floats:
         """The noisy sum of the changes, out of the sum of the integers."""
