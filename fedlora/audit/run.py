@@ -167,8 +167,8 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
         )
     if config.secure.noise != "none":
         raise ConfigError(
-            f"secure.noise = {config.secure.noise!r}: an audit of whole clients looks at means with a server's "
-            "noise; audit with secure.mode = 'none' and the same noise multiplier"
+            f"secure.noise = {config.secure.noise!r}: an audit of whole clients looks at means that a "
+            "server noises; audit with secure.mode = 'none' and the same noise multiplier"
         )
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
