@@ -30,7 +30,8 @@ def examples() -> dict[str, object]:
 
 
 WITH: dict[str, dict[str, object]] = {
-    "privacy.clip-shares": {"privacy.mode": "example", "privacy.clipping": "per-layer"}
+    "privacy.clip-shares": {"privacy.mode": "example", "privacy.clipping": "per-layer"},
+    "devices.staleness": {"devices.buffer-size": 2},
 }
 """What a key alone would contradict."""
 
