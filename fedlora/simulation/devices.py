@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from fedlora.config import DeviceProfile, RunConfig
 from fedlora.config.section import kebab
 from fedlora.core.seeding import stream
-from fedlora.data.sources import read_file
 from fedlora.errors import ConfigError
 
 Partitions = NDArray[np.int64]
@@ -164,6 +163,8 @@ def _over(amount: float, rate: float | None, unit: float = 1.0) -> float:
 
 def _traced(path: Path, partitions: Collection[int]) -> Mapping[int, DeviceProfile]:
     """The rows of a trace by partition; each value as if it stood in a profile."""
+    from fedlora.data.sources import read_file  # with datasets and pandas, where data is prepared already
+
     where = f"devices.trace = {str(path)!r}"
     found: dict[int, DeviceProfile] = {}
     try:
