@@ -99,6 +99,9 @@ class RunConfig:
     """The model of the best evaluation is measured and written at the end, not the last one."""
     metric_for_best_model: Literal["loss", "accuracy"] = "loss"
     """What is better: a lower ``loss``, or a higher ``accuracy``."""
+    save_total_limit: PositiveInt = 1
+    """Checkpoints that are kept, those of the last rounds; a run can go on from any of them, see
+    ``docs/training.md``."""
     seed: NonNegativeInt = 0
     """Root of all randomness."""
     partitions: str = ""

@@ -171,7 +171,7 @@ class Checkpoint(Callback):
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Replace the checkpoint."""
-        run.directory.save_checkpoint(run.strategy.snapshot())
+        run.directory.save_checkpoint(run.strategy.snapshot(), run.config.save_total_limit)
 
 
 class KeepBest(Callback):

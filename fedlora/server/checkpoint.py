@@ -1,11 +1,12 @@
 """A run between two rounds, on disk: everything needed to go on with the same bits.
 
 ``state-00007.safetensors`` has adapters, head, the rule's memory and what client-level privacy goes on from,
-after round 7, and the one before it is dropped; ``patch-00001.safetensors`` and on are the base's patches,
-each written once; ``latest.json`` says which of them count, and all that is no tensor. It is sealed
-(`fedlora.core.sealed`), and holds the digests of the tensors in the other files, so that nothing that changed
-on disk is gone on with: a patch that did is taken from what simulated clients keep of it, all else is refused
-by name.
+after round 7, and those before the last ``save-total-limit`` are dropped; ``patch-00001.safetensors`` and on
+are the base's patches, each written once; ``latest.json`` says which of them count, and all that is no tensor.
+Where earlier rounds are kept ``round-00006.json`` is what it was after round 6, and in its place goes on from
+there. It is sealed (`fedlora.core.sealed`), and holds the digests of the tensors in the other files, so that
+nothing that changed on disk is gone on with: a patch that did is taken from what simulated clients keep of it,
+all else is refused by name.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ from fedlora.core.state import InFlight, Patch, ServerState, State, digest
 from fedlora.errors import ConfigError
 
 
-def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str, Any] | None = None) -> None:
-    """Write the state, then point ``latest.json`` at it, then drop the state before it.
+def write_checkpoint(
+    folder: Path, checkpoint: ServerState, beside: Mapping[str, Any] | None = None, keep: int = 1
+) -> None:
+    """Write the state, then point ``latest.json`` at it, then drop the states before the last ``keep``.
 
     Args:
         folder: of the checkpoint.
         checkpoint: the run between two rounds.
         beside: what ``latest.json`` is to vouch for of the run's other files.
+        keep: states that are kept.
 
     Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
     that is run again makes another where noise comes from the operating system.
@@ -64,9 +68,17 @@ def write_checkpoint(folder: Path, checkpoint: ServerState, beside: Mapping[str,
         "patch-digests": [patch.digest() for patch in state.base],
         "beside": dict(beside or {}),
     }
-    write_atomic(latest, json.dumps(sealed(about)) + "\n")
-    for old in folder.glob("state-*.safetensors"):
-        if old.name != name:
+    text = json.dumps(sealed(about)) + "\n"
+    if keep > 1:
+        write_atomic(folder / f"round-{state.round:05d}.json", text)
+    write_atomic(latest, text)
+    _prune(folder, state.round, keep)
+
+
+def _prune(folder: Path, last: int, keep: int) -> None:
+    """Drop the states, and what stands beside them, of other rounds than the ``keep`` up to the last one."""
+    for old in (*folder.glob("state-*.safetensors"), *folder.glob("round-*.json")):
+        if not last - keep < int(old.stem.rpartition("-")[2]) <= last:
             old.unlink(missing_ok=True)
 
 

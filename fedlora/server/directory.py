@@ -192,14 +192,17 @@ class RunDirectory:
 
     # --- checkpoint ------------------------------------------------------------------------------------
 
-    def save_checkpoint(self, checkpoint: ServerState) -> None:
-        """Replace the checkpoint, which vouches for the lines of ``rounds.jsonl`` and the run's key."""
+    def save_checkpoint(self, checkpoint: ServerState, keep: int = 1) -> None:
+        """Write the checkpoint, which vouches for the lines of ``rounds.jsonl`` and the run's key.
+
+        ``keep`` of them stay, see `write_checkpoint`.
+        """
         lines = self.path / ROUNDS
         written = lines.read_bytes() if lines.exists() else b""
         beside = {"lines": len(written), "lines-sha256": hashlib.sha256(written).hexdigest()}
         if (self.path / RUN_KEY).exists():
             beside["run-key"] = _text(self.path / RUN_KEY)
-        write_checkpoint(self.path / CHECKPOINT, checkpoint, beside)
+        write_checkpoint(self.path / CHECKPOINT, checkpoint, beside, keep)
 
     def load_checkpoint(self) -> ServerState | None:
         """The last checkpoint, or None if no round was finished.

@@ -18,7 +18,7 @@ from typing import Any
 from fedlora.config import RunConfig, to_flat
 from fedlora.core.code import code_root, top_packages
 
-NO_EFFECT = ("output-dir", "resume", "engine.", "study.", "tracking.")
+NO_EFFECT = ("output-dir", "resume", "save-total-limit", "engine.", "study.", "tracking.")
 """Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
 compared with, who else is told. The engine's two that change bits, device and size of cohorts, are inputs."""
 ADDED = {
