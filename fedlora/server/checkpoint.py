@@ -4,9 +4,9 @@
 after round 7, and those before the last ``save-total-limit`` are dropped; ``patch-00001.safetensors`` and on
 are the base's patches, each written once; ``latest.json`` says which of them count, and all that is no
 tensor. Where earlier rounds are kept ``round-00006.json`` is what it was after round 6, and in its place
-goes on from there. It is sealed (`fedlora.core.sealed`), and holds the digests of the tensors in the other files, so that
-nothing that changed on disk is gone on with: a patch that did is taken from what simulated clients keep,
-all else is refused by name.
+goes on from there. It is sealed (`fedlora.core.sealed`), and holds the digests of the tensors in the other
+files, so that nothing that changed on disk is gone on with: a patch that did is taken from what simulated
+clients keep of it, all else is refused by name.
 """
 
 from __future__ import annotations
