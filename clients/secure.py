@@ -47,7 +47,7 @@ def encoded(
     records = wire.encode_reply(bare, instruction, packed=instruction.packed)
     try:
         row = _row(reply, instruction, content, config, settings, simulation=simulation)
-        records[wire.MASKED] = wire.masked_record(row)
+        records[wire.MASKED] = wire.masked_record(row, config.secure.bits)
         if state is not None:
             under_masks(records, content, config, settings, state)
     except SecureRefused as error:

@@ -18,6 +18,7 @@ from clients.node_settings import NodeSettings
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.masks import packed, unpacked
 from fedlora.secure.participant import Participant, Terms
 from fedlora.secure.peers import PUBLIC, SURVIVORS, Identity, read_identity, to_sign
 from fedlora.secure.step import ADVERTISE, CONFIRM, MASKED, SECURE, SHARE, UNMASK, Step, step_of
@@ -81,12 +82,13 @@ def under_masks(
     Raises:
         SecureRefused: no round of this client's, or as `Participant.mask`.
     """
-    row = reply.array_records.pop(MASKED)[MASKED].numpy()
+    body = reply.array_records.pop(MASKED)[MASKED].numpy()
     asked, terms = step_of(content.config_records), terms_of(config, settings)
+    row = unpacked(body, terms.bits)
     member, sharers = member_of(state, asked), asked.numbers("sharers")
     after, masked = member.mask(sharers, asked.table("from", "sealed"), row, terms)
     keep(state, after)
-    reply[MASKED] = ArrayRecord({MASKED: Array(masked)})
+    reply[MASKED] = ArrayRecord({MASKED: Array(packed(masked, terms.bits))})
 
 
 def member_of(state: RecordDict, asked: Step) -> Participant:

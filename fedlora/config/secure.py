@@ -24,7 +24,8 @@ class SecureConfig:
     """Share of the clients that hold a client's secrets which is needed to put them together: so many must
     stay to the end of a round, and as many would have to collude with the server to see one update."""
     bits: int = 32
-    """Sums are modulo 2^32, or 2^64 with ``64``: twice the bytes, finer steps."""
+    """Sums are modulo 2^32, or 2^16, 2^24 or 2^64: as many bits travel for a number, and steps are coarser or
+    finer, see ``docs/secure.md``."""
     largest_change: PositiveFloat = 1.0
     """Numbers that changed by more in a round are cut to it; how many clients cut some is told in the log."""
     max_weight: NonNegativeInt = 0
@@ -39,7 +40,7 @@ class SecureConfig:
     alone is counted on against the server."""
 
     def __post_init__(self) -> None:
-        require(self.bits in (32, 64), "secure.bits", self.bits, "accepted are 32, 64")
+        require(self.bits in (16, 24, 32, 64), "secure.bits", self.bits, "accepted are 16, 24, 32, 64")
         require(
             self.noise == "none" or self.mode == "sums", "secure.noise", self.noise,
             f"clients' shares of noise add up in sums alone, secure.mode is {self.mode!r}, must be 'sums'",

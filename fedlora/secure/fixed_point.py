@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.errors import ConfigError
-from fedlora.secure.masks import Unsigned
+from fedlora.secure.masks import Unsigned, of_integers, signed
 
 Floats = NDArray[np.float64]
 LEAST_STEPS = 2**10
@@ -33,7 +33,7 @@ class FixedPoint:
 
     Attributes:
         clients: that may be in the sum, n.
-        bits: of the modulus, 32 or 64.
+        bits: of the modulus, 16, 24, 32 or 64.
         limit: magnitude beyond which a number is cut, R.
         max_weight: the largest weight, w_max.
 
@@ -64,16 +64,19 @@ class FixedPoint:
         """``w x`` as integers, rounded at random."""
         scaled = np.clip(values / self.limit, -1.0, 1.0) * (self.steps * (weight / self.max_weight))
         drawn = np.floor(scaled + generator.random(len(values)))
-        return self._unsigned(np.minimum(drawn, self.steps))  # S + u may round up to S + 1
+        return of_integers(np.minimum(drawn, self.steps), self.bits)  # S + u may round up to S + 1
 
     def decode(self, total: Unsigned) -> Floats:
         """``sum_k w_k x_k`` out of the sum of the integers."""
-        signed = total.view(f"i{self.bits // 8}").astype(np.float64)
-        return signed * (self.limit * self.max_weight / self.steps)
+        return signed(total, self.bits) * (self.limit * self.max_weight / self.steps)
 
     def count(self, number: int) -> Unsigned:
         """A number from 0 to ``max_weight`` as itself, one entry; sums of it are exact."""
-        return self._unsigned(np.array([number], np.float64))
+        return of_integers(np.array([number], np.float64), self.bits)
+
+    def counted(self, total: Unsigned) -> list[int]:
+        """The sums of such numbers."""
+        return [int(number) % (1 << self.bits) for number in total]
 
     def clipped(self, values: Floats) -> int:
         """How many numbers are beyond the limit."""
@@ -82,6 +85,3 @@ class FixedPoint:
     def error(self, weights: float) -> float:
         """The most that an entry of the mean is off by, for a sum of weights."""
         return self.clients * self.limit * self.max_weight / (self.steps * weights) if weights else math.inf
-
-    def _unsigned(self, integers: Floats) -> Unsigned:
-        return integers.astype(f"<i{self.bits // 8}").view(f"<u{self.bits // 8}")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from fedlora.errors import SecureRefused
 
 Unsigned = NDArray[np.uint32] | NDArray[np.uint64]
-"""Numbers modulo 2^32 or 2^64."""
+"""Numbers modulo 2^32 or 2^64; the low bits of those modulo 2^32 are numbers modulo 2^16 and 2^24."""
 KEY_BYTES = 32
 NONCE_BYTES, TAG_BYTES = 12, 16
 ZEROS = bytes(2**17)
@@ -59,6 +59,40 @@ def add_expanded(total: Unsigned, key: bytes, *, positive: bool = True) -> None:
         piece = total[begin : begin + per_piece]
         stream.update_into(ZEROS[: piece.nbytes], room)
         operation(piece, np.frombuffer(room, total.dtype, len(piece)), out=piece)
+
+
+def packed(values: Unsigned, bits: int) -> NDArray[np.uint8]:
+    """The low bits of each number, 16, 24, 32 or 64 of them, as bytes that travel."""
+    size = values.dtype.itemsize
+    little = values.astype(f"<u{size}", copy=False).view(np.uint8).reshape(-1, size)
+    return np.ascontiguousarray(little[:, : bits // 8]).reshape(-1)
+
+
+def unpacked(body: NDArray[np.uint8], bits: int) -> Unsigned:
+    """The numbers again, with zeros above."""
+    size = bytes_of(bits)
+    wide = np.zeros((len(body) * 8 // bits, size), np.uint8)
+    wide[:, : bits // 8] = body.reshape(-1, bits // 8)
+    numbers: Unsigned = wide.reshape(-1).view(f"<u{size}")
+    return numbers
+
+
+def bytes_of(bits: int) -> int:
+    """Bytes of the numbers that are computed with."""
+    return 8 if bits > 32 else 4
+
+
+def of_integers(integers: NDArray[np.float64], bits: int) -> Unsigned:
+    """Whole numbers as they are computed with."""
+    size = bytes_of(bits)
+    numbers: Unsigned = integers.astype(f"<i{size}").view(f"<u{size}")
+    return numbers
+
+
+def signed(total: Unsigned, bits: int) -> NDArray[np.float64]:
+    """The whole numbers that residues stand for, from -2^(bits - 1) on; what is above the bits says nothing."""
+    above = 8 * total.dtype.itemsize - bits
+    return ((total << above).view(f"i{total.dtype.itemsize}") >> above).astype(np.float64)
 
 
 def seal(key: bytes, plain: bytes) -> bytes:

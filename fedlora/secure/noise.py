@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from fedlora.errors import ConfigError
 from fedlora.secure.fixed_point import Floats
-from fedlora.secure.masks import Unsigned
+from fedlora.secure.masks import Unsigned, of_integers, signed
 
 Words = Callable[[int], NDArray[np.uint64]]
 """So many words of 64 random bits."""
@@ -57,7 +57,7 @@ class SharedNoise:
         noise_multiplier: z, of the noise that the honest ones add together, over C.
         honest: T, whose noise is counted on.
         clients: that may be in the sum.
-        bits: of the modulus, 32 or 64.
+        bits: of the modulus, 16, 24, 32 or 64.
 
     Raises:
         ConfigError: so little noise that sums could wrap around.
@@ -93,12 +93,11 @@ class SharedNoise:
         noisy = whole + np.concatenate(
             [drawn((centres - whole)[i : i + PIECE], words) for i in range(0, len(whole), PIECE)] or [whole]
         )
-        integers: Unsigned = noisy.astype(f"<i{self.bits // 8}").view(f"<u{self.bits // 8}")
-        return integers
+        return of_integers(noisy, self.bits)
 
     def decode(self, total: Unsigned) -> Floats:
         """The noisy sum of the changes, out of the sum of the integers."""
-        return total.view(f"i{self.bits // 8}").astype(np.float64) * self.width
+        return signed(total, self.bits) * self.width
 
 
 def clipped(change: Floats, norm: float) -> Floats:

@@ -22,7 +22,7 @@ from typing import Any
 
 from fedlora.errors import SecureRefused
 from fedlora.secure.graph import Graph, digest_of, graph_of, threshold_of
-from fedlora.secure.masks import KEY_BYTES, Unsigned, add_expanded, agree, public_of, seal, unseal
+from fedlora.secure.masks import KEY_BYTES, Unsigned, add_expanded, agree, bytes_of, public_of, seal, unseal
 from fedlora.secure.shamir import SHARE_BYTES, split
 
 ADVERTISED, SHARED, UPLOADED, CONFIRMED = "advertised", "shared", "uploaded", "confirmed"
@@ -37,7 +37,7 @@ class Terms:
     Attributes:
         min_clients: the fewest that a sum may be of.
         share: of a client's holders that give its secrets, above a half.
-        bits: of the modulus, 32 or 64.
+        bits: of the modulus, 16, 24, 32 or 64.
     """
 
     min_clients: int
@@ -163,7 +163,7 @@ class Participant:
         opened = {v: unseal(self._seals(keys[v], v, self.partition), text) for v, text in sealed.items()}
         if any(len(pair) != 2 * SHARE_BYTES for pair in opened.values()):
             raise SecureRefused("a sealed share is not of a pair")
-        total = values.astype(f"<u{terms.bits // 8}")
+        total = values.astype(f"<u{bytes_of(terms.bits)}")
         add_expanded(total, self.own)
         for v in sorted(near):
             key = pair_key(self.masking, keys[v], self.session, self.partition, v)

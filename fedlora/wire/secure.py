@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedlora.core.factors import Tensors
 from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
-from fedlora.secure.masks import Unsigned
+from fedlora.secure.masks import Unsigned, packed, unpacked
 from fedlora.secure.noise import SharedNoise, Words
 from fedlora.secure.step import MASKED, SECURE
 from fedlora.wire.arrays import decoded_array
@@ -83,7 +83,7 @@ def from_row(total: Unsigned, start: Tensors, fixed: FixedPoint) -> Summed:
     Raises:
         SecureRefused: the weights sum to zero.
     """
-    weight, told, cut = (int(number) for number in total[-COUNTS:])
+    weight, told, cut = fixed.counted(total[-COUNTS:])
     if not weight:
         raise SecureRefused("the weights of all clients sum to zero")
     sums = fixed.decode(total[:-COUNTS])
@@ -101,9 +101,9 @@ def from_noisy_row(total: Unsigned, start: Tensors, noise: SharedNoise, planned:
     return Summed(_moved(start, noise.decode(total) / planned), weight=1, loss=None, cut=0)
 
 
-def masked_record(row: Unsigned) -> ArrayRecord:
+def masked_record(row: Unsigned, bits: int) -> ArrayRecord:
     """A masked row as it travels."""
-    return ArrayRecord({MASKED: Array(row)})
+    return ArrayRecord({MASKED: Array(packed(row, bits))})
 
 
 def masked_row(content: RecordDict, length: int, bits: int) -> Unsigned:
@@ -114,9 +114,9 @@ def masked_row(content: RecordDict, length: int, bits: int) -> Unsigned:
     """
     array = content.array_records.get(MASKED, ArrayRecord()).get(MASKED)
     row = None if array is None else decoded_array(MASKED, array)
-    if row is None or row.shape != (length,) or row.dtype != np.dtype(f"<u{bits // 8}"):
+    if row is None or row.shape != (length * bits // 8,) or row.dtype != np.uint8:
         raise SecureRefused(f"its update is not a row of {length} integers of {bits} bits under masks")
-    return row
+    return unpacked(row, bits)
 
 
 def _change(start: Tensors, trained: Tensors) -> NDArray[np.float64]:

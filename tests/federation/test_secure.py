@@ -282,7 +282,7 @@ def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) ->
         ({"client-groups": '[{"partitions": "0", "alpha": 3.0}]'}, "cannot be added up"),
         ({"data.num-partitions": 2}, "secure.min-clients = 3: only 2 clients take part"),
         ({"secure.max-weight": 10**9}, "secure.max-weight = 1000000000: sums of 5 such weights overflow"),
-        ({"secure.bits": 16}, "secure.bits = 16: accepted are 32, 64"),
+        ({"secure.bits": 12}, "secure.bits = 12: accepted are 16, 24, 32, 64"),
         ({"secure.threshold": 0.5}, "secure.threshold = 0.5"),
         ({"secure.mode": "sum"}, "did you mean sums"),
     ],

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from fedlora.secure.collector import Collector
-from fedlora.secure.masks import Unsigned
+from fedlora.secure.masks import Unsigned, bytes_of, packed, unpacked
 from fedlora.secure.participant import Participant, Terms
 
 KEYS, SHARES, UPLOAD, UNMASK, NEVER = range(5)
@@ -48,26 +48,32 @@ class Round:
         collector.close_shares()
         for c in self.there(UPLOAD):
             self.before[c] = self.clients[c]
-            self.clients[c], self.uploads[c] = self.clients[c].mask(
+            self.clients[c], masked = self.clients[c].mask(
                 sorted(collector.sealed), collector.sealed_for(c), self.values[c], self.terms
             )
+            self.uploads[c] = unpacked(packed(masked, self.terms.bits), self.terms.bits)
             collector.take_masked(c, self.uploads[c])
         collector.close_masked()
         for c in self.there(UNMASK):
             kept = Participant.of(self.clients[c].kept())
             collector.take_unmasking(c, *kept.confirm(sorted(collector.survivors), self.terms).unmask())
-        return collector.total()
+        return low(collector.total(), self.terms.bits)
 
 
 def drawn(clients: int, numbers: int, bits: int = 32, seed: int = 0) -> dict[int, Unsigned]:
     """Uniform values of so many clients."""
-    generator, kind = np.random.default_rng(seed), np.dtype(f"<u{bits // 8}")
+    generator, kind = np.random.default_rng(seed), np.dtype(f"<u{bytes_of(bits)}")
     return {c: generator.integers(0, 2**bits, numbers, dtype=kind.type) for c in range(clients)}
 
 
-def plain_sum(values: Mapping[int, Unsigned], clients: list[int]) -> Unsigned:
+def low(values: Unsigned, bits: int) -> Unsigned:
+    """The low bits, which are all that is meant."""
+    return unpacked(packed(values, bits), bits)
+
+
+def plain_sum(values: Mapping[int, Unsigned], clients: list[int], bits: int = 32) -> Unsigned:
     """The sum of some clients' values modulo 2^bits."""
     total = np.zeros_like(next(iter(values.values())))
     for c in clients:
         total = total + values[c]
-    return total
+    return low(total, bits)

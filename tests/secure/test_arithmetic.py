@@ -77,6 +77,15 @@ def test_what_cannot_be_shared(threshold: int, holders: list[int]) -> None:
         shamir.combine({})
 
 
+@pytest.mark.parametrize("bits", [16, 24, 32, 64])
+def test_numbers_travel_in_as_many_bytes_as_they_are_long(bits: int) -> None:
+    generator = np.random.default_rng(bits)
+    values = generator.integers(0, 2**bits, 50, dtype=np.dtype(f"<u{masks.bytes_of(bits)}").type)
+    body = masks.packed(values, bits)
+    assert body.tobytes() == b"".join(int(v).to_bytes(bits // 8, "little") for v in values)
+    assert np.array_equal(masks.unpacked(body, bits), values)
+
+
 @pytest.mark.parametrize("kind", ["<u4", "<u8"])
 def test_masks_are_aes_256_in_counter_mode_over_several_pieces(kind: str) -> None:
     key, numbers = bytes(range(32)), 2**16 + 7
@@ -90,7 +99,7 @@ def test_masks_are_aes_256_in_counter_mode_over_several_pieces(kind: str) -> Non
 
 @given(
     st.integers(1, 300),
-    st.sampled_from([32, 64]),
+    st.sampled_from([16, 24, 32, 64]),
     st.floats(1e-3, 10),
     st.integers(1, 1000),
     st.integers(0, 2**31),
@@ -100,16 +109,20 @@ def test_sums_are_within_the_stated_error_and_never_overflow(
     clients: int, bits: int, limit: float, most: int, seed: int
 ) -> None:
     """Also where everybody is at the limit with the largest weight, which is the most there can be."""
+    if bits == 16:
+        clients, most = min(clients, 31), min(most, 1000)
     fixed, generator = FixedPoint(clients, bits, limit, most), np.random.default_rng(seed)
     weights = generator.integers(0, most, clients, endpoint=True)
     values = generator.uniform(-1.2 * limit, 1.2 * limit, (clients, 20))
     values[:, 0], values[:, 1], weights[0] = limit, -limit, most
-    kind = np.dtype(f"<u{bits // 8}")
+    kind = np.dtype(f"<u{masks.bytes_of(bits)}")
     total, count = np.zeros(20, kind), np.zeros(1, kind)
     for w, x in zip(weights, values, strict=True):
         total = total + fixed.encode(x, float(w), generator)
         count = count + fixed.count(int(w))
-    assert int(count[0]) == weights.sum()
+    for sums in (total, count):  # what is above the modulus says nothing
+        sums += np.left_shift(kind.type(171), kind.type(bits)) if bits < 32 else kind.type(0)
+    assert fixed.counted(count) == [weights.sum()]
     mean = fixed.decode(total) / weights.sum()
     exact = weights @ np.clip(values, -limit, limit) / weights.sum()
     assert np.abs(mean - exact).max() <= fixed.error(float(weights.sum())) * (1 + 1e-9) + 1e-14 * limit
@@ -140,7 +153,11 @@ def test_at_the_defaults_a_mean_is_off_by_less_than_a_ten_thousandth_of_its_norm
 
 @pytest.mark.parametrize(
     ("values", "key"),
-    [((2**22, 32, 1.0, 1), "secure.bits = 32"), ((100, 32, 1.0, 10**8), "secure.max-weight")],
+    [
+        ((2**22, 32, 1.0, 1), "secure.bits = 32"),
+        ((32, 16, 1.0, 1), "secure.bits = 16"),
+        ((100, 32, 1.0, 10**8), "secure.max-weight"),
+    ],
 )
 def test_a_modulus_that_is_too_small_is_refused(values: tuple[int, int, float, int], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
