@@ -1,9 +1,12 @@
 """Cost of a round of secure sums beside a plain one: CPU seconds at server and client, and bytes.
 
 python -m experiments.benchmarks.secure [--clients 10,100] [--numbers 150000,1000000] [--dropouts 0,0.1]
+    [--bits 32] [--largest-change 1.0] [--sampled]
 
 All steps of all clients are carried out in this process without messages, so that what is timed is what the
-protocol computes. Who drops out does so after sharing, which costs the server most.
+protocol computes. Who drops out does so after sharing, which costs the server most. With ``--sampled`` they
+are carried out over `FEW` numbers, and what grows with the numbers is timed by itself and added as often as
+it is done: a mask, an addition of a row, an encoding.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from fedlora import wire
 from fedlora.core.parallel import one_thread
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
+from fedlora.secure.masks import add_expanded, bytes_of, packed, unpacked
 from fedlora.secure.participant import Participant, Terms
 
-TERMS = Terms(min_clients=3, share=0.66, bits=32)
-MOST = 400
-"""Examples of a client."""
+MOST, FEW, TRIES = 400, 1000, 5
+"""Examples of a client; numbers and repetitions where costs are sampled."""
 
 
 @contextmanager
@@ -37,11 +40,12 @@ def spent(seconds: Counter[str], who: str) -> Iterator[None]:
     seconds[who] += time.process_time() - begin  # type: ignore[assignment]
 
 
-def cell(clients: int, numbers: int, dropouts: float) -> dict[str, float]:
+def cell(clients: int, numbers: int, dropouts: float, bits: int, limit: float) -> dict[str, float]:
     """Seconds of the server, secure and plain, and of a client, its bytes, and the mean's relative error."""
     seconds: Counter[str] = Counter()
-    collector, generator = Collector(terms=TERMS), np.random.default_rng(0)
-    fixed, start = FixedPoint(clients, TERMS.bits, 1.0, MOST), {"w": torch.zeros(numbers)}
+    terms = Terms(min_clients=3, share=0.66, bits=bits)
+    collector, generator = Collector(terms=terms), np.random.default_rng(0)
+    fixed, start = FixedPoint(clients, bits, limit, MOST), {"w": torch.zeros(numbers)}
     members: dict[int, Participant] = {}
     for c in range(clients):
         with spent(seconds, "client"):
@@ -51,7 +55,7 @@ def cell(clients: int, numbers: int, dropouts: float) -> dict[str, float]:
         collector.close_keys()
     for c in range(clients):
         with spent(seconds, "client"):
-            members[c], sealed, digest = members[c].share(collector.keys, TERMS)
+            members[c], sealed, digest = members[c].share(collector.keys, terms)
         with spent(seconds, "server"):
             collector.take_shares(c, sealed, digest)
     there = range(int(dropouts * clients), clients)
@@ -64,22 +68,51 @@ def cell(clients: int, numbers: int, dropouts: float) -> dict[str, float]:
         weights += weight
         with spent(seconds, "client"):
             row = wire.to_row(start, trained, weight, 1.0, fixed, generator)
-            members[c], masked = members[c].mask(range(clients), collector.sealed_for(c), row, TERMS)
+            members[c], masked = members[c].mask(range(clients), collector.sealed_for(c), row, terms)
+            body = packed(masked, bits)
         with spent(seconds, "server"):
-            collector.take_masked(c, masked)
+            collector.take_masked(c, unpacked(body, bits))
     for c in there:
         with spent(seconds, "client"):
-            told = members[c].confirm(there, TERMS).unmask()
+            told = members[c].confirm(there, terms).unmask()
         with spent(seconds, "server"):
             collector.take_unmasking(c, *told)
     with spent(seconds, "server"):
         mean = wire.from_row(collector.total(), start, fixed).tensors["w"]
     plain /= weights
     error = float((mean.double() - plain).norm() / plain.norm())
-    shares = sum(map(len, collector.sealed[0].values())) + 128 + 33 * (len(collector.sealed[0]) + 1)
+    near = len(collector.sealed[0])
+    shares = sum(map(len, collector.sealed[0].values())) + 128 + 33 * (near + 1)
+    assert collector.graph is not None
+    gone = [len(collector.graph.neighbours[c].intersection(there)) for c in range(there.start)]
     return {
-        "server": seconds["server"], "plain server": seconds["plain server"],
-        "client": seconds["client"] / clients, "up": masked.nbytes + shares, "error": error,
+        "server": seconds["server"], "plain": seconds["plain server"], "client": seconds["client"] / clients,
+        "up": body.nbytes + shares, "error": error, "near": near, "masks": len(there) + sum(gone),
+    }  # fmt: skip
+
+
+def sampled(found: dict[str, float], clients: int, numbers: int, bits: int) -> dict[str, float]:
+    """The costs of a cell over `FEW` numbers as they are with so many."""
+    seconds: Counter[str] = Counter()
+    start, row = {"w": torch.zeros(numbers)}, np.zeros(numbers, f"<u{bytes_of(bits)}")
+    trained, fixed = {"w": torch.full((numbers,), 1e-3)}, FixedPoint(clients, bits, 1.0, MOST)
+    sums = torch.zeros(numbers, dtype=torch.float64)
+    for _ in range(TRIES):
+        with spent(seconds, "mask"):
+            add_expanded(row, bytes(32))
+        with spent(seconds, "row"):
+            packed(wire.to_row(start, trained, 50, 1.0, fixed, np.random.default_rng(0)), bits)
+        body = packed(row, bits)
+        with spent(seconds, "addition"):
+            np.add(row, unpacked(body, bits), out=row)
+        with spent(seconds, "plain"):
+            sums.add_(trained["w"], alpha=50)
+    one = {what: spent / TRIES for what, spent in seconds.items()}
+    uploads = clients if found["masks"] == clients else int(0.9 * clients)
+    return {
+        **found, "plain": uploads * one["plain"], "up": found["up"] + (numbers - FEW) * bits / 8,
+        "server": found["server"] + found["masks"] * one["mask"] + uploads * one["addition"],
+        "client": found["client"] + (found["near"] + 1) * one["mask"] + one["row"],
     }  # fmt: skip
 
 
@@ -91,19 +124,30 @@ def main() -> None:
     parser.add_argument("--clients", default="10,100")
     parser.add_argument("--numbers", default="150000,1000000")
     parser.add_argument("--dropouts", default="0,0.1")
+    parser.add_argument("--bits", type=int, default=32)
+    parser.add_argument("--largest-change", type=float, default=1.0)
+    parser.add_argument("--sampled", action="store_true")
     given = parser.parse_args()
-    columns = [[int(n) for n in given.clients.split(",")], [int(n) for n in given.numbers.split(",")]]
     print("| clients | numbers | dropped | server s | plain s | client s | MB up, of float32 | error |")
     print("|---|---|---|---|---|---|---|---|")
-    for clients, numbers, share in product(*columns, map(float, given.dropouts.split(","))):
+    numbers = [int(n) for n in given.numbers.split(",")]
+    settings = given.bits, given.largest_change
+    for clients, share in product(map(int, given.clients.split(",")), map(float, given.dropouts.split(","))):
         with one_thread():
-            found = cell(clients, numbers, share)
-        print(
-            f"| {clients} | {numbers:,} | {share:.0%} | {found['server']:.2f} | {found['plain server']:.2f} "
-            f"| {found['client']:.3f} | {found['up'] / 1e6:.2f}, {found['up'] / numbers / 4:.3f} "
-            f"| {found['error']:.1e} |",
-            flush=True,
-        )
+            few = cell(clients, FEW, share, *settings) if given.sampled else {}
+        for number in numbers:
+            with one_thread():
+                found = (
+                    sampled(few, clients, number, given.bits)
+                    if few
+                    else cell(clients, number, share, *settings)
+                )
+            print(
+                f"| {clients:,} | {number:,} | {share:.0%} | {found['server']:.2f} | {found['plain']:.2f} "
+                f"| {found['client']:.3f} | {found['up'] / 1e6:.2f}, {found['up'] / number / 4:.3f} "
+                f"| {found['error']:.1e} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
