@@ -5,27 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, RecordDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clients.handler import handle
 from clients.node_settings import node_settings
 from clients.secure_steps import carry_out
+from fedlora import client_app
 from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.deployment.operator.create import create
 from fedlora.deployment.operator.layout import peers_of
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.secure.participant import Participant
 from fedlora.secure.peers import ALGORITHM, PUBLIC, SURVIVORS, Peers, read_identity, read_peers, to_sign
-from fedlora.secure.step import SECURE
+from fedlora.secure.step import MASKED, SECURE
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.local_grid import LocalGrid
-from tests.federation.test_secure import KEYS, distance, phase
+from tests.federation.test_secure import KEYS, VALUES, distance, phase
 
 ENGINE = InProcessEngine()
 NODES = 5
@@ -130,6 +134,36 @@ def test_a_client_that_signs_nothing_or_wrongly_is_left_out(home: Path, cache: P
     assert line["refused"] == {
         "4": "secure sums, advertise: it signs nothing: secure-peers in its node.toml is empty"
     }
+
+
+def test_what_the_process_with_the_model_trained_leaves_under_masks(
+    home: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The row comes to the process that has the secrets as it is, and leaves it masked, or not at all."""
+    plain = handle
+    clear: list[bytes] = []
+
+    def in_two_processes(
+        kind: str, content: RecordDict, config: Any, node: Any, runtimes: Any, state: RecordDict
+    ) -> RecordDict:
+        if kind != "train":
+            return plain(kind, content, config, node, runtimes, state)
+        reply = plain(kind, content, config, node, runtimes)
+        clear.append(reply[MASKED][MASKED].numpy().tobytes())
+        context: Any = SimpleNamespace(run_config=config, node_config=node, state=RecordDict())
+        refused = client_app._masked(RecordDict(dict(reply)), content, context)
+        assert MASKED not in refused
+        assert "no keys for that round" in str(refused["config"]["reason"])
+        context.state = state
+        masked = client_app._masked(reply, content, context)
+        assert clear[-1] != masked[MASKED][MASKED].numpy().tobytes()
+        return masked
+
+    whole, _ = carried_out(home, tmp_path / "one", num_server_rounds=1)
+    monkeypatch.setitem(globals(), "handle", in_two_processes)
+    parts, _ = carried_out(home, tmp_path / "two", num_server_rounds=1)
+    assert len(clear) == NODES
+    assert distance(parts.state, whole.state) == 0
 
 
 # --- an active server -----------------------------------------------------------------------------------
@@ -262,6 +296,62 @@ def test_nodes_that_were_told_unlike_thresholds_do_not_agree(home: Path) -> None
     server.config = config_of(**{"secure.threshold": 0.51})
     told = server.ask(0, phase="unmask", session="a", signers=there, signatures=signed)
     assert "partition 0 says is not signed" in told["reason"]
+
+
+# --- whatever a server sends ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def steps(home: Path) -> dict[str, tuple[RecordDict, dict[str, Any]]]:
+    """Of each step, node 0's state before it and the right order."""
+    server, there = Server(home), list(range(NODES))
+    told = server.keys("a")
+    advertised = RecordDict(dict(server.states[0]))
+    keys, signatures = ([told[p][what] for p in there] for what in ("keys", "signature"))
+    for p in there:
+        server.share(p, "a", told)
+        uploaded = server.states[p][SECURE]
+        uploaded["done"], uploaded["sharers"] = "uploaded", there
+    before = RecordDict(dict(server.states[0]))
+    signed = [server.ask(p, phase="confirm", session="a", survivors=there)["signature"] for p in there]
+    return {
+        "advertise": (RecordDict(), {}),
+        "share": (advertised, {"partitions": there, "keys": keys, "signatures": signatures}),
+        "confirm": (before, {"survivors": there}),
+        "unmask": (server.states[0], {"signers": there, "signatures": signed}),
+    }
+
+
+@given(data=st.data())
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_spoiled_step_is_refused_in_one_line_and_costs_the_node_nothing(
+    data: st.DataObject, home: Path, steps: dict[str, tuple[RecordDict, dict[str, Any]]]
+) -> None:
+    """Values of every kind, orders of other steps, at each step; after it the right order is taken."""
+    settings_ = node_settings({"partition-id": 0, "secure-peers": str(file_of(home, 0))})
+    at, other = data.draw(st.sampled_from(sorted(steps))), data.draw(st.sampled_from(sorted(steps)))
+    asked = {"phase": other, "session": "a", **steps[other][1]}
+    key = data.draw(st.sampled_from(sorted(asked)))
+    match data.draw(st.sampled_from(["dropped", "changed", "shortened", "kept"])):
+        case "dropped":
+            asked.pop(key)
+        case "changed":
+            asked[key] = data.draw(VALUES)
+        case "shortened":
+            asked[key] = asked[key][1:]
+    before = dict(steps[at][0])
+    state = RecordDict(before)
+
+    def told(asked: dict[str, Any]) -> ConfigRecord:
+        return carry_out(RecordDict({SECURE: ConfigRecord(asked)}), config_of(), settings_, state)[SECURE]
+
+    answer = told(asked)
+    if "reason" not in answer:
+        assert asked["phase"] in ("advertise", at), "nothing is answered out of turn"
+        return
+    assert "\n" not in str(answer["reason"])
+    assert dict(state) == before
+    assert "reason" not in told({"phase": at, "session": "a", **steps[at][1]})
 
 
 # --- files of an owner ----------------------------------------------------------------------------------
