@@ -103,6 +103,12 @@ def largest_weight(config: RunConfig, partitions: Collection[int], known_example
     least = terms_of(config).min_clients
     if len(partitions) < least:
         raise ConfigError(f"secure.min-clients = {least}: only {len(partitions)} clients take part")
+    asked = clients_of_round(config.fraction_train, len(partitions), config.min_train_nodes)
+    if asked < least:
+        raise ConfigError(
+            f"fraction-train = {config.fraction_train:g}: a round asks {asked} of {len(partitions)} clients, "
+            f"secure.min-clients = {least}"
+        )
     most = 1
     if mechanism_of(config).weighted_by_key is not None:
         known = [known_examples(partition) for partition in partitions]

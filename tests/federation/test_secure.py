@@ -278,8 +278,13 @@ def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) ->
             "'client' clips single .* 'distributed'",
         ),
         ({"upload": "int8"}, "upload = 'int8'"),
+        ({"devices.tiers": 2, "devices.profiles": "equal"}, "devices.tiers = 2 looks at single updates"),
         ({"lora.ranks": "2,4", "strategy.name": "zero-padding"}, "cannot be added up"),
         ({"client-groups": '[{"partitions": "0", "alpha": 3.0}]'}, "cannot be added up"),
+        (
+            {"fraction-train": 0.4},
+            "fraction-train = 0.4: a round asks 2 of 5 clients, secure.min-clients = 3",
+        ),
         ({"data.num-partitions": 2}, "secure.min-clients = 3: only 2 clients take part"),
         ({"secure.max-weight": 10**9}, "secure.max-weight = 1000000000: sums of 5 such weights overflow"),
         ({"secure.bits": 12}, "secure.bits = 12: accepted are 16, 24, 32, 64"),
