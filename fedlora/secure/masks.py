@@ -90,9 +90,10 @@ def of_integers(integers: NDArray[np.float64], bits: int) -> Unsigned:
 
 
 def signed(total: Unsigned, bits: int) -> NDArray[np.float64]:
-    """The whole numbers that residues stand for, from -2^(bits - 1) on; what is above the bits says nothing."""
+    """The whole numbers that residues stand for, from -2^(bits - 1) on; higher bits say nothing."""
     above = 8 * total.dtype.itemsize - bits
-    return ((total << above).view(f"i{total.dtype.itemsize}") >> above).astype(np.float64)
+    numbers: NDArray[np.float64] = ((total << above).view(f"i{total.dtype.itemsize}") >> above).astype(float)
+    return numbers
 
 
 def seal(key: bytes, plain: bytes) -> bytes:
