@@ -10,6 +10,7 @@ What the clients do is not reproducible, and what is on its way when the server 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,10 +87,11 @@ class ArrivingStrategy(LateStrategy):
         self._take(arrays)
         self.report = RoundReport(server_round=server_round)
         self.transport.open(self.state.base, [pending.request for pending in self.pending.values()])
-        settings, ends = settings_of(config, server_round), time.monotonic() + timeout
+        settings, ends = settings_of(config, server_round), math.inf
         while len(self.arrived) < self.buffer_size and time.monotonic() < ends:
             left = self.buffer_size - len(self.arrived)
             self._fill_places(grid, settings, self.in_flight if server_round < last else left)
+            ends = min(ends, time.monotonic() + timeout)  # from the first order on, not from who is asked who
             before = len(self.arrived)
             self._take_arrived(grid)
             self._give_up(timeout)
@@ -165,7 +167,7 @@ class ArrivingStrategy(LateStrategy):
     def _give_up(self, timeout: float) -> None:
         """Free the places of those that have been at work for longer than ``timeout`` seconds."""
         for partition, pending in self.pending.items():
-            if not pending.overdue and time.monotonic() - pending.flight.ordered > timeout:
+            if not pending.overdue and time.monotonic() - pending.flight.ordered >= timeout:
                 pending.overdue = True
                 self.report.refuse({partition: f"no reply after {timeout:g} s; it counts when it comes"})
 

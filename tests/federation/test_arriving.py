@@ -151,6 +151,23 @@ def test_where_nothing_comes_the_round_ends_by_its_timeout(tmp_path: Path) -> No
         arriving().start(grid, initial_arrays(), num_rounds=1, timeout=0.02)
 
 
+def test_a_round_is_timed_from_its_first_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asking the nodes who they are takes longer than the timeout."""
+    grid, asking = Mailbox(ToyClient(tmp_path), lambda p, n: 1), [0.0]
+    monkeypatch.setattr("strategies.arriving.time.monotonic", lambda: grid.questions + asking[0])
+    strategy = arriving()
+    present = strategy._present
+
+    def slowly(grid: Any, wanted: int) -> dict[int, int]:
+        asking[0] += 100.0
+        return present(grid, wanted)
+
+    monkeypatch.setattr(strategy, "_present", slowly)
+    reports = watched(strategy)
+    strategy.start(grid, initial_arrays(), num_rounds=1, timeout=5.0)
+    assert len(reports[0].participants) == 2
+
+
 def test_a_client_that_lost_a_part_is_served_before_its_update_is_taken(tmp_path: Path) -> None:
     toy = ToyClient(tmp_path)
 
