@@ -153,7 +153,7 @@ def test_where_nothing_comes_the_round_ends_by_its_timeout(tmp_path: Path) -> No
 
 def test_a_round_is_timed_from_its_first_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asking the nodes who they are takes longer than the timeout."""
-    grid, asking = Mailbox(ToyClient(tmp_path), lambda p, n: 1), [0.0]
+    grid, asking = Mailbox(ToyClient(tmp_path), lambda p, n: 3), [0.0]
     monkeypatch.setattr("strategies.arriving.time.monotonic", lambda: grid.questions + asking[0])
     strategy = arriving()
     present = strategy._present
