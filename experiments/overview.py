@@ -78,6 +78,19 @@ STUDIES = (
         found="2026-11-22, 3 seeds, no claim: nothing that three seeds could tell on this task, at more "
         "bytes.",
     ),
+    Study(
+        name="time",
+        claim="FedBuff (Nguyen et al., AISTATS 2022) and over-selection: sooner at an accuracy than waiting "
+        "for all, with heavy-tailed devices; staleness hurts averages of factors more than exact aggregation.",
+        found="2026-11-30, seven of ten seeds, no claim yet: with over-selection and in a buffer sooner on "
+        "every seed (but for FedSVD's over-selection, five of seven), by a deadline not; two of FLoRA's runs "
+        "with a deadline ended for want of replies. Staleness costs FLoRA more than FedAvg, not less.",
+    ),
+    Study(
+        name="memory",
+        claim="FLoRA's and FlexLoRA's: where memory decides who can hold which rank, mixed ranks beat the "
+        "least rank for all, and the largest for those who can.",
+    ),
 )
 
 

@@ -1,15 +1,15 @@
-"""Tables and chart of `time.toml`: ``python -m experiments.waiting`` writes ``published/time/time.svg``.
+"""Tables and chart of `time.toml`: ``python -m experiments.waiting`` writes ``docs/time.svg``.
 
 Time to accuracy of each way of waiting against waiting for all, seed by seed: the exact sign test, in which a
-run that never gets there is later than any that does, and seeds where neither does do not count. And what
-staleness costs in accuracy after as many updates, by the exact sign-flip test. Holm within each of the two.
+run that fails or never gets there is later than any that does, and seeds where neither does do not count. And
+what staleness costs in accuracy after as many updates, by the exact sign-flip test. Holm within each of them.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from matplotlib import rc_context
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from experiments.marked import markdown
+from fedlora.core.files import write_atomic
 from fedlora.study.analyse.curves import accuracy_over, simulated
 from fedlora.study.analyse.sign_flip import sign_flip
 from fedlora.study.analyse.summary import Row, reached
@@ -30,9 +31,9 @@ Reached = dict[int, tuple[float, float]]
 """Seed -> simulated seconds and megabytes until the target; infinite where it is never reached."""
 
 
-def until(row: Row) -> Reached:
-    """When each seed of a row has the target."""
-    found: Reached = {}
+def until(row: Row, seeds: Iterable[int]) -> Reached:
+    """When each seed of a row has the target; a run that failed never does."""
+    found: Reached = dict.fromkeys(seeds, (math.inf, math.inf))
     for result in row.results:
         seconds, sent = reached(result, TARGET) or (math.inf, math.inf)
         found[result.seed] = (math.inf if seconds is None else seconds), sent / 1e6
@@ -41,7 +42,7 @@ def until(row: Row) -> Reached:
 
 def ahead(mine: Reached, theirs: Reached) -> tuple[int, int]:
     """On how many seeds the first is sooner, of how many on which the two differ."""
-    pairs = [(mine[seed][0], theirs[seed][0]) for seed in mine.keys() & theirs.keys()]
+    pairs = [(mine[seed][0], theirs[seed][0]) for seed in mine]
     return sum(a < b for a, b in pairs), sum(a != b for a, b in pairs)
 
 
@@ -69,7 +70,8 @@ def holm(values: Sequence[float]) -> list[float]:
 
 def times_table(rows: Sequence[Row]) -> str:
     """A line for each rule and way of waiting."""
-    found = {row.method: until(row) for row in rows}
+    seeds = sorted({seed for row in rows for seed in row.seeds})
+    found = {row.method: until(row, seeds) for row in rows}
     tested = {
         name: ahead(times, found[f"{rule}-{ALL}"])
         for name, times in found.items()
@@ -144,10 +146,9 @@ def _middle(values: Sequence[float]) -> str:
 
 def main() -> None:
     """Draw the chart of what is kept."""
-    from experiments.tables import PUBLISHED, kept
-    from fedlora.core.files import write_atomic
+    from experiments.tables import HERE, kept
 
-    write_atomic(PUBLISHED / "time" / "time.svg", draw(kept("time").rows))
+    write_atomic(HERE.parent / "docs" / "time.svg", draw(kept("time").rows))
 
 
 if __name__ == "__main__":
