@@ -81,7 +81,7 @@ STUDIES = (
     Study(
         name="time",
         claim="FedBuff (Nguyen et al., AISTATS 2022) and over-selection: sooner at an accuracy than waiting "
-        "for all, with heavy-tailed devices; staleness hurts averages of factors more than exact aggregation.",
+        "for all, with heavy-tailed devices; staleness hurts averages of factors more than exact sums.",
         found="2026-11-30, seven of ten seeds, no claim yet: with over-selection and in a buffer sooner on "
         "every seed (but for FedSVD's over-selection, five of seven), by a deadline not; two of FLoRA's runs "
         "with a deadline ended for want of replies. Staleness costs FLoRA more than FedAvg, not less.",
