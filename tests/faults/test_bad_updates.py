@@ -78,7 +78,7 @@ def test_rounds_of_a_buffer_go_on_without_a_slow_node_and_use_what_it_brings(
     keys = {"devices.buffer-size": 2, "devices.in-flight": 3, "num_server_rounds": 30}
     records = run(up, tmp_path / "run", **keys)
     first = next(record["round"] for record in records if 0 in record["participants"])
-    assert first > 2
+    assert first > 1
     assert records[first - 1]["staleness"]["0"] == first - 1
     assert all(record["participants"] == [1, 2] for record in records[: first - 1])
     assert not any(record["refused"] for record in records)
