@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from fedlora.secure.graph import colluders_held
 from fedlora.secure.noise import system_words
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.study.report.configuration import _seen_by_less
 from tests.federation.test_secure import ENGINE, carry_out, config_of, numbers, phase
 
 KEYS: dict[str, Any] = {
@@ -231,3 +233,10 @@ def test_colluders_that_masks_do_not_hold_against_are_not_counted_on() -> None:
     """Everybody masks with everybody up to 31; beyond, a fifth may collude."""
     assert [colluders_held(n, n, 0.66) for n in (2, 3, 10, 31)] == [1, 1, 6, 20]
     assert [colluders_held(least, 100, 0.66) for least in (3, 50, 100)] == [0, 10, 20]
+
+
+def test_a_report_has_the_second_epsilon_of_whoever_spent_most() -> None:
+    claims: list[dict[str, Any]] = [{"epsilon_of_model": 1.234}, {"epsilon_of_model": 2.0}, {}]
+    runs: list[Any] = [SimpleNamespace(result={"claim": claim}) for claim in claims]
+    assert _seen_by_less(runs) == {"Epsilon against who sees the model alone": "2.00 at most"}
+    assert _seen_by_less([SimpleNamespace(result={})]) == {}  # type: ignore[list-item]
