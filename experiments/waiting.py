@@ -131,6 +131,7 @@ def draw(rows: Sequence[Row]) -> str:
             panel.axhline(100 * TARGET, color="black", linewidth=0.8, linestyle=":")
             panel.set_title(rule, loc="left", fontsize=12)
             panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         canvas.supxlabel("simulated seconds, mean over seeds", fontsize=11)
         canvas.axes[0].set_ylabel("accuracy in percent")
         canvas.axes[0].legend(frameon=False, fontsize=9)
