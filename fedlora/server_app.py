@@ -52,7 +52,7 @@ def _session(config: RunConfig) -> Session:
     runtime, file = read_runtime(config), os.environ.get(FEDERATION)
     if not file:
         return Session(config=config, runtime=runtime)
-    keys = NodeKeys(roll_of(Path(file)))
+    keys = NodeKeys(lambda: roll_of(Path(file)))
     nodes = sorted(keys.partitions.values())
     return Session(
         config=config,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedlora.cli import federation as deployment
+from fedlora.cli import membership
 from fedlora.cli.aggregate import aggregate
 from fedlora.cli.console import print_version
 from fedlora.cli.forget import forget
@@ -64,6 +65,10 @@ for step in (
     deployment.down,
     deployment.status,
     deployment.register,
+    membership.add,
+    membership.revoke,
+    membership.rotate,
+    membership.certify,
     deployment.check,
     deployment.gate,
 ):

@@ -181,8 +181,10 @@ def gate(
 ) -> None:
     """Let SuperNodes through to the SuperLink, and nobody else; ``gate.sh`` calls it."""
     need_extra("deploy", "fedlora federation gate")
+    from fedlora.deployment.operator.keys import check_server
     from fedlora.deployment.superlink.proxy import serve_gate
 
+    check_server(directory)
     serve_gate(directory, host, port, control_port)
 
 

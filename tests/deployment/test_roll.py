@@ -48,7 +48,8 @@ class KeyedGrid(FakeGrid):
 
 
 def strategy(on_roll: int, **options: int) -> FactorStrategy:
-    keys = NodeKeys({fingerprint(KEYS[k]): k for k in range(on_roll)})
+    roll = {fingerprint(KEYS[k]): k for k in range(on_roll)}
+    keys = NodeKeys(lambda: roll)
     return FedAvg(scaling=2.0, node_directory=NodeDirectory(keys), **options)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import tomli_w
 
@@ -44,12 +43,12 @@ def create(
         write_authority(*authority, name="fedlora federation")
         _write_server(draft, path.absolute(), authority, hosts, port)
         entries = [
-            _write_node(draft, partition, f"{_bracketed(host)}:{port}", data[partition] if data else "")
+            write_node(draft, partition, host, port, data[partition] if data else "")
             for partition in range(nodes)
         ]
-        _write_peers(draft, entries)
         table = {"host": host, "port": port, "control-port": port + 1, "nodes": entries}
         write_atomic(draft / "server" / SERVER_FILE, tomli_w.dumps(table))
+        write_peers(open_layout(draft))
     return open_layout(path)
 
 
@@ -88,7 +87,9 @@ def _write_server(
     (server / "flwr" / "config.toml").write_text(flower_config(final / "server" / "ca.crt", port + 1))
 
 
-def _write_node(draft: Path, partition: int, address: str, data: str) -> dict[str, str | int]:
+def write_node(draft: Path, partition: int, host: str, port: int, data: str) -> dict[str, str | int]:
+    """Make a node's directory, and its public key at the server; returns its entry of the roll."""
+    address = f"{_bracketed(host)}:{port}"
     name = f"node-{partition}"
     node = draft / "nodes" / name
     node.parent.mkdir(mode=FOLDER, exist_ok=True)
@@ -107,14 +108,12 @@ def _write_node(draft: Path, partition: int, address: str, data: str) -> dict[st
     return {"name": name, "partition-id": partition, "fingerprint": mark}
 
 
-def _write_peers(draft: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """All public keys to every node, for secure sums."""
-    keys = draft / "server" / "keys"
-    text = peers_toml(
-        (entry["partition-id"], (keys / f"{entry['name']}.pub").read_bytes()) for entry in entries
-    )
-    for entry in entries:
-        (draft / "nodes" / entry["name"] / PEERS_FILE).write_text(text)
+def write_peers(layout: Layout) -> None:
+    """All public keys to every node whose directory is here, for secure sums."""
+    text = peers_toml((node.partition_id, layout.public_key(node).read_bytes()) for node in layout.nodes)
+    for node in layout.nodes:
+        if layout.node(node).is_dir():
+            (layout.node(node) / PEERS_FILE).write_text(text)
 
 
 def _write_script(path: Path, text: str) -> None:

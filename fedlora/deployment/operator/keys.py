@@ -13,9 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedlora.errors import ConfigError
 
 SECRET = 0o600
 YEARS = 10
@@ -65,6 +68,39 @@ def write_server(certificate: Path, key: Path, authority: tuple[Path, Path], hos
         .sign(ca_key, hashes.SHA384())
     )
     _write_pem(certificate, signed, key, secret)
+
+
+def check_server(server: Path) -> None:
+    """Whether nodes will take the certificate in a server's directory.
+
+    Raises:
+        ConfigError: it or its authority's cannot be read, is of another time, or another authority signed it.
+    """
+    found = [_certificate(server / name) for name in ("ca.crt", "server.crt")]
+    now = datetime.now(UTC)
+    for file, certificate in zip((server / "ca.crt", server / "server.crt"), found, strict=True):
+        first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+        if not first <= now <= last:
+            raise ConfigError(
+                f"{file}: is valid from {first:%Y-%m-%d} to {last:%Y-%m-%d}, and this machine's clock says "
+                f"{now:%Y-%m-%d %H:%M} UTC; set the clock, or make another by fedlora federation certify"
+            )
+    try:
+        found[1].verify_directly_issued_by(found[0])
+    except (ValueError, TypeError, InvalidSignature):
+        raise ConfigError(
+            f"{server / 'server.crt'}: is not signed by {server / 'ca.crt'}, which nodes go by; make another "
+            "by fedlora federation certify"
+        ) from None
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    try:
+        return x509.load_pem_x509_certificate(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise ConfigError(f"{file}: is no certificate") from None
 
 
 def write_node_key(key: Path, public: Path) -> str:

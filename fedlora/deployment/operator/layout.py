@@ -11,8 +11,9 @@ up.json                while the federation runs on this machine: where, and its
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from logging import WARNING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -175,16 +176,27 @@ class NodeKeys:
     ServerApp each node's public key. A key that is not on the roll takes no part, whatever it claims.
 
     Args:
-        partitions: key fingerprint -> partition id, see `roll_of`.
+        roll: gives key fingerprint -> partition id, see `roll_of`; asked again in every round, so that a key
+            that is taken off it takes no part from then on. One that cannot be read is the one before.
+
+    Raises:
+        ConfigError: by the first roll.
     """
 
-    def __init__(self, partitions: Mapping[str, int]) -> None:
-        self.partitions = dict(partitions)
+    def __init__(self, roll: Callable[[], Mapping[str, int]]) -> None:
+        self._roll = roll
+        self.partitions = dict(roll())
 
     def __call__(self, grid: Grid) -> dict[int, int | None]:
         """Node id -> the partition of its key, None for a key that is not on the roll."""
+        from flwr.common.logger import log
+
         from fedlora.deployment.operator.keys import fingerprint
 
+        try:
+            self.partitions = dict(self._roll())
+        except ConfigError as error:
+            log(WARNING, "the roll of the last round stays: %s", error)
         nodes: list[Any] = list(grid.get_nodes())
         return {node.node_id: self.partitions.get(fingerprint(node.public_key)) for node in nodes}
 

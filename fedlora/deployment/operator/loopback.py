@@ -20,6 +20,7 @@ from typing import Any
 import psutil
 
 from fedlora.core.files import write_atomic
+from fedlora.deployment.operator.keys import check_server
 from fedlora.deployment.operator.layout import Layout, NodeEntry
 from fedlora.deployment.operator.operate import node_states, register
 from fedlora.deployment.operator.running import GATE, SUPERLINK, supervisor
@@ -61,6 +62,7 @@ class Loopback:
         """
         if supervisor(self.layout) is not None:
             raise ConfigError(f"{self.layout.path}: is up already (fedlora federation down stops it)")
+        check_server(self.layout.server)
         self._choose_ports()
         try:
             self._start()
