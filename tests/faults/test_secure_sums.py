@@ -1,18 +1,37 @@
-"""Runs with secure sums over real nodes, which sign with the keys that they have, end as plain ones do."""
+"""Runs with secure sums over real nodes: the end of plain ones, and nodes killed between any two phases."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.faults.deployed import federation, run
+from fedlora.errors import RunFailed
+from tests.faults.deployed import Up, federation, misbehaving, run, trusting, wait_for_nodes
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(2400)]
 
-SUMS: dict[str, Any] = {"strategy.name": "fedavg", "secure.mode": "sums", "secure.max-weight": 1000}
+NODES = 7
+THREE: dict[str, Any] = {"partitions": "0-2", "min-train-nodes": 3, "min-available-nodes": 3}
+SUMS: dict[str, Any] = {
+    "data.num-partitions": NODES, "strategy.name": "fedavg", "secure.mode": "sums", "secure.min-clients": 2,
+    "secure.threshold": 0.51, "secure.max-weight": 1000, "max-missed-rounds": 1,
+    "round-timeout": 45,
+}  # fmt: skip
+PLAN = {
+    0: {1: "die at advertise"}, 1: {1: "die at share"}, 2: {1: "die at train"}, 3: {2: "die at confirm"},
+    4: {3: "die at unmask"}, 5: {4: "die at unmask"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Seven nodes, so that each dies once and none is waited for, which sign with the keys that they have."""
+    with federation(tmp_path_factory.mktemp("secure"), prepare=trusting, nodes=NODES) as found:
+        yield found
 
 
 def difference(one: Path, other: Path) -> float:
@@ -21,13 +40,35 @@ def difference(one: Path, other: Path) -> float:
     return max(float((first[n] - t).norm() / t.norm()) for n, t in second.items())
 
 
-def test_three_nodes_end_where_they_end_without(tmp_path: Path) -> None:
-    with federation(tmp_path / "home") as up:
-        sums = run(up, tmp_path / "sums", num_server_rounds=2, min_train_nodes=3, **SUMS)
-        plain = run(
-            up, tmp_path / "plain", num_server_rounds=2, min_train_nodes=3, **{**SUMS, "secure.mode": "none"}
-        )
+def test_three_nodes_end_where_they_end_without(up: Up, tmp_path: Path) -> None:
+    sums = run(up, tmp_path / "sums", num_server_rounds=2, **{**SUMS, **THREE})
+    plain = run(up, tmp_path / "plain", num_server_rounds=2, **{**SUMS, **THREE, "secure.mode": "none"})
     assert [line["participants"] for line in sums] == [[0, 1, 2]] * 2
-    losses = [[line["train_loss"] for line in lines] for lines in (sums, plain)]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    assert [line["train_loss"] for line in sums] == pytest.approx(
+        [line["train_loss"] for line in plain], 1e-3
+    )
     assert 0 < difference(tmp_path / "sums", tmp_path / "plain") < 1e-4
+
+
+def test_a_round_goes_on_without_a_node_killed_before_any_phase_and_the_run_is_resumed(
+    up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six die, one before each phase: the fifth has signed, and of the last two both are needed."""
+    with monkeypatch.context() as patched:
+        misbehaving(patched, PLAN)
+        up.left_alone.set()
+        told: list[dict[str, Any]] = []
+        with pytest.raises(RunFailed) as caught:
+            run(up, tmp_path / "run", told.append, num_server_rounds=4, **SUMS)
+    assert str(caught.value).startswith("secure sums: 1 shares of partition 5's secret are left, 2 needed")
+    assert "\n" not in str(caught.value)
+    assert [line["participants"] for line in told] == [[3, 4, 5, 6], [3, 4, 5, 6], [4, 5, 6]]
+    reasons = [told[0]["refused"][str(partition)] for partition in range(3)]
+    assert reasons[0].startswith("secure sums, advertise: ")
+    assert reasons[1].startswith("secure sums, share: ")
+    assert not (tmp_path / "run" / "adapter").exists()
+    up.left_alone.clear()
+    wait_for_nodes(up)
+    records = run(up, tmp_path / "run", resume=True, num_server_rounds=4, **SUMS)
+    assert records[-1]["participants"] == list(range(NODES))
+    assert (tmp_path / "run" / "adapter").exists()
