@@ -131,13 +131,13 @@ def test_a_ledger_without_the_head_that_the_server_knows_is_refused(tmp_path: Pa
     config = tiny_config(**PRIVATE)
     data = client_runtime(config).data
     head = train(config, tmp_path, 1).ledger_head
-    check_ledgers(config, data, [0, 1], tmp_path, {0: head})
+    check_ledgers(config, data, [0, 1], tmp_path, {0: head}, config.privacy.unit_column)
     train(config, tmp_path, 2, known_head=head)
     with pytest.raises(LedgerRefused, match="was set back"):
         train(config, tmp_path, 3, known_head="0" * 64)
     for heads in ({0: "0" * 64}, {1: head}):
         with pytest.raises(LedgerRefused, match="was set back"):
-            check_ledgers(config, data, [0, 1], tmp_path, heads)
+            check_ledgers(config, data, [0, 1], tmp_path, heads, config.privacy.unit_column)
     assert read_ledgers(tmp_path)[0].standing.releases == 2
 
 

@@ -240,7 +240,9 @@ def test_it_refuses_what_is_broken(
     model = loaded()
     before = values(model)
     broken(monkeypatch)
-    with pytest.raises(RunFailed, match=rf"^privacy self-test: {message}.*, nothing was trained$"):
+    with pytest.raises(
+        RunFailed, match=rf"^privacy self-test: {message}.*, nothing was trained(; try .+ slower)?$"
+    ):
         check(model, mechanism)
     assert all(torch.equal(t, before[name]) for name, t in values(model).items())
     assert traces(model) == []

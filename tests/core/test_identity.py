@@ -47,7 +47,7 @@ def test_keys_count_where_they_have_an_effect(key: str, value: Scalar, counts: b
 def test_no_key_is_forgotten() -> None:
     """Every section whose keys have no effect is one of those that are known."""
     sections = {key.split(".")[0] for key in to_flat(from_flat({})) if key.startswith(identity.NO_EFFECT)}
-    assert sections == {"output-dir", "resume", "engine", "study", "tracking"}
+    assert sections == {"output-dir", "resume", "save-total-limit", "engine", "study", "tracking"}
 
 
 def package(root: Path) -> Path:

@@ -32,6 +32,7 @@ def examples() -> dict[str, object]:
 WITH: dict[str, dict[str, object]] = {
     "privacy.clip-shares": {"privacy.mode": "example", "privacy.clipping": "per-layer"},
     "devices.staleness": {"devices.buffer-size": 2},
+    "secure.noise": {"secure.mode": "sums", "privacy.mode": "client"},
 }
 """What a key alone would contradict."""
 

@@ -60,7 +60,8 @@ def test_almost_without_noise_it_is_the_central_mechanism(cache: Path, tmp_path:
     assert line["train_loss"] is None
     rows = [c[wire.MASKED][wire.MASKED].numpy() for _, at, c in grid.replies if at == "train"]
     shipped = sum(t.numel() for a in plain.state.adapters.values() for t in a.tensors().values())
-    assert {row.shape for row in rows} == {(shipped + sum(t.numel() for t in plain.state.head.values()),)}
+    shipped += sum(t.numel() for t in plain.state.head.values())
+    assert {row.nbytes for row in rows} == {4 * shipped}  # no weight, no loss, no count beside them
 
 
 def test_the_model_has_the_noise_of_everybody_in_the_sum(cache: Path, tmp_path: Path) -> None:
@@ -152,7 +153,10 @@ def test_outside_of_a_simulation_no_evaluation_leaves_a_node(
         ({"secure.colluding": 3}, "secure.colluding = 3: must be below secure.min-clients, which is 3"),
         ({"secure.colluding": 2}, "secure.colluding = 2: the masks of 3 clients .* against at most 1"),
         ({"privacy.noise-multiplier": 1e-7}, "privacy.noise-multiplier = 1e-07: its grid is too fine"),
-        ({"fraction-train": 0.4}, "secure.min-clients = 3: a round asks 2 clients"),
+        (
+            {"fraction-train": 0.4},
+            "fraction-train = 0.4: a round asks 2 of 5 clients, secure.min-clients = 3",
+        ),
         ({"strategy.name": "flora"}, "the aggregate of flora is no mean"),
         ({"secure.noise": "skellam"}, "secure.noise = 'skellam'"),
     ],

@@ -134,7 +134,7 @@ def test_a_private_round_before_the_first_checkpoint_is_charged_once(
     config = tiny_config(**private)
     whole = simulate_on(pool, config, RunDirectory(tmp_path / "whole"))
 
-    def killed(directory: RunDirectory, checkpoint: object) -> None:
+    def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
