@@ -82,8 +82,8 @@ STUDIES = (
         name="time",
         claim="FedBuff (Nguyen et al., AISTATS 2022) and over-selection: sooner at an accuracy than waiting "
         "for all, with heavy-tailed devices; staleness hurts averages of factors more than exact sums.",
-        found="2026-11-30, ten seeds: with over-selection FedAvg and FlexLoRA, in a buffer FedAvg and FLoRA are "
-        "sooner on every seed, at 55 and 27 to 31 % of the time; over-selection for FLoRA and FedSVD is "
+        found="2026-11-30, ten seeds: with over-selection FedAvg and FlexLoRA, in a buffer FedAvg and FLoRA "
+        "are sooner on every seed, at 55 and 27 to 31 % of the time; over-selection for FLoRA and FedSVD is "
         "undecided, a deadline is sooner for nobody, and three of FLoRA's runs with one ended for want of "
         "replies. Staleness costs four points, factors no more than exact sums.",
     ),
@@ -92,8 +92,8 @@ STUDIES = (
         claim="FLoRA's and FlexLoRA's: where memory decides who can hold which rank, mixed ranks beat the "
         "least rank for all, and the largest for those who can.",
         found="2026-11-30, ten seeds: FLoRA with mixed ranks is ahead of rank 2 for all by 2.6 points, of "
-        "zero-padding by 4.0 and of FlexLoRA by 6.6, on every seed, at fifteen times their downloads; against rank "
-        "16 for those who can hold it, undecided.",
+        "zero-padding by 4.0 and of FlexLoRA by 6.6, on every seed, at fifteen times their downloads; against "
+        "rank 16 for those who can hold it, undecided.",
     ),
 )
 
