@@ -92,8 +92,8 @@ STUDIES = (
         claim="FLoRA's and FlexLoRA's: where memory decides who can hold which rank, mixed ranks beat the "
         "least rank for all, and the largest for those who can.",
         found="2026-11-30, ten seeds: FLoRA with mixed ranks is ahead of rank 2 for all by 2.6 points, of "
-        "zero-padding by 4.0 and of FlexLoRA by 6.6, on every seed, at fifteen times their downloads; against "
-        "rank 16 for those who can hold it, undecided.",
+        "zero-padding by 4.0 and of FlexLoRA by 6.6, on every seed, at fifteen times their downloads; "
+        "against rank 16 for those who can hold it, undecided.",
     ),
 )
 
