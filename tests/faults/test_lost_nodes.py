@@ -14,6 +14,7 @@ from fedlora.deployment.operator.create import create
 from fedlora.deployment.operator.loopback import free_ports
 from fedlora.deployment.operator.operate import node_states
 from fedlora.deployment.operator.scripts import flower_environment
+from fedlora.secure.peers import PEERS_FILE
 from tests.faults.deployed import NODES, Up, adapter, federation, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]
@@ -76,7 +77,8 @@ def test_strangers_are_not_let_in(stranger: str, reason: str, up: Up, tmp_path: 
         shutil.copy(ours.server / "ca.crt", node / "ca.crt")
     else:
         known = ours.node(ours.nodes[0])
-        shutil.copy(known / "key", node / "key")
+        for file in ("key", PEERS_FILE):  # a key that its own peers.toml does not name ends it sooner
+            shutil.copy(known / file, node / file)
     log, ports = tmp_path / "node.log", up.loopback.ports
     settings = {
         "FEDLORA_SUPERLINK": f"127.0.0.1:{ports['gate']}",
