@@ -74,7 +74,7 @@ def test_a_slow_node_is_not_waited_for_and_takes_part_again(
 def test_rounds_of_a_buffer_go_on_without_a_slow_node_and_use_what_it_brings(
     up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    misbehaving(monkeypatch, {0: {1: "slow-15"}})
+    misbehaving(monkeypatch, {0: {1: "slow-40"}})
     keys = {"devices.buffer-size": 2, "devices.in-flight": 3, "num_server_rounds": 30}
     records = run(up, tmp_path / "run", **keys)
     first = next(record["round"] for record in records if 0 in record["participants"])
