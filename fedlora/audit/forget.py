@@ -18,6 +18,7 @@ import numpy as np
 from clients.evaluation import Evaluation, evaluate
 from fedlora.audit.membership import Measured, auc
 from fedlora.config import RunConfig, read_config
+from fedlora.deployment.operator.layout import LOG
 from fedlora.errors import ConfigError
 from fedlora.models import load_adapter
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
@@ -87,6 +88,10 @@ def forget(
     config = read_config(run / CONFIG) if (run / RESULT).is_file() else None
     if config is None:
         raise ConfigError(f"{run}: no finished run, there is no {RESULT} in it")
+    if (run / LOG).exists():
+        raise ConfigError(
+            f"{run}: ran over a federation, whose data are at its nodes; run anew without the node"
+        )
     if "adapter" not in read_result(run):
         raise ConfigError(f"{run}: it has no global adapter, what a client keeps is forgotten with its state")
     rounds = [r["round"] for r in read_rounds(run) if partition_id in r.get("participants", ())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,15 @@ def test_what_the_model_had_learned_from_the_client_alone_is_gone(found: Forgott
         ("nothing", 0, "no finished run, there is no result.json"),
         ("whole", 4, "--partition 4: took part in no round"),
         ("alone", 0, "--partition 0: nobody else takes part"),
+        ("deployed", 0, "ran over a federation, whose data are at its nodes"),
     ],
 )
 def test_refusals(home: Path, run: str, partition: int, line: str) -> None:
     if run == "alone" and not (home / run).exists():
         fedlora.run(tiny_config(**{**KEYS, "num-server-rounds": 1, "partitions": "0"}), home / run)
+    if run == "deployed":
+        shutil.copytree(home / "whole", home / run)
+        (home / run / "flower.log").touch()
     with pytest.raises(ConfigError, match=line):
         forget(home / run, partition, home / "refused")
     assert not (home / "refused").exists()

@@ -30,6 +30,8 @@ SERVER_KEYS = {
 }  # fmt: skip
 FAILURE = "failure.json"
 """In a run directory: why the ServerApp gave up, for ``fedlora run --federation``."""
+LOG = "flower.log"
+"""In a run directory: what Flower said of a run over a federation, which every such run leaves."""
 OWN = "own"
 """In a run directory: a strategy of the operator's own, for the ServerApp."""
 CONNECTION = "federation"

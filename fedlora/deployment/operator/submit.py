@@ -20,7 +20,7 @@ import tomli_w
 from fedlora.config import RunConfig, to_flat, unflatten
 from fedlora.core.code import code_root, project_file, top_packages
 from fedlora.data.columns import BUILT_IN
-from fedlora.deployment.operator.layout import CONNECTION, FAILURE, OWN, Layout
+from fedlora.deployment.operator.layout import CONNECTION, FAILURE, LOG, OWN, Layout
 from fedlora.deployment.operator.operate import flwr, flwr_command, operator_environment, run_status
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.directory import RunDirectory
@@ -28,7 +28,6 @@ from fedlora.server.results import read_result
 from fedlora.server.validate import check
 
 APP = "fedlora"
-LOG = "flower.log"
 COMPLETED = "finished:completed"
 LOOK_SECONDS = 0.2
 ANSWER_SECONDS = 60.0
