@@ -95,6 +95,11 @@ STUDIES = (
         "zero-padding by 4.0 and of FlexLoRA by 6.6, on every seed, at fifteen times their downloads; "
         "against rank 16 for those who can hold it, undecided.",
     ),
+    Study(
+        name="mixed_ranks",
+        claim="raFLoRA (Wu et al., 2026) and FSLoRA (Fang et al., 2025): with mixed ranks both are ahead of "
+        "FlexLoRA, under which ranks that few clients have fade from round to round.",
+    ),
 )
 
 
