@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from flwr.app import Message
 
-from strategies.request import NO_REPLY, PendingRequest, read_reply
+from strategies.request import PendingRequest, read_reply
 
 
 class Overdue:
@@ -18,7 +18,7 @@ class Overdue:
     def note(self, server_round: int, requests: Iterable[PendingRequest]) -> None:
         """A round has ended without these, as far as they are unanswered."""
         for request in requests:
-            if request.reply is None and request.failure == NO_REPLY:
+            if request.is_silent:
                 self._waiting |= dict.fromkeys(request.message_ids() - {""}, (server_round, request))
 
     def answered(self, messages: Iterable[Message]) -> Iterator[tuple[int, PendingRequest]]:
