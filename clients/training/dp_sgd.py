@@ -23,6 +23,7 @@ from clients.training.batches import Indices, poisson_batches
 from clients.training.canaries import Canaries, among
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_step import private_steps
+from clients.training.nested import NestedSteps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.reference import with_references
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
@@ -96,8 +97,10 @@ def train_private(
     ):
         rates = ScheduledRates(optimizer, rate_factors(config, local_steps, stage))
         penalties = Penalties(trained, config)  # they know no data: added after the noise
+        nested = NestedSteps(trained, config, local_steps, seed)
 
         def after_noise(_: object) -> None:
+            nested.end()
             for parameter in private.resting:
                 parameter.grad = None
             penalties.add_gradient()
@@ -107,6 +110,7 @@ def train_private(
         for step, drawn in enumerate(poisson_batches(everyone, rate, local_steps, draw)):
             private.resting = resting[step % 2]
             rates.advance()
+            nested.begin()
             total += private.step(examples, drawn, pad_token_id)
             sizes.append(len(drawn))
         finish(optimizer)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, physical_batches, shuffled_batches
+from clients.training.nested import NestedSteps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.reference import with_references
 from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors, resting, rests
@@ -77,15 +78,18 @@ def train_local(
         optimizer = make_optimizer(trained, config)
         rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
         penalties, resting = Penalties(trained, config), at_rest(trained, config)
+        nested = NestedSteps(trained, config, steps, seed)
         batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
         for step, drawn in enumerate(batches):
             optimizer.zero_grad()
+            nested.begin()
             for part in physical_batches(drawn, config.micro_batch_size):
                 batch = load_batch(examples, part, pad_token_id, model.device, packed=config.packing)
                 loss = batch_loss(model, batch) * (len(part) / len(drawn))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total = total + loss.detach() * len(drawn)
             seen += len(drawn)
+            nested.end()
             for parameter in resting[step % 2]:
                 parameter.grad = None
             penalties.add_gradient()

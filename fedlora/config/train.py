@@ -69,6 +69,9 @@ class TrainConfig:
 
     alternating: bool = False
     """LA-LoRA: B moves in the first step of a round, A in the second, and so on; the head in each."""
+    nested_ranks: bool = False
+    """DyLoRA: each step trains the leading directions of the adapter, how many is drawn, so that what a rule
+    cuts off later matters least."""
 
     def __post_init__(self) -> None:
         _ = self.optimizer_option_dict

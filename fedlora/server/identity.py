@@ -53,6 +53,7 @@ ADDED = {
     "train.schedule-floor": 0.0,
     "train.warmup-steps": 0,
     "train.alternating": False,
+    "train.nested-ranks": False,
     "secure.mode": "none",
     "secure.min-clients": 3,
     "secure.threshold": 0.66,

@@ -9,7 +9,6 @@ from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import check_optimizer, optimizer_type
 from fedlora.adapters import check_kind
 from fedlora.config import DevicesConfig, RunConfig, StrategyConfig
-from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
@@ -89,8 +88,6 @@ def check(config: RunConfig) -> Rule:
         )
     if not rule.facts.trained and config.model.head == "freeze":
         raise NotApplicable(f"model.head = 'freeze': {rule.facts.name} would train nothing")
-    if config.train.alternating:
-        check_alternating(config, rule)
     check_optimizer(
         config.train,
         trained={rule.trained(number) for number in range(1, config.num_server_rounds + 1)},
@@ -204,28 +201,6 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
         raise ConfigError(f"{key}: train.loraplus-lr-ratio = {ratio}: is of lora's B, must be 1")
     if issubclass(optimizer_type(config.train.optimizer), LocalOptimizer):
         raise ConfigError(f"{key}: train.optimizer = {config.train.optimizer!r} moves the A and B of lora")
-
-
-def check_alternating(config: RunConfig, rule: Rule) -> None:
-    """Refuse what does not let A and B move by turns.
-
-    Raises:
-        NotApplicable: a rule or a kind of adapter that does not train A and B in a round.
-        ConfigError: an optimiser that moves both at once, a single step, or norms of both.
-    """
-    key, train, method = "train.alternating = true", config.train, config.lora.method
-    trained = {rule.trained(number) for number in range(1, config.num_server_rounds + 1)}
-    if method != "lora" or any(roles != PLAIN for roles in trained):
-        what = rule.facts.name if method == "lora" else f"lora.method = {method!r}"
-        raise NotApplicable(f"{key}: {what} does not train both A and B of lora in each round")
-    if issubclass(optimizer_type(train.optimizer), LocalOptimizer):
-        raise ConfigError(f"{key}: train.optimizer = {train.optimizer!r} moves A and B together")
-    if train.local_steps == 1 and not train.local_epochs:
-        raise ConfigError(f"{key}: train.local-steps = 1: A would never move, must be >= 2")
-    if config.privacy.mode == "example" and config.privacy.grad_sample_mode == "ghost":
-        raise ConfigError(
-            f"{key}: privacy.grad-sample-mode = 'ghost' takes the norms of A and B together, use 'hooks'"
-        )
 
 
 def check_quantised(config: RunConfig, rule: Rule) -> None:

@@ -1,10 +1,13 @@
-"""Validation of how a step is computed: in parts, packed, with blocks that are computed again."""
+"""Validation of how a step is computed: in parts, packed, of some factors, with blocks computed again."""
 
 from __future__ import annotations
 
 import warnings
 
+from clients.training.optimizers.local import LocalOptimizer
+from clients.training.optimizers.registry import optimizer_type
 from fedlora.config import RunConfig
+from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import TAKEN_OUT
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.tasks import task_named
@@ -15,9 +18,14 @@ def check_passes(config: RunConfig, rule: Rule) -> None:
     """Refuse blocks computed again, steps in parts and packed rows where a step would not be what it was.
 
     Raises:
-        NotApplicable: packing of anything but a language model's examples, or of private ones.
+        NotApplicable: packing of anything but a language model's examples, or of private ones; steps of some
+            factors without those.
         ConfigError: cohorts; parts of a private step, which have a key of their own.
     """
+    if config.train.alternating:
+        check_alternating(config, rule)
+    if config.train.nested_ranks:
+        check_nested(config, rule)
     if config.train.gradient_checkpointing:
         check_checkpointing(config)
     if config.model.dtype != "float32":
@@ -44,6 +52,43 @@ def check_passes(config: RunConfig, rule: Rule) -> None:
         raise ConfigError(
             f"train.packing = true: packed clients train alone, engine.cohort-size = {size} must be 1"
         )
+
+
+def check_alternating(config: RunConfig, rule: Rule) -> None:
+    """Refuse what does not let A and B move by turns.
+
+    Raises:
+        NotApplicable: a rule or a kind of adapter that does not train A and B in a round.
+        ConfigError: an optimiser that moves both at once, a single step, or norms of both.
+    """
+    key, train, method = "train.alternating = true", config.train, config.lora.method
+    trained = {rule.trained(number) for number in range(1, config.num_server_rounds + 1)}
+    if method != "lora" or any(roles != PLAIN for roles in trained):
+        what = rule.facts.name if method == "lora" else f"lora.method = {method!r}"
+        raise NotApplicable(f"{key}: {what} does not train both A and B of lora in each round")
+    if issubclass(optimizer_type(train.optimizer), LocalOptimizer):
+        raise ConfigError(f"{key}: train.optimizer = {train.optimizer!r} moves A and B together")
+    if train.local_steps == 1 and not train.local_epochs:
+        raise ConfigError(f"{key}: train.local-steps = 1: A would never move, must be >= 2")
+    if config.privacy.mode == "example" and config.privacy.grad_sample_mode == "ghost":
+        raise ConfigError(
+            f"{key}: privacy.grad-sample-mode = 'ghost' takes the norms of A and B together, use 'hooks'"
+        )
+
+
+def check_nested(config: RunConfig, rule: Rule) -> None:
+    """Refuse what has no leading directions that a step could train alone.
+
+    Raises:
+        NotApplicable: a rule that trains no factor, a core between them, or another kind of adapter.
+        ConfigError: an optimiser that moves all directions of a layer together.
+    """
+    key, method, optimizer = "train.nested-ranks = true", config.lora.method, config.train.optimizer
+    if method != "lora" or not rule.facts.trained or not rule.facts.trained <= PLAIN:
+        what = f"{rule.facts.name} trains no A or B" if method == "lora" else f"lora.method = {method!r}"
+        raise NotApplicable(f"{key}: {what}, leading directions are of lora's")
+    if issubclass(optimizer_type(optimizer), LocalOptimizer):
+        raise ConfigError(f"{key}: train.optimizer = {optimizer!r} moves all directions of a layer together")
 
 
 def check_checkpointing(config: RunConfig) -> None:

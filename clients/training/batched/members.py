@@ -67,6 +67,7 @@ class Streams:
     """Streams of a member, in the order in which the one-by-one trainer draws.
 
     Attributes:
+        seed: of all of them.
         batches: the examples of each step.
         dropout: of the adapters' inputs.
         noise: of private steps, unless they are secure.
@@ -76,6 +77,7 @@ class Streams:
         norm: to which gradients are clipped, where that goes on from step to step.
     """
 
+    seed: int
     batches: Iterator[Indices]
     dropout: torch.Generator
     noise: torch.Generator
@@ -98,6 +100,7 @@ def open_streams(member: Member, config: TrainConfig, device: torch.device, exam
         drawn = among(own, member.canaries, len(examples))
         batches = poisson_batches(drawn, rate, member.steps, rng)
     return Streams(
+        seed=seed,
         batches=batches,
         dropout=torch.Generator(device).manual_seed(derive(seed, "dropout")),
         noise=torch.Generator(device).manual_seed(derive(seed, "noise")),

@@ -27,6 +27,7 @@ from clients.training.batches import Indices, load_batch
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import check_drawn
 from clients.training.dp_step import at_once
+from clients.training.nested import SetAside, beyond, drawn_ranks, zero
 from clients.training.reference import with_references
 from clients.training.schedule import NOTHING, ONLY_ROUND, Stage, resting, rests
 from clients.training.train import LocalResult, batch_loss
@@ -125,6 +126,8 @@ class Cohort:
         self._route = Route()
         self._losses = torch.zeros(len(members), device=self.stacks.device, dtype=self.stacks.dtype)
         self._sizes: list[list[int]] = [[] for _ in members]
+        nested = members if task.config.nested_ranks else ()
+        self._ranks = [drawn_ranks(m.rank, m.steps, self._streams[i].seed) for i, m in enumerate(nested)]
 
     def route_laid(self) -> AbstractContextManager[None]:
         """Inside, the model computes each row by its own client's factors; steps are taken there."""
@@ -138,13 +141,24 @@ class Cohort:
             sizes.append(len(batch))
         mechanisms = [self._now(place) for place in range(active) if self._members[0].mechanism is not None]
         ending = resting(self._task.config, number)
+        aside = SetAside(self._beyond(self.stacks.values, number, active))
         gradients = self.private(batches, mechanisms, ending) if mechanisms else self.plain(batches)
+        aside.put_back()
+        zero(self._beyond(gradients, number, active))
         gradients = {name: g for name, g in gradients.items() if not rests(name, ending)}
         for place, stream in enumerate(self._streams[:active]):
             if stream.norm is not None:
                 stream.norm.add(float(self.counts[place]))
                 stream.norm.advance()
         self._update.step(gradients, active)
+
+    def _beyond(self, tensors: Mapping[str, Tensor], number: int, active: int) -> list[Tensor]:
+        """The members' parts that a nested step leaves, see `clients.training.nested`."""
+        own, found = self.stacks.own, list[Tensor]()
+        for place, ranks in enumerate(self._ranks[:active]):
+            parts = {name: own(tensor.detach(), name, place) for name, tensor in tensors.items()}
+            found += beyond(parts, ranks[number])
+        return found
 
     def _now(self, place: int) -> Mechanism:
         """The mechanism of a member's next step."""
