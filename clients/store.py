@@ -7,8 +7,9 @@ One directory for a run (``<state-dir>/<run-key>``), safetensors files written a
 * ``personal/<partition>/<name>-<round>.safetensors``: a client's own tensors (a local head), by the
   round that made them, so that a round that is run again starts from the same ones, and with their digest,
   so that nobody goes on from a damaged file;
-* ``named/<round>-<list>.json``: the parts, but base patches, that a round's instructions named. Parts that
-  the last rounds did not name go: a factor that is frozen anew in each round leaves no trail.
+* ``named/<round>-<list>.json``: the parts that a round's instructions named. Parts that the last rounds did
+  not name go: neither a factor that is frozen anew in each round nor a base patch that is in a sum by now
+  leaves a trail.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from fedlora.core.adapters import Adapters, tensor_names
 from fedlora.core.factors import Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.sealed import is_digest
-from fedlora.core.state import Patch, digest
+from fedlora.core.state import Patch, digest, summed
 from fedlora.errors import UpdateRefused
 
 
@@ -86,15 +87,30 @@ def resolve(instruction: wire.TrainInstruction, store: ClientStore) -> ResolvedI
                 store.keep(name, tensors)
     except ValueError as error:
         raise UpdateRefused(str(error)) from None
+    _add_up(instruction.needs, store)
     missing = tuple(name for name in instruction.needs.digests if not store.has(name))
     if missing:
         return wire.Reply(status=wire.MISSING, missing=missing)
-    store.note_named(instruction.server_round, named)
+    store.note_named(instruction.server_round, (*named, *instruction.needs.base, *instruction.needs.sum_of))
     held = Tensors()
     for name in named:
         held |= store.get(name) or {}
     adapters, head = wire.complete_adapters(instruction, held)
     return ResolvedInstruction(adapters, head, store)
+
+
+def _add_up(needs: wire.Needs, store: ClientStore) -> None:
+    """Keep the base's first patch, where it is the sum of others that are here.
+
+    Another machine's arithmetic may come to other bits than the server's: then it is missing, and is sent.
+    """
+    if not needs.sum_of or not needs.base or store.has(needs.base[0]):
+        return
+    terms = [store.get(name) for name in needs.sum_of]
+    if None not in terms:
+        found = summed([Patch.from_tensors(term) for term in terms if term is not None])
+        if found.digest() == needs.base[0]:
+            store.keep(needs.base[0], found.tensors())
 
 
 OWN = "own"
@@ -159,7 +175,7 @@ class ClientStore:
         return self._parts[name]
 
     def note_named(self, server_round: int, names: Iterable[str]) -> None:
-        """Note the parts that a round needs besides the base, and drop those of rounds that are long past."""
+        """Note the parts that a round needs, and drop those that only rounds long past needed."""
         listed = json.dumps(sorted(names))
         folder, short = self.directory / "named", hashlib.sha256(listed.encode()).hexdigest()[:16]
         file = folder / f"{server_round:06d}-{short}.json"

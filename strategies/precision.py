@@ -16,18 +16,18 @@ from torch import Tensor
 
 from fedlora.core.adapters import Adapters, lora_set
 from fedlora.core.factors import Tensors, resize
-from fedlora.core.state import Broadcast, Patch, State
+from fedlora.core.state import Broadcast, Patch, State, folded
 
 
 def rounded_state(state: State, dtype: torch.dtype) -> State:
     """The state with all that a client may be sent rounded; the rule's own memory stays as it is."""
     if dtype == torch.float32:
-        return state
+        return replace(state, base=folded(state.base))
     return replace(
         state,
         adapters=_adapters(state.adapters, dtype),
         head=_tensors(state.head, dtype),
-        base=tuple(_patch(patch, dtype) for patch in state.base),
+        base=folded([_patch(patch, dtype) for patch in state.base]),
     )
 
 
@@ -50,10 +50,13 @@ def padded(broadcast: Broadcast, rank: int) -> Broadcast:
 
 
 def _patch(patch: Patch, dtype: torch.dtype) -> Patch:
-    """The same object where nothing changes, so that its digest is computed once."""
+    """The same object where nothing changes, so that its digest is computed once.
+
+    A sum of many patches stays as it is: rounded, it would swallow the next ones.
+    """
     tensors = patch.tensors()
     rounded = _tensors(tensors, dtype)
-    same = all(torch.equal(tensor, rounded[name]) for name, tensor in tensors.items())
+    same = bool(patch.sum_of) or all(torch.equal(tensor, rounded[name]) for name, tensor in tensors.items())
     return patch if same else Patch.from_tensors(rounded)
 
 

@@ -79,6 +79,7 @@ class Transport:
         self.requests: list[PendingRequest] = []
         self._by_node: dict[int, PendingRequest] = {}
         self._patches: dict[str, Patch] = {}
+        self._base: tuple[str, ...] = ()
         self._payloads: dict[tuple[Any, ...], Payload] = {}
         self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
         self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
@@ -99,7 +100,10 @@ class Transport:
         self._payloads, self._records, self._digests, self._parts = {}, {}, {}, {}
         self._expected = {}
         self.requests, self._by_node = [*pending], {request.node_id: request for request in pending}
-        self._patches = {patch.digest(): patch for patch in base}
+        late = {name for request in pending for name in request.needs.base}  # folded since, perhaps
+        self._patches = {name: patch for name, patch in self._patches.items() if name in late}
+        self._patches |= {patch.digest(): patch for patch in base}
+        self._base = tuple(patch.digest() for patch in base)
 
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> PendingRequest:
         """Another client's instruction, with all it must hold for it; ``rank`` as in `PendingRequest`."""
@@ -109,10 +113,11 @@ class Transport:
         moving = self._digest(payload.moving) if others else ""  # without others, nothing to be hashed for
         layers = [(self._digest(part), rests) for part, rests in payload.layers]
         needs = wire.Needs(
-            base=tuple(self._patches),
+            base=self._base,
             frozen=frozen,
             moving=moving if moving in others else "",
             layers=tuple(name for name, rests in layers if rests or name in others),
+            sum_of=self._held_terms(self.acknowledged.get(partition_id, set())),
         )
         half = self.wire_dtype == "float16"
         request = PendingRequest(partition_id, node_id, broadcast, payload, needs, rank, half, self.upload)
@@ -151,7 +156,7 @@ class Transport:
                 continue
             request.bytes_up += wire.payload_bytes(reply.content)
             lacks = wire.decode_reply(reply.content).missing
-            self.acknowledged.setdefault(request.partition_id, set()).difference_update(lacks)
+            self._forget(request, lacks)
             again.append(self.message(request, message_type, config))
         return again
 
@@ -175,7 +180,7 @@ class Transport:
             if reply.status == wire.OK:
                 self.acknowledged[request.partition_id] = set(reply.holds) & set(request.needs.digests)
             elif reply.status == wire.MISSING:  # a loop that serves nobody twice: next round
-                self.acknowledged.setdefault(request.partition_id, set()).difference_update(reply.missing)
+                self._forget(request, reply.missing)
         return dict(sorted(contents.items()))
 
     def expected_bytes(self, node_id: int) -> int:
@@ -242,12 +247,26 @@ class Transport:
         }
         arrays = self._record(self.arranged(travels))
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord(settings)})
-        lacks = tuple(name for name in request.needs.base if name not in held)
+        terms = request.needs.sum_of
+        added_up = request.needs.base[:1] if terms and held.issuperset(terms) else ()
+        lacks = tuple(name for name in request.needs.base if name not in held and name not in added_up)
         if lacks:
             content[wire.PARTS] = self._part(lacks)
         if request.partition_id in self.beside:
             content[SECURE] = self.beside[request.partition_id]
         return content
+
+    def _forget(self, request: PendingRequest, lacks: Iterable[str]) -> None:
+        """Note that a client lacks parts; who lacks a sum came to other bits by its terms, and is sent it."""
+        lacking = {*lacks}
+        if {*request.needs.base[:1]} & lacking:
+            lacking |= {*request.needs.sum_of}
+        self.acknowledged.setdefault(request.partition_id, set()).difference_update(lacking)
+
+    def _held_terms(self, held: set[str]) -> tuple[str, ...]:
+        """What the first base patch is the sum of, if a client holds that and not the sum."""
+        first = self._patches[self._base[0]].sum_of if self._base else ()
+        return first if first and self._base[0] not in held and held.issuperset(first) else ()
 
     def _payload(self, broadcast: Broadcast) -> Payload:
         values = (*broadcast.adapters.values(), *broadcast.head.values())

@@ -1,20 +1,23 @@
 """Values that travel between server and clients or stay at the server: frozen dataclasses, no flwr.
 
 The base can move: rules such as FLoRA add to the base weights. That change is an ordered list of
-patches ``W_v = W_{v-1} + P_v``; ``State.base`` holds them all and its length is the version.
+patches ``W_v = W_{v-1} + P_v``, which ``State.base`` holds; where they have become larger than the weights
+that they change their sum takes their place (`folded`), so that no run grows with its rounds.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapters import Adapters, as_lora
 from fedlora.core.factors import Product, Tensors, add, as_product
+from fedlora.core.parallel import parallel_map
 from fedlora.errors import FactorShapeError
 
 
@@ -70,9 +73,15 @@ class ClientSpec:
 
 @dataclass(frozen=True)
 class Patch:
-    """One change of the base, ``P_v``: a product for each changed module."""
+    """One change of the base, ``P_v``: a product for each changed module.
+
+    Attributes:
+        products: by module.
+        sum_of: digests of the patches that this one is the sum of, see `folded`; empty for a round's own.
+    """
 
     products: Mapping[str, Product]
+    sum_of: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +96,7 @@ class Patch:
         }
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Patch:
+    def from_tensors(cls, tensors: Mapping[str, Tensor], sum_of: tuple[str, ...] = ()) -> Patch:
         """The patch that `tensors` came from.
 
         Raises:
@@ -97,7 +106,7 @@ class Patch:
         for module in modules:
             if f"{module}.left" not in tensors or f"{module}.right" not in tensors:
                 raise FactorShapeError(f"a base patch lacks one side of module {module}")
-        return cls({m: Product(tensors[f"{m}.left"], tensors[f"{m}.right"]) for m in modules})
+        return cls({m: Product(tensors[f"{m}.left"], tensors[f"{m}.right"]) for m in modules}, sum_of)
 
     def digest(self) -> str:
         """Its identity on the wire and on disk, computed once; see `digest`."""
@@ -116,6 +125,39 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         h.update(tensor.numpy().tobytes())
     return h.hexdigest()
+
+
+FOLD_AT = 4
+"""How many times as large as their sum patches become before that takes their place."""
+
+
+def folded(base: Sequence[Patch]) -> tuple[Patch, ...]:
+    """The patches; all but the last, which no client has yet, become one where that is far smaller.
+
+    A sum has a rank of min(out, in), whatever the number of rounds, in float32.
+    """
+    before = base[:-1]
+    sides = {n: (p.left.shape[0], p.right.shape[1]) for patch in before for n, p in patch.products.items()}
+    whole = sum(4 * min(shape) * sum(shape) for shape in sides.values())  # bytes of I D, or D I
+    if sum(patch.nbytes for patch in before) > FOLD_AT * whole:
+        return summed(before), base[-1]
+    return tuple(base)
+
+
+def summed(base: Sequence[Patch]) -> Patch:
+    """The sum of some patches, one after the other in float64, rounded once."""
+    names = sorted({name for patch in base for name in patch.products})
+
+    def total(name: str) -> Product:
+        terms = [patch.products[name] for patch in base if name in patch.products]
+        dense = sum(p.left.double() @ p.right.double() for p in terms)
+        assert isinstance(dense, Tensor)
+        short = torch.eye(min(dense.shape), dtype=torch.float32)
+        wide = dense.shape[0] < dense.shape[1]
+        return Product(short, dense.float()) if wide else Product(dense.float(), short)
+
+    products = dict(zip(names, parallel_map(total, names), strict=True))
+    return Patch(products, tuple(patch.digest() for patch in base))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +243,7 @@ class State:
         round: rounds aggregated so far; 0 before the first.
         adapters: the global adapter. The global model is base + patches + this.
         head: the other trained tensors.
-        base: the patches P_1 .. P_v; v is the base version.
+        base: the patches P_1 .. P_v, or their sum and those that came after it.
         memory: a rule's own tensors.
         seed: the root seed of the run.
     """

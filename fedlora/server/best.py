@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fedlora.config import RunConfig
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError
-from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
+from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
@@ -64,14 +64,13 @@ def chosen_on(config: RunConfig) -> str:
 
 
 def keep(run: FederatedRun) -> None:
-    """Keep the state in ``best/`` if it is the best round's; the checkpoint has its patches."""
+    """Keep the state in ``best/`` if it is the best round's, with its patches: later ones are added up."""
     state = run.state
     if (
         run.config.load_best_model_at_end
         and state.round == best_round(run.config, run.directory.rounds()) > 0
     ):
-        own = replace(state, base=(), memory={})
-        write_checkpoint(run.directory.path / BEST, ServerState(own), {"base": len(state.base)})
+        write_checkpoint(run.directory.path / BEST, ServerState(replace(state, memory={})))
 
 
 def best_state(run: FederatedRun) -> State:
@@ -87,4 +86,4 @@ def best_state(run: FederatedRun) -> State:
     kept = read_checkpoint(folder)
     if kept is None or kept.state.round != best:
         raise ConfigError(f"{folder}: has not the model of round {best}, the best one; put it back")
-    return replace(kept.state, base=run.state.base[: read_beside(folder)["base"]])
+    return kept.state

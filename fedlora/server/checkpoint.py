@@ -1,12 +1,12 @@
 """A run between two rounds, on disk: everything needed to go on with the same bits.
 
 ``state-00007.safetensors`` has adapters, head, the rule's memory and what client-level privacy goes on from,
-after round 7, and those before the last ``save-total-limit`` are dropped; ``patch-00001.safetensors`` and on
-are the base's patches, each written once; ``latest.json`` says which of them count, and all that is no
-tensor. Where earlier rounds are kept ``round-00006.json`` is what it was after round 6, and in its place
-goes on from there. It is sealed (`fedlora.core.sealed`), and holds the digests of the tensors in the other
-files, so that nothing that changed on disk is gone on with: a patch that did is taken from what simulated
-clients keep of it, all else is refused by name.
+after round 7, and those before the last ``save-total-limit`` are dropped; ``patch-<digest>.safetensors`` are
+the base's patches, each written once and dropped when no state has it any more; ``latest.json`` says which of
+them count, and all that is no tensor. Where earlier rounds are kept ``round-00006.json`` is what it was after
+round 6, and in its place goes on from there. It is sealed (`fedlora.core.sealed`), and holds the digests of
+the tensors in the other files, so that nothing that changed on disk is gone on with: a patch that did is
+taken from what simulated clients keep of it, all else is refused by name.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def write_checkpoint(
         beside: what ``latest.json`` is to vouch for of the run's other files.
         keep: states that are kept.
 
-    Patches that ``latest.json`` counts are there for good. One beyond them is left of a crash; the round
-    that is run again makes another where noise comes from the operating system.
+    A patch that a state on disk counts is not written again; one beyond them is left of a crash.
     """
     state = checkpoint.state
     latest = folder / "latest.json"
-    settled = read_sealed(latest)["patches"] if latest.exists() else 0
-    for number, patch in enumerate(state.base[settled:], start=settled + 1):
-        write_atomic(folder / f"patch-{number:05d}.safetensors", save(_contiguous(patch.tensors())))
+    settled = set(_patch_digests(folder))
+    for patch in state.base:
+        if patch.digest() not in settled:
+            write_atomic(_patch_file(folder, patch.digest()), save(_contiguous(patch.tensors())))
     name = f"state-{state.round:05d}.safetensors"
     flying = {f"flight.{f.number}.{name}": t for f in checkpoint.in_flight for name, t in f.tensors.items()}
     tensors = _contiguous(_state_tensors(state) | flying | _named("private", checkpoint.private))
@@ -56,7 +56,6 @@ def write_checkpoint(
         "state": name,
         "round": state.round,
         "seed": state.seed,
-        "patches": len(state.base),
         "scaling": {module: adapter.scaling for module, adapter in state.adapters.items()},
         **_parts(state),
         "participations": checkpoint.participations,
@@ -66,6 +65,7 @@ def write_checkpoint(
         **({"last-asked": checkpoint.asked} if checkpoint.asked else {}),
         "digest": digest(tensors),
         "patch-digests": [patch.digest() for patch in state.base],
+        **({"patch-sums": sums} if (sums := {p.digest(): p.sum_of for p in state.base if p.sum_of}) else {}),
         "beside": dict(beside or {}),
     }
     text = json.dumps(sealed(about)) + "\n"
@@ -80,9 +80,22 @@ def _prune(folder: Path, last: int, keep: int) -> None:
     for old in (*folder.glob("state-*.safetensors"), *folder.glob("round-*.json")):
         if not last - keep < int(old.stem.rpartition("-")[2]) <= last:
             old.unlink(missing_ok=True)
+    counted = {_patch_file(folder, name) for name in _patch_digests(folder)}
+    for patch in set(folder.glob("patch-*.safetensors")) - counted:
+        patch.unlink(missing_ok=True)
 
 
-BEGUN = {"state-00001.safetensors", "patch-00001.safetensors"}
+def _patch_digests(folder: Path) -> list[str]:
+    """Digests of the patches that a state in a folder counts."""
+    records = [file for file in (folder / "latest.json", *folder.glob("round-*.json")) if file.exists()]
+    return [name for file in records for name in read_sealed(file).get("patch-digests", [])]
+
+
+def _patch_file(folder: Path, name: str) -> Path:
+    return folder / f"patch-{name[:16]}.safetensors"
+
+
+FIRST_STATE = "state-00001.safetensors"
 """What may stand there before the first ``latest.json``, where the process ended in between."""
 
 
@@ -97,15 +110,20 @@ def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | No
         ConfigError: a file is missing, damaged, or not the one that the round left.
     """
     if not (folder / "latest.json").exists():
-        if {file.name for file in folder.glob("*.safetensors")} - BEGUN:
+        if {file.name for file in folder.glob("state-*.safetensors")} - {FIRST_STATE}:
             raise ConfigError(f"{folder / 'latest.json'}: is missing, which says what the others are")
         return None
     about = read_sealed(folder / "latest.json")
+    if about.get("patches"):
+        raise ConfigError(
+            f"{folder / 'latest.json'}: an earlier version of fedlora wrote it, which named base patches "
+            "otherwise; finish the run with that version, or begin anew elsewhere"
+        )
     tensors = read_tensors(folder / about["state"], about.get("digest"))
-    digests = about.get("patch-digests", [None] * about["patches"])
+    sums = about.get("patch-sums", {})
     patches = [
-        _patch(folder / f"patch-{v:05d}.safetensors", expected, spare)
-        for v, expected in enumerate(digests, start=1)
+        _patch(_patch_file(folder, name), name, spare, tuple(sums.get(name, ())))
+        for name in about.get("patch-digests", [])
     ]
     parts = about.get("parts", {})
     adapters: dict[str, LayerAdapter] = {}
@@ -153,18 +171,18 @@ def read_beside(folder: Path) -> dict[str, Any]:
     return dict(read_sealed(latest).get("beside", {})) if latest.exists() else {}
 
 
-def _patch(file: Path, expected: str | None, spare: Path | None) -> Patch:
+def _patch(file: Path, expected: str, spare: Path | None, sum_of: tuple[str, ...]) -> Patch:
     """A base patch; one that is damaged comes from ``spare`` if it is there, which is said."""
     try:
-        return Patch.from_tensors(read_tensors(file, expected))
+        return Patch.from_tensors(read_tensors(file, expected), sum_of)
     except ConfigError as error:
-        other = None if spare is None or expected is None else spare / f"{expected}.safetensors"
+        other = None if spare is None else spare / f"{expected}.safetensors"
         if other is None or not other.exists():
             raise
         tensors = read_tensors(other, expected)
         write_atomic(file, save(_contiguous(tensors)))
         log(WARNING, "%s; it was written anew from what the clients keep", error)
-        return Patch.from_tensors(tensors)
+        return Patch.from_tensors(tensors, sum_of)
 
 
 def _state_tensors(state: State) -> Tensors:

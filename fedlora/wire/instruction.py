@@ -33,12 +33,14 @@ class Needs:
             made; else empty, and they travel unnamed.
         layers: in place of these two, where layers rest: the parts of `layer_parts` that rest, and those that
             move and were held when the instruction was made.
+        sum_of: what the first patch is the sum of, where the client held all that; it need not travel then.
     """
 
     base: tuple[str, ...] = ()
     frozen: str = ""
     moving: str = ""
     layers: tuple[str, ...] = ()
+    sum_of: tuple[str, ...] = ()
 
     @cached_property
     def digests(self) -> tuple[str, ...]:
@@ -172,6 +174,7 @@ INSTRUCTION_KEYS = frozenset(
         "needs-frozen",
         "needs-moving",
         "needs-layers",
+        "base-sum-of",
     }
     | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
     | {"upload", "upload-seed", "upload-turn"}
@@ -195,6 +198,8 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
         config["needs-moving"] = needs.moving
     if needs.layers:
         config["needs-layers"] = list(needs.layers)
+    if needs.sum_of:
+        config["base-sum-of"] = list(needs.sum_of)
     if not isinstance(first, LoraFactors):
         config["tensors"] = ",".join(sorted(tensor_names(broadcast.adapters)))
     if broadcast.updates_base:
@@ -210,9 +215,10 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
 def parts_record(
     patches: Mapping[str, Patch], dtype: str = "float32", *, packed: bool = False
 ) -> ArrayRecord:
-    """Base patches by digest, as one record."""
+    """Base patches by digest, as one record; in float32 if a sum is among them."""
     tensors = {f"{d}/{name}": t for d, patch in patches.items() for name, t in patch.tensors().items()}
-    return to_record(tensors, dtype, packed=packed)
+    exact = any(patch.sum_of for patch in patches.values())
+    return to_record(tensors, "float32" if exact else dtype, packed=packed)
 
 
 def decode_instruction(content: RecordDict) -> TrainInstruction:
@@ -242,6 +248,7 @@ def decode_instruction(content: RecordDict) -> TrainInstruction:
             frozen=config["needs-frozen"],
             moving=config.get("needs-moving", ""),
             layers=tuple(config.get("needs-layers", [])),
+            sum_of=tuple(config.get("base-sum-of", [])),
         ),
         config=config,
         packed=is_packed(content.array_records[arrays]),

@@ -37,6 +37,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
         "run-key": bool(_RUN_KEY.fullmatch(str(config.get("run-key", "run")))),
         "ledger-head": config.get("ledger-head", "") == "" or _is_digest(config["ledger-head"]),
         "needs-base": _are_digests(config.get("needs-base", [])),
+        "base-sum-of": _are_digests(config.get("base-sum-of", [])),
         "needs-layers": _are_digests(config.get("needs-layers", [])),
         "needs-frozen, needs-moving": all(name == "" or _is_digest(name) for name in digests),
         "rank": isinstance(config.get("rank"), int) and 1 <= config["rank"] <= LARGEST,

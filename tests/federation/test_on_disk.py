@@ -118,18 +118,19 @@ def test_an_empty_key_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_patch_comes_back_from_what_the_clients_keep(
     stopped: Path, place: float, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole = (stopped / "checkpoint" / "patch-00002.safetensors").read_bytes()
+    patch = stopped / "checkpoint" / f"patch-{_patch_digest(stopped, 2)[:16]}.safetensors"
+    whole = patch.read_bytes()
     expected = go_on(_copy(stopped))
-    flipped(stopped / "checkpoint" / "patch-00002.safetensors", place)
+    flipped(patch, place)
     assert go_on(stopped) == expected
-    assert len((stopped / "checkpoint" / "patch-00002.safetensors").read_bytes()) == len(whole)
-    flipped(stopped / "checkpoint" / "patch-00002.safetensors", place)
+    assert len(patch.read_bytes()) == len(whole)
+    flipped(patch, place)
     (spare,) = (stopped / "clients").rglob(f"{_patch_digest(stopped, 2)}.safetensors")
     flipped(spare, 0.9)
     with pytest.raises(ConfigError, match=spare.name):
         go_on(stopped)
     spare.unlink()
-    with pytest.raises(ConfigError, match=r"patch-00002.safetensors: is damaged"):
+    with pytest.raises(ConfigError, match=rf"{patch.name}: is damaged"):
         go_on(stopped)
 
 
