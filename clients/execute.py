@@ -119,6 +119,7 @@ def answer(
         status=wire.OK,
         arrays=arrays,
         start=start,
+        adapters=result.adapters,
         metrics=metrics,
         holds=instruction.needs.digests,
         privacy=None

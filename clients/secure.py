@@ -17,11 +17,14 @@ from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure_steps import SUMS, fixed_point, under_masks
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.core.adapters import lora_set, tensor_names
+from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
+from fedlora.core.sketch import Sketch
 from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.masks import Unsigned
 from fedlora.secure.noise import SharedNoise, Words, seeded_words, system_words
-from fedlora.secure.step import Step, step_of
+from fedlora.secure.step import SKETCH, Step, step_of
 
 
 def encoded(
@@ -43,7 +46,7 @@ def encoded(
     """
     if config.secure.mode != SUMS or reply.status != wire.OK:
         return reply, wire.encode_reply(reply, instruction, packed=instruction.packed)
-    bare = replace(reply, arrays={}, start={}, metrics={})
+    bare = replace(reply, arrays={}, start={}, adapters={}, metrics={})
     records = wire.encode_reply(bare, instruction, packed=instruction.packed)
     try:
         row = _row(reply, instruction, content, config, settings, simulation=simulation)
@@ -74,7 +77,19 @@ def _row(
         raise SecureRefused(f"its {key} is not whole, or beyond secure.max-weight = {fixed.max_weight}")
     rounding = stream(config.seed, "secure", instruction.server_round, settings.partition_id)
     loss = reply.metrics.get("train-loss")
-    return wire.to_row(reply.start, reply.arrays, int(weight), loss, fixed, rounding)
+    start, trained = (reply.start, reply.arrays) if SKETCH not in asked.record else _sketched(reply, asked)
+    return wire.to_row(start, trained, int(weight), loss, fixed, rounding)
+
+
+def _sketched(reply: wire.Reply, asked: Step) -> tuple[Tensors, Tensors]:
+    """Zeros and sketches in place of the factors that were shipped, and the head."""
+    sketch, layers = Sketch(asked.number(SKETCH), asked.number("sketch-seed")), asked.texts("layers")
+    if not reply.adapters.keys() >= set(layers):
+        raise SecureRefused("sketches are asked of layers that it has not")
+    factors = lora_set({name: reply.adapters[name] for name in layers})
+    names = tensor_names(reply.adapters)
+    start, trained = (wire.from_peft(tensors, names).head for tensors in (reply.start, reply.arrays))
+    return start | sketch.start(factors), trained | sketch.sketches(factors)
 
 
 def _noise(privacy: DistributedClientPrivacy, asked: Step) -> SharedNoise:

@@ -45,19 +45,20 @@ class Diagnostics:
         gap: relative aggregation error, 0 for exact rules up to rounding (about 1e-7 in float32).
         update_norm: Frobenius norm of the change D that the clients' mean asked for.
         cosine: mean cosine between the changes of two clients, weighted by their weights and sizes; 1
-            where there is only one client.
+            where there is only one client; None where sums alone are known.
         effective_rank: how many directions D really has, from 1 to its rank; 0 where nothing is asked.
         energy_lost: share of the target's energy that neither the adapter nor the base got.
     """
 
     gap: float
     update_norm: float
-    cosine: float
+    cosine: float | None
     effective_rank: float
     energy_lost: float
 
     def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+        """Those that are known, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

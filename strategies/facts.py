@@ -33,7 +33,9 @@ class Facts:
         custom_weights: the rule weighs the factors itself; p_k counts for the head alone.
         first_round: what its first round from B = 0 amounts to, where that is another rule.
         rotates_basis: the server writes the global product in another basis after each round.
-        secure_sum: the server only needs sums of what is shipped.
+        secure_sum: the server only needs sums, of what is shipped or of products.
+        sketched: it needs the mean product, and under secure sums gets it out of sketches, see
+            `fedlora.core.sketch`.
         supported_inits: the values of ``init_a`` that the rule accepts.
         inits_why: why not the others, to follow the rule's name.
         up, down: numbers per layer, round and client; r rank, R sum of ranks, o out, i in.
@@ -60,6 +62,7 @@ class Facts:
     first_round: str = ""
     rotates_basis: bool = False
     secure_sum: bool
+    sketched: bool = False
     supported_inits: tuple[str, ...] = INIT_A
     inits_why: str = ""
     up: str

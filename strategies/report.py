@@ -29,6 +29,7 @@ class RoundReport:
         privacy: partition id -> what that client has spent.
         diagnostics: of the aggregation.
         halved: partitions that trained in a smaller cohort than was meant, because memory ran out.
+        sketch_lost: of a round of sketches, the share of the mean products' norm that they did not tell.
         clipping_norm: to which updates were clipped, where that is adapted from round to round.
         client_metrics: partition id -> metrics of its own evaluation, where clients evaluate.
         train_metrics, evaluate_metrics: the clients' means as in Flower's Result; None where there are none.
@@ -47,6 +48,7 @@ class RoundReport:
     privacy: dict[int, dict[str, Any]] = field(default_factory=dict)
     diagnostics: Diagnostics | None = None
     halved: list[int] = field(default_factory=list)
+    sketch_lost: float | None = None
     clipping_norm: float | None = None
     client_metrics: dict[int, dict[str, float]] = field(default_factory=dict)
     train_metrics: MetricRecord | None = None

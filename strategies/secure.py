@@ -2,14 +2,15 @@
 
 A round is four exchanges: keys, sealed shares, the orders to train with their masked replies, and the shares
 that take the masks off their sum; and one more before the last where nodes sign who is in it. The rule is
-then given one update: the clients' weighted mean, which for a rule of sums (`Facts.secure_sum`) makes of the
-state what the updates themselves would have made.
+then given one update in place of all, see `strategies.sums`, which for a rule of sums (`Facts.secure_sum`)
+makes of the state what the updates themselves would have made.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from logging import WARNING
 from typing import Any
 
@@ -18,9 +19,7 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid
 
 from fedlora import wire
-from fedlora.core.adapters import tensor_names
 from fedlora.core.factors import Tensors
-from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
@@ -33,6 +32,7 @@ from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.replies import TRAIN_LOSS
 from strategies.request import PendingRequest
+from strategies.sums import Shipped, rows_of, told_by_sums
 
 Steps = Mapping[int, Mapping[str, Any]]
 """Partition -> what it is asked."""
@@ -47,8 +47,10 @@ class SecureStrategy(FactorStrategy):
         largest_change: by which a number may change.
         max_weight: the most that a client may weigh.
         shared_noise: of so many clients that may be in a sum, where each clips and noises its own update.
+        sketch_size: columns and rows of sketches; 0: enough for the ranks of all clients together.
         timeout: seconds for each exchange but that of training.
         peers: the registered nodes' keys, with which they sign; None: nobody signs.
+        diagnostics: measure what sums tell of each aggregation, see `told_by_sums`.
 
     Raises:
         ConfigError: a rule that needs single updates.
@@ -56,10 +58,11 @@ class SecureStrategy(FactorStrategy):
 
     def __init__(
         self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int,
-        shared_noise: Callable[[int], SharedNoise] | None = None, timeout: float = 3600,
-        peers: Peers | None = None, **named: Any,
+        shared_noise: Callable[[int], SharedNoise] | None = None, sketch_size: int = 0, timeout: float = 3600,
+        peers: Peers | None = None, diagnostics: bool = True, **named: Any,
     ) -> None:  # fmt: skip
-        super().__init__(*arguments, **{**named, "diagnostics": False})
+        super().__init__(*arguments, **named)
+        self.diagnostics = diagnostics and self.diagnostics and told_by_sums(self.rule) and not shared_noise
         if not self.rule.facts.secure_sum:
             raise ConfigError(f"secure sums: {self.rule.facts.name} needs single updates")
         if self.screening is not None or self.client_dp is not None:
@@ -67,6 +70,8 @@ class SecureStrategy(FactorStrategy):
         self.terms, self.timeout, self.peers = terms, timeout, peers
         self.largest_change, self.max_weight = largest_change, max_weight
         self.shared_noise, self._planned = shared_noise, 0
+        self.sketch_size = sketch_size
+        self._rows = Shipped()
         self.collector = Collector(terms=terms)
         self._grid: Grid | None = None
         self._nodes: dict[int, int] = {}
@@ -83,18 +88,26 @@ class SecureStrategy(FactorStrategy):
         self, chosen: list[int], present: dict[int, int], message_type: str, server_round: int,
         config: ConfigRecord,
     ) -> list[Message]:  # fmt: skip
-        self.transport.beside = {}
+        self.transport.beside, self.transport.row_bytes = {}, 0
         if message_type == MessageType.TRAIN and chosen:
+            assert self.state is not None
             self._planned = len(chosen)
             named = wire.identity(settings_of(config, server_round))
             chosen = self._agree(named, {partition: present[partition] for partition in chosen})
+            asked = {"session": self.collector.session, "sharers": chosen, "max-weight": self.max_weight}
+            clients = [self.client_spec(partition) for partition in chosen]
+            self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
+            asked |= self._rows.asked
             for partition in chosen:
-                record = ConfigRecord({"session": self.collector.session, "sharers": chosen})
-                record["max-weight"] = self.max_weight
+                record = ConfigRecord(dict(asked))
                 if sealed := self.collector.sealed_for(partition):
                     record["from"], record["sealed"] = list(sealed), list(sealed.values())
                 self.transport.beside[partition] = record
-        return super()._instructions(chosen, present, message_type, server_round, config)
+        messages = super()._instructions(chosen, present, message_type, server_round, config)
+        if self.transport.beside:
+            start = self._rows.start(self.transport.requests[0].broadcast)
+            self.transport.row_bytes = wire.row_length(start) * self.terms.bits // 8
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -107,8 +120,8 @@ class SecureStrategy(FactorStrategy):
         contents = self.transport.settle(replies)
         if not self.transport.requests:
             return None, None
-        start, noisy = self._start(), self.shared_noise is not None
-        length = wire.row_length(start, noisy=noisy)
+        start = self._rows.start(self.transport.requests[0].broadcast)
+        length = wire.row_length(start, noisy=self.shared_noise is not None)
         for request in self.transport.requests:
             self._take_update(request, contents.get(request.partition_id), length)
             self._silent[request.partition_id] = request.is_silent
@@ -133,10 +146,16 @@ class SecureStrategy(FactorStrategy):
                 self.largest_change,
                 summed.cut,
             )
-        self.state, _ = self._next_state({}, [virtual_update(summed, self.transport.requests[0].broadcast)])
+        self._take_in(summed)
         self.report.participants, self.report.train_loss = survivors, summed.loss
         self._released = self.arrays()
         return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
+
+    def _take_in(self, summed: wire.Summed) -> None:
+        sent, clients = self.transport.requests[0].broadcast, self.collector.survivors
+        update, self.report.sketch_lost = self._rows.update(summed, sent, clients)
+        self.state, measured = self._next_state({}, [update])
+        self.report.diagnostics = None if measured is None else replace(measured, cosine=None)
 
     # --- the exchanges --------------------------------------------------------------------------------
 
@@ -258,11 +277,6 @@ class SecureStrategy(FactorStrategy):
         self.report.note(request.partition_id, reply)
         self.transport.note_ledger(request)
 
-    def _start(self) -> Tensors:
-        """What every client's training began from, of what is shipped."""
-        sent = self.transport.requests[0].broadcast
-        return wire.to_peft(sent.adapters, sent.head, sent.uploaded, sent.modules)
-
     def _read(self, total: Unsigned, start: Tensors) -> wire.Summed:
         """The mean; with shared noise over all that were asked: an update that does not come is zero."""
         clients = len(self.collector.sealed)
@@ -270,10 +284,3 @@ class SecureStrategy(FactorStrategy):
             return wire.from_noisy_row(total, start, self.shared_noise(clients), self._planned)
         fixed = FixedPoint(clients, self.terms.bits, self.largest_change, self.max_weight)
         return wire.from_row(total, start, fixed)
-
-
-def virtual_update(summed: wire.Summed, sent: Broadcast) -> ClientUpdate:
-    """The mean of clients that were all sent the same, as the update of one of their whole weight."""
-    parts = wire.from_peft(summed.tensors, tensor_names(sent.adapters))
-    adapters = parts.over(sent.adapters)
-    return ClientUpdate(partition_id=0, adapters=adapters, head=parts.head, weight=float(summed.weight))

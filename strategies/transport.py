@@ -47,6 +47,7 @@ class Transport:
             that its ledger was not set back since.
         requests: of this round.
         beside: partition id -> what travels with its orders, see `fedlora.wire.secure`.
+        row_bytes: of a masked update, where the round has those.
 
     Raises:
         ConfigError: names of records that are not different, or no such codec.
@@ -73,6 +74,7 @@ class Transport:
         self.arrayrecord_key, self.configrecord_key = arrayrecord_key, configrecord_key
         self._places: dict[str, int] = {}
         self.beside: dict[int, ConfigRecord] = {}
+        self.row_bytes = 0
         self.packed = packed
         self.acknowledged: Acknowledged = {}
         self.ledger_heads: dict[int, str] = {}
@@ -188,6 +190,8 @@ class Transport:
 
         They are the most of all rounds where a codec sends other parts by turns.
         """
+        if self.row_bytes:
+            return self.row_bytes
         request = self._by_node[node_id]
         broadcast = request.broadcast
         key = id(request.payload), broadcast.modules

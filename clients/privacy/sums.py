@@ -7,8 +7,9 @@ Where each client takes one step of plain SGD a round, what it ships moves by
 and with lr, z, C and B alike a sum of T of these has noise of multiplier z sqrt(T) for an example of any one
 of them: its accounting is that of DP-SGD with this noise, at the own rate. After more steps it is not.
 A gradient then depends on the noise of the steps before, which the sum does not show, and nothing is claimed;
-nor under optimisers that divide by the noisy gradient, for clients of unlike settings or noise, or where a
-number could be cut to ``secure.largest-change``.
+nor under optimisers that divide by the noisy gradient, for clients of unlike settings or noise, for rules
+that add up products, whose two factors are both noisy, or where a number could be cut to
+``secure.largest-change``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import epsilon_of
 from fedlora.secure.graph import colluders_held
+from strategies.registry import rule_type
 
 FAR = 10.0
 """Standard deviations of noise that no number is expected beyond (1e-23)."""
@@ -56,7 +58,14 @@ def is_sum_of_gaussians(config: RunConfig) -> bool:
     train = config.train
     one_step = train.local_steps == 1 and not train.local_epochs and not config.groups
     plain = train.optimizer == "sgd" and not train.optimizer_options and not train.max_grad_norm
-    return config.secure.mode == "sums" and one_step and plain and config.privacy.clipping != "adaptive"
+    products = rule_type(config.strategy.name).facts.sketched  # of two noisy factors: no sum of Gaussians
+    return (
+        config.secure.mode == "sums"
+        and not products
+        and one_step
+        and plain
+        and config.privacy.clipping != "adaptive"
+    )
 
 
 def _is_never_cut(config: RunConfig, noise: float, rate: float) -> bool:

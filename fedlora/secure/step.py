@@ -14,6 +14,8 @@ STEP = "query.secure"
 """Kind of the messages of steps that carry no update."""
 ADVERTISE, SHARE, CONFIRM, UNMASK = "advertise", "share", "confirm", "unmask"
 """Their phases."""
+SKETCH = "sketch"
+"""Key of the width of sketches, where the rows of a round are of these."""
 LONGEST_REASON = 200
 
 
@@ -51,6 +53,15 @@ class Step:
             raise SecureRefused(f"{key} is no list of partitions")
         if len(set(values)) < len(values):
             raise SecureRefused(f"{key} names a partition twice")
+        return values
+
+    def texts(self, key: str) -> list[str]:
+        """Texts, each once."""
+        values = self.record.get(key)
+        if not isinstance(values, list) or any(not isinstance(v, str) for v in values):
+            raise SecureRefused(f"{key} is no list of texts")
+        if len(set(values)) < len(values):
+            raise SecureRefused(f"{key} names one twice")
         return values
 
     def table(self, partitions: str, values: str) -> dict[int, bytes]:

@@ -151,6 +151,7 @@ def _kind(
             largest_change=config.secure.largest_change,
             max_weight=largest_weight(config, partitions, known_examples),
             shared_noise=shared_noise(config, len(partitions)),
+            sketch_size=config.secure.sketch_size,
             timeout=config.round_timeout,
             peers=peers,
         )

@@ -60,6 +60,7 @@ ADDED = {
     "secure.bits": 32,
     "secure.largest-change": 1.0,
     "secure.max-weight": 0,
+    "secure.sketch-size": 0,
     "secure.noise": "none",
     "secure.colluding": 1,
     "devices.profiles": "",

@@ -31,6 +31,7 @@ from fedlora.server.validate import check
 from fedlora.wire.upload import CODECS
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
+from strategies.sums import rows_of
 
 Line = tuple[str, str]
 MOST_NAMED = 8
@@ -65,7 +66,7 @@ class Preview:
             ("training", self._training()),
             *([] if self.partitions is None else [("traffic", self._traffic(sorted(self.partitions)))]),
             ("privacy", self._privacy()),
-            *([("secure", secure_line(self.config))] if self.config.secure.mode == "sums" else []),
+            *([("secure", secure_line(self.config, self.rule))] if self.config.secure.mode == "sums" else []),
         ]
 
     def expected(self) -> list[Line]:
@@ -135,17 +136,22 @@ class Preview:
 
     def _traffic(self, clients: Sequence[int]) -> str:
         sent = {partition: self._broadcast(partition) for partition in clients[:MOST_NAMED]}
-        ups, downs = [], []
+        rule, secure, ups, downs = self.rule, self.config.secure, [], []
+        asked = clients_of_round(self.config.fraction_train, len(clients), self.config.min_train_nodes)
+        specs = [client_spec(self.config, self.runtime, partition) for partition in clients[:asked]]
+        sums = rows_of(rule, self.state, specs, secure.sketch_size) if secure.mode == "sums" else None
         for began in sent.values():
             layers = {name: adapter for name, adapter in began.adapters.items() if name in began.modules}
             head = began.head if self.config.model.head == "train" else {}
             up = wire.to_peft(layers, head, began.uploaded)
             down = wire.to_peft(began.adapters, began.head)
-            ups.append(_bytes_of(up, self.config.upload or self.config.wire_dtype))
+            plain = _bytes_of(up, self.config.upload or self.config.wire_dtype)
+            ups.append(plain if sums is None else wire.row_length(sums.start(began)) * secure.bits // 8)
             downs.append(_bytes_of(down, self.config.wire_dtype))
         return (
             f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "
-            f"up {self.rule.facts.up or '0'}, down {self.rule.facts.down or '0'})"
+            f"up {'of sketches' if sums and rule.facts.sketched else rule.facts.up or '0'}, "
+            f"down {rule.facts.down or '0'})"
         )
 
     def _privacy(self) -> str:

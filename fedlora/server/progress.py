@@ -143,7 +143,8 @@ def _diagnosis(record: dict[str, Any]) -> str:
     """Diagnostics of the aggregation, see `strategies.diagnostics`; nothing where it was not measured."""
     if record.get("gap") is None:
         return ""
+    cosine = f", cosine {record['cosine']:.2f}" if "cosine" in record else ""
     return (
-        f" | gap {record['gap']:.2g}, cosine {record['cosine']:.2f}, effective rank "
+        f" | gap {record['gap']:.2g}{cosine}, effective rank "
         f"{record['effective_rank']:.1f}, energy lost {100 * record['energy_lost']:.2g} %"
     )

@@ -125,6 +125,7 @@ def round_record(
         **({"late": {str(p): what for p, what in report.late.items()}} if report.late else {}),
         **({"staleness": {str(p): n for p, n in report.staleness.items()}} if report.staleness else {}),
         **({"halved": report.halved} if report.halved else {}),
+        **({} if report.sketch_lost is None else {"sketch_lost": report.sketch_lost}),
         **({} if report.clipping_norm is None else {"clipping_norm": report.clipping_norm}),
     }
 

@@ -16,6 +16,7 @@ from strategies.registry import RULES
 from strategies.replies import KnownExamples
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
+from strategies.sums import told_by_sums
 
 KEY = "secure.mode = 'sums'"
 
@@ -52,19 +53,26 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(
             f"{KEY}: upload = {config.upload!r}: masked updates travel as integers, leave it out"
         )
+    if config.secure.sketch_size and not rule.facts.sketched:
+        raise NotApplicable(
+            f"secure.sketch-size = {config.secure.sketch_size}: {rule.facts.name} adds up no products"
+        )
     unlike = any(g.rank is not None or g.alpha is not None or g.target_modules for g in config.groups)
-    if unlike or len(set(config.lora.rank_list)) > 1:
+    if (unlike or len(set(config.lora.rank_list)) > 1) and not rule.facts.sketched:
         raise NotApplicable(f"{KEY}: clients of their own rank, alpha or target-modules cannot be added up")
 
 
-def secure_line(config: RunConfig) -> str:
+def secure_line(config: RunConfig, rule: Rule) -> str:
     """What is summed and what is off for it, in a sentence."""
     secure, noise = config.secure, ""
     if secure.noise != "none":
         noise = f"; each clips and noises its own update, noise of {secure.honest} is counted on"
+    told = told_by_sums(rule) and secure.noise == "none" and config.strategy.diagnostics
+    off = "screening and clients' cosine" if told else "screening and diagnostics"
+    what = "sums of sketched products" if rule.facts.sketched else "sums"
     return (
-        f"the server learns sums of at least {secure.min_clients} clients, modulo 2^{secure.bits}{noise}; "
-        "screening and diagnostics, which look at single updates, are off"
+        f"the server learns {what} of at least {secure.min_clients} clients, modulo 2^{secure.bits}{noise}; "
+        f"{off}, which look at single updates, are off"
     )
 
 

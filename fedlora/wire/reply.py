@@ -9,6 +9,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, from_record, read_json, to_record
@@ -27,6 +28,7 @@ class Reply:
         status: ``ok``, ``missing`` or ``declined``.
         arrays: what was shipped, in PEFT's spelling; as ``codec`` wrote it, if that is not empty.
         start: at the client, what those tensors began from; it does not travel.
+        adapters: at the client, all of its adapter after training; it does not travel.
         codec: of `fedlora.wire.upload`; empty for plain floats.
         metrics: single numbers that the client released, not all of them need be finite.
         missing: digests that it lacks, with status ``missing``.
@@ -42,6 +44,7 @@ class Reply:
     status: str
     arrays: Tensors = field(default_factory=dict)
     start: Tensors = field(default_factory=dict)
+    adapters: Adapters = field(default_factory=dict)
     codec: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     missing: tuple[str, ...] = ()

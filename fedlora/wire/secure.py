@@ -3,6 +3,7 @@
     [ w change_1, .., w change_n, w loss | w, w where the loss is told, 1 where a number was cut ]
 
 Changes are of the tensors that are shipped, in the order of their names; the last three are counts and exact.
+Where a rule needs the mean product, sketches of products are in place of factors, as changes from zero.
 Where clients share noise, a row is of changes alone, everybody's once and with noise: nothing of it is exact.
 """
 

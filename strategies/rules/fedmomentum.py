@@ -41,7 +41,8 @@ class FedMomentumRule(Rule):
         product_invariant=True,
         mean=False,
         stale="products are cut to the rank after each round",
-        secure_sum=False,
+        secure_sum=True,
+        sketched=True,
         up="r_k(o+i)",
         down="r_k(o+i)+(R-r)(o+i) for each round missed",
         deviation="read in the abstract alone: how A and B share the singular values could not be verified, "

@@ -41,7 +41,8 @@ class FlexLoRARule(Rule):
         product_invariant=True,
         mean=False,
         stale="products are cut to the rank after each round",
-        secure_sum=False,
+        secure_sum=True,
+        sketched=True,
         up="r_k(o+i)",
         down="r_k(o+i)",
         deviation="each client's own alpha counts, where the released code has 16 written in; directions "

@@ -41,6 +41,8 @@ class RaFLoRARule(FlexLoRARule):
         title="raFLoRA",
         paper="Wu et al., 2026, arXiv 2602.13486",
         product_invariant=False,
+        secure_sum=False,
+        sketched=False,
         deviation="read in the abstract and the introduction alone; ranks that nobody of a round has stay as "
         "they are, and directions that T lacks are filled at B = 0, of which what was read says nothing",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clients.handler import handle
+from clients.secure import _sketched
 from fedlora import wire
 from fedlora.config import RunConfig, from_flat, to_flat
+from fedlora.core.factors import LoraFactors
 from fedlora.core.state import State
-from fedlora.errors import ConfigError, RunFailed
-from fedlora.secure.step import SECURE, STEP
+from fedlora.errors import ConfigError, RunFailed, SecureRefused
+from fedlora.secure.step import SECURE, STEP, Step
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.secure import secure_line
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.local_grid import LocalGrid
 from strategies.registry import RULES
@@ -36,6 +40,11 @@ KEYS: dict[str, Any] = {
 SUMS = [name for name, rule in RULES.items() if rule.facts.secure_sum]
 Answer = Callable[[Message, int, Message], Message | None]
 """A message, its partition and the reply: what arrives in its place."""
+VALUES = st.one_of(
+    st.integers(-3, 2**40), st.text(max_size=4), st.binary(max_size=70),
+    st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    st.lists(st.binary(max_size=70), min_size=1, max_size=6),
+)  # fmt: skip
 
 
 def config_of(**keys: Any) -> RunConfig:
@@ -132,12 +141,92 @@ def test_what_arrives_is_noise_and_no_metric(cache: Path, tmp_path: Path) -> Non
     assert 150 < statistic < 400  # 255 degrees of freedom
 
 
-def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(cache: Path, tmp_path: Path) -> None:
-    whole, _ = carry_out(tmp_path / "whole", num_server_rounds=3)
-    stopped, _ = carry_out(tmp_path / "half")
+@pytest.mark.parametrize("name", ["fedavg", "fedmomentum"])
+def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
+    name: str, cache: Path, tmp_path: Path
+) -> None:
+    keys = {"strategy.name": name, "secure.sketch-size": 0 if name == "fedavg" else 4}
+    whole, _ = carry_out(tmp_path / "whole", num_server_rounds=3, **keys)
+    stopped, _ = carry_out(tmp_path / "half", **keys)
     assert stopped.state.round == 2
-    resumed, _ = carry_out(tmp_path / "half", resume=True, num_server_rounds=3)
+    resumed, _ = carry_out(tmp_path / "half", resume=True, num_server_rounds=3, **keys)
     assert distance(resumed.state, whole.state) == 0
+
+
+# --- sketches of products -----------------------------------------------------------------------------------
+
+MIXED: dict[str, Any] = {
+    "lora.ranks": "1,2", "client-groups": '[{"partitions": "1", "alpha": 3.0}]', "engine.cohort-size": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["flexlora", "florist", "fedmomentum"])
+def test_clients_of_any_rank_and_alpha_add_up_their_products(name: str, cache: Path, tmp_path: Path) -> None:
+    """As without secure sums; what sums tell of the aggregation is what is measured there, too."""
+    keys = {**MIXED, "strategy.name": name}
+    plain, _ = carry_out(tmp_path / "plain", **{**keys, "secure.mode": "none"})
+    summed, _ = carry_out(tmp_path / "sums", **keys)
+    assert distance(summed.state, plain.state) < 1e-4
+    for line, other in zip(summed.directory.rounds(), plain.directory.rounds(), strict=True):
+        for key in ("gap", "update_norm", "effective_rank", "energy_lost"):
+            assert line[key] == pytest.approx(other[key], rel=1e-3, abs=1e-6)
+        assert "cosine" not in line
+        assert line["sketch_lost"] == 0
+        assert "sketch_lost" not in other
+
+
+def test_layers_at_rest_are_in_no_sketch(cache: Path, tmp_path: Path) -> None:
+    keys = {
+        "strategy.name": "flexlora", "engine.cohort-size": 1, "strategy.allocation": "random-layers",
+        "strategy.allocation-options": '{"layers": 1}',
+    }  # fmt: skip
+    plain, _ = carry_out(tmp_path / "plain", **{**keys, "secure.mode": "none"})
+    summed, _ = carry_out(tmp_path / "sums", **keys)
+    whole, _ = carry_out(tmp_path / "whole", **{**keys, "strategy.allocation": "all"})
+    assert distance(summed.state, plain.state) < 1e-4
+    sent = [run.directory.rounds()[0]["bytes_up"] for run in (summed, whole)]
+    assert sent[0] < 0.7 * sent[1]
+
+
+def test_a_narrow_sketch_sends_less_and_says_what_it_loses(cache: Path, tmp_path: Path) -> None:
+    """What is lost of round 1 is what its model lacks, within what four probes a layer tell."""
+    keys = {"strategy.name": "fedmomentum", "engine.cohort-size": 1, "num-server-rounds": 1}
+    wide, _ = carry_out(tmp_path / "wide", **keys)
+    narrow, _ = carry_out(tmp_path / "narrow", **keys, **{"secure.sketch-size": 4})
+    line = narrow.directory.rounds()[0]
+    assert line["bytes_up"] < 0.6 * wide.directory.rounds()[0]["bytes_up"]
+    whole, cut = (
+        torch.cat([state.product(n).dense().reshape(-1) for n in state.adapters])
+        for state in (wide.state, narrow.state)
+    )
+    assert line["sketch_lost"] == pytest.approx(float((whole - cut).norm() / whole.norm()), rel=0.5)
+
+
+def test_gaps_that_sums_do_not_tell_are_not_recorded(cache: Path, tmp_path: Path) -> None:
+    """Of two factors that are both averaged; where one of them rests, sums tell all but the cosine."""
+    for name, told in (("fedavg", False), ("ffa", True)):
+        run, _ = carry_out(tmp_path / name, **{"strategy.name": name, "num-server-rounds": 1})
+        line = run.directory.rounds()[0]
+        assert ("gap" in line) is told
+        assert "cosine" not in line
+        assert ("screening and diagnostics," in secure_line(run.config, RULES[name]())) is not told
+
+
+ODD = st.one_of(VALUES, st.booleans(), st.floats(), st.lists(st.text(max_size=4), max_size=3))
+
+
+@given(size=ODD, seed=ODD, layers=st.one_of(ODD, st.permutations(["q", "v"])))
+@settings(max_examples=60, deadline=None)
+def test_whatever_sketches_a_server_asks_for_a_client_has_them_or_says_no(
+    size: object, seed: object, layers: object
+) -> None:
+    """Never more numbers than the layers have, and no error but a refusal."""
+    factors = {n: LoraFactors(torch.ones(2, 30), torch.ones(40, 2), 1.0) for n in "qv"}
+    asked = Step({"sketch": size, "sketch-seed": seed, "layers": layers})
+    with suppress(SecureRefused):
+        start, trained = _sketched(wire.Reply(status=wire.OK, adapters=factors), asked)
+        assert start.keys() == trained.keys()
+        assert sum(t.numel() for t in trained.values()) <= 2 * 30 * 40
 
 
 # --- who vanishes, and who lies -----------------------------------------------------------------------------
@@ -167,13 +256,6 @@ def test_too_few_fail_the_run_in_one_line(cache: Path, tmp_path: Path) -> None:
         with pytest.raises(RunFailed, match=why) as caught:
             carry_out(tmp_path / at, partial(first_vanish, at, 3))
         assert "\n" not in str(caught.value)
-
-
-VALUES = st.one_of(
-    st.integers(-3, 2**40), st.text(max_size=4), st.binary(max_size=70),
-    st.lists(st.integers(0, 6), min_size=1, max_size=6),
-    st.lists(st.binary(max_size=70), min_size=1, max_size=6),
-)  # fmt: skip
 
 
 @given(data=st.data())
@@ -269,7 +351,9 @@ def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) ->
     ("keys", "why"),
     [
         ({"strategy.name": "flora"}, "flora needs each client's own factors"),
-        ({"strategy.name": "flexlora"}, "flexlora needs each client's own factors"),
+        ({"strategy.name": "raflora"}, "raflora needs each client's own factors"),
+        ({"secure.sketch-size": 8}, "secure.sketch-size = 8: fedavg adds up no products"),
+        ({"secure.sketch-size": -1, "strategy.name": "flexlora"}, "secure.sketch-size = -1"),
         ({"strategy.robust": "median"}, "strategy.robust = 'median' looks at single updates"),
         ({"strategy.screening": "on"}, "strategy.screening = 'on' compares single updates"),
         ({"strategy.max-update-norm": 1.0}, "strategy.max-update-norm = 1.0 looks at single updates"),

@@ -214,7 +214,8 @@ def _started(path: Path) -> State:
         {"train.local-steps": 2}, {"train.local-epochs": 1}, {"train.optimizer": "adamw"},
         {"train.weight-decay": 0.1}, {"train.max-grad-norm": 1.0}, {"privacy.clipping": "adaptive"},
         {"privacy.noise-multiplier": 0.0}, {"train.learning-rate": 0.5}, {"secure.mode": "none"},
-        {"secure.colluding": 2}, {"client-groups": '[{"partitions": "0", "batch-size": 1}]'},
+        {"strategy.name": "flexlora"}, {"secure.colluding": 2},
+        {"client-groups": '[{"partitions": "0", "batch-size": 1}]'},
         {"train.optimizer-options": '{"nesterov": true}', "train.momentum": 0.5},
     ],
 )  # fmt: skip

@@ -1,0 +1,107 @@
+"""What clients add up in a round whose sums alone are known, and the one update that stands for all of them.
+
+Of most rules of sums they add up what they ship, and the update is its mean. A rule that needs the mean
+product (`Facts.sketched`) gets that as one client's factors, out of sketches of products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedlora import wire
+from fedlora.core.adapters import Adapters, lora_set, tensor_names
+from fedlora.core.factors import AdapterSet, Tensors
+from fedlora.core.seeding import derive
+from fedlora.core.sketch import SPARE, Sketch
+from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State
+from fedlora.secure.step import SKETCH
+from strategies.rule import Rule
+
+
+@dataclass(frozen=True, slots=True)
+class Shipped:
+    """Clients add up what they ship; all of them were sent the same."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What clients are told of it."""
+        return {}
+
+    def start(self, sent: Broadcast) -> Tensors:
+        """The tensors of which changes are added up."""
+        return wire.to_peft(sent.adapters, sent.head, sent.uploaded, sent.modules)
+
+    def update(
+        self, summed: wire.Summed, sent: Broadcast, clients: Iterable[int]
+    ) -> tuple[ClientUpdate, float | None]:
+        """The update, and which share of the mean products' norm is not in it, where that is measured.
+
+        Args:
+            summed: the mean.
+            sent: what one client started from.
+            clients: that are in it.
+        """
+        parts = wire.from_peft(summed.tensors, tensor_names(sent.adapters))
+        return _update(summed, parts.over(sent.adapters), parts.head), None
+
+
+@dataclass(frozen=True, slots=True)
+class Sketched(Shipped):
+    """Clients add up sketches of products, whatever they were sent.
+
+    Attributes:
+        sketch: of all layers.
+        layers: the global adapter where the round trains it.
+        ranks: partition -> its rank.
+    """
+
+    sketch: Sketch
+    layers: AdapterSet
+    ranks: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return {SKETCH: self.sketch.size, "sketch-seed": self.sketch.seed, "layers": list(self.layers)}
+
+    def start(self, sent: Broadcast) -> Tensors:
+        return sent.head | self.sketch.start(self.layers)
+
+    def update(
+        self, summed: wire.Summed, sent: Broadcast, clients: Iterable[int]
+    ) -> tuple[ClientUpdate, float]:
+        most = sum(self.ranks[partition] for partition in clients)
+        means, lost = self.sketch.products(self.layers, summed.tensors, most)
+        head = {name: summed.tensors[name] for name in sent.head}
+        return _update(summed, {**sent.adapters, **means}, head), lost
+
+
+def rows_of(rule: Rule, state: State, clients: Sequence[ClientSpec], size: int) -> Shipped:
+    """What the clients of the next round add up.
+
+    Args:
+        rule: with what it allocates.
+        state: before the round.
+        clients: that may be in the sum.
+        size: of sketches; 0: as many columns as the clients' ranks sum to, and a few to spare.
+    """
+    if not rule.facts.sketched:
+        return Shipped()
+    allocated, ranks = rule.allocation.modules(state), {c.partition_id: c.rank for c in clients}
+    layers = lora_set({name: adapter for name, adapter in state.adapters.items() if name in allocated})
+    seed = derive(state.seed, SKETCH, state.round + 1)
+    return Sketched(Sketch(size or sum(ranks.values()) + SPARE, seed), layers, ranks)
+
+
+def told_by_sums(rule: Rule) -> bool:
+    """Whether sums tell the mean product, so that an aggregation can be measured but for clients' cosine.
+
+    Of an exact rule that is a mean it is the product of the mean; of factors that are both averaged it is in
+    no sum of theirs.
+    """
+    return rule.facts.exact or rule.facts.sketched
+
+
+def _update(summed: wire.Summed, adapters: Adapters, head: Tensors) -> ClientUpdate:
+    return ClientUpdate(partition_id=0, adapters=adapters, head=head, weight=float(summed.weight))
