@@ -182,7 +182,9 @@ def test_layers_at_rest_are_in_no_sketch(cache: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     plain, _ = carry_out(tmp_path / "plain", **{**keys, "secure.mode": "none"})
     summed, _ = carry_out(tmp_path / "sums", **keys)
-    whole, _ = carry_out(tmp_path / "whole", **{**keys, "strategy.allocation": "all"})
+    whole, _ = carry_out(
+        tmp_path / "whole", **{**keys, "strategy.allocation": "all", "strategy.allocation-options": ""}
+    )
     assert distance(summed.state, plain.state) < 1e-4
     sent = [run.directory.rounds()[0]["bytes_up"] for run in (summed, whole)]
     assert sent[0] < 0.7 * sent[1]
