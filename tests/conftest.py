@@ -20,6 +20,8 @@ from xdist.scheduler import LoadFileScheduling
 from fedlora.config import RunConfig, from_flat
 
 torch.set_num_threads(1)
+os.fsync = lambda fd: None
+"""No test cuts the power, and a run flushes some fifteen files; a test of flushing puts its witness here."""
 
 # The same examples every time: a red test is red for everybody. `make quick` takes its own profile.
 settings.register_profile("fedlora", deadline=None, max_examples=25, derandomize=True)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,12 @@ def read_provenance(file: Path) -> dict[str, Any]:
         return {}
 
 
+@cache
 def _commit() -> str | None:
-    """The commit of the checkout that this code runs from, with ``+changes`` if it has any."""
+    """The commit of the checkout that this code runs from, with ``+changes`` if it has any.
+
+    Of the process's first run: what was imported stays as it was then.
+    """
     here = Path(__file__).parents[1]
     try:
         head, changes = (

@@ -107,7 +107,6 @@ def as_quick_as_can_be() -> Iterator[None]:
     """No waiting for a disk, no git, no warnings of what was mended: none of it decides what is read."""
     with (
         patch("os.fsync", lambda handle: None),
-        patch("fedlora.server.provenance._commit", lambda: None),
         patch("fedlora.server.directory.log", lambda *words: None),
         patch("fedlora.server.checkpoint.log", lambda *words: None),
         patch("logging.Logger.warning", lambda *words, **more: None),

@@ -23,13 +23,8 @@ from fedlora.privacy.ledger import Ledger, read_ledgers
 from tests.privacy.ledgers import DATASET, FORK, WIDE, made, release
 
 
-@pytest.fixture
-def unflushed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 def test_no_prefix_that_survives_a_crash_counts_less_than_was_acknowledged(
-    tmp_path: Path, unflushed: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = Ledger(tmp_path / "whole", DATASET)
     acknowledged: list[int] = []
