@@ -29,6 +29,7 @@ class Evaluation:
         units: what was judged in each example: its label, or its counted tokens.
         right: how many of them the model's first choice hits.
         domains: the domain's number, -1 where there is none.
+        outputs, targets: of examples with K targets, what the model gives and what they are, (examples, K).
     """
 
     indices: Indices
@@ -36,6 +37,8 @@ class Evaluation:
     units: np.ndarray[Any, np.dtype[np.int64]]
     right: np.ndarray[Any, np.dtype[np.int64]]
     domains: np.ndarray[Any, np.dtype[np.int64]]
+    outputs: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    targets: np.ndarray[Any, np.dtype[np.float32]] | None = None
 
     @property
     def num_examples(self) -> int:
@@ -74,6 +77,8 @@ class Evaluation:
             units=self.units[chosen],
             right=self.right[chosen],
             domains=self.domains[chosen],
+            outputs=None if self.outputs is None else self.outputs[chosen],
+            targets=None if self.targets is None else self.targets[chosen],
         )
 
 
@@ -125,12 +130,18 @@ def assemble(
     """The outcomes of all batches of `cut`, put where they belong."""
     losses = np.empty(len(indices), dtype=np.float32)
     units, right = np.empty((2, len(indices)), dtype=np.int64)
+    targets = None if examples.targets is None else examples.targets[indices]
+    outputs = None if targets is None else np.empty_like(targets)
     for chosen, judged in zip(places, outcomes, strict=True):
         losses[chosen], units[chosen], right[chosen] = judged.losses, judged.units, judged.right
+        if outputs is not None:
+            outputs[chosen] = judged.outputs
     return Evaluation(
         indices=indices,
         losses=losses,
         units=units,
         right=right,
         domains=examples.domains[indices].astype(np.int64),
+        outputs=outputs,
+        targets=targets,
     )

@@ -123,6 +123,8 @@ def fingerprint(examples: Examples, indices: Indices) -> str:
     more = [] if examples.counted is None else [examples.counted[places]]
     if examples.splits is not None:
         more.append(examples.splits[indices] - starts)
+    if examples.targets is not None:
+        more.append(examples.targets[indices])
     if examples.units is not None:
         more.append(np.unique(examples.units[indices], return_inverse=True)[1])
     for numbers in (lengths, examples.labels[indices], examples.tokens[places], *more):

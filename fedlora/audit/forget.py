@@ -18,6 +18,7 @@ import numpy as np
 from clients.evaluation import Evaluation, evaluate
 from fedlora.audit.membership import Measured, auc
 from fedlora.config import RunConfig, read_config
+from fedlora.data.targets import REGRESSION
 from fedlora.deployment.operator.layout import LOG
 from fedlora.errors import ConfigError
 from fedlora.models import load_adapter
@@ -32,14 +33,14 @@ class Seen:
     """What a global model shows of the client's training examples.
 
     Attributes:
-        accuracy, loss: on them.
+        accuracy, loss: on them; a regression has no accuracy.
         test_accuracy, test_loss: on the run's test examples.
         auc: of an attacker who says that those with the lower loss were trained on; 0.5 is a coin.
     """
 
-    accuracy: float
+    accuracy: float | None
     loss: float
-    test_accuracy: float
+    test_accuracy: float | None
     test_loss: float
     auc: Measured
 
@@ -103,13 +104,14 @@ def forget(
     if not others:
         raise ConfigError(f"--partition {partition_id}: nobody else takes part in {run}")
     simulate(replace(config, partitions=",".join(map(str, others)), output_dir=""), out, callback=progress)
+    hits = task_named(config.task).problem_type != REGRESSION
     old, new = (_losses(path, config, prepared, partition_id) for path in (run, out))
     return Forgotten(
         partition_id=partition_id,
         rounds=rounds,
         examples=old[0].num_examples,
-        before=_seen(*old),
-        after=_seen(*new),
+        before=_seen(*old, hits),
+        after=_seen(*new, hits),
         influence=auc(new[0].losses - old[0].losses, new[1].losses - old[1].losses),
     )
 
@@ -126,11 +128,11 @@ def _losses(
     )
 
 
-def _seen(own: Evaluation, test: Evaluation) -> Seen:
+def _seen(own: Evaluation, test: Evaluation, hits: bool) -> Seen:
     return Seen(
-        accuracy=own.accuracy,
+        accuracy=own.accuracy if hits else None,
         loss=own.loss,
-        test_accuracy=test.accuracy,
+        test_accuracy=test.accuracy if hits else None,
         test_loss=test.loss,
         auc=auc(-own.losses, -test.losses),
     )

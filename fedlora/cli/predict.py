@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,11 +44,7 @@ def predict(
             _say(item, {"written": loaded.generate(item, max_new_tokens=max_new_tokens)}, as_json)
         return
     for item, found in zip(items, loaded.predict(items), strict=True):
-        _say(
-            item,
-            {"label": found.label, "probability": found.probability, "probabilities": found.probabilities},
-            as_json,
-        )
+        _say(item, asdict(found), as_json)
 
 
 @one_line_errors
@@ -95,8 +92,16 @@ def _say(item: Any, found: dict[str, Any], as_json: bool) -> None:
         given = list(item) if isinstance(item, tuple) else str(item)
         sys.stdout.write(json.dumps({"given": given, **found}, ensure_ascii=False) + "\n")
         return
-    if "label" not in found:
+    if "written" in found:
         out.print(found["written"], markup=False, highlight=False)
         return
+    if "values" in found:
+        said = ", ".join(f"{name} {value:.4g}" for name, value in found["values"].items())
+    elif "labels" in found:
+        said = (
+            ", ".join(f"{name} {percent(found['probabilities'][name])}" for name in found["labels"]) or "none"
+        )
+    else:
+        said = f"{found['label']}  {percent(found['probability'])}"
     shown = " | ".join(item) if isinstance(item, tuple) else str(item)
-    out.print(f"{found['label']}  {percent(found['probability'])}  {shown}", markup=False, highlight=False)
+    out.print(f"{said}  {shown}", markup=False, highlight=False)

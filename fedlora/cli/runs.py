@@ -224,6 +224,12 @@ def _by_harness(adapter: Path, tasks: str, limit: int, as_json: bool) -> None:
 
 
 def _measured(result: dict[str, Any]) -> str:
+    """The figures of an evaluation for people."""
+    if result.get("rmse") is not None:
+        return f"RMSE {result['rmse']:.4g}, R2 {result['r2']:.3f}"
+    if result.get("f1_micro") is not None:
+        scores = f"F1 {result['f1_micro']:.3f} (micro), {result['f1_macro']:.3f} (macro)"
+        return f"{scores}, accuracy of decisions {percent(result['accuracy'])}"
     if result.get("perplexity") is None:
         return f"accuracy {percent(result['accuracy'])}"
     return f"perplexity {result['perplexity']:.2f}, next-token accuracy {percent(result['accuracy'])}"

@@ -71,8 +71,8 @@ class RunConfig:
     """One federated run."""
 
     task: str = "classification"
-    """``classification``, ``causal-lm``, ``instruction``, ``dpo`` or ``image-classification``; see
-    ``docs/tasks.md``."""
+    """``classification``, ``regression``, ``multi-label-classification``, ``causal-lm``, ``instruction``,
+    ``dpo`` or ``image-classification``; see ``docs/tasks.md``."""
     num_server_rounds: PositiveInt = 10
     """Rounds."""
     fraction_train: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -97,8 +97,9 @@ class RunConfig:
     """How much better an evaluation must be for patience to begin anew."""
     load_best_model_at_end: bool = False
     """The model of the best evaluation is measured and written at the end, not the last one."""
-    metric_for_best_model: Literal["loss", "accuracy"] = "loss"
-    """What is better: a lower ``loss``, or a higher ``accuracy``."""
+    metric_for_best_model: Literal["loss", "rmse", "accuracy", "r2", "f1_micro", "f1_macro"] = "loss"
+    """What is better: a lower ``loss`` or ``rmse``, or a higher ``accuracy``, ``r2``, ``f1_micro`` or
+    ``f1_macro``; whichever of them the task has."""
     save_total_limit: PositiveInt = 1
     """Checkpoints that are kept, those of the last rounds; a run can go on from any of them, see
     ``docs/training.md``."""

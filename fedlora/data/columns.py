@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from fedlora.config import DataConfig, name_list
 from fedlora.data.chat.columns import KEY, conversation_texts, usual_columns
 from fedlora.data.chat.preferences import PREFERENCES, preference_texts
+from fedlora.data.targets import TARGETS, read_targets
 from fedlora.data.values import as_names, as_texts, class_names, refuse_empty
 from fedlora.errors import ConfigError
 
@@ -49,7 +50,7 @@ class Columns:
 
     Attributes:
         texts: one column, or two for sentence pairs; of conversations up to three.
-        label: the label; empty where examples have none.
+        label: the label; empty where examples have none; of targets one column or more.
         domain: by what accuracy is also reported.
         group: what must not be split between train and test.
         natural: the column whose values are the clients, where that is none of the other parts.
@@ -57,6 +58,7 @@ class Columns:
             messages, or prompt and response, or prompt, input and response.
         unit: the column whose values are the units of example-level privacy, or `EACH_ROW`.
         preferences: the conversations are pairs, see `fedlora.data.chat.preferences`.
+        targets: the kind of targets that labels are, see `fedlora.data.targets`; empty where they are names.
     """
 
     texts: tuple[str, ...]
@@ -67,6 +69,7 @@ class Columns:
     conversations: bool = False
     unit: str = ""
     preferences: bool = False
+    targets: str = ""
 
     @classmethod
     def of(cls, config: DataConfig, *, labelled: bool = True, conversations: bool = False) -> Columns:
@@ -113,7 +116,7 @@ class Columns:
     def parts(self) -> dict[str, tuple[str, str]]:
         """Our name -> (the key that names the dataset's column, that column); parts in use only."""
         parts = {name: (KEY, text) for name, text in zip(TEXTS, self.texts, strict=False)}
-        parts["label"] = ("data.label-column", self.label)
+        parts["label"] = ("data.label-column", "" if self.targets else self.label)
         parts["domain"] = ("data.domain-column", self.domain)
         parts["group"] = ("data.group-column", self.group)
         parts[NATURAL] = ("data.partition-by", self.natural)
@@ -151,6 +154,8 @@ def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:
         values = texts[column] if name in TEXTS and texts else arrow[column]
         parts[name] = _read(values, name, table, key, column, where)
         refuse_empty(parts[name], key, column, where)
+    if columns.targets:
+        parts[TARGETS] = pa.chunked_array([read_targets(table, columns.label, columns.targets, where)])
     if texts:
         parts[ROW] = pa.chunked_array([np.arange(1, len(table) + 1)])
     if columns.unit == EACH_ROW:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedlora.core.seeding import stream
 from fedlora.data.images import ImageFormat, Images, image_batch
+from fedlora.data.targets import TARGETS
 from fedlora.errors import ConfigError
 
 REJECTED = "rejected_"
@@ -32,6 +33,8 @@ class Examples:
         tokens: all token ids one after another, int32; of images all pixels, uint8.
         offsets: example i is ``tokens[offsets[i]:offsets[i + 1]]``, int64, shape (examples + 1,).
         labels: int64, shape (examples,).
+        targets: what is to be predicted in place of a label, float32, shape (examples, K); None where that is
+            a label.
         domains: index into the domain names, -1 where there are none, int32, shape (examples,).
         counted: for each token whether the loss counts it, uint8; None where that goes without saying.
         types: the type of each token (which text of a pair it is of), uint8; None where all are 0.
@@ -54,6 +57,7 @@ class Examples:
     units: np.ndarray | None = None
     splits: np.ndarray | None = None
     reference: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,6 +76,7 @@ class Examples:
             units=None if self.units is None else self.units[:0],
             splits=None if self.splits is None else self.splits[:0],
             reference=None if self.reference is None else self.reference[:0],
+            targets=None if self.targets is None else self.targets[:0],
         )  # fmt: skip
 
     @property
@@ -105,12 +110,21 @@ def open_examples(path: Path) -> Examples:
         splits=offsets[:-1] + _view(batch.column("split"), np.int64, rows)
         if "split" in batch.schema.names
         else None,
+        targets=_matrix(batch, TARGETS),
     )
 
 
 def with_form(batch: pa.RecordBatch, form: ImageFormat | None) -> pa.RecordBatch:
     """The batch with the form of its images, for `open_examples`; itself where they are texts."""
     return batch if form is None else batch.replace_schema_metadata({IMAGE: json.dumps(asdict(form))})
+
+
+def _matrix(batch: pa.RecordBatch, column: str) -> np.ndarray | None:
+    """A column of lists of one length, float32, shape (rows, K)."""
+    if column not in batch.schema.names:
+        return None
+    lists = batch.column(column)
+    return _view(lists.values, np.float32, len(lists.values)).reshape(-1, lists.type.list_size)
 
 
 def _by_token(batch: pa.RecordBatch, column: str) -> np.ndarray | None:
@@ -159,6 +173,7 @@ def _view(array: pa.Array, kind: type, count: int) -> np.ndarray:
 def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_id: int) -> dict[str, Tensor]:
     """One batch: input_ids and attention_mask of shape (batch, longest), labels of shape (batch,), int64.
 
+    Where examples have targets these are their labels, of shape (batch, K), float32.
     Of images pixel_values of shape (batch, channels, height, width), float32, and labels.
     And, where the examples say it, of shape (batch, longest) and 0 in the padding: ``counted``, whether the
     loss counts a token, and ``token_type_ids``.
@@ -170,7 +185,8 @@ def collate(examples: Examples, indices: Sequence[int] | np.ndarray, pad_token_i
     if examples.image is not None:
         return _images(examples, chosen, examples.image)
     starts, ends = examples.offsets[chosen], examples.offsets[chosen + 1]
-    labels = {"labels": torch.from_numpy(examples.labels[chosen])}
+    wanted = examples.labels if examples.targets is None else examples.targets
+    labels = {"labels": torch.from_numpy(wanted[chosen])}
     if examples.splits is None:
         return _padded(examples, starts, ends, pad_token_id) | labels
     splits, known = examples.splits[chosen], examples.reference

@@ -30,6 +30,7 @@ from fedlora.data.builtin.sentiment import sentiment_table
 from fedlora.data.builtin.synthetic import synthetic_table
 from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, names_in, standard
 from fedlora.data.split import split_table, split_texts
+from fedlora.data.targets import encode_targets
 from fedlora.data.text_files import DELIMITERS, JSON, kind_of, read_text_files
 from fedlora.data.values import python_values
 from fedlora.errors import AssetError, ConfigError, first_line
@@ -50,8 +51,8 @@ class RawData:
     """Examples as text, before tokenising.
 
     Attributes:
-        train: columns text (and text_pair), label (int64, where there are any), domain and group where there
-            are any, natural: the column of ``data.partition-by`` where that is another one, and unit.
+        train: columns text (and text_pair), label (int64) or targets where there are any, domain and group
+            where there are any, natural: the column of ``data.partition-by`` where that is another, and unit.
         test: the same columns.
         label_names: name of each label; empty where examples have none.
         names: label, domain, group and natural -> the names in the training rows before any were held out.
@@ -85,7 +86,9 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
     names: tuple[str, ...] = ()
     tables = parts
-    if columns.label:
+    if columns.targets:
+        tables, names = encode_targets(parts, columns.label, None, repr(config.name))
+    elif columns.label:
         tables, names = encode_labels(parts, source, columns, repr(config.name))
     split = split_texts if config.name in LONG_TEXTS else split_table
     train, test_table = (
@@ -261,7 +264,8 @@ def _own_splits(loaded: Any, config: DataConfig, labelled: bool) -> tuple[Datase
 
 def _labelled(table: Dataset, column: str) -> bool:
     """Whether the labels are there."""
-    if column not in table.column_names:
+    columns = [column] if column in table.column_names else list(name_list(column))
+    if not {*columns} <= {*table.column_names}:
         return False
-    labels = table.with_format("arrow").select_columns(column)[:][column]
-    return any(value not in HIDDEN for value in python_values(labels))
+    labels = table.with_format("arrow").select_columns(columns)[:]
+    return all(any(v not in HIDDEN for v in python_values(labels[name])) for name in columns)

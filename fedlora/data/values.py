@@ -123,14 +123,19 @@ class _OneKind:
         self._kind = ""
 
     def __call__(self, value: Any) -> str:
-        kind, name = _named(value)
+        kind, name = named(value)
         self._kind = self._kind or kind
         if kind != self._kind:
             raise ValueError(f"{described(value)}, before it are {self._kind}; {_ONLY_NAMES}")
         return name
 
 
-def _named(value: Any) -> tuple[str, str]:
+def named(value: Any) -> tuple[str, str]:
+    """Kind and name of a JSON value.
+
+    Raises:
+        ValueError: it is none.
+    """
     if isinstance(value, str):
         return "texts", _unicode(value)
     if isinstance(value, bool):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
@@ -22,15 +22,22 @@ from fedlora.data.columns import PICTURE
 from fedlora.data.examples import Examples, collate
 from fedlora.data.images import UNREADABLE, fitted
 from fedlora.data.sources import FILE_KINDS, open_table
+from fedlora.data.targets import MULTI_LABEL, REGRESSION
 from fedlora.data.text_files import kind_of
 from fedlora.errors import ConfigError, first_line
 from fedlora.models import AdapterCard, load_adapter
 from fedlora.models.fit import most_positions
-from fedlora.tasks import task_named
+from fedlora.tasks import SINGLE_LABEL, task_named
 from fedlora.tasks.task import Rows, inputs
 
 BATCH = 32
 """Examples of a pass."""
+OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    SINGLE_LABEL: lambda logits: logits.softmax(dim=-1),
+    MULTI_LABEL: torch.sigmoid,
+    REGRESSION: lambda logits: logits,
+}
+"""What is told of logits (rows, K)."""
 TEXT_FILE = ".txt"
 """End of files in which each line is a text."""
 Item: TypeAlias = "str | tuple[str, str] | PathLike[str] | Image.Image"
@@ -52,6 +59,33 @@ class Prediction:
     probabilities: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class LabelsPrediction:
+    """What a multi-label classifier says of one example.
+
+    Attributes:
+        labels: those with a probability above 1/2.
+        probabilities: of every label.
+    """
+
+    labels: list[str]
+    probabilities: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class ValuesPrediction:
+    """What a regression says of one example.
+
+    Attributes:
+        values: of every target.
+    """
+
+    values: dict[str, float]
+
+
+AnyPrediction: TypeAlias = Prediction | LabelsPrediction | ValuesPrediction
+
+
 class LoadedAdapter:
     """An adapter over its base, in evaluation mode.
 
@@ -71,8 +105,8 @@ class LoadedAdapter:
         self.model: nn.Module
         self.model, self.card = load_adapter(self.directory)
 
-    def predict(self, items: Sequence[Item]) -> list[Prediction]:
-        """The label of each text, pair of texts or picture.
+    def predict(self, items: Sequence[Item]) -> list[AnyPrediction]:
+        """The label of each text, pair of texts or picture; its labels, or its numbers, as the task is.
 
         Texts are cut to the tokens that were trained on; pictures of any size and mode become the model's.
 
@@ -85,7 +119,7 @@ class LoadedAdapter:
         task = task_named(self.card.task)
         if not task.labelled:
             raise ConfigError(f"{self.directory}: a language model of {self.card.task} predicts no labels")
-        found: list[Prediction] = []
+        found: list[AnyPrediction] = []
         for start in range(0, len(items), BATCH):
             found += self._predicted(items[start : start + BATCH])
         return found
@@ -127,7 +161,7 @@ class LoadedAdapter:
         chat = ChatSettings(model.chat_template, model.template_variables, self.card.assistant_loss)
         return task_named(self.card.task).reader(model.name, chat)
 
-    def _predicted(self, items: Sequence[Item]) -> Iterator[Prediction]:
+    def _predicted(self, items: Sequence[Item]) -> Iterator[AnyPrediction]:
         task = task_named(self.card.task)
         encoded = task.encode([self._rows(items)], self._reader, self.card.max_length)
         none = np.zeros(len(items), dtype=np.int64)
@@ -143,11 +177,16 @@ class LoadedAdapter:
         device = next(self.model.parameters()).device
         placed = {name: tensor.to(device) for name, tensor in inputs(self.model, batch).items()}
         with torch.inference_mode():
-            rows = self.model(**placed).logits.float().softmax(dim=-1).tolist()
-        for row in rows:
-            probabilities = dict(zip(self.card.label_names, row, strict=True))
-            label = max(probabilities, key=probabilities.__getitem__)
-            yield Prediction(label, probabilities[label], probabilities)
+            logits = self.model(**placed).logits.float()
+        for row in OUTPUTS[task.problem_type](logits).tolist():
+            found = dict(zip(self.card.label_names, row, strict=True))
+            if task.problem_type == REGRESSION:
+                yield ValuesPrediction(found)
+            elif task.problem_type == MULTI_LABEL:
+                yield LabelsPrediction([label for label, p in found.items() if p > 0.5], found)
+            else:
+                label = max(found, key=found.__getitem__)
+                yield Prediction(label, found[label], found)
 
     def _rows(self, items: Sequence[Item]) -> Rows:
         if task_named(self.card.task).network == "image-classifier":

@@ -187,6 +187,7 @@ def _class_of(path: Path, config: Any, group: AdapterGroup) -> Any:
         task = TASK_TYPES[task_named(group.card.task).network]
         if group.card.label_names:
             config.num_labels = len(group.card.label_names)
+            config.problem_type = task_named(group.card.task).problem_type
             config.id2label = dict(enumerate(group.card.label_names))
             config.label2id = {name: number for number, name in enumerate(group.card.label_names)}
     known = (mapping or {}).get("base_model_class") or (getattr(config, "architectures", None) or [""])[0]

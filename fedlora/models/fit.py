@@ -48,12 +48,12 @@ def check_fit(config: ModelConfig, network: nn.Module, data: Prepared, max_lengt
     where = f"model.name = {config.name!r}"
     check_length(config.name, network, max_length)
     _check_padding_token(where, network, data.pad_token_id)
-    if task is CLASSIFICATION:
+    if task.network == CLASSIFICATION.network:
         check_padding(config, network, data.pad_token_id)
     for examples in (data.train, data.test):
         if len(examples):
             _check_numbers(where, network, examples)
-            if task is CLASSIFICATION:
+            if task.network == CLASSIFICATION.network:
                 _check_ends(where, network, examples)
     part = data.train if len(data.train) else data.test
     if len(part) and config.quantization == "none":

@@ -24,9 +24,10 @@ from fedlora.data.chat.template import chat_settings
 from fedlora.data.clients import named_clients, why_left_out
 from fedlora.data.columns import NATURAL, UNIT, codes_of, in_order
 from fedlora.data.examples import Examples, open_examples, with_form
+from fedlora.data.targets import TARGETS
 from fedlora.data.tokenizers import Tokenizer
 from fedlora.errors import ConfigError
-from fedlora.tasks import CLASSIFICATION, Task, task_named
+from fedlora.tasks import CLASSIFICATION, SINGLE_LABEL, Task, task_named
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -145,7 +146,7 @@ def prepare(config: RunConfig, tokenizer: Tokenizer | None = None, *, trained: b
     unit = config.privacy.unit_column
     home = cache_dir() / "prepared" / _token_key(config.data, tokenizer, task, unit)
     create_directory(home, lambda draft: _write_examples(task, config.data, tokenizer, draft, unit))
-    if trained and task.labelled:
+    if trained and task.problem_type == SINGLE_LABEL:
         _check_labels(config.data, json.loads((home / META).read_text())["label_names"])
     path = home / _partition_key(config)
     create_directory(path, lambda draft: _write_partitions(config, home, draft))
@@ -241,7 +242,8 @@ def tokenised(
     encoded = task.encode(_tracked(table.iter(BATCH), -(-len(table) // BATCH), line), tokenizer, max_length)
     rows = encoded.rows
     offsets = np.concatenate([[0], np.cumsum([len(values) for values in encoded.values])])
-    labels = np.asarray(table["label"][:]) if task.labelled else np.zeros(len(table), dtype=np.int64)
+    known = "label" in table.column_names
+    labels = np.asarray(table["label"][:]) if known else np.zeros(len(table), dtype=np.int64)
     columns = {
         "input_ids": pa.LargeListArray.from_arrays(offsets, np.concatenate(encoded.values)),
         "label": labels[rows],
@@ -258,6 +260,9 @@ def tokenised(
     if encoded.splits is not None:
         columns["split"] = np.array(encoded.splits, dtype=np.int64)
     batch = pa.record_batch({name: pa.array(values) for name, values in columns.items()})
+    if TARGETS in table.column_names:
+        lists = table.with_format("arrow")[:][TARGETS].combine_chunks().take(pa.array(rows))
+        batch = batch.append_column(TARGETS, lists.cast(pa.list_(pa.float32(), lists.type.list_size)))
     return with_form(batch, encoded.image)
 
 
@@ -280,7 +285,9 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    by_token = [name for name in ("input_ids", "counted", "types", "split") if name in table.column_names]
+    by_token = [
+        name for name in ("input_ids", "counted", "types", "split", TARGETS) if name in table.column_names
+    ]
     clients = json.loads((home / META).read_text())["clients"]
     known = {column: np.array(of["codes"]) for column, of in clients.items()}
     parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed, known)

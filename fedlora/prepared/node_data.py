@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import UNIT, Columns, in_order
 from fedlora.data.examples import open_examples
 from fedlora.data.split import split_table
+from fedlora.data.targets import TARGETS, encode_targets
 from fedlora.data.values import is_text
 from fedlora.errors import ConfigError, OwnDataRefused
 from fedlora.prepared.cache import FORMAT, META, Prepared, file_stamps, tokenised
@@ -179,7 +180,7 @@ def _served(own: OwnData, source: Dataset) -> Task:
     if has_pictures(source, own.image_column) and not set(texts) <= set(source.column_names):
         return task_named("image-classification")
     if own.label_column:
-        return CLASSIFICATION
+        return _labelled(source, name_list(own.label_column))
     if not set(texts) <= set(source.column_names) and usual_columns(source.column_names):
         return task_named("instruction")
     lists = any(
@@ -188,6 +189,15 @@ def _served(own: OwnData, source: Dataset) -> Task:
         if name in source.features
     )
     return task_named("instruction" if lists or len(texts) > 1 else "causal-lm")
+
+
+def _labelled(source: Dataset, columns: Sequence[str]) -> Task:
+    """The task that labels may serve: of several columns or of fractions regression, of lists many labels."""
+    kinds = [source.features.arrow_schema.field(c).type for c in columns if c in source.column_names]
+    if any(pa.types.is_list(kind) or pa.types.is_large_list(kind) for kind in kinds):
+        return task_named("multi-label-classification")
+    numbers = len(columns) > 1 or any(pa.types.is_floating(kind) for kind in kinds)
+    return task_named("regression") if numbers else CLASSIFICATION
 
 
 def _columns(own: OwnData, config: DataConfig, task: Task) -> Columns:
@@ -211,7 +221,13 @@ def _write(path: Path, table: pa.Table, own: OwnData, reader: Any, max_length: i
 
 
 def _coded(table: pa.Table, own: OwnData) -> pa.Table:
-    """With the run's number for each label."""
+    """With the run's number for each label, or its targets."""
+    if TARGETS in table.column_names:
+        try:
+            return encode_targets([table], own.label_column, own.labels, own.path)[0][0]
+        except ConfigError as error:
+            told = "this node's data has other targets than the run"
+            raise OwnDataRefused(_in_own_terms(str(error)), told) from None
     codes: Mapping[str, int] = {name: code for code, name in enumerate(own.labels)}
     labels = table["label"].to_pylist()
     row = next((row for row, label in enumerate(labels) if label not in codes), None)

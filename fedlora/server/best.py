@@ -1,8 +1,9 @@
 """The best round of a run, and when no better one is to be expected, by what its rounds' lines say.
 
-As in transformers' ``Trainer``: the best evaluation is the first with the lowest loss (or highest accuracy),
-and patience counts evaluations that were not better than the best before them by more than a threshold. Both
-follow from ``rounds.jsonl`` alone, so that a resumed run decides as one that was never interrupted.
+As in transformers' ``Trainer``: the best evaluation is the first with the best value of a metric, say the
+lowest loss, and patience counts evaluations that were not better than the best before them by more than a
+threshold. Both follow from ``rounds.jsonl`` alone, so that a resumed run decides as one that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -14,14 +15,43 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
 from fedlora.core.state import ServerState, State
-from fedlora.errors import ConfigError
+from fedlora.data.targets import MULTI_LABEL, REGRESSION
+from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
+from fedlora.tasks import task_named
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
 
 BEST = "best"
+LOWER = ("loss", "rmse")
+"""Metrics of which a lower value is better."""
 Records = Sequence[Mapping[str, Any]]
+
+
+def check_metric(config: RunConfig, kept: str) -> None:
+    """Refuse a metric that a run does not have.
+
+    Raises:
+        ConfigError: it is of another task.
+        NotApplicable: clients measure their own models, of which only hits and losses are collected, and none
+            of an earlier round is kept.
+    """
+    if kept and config.load_best_model_at_end:
+        raise NotApplicable(
+            "load-best-model-at-end = true: clients keep a part of the model, of the last round"
+        )
+    task = task_named(config.task)
+    metric, regression = config.metric_for_best_model, task.problem_type == REGRESSION
+    there = ["loss", *(["rmse", "r2"] if regression else ["accuracy"])]
+    there += ["f1_micro", "f1_macro"] if task.problem_type == MULTI_LABEL else []
+    if metric not in there:
+        raise ConfigError(f"metric-for-best-model = {metric!r}: task {task.name} has {', '.join(there)}")
+    if kept and (regression or metric.startswith("f1")):
+        raise NotApplicable(
+            f"task = {task.name!r}: {kept} stays at clients, which tell hits and losses of their "
+            f"own models, no {'R2' if regression else 'F1'}"
+        )
 
 
 def best_round(config: RunConfig, records: Records) -> int:
@@ -51,7 +81,7 @@ def chosen(config: RunConfig, records: Records) -> dict[str, Any]:
 
 def _costs(config: RunConfig, records: Records, unmeasured: float | None = None) -> dict[int, float]:
     """Round -> what is to be small, where it was evaluated; NaN is left out unless a number stands for it."""
-    sign = 1.0 if config.metric_for_best_model == "loss" else -1.0
+    sign = 1.0 if config.metric_for_best_model in LOWER else -1.0
     found = {r["round"]: sign * r[config.metric_for_best_model] for r in records if r["loss"] is not None}
     if unmeasured is not None:
         return {n: unmeasured if math.isnan(cost) else cost for n, cost in found.items()}

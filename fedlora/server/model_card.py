@@ -11,6 +11,7 @@ from clients.runtime import ClientRuntime
 from fedlora.assets.models import ROUNDED
 from fedlora.config import RunConfig
 from fedlora.data.chat.template import chat_settings
+from fedlora.data.targets import REGRESSION
 from fedlora.data.tokenizers import PretrainedTokenizer, load_tokenizer
 from fedlora.models import AdapterCard
 from fedlora.server.best import Records, best_round
@@ -93,7 +94,8 @@ def model_card(config: RunConfig, card: AdapterCard, about: Mapping[str, str]) -
     if about:
         lines += ["", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in about.items())]
     if card.label_names:
-        lines += ["", f"Labels, in the order of the logits: {', '.join(map(repr, card.label_names))}."]
+        what = "Targets" if task_named(card.task).problem_type == REGRESSION else "Labels"
+        lines += ["", f"{what}, in the order of the logits: {', '.join(map(repr, card.label_names))}."]
     if card.model.name in ROUNDED or card.model.quantization != "none":
         lines += [
             "",
@@ -138,7 +140,9 @@ def _opening(card: AdapterCard) -> list[str]:
             "from peft import AutoPeftModelForSequenceClassification",
             "from transformers import AutoTokenizer",
             "",
-            f'model = AutoPeftModelForSequenceClassification.from_pretrained("ADAPTER", num_labels={labels})',
+            "model = AutoPeftModelForSequenceClassification.from_pretrained(",
+            f'    "ADAPTER", num_labels={labels}, problem_type="{task.problem_type}"',
+            ")",
             'tokenizer = AutoTokenizer.from_pretrained("ADAPTER")',
             "model.config.pad_token_id = tokenizer.pad_token_id",
         ]

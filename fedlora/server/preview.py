@@ -216,11 +216,19 @@ def _duration(seconds: float) -> str:
 def data_lines(config: RunConfig, data: Prepared, clients: Sequence[int]) -> list[Line]:
     """Examples, labels and, where they are known, clients."""
     lines = [("data", _examples(config.data, data))]
-    if data.num_labels:
+    if data.train.targets is not None:
+        lines.append(("targets", _some(_targets(data.label_names, data.train.targets))))
+    elif data.num_labels:
         counts = np.bincount(data.train.labels, minlength=data.num_labels)
         named = [f"{name} {count:,}" for name, count in zip(data.label_names, counts, strict=True)]
         lines.append(("labels", _some(named)))
     return [*lines, ("clients", _clients(config, data, clients))] if clients else lines
+
+
+def _targets(names: Sequence[str], targets: np.ndarray) -> list[str]:
+    """Mean and standard deviation of each column; the mean of a label is its share."""
+    moments = zip(names, targets.mean(axis=0), targets.std(axis=0), strict=True)
+    return [f"{name} {mean:.3g} (sd {deviation:.3g})" for name, mean, deviation in moments]
 
 
 def _examples(config: DataConfig, data: Prepared) -> str:
@@ -239,7 +247,7 @@ def _clients(config: RunConfig, data: Prepared, clients: Sequence[int]) -> str:
     chosen = clients_of_round(config.fraction_train, len(clients), config.min_train_nodes)
     ranks = sorted({config.rank_of(partition) for partition in clients})
     said = f"{len(clients)}, {chosen} in a round; {_range(sizes)} examples each; rank {_range(ranks)}"
-    if not data.num_labels:
+    if not data.num_labels or data.train.targets is not None:
         return said
     held = [
         np.bincount(data.train.labels[data.indices(partition)], minlength=data.num_labels).tolist()

@@ -19,7 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-SHOWN = (("perplexity", 2), ("accuracy", 3), ("epsilon", 3))
+SHOWN = (
+    ("perplexity", 2), ("accuracy", 3), ("f1_micro", 3), ("f1_macro", 3),
+    ("rmse", 4), ("r2", 3), ("epsilon", 3),
+)  # fmt: skip
 """Keys of a record that are shown, and with how many decimals."""
 REASONS = 3
 """Refusals of a round that are told with their reasons; all are in ``rounds.jsonl``."""

@@ -15,11 +15,13 @@ from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS
 from clients.privacy import mechanism_of
 from fedlora.config import RunConfig
 from fedlora.data.columns import BY_NATURE
+from fedlora.data.targets import REGRESSION
 from fedlora.errors import RunFailed
 from fedlora.prepared.cache import Prepared
 from fedlora.privacy.trade_off import curve_of, history_of
-from fedlora.tasks import CLASSIFICATION, Task
+from fedlora.tasks import CLASSIFICATION, Task, task_named
 from fedlora.tasks.preference import margin
+from fedlora.tasks.targets import Regression
 from strategies.report import RoundReport
 
 MEASURED = (
@@ -31,15 +33,21 @@ MEASURED = (
     "perplexity_by_domain",
     "tokens",
     "margin",
+    "rmse",
+    "r2",
+    "pearson",
+    "f1_micro",
+    "f1_macro",
 )
-"""Keys of an evaluation as a record; the last four where the task has them."""
+"""Keys of an evaluation as a record; those after the first four where the task has them."""
 
 
 def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASSIFICATION) -> dict[str, Any]:
     """An evaluation as a record: accuracy, loss, accuracy by domain, examples.
 
     Of a language model they are over tokens; there are also perplexity, by domain too, and tokens. Of pairs
-    there is the mean margin of rewards.
+    there is the mean margin of rewards. Of targets there is what `fedlora.tasks.targets` measures; regression
+    has no accuracy.
     """
     by_domain = {domain_names[d]: results for d, results in outcome.by_domain().items()}
     record = {
@@ -54,6 +62,10 @@ def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASS
         record["tokens"] = outcome.num_units
     if task.unit == "pair":
         record["margin"] = margin(outcome.losses)
+    if isinstance(task, Regression) and outcome.outputs is not None and outcome.targets is not None:
+        record |= task.measures(outcome.outputs, outcome.targets)
+    if task.problem_type == REGRESSION:
+        record |= {"accuracy": None, "accuracy_by_domain": {}}
     return record
 
 
@@ -206,9 +218,12 @@ def _largest_claim(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _reference(data: Prepared, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The share of the commonest label; without labels the model before training."""
+    """The share of the commonest label; without labels the model before training; of targets their own."""
     if data.num_labels == 0:
         return {"before": before}
+    task = task_named(data.task)
+    if isinstance(task, Regression) and data.test.targets is not None:
+        return dict(task.baseline(data.test.targets))
     labels = np.bincount(data.test.labels, minlength=data.num_labels)
     return {"majority_accuracy": float(labels.max() / labels.sum())}
 
@@ -242,9 +257,10 @@ def accuracy_by_client(
         partitioner: ``data.partitioner``.
 
     Returns:
-        None where clients have no test examples of their own.
+        None where clients have no test examples of their own, or there is no accuracy.
     """
-    if partitioner not in BY_NATURE or not data.domain_names:
+    measured = task_named(data.task).problem_type != REGRESSION
+    if not measured or partitioner not in BY_NATURE or not data.domain_names:
         return None
     held = {p: np.unique(data.train.domains[data.indices(p)]) for p in sorted(partitions)}
     if len({domains.tobytes() for domains in held.values()}) == 1:

@@ -12,6 +12,7 @@ from fedlora.config import DevicesConfig, RunConfig, StrategyConfig
 from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.best import check_metric
 from fedlora.server.secure import check_secure
 from fedlora.server.tracking import check_tracking
 from fedlora.server.validate_passes import check_passes
@@ -67,10 +68,7 @@ def check(config: RunConfig) -> Rule:
     if config.model.adapter:
         check_warm_start(config, rule, ranks)
     mechanism_of(config).check(rule, kept(config, rule))
-    if config.load_best_model_at_end and kept(config, rule):
-        raise NotApplicable(
-            "load-best-model-at-end = true: clients keep a part of the model, of the last round"
-        )
+    check_metric(config, kept(config, rule))
     if not config.devices.waits:
         check_asynchronous(config, rule)
     if config.secure.mode == "sums":

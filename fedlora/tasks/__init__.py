@@ -10,15 +10,28 @@ from dataclasses import replace
 from fedlora.config import RunConfig
 from fedlora.errors import unknown_name
 from fedlora.tasks.causal_lm import CausalLM
-from fedlora.tasks.classification import CLASSIFICATION
+from fedlora.tasks.classification import CLASSIFICATION, SINGLE_LABEL
 from fedlora.tasks.images import ImageClassification
 from fedlora.tasks.instruction import Instruction
 from fedlora.tasks.preference import Preference
+from fedlora.tasks.targets import MultiLabelClassification, Regression
 from fedlora.tasks.task import Encoded, ExampleMetrics, Task
 
-__all__ = ["CLASSIFICATION", "TASKS", "Encoded", "ExampleMetrics", "Task", "task_named", "task_of"]
+__all__ = [
+    "CLASSIFICATION",
+    "SINGLE_LABEL",
+    "TASKS",
+    "Encoded",
+    "ExampleMetrics",
+    "Task",
+    "task_named",
+    "task_of",
+]
 
-ALL: tuple[Task, ...] = (CLASSIFICATION, CausalLM(), Instruction(), Preference(), ImageClassification())
+ALL: tuple[Task, ...] = (
+    CLASSIFICATION, Regression(), MultiLabelClassification(), CausalLM(), Instruction(), Preference(),
+    ImageClassification(),
+)  # fmt: skip
 TASKS = {task.name: task for task in ALL}
 
 

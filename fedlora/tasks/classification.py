@@ -16,6 +16,9 @@ from fedlora.errors import ConfigError
 from fedlora.tasks.task import Encoded, ExampleMetrics, Rows, inputs
 from fedlora.tasks.text import TextTask, made_up_text
 
+SINGLE_LABEL = "single_label_classification"
+"""Of transformers' kinds of ``problem_type`` the one with one label for each example."""
+
 
 class Classification(TextTask):
     """``data.text-column`` (one, or two for pairs) and ``data.label-column``; the loss is cross entropy."""
@@ -23,6 +26,7 @@ class Classification(TextTask):
     name = "classification"
     network = "classifier"
     labelled = True
+    problem_type = SINGLE_LABEL
     unit = "example"
     most_tokens = 0
 

@@ -55,11 +55,13 @@ class ExampleMetrics:
         losses: of each example, float32; the mean over its units.
         units: what is judged in each example: 1, or its counted tokens. int64.
         right: how many of them the model's first choice hits, int64.
+        outputs: what the model gives for an example's K targets, (rows, K), float32; None without targets.
     """
 
     losses: np.ndarray
     units: np.ndarray
     right: np.ndarray
+    outputs: np.ndarray | None = None
 
 
 class Task(Protocol):
@@ -75,6 +77,7 @@ class Task(Protocol):
         unit: what is judged, in the singular.
         most_tokens: padded tokens of an evaluation pass at most; 0 where only the number of examples counts.
         packs: whether several examples can be one row.
+        problem_type: transformers' word for what the head's outputs mean; empty where there is no head.
     """
 
     name: str
@@ -83,6 +86,7 @@ class Task(Protocol):
     unit: str
     most_tokens: int
     packs: bool
+    problem_type: str
 
     def columns(self, config: DataConfig) -> Columns:
         """Columns of the dataset that are read.

@@ -25,6 +25,7 @@ class TextTask:
     """Rows of text, and a tokenizer that makes examples of them."""
 
     packs = False
+    problem_type = ""
 
     def columns(self, config: DataConfig) -> Columns:
         """Texts and label."""
