@@ -77,7 +77,7 @@ def data_parts(data: Prepared) -> list[object]:
 def _examples(examples: Examples) -> list[str | None]:
     arrays = (getattr(examples, name) for name in ("tokens", "offsets", "labels", "domains", "counted"))
     found = [repr(examples.image), *(None if array is None else _array(array) for array in arrays)]
-    more = (array for array in (examples.types, examples.splits) if array is not None)
+    more = (a for a in (examples.types, examples.splits, examples.targets) if a is not None)
     return [*found, *map(_array, more)]
 
 
