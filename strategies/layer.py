@@ -64,8 +64,12 @@ class Layer:
 
     @cached_property
     def target(self) -> Product:
-        """``T = sum_k p_k s_k B_k A_k``, stacked: the product that the clients' mean asks for."""
-        return stack((c.weight, c.factors) for c in self.clients)
+        """``T = sum_k p_k s_k B_k A_k``, stacked: the product that the clients' mean asks for.
+
+        Clients whose product is zero, as of a layer that they do not train, take no room in it.
+        """
+        asking = [c for c in self.clients if c.factors.B.any()] or self.clients[:1]
+        return stack((c.weight, c.factors) for c in asking)
 
     @property
     def weights(self) -> list[float]:

@@ -70,7 +70,7 @@ class FLoRARule(Rule):
         return replace(super().broadcast(state, client), adapters=adapters, fresh_seed=seed)
 
     def merge(self, layer: Layer) -> Merged:
-        return Merged(layer.start, into_base=layer.target)
+        return Merged(layer.start, into_base=layer.target if layer.target.left.any() else None)
 
 
 def _emptied(factors: LoraFactors) -> LoraFactors:

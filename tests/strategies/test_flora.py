@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from torch.nn.functional import linear
 
+from fedlora.core.factors import as_product
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.state import State
+from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State, Template
 from strategies.layer import Layer, Merged, Weighted
 from strategies.registry import make_rule
 from strategies.rules.flora import FLoRARule
@@ -26,6 +27,7 @@ from tests.strategies.federations import (
 )
 
 RULE = make_rule("flora")
+MODULES = {name: ModuleSpec(out_features=7, in_features=5) for name in ("q", "v", "z")}
 
 
 def miss(rule: FLoRARule, federation: Federation) -> float:
@@ -56,6 +58,28 @@ def test_weights_in_both_factors_would_be_found(federation: Federation) -> None:
     assert miss(TwiceWeighted(), federation) > 1e-3
 
 
+def test_clients_that_do_not_train_a_layer_take_no_room_in_its_patch_and_a_patch_of_nothing_is_none() -> None:
+    """All layers' adapters begin as zero, so that products of theirs would be zeros that travel."""
+    state = RULE.init(Template(modules=MODULES, rank=3, scaling=1.0), seed=1)
+    specs = [
+        ClientSpec(partition_id=k, rank=r, scaling=1.0, modules=frozenset(names))
+        for k, (r, names) in enumerate([(1, {"q"}), (2, {"q", "v"}), (3, {"q"})])
+    ]
+    updates = []
+    for spec in specs:
+        given = RULE.broadcast(state, spec)
+        adapters = {
+            name: replace(f, B=torch.full_like(f.B, float(name in given.modules)))  # type: ignore[type-var]
+            for name, f in given.adapters.items()
+        }
+        updates.append(ClientUpdate(partition_id=spec.partition_id, adapters=adapters, head={}, weight=1.0))
+    after, _ = RULE.aggregate(state, updates)
+    assert {name: p.rank_bound for name, p in after.base[0].products.items()} == {"q": 6, "v": 2}
+    torch.testing.assert_close(
+        after.base[0].products["v"].dense(), as_product(updates[1].adapters["v"]).dense() / 3
+    )
+
+
 @given(federation=federations())
 def test_the_stack_is_a_lora_adapter_of_rank_sum_r_and_scaling_one(federation: Federation) -> None:
     """Loaded as such, forward through W x + B (A x) equals forward through the merged weight."""
@@ -64,7 +88,8 @@ def test_the_stack_is_a_lora_adapter_of_rank_sum_r_and_scaling_one(federation: F
     for name, product in after.base[-1].products.items():
         W = federation.normal((product.left.shape[0], product.right.shape[1]), "W", name)
         x = federation.normal((3, W.shape[1]), "x", name)
-        assert product.rank_bound == sum(c.rank for c in federation.clients)
+        training = [c for c in federation.clients if c.modules is None or name in c.modules]
+        assert product.rank_bound == sum(c.rank for c in training)
         adapter = linear(x, W) + linear(linear(x, product.right), product.left)
         merged = linear(x, W + product.dense())
         assert relative(numpy(adapter), numpy(merged)) < 1e-12
