@@ -70,6 +70,8 @@ def run(
     if finished:
         out.print(f"{path} was finished: all {settings.num_server_rounds} rounds are done, none was added")
     out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
+    for name, found in result.get("evaluation_sets", {}).items():
+        out.print(f"on {name}: {_measured(found)}, {found['examples']} examples", highlight=False)
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
     for heading, text in _totals(done):

@@ -97,9 +97,9 @@ class RunConfig:
     """How much better an evaluation must be for patience to begin anew."""
     load_best_model_at_end: bool = False
     """The model of the best evaluation is measured and written at the end, not the last one."""
-    metric_for_best_model: Literal["loss", "rmse", "accuracy", "r2", "f1_micro", "f1_macro"] = "loss"
+    metric_for_best_model: str = "loss"
     """What is better: a lower ``loss`` or ``rmse``, or a higher ``accuracy``, ``r2``, ``f1_micro`` or
-    ``f1_macro``; whichever of them the task has."""
+    ``f1_macro``, whichever the task has; ``reviews_loss`` is that of the evaluation set ``reviews``."""
     save_total_limit: PositiveInt = 1
     """Checkpoints that are kept, those of the last rounds; a run can go on from any of them, see
     ``docs/training.md``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -115,6 +116,9 @@ class DataConfig:
     test: str = ""
     """A file with the test examples, for instance ``test.jsonl``; empty means the dataset's test split, or
     ``data.test-fraction``."""
+    evaluation_sets: str = ""
+    """JSON object of names and files with further test examples, for instance
+    ``{"reviews": "reviews.jsonl"}``: every evaluation is of each of them too, see ``docs/training.md``."""
     public: str = ""
     """Examples that are nobody's secret, named as ``data.name``, for instance ``public.jsonl``: what a run
     may start from (EVA)."""
@@ -155,7 +159,19 @@ class DataConfig:
     evaluate_examples: NonNegativeInt = 600
     """Test examples evaluated each round, stratified by domain; 0 means all."""
 
+    @cached_property
+    def evaluation_files(self) -> dict[str, str]:
+        """Name -> file of ``evaluation-sets``."""
+        files: dict[str, str] = parse_json("data.evaluation-sets", self.evaluation_sets, dict)
+        for name, file in files.items():
+            require(
+                isinstance(file, str) and bool(re.fullmatch(r"[\w.-]+", name)),
+                "data.evaluation-sets", {name: file}, "must be a name of letters, digits, - or _, and a file",
+            )  # fmt: skip
+        return files
+
     def __post_init__(self) -> None:
+        _ = self.evaluation_files
         require(
             not self.public or self.public != self.name,
             "data.public", self.public, "must be other examples than data.name, which the clients hold",

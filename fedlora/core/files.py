@@ -133,3 +133,13 @@ def new_directory(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def file_stamps(name: str) -> list[tuple[str, int, int]]:
+    """Path, size and time of change of each local file that a name stands for."""
+    path = Path(name).expanduser()
+    if not name or not path.exists():
+        return []
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    stats = [(str(file.resolve()), file.stat()) for file in files]
+    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]

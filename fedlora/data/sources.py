@@ -56,12 +56,14 @@ class RawData:
         test: the same columns.
         label_names: name of each label; empty where examples have none.
         names: label, domain, group and natural -> the names in the training rows before any were held out.
+        sets: further test examples by name, the same columns.
     """
 
     train: Dataset
     test: Dataset
     label_names: tuple[str, ...]
     names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    sets: Mapping[str, Dataset] = field(default_factory=dict)
 
 
 def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData:
@@ -84,6 +86,9 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     if test is not None:
         columns = replace(columns, unit="")  # only what is trained on is private
         parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
+    columns, sets = replace(columns, unit=""), config.evaluation_files
+    for file in sets.values():
+        parts.append(standard(read_file(Path(file), "data.evaluation-sets"), columns, repr(file)))
     names: tuple[str, ...] = ()
     tables = parts
     if columns.targets:
@@ -91,12 +96,12 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     elif columns.label:
         tables, names = encode_labels(parts, source, columns, repr(config.name))
     split = split_texts if config.name in LONG_TEXTS else split_table
-    train, test_table = (
-        tables if len(tables) == 2 else split(tables[0], config.test_fraction, "data.test-fraction")
-    )
+    own, more = tables[: len(tables) - len(sets)], tables[len(tables) - len(sets) :]
+    train, test_table = own if len(own) == 2 else split(tables[0], config.test_fraction, "data.test-fraction")
     if config.validation_fraction:
         train, test_table = split(train, config.validation_fraction, "data.validation-fraction")
-    return RawData(Dataset(train), Dataset(test_table), names, names_in(parts[0]))
+    further = {name: Dataset(table) for name, table in zip(sets, more, strict=True)}
+    return RawData(Dataset(train), Dataset(test_table), names, names_in(parts[0]), further)
 
 
 def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, Dataset | None]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from fedlora.assets.fetch import ASSETS, asset_identity, cache_dir, create_directory
 from fedlora.config import DataConfig, RunConfig
+from fedlora.core.files import file_stamps
 from fedlora.data.chat.template import chat_settings
 from fedlora.data.clients import named_clients, why_left_out
 from fedlora.data.columns import NATURAL, UNIT, codes_of, in_order
@@ -32,7 +33,7 @@ from fedlora.tasks import CLASSIFICATION, SINGLE_LABEL, Task, task_named
 if TYPE_CHECKING:
     from datasets import Dataset
 
-META, LEFT_OUT = "meta.json", "left_out.json"
+META, LEFT_OUT, SET = "meta.json", "left_out.json", "set-"
 FORMAT = 5
 """Counted up whenever the same configuration would be prepared differently."""
 BATCH = 1000
@@ -58,6 +59,7 @@ class Prepared:
         declared: the owner's name for the data where it is a node's own, see `fedlora.prepared.node_data`.
         task: what the examples were prepared for.
         left_out: partition -> why it has no example; it takes no part, and no other has its number.
+        sets: further test examples, of ``data.evaluation-sets``, by name.
     """
 
     train: Examples
@@ -70,6 +72,7 @@ class Prepared:
     declared: str = ""
     task: str = CLASSIFICATION.name
     left_out: Mapping[int, str] = field(default_factory=dict)
+    sets: Mapping[str, Examples] = field(default_factory=dict)
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -124,6 +127,7 @@ def open_prepared(path: Path | str) -> Prepared:
         offsets=offsets,
         task=meta.get("task", CLASSIFICATION.name),
         left_out={int(p): why for p, why in json.loads((home / LEFT_OUT).read_text()).items()},
+        sets={name: open_examples(home.parent / f"{SET}{name}.arrow") for name in meta.get("sets", ())},
     )
 
 
@@ -164,8 +168,11 @@ def _token_key(config: DataConfig, tokenizer: Tokenizer, task: Task = CLASSIFICA
     shared = {k: v for k, v in dataclasses.asdict(config).items() if k not in _PARTITION_KEYS}
     for key in ("evaluate_examples", "public"):
         shared.pop(key)
+    if not config.evaluation_sets:
+        shared.pop("evaluation_sets")
     natural = task.columns(config).natural
-    files = [file_stamps(name) for name in (config.name, config.test)]
+    named = (config.name, config.test, *config.evaluation_files.values())
+    files = [file_stamps(name) for name in named]
     asset = asset_identity(config.name) if config.name in ASSETS else ""
     name = [] if task is CLASSIFICATION else [task.name]
     units = [{"unit": unit}] if unit else []
@@ -180,16 +187,6 @@ def _hash(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def file_stamps(name: str) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each local file that a name stands for."""
-    path = Path(name).expanduser()
-    if not name or not path.exists():
-        return []
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    stats = [(str(file.resolve()), file.stat()) for file in files]
-    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-
-
 def _write_examples(
     task: Task, config: DataConfig, tokenizer: Tokenizer, draft: Path, unit: str = ""
 ) -> None:
@@ -197,9 +194,11 @@ def _write_examples(
     names, counts = {}, {}
     for column in ("domain", "group", NATURAL, UNIT):
         if column in raw.train.column_names:
-            tested = raw.test[column][:] if column in raw.test.column_names else ()
-            names[column] = in_order({*raw.train[column][:], *tested, *raw.names.get(column, ())})
-    for part, table in (("train", raw.train), ("test", raw.test)):
+            tables = [t for t in (raw.train, raw.test, *raw.sets.values()) if column in t.column_names]
+            held = (value for table in tables for value in table[column][:])
+            names[column] = in_order({*held, *raw.names.get(column, ())})
+    sets = {f"{SET}{name}": table for name, table in raw.sets.items()}
+    for part, table in {"train": raw.train, "test": raw.test, **sets}.items():
         line = f"encoding {len(table):,} {part} examples of {config.name}"
         batch = tokenised(table, tokenizer, config.max_length, names, line, task)
         counts[part] = batch.num_rows
@@ -214,6 +213,7 @@ def _write_examples(
         "pad_token_id": tokenizer.pad_token_id,
         "num_train": counts["train"],
         "num_test": counts["test"],
+        "sets": list(raw.sets),
         "max_length": config.max_length,
         "tokenizer": tokenizer.identity,
         "clients": {

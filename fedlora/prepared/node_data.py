@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from fedlora.assets.fetch import create_directory
 from fedlora.config import DataConfig, name_list
+from fedlora.core.files import file_stamps
 from fedlora.data.chat.columns import usual_columns
 from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import UNIT, Columns, in_order
@@ -29,7 +30,7 @@ from fedlora.data.split import split_table
 from fedlora.data.targets import TARGETS, encode_targets
 from fedlora.data.values import is_text
 from fedlora.errors import ConfigError, OwnDataRefused
-from fedlora.prepared.cache import FORMAT, META, Prepared, file_stamps, tokenised
+from fedlora.prepared.cache import FORMAT, META, Prepared, tokenised
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 
 if TYPE_CHECKING:

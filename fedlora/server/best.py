@@ -18,6 +18,7 @@ from fedlora.core.state import ServerState, State
 from fedlora.data.targets import MULTI_LABEL, REGRESSION
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
+from fedlora.server.records import SETS
 from fedlora.tasks import task_named
 
 if TYPE_CHECKING:
@@ -42,16 +43,32 @@ def check_metric(config: RunConfig, kept: str) -> None:
             "load-best-model-at-end = true: clients keep a part of the model, of the last round"
         )
     task = task_named(config.task)
-    metric, regression = config.metric_for_best_model, task.problem_type == REGRESSION
+    regression, named = task.problem_type == REGRESSION, config.data.evaluation_files
+    if named and (kept or task.network == "image-classifier"):
+        why = f"{kept} stays at clients" if kept else f"task {task.name} reads none"
+        raise NotApplicable(f"data.evaluation-sets = {config.data.evaluation_sets!r}: {why}, must be empty")
+    metric = metric_of(config)[1]
     there = ["loss", *(["rmse", "r2"] if regression else ["accuracy"])]
     there += ["f1_micro", "f1_macro"] if task.problem_type == MULTI_LABEL else []
     if metric not in there:
-        raise ConfigError(f"metric-for-best-model = {metric!r}: task {task.name} has {', '.join(there)}")
+        sets = f", each of them also after {' or '.join(f'{name}_' for name in named)}" if named else ""
+        raise ConfigError(
+            f"metric-for-best-model = {config.metric_for_best_model!r}: task {task.name} has "
+            f"{', '.join(there)}{sets}"
+        )
     if kept and (regression or metric.startswith("f1")):
         raise NotApplicable(
             f"task = {task.name!r}: {kept} stays at clients, which tell hits and losses of their "
             f"own models, no {'R2' if regression else 'F1'}"
         )
+
+
+def metric_of(config: RunConfig) -> tuple[str, str]:
+    """The evaluation set that ``metric-for-best-model`` names, or none, and the metric itself."""
+    given = config.metric_for_best_model
+    names = [name for name in config.data.evaluation_files if given.startswith(f"{name}_")]
+    name = max(names, key=len, default="")
+    return name, given.removeprefix(f"{name}_") if name else given
 
 
 def best_round(config: RunConfig, records: Records) -> int:
@@ -81,15 +98,19 @@ def chosen(config: RunConfig, records: Records) -> dict[str, Any]:
 
 def _costs(config: RunConfig, records: Records, unmeasured: float | None = None) -> dict[int, float]:
     """Round -> what is to be small, where it was evaluated; NaN is left out unless a number stands for it."""
-    sign = 1.0 if config.metric_for_best_model in LOWER else -1.0
-    found = {r["round"]: sign * r[config.metric_for_best_model] for r in records if r["loss"] is not None}
+    name, metric = metric_of(config)
+    sign = 1.0 if metric in LOWER else -1.0
+    of = {r["round"]: r[SETS][name] if name else r for r in records if r["loss"] is not None}
+    found = {number: sign * record[metric] for number, record in of.items()}
     if unmeasured is not None:
         return {n: unmeasured if math.isnan(cost) else cost for n, cost in found.items()}
     return {n: cost for n, cost in found.items() if not math.isnan(cost)}
 
 
 def chosen_on(config: RunConfig) -> str:
-    """Which examples a run is evaluated on."""
+    """Which examples the best round is chosen on."""
+    if name := metric_of(config)[0]:
+        return name
     return "validation" if config.data.validation_fraction > 0 else "test"
 
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from clients.evaluation import Evaluation
+from clients.evaluation import Evaluation, evaluate
 from clients.training.batches import Indices
 from fedlora.config import RunConfig
 from fedlora.core.state import State
 from fedlora.data.examples import evaluation_subset
 from fedlora.server.generation import samples
-from fedlora.server.records import summary
+from fedlora.server.records import SETS, summary
 from fedlora.server.session import Session
 
 
@@ -35,15 +35,28 @@ class GlobalEvaluator:
     def part(self, state: State) -> dict[str, Any]:
         """On the fixed subset of ``data.evaluate-examples``, as a record."""
         if self._whole is not None and self._whole[0] is state:
-            return self.record(self._whole[1].among(self._subset()))
+            return self.record(self._whole[1].among(self._subset())) | self.sets(state)
         self._whole = None
-        return self.record(self._session.evaluate(state, self._subset()))
+        return self.record(self._session.evaluate(state, self._subset())) | self.sets(state)
 
     def whole(self, state: State) -> Evaluation:
         """On all test examples."""
         if self._whole is None or self._whole[0] is not state:
             self._whole = (state, self._session.evaluate(state, np.arange(len(self._data.test))))
         return self._whole[1]
+
+    def sets(self, state: State, *, whole: bool = False) -> dict[str, Any]:
+        """On the sets of ``data.evaluation-sets``, or a fixed subset of each; nothing without any."""
+        runtime, size = self._session.runtime, self._session.config.data.evaluate_examples
+        if not self._data.sets:
+            return {}
+        runtime.load_state(state)
+        found = {}
+        for name, examples in self._data.sets.items():
+            chosen = evaluation_subset(examples, 0 if whole else size)
+            outcome = evaluate(runtime.model, examples, chosen, self._data.pad_token_id)
+            found[name] = self.record(outcome)
+        return {SETS: found}
 
     def record(self, outcome: Evaluation) -> dict[str, Any]:
         """An evaluation as part of a record."""

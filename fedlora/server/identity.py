@@ -38,6 +38,7 @@ ADDED = {
     "strategy.allocation-options": "",
     "max-rank": 0,
     "model.adapter": "",
+    "data.evaluation-sets": "",
     "train.micro-batch-size": 0,
     "train.packing": False,
     "train.dpo-beta": 0.1,

@@ -71,7 +71,8 @@ def base_parts(runtime: ClientRuntime) -> list[tuple[str, str]]:
 def data_parts(data: Prepared) -> list[object]:
     """Hashes of the examples as the model sees them, and of who holds which."""
     names = [data.label_names, data.domain_names, data.pad_token_id, data.task]
-    return [*names, _array(data.flat), _array(data.offsets), *map(_examples, (data.train, data.test))]
+    parts = (data.train, data.test, *data.sets.values())
+    return [*names, _array(data.flat), _array(data.offsets), *map(_examples, parts)]
 
 
 def _examples(examples: Examples) -> list[str | None]:

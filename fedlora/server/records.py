@@ -41,6 +41,9 @@ MEASURED = (
 )
 """Keys of an evaluation as a record; those after the first four where the task has them."""
 
+SETS = "evaluation_sets"
+"""Evaluations on further test examples, by name."""
+
 
 def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASSIFICATION) -> dict[str, Any]:
     """An evaluation as a record: accuracy, loss, accuracy by domain, examples.

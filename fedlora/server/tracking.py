@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig, to_flat
 from fedlora.errors import ConfigError, named_line
+from fedlora.server.records import SETS
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -135,6 +136,8 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
     for key, value in record.items():
         if key.endswith("_by_domain"):
             flat |= {f"{key}/{domain}": inner for domain, inner in (value or {}).items()}
+        elif key == SETS:
+            flat |= {f"{name}/{metric}": v for name, of in value.items() for metric, v in of.items()}
         else:
             flat[key] = value
     return {key: value for key, value in flat.items() if _finite(value)}

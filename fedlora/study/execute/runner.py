@@ -14,6 +14,7 @@ from rich.markup import escape
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import write_atomic
+from fedlora.data.targets import REGRESSION
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import held
 from fedlora.server.provenance import SCHEMA, check_schema
@@ -29,6 +30,7 @@ from fedlora.study.execute.reuse import STUDY, check_shared, others_beside
 from fedlora.study.execute.scheduler import RunOptions, run_cells
 from fedlora.study.plan.absent import Absent, applicable
 from fedlora.study.plan.cells import Cell, expand
+from fedlora.tasks import task_named
 
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
@@ -62,6 +64,11 @@ def run_study(
     check_shared(share)
     shared = [*others_beside(path, say), *share]
     manner = RunOptions(shared=shared, retry_failed=retry_failed, parallel=parallel)
+    if task_named(config.task).problem_type == REGRESSION:
+        raise NotApplicable(
+            f"task = {config.task!r}: a study compares accuracies, a regression has none; run each by "
+            "fedlora run, its result.json has rmse and r2"
+        )
     quiet()
     with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
         check(config)

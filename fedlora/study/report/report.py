@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from fedlora.core.files import write_atomic
 from fedlora.errors import ConfigError
+from fedlora.server.records import SETS
 from fedlora.study.analyse.comparisons import Comparison, compare
 from fedlora.study.analyse.contests import contests
 from fedlora.study.analyse.results import CellResult
@@ -131,6 +133,7 @@ def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
     columns = {
         "Perplexity": _column(rows, lambda row: row.perplexity, format.significant),
         "Accuracy": {row.name: _estimate(row.accuracy) for row in rows},
+        **_sets(rows),
         **_against(rows),
         "Worst client": {row.name: _estimate(row.worst_client) for row in rows if row.worst_client},
         "Worst decile": {row.name: _estimate(row.worst_decile) for row in rows if row.worst_decile},
@@ -164,6 +167,20 @@ def _column(rows: Sequence[Row], of: Callable[[Row], float | None], show: Callab
 
 def _estimate(estimate: Estimate) -> Value:
     return format.percent(estimate.value), estimate.value, format.interval(estimate)
+
+
+def _sets(rows: Sequence[Row]) -> dict[str, Column]:
+    """Mean accuracy over the runs on each set of ``data.evaluation-sets``."""
+    found: dict[str, Column] = {}
+    for row in rows:
+        first = row.results[0].result.get(SETS) or {}
+        for name in first:
+            value = fmean(run.result[SETS][name]["accuracy"] for run in row.results)
+            found[f"On {name}"] = {
+                **found.get(f"On {name}", {}),
+                row.name: (format.percent(value), value, ""),
+            }
+    return found
 
 
 def _against(rows: Sequence[Row]) -> dict[str, Column]:

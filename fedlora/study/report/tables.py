@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from fedlora.server.records import SETS
 from fedlora.study.analyse.comparisons import Comparison
 from fedlora.study.analyse.results import RESULTS, CellResult
 
@@ -34,6 +35,7 @@ def write_tables(directory: Path, results: Sequence[CellResult], comparisons: Se
 def _run(result: CellResult) -> dict[str, Any]:
     by_domain = result.result.get("accuracy_by_domain") or {}
     by_client = result.result.get("accuracy_by_client") or {}
+    sets = result.result.get(SETS) or {}
     return {
         "run": result.label,
         "kind": result.kind,
@@ -44,6 +46,7 @@ def _run(result: CellResult) -> dict[str, Any]:
         "rounds": len(result.rounds),
         **{key: result.result.get(key) for key in MEASURED},
         **{f"accuracy {domain}": accuracy for domain, accuracy in by_domain.items()},
+        **{f"accuracy on {name}": found["accuracy"] for name, found in sets.items()},
         **{f"accuracy client {client}": accuracy for client, accuracy in by_client.items()},
     }
 
