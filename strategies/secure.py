@@ -94,7 +94,11 @@ class SecureStrategy(FactorStrategy):
             self._planned = len(chosen)
             named = wire.identity(settings_of(config, server_round))
             chosen = self._agree(named, {partition: present[partition] for partition in chosen})
-            asked = {"session": self.collector.session, "sharers": chosen, "max-weight": self.max_weight}
+            asked: dict[str, Any] = {
+                "session": self.collector.session,
+                "sharers": chosen,
+                "max-weight": self.max_weight,
+            }
             clients = [self.client_spec(partition) for partition in chosen]
             self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
             asked |= self._rows.asked

@@ -1,22 +1,24 @@
 """Cost of a round of secure sums beside a plain one: CPU seconds at server and client, and bytes.
 
 python -m experiments.benchmarks.secure [--clients 10,100] [--numbers 150000,1000000] [--dropouts 0,0.1]
-    [--bits 32] [--largest-change 1.0] [--sampled]
+    [--bits 32] [--largest-change 1.0] [--sampled] [--out FILE]
 
 All steps of all clients are carried out in this process without messages, so that what is timed is what the
 protocol computes. Who drops out does so after sharing, which costs the server most. With ``--sampled`` they
 are carried out over `FEW` numbers, and what grows with the numbers is timed by itself and added as often as
-it is done: a mask, an addition of a row, an encoding.
+it is done: a mask, an addition of a row, an encoding. ``--out`` adds the cells to a JSON list.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=32)
     parser.add_argument("--largest-change", type=float, default=1.0)
     parser.add_argument("--sampled", action="store_true")
+    parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     print("| clients | numbers | dropped | server s | plain s | client s | MB up, of float32 | error |")
     print("|---|---|---|---|---|---|---|---|")
@@ -142,6 +145,11 @@ def main() -> None:
                     if few
                     else cell(clients, number, share, *settings)
                 )
+            if given.out:
+                kept = json.loads(given.out.read_text()) if given.out.exists() else []
+                place = {"clients": clients, "numbers": number, "dropouts": share, "bits": given.bits}
+                kept.append({**place, "sampled": given.sampled, **found})
+                given.out.write_text(json.dumps(kept, indent=1) + "\n")
             print(
                 f"| {clients:,} | {number:,} | {share:.0%} | {found['server']:.2f} | {found['plain']:.2f} "
                 f"| {found['client']:.3f} | {found['up'] / 1e6:.2f}, {found['up'] / number / 4:.3f} "

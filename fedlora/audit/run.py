@@ -25,6 +25,7 @@ from fedlora.audit.evidence import FALSE_ALARM, claimed_rate, flaws_of, separati
 from fedlora.audit.grid import AuditGrid
 from fedlora.audit.membership import Membership, membership
 from fedlora.audit.separation import Expected, Separation, separation
+from fedlora.audit.shared_noise import shared_sums
 from fedlora.audit.views import ServerView, final_scores
 from fedlora.config import RunConfig
 from fedlora.config.section import by_field
@@ -120,10 +121,10 @@ def audit(
         RunFailed: the run stopped.
     """
     check_audit(config, canaries, confidence)
-    config = audited(config)
     quiet()
     if config.privacy.client_level:
         return _client_level(config, canaries, confidence, progress)
+    config = audited(config)
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
         home = Path(directory)
         session = InProcessSession(InProcessEngine(), config, home / "clients")
@@ -165,11 +166,6 @@ def check_audit(config: RunConfig, canaries: int, confidence: float) -> None:
             "privacy.clipping = 'adaptive': what a canary is clipped to follows the noise, so that an audit "
             "cannot say how far it should go; audit with 'flat'"
         )
-    if config.secure.noise != "none":
-        raise ConfigError(
-            f"secure.noise = {config.secure.noise!r}: an audit of whole clients looks at means that a "
-            "server noises; audit with secure.mode = 'none' and the same noise multiplier"
-        )
     if canaries < 8:
         raise ConfigError(f"--canaries {canaries}: must be >= 8")
     if not 0 < confidence < 1:
@@ -181,10 +177,12 @@ def _client_level(
 ) -> Audit:
     with tempfile.TemporaryDirectory(prefix="fedlora-audit-") as directory:
         home = Path(directory)
-        session = InProcessSession(InProcessEngine(), config, home / "clients")
+        session = InProcessSession(InProcessEngine(), audited(config), home / "clients")
         federation = FederatedRun(session, RunDirectory(home / "run"), [Tell(progress)] if progress else [])
         mechanism, clients = federation.strategy.client_dp, sorted(federation.partitions)
-        assert mechanism is not None
+        assert isinstance(mechanism, ClientDP)
+        if config.secure.noise != "none":
+            mechanism = shared_sums(config, mechanism)
         last = config.num_server_rounds
         rounds = most_participations(last, mechanism.bands, config.privacy.max_participations)
         most = sum(_dimensions(federation).values())
@@ -220,6 +218,7 @@ def audited(config: RunConfig) -> RunConfig:
         **by_field(config.measured_once),
         strategy=replace(config.strategy, diagnostics=False),
         privacy=replace(config.privacy, ledger="", dataset_id=""),
+        secure=replace(config.secure, mode="none", noise="none"),  # masks hide what an attack looks at
     )
 
 

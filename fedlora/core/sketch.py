@@ -136,8 +136,10 @@ class Sketch:
         """A matrix (.., n) of independent numbers of variance ``1 / n``, for n rows."""
         n = len(beside)
         rows = {CORE: 2 * self.size, "core-columns": 2 * self.size, PROBED: PROBES}.get(name, self.size)
-        drawn = torch.randn(rows, n, generator=torch_stream(self.seed, name, layer), dtype=torch.float64)
-        return drawn / n**0.5
+        drawn: Tensor = torch.randn(
+            rows, n, generator=torch_stream(self.seed, name, layer), dtype=torch.float64
+        )
+        return drawn / math.sqrt(n)
 
 
 def _key(layer: str, name: str) -> str:

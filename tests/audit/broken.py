@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
@@ -14,6 +15,7 @@ from torch import Tensor
 from clients import budget, execute_cohort, rehearsal
 from clients.training import batches, dp_sgd, dp_step
 from clients.training.batched import private
+from fedlora.secure import noise
 from strategies.client_dp import ClientDP
 from strategies.rule import Rule
 
@@ -171,6 +173,15 @@ def each_example_of_a_unit_by_itself(patch: Patch) -> None:
 def half_the_noise_on_means(patch: Patch) -> None:
     real = ClientDP._noisy
     patch.setattr(ClientDP, "_noisy", lambda self, total, *of: (total + real(self, total, *of)) / 2)
+
+
+def half_the_noise_in_shares(patch: Patch) -> None:
+    real = noise.drawn
+    patch.setattr(noise, "drawn", lambda centres, words: np.rint(real(centres, words) / 2))
+
+
+def shares_not_clipped(patch: Patch) -> None:
+    patch.setattr(noise, "clipped", lambda change, norm: change)
 
 
 def clients_not_clipped(patch: Patch) -> None:

@@ -96,6 +96,22 @@ def test_client_level_stands_where_theory_puts_it() -> None:
     assert abs(apart.value - apart.theory) < 0.3
 
 
+SHARED = {
+    **WHOLE, "secure.mode": "sums", "secure.noise": "distributed", "secure.min-clients": 3,
+    "secure.colluding": 1,
+}  # fmt: skip
+
+
+def test_noise_that_clients_share_stands_where_the_claim_puts_it() -> None:
+    """As whoever knows all noise but that of the two clients which are counted on sees it."""
+    found = audit(config(**SHARED))
+    assert (found.outcome, found.found_wrong) == (STANDS, [])
+    assert found.strongest[2].epsilon < found.claimed_epsilon
+    (apart,) = found.separations.values()
+    assert apart.theory == pytest.approx(3**0.5 / 4)
+    assert abs(apart.value - apart.theory) < 0.3
+
+
 BANDED = {
     **WHOLE, "num-server-rounds": 9, "data.num-partitions": 6, "fraction-train": 0.34,
     "privacy.noise-bands": 3, "train.local-steps": 1,
@@ -118,6 +134,8 @@ def test_correlated_noise_is_no_fault() -> None:
         (WHOLE, broken.half_the_noise_on_means, "has standard deviation 2"),
         (WHOLE, broken.clients_not_clipped, "farther than"),
         (WHOLE, broken.the_same_noise_each_round, "updates share noise"),
+        (SHARED, broken.half_the_noise_in_shares, "has standard deviation 1.9"),
+        (SHARED, broken.shares_not_clipped, "farther than"),
         (BANDED, broken.independent_in_place_of_correlated, "updates share noise"),
         (BANDED, broken.noise_forgotten_between_rounds, "has standard deviation"),
         (BANDED, broken.factor_with_ones, "has standard deviation 3"),
