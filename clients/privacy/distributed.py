@@ -13,7 +13,6 @@ round is one Gaussian mechanism at rate 1, written down in the client's own ledg
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,7 @@ from clients.privacy.client import FULL, ClientPrivacy
 from fedlora.errors import NotApplicable
 from fedlora.privacy.calibration import epsilon_spent
 from fedlora.privacy.types import CLIENT
-from fedlora.secure.noise import SMOOTHING, STD, SharedNoise
+from fedlora.secure.noise import SharedNoise, worth
 from strategies.rule import Rule
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ class DistributedClientPrivacy(ClientPrivacy):
 
     def noise_of(self, clients: int) -> float:
         """The noise multiplier that so many shares of noise are worth."""
-        honest = self.config.secure.honest * STD**2 - SMOOTHING**2
-        return self.noise * math.sqrt((clients * STD**2 - SMOOTHING**2) / honest)
+        return worth(self.noise, self.config.secure.honest, clients)
 
     def check_ledgers(
         self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import tomllib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -37,6 +38,8 @@ COLUMNS = {
     "of": "data",
 }
 """Heading -> field of a row."""
+LESS = {"epsilon_of_model": "the model alone", "epsilon_of_sums": "sums alone"}
+"""Field of a run's claim -> who sees less than the server with colluding clients."""
 RUNS_OWN = "(as a run names it)"
 TEXTS = ("data set", "neighbours", "by", "of")
 LEGEND = (
@@ -62,6 +65,7 @@ def spent(
     nodes = _nodes(directory)
     found = [pair for place in _places(directory, nodes) for pair in _rows(place, nodes.get(place))]
     rows = [row for row, _ in found]
+    _state_less(directory, rows)
     curves = [None if account is None else _curve(account) for _, account in found]
     if as_json:
         for row, curve in zip(rows, curves, strict=True):
@@ -78,6 +82,10 @@ def spent(
         if curve:
             said = f"{row['dataset']}: {curve.said()}, by {curve.found_by}"
             out.print(said, markup=False, highlight=False)
+        for key, who in LESS.items():
+            if row[key] is not None:
+                said = f"{row['dataset']}: its run states {row[key]:.4g} against who sees {who}"
+                out.print(said, markup=False, highlight=False)
     out.print(LEGEND)
 
 
@@ -176,6 +184,7 @@ def _row(place: Path, dataset: str, node: NodeSettings | None, account: Account 
         "dataset": dataset,
         "epsilon": spent,
         "on_evaluations": on_evaluations,
+        **dict.fromkeys(LESS),
         "delta": standing.delta or None if standing else None,
         "neighboring_relation": standing.neighboring_relation if standing and standing.releases else None,
         "unit": None if account is None or account.unit is None else account.unit or "example",
@@ -191,6 +200,22 @@ def _row(place: Path, dataset: str, node: NodeSettings | None, account: Account 
         "partition": None if node is None else node.partition_id,
         "data": (node.data or None) if node is not None and whose else None,
     }
+
+
+def _state_less(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Put a run's smaller epsilons into the rows of its own ledger that have spent what it claims."""
+    for file in directory.rglob("result.json"):
+        named = Path(_ledger_in(file.with_name("config.toml")) or file.parent).expanduser().resolve()
+        try:
+            claim = json.loads(file.read_text()).get("claim", {})
+            spent, less = float(claim["epsilon"]), {key: claim[key] for key in LESS if key in claim}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+        for row in rows:
+            if Path(row["ledger"]).is_relative_to(named) and math.isclose(
+                row["epsilon"], spent, rel_tol=1e-9
+            ):
+                row |= less
 
 
 def _curve(account: Account) -> TradeOff | None:

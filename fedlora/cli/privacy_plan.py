@@ -48,6 +48,10 @@ def plan(
     server_momentum: Annotated[
         float, typer.Option(help="strategy.server-beta-1 of fedavgm, with --clients.")
     ] = 0.0,
+    min_clients: Annotated[
+        int, typer.Option(help="n: secure.min-clients, where --clients share the noise.")
+    ] = 0,
+    colluding: Annotated[int, typer.Option(help="c: secure.colluding, with --min-clients.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """The noise that keeps a client's budget in as many rounds as the server allows it.
@@ -57,8 +61,8 @@ def plan(
     Example: fedlora privacy plan --dataset-size 2000 --batch-size 16 --local-steps 10 --rounds 100
     --fraction-train 0.5 --target-epsilon 8 --target-delta 1e-5
 
-    Of whole clients: fedlora privacy plan --clients 500 --fraction-train 0.1 --rounds 100 --noise-bands 10
-    --target-epsilon 4 --target-delta 1e-3
+    Of whole clients, who share the noise with --min-clients 45: fedlora privacy plan --clients 500
+    --fraction-train 0.1 --rounds 100 --noise-bands 10 --target-epsilon 4 --target-delta 1e-3
     """
     from fedlora.config.checks import require
     from fedlora.privacy.client_plan import ClientRequest
@@ -85,11 +89,14 @@ def plan(
                 target_epsilon=target_epsilon,
                 target_delta=target_delta,
                 accountant=accountant,
+                min_clients=min_clients,
+                colluding=colluding,
             ),
             as_json=as_json,
         )
         return
     require(noise_bands == 1, "--noise-bands", noise_bands, "is of whole clients, needs --clients")
+    require(min_clients == 0, "--min-clients", min_clients, "is of whole clients, needs --clients")
     require(
         server_momentum == 0, "--server-momentum", server_momentum, "is of whole clients, needs --clients"
     )
@@ -140,10 +147,16 @@ def _plan_clients(request: ClientRequest, *, as_json: bool) -> None:
         return
     bands, most = plan["noise_bands"], _count(plan["participations"], "round")
     once = f", at most once in {bands}" if bands > 1 else ""
+    observer, seen_by_less = " but the server", {}
+    if request.min_clients:
+        shares = f"{request.min_clients} clients, {request.colluding} of whom tell the server theirs"
+        observer = f" and the server, which has sums of {shares}"
+        seen_by_less = {"epsilon of model": f"{_epsilon(plan['epsilon_of_model'])}, who sees the model alone"}
     rows = {
-        "hides": "one client, from everybody but the server: its updates are replaced by nothing",
+        "hides": f"one client, from everybody{observer}: its updates are replaced by nothing",
         "noise multiplier": f"{_noise(plan['noise_multiplier'])}  (noise standard deviation / clipping norm)",
         "epsilon": f"{_epsilon(plan['epsilon'])} at delta {plan['delta']:g}, by {plan['accountant']}",
+        **seen_by_less,
         "attacker": _attacker(plan["attacker"]),
         "covers": f"{most} of a client{once}; {plan['asked']:,} of {request.clients:,} clients in each round",
         "mechanism": f"{plan['mechanism']}, nothing is counted for sampling clients",

@@ -15,6 +15,7 @@ from fedlora.privacy.banded import most_participations, remaining, sensitivity, 
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
 from fedlora.privacy.plan import Budget
 from fedlora.privacy.trade_off import trade_off
+from fedlora.secure.noise import worth
 
 FULL = 1.0
 """The rate of a round: clients know when they take part."""
@@ -28,11 +29,15 @@ class ClientRequest(Budget):
         clients: N, that may take part.
         noise_bands: b, rounds over which noise is correlated.
         server_momentum: beta of FedAvgM; 0 without.
+        min_clients: n, whose sums the server learns, where clients share the noise; 0: the server adds it.
+        colluding: c of them, whose noise is not counted on against the server.
     """
 
     clients: int
     noise_bands: int
     server_momentum: float
+    min_clients: int = 0
+    colluding: int = 1
 
     def __post_init__(self) -> None:
         for name in ("clients", "rounds", "noise_bands"):
@@ -47,6 +52,13 @@ class ClientRequest(Budget):
             f"a client takes part once in so many rounds, so of {self.clients} at most "
             f"{self.clients // self.noise_bands} can be asked in each, --fraction-train asks {self.asked}",
         )  # fmt: skip
+
+        if self.min_clients:
+            require(self.noise_bands == 1, "--noise-bands", self.noise_bands, "1 where noise is shared")
+            require(
+                self.colluding < self.min_clients <= self.asked, "--min-clients", self.min_clients,
+                f"must be above --colluding {self.colluding} and at most the {self.asked} that a round asks",
+            )  # fmt: skip
 
     @property
     def asked(self) -> int:
@@ -66,7 +78,8 @@ def make_client_plan(request: ClientRequest) -> dict[str, Any]:
         ``noise_multiplier``, ``epsilon``, ``delta``, ``participations``, ``asked``, ``attacker`` as in
         `fedlora.privacy.plan`, ``sensitivity`` (most that a client moves the factor times the sums, in
         clipping norms), ``model_noise`` (root mean square over the rounds, as a share of independent noise of
-        this z), and what it is: ``hides``, ``mechanism``.
+        this z), and what it is: ``hides``, ``mechanism``; where clients share noise ``epsilon_of_model``,
+        against who sees the model alone; ``epsilon`` is against the server with ``colluding`` clients.
 
     Raises:
         ConfigError: a budget that no noise reaches, or beyond what the accountant resolves.
@@ -74,9 +87,15 @@ def make_client_plan(request: ClientRequest) -> dict[str, Any]:
     r, coefficients = request, square_root(request.noise_bands, request.server_momentum)
     noise = calibrate_noise(r.target_epsilon, r.target_delta, FULL, r.participations, r.accountant)
     epsilon = epsilon_spent(noise, FULL, r.participations, r.target_delta, r.accountant)
+    shared, more, honest = {}, 1.0, r.min_clients - r.colluding
+    if r.min_clients:
+        all_shares, more = worth(noise, honest, r.min_clients), worth(1.0, honest, r.asked)
+        of_model = epsilon_spent(all_shares, FULL, r.participations, r.target_delta, r.accountant)
+        shared = {"min_clients": r.min_clients, "colluding": r.colluding, "epsilon_of_model": of_model}
     return {
         "hides": "client",
-        "mechanism": "Gaussian" if r.noise_bands == 1 else "banded matrix factorisation",
+        "mechanism": _mechanism(r),
+        **shared,
         "noise_bands": r.noise_bands,
         "noise_multiplier": noise,
         "epsilon": epsilon,
@@ -87,8 +106,14 @@ def make_client_plan(request: ClientRequest) -> dict[str, Any]:
         "attacker": trade_off(((noise, FULL, r.participations),), epsilon, r.target_delta).record(),
         "asked": r.asked,
         "sensitivity": sensitivity(coefficients, r.rounds, r.participations),
-        "model_noise": remaining(coefficients, r.rounds, r.server_momentum),
+        "model_noise": more * remaining(coefficients, r.rounds, r.server_momentum),
     }
+
+
+def _mechanism(request: ClientRequest) -> str:
+    if request.min_clients:
+        return "shares of discrete Gaussian noise"
+    return "Gaussian" if request.noise_bands == 1 else "banded matrix factorisation"
 
 
 def _option(name: str) -> str:

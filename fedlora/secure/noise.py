@@ -100,6 +100,12 @@ class SharedNoise:
         return signed(total, self.bits) * self.width
 
 
+def worth(noise_multiplier: float, honest: int, clients: int) -> float:
+    """The noise multiplier of so many clients' shares, where those of the honest ones are worth one."""
+    shares = (clients * STD**2 - SMOOTHING**2) / (honest * STD**2 - SMOOTHING**2)
+    return noise_multiplier * math.sqrt(shares)
+
+
 def clipped(change: Floats, norm: float) -> Floats:
     """A change at most so long; zero where it is not finite, which would tell more than its length."""
     with np.errstate(over="ignore"):

@@ -13,12 +13,14 @@ import pytest
 import torch
 from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
+from typer.testing import CliRunner
 
 from clients.handler import handle
 from clients.privacy import mechanism_of
 from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure import words_of
 from fedlora import wire
+from fedlora.cli import cli
 from fedlora.config import to_flat
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
@@ -96,6 +98,14 @@ def test_both_epsilons_are_recorded_and_the_ledger_has_the_larger(cache: Path, t
     assert len(accounts) == 5
     assert {account.unit for account in accounts} == {":client"}
     assert {round(a.standing.epsilon, 6) for a in accounts} == {round(claim["epsilon"], 6)}
+    shown = CliRunner().invoke(cli, ["privacy", "spent", str(tmp_path), "--json"]).stdout
+    assert [row["epsilon_of_model"] for row in json.loads(shown)] == [claim["epsilon_of_model"]] * 5
+    options = ["--clients", "5", "--rounds", "2", "--min-clients", "3", "--target-delta", "1e-5"]
+    told = ["privacy", "plan", *options, "--accountant", "pld", "--json", "--target-epsilon"]
+    plan = json.loads(CliRunner().invoke(cli, [*told, str(claim["epsilon"])]).stdout)
+    assert plan["noise_multiplier"] == pytest.approx(4.0, rel=1e-3)
+    assert plan["epsilon_of_model"] == pytest.approx(claim["epsilon_of_model"], rel=1e-3)
+    assert plan["model_noise"] == pytest.approx(math.sqrt(5 / 2), rel=2e-3)
 
 
 def test_fewer_clients_than_the_noise_counts_on_end_the_run(cache: Path, tmp_path: Path) -> None:

@@ -285,6 +285,8 @@ def test_noise_for_whole_clients_counts_the_rounds_that_fit() -> None:
         (["--server-momentum", "1"], "--server-momentum = 1.0: must be < 1"),
         (["--max-participations", "101"], "--max-participations = 101: must be at most --rounds"),
         (["--clients", "0"], "--clients = 0: must be >= 1"),
+        (["--min-clients", "51"], "--min-clients = 51: must be above --colluding 1 and at most the 50"),
+        (["--min-clients", "5", "--colluding", "5"], "--min-clients = 5: must be above --colluding 5"),
     ],
 )
 def test_a_plan_of_whole_clients_is_refused_in_one_line(flags: list[str], words: str) -> None:
