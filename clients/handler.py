@@ -60,7 +60,8 @@ def handle(
     simulation = bool(node_config.get("simulation", False))
     config, settings = configured(run_config), node_settings(node_config)
     if kind == STEP:
-        return secure_steps.carry_out(content, config, settings, RecordDict() if state is None else state)
+        kept = RecordDict() if state is None else state
+        return secure_steps.carry_out(content, config, settings, kept, simulation=simulation)
     instruction = wire.decode_instruction(content)
     protected = not simulation and is_protected(config, settings)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from clients.journal import write_step
 from clients.node_settings import NodeSettings
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, SecureRefused
@@ -43,14 +44,23 @@ def terms_of(config: RunConfig, settings: NodeSettings | None = None) -> Terms:
 
 
 def carry_out(
-    content: RecordDict, config: RunConfig, settings: NodeSettings, state: RecordDict
+    content: RecordDict, config: RunConfig, settings: NodeSettings, state: RecordDict, *, simulation: bool
 ) -> RecordDict:
-    """The answer to a step; what a client refuses it says in one line."""
+    """The answer to a step; a refusal in one line; a node writes down what it says first."""
+    asked = content.config_records.get(SECURE, ConfigRecord())
     try:
         answer = _step(step_of(content.config_records), config, settings, state)
     except SecureRefused as error:
         logging.getLogger("fedlora").warning("secure sums: %s", error)
         answer = {"reason": str(error)}
+    if not simulation:
+        try:
+            write_step(settings, config, asked, answer)
+        except OSError as error:
+            from clients.owner import REFUSAL  # imports tensors
+
+            logging.getLogger("fedlora").warning("declined, for the journal cannot be written: %s", error)
+            answer = {"reason": REFUSAL}
     return RecordDict({SECURE: ConfigRecord(answer)})
 
 
@@ -157,8 +167,10 @@ def _identity(settings: NodeSettings) -> Identity | None:
     try:
         return read_identity(Path(settings.secure_peers), settings.partition_id)
     except ConfigError as error:
+        from clients.owner import REFUSAL  # imports tensors
+
         logging.getLogger("fedlora").warning("secure sums: %s", error)
-        raise SecureRefused("the node declines; its own log says why") from None
+        raise SecureRefused(REFUSAL) from None
 
 
 def _signed(identity: Identity | None, what: str, member: Participant, *parts: bytes | int) -> dict[str, Any]:

@@ -50,7 +50,9 @@ def secure_message(message: Message, context: Context) -> Message:
     from fedlora.config import from_flat
 
     config, settings = from_flat(dict(context.run_config)), node_settings(context.node_config)
-    return Message(carry_out(message.content, config, settings, context.state), reply_to=message)
+    simulation = bool(context.node_config.get("simulation", False))
+    answer = carry_out(message.content, config, settings, context.state, simulation=simulation)
+    return Message(answer, reply_to=message)
 
 
 @app.evaluate()

@@ -19,6 +19,12 @@ SKETCH = "sketch"
 LONGEST_REASON = 200
 
 
+def size_of(record: Mapping[str, Any]) -> int:
+    """Payload bytes of a step: of its keys, shares and numbers, without names."""
+    items = (item for value in record.values() for item in (value if isinstance(value, list) else [value]))
+    return sum(len(item) if isinstance(item, (str, bytes)) else 8 for item in items)
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A record of a step; each method raises `SecureRefused` where a value is not what it should be."""

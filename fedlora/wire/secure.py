@@ -22,7 +22,7 @@ from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import Unsigned, packed, unpacked
 from fedlora.secure.noise import SharedNoise, Words
-from fedlora.secure.step import MASKED, SECURE
+from fedlora.secure.step import MASKED, SECURE, size_of
 from fedlora.wire.arrays import decoded_array
 
 COUNTS = 3
@@ -136,14 +136,5 @@ def _moved(start: Tensors, change: NDArray[np.float64]) -> Tensors:
 
 
 def step_bytes(content: RecordDict) -> int:
-    """Payload bytes of a step: of its keys, shares and numbers, without names."""
-    record = content.config_records.get(SECURE, ConfigRecord())
-    return sum(_size(item) for value in record.values() for item in _items(value))
-
-
-def _items(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
-
-
-def _size(item: object) -> int:
-    return len(item) if isinstance(item, (str, bytes)) else 8
+    """Payload bytes of the step in a message; none where there is no step."""
+    return size_of(content.config_records.get(SECURE, ConfigRecord()))

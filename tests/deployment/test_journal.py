@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import ConfigRecord, RecordDict
 from typer.testing import CliRunner
 
 from clients import owner
@@ -17,6 +18,7 @@ from fedlora import wire
 from fedlora.cli import cli
 from fedlora.config import RunConfig, to_flat
 from fedlora.errors import ConfigError
+from fedlora.secure.step import SECURE, STEP
 from tests.conftest import tiny_config
 from tests.deployment.test_limits import PRIVATE, order
 from tests.in_process import RUNTIMES
@@ -92,6 +94,30 @@ def test_a_damaged_line_is_named_and_a_cut_one_left_out(tmp_path: Path, cache: P
     (tmp_path / FILE).write_text(whole[:20] + "\n" + whole)
     with pytest.raises(ConfigError, match=r"sent\.jsonl: line 1 is none of a node's journal"):
         read_journal(tmp_path)
+
+
+def test_each_step_of_secure_sums_has_a_line(tmp_path: Path, cache: Path) -> None:
+    """With its bytes, or why it was refused; a session that is none of a run's is no matter."""
+    config, state = tiny_config(**{"secure.mode": "sums"}), RecordDict()
+    node = {"partition-id": 0, "state-dir": str(tmp_path)}
+
+    def step(**asked: Any) -> ConfigRecord:
+        content = RecordDict({SECURE: ConfigRecord(asked)})
+        return handle(STEP, content, to_flat(config), node, RUNTIMES, state)[SECURE]
+
+    told = step(phase="advertise", session="round 2 of run abc, 0123")
+    step(phase="unmask", session="round 2 of run abc, 0123", survivors=[0, 1, 2])
+    step(phase="x" * 99, session="\n" * 99)
+    first, second, third = read_journal(tmp_path)
+    assert (first.asked, first.run, first.round, first.status) == ("secure advertise", "abc", 2, "ok")
+    assert first.bytes == len(told["keys"]) == 64
+    assert (second.asked, second.status, second.bytes) == ("secure unmask", "declined", 0)
+    assert second.reason.startswith("out of turn")
+    assert (third.run, third.round, third.status) == ("-", 0, "declined")
+    (tmp_path / FILE).unlink()
+    (tmp_path / FILE).mkdir()
+    unsaid = step(phase="advertise", session="round 3 of run abc, 0123")
+    assert dict(unsaid) == {"reason": owner.REFUSAL}
 
 
 def test_the_owner_reads_it(tmp_path: Path, cache: Path) -> None:

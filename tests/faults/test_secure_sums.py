@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from scipy.optimize import brentq
 
+from clients.journal import MASKED, read_journal
 from fedlora.errors import RunFailed
+from fedlora.privacy.ledger import read_ledgers
 from tests.faults.deployed import Up, federation, misbehaving, run, trusting, wait_for_nodes
+from tests.secure.test_shared_noise import gaussian
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(2400)]
 
@@ -20,6 +25,11 @@ SUMS: dict[str, Any] = {
     "data.num-partitions": NODES, "strategy.name": "fedavg", "secure.mode": "sums", "secure.min-clients": 2,
     "secure.threshold": 0.51, "secure.max-weight": 1000, "max-missed-rounds": 1,
     "round-timeout": 45,
+}  # fmt: skip
+NOISY: dict[str, Any] = {
+    "privacy.mode": "client", "secure.noise": "distributed", "secure.min-clients": 3, "secure.colluding": 1,
+    "privacy.noise-multiplier": 4.0, "privacy.clipping-norm": 0.1, "privacy.target-epsilon": 8.0,
+    "privacy.accountant": "pld", "privacy.dataset-id": "shared",
 }  # fmt: skip
 PLAN = {
     0: {1: "die at advertise"}, 1: {1: "die at share"}, 2: {1: "die at train"}, 3: {2: "die at confirm"},
@@ -48,6 +58,26 @@ def test_three_nodes_end_where_they_end_without(up: Up, tmp_path: Path) -> None:
         [line["train_loss"] for line in plain], 1e-3
     )
     assert 0 < difference(tmp_path / "sums", tmp_path / "plain") < 1e-4
+
+
+def test_nodes_share_noise_and_the_epsilon_is_in_every_ledger(up: Up, tmp_path: Path) -> None:
+    """To the end, with both epsilons in the result; each node's owner reads every step in the log."""
+    lines = run(up, tmp_path / "run", num_server_rounds=2, **{**SUMS, **THREE, **NOISY})
+    assert [line["participants"] for line in lines] == [[0, 1, 2]] * 2
+    assert all(line["train_loss"] is None for line in lines)
+    claim = json.loads((tmp_path / "run" / "result.json").read_text())["claim"]
+    exact = brentq(lambda e: gaussian(4.0 / 2**0.5, e) - 1e-5, 1e-3, 50)
+    assert exact <= claim["epsilon"] <= 1.05 * exact
+    assert 0 < claim["epsilon_of_model"] < claim["epsilon"]
+    for partition in range(3):
+        (account,) = read_ledgers(up.state(partition) / "ledger")
+        assert (account.unit, account.standing.releases) == (":client", 2)
+        assert account.standing.epsilon == pytest.approx(claim["epsilon"])
+        told = [(e.round, e.asked, e.status) for e in read_journal(up.state(partition)) if e.epsilon is not None or
+                e.asked.startswith("secure")]  # fmt: skip
+        own = told[-10:]
+        steps = ["secure advertise", "secure share", MASKED, "secure confirm", "secure unmask"]
+        assert own == [(number, step, "ok") for number in (1, 2) for step in steps]
 
 
 def test_a_round_goes_on_without_a_node_killed_before_any_phase_and_the_run_is_resumed(

@@ -182,7 +182,9 @@ class Server:
             {"partition-id": partition, "secure-peers": str(file_of(self.home, partition))}
         )
         content = RecordDict({SECURE: ConfigRecord(asked)})
-        return dict(carry_out(content, self.config, settings, self.states[partition])[SECURE])
+        return dict(
+            carry_out(content, self.config, settings, self.states[partition], simulation=True)[SECURE]
+        )
 
     def keys(self, session: str, partitions: Iterable[int] = range(NODES)) -> dict[int, dict[str, Any]]:
         return {p: self.ask(p, phase="advertise", session=session) for p in partitions}
@@ -343,7 +345,9 @@ def test_a_spoiled_step_is_refused_in_one_line_and_costs_the_node_nothing(
     state = RecordDict(before)
 
     def told(asked: dict[str, Any]) -> ConfigRecord:
-        return carry_out(RecordDict({SECURE: ConfigRecord(asked)}), config_of(), settings_, state)[SECURE]
+        return carry_out(
+            RecordDict({SECURE: ConfigRecord(asked)}), config_of(), settings_, state, simulation=True
+        )[SECURE]
 
     answer = told(asked)
     if "reason" not in answer:
@@ -384,7 +388,7 @@ def test_a_node_whose_file_is_not_right_declines_and_tells_its_owner_why(
         caplog.clear()
         settings = node_settings({"partition-id": 0, "secure-peers": str(file)})
         asked = RecordDict({SECURE: ConfigRecord({"phase": "advertise", "session": "a"})})
-        answer = carry_out(asked, config_of(), settings, RecordDict())[SECURE]
+        answer = carry_out(asked, config_of(), settings, RecordDict(), simulation=True)[SECURE]
         assert answer == ConfigRecord({"reason": "the node declines; its own log says why"})
         assert why in caplog.text
     with pytest.raises(ConfigError, match="there is no such file"):
@@ -398,7 +402,9 @@ def test_a_node_whose_file_is_not_right_declines_and_tells_its_owner_why(
 def test_an_owner_says_how_many_holders_it_takes(home: Path) -> None:
     settings = node_settings({"partition-id": 0, "secure-threshold": 0.66})
     asked = RecordDict({SECURE: ConfigRecord({"phase": "advertise", "session": "a"})})
-    answer = carry_out(asked, config_of(), settings, RecordDict())[SECURE]
+    answer = carry_out(asked, config_of(), settings, RecordDict(), simulation=True)[SECURE]
     assert answer["reason"] == "secure.threshold = 0.6: this node's owner has secure-threshold = 0.66"
-    allowed = carry_out(asked, config_of(**{"secure.threshold": 0.66}), settings, RecordDict())[SECURE]
+    allowed = carry_out(
+        asked, config_of(**{"secure.threshold": 0.66}), settings, RecordDict(), simulation=True
+    )[SECURE]
     assert "keys" in allowed
