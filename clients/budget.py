@@ -41,7 +41,7 @@ ADDED = {
     "declared_examples": 0, "method_options": "", "optimizer_options": "",
     "schedule": "constant", "schedule_over": "round", "schedule_floor": 0.0, "warmup_steps": 0,
     "unit_column": "", "max_unit_examples": 16, "adapter": "",
-    "micro_batch_size": 0, "packing": False,
+    "micro_batch_size": 0, "pass_memory": 0.0, "packing": False,
     "target_quantile": 0.5, "clip_learning_rate": 0.2, "count_noise": 0.0, "clip_shares": "",
 }  # fmt: skip
 """Keys that came after releases had been charged; at this default they mean what their absence meant."""

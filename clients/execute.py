@@ -19,6 +19,7 @@ from clients.runtime import ClientRuntime
 from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
 from clients.training.canaries import Canaries
 from clients.training.packing_check import check_packing
+from clients.training.pass_memory import with_passes
 from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
@@ -266,20 +267,15 @@ def _train(
         return train_within_budget(
             runtime, plan, seed=seed if node.simulation else None, canaries=node.canaries
         )
+    model, data, partition = runtime.model, runtime.data, node.partition_id
+    given = data.train, data.indices(partition), data.pad_token_id
+    train = with_passes(model, *given, config.train_of(partition))
     spent = None if plan is None else plan.reserve()
-    if config.train.packing:
-        check_packing(runtime.model, runtime.data.pad_token_id)
-    with packed_base(runtime.model, runtime.model.precision):
-        result = train_local(
-            runtime.model,
-            runtime.data.train,
-            runtime.data.indices(node.partition_id),
-            runtime.data.pad_token_id,
-            config.train_of(node.partition_id),
-            local_steps=config.local_steps_of(node.partition_id),
-            seed=seed,
-            stage=stage_of(instruction, config),
-        )
+    if train.packing:
+        check_packing(model, data.pad_token_id)
+    with packed_base(model, model.precision):
+        steps, stage = config.local_steps_of(partition), stage_of(instruction, config)
+        result = train_local(model, *given, train, local_steps=steps, seed=seed, stage=stage)
     if plan is not None:
         plan.released()
     return result, spent

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from torch import Tensor
 
 from clients.privacy import mechanism_of
@@ -16,6 +17,7 @@ from clients.training.batched.layers import why_alone
 from clients.training.batched.self_check import check_cohort
 from clients.training.optimizers.registry import make_optimizer
 from clients.training.packing_check import check_packing
+from clients.training.pass_memory import with_passes
 from clients.training.self_check import check_steps
 from fedlora.config import RunConfig
 from fedlora.core.adapters import Adapters
@@ -48,6 +50,9 @@ def rehearse(
         make_optimizer(model.trainable(), config.train)  # some take matrices alone
     if config.train.packing and model.trainable().all:
         check_packing(model, runtime.data.pad_token_id)
+    if len(runtime.data.train) and model.trainable().all:
+        everyone, pad = np.arange(len(runtime.data.train)), runtime.data.pad_token_id
+        with_passes(model, runtime.data.train, everyone, pad, config.train)
     if not (together or mechanism) or not model.trainable().all:
         return
     try:

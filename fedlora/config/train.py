@@ -41,6 +41,9 @@ class TrainConfig:
     micro_batch_size: NonNegativeInt = 0
     """Examples of a step in one pass at most, whose gradients add up to the step's (gradient accumulation); 0
     means all. Under DP that is ``privacy.max-physical-batch-size``."""
+    pass_memory: NonNegativeFloat = 0.0
+    """GiB that a pass may keep for its backward pass, weights apart: ``train.micro-batch-size`` follows from
+    it and the client's longest example; 0 means it does not."""
     packing: bool = False
     """Of language models: several examples of a step in one row, none of which sees another; see
     ``docs/training.md``."""

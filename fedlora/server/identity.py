@@ -40,6 +40,7 @@ ADDED = {
     "model.adapter": "",
     "data.evaluation-sets": "",
     "train.micro-batch-size": 0,
+    "train.pass-memory": 0.0,
     "train.packing": False,
     "train.dpo-beta": 0.1,
     "model.dtype": "float32",

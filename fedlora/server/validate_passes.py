@@ -41,6 +41,10 @@ def check_passes(config: RunConfig, rule: Rule) -> None:
             f"train.micro-batch-size = {micro}: cohorts draw the dropout masks of a whole step; with "
             f"lora.dropout = {config.lora.dropout} engine.cohort-size must be 1"
         )
+    if config.train.pass_memory and (micro or private or size > 1):
+        why = "privacy.max-physical-batch-size is that there" if private else "train.micro-batch-size is set"
+        why = f"engine.cohort-size = {size} must be 1" if not private and not micro else why
+        raise ConfigError(f"train.pass-memory = {config.train.pass_memory:g}: {why}")
     if not config.train.packing:
         return
     if not task_named(config.task).packs:

@@ -41,8 +41,8 @@ def cohort_size(
     """
     if config.engine.cohort_size:
         return config.engine.cohort_size
-    if config.train.packing:
-        return 1  # whose rows hold examples of one client alone
+    if config.train.packing or config.train.pass_memory:
+        return 1  # whose passes hold examples of one client alone
     by_tokens = STEP_TOKENS[device] // (config.train.batch_size * config.data.max_length)
     rank = max([*config.lora.rank_list, *(g.rank or 1 for g in config.groups)])
     numbers = head_numbers + sum(rank * (s.out_features + s.in_features) for s in modules.values())
