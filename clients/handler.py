@@ -25,13 +25,18 @@ from clients.owner import (
     refuse_beyond_allowed,
     refuse_beyond_limit,
 )
-from clients.runtime import RuntimeCache, configured
+from clients.runtime import ClientRuntime, RuntimeCache, configured
+from clients.store import run_key
 from fedlora import wire
+from fedlora.config import RunConfig
+from fedlora.core.files import write_atomic
 from fedlora.core.parallel import one_thread
-from fedlora.errors import FedLoraError, named_line
+from fedlora.errors import ConfigError, FedLoraError, named_line
 from fedlora.secure.step import STEP
 
 TRAIN, EVALUATE = "train", "evaluate"
+BASE_SEEN = "base-model.txt"
+"""In a run's store: the hash of the base, once it was found to be the server's."""
 
 
 def handle(
@@ -73,6 +78,8 @@ def handle(
         with one_thread():
             own = in_owners_name(config, settings, simulation=simulation)
             runtime = runtimes.get(own, own_of(settings, _labels(instruction)))
+            if not simulation:
+                refuse_other_inputs(runtime, instruction, own, settings)
             node = _node(settings, simulation=simulation, protected=protected)
             execute = evaluate_instruction if kind == EVALUATE else train_instruction
             return execute(runtime, instruction, own, node)
@@ -144,6 +151,35 @@ def handle_together(
         else:
             answers[place] = _line(reply)
     return [answers[place] for place in range(len(contents))]
+
+
+def refuse_other_inputs(
+    runtime: ClientRuntime, instruction: wire.TrainInstruction, config: RunConfig, settings: NodeSettings
+) -> None:
+    """Hold a node's base model and labels to the server's, before anything is trained on them.
+
+    The weights are hashed once for a run. Packed ones are not compared: how they are packed is the device's.
+
+    Raises:
+        ConfigError: other weights, or other names or another order of labels.
+    """
+    theirs, labels = str(instruction.config.get("base-digest", "")), _labels(instruction)
+    here = tuple(runtime.data.label_names)
+    if labels and not settings.data and here != labels:
+        raise ConfigError(
+            f"data.name = {config.data.name!r}: its labels are {', '.join(here)} on this node, the run's are "
+            f"{', '.join(labels)}"
+        )
+    seen = settings.home / run_key(instruction) / BASE_SEEN
+    if not theirs or (seen.exists() and seen.read_text() == theirs):
+        return
+    own = runtime.model.base_digest()
+    if own != theirs:
+        raise ConfigError(
+            f"model.name = {config.model.name!r}: its weights on this node are not the server's (hash "
+            f"{own[:12]}, the server's {theirs[:12]}); put the same files on both"
+        )
+    write_atomic(seen, theirs)
 
 
 def _line(error: Exception) -> str:

@@ -198,3 +198,7 @@ def explained_refusal(answer: Callable[[], wire.Reply]) -> wire.Reply:
         logging.getLogger("fedlora").warning("declined: %s", error)
         told = error.told if isinstance(error, OwnDataRefused) else str(error)
         return wire.Reply(status=wire.DECLINED, reason=told, own_reason=str(error))
+    except OSError as error:  # a full disk; where the node's files lie is for its own log
+        logging.getLogger("fedlora").warning("declined: %s", error)
+        told = f"the node's system refuses: {error.strerror or type(error).__name__}"
+        return wire.Reply(status=wire.DECLINED, reason=told, own_reason=str(error))

@@ -14,6 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.logger import log
 
 from clients.node_settings import node_settings
+from fedlora.core.code import versions
 from fedlora.deployment.node.model_client import ask, start
 from fedlora.errors import SecureRefused
 from fedlora.secure.step import MASKED
@@ -26,14 +27,14 @@ app = ClientApp()
 
 @app.query()
 def identify(message: Message, context: Context) -> Message:
-    """The partition that this node holds."""
+    """The partition that this node holds, and what it has installed."""
     settings = node_settings(context.node_config)
     if settings.keep_model:
         try:
             start(settings.home)  # it imports what it needs while other nodes answer
         except OSError as error:
             log(WARNING, "the process that keeps the model does not start: %s", error)
-    answer = ConfigRecord({"partition-id": settings.partition_id})
+    answer = ConfigRecord({"partition-id": settings.partition_id, "versions": versions()})
     return Message(RecordDict({"config": answer}), reply_to=message)
 
 

@@ -7,6 +7,8 @@ of node ids: it keeps it for as long as it keeps its node id, and a node that co
 new client. So does a second node that claims a partition which another connected node holds. Where the
 partitions are a closed list (``closed``, or a roll), numbers are not given away: a node without an answer
 takes no part, unless no node has one, and of two nodes with one partition the first one keeps it.
+A node whose libraries cannot work with those here (`fedlora.core.code.compared`) takes no part, and is asked
+again in every round; of smaller differences a line in the log tells.
 Where a roll says which node stands for which partition, a node that claims another one takes no part.
 """
 
@@ -20,6 +22,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
+from fedlora.core.code import compared, versions
 from fedlora.errors import RunFailed
 
 POLL_SECONDS = 0.5
@@ -50,6 +53,7 @@ class NodeDirectory:
         self._closed = closed or roll is not None
         self._stands_for: Mapping[int, int | None] = {}
         self._strangers: set[int] = set()
+        self._unlike: dict[int, tuple[int, str]] = {}
         self.refused: dict[int, str] = {}
 
     def refresh(self, grid: Grid, minimum: int, timeout: float) -> dict[int, int]:
@@ -66,9 +70,10 @@ class NodeDirectory:
             self._partition_of = dict(known)
         else:
             unknown = [node for node in nodes if node not in self._partition_of]
-            self._partition_of |= _ask(grid, unknown)
-            self._number([node for node in unknown if node not in self._partition_of])
-        self.refused = {}
+            self._partition_of |= self._ask(grid, unknown)
+            known_now = self._partition_of.keys() | self._unlike.keys()
+            self._number([node for node in unknown if node not in known_now])
+        self.refused = dict(self._unlike.values())
         present: dict[int, int] = {}
         for node in sorted(nodes, key=lambda node: (node not in earlier, node not in self._numbered, node)):
             partition = self._partition_of.get(node)
@@ -79,6 +84,31 @@ class NodeDirectory:
             if partition is not None:
                 present[partition] = node
         return dict(sorted(present.items()))
+
+    def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
+        """The partitions that nodes say they hold; those without an answer, or in `_unlike`, are left out."""
+        found, before, self._unlike = dict[int, int](), self._unlike, {}
+        if not nodes:
+            return found
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        for reply in grid.send_and_receive(questions, timeout=QUERY_TIMEOUT):
+            node, answers = reply.metadata.src_node_id, {}
+            if not reply.has_error():
+                answers = reply.content.config_records
+            for config in answers.values():
+                partition, told = config.get("partition-id"), config.get("versions", [])
+                if type(partition) is not int or partition < 0:
+                    continue
+                cannot, can = compared(map(str, told) if isinstance(told, list) else (), versions())
+                if cannot:
+                    self._unlike[node] = (partition, f"its node has {'; '.join(cannot)}")
+                else:
+                    found[node] = partition
+                if (cannot or can) and node not in before:
+                    verdict = "takes no part" if cannot else "takes part"
+                    what = "; ".join([*cannot, *can])
+                    log(WARNING, "partition %s %s: its node has %s", partition, verdict, what)
+        return found
 
     def _connected(self, grid: Grid) -> list[int]:
         """The connected nodes, sorted; those that are not on the roll are named once and left out."""
@@ -128,22 +158,6 @@ class NodeDirectory:
             log(WARNING, "node %s takes no part: partition %s is another connected node's", node, partition)
             return None
         raise RunFailed(f"two connected nodes claim partition {partition}: give each its own partition-id")
-
-
-def _ask(grid: Grid, nodes: list[int]) -> dict[int, int]:
-    """The partitions that these nodes say they hold; nodes without an answer are left out."""
-    if not nodes:
-        return {}
-    questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found = {}
-    for reply in grid.send_and_receive(questions, timeout=QUERY_TIMEOUT):
-        if reply.has_error():
-            continue
-        for config in reply.content.config_records.values():
-            answer = config.get("partition-id")
-            if type(answer) is int and answer >= 0:
-                found[reply.metadata.src_node_id] = answer
-    return found
 
 
 def _wait_for(connected: Callable[[], list[int]], minimum: int, timeout: float) -> list[int]:

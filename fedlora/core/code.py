@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,46 @@ def installed(package: str, use: str) -> Any:
         return importlib.import_module(package)
     except ImportError:
         raise ConfigError(f"{use} needs {package} (pip install {package})") from None
+
+
+COMPARED = ("fedlora", "torch", "transformers", "peft", "opacus", "flwr")
+"""Packages whose versions a node tells the server before round 1."""
+
+
+def versions() -> list[str]:
+    """The versions here of `COMPARED`, each as ``name version``; what is not installed is left out."""
+    found = []
+    for package in COMPARED:
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def compared(theirs: Iterable[str], ours: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Versions that cannot, and that can, work on one model together, one text for each that differs.
+
+    Nothing but the same fedlora can: messages and code change with it. Of the others a version that semantic
+    versioning calls incompatible cannot (another first number, or second one after a 0).
+
+    >>> compared(["fedlora 1.0", "torch 2.5.1", "peft 0.14.0"], ["fedlora 1.0", "torch 2.6.0", "peft 0.15.1"])
+    (['peft 0.14.0, here 0.15.1'], ['torch 2.5.1, here 2.6.0'])
+    """
+    cannot, can = list[str](), list[str]()
+    here = dict(entry.split(" ", 1) for entry in ours)
+    for package, other in (entry.split(" ", 1) for entry in theirs if entry.count(" ") == 1):
+        own = here.get(package)
+        if own is None or own == other:
+            continue
+        alike = package != "fedlora" and _series(own) == _series(other)
+        (can if alike else cannot).append(f"{package} {other}, here {own}")
+    return cannot, can
+
+
+def _series(text: str) -> list[str]:
+    first, *rest = text.split(".")
+    return [first, *rest[:1]] if first == "0" else [first]
 
 
 def code_root() -> Path:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -239,6 +241,10 @@ class AdaptedModel:
         """A hash of every tensor of the pristine base as it stands; W_0 of the layers that moved."""
         pristine = {f"{name}.weight": weight for name, weight in self.base.pristine_weights.items()}
         return hashes({**self._frozen, **pristine})
+
+    def base_digest(self) -> str:
+        """One hash of all of them, as server and nodes compare it."""
+        return sha256(json.dumps(sorted(self.base_digests().items())).encode()).hexdigest()
 
     def base_bytes(self) -> int:
         """Bytes of the base in memory, without head and adapters, whatever is loaded."""

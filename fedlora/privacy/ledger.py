@@ -24,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,9 +221,14 @@ class Ledger:
         return head if re.fullmatch(r"[0-9a-f]{64}", head) else ""
 
     def _keep_head(self) -> None:
-        """Not flushed: what a power cut leaves is an older head, which the ledger still has, or none."""
-        self._kept_head.parent.mkdir(exist_ok=True)
-        self._kept_head.write_text(self._tally.head)
+        """Not flushed: a power cut or a full disk leaves an older head, which the ledger still has."""
+        written = self._kept_head.with_suffix(".new")
+        try:
+            self._kept_head.parent.mkdir(exist_ok=True)
+            written.write_text(self._tally.head)
+            os.replace(written, self._kept_head)
+        except OSError as error:
+            logging.getLogger("fedlora").warning("%s: %s", self._kept_head, error.strerror or error)
 
     def _decide(self, release: Release, budget: Budget, planned_steps: int, max_delta: float) -> Setting:
         spending = self._tally.spending

@@ -129,6 +129,8 @@ class FederatedRun:
         timeout = self.config.round_timeout
         last = self.state.round if self._has_ended() else self.config.num_server_rounds
         told = ConfigRecord({"run-key": self.run_key, "labels": list(self.runtime.data.label_names)})
+        if self.session.nodes is not None and self.config.model.quantization == "none":
+            told["base-digest"] = self.runtime.model.base_digest()
         with ExitStack() as closing:
             for callback in self.callbacks:
                 callback.before_run(self)

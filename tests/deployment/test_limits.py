@@ -39,8 +39,9 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(owner, "REFUSAL_SECONDS", 0.01)
 
 
-def order(config: RunConfig, server_round: int, labels: Sequence[str] = LABELS) -> RecordDict:
-    adapters = fresh_adapters(client_runtime(config).model.modules, 4, 2.0, 0)
+def order(config: RunConfig, server_round: int, labels: Sequence[str] = ()) -> RecordDict:
+    runtime = client_runtime(config)
+    adapters, labels = fresh_adapters(runtime.model.modules, 4, 2.0, 0), labels or runtime.data.label_names
     both = frozenset("AB")
     broadcast = Broadcast(
         adapters=adapters, trained=both, uploaded=both, modules=frozenset(adapters), head={}
@@ -59,9 +60,10 @@ def reply(
     config: RunConfig,
     tmp_path: Path,
     server_round: int = 1,
-    labels: Sequence[str] = LABELS,
+    labels: Sequence[str] = (),
     **node: Any,
 ) -> wire.Reply:
+    labels = labels or (LABELS if node.get("data") else ())
     node_config = {"partition-id": 0, "state-dir": str(tmp_path / "state"), **node}
     content = handle(TRAIN, order(config, server_round, labels), to_flat(config), node_config, RUNTIMES)
     return wire.decode_reply(content)

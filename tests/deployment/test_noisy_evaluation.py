@@ -17,7 +17,7 @@ from fedlora.config import RunConfig, to_flat
 from fedlora.errors import ConfigError
 from fedlora.privacy.ledger import read_ledgers
 from tests.conftest import tiny_config
-from tests.deployment.test_limits import PRIVATE, order
+from tests.deployment.test_limits import LABELS, PRIVATE, order
 from tests.in_process import RUNTIMES
 
 OWN: dict[str, Any] = {"dataset-id": "ward 7", "test-fraction": 0.4, "max-epsilon": 9.0}
@@ -39,7 +39,7 @@ def data(tmp_path: Path) -> str:
 
 def reply(kind: str, config: RunConfig, home: Path, server_round: int = 1, **node: Any) -> wire.Reply:
     node_config = {"partition-id": 0, "state-dir": str(home), **node}
-    content = handle(kind, order(config, server_round), to_flat(config), node_config, RUNTIMES)
+    content = handle(kind, order(config, server_round, LABELS), to_flat(config), node_config, RUNTIMES)
     return wire.decode_reply(content)
 
 
