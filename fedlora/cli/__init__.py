@@ -10,7 +10,7 @@ import typer
 from fedlora.cli import federation as deployment
 from fedlora.cli import membership
 from fedlora.cli.aggregate import aggregate
-from fedlora.cli.console import print_version
+from fedlora.cli.console import Commands, print_version
 from fedlora.cli.forget import forget
 from fedlora.cli.init import example, init
 from fedlora.cli.node import log
@@ -26,6 +26,8 @@ from fedlora.cli.watch import watch
 
 cli = typer.Typer(
     name="fedlora",
+    cls=Commands,
+    suggest_commands=False,  # Click does, too
     no_args_is_help=True,
     add_completion=False,
     help="Federated LoRA fine-tuning: simulate, deploy, and budget privacy with one Flower app.",

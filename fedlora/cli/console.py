@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import typer
+from click.exceptions import Abort, ClickException, NoArgsIsHelpError
 from rich.console import Console
 from rich.markup import escape
+from typer.core import TyperGroup
 
 from fedlora.core.files import user_path
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
@@ -21,6 +23,32 @@ out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
 
 Command = TypeVar("Command", bound=Callable[..., None])
+
+
+class Commands(TyperGroup):
+    """The command with its subcommands; what is wrong with a command line is one line, too."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except ClickException as error:
+            context = getattr(error, "ctx", None)
+            where = f" ({context.command_path} --help)" if context else ""
+            _say_error(error.format_message().rstrip(".") + where)
+            sys.exit(error.exit_code)
+        except Abort:
+            err.print("aborted")
+            sys.exit(1)
+        if standalone_mode:
+            sys.exit(code or 0)
+        return code
+
+
+def _say_error(text: str) -> None:
+    err.print(f"[red]error:[/red] {escape(' '.join(text.split()))}", highlight=False)
 
 
 def one_line_errors(command: Command) -> Command:
@@ -36,7 +64,7 @@ def one_line_errors(command: Command) -> Command:
             with system_errors_in_words():
                 command(*map(_at_home, args), **{name: _at_home(value) for name, value in kwargs.items()})
         except FedLoraError as error:
-            err.print(f"[red]error:[/red] {escape(' '.join(str(error).split()))}", highlight=False)
+            _say_error(str(error))
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
             err.print("interrupted; what was written stays, go on with --resume")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedlora.cli.console import one_line_errors, out
-from fedlora.core.files import user_path
+from fedlora.core.files import check_place, user_path
 from fedlora.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
@@ -26,8 +26,10 @@ MODELS = {
 """Proposed for each task."""
 TEMPLATE = """\
 # Written by fedlora init. All keys, with what each takes: docs/keys.md.
+# Small, so that a first study takes minutes on two cores. Where its curves still rise: more rounds
+# (num-server-rounds); to decide a question: ten seeds and study.comparisons (docs/tutorial.md).
 task = {task}
-num-server-rounds = 10
+num-server-rounds = 4
 fraction-train = 1.0            # share of the clients that trains in a round
 seed = 0
 
@@ -38,6 +40,7 @@ name = {model}                  # built in, a directory, or a Hugging Face id
 name = {data}
 # test = "test.csv"             # else a fifth is held out (test-fraction)
 {columns}max-length = {length}                # tokens; what is longer is cut
+evaluate-examples = 200         # of the test set after each round; after the last round all
 {clients}
 [lora]
 rank = 8
@@ -48,7 +51,7 @@ alpha = 16.0
 name = "fedavg"                 # see: fedlora strategies
 
 [train]
-local-steps = 10                # in a round, at each client
+local-steps = 8                 # in a round, at each client
 batch-size = 8
 learning-rate = {rate}
 
@@ -84,6 +87,7 @@ def init(
 
     Example: fedlora init mine --data reviews.csv --label-column stars
     """
+    check_place("DIR", directory)
     path = directory / FILE
     if path.exists():
         raise ConfigError(f"{path}: is there already, name another directory")
@@ -176,7 +180,8 @@ def _column(key: str, option: str, name: str, found: Outline) -> str:
         raise ConfigError(f"{option}: cannot be told from the columns {', '.join(found.columns)}, name it")
     for each in name.split(","):
         if found.columns and each.strip() not in found.columns:
-            raise unknown_name(option, each.strip(), found.columns)
+            more = ", and a number of clients" if option == "--clients" else ""
+            raise unknown_name(option, each.strip(), found.columns, more)
     return f"{key} = {_quoted(name)}\n"
 
 

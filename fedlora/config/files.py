@@ -153,7 +153,9 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
         table = tomllib.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a directory, name a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not a TOML file ({error})") from None
     return _at_home({**flatten(table), **(overrides or {})})
 

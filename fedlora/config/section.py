@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field
+from difflib import get_close_matches
 from functools import wraps
 from typing import Any, TypeVar, dataclass_transform, get_args
 
@@ -75,7 +76,10 @@ def _in_one_line(prefix: str, kind: Any, error: ValidationError) -> ConfigError:
     if first["type"] == "missing":
         return ConfigError(f"{key} is missing")
     if first["type"] == "unexpected_keyword_argument":
-        accepted = f"unknown key, accepted are {', '.join(map(kebab, fields))}"
+        known = [*map(kebab, fields)]
+        near = get_close_matches(key.removeprefix(prefix), known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        accepted = f"unknown key{hint}, accepted are {', '.join(known)}"
     elif first["type"] == "literal_error":
         return unknown_name(key, first["input"], get_args(fields[first["loc"][0]].annotation))
     else:

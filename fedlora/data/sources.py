@@ -156,11 +156,18 @@ def read_file(path: Path, key: str) -> Dataset:
             f"{key} = {str(path)!r}: no such file (accepted are {', '.join(BUILT_IN)}, a "
             f"{'/'.join(FILE_KINDS)} file, a directory, a hub id)"
         )
-    if kind_of(path) not in FILE_KINDS:
+    if kind_of(path) not in FILE_KINDS and not _is_zip(path):
         raise ConfigError(
             f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}, all but the last may be .gz"
         )
+    if _is_zip(path):
+        raise ConfigError(f"{key} = {str(path)!r}: is a zip archive or an Excel file, save it as csv (UTF-8)")
     return _loaded(f"{key} = {str(path)!r}", lambda: _files({"train": path})["train"])
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _files(splits: Mapping[str, Path]) -> Any:

@@ -93,6 +93,7 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
         header = next(reader, None)
         if header is None:
             raise ValueError("the file is empty, its first line must name the columns")
+        _check_separated(header, delimiter)
         rows = _cells(reader, len(header))
         names = _distinct([name.strip() for name in header])
         yield pa.table({name: pa.array([], pa.large_string()) for name in names})
@@ -103,6 +104,16 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
             )
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
+
+
+def _check_separated(header: Sequence[str], delimiter: str) -> None:
+    """Refuse a header of one column in which another separator stands, as Excel writes it in Europe."""
+    found = next((mark for mark in ";\t|," if mark in header[0]), "") if len(header) == 1 else ""
+    if found and found != delimiter:
+        raise ValueError(
+            f"line 1: {header[0]!r} is one column, columns are separated by {delimiter!r} here, not by "
+            f"{found!r}"
+        )
 
 
 def _cells(reader: Any, count: int) -> Iterator[list[str]]:

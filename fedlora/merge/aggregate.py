@@ -135,7 +135,7 @@ def _base(request: Request, group: AdapterGroup) -> Base | None:
         named = group.identity[NAME] if group.card is None else group.card.base_source()
         if not named or not Path(named).is_dir():
             raise ConfigError(
-                f"--merge: the adapters name {named!r} as their base, no local directory: give --base"
+                f"--merge: the adapters' base is {named or 'not named'}, no local directory: give --base"
             )
         path = Path(named)
     weights = request.merge or request.reduce_intruders is not None

@@ -60,7 +60,9 @@ class AdapterCard:
         """
         path = directory / CARD_FILE
         if not path.is_file():
-            raise ConfigError(f"{path}: is missing, so this is not an adapter that fedlora wrote")
+            inside = directory / "adapter"
+            hint = f"; the run's adapter is in {inside}" if (inside / CARD_FILE).is_file() else ""
+            raise ConfigError(f"{path}: is missing, so this is not an adapter that fedlora wrote{hint}")
         fields = read_sealed(path, older=True)
         if other := changed(directory, fields):
             raise ConfigError(

@@ -89,8 +89,13 @@ def assemble(
         peers: those keys, where nodes sign in secure sums.
 
     Raises:
-        ConfigError: a rank that a layer does not allow, or no public examples to start from.
+        ConfigError: a rank that a layer does not allow, no public examples to start from, or fewer simulated
+            clients than each round needs.
     """
+    if simulation and config.min_train_nodes > len(partitions):
+        raise ConfigError(
+            f"min-train-nodes = {config.min_train_nodes}: there are only {len(partitions)} clients"
+        )
     ranks = {config.rank_of(p) for p in partitions}
     for rank in sorted(ranks):
         runtime.model.check_rank(rank)

@@ -20,7 +20,8 @@ from clients.runtime import ClientRuntime, read_runtime
 from clients.training.batches import num_steps
 from clients.training.train import train_local
 from fedlora import wire
-from fedlora.config import DataConfig, RunConfig
+from fedlora.config import DataConfig, PrivacyConfig, RunConfig
+from fedlora.config.section import kebab
 from fedlora.core.factors import Tensors
 from fedlora.core.state import Broadcast, State
 from fedlora.data.examples import evaluation_subset
@@ -157,7 +158,14 @@ class Preview:
     def _privacy(self) -> str:
         config, privacy = self.config, self.config.privacy
         if privacy.mode == "none":
-            return "none"
+            ignored = [
+                f"privacy.{kebab(name)} = {getattr(privacy, name)}"
+                for name in ("target_epsilon", "noise_multiplier")
+                if getattr(privacy, name) != getattr(PrivacyConfig(), name)
+            ]
+            return (
+                f"none, and {' and '.join(ignored)} without privacy.mode does nothing" if ignored else "none"
+            )
         budget = f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
         said = f"{privacy.granularity} level, {budget}"
         if privacy.mode != "example" or self.partitions is None:
@@ -247,7 +255,7 @@ def _clients(config: RunConfig, data: Prepared, clients: Sequence[int]) -> str:
     chosen = clients_of_round(config.fraction_train, len(clients), config.min_train_nodes)
     ranks = sorted({config.rank_of(partition) for partition in clients})
     said = f"{len(clients)}, {chosen} in a round; {_range(sizes)} examples each; rank {_range(ranks)}"
-    if not data.num_labels or data.train.targets is not None:
+    if not 0 < data.num_labels <= MOST_NAMED or data.train.targets is not None:
         return said
     held = [
         np.bincount(data.train.labels[data.indices(partition)], minlength=data.num_labels).tolist()

@@ -28,7 +28,7 @@ from fedlora.data.builtin.image_domains import dealt
 from fedlora.data.builtin.image_sets import NATIVE, SOURCES, image_parts
 from fedlora.data.image_reader import SIZES, backbone_home
 from fedlora.data.images import Images, image_batch
-from fedlora.errors import ConfigError, RunFailed
+from fedlora.errors import RunFailed, unknown_name
 from fedlora.models.vision.backbones import fresh_classifier
 
 FACTS, CARD = "pretraining.json", "README.md"
@@ -91,9 +91,9 @@ def pretrain(kind: str, data: str, track: Track = iter) -> tuple[Path, Pretraine
         RunFailed: the training went astray.
     """
     if kind not in SIZES:
-        raise ConfigError(f"backbone {kind!r}: accepted are {', '.join(SIZES)}")
+        raise unknown_name("KIND", kind, SIZES)
     if data not in SOURCES:
-        raise ConfigError(f"--data {data}: accepted are {', '.join(SOURCES)}")
+        raise unknown_name("--data", data, SOURCES)
     home = backbone_home(kind, data)
 
     def fill(draft: Path) -> None:
