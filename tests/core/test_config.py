@@ -128,7 +128,11 @@ BAD: list[tuple[str, Any, str]] = [
     ("client-groups", "{}", "must be a JSON list"),
     ("client-groups", "[3]", "each entry must be an object"),
     ("client-groups", '[{"rank": 4}]', "is missing"),
-    ("client-groups", '[{"partitions": "0", "ranks": 4}]', "unknown key, accepted are partitions, rank"),
+    (
+        "client-groups",
+        '[{"partitions": "0", "ranks": 4}]',
+        "unknown key (did you mean rank?), accepted are partitions, rank",
+    ),
     ("client-groups", '[{"partitions": "0", "rank": 0}]', "must be > 0"),
     ("client-groups", '[{"partitions": "0", "rank": "4"}]', "must be a valid integer"),
     ("client-groups", '[{"partitions": "a-b"}]', "whole number or a range"),

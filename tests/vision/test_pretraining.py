@@ -129,7 +129,7 @@ def test_unknown_names_are_refused(kind: str, data: str) -> None:
 def test_the_command_refuses_in_one_line() -> None:
     done = CliRunner().invoke(cli, ["pretrain", "resnet"])
     assert done.exit_code == 2
-    assert " ".join(done.output.split()) == "error: backbone 'resnet': accepted are vit, mixer"
+    assert " ".join(done.output.split()) == "error: KIND = 'resnet': accepted are vit, mixer"
 
 
 def test_the_command_makes_it_once_and_names_it() -> None:
