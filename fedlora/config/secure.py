@@ -32,7 +32,7 @@ class SecureConfig:
     """The most examples that a client may count for, for instance ``1000``; 0: the most that the server knows
     a partition to have."""
     sketch_size: NonNegativeInt = 0
-    """Under ``flexlora``, ``florist`` and ``fedmomentum``: columns and rows of the sketches of products that
+    """Under rules of mean products, ``flexlora`` for one: columns and rows of the sketches of products that
     clients add up, for instance ``32``; 0: the sum of all clients' ranks, which loses nothing. With fewer
     the mean product loses what ``sketch_lost`` says, see ``docs/secure.md``."""
 

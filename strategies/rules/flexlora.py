@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedlora.core.decompositions import completed, split
+from fedlora.core.factors import LoraFactors, Product
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule
@@ -50,5 +51,10 @@ class FlexLoRARule(Rule):
     )
 
     def merge(self, layer: Layer) -> Merged:
-        best, _ = split(layer.target, layer.start.rank, layer.start.scaling)
-        return Merged(completed(best, layer.start.A, layer.generator("missing-directions")))
+        return Merged(leading(layer, layer.target))
+
+
+def leading(layer: Layer, product: Product) -> LoraFactors:
+    """The leading directions of a product, those that it lacks from the start's A at B = 0."""
+    best, _ = split(product, layer.start.rank, layer.start.scaling)
+    return completed(best, layer.start.A, layer.generator("missing-directions"))

@@ -24,11 +24,10 @@ from typing import ClassVar
 
 import torch
 
-from fedlora.core.decompositions import completed, split
 from fedlora.core.factors import LoraFactors, Product
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
-from strategies.rules.flexlora import FlexLoRARule
+from strategies.rules.flexlora import FlexLoRARule, leading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +47,7 @@ class RaFLoRARule(FlexLoRARule):
     )
 
     def merge(self, layer: Layer) -> Merged:
-        best, _ = split(balanced(layer), layer.start.rank, layer.start.scaling)
-        return Merged(completed(best, layer.start.A, layer.generator("missing-directions")))
+        return Merged(leading(layer, balanced(layer)))
 
 
 def balanced(layer: Layer) -> Product:

@@ -107,6 +107,14 @@ def flexlora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return Outcome(best, np.zeros((start.B.shape[0], start.A.shape[1])))
 
 
+def fedask(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
+    """FedASK (arXiv 2507.09990, the authors' code) with a wide sketch: the SVD, its roots in both factors."""
+    U, S, Vt = np.linalg.svd(mean_update(clients), full_matrices=False)
+    root = np.sqrt(S[: start.A.shape[0]] / start.s)
+    r = len(root)
+    return Outcome(Adapter(U[:, :r] * root, root[:, None] * Vt[:r], start.s), np.zeros((len(U), Vt.shape[1])))
+
+
 def raflora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     """By raFLoRA (arXiv 2602.13486): means over the clients that have a block of ranks; then SVD."""
     total, first = np.zeros((start.B.shape[0], start.A.shape[1])), 0
@@ -289,6 +297,7 @@ ORACLES: dict[str, Oracle] = {
     "florist": florist,
     "flexlora": flexlora,
     "raflora": raflora,
+    "fedask": fedask,
     "fslora": fslora,
     "fedex": fedex,
     "frlora": frlora,
