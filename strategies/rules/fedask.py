@@ -48,7 +48,7 @@ class FedASKRule(FlexLoRARule):
         name="fedask",
         title="FedASK",
         paper="Wen et al., NeurIPS 2025, arXiv 2507.09990",
-        deviation="read in the abstract and the authors' code, whose sketch has r columns: by default it loses "
+        deviation="read in abstract and authors' code, whose sketch has r columns: by default it loses "
         "nothing; the server sketches what clients send, in one exchange in place of two",
     )
 
