@@ -282,7 +282,7 @@ def preview(config: RunConfig) -> Preview:
         partitions,
         simulation=True,
         packed=False,
-        known_examples=lambda partition: None,
+        known_examples=lambda partition: len(runtime.data.indices(partition)),
     )
     assert strategy.state is not None
     return Preview(config, runtime, rule, strategy.state, partitions)

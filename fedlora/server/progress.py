@@ -147,7 +147,8 @@ def _diagnosis(record: dict[str, Any]) -> str:
     if record.get("gap") is None:
         return ""
     cosine = f", cosine {record['cosine']:.2f}" if "cosine" in record else ""
+    lost = f", sketch lost {100 * record['sketch_lost']:.2g} %" if record.get("sketch_lost") else ""
     return (
         f" | gap {record['gap']:.2g}{cosine}, effective rank "
-        f"{record['effective_rank']:.1f}, energy lost {100 * record['energy_lost']:.2g} %"
+        f"{record['effective_rank']:.1f}, energy lost {100 * record['energy_lost']:.2g} %{lost}"
     )

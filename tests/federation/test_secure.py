@@ -26,6 +26,7 @@ from fedlora.errors import ConfigError, RunFailed, SecureRefused
 from fedlora.secure.step import SECURE, STEP, Step
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.preview import preview
 from fedlora.server.secure import secure_line
 from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.local_grid import LocalGrid
@@ -212,6 +213,14 @@ def test_gaps_that_sums_do_not_tell_are_not_recorded(cache: Path, tmp_path: Path
         assert ("gap" in line) is told
         assert "cosine" not in line
         assert ("screening and diagnostics," in secure_line(run.config, RULES[name]())) is not told
+
+
+def test_a_preview_counts_what_is_added_up(cache: Path) -> None:
+    """Of a run whose largest weight is what the partitions have; bytes as the round then takes."""
+    keys = {"strategy.name": "flexlora", "secure.sketch-size": 4}
+    said = dict(preview(config_of(**keys)).lines())
+    assert "numbers a layer: up of sketches" in said["traffic"]
+    assert "sums of sketched products of at least 3 clients" in said["secure"]
 
 
 ODD = st.one_of(VALUES, st.booleans(), st.floats(), st.lists(st.text(max_size=4), max_size=3))

@@ -107,7 +107,7 @@ def flexlora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return Outcome(best, np.zeros((start.B.shape[0], start.A.shape[1])))
 
 
-def fedask(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
+def fedask(start: Adapter, clients: Sequence[Client], t: int, sketch: int = 0) -> Outcome:
     """FedASK (arXiv 2507.09990, the authors' code) with a wide sketch: the SVD, its roots in both factors."""
     U, S, Vt = np.linalg.svd(mean_update(clients), full_matrices=False)
     root = np.sqrt(S[: start.A.shape[0]] / start.s)
