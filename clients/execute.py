@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from clients.budget import PlannedRelease, train_within_budget
+from clients.control import keep_control, off_gradients
 from clients.node_settings import EvaluationNoise
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
@@ -24,6 +25,7 @@ from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
 from fedlora.core.state import digest
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
@@ -71,7 +73,8 @@ def train_instruction(
     resolved = set_up(runtime, instruction, config, node)
     if isinstance(resolved, wire.Reply):
         return resolved
-    load(runtime, resolved, instruction, config)
+    control = off_gradients(runtime, resolved, instruction.server_round, config, node.partition_id)
+    load(runtime, resolved, instruction, config, control)
     try:
         result, spent = _train(runtime, resolved, instruction, config, node)
     except (BudgetExceeded, LedgerRefused) as error:
@@ -108,14 +111,15 @@ def answer(
     shared = (result.head, resolved.head) if config.model.head == "train" else ({}, {})
     arrays = wire.to_peft(result.adapters, shared[0], instruction.uploaded, modules)
     start = wire.to_peft(resolved.adapters, shared[1], instruction.uploaded, modules)
+    if config.train.control_variates:
+        keep_control(resolved.store, node.partition_id, instruction.server_round, start, arrays)
     if instruction.codec.feedback:
         owed = resolved.store.personal(node.partition_id, OWED, instruction.server_round) or {}
         arrays = wire.with_owed(arrays, owed)
         owed |= instruction.left_out(start, arrays)
         resolved.store.keep_personal(node.partition_id, OWED, instruction.server_round, owed)
-    metrics: dict[str, float] = {}
-    if result.loss is not None:
-        metrics = {NUM_EXAMPLES: float(result.num_examples), TRAIN_LOSS: result.loss}
+    count, loss = float(result.num_examples), result.loss
+    metrics = {} if loss is None else {NUM_EXAMPLES: count, TRAIN_LOSS: loss}
     return wire.Reply(
         status=wire.OK,
         arrays=arrays,
@@ -211,6 +215,7 @@ def load(
     resolved: ResolvedInstruction,
     instruction: wire.TrainInstruction,
     config: RunConfig,
+    control: Tensors | None = None,
 ) -> frozenset[str]:
     """Make the model ready to train as instructed; returns the modules whose factors it trains."""
     modules = modules_of(instruction)
@@ -222,6 +227,7 @@ def load(
         dropout=config.lora.dropout,
         train_head=config.model.head != "freeze",
         tail=instruction.tail,
+        control=control,
     )
     return modules
 
@@ -284,12 +290,7 @@ def _train(
 def _start(instruction: wire.TrainInstruction, resolved: ResolvedInstruction) -> str:
     """A digest of what training starts from: base, adapter, head, what of them is trained, and how."""
     factors = {f"{name}.{x}": t for name, f in resolved.adapters.items() for x, t in f.tensors().items()}
-    values = [digest(factors), digest(resolved.head)]
-    settings = [
-        instruction.config["scaling"],
-        instruction.needs.base,
-        sorted(instruction.trained),
-        instruction.config["modules"],
-    ]
+    told = instruction.config
+    settings = [told["scaling"], instruction.needs.base, sorted(instruction.trained), told["modules"]]
     tail = [] if instruction.tail is None else [instruction.tail.weight, instruction.tail.start]
-    return json.dumps([*values, *settings, *tail])
+    return json.dumps([digest(factors), digest(resolved.head), *settings, *tail])

@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, TypeAlias
 
 from clients.budget import PlannedRelease
+from clients.control import off_gradients
 from clients.execute import (
     Node,
     answer,
@@ -212,6 +213,9 @@ def _member(runtime: ClientRuntime, ready: Ready) -> Member:
         modules=modules_of(one.instruction),
         train_head=config.model.head != "freeze",
         tail=one.instruction.tail,
+        control=off_gradients(
+            runtime, ready.resolved, one.instruction.server_round, config, ready.partition_id
+        ),
         indices=indices,
         steps=steps if private else num_steps(train, len(indices), steps),
         seed=seed_of(one.instruction, config, one.node),

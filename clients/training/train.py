@@ -155,11 +155,27 @@ class TailGradient:
                 B.grad[:, self.start :] += self.weight * size_a * torch.nan_to_num(tail_b / size_b)
 
 
+class Control:
+    """What SCAFFOLD takes off the gradients in every step, see `clients.control`."""
+
+    def __init__(self, trained: Trainable) -> None:
+        found = {**trained.factors, **trained.head}
+        self.pairs = [(found[n], t.to(found[n])) for n, t in trained.control.items() if n in found]
+
+    def add_gradient(self) -> None:
+        """``grad -= c_k - c``."""
+        for parameter, correction in self.pairs:
+            if parameter.grad is not None:
+                parameter.grad.sub_(correction)
+
+
 class Penalties:
     """Penalties added to the loss; they know no example and cost no privacy."""
 
     def __init__(self, trained: Trainable, config: TrainConfig) -> None:
-        self.terms: list[Proximal | TailGradient] = [Proximal(trained.all, config.proximal_mu)]
+        self.terms: list[Proximal | TailGradient | Control] = [
+            Proximal(trained.all, config.proximal_mu), Control(trained),
+        ]  # fmt: skip
         if trained.tail is not None:
             self.terms.append(TailGradient(trained.factors, trained.tail))
 

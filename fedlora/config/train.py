@@ -76,6 +76,10 @@ class TrainConfig:
     """DyLoRA: each step trains the leading directions of the adapter, how many is drawn, so that what a rule
     cuts off later matters least."""
 
+    control_variates: bool = False
+    """SCAFFOLD: each step is freed of what sets the client apart, by what it did in the rounds before; of
+    ``sgd``, where all clients take part in every round."""
+
     def __post_init__(self) -> None:
         _ = self.optimizer_option_dict
         require(

@@ -176,6 +176,7 @@ class Trainable:
         factors, head: what is trained.
         tail: what is added to the loss.
         frozen: the factors of adapted layers that are not trained.
+        control: what is taken off the gradients, by name, see `clients.control`.
         scaling: of each adapted layer.
     """
 
@@ -184,6 +185,7 @@ class Trainable:
     tail: RankRegularizer | None = None
     frozen: Mapping[str, Tensor] = field(default_factory=dict)
     scaling: Mapping[str, float | Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def all(self) -> list[nn.Parameter]:

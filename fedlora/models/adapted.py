@@ -98,6 +98,7 @@ class AdaptedModel:
         self.precision = torch.float32
         self.checkpointing = False
         self._tail: RankRegularizer | None = None
+        self._control: Mapping[str, Tensor] = {}
         self.adapter: InjectedAdapter = (kind or LoraKind()).inject(
             module, self.modules, fan_in_fan_out=self.fan_in_fan_out
         )
@@ -133,6 +134,7 @@ class AdaptedModel:
         dropout: float = 0.0,
         train_head: bool = False,
         tail: RankRegularizer | None = None,
+        control: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Make these values the model's own; nothing of the last client remains.
 
@@ -144,13 +146,14 @@ class AdaptedModel:
             dropout: on the adapter's input, while training.
             train_head: whether the head will be trained.
             tail: what will be added to the loss.
+            control: what will be taken off the gradients.
 
         Raises:
             FactorShapeError: other layers, other shapes, more than one rank, or a core in some layers only.
             ConfigError: the rank is larger than a layer allows.
         """
         self.check(adapters, head)
-        self._tail = tail
+        self._tail, self._control = tail, control or {}
         self.adapter.activate(adapters, dropout)
         tensors = {module: adapter.tensors() for module, adapter in adapters.items()}
         parameters = {module: self.adapter.parameters(module) for module in adapters}
@@ -176,6 +179,7 @@ class AdaptedModel:
             factors={name: p for name, p in tensors.items() if p.requires_grad},
             head={name: p for name, p in self._head.items() if p.requires_grad},
             tail=self._tail,
+            control=self._control,
             frozen={name: p for name, p in tensors.items() if not p.requires_grad},
             scaling={module: self.adapter.scaling(module) for module in self.modules},
         )

@@ -56,6 +56,7 @@ ADDED = {
     "train.warmup-steps": 0,
     "train.alternating": False,
     "train.nested-ranks": False,
+    "train.control-variates": False,
     "secure.mode": "none",
     "secure.min-clients": 3,
     "secure.threshold": 0.66,

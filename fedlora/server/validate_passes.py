@@ -6,12 +6,15 @@ import warnings
 
 from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import optimizer_type
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, TrainConfig
+from fedlora.config.section import kebab
 from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import TAKEN_OUT
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.tasks import task_named
+from strategies.registry import RULES
 from strategies.rule import Rule
+from strategies.streaming import streams
 
 
 def check_passes(config: RunConfig, rule: Rule) -> None:
@@ -26,6 +29,8 @@ def check_passes(config: RunConfig, rule: Rule) -> None:
         check_alternating(config, rule)
     if config.train.nested_ranks:
         check_nested(config, rule)
+    if config.train.control_variates:
+        check_control(config, rule)
     if config.train.gradient_checkpointing:
         check_checkpointing(config)
     if config.model.dtype != "float32":
@@ -93,6 +98,48 @@ def check_nested(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(f"{key}: {what}, leading directions are of lora's")
     if issubclass(optimizer_type(optimizer), LocalOptimizer):
         raise ConfigError(f"{key}: train.optimizer = {optimizer!r} moves all directions of a layer together")
+
+
+def check_control(config: RunConfig, rule: Rule) -> None:
+    """Refuse what leaves a client's way in a round no sum of gradients, or the aggregate no mean of all.
+
+    Raises:
+        NotApplicable: a rule, or what it is composed with, that is no plain mean of all that is trained, or
+            privacy.
+        ConfigError: the first key that does.
+    """
+    key, train, facts = "train.control-variates = true", config.train, rule.facts
+    if not (streams(rule) and facts.any_kind and facts.trained <= facts.uploaded):
+        rules = (r.facts for r in RULES.values())
+        able = ", ".join(f.name for f in rules if f.any_kind and f.trained <= f.uploaded)
+        raise NotApplicable(
+            f"{key}: needs the mean of all that is trained (able: {able}, without strategy.robust)"
+        )
+    if config.privacy.mode != "none" or config.secure.mode != "none":
+        raise NotApplicable(f"{key}: control variates are not kept in private training or secure sums")
+    plain = TrainConfig(learning_rate=train.learning_rate)
+    needed: dict[str, tuple[object, object]] = {
+        "train.optimizer": (train.optimizer, "sgd"),
+        **{
+            f"train.{kebab(name)}": (getattr(train, name), getattr(plain, name))
+            for name in (
+                "optimizer_options", "momentum", "max_grad_norm", "schedule", "warmup_steps", "alternating",
+                "nested_ranks",
+            )
+        },
+        "strategy.server-optimizer": (config.strategy.server_optimizer, "none"),
+        "fraction-train": (config.fraction_train, 1.0),
+        "wire-dtype": (config.wire_dtype, "float32"),
+        "upload": (config.upload or "float32", "float32"),
+    }  # fmt: skip
+    for name, (value, only) in needed.items():
+        if value != only:
+            raise ConfigError(f"{key}: {name} = {value!r} must be {only!r}")
+    if config.devices.timed or not config.devices.waits:
+        raise ConfigError(f"{key}: devices: clients that are late or away would leave rounds without them")
+    for group in config.groups:
+        if group.schedule is not None or group.warmup_steps is not None or group.target_modules is not None:
+            raise ConfigError(f"{key}: client-groups: no schedule, warmup-steps or target-modules of its own")
 
 
 def check_checkpointing(config: RunConfig) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from clients.training.batches import Indices, poisson_batches, shuffled_batches
 from clients.training.canaries import Canaries, among
@@ -31,6 +32,7 @@ class Member:
         modules: the layers whose factors it trains.
         train_head: whether it trains the head.
         tail: what it adds to its loss.
+        control: what it takes off its gradients.
         indices: its examples.
         steps: optimiser steps, >= 1.
         seed: its own and its round's; ignored where the mechanism is secure.
@@ -48,6 +50,7 @@ class Member:
     steps: int
     seed: int
     tail: RankRegularizer | None = None
+    control: Mapping[str, Tensor] = field(default_factory=dict)
     mechanism: Mechanism | None = None
     sample_rate: float | None = None
     canaries: Canaries | None = None

@@ -48,6 +48,13 @@ class Update:
         self._config = config
         self._start = {name: stacks.values[name].detach().clone() for name in stacks.trained}
         self._tails = _Tails(stacks)
+        self._control = {
+            name: torch.stack(
+                [m.control.get(name, torch.zeros_like(start[0])).to(start) for m in stacks.members]
+            )
+            for name, start in self._start.items()
+            if any(name in m.control for m in stacks.members)
+        }
         rates = [rate_factors(config, member.steps, stage) for member in stacks.members]
         alike = all(own == rates[0][: len(own)] for own in rates)
         if alike and is_stacked(optimizer_type(config.optimizer)):
@@ -83,6 +90,8 @@ class Update:
             for name, gradient in gradients.items():
                 gradient.add_(self._stacks.values[name][:active] - self._start[name][:active], alpha=mu)
         self._tails.add_gradient(gradients, active)
+        for name in self._control.keys() & gradients.keys():
+            gradients[name].sub_(self._control[name][:active])
 
 
 class StackedSteps:

@@ -85,6 +85,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
         dropout=task.dropout,
         train_head=member.train_head,
         tail=member.tail,
+        control=member.control,
     )
     network.module.to(next(iter(network.module.parameters())).dtype)
     common: Any = (network, task.examples, member.indices, task.pad_token_id, task.config)
