@@ -22,6 +22,7 @@ from fedlora.errors import ConfigError, NotApplicable
 from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.server.best import best_round
 from fedlora.server.validate import check
+from fedlora.study.execute.runner import run_study
 from fedlora.tasks.targets import MultiLabelClassification, Regression
 from tests.conftest import tiny_config
 from tests.federation.test_kinds import run, values
@@ -234,3 +235,8 @@ def test_the_best_round_knows_which_way_is_better(tmp_path: Path) -> None:
         check(tiny_config(**REGRESSION, **{"strategy.name": "fedsa"}))
     with pytest.raises(NotApplicable, match="task regression has no sequences to pack"):
         check(tiny_config(**REGRESSION, **{"train.packing": True}))
+
+
+def test_a_study_of_regressions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(NotApplicable, match=r"^task = 'regression': a study compares accuracies"):
+        run_study(tiny_config(**REGRESSION), tmp_path / "study")
