@@ -4,13 +4,27 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 DOMAINS := amazon movie nyt
 
+TOOLS := build/tools
+
+define AUDITED
+import json
+found = json.load(open("build/audit.json"))["dependencies"]
+bad = [f"{d['name']} {d['version']}: {v['id']}, mended in {', '.join(v['fix_versions']) or 'none'}"
+       for d in found for v in d.get("vulns", [])]
+skipped = sum("skip_reason" in d for d in found)
+print(*bad, f"{len(found) - skipped} of {len(found)} packages were looked up, {skipped} could not be (no index?); "
+      f"{len(bad)} known vulnerabilities", sep="\n")
+raise SystemExit(bool(bad))
+endef
+export AUDITED
+
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 # Test processes side by side: two cores are the least that a machine has.
 WORKERS ?= 2
 
-.PHONY: demo docs test check unit quick test-faults mutants bench-aggregate bench-engine bench-deployment bench-gpu federation clean
+.PHONY: demo docs test check unit quick test-faults mutants audit sbom bench-aggregate bench-engine bench-deployment bench-gpu federation clean
 
 demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report.html
 	$(BIN)/fedlora compare experiments/demo.toml --out runs/demo --resume
@@ -48,6 +62,17 @@ test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
 
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants
+
+audit: $(TOOLS)  ## known vulnerabilities of the pinned packages; what could not be looked up is said, not passed
+	$(TOOLS)/bin/pip-audit -r constraints.txt --no-deps --disable-pip -f json -o build/audit.json; test -s build/audit.json
+	$(TOOLS)/bin/python -c "$$AUDITED"
+
+sbom: $(STAMP) $(TOOLS)  ## what is installed in .venv with versions and licences, as build/sbom.json (CycloneDX)
+	$(TOOLS)/bin/cyclonedx-py environment --of JSON -o build/sbom.json $(BIN)/python
+
+$(TOOLS):
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/pip install --quiet pip-audit cyclonedx-bom
 
 bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; about half an hour
 	$(BIN)/python -m experiments.benchmarks.aggregate

@@ -29,7 +29,7 @@ from fedlora.core.factors import Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.sealed import is_digest
 from fedlora.core.state import Patch, digest, summed
-from fedlora.errors import UpdateRefused
+from fedlora.errors import FactorShapeError, UpdateRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +107,14 @@ def _add_up(needs: wire.Needs, store: ClientStore) -> None:
     if not needs.sum_of or not needs.base or store.has(needs.base[0]):
         return
     terms = [store.get(name) for name in needs.sum_of]
-    if None not in terms:
+    if None in terms:
+        return
+    try:
         found = summed([Patch.from_tensors(term) for term in terms if term is not None])
-        if found.digest() == needs.base[0]:
-            store.keep(needs.base[0], found.tensors())
+    except FactorShapeError as error:
+        raise UpdateRefused(f"what the base is the sum of: {error}") from None
+    if found.digest() == needs.base[0]:
+        store.keep(needs.base[0], found.tensors())
 
 
 OWN = "own"

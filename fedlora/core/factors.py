@@ -113,7 +113,7 @@ class Product:
     right: Tensor
 
     def __post_init__(self) -> None:
-        if self.left.shape[1] != self.right.shape[0]:
+        if self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]:
             raise FactorShapeError(
                 f"left {tuple(self.left.shape)} and right {tuple(self.right.shape)} do not chain"
             )

@@ -65,6 +65,9 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{file}: has no {SEAL}: it is damaged, or an earlier version wrote it")
     if has_seal and seal != _hash(found):
         raise ConfigError(f"{file}: is damaged, its contents are not those that were written")
+    vouched = found.get(FILES_SHA256, {})
+    if not isinstance(vouched, dict) or not all(map(is_digest, vouched.values())):
+        raise ConfigError(f"{file}: is damaged, {FILES_SHA256} holds something else than hashes of files")
     return found
 
 

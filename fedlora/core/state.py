@@ -145,11 +145,17 @@ def folded(base: Sequence[Patch]) -> tuple[Patch, ...]:
 
 
 def summed(base: Sequence[Patch]) -> Patch:
-    """The sum of some patches, one after the other in float64, rounded once."""
+    """The sum of some patches, one after the other in float64, rounded once.
+
+    Raises:
+        FactorShapeError: they change a layer of two shapes.
+    """
     names = sorted({name for patch in base for name in patch.products})
 
     def total(name: str) -> Product:
         terms = [patch.products[name] for patch in base if name in patch.products]
+        if len({(p.left.shape[0], p.right.shape[1]) for p in terms}) > 1:
+            raise FactorShapeError(f"base patches of {name} are of several shapes")
         dense = sum(p.left.double() @ p.right.double() for p in terms)
         assert isinstance(dense, Tensor)
         short = torch.eye(min(dense.shape), dtype=torch.float32)

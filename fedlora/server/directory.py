@@ -121,6 +121,13 @@ class RunDirectory:
                     )
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         record = provenance(config, inputs, self._begun_as(config) if continues else None)
+        if "+" in (code := record["identity"]["code"]) and code != self._begun_as(config).code:
+            log(
+                WARNING,
+                "%s: earlier rounds were computed by other code or libraries; %s has both",
+                self.path,
+                PROVENANCE,
+            )
         write_atomic(self.path / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
 
     def _begun_as(self, config: RunConfig) -> Identity:

@@ -31,6 +31,13 @@ def test_a_seal_that_is_null_is_no_record_of_before_there_were_seals(tmp_path: P
         read_sealed(tmp_path / "samples.json", older=True)
 
 
+@pytest.mark.parametrize("vouched", ['"all"', "null", '{"a.json": 3}', '["a.json"]'])
+def test_a_record_vouches_for_files_by_hashes_alone(vouched: str, tmp_path: Path) -> None:
+    (tmp_path / "fedlora.json").write_text(f'{{"files_sha256": {vouched}}}')
+    with pytest.raises(ConfigError, match=r"fedlora\.json: is damaged, files_sha256 holds something else"):
+        read_sealed(tmp_path / "fedlora.json", older=True)
+
+
 def test_what_stands_in_a_file_does_not_break_its_line(tmp_path: Path) -> None:
     file = tmp_path / "federation.toml"
     file.write_text('host = "h"\nport = 1\ncontrol-port = 2\nnodes = ["two\\nlines"]\n')

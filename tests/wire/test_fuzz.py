@@ -15,14 +15,14 @@ from clients.store import ClientStore, resolve
 from fedlora import wire
 from fedlora.core.factors import LoraFactors, Product
 from fedlora.core.seeding import stream
-from fedlora.core.state import Broadcast, ClientUpdate, Patch
+from fedlora.core.state import Broadcast, ClientUpdate, Patch, digest, summed
 from fedlora.errors import UpdateRefused
 from fedlora.simulation.local_grid import speak_as_server
 from strategies.replies import validate_reply
 from strategies.request import Payload, PendingRequest
 from strategies.rules.fedavg import FedAvgRule
 from strategies.transport import Transport
-from tests.wire.mutations import TOUCHED, mutate
+from tests.wire.mutations import TOUCHED, mutate, picked
 
 REPLIES, ORDERS = 12_000, 6_000
 """Of each every second has its tensors in one array; of replies every second is written by a codec, and in
@@ -54,7 +54,11 @@ def reply(*, packed: bool = False, coded: bool = False) -> RecordDict:
     )
 
 
-def order(*, packed: bool = False, resting: bool = False) -> RecordDict:
+TERMS = [Patch({"encoder.q": Product(torch.ones(12, 2), torch.full((2, 8), n))}) for n in (1.0, 2.0)]
+OTHERS = [*(t.tensors() for t in TERMS), {"encoder.q.left": torch.ones(6), "encoder.q.right": torch.ones(6)}]
+
+
+def order(*, packed: bool = False, resting: bool = False, folded: bool = False) -> RecordDict:
     g = torch.Generator().manual_seed(1)
     patch = Patch({"encoder.q": Product(torch.randn(12, 2, generator=g), torch.randn(2, 8, generator=g))})
     speak_as_server(1)
@@ -63,6 +67,9 @@ def order(*, packed: bool = False, resting: bool = False) -> RecordDict:
     given = broadcast()
     if resting:
         given = replace(given, modules=frozenset({"encoder.q"}), resting=frozenset({"encoder.v"}))
+    if folded:
+        transport.acknowledged[0] = {term.digest() for term in TERMS}
+        transport.open((summed(TERMS), patch))
     transport.add(0, 2, given)
     (message,) = transport.messages("train", {"server-round": 3, "run-key": "abc"})
     return message.content
@@ -102,10 +109,16 @@ def sound(update: ClientUpdate) -> bool:
 def test_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: Path) -> None:
     rng, outcomes = stream(0, "fuzz", "orders"), Counter[str]()
     originals = [order(packed=p, resting=r) for p in (False, True) for r in (False, True)]
+    originals.append(order(folded=True))
     home = tmp_path / "deep" / "home"
+    for part in OTHERS:
+        ClientStore(home / "abc").keep(digest(part), part)
     for number in range(ORDERS):
-        content = copy.deepcopy(originals[number % 4])
+        content = copy.deepcopy(originals[number % 5])
         how = mutate(content, rng)
+        if number % 25 == 4:  # a sum of whatever is here
+            settings = content.config_records.get("config", {})
+            settings["base-sum-of"] = [digest(picked(OTHERS, rng)) for _ in range(3)]
         try:
             decoded = wire.decode_instruction(content)
             opened = resolve(decoded, ClientStore(home / str(decoded.config.get("run-key", "run"))))
