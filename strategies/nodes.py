@@ -92,10 +92,8 @@ class NodeDirectory:
             return found
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         for reply in grid.send_and_receive(questions, timeout=QUERY_TIMEOUT):
-            node, answers = reply.metadata.src_node_id, {}
-            if not reply.has_error():
-                answers = reply.content.config_records
-            for config in answers.values():
+            node = reply.metadata.src_node_id
+            for config in () if reply.has_error() else reply.content.config_records.values():
                 partition, told = config.get("partition-id"), config.get("versions", [])
                 if type(partition) is not int or partition < 0:
                     continue

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from flwr.app import RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
 from clients.store import ClientStore, resolve
 from fedlora import wire
@@ -117,8 +117,9 @@ def test_spoiled_orders_are_opened_or_refused_and_write_nowhere_else(tmp_path: P
         content = copy.deepcopy(originals[number % 5])
         how = mutate(content, rng)
         if number % 25 == 4:  # a sum of whatever is here
-            settings = content.config_records.get("config", {})
-            settings["base-sum-of"] = [digest(picked(OTHERS, rng)) for _ in range(3)]
+            content.config_records.get("config", ConfigRecord())["base-sum-of"] = [
+                digest(picked(OTHERS, rng)) for _ in range(3)
+            ]
         try:
             decoded = wire.decode_instruction(content)
             opened = resolve(decoded, ClientStore(home / str(decoded.config.get("run-key", "run"))))
