@@ -23,3 +23,14 @@ def test_a_logarithmic_axis_has_two_labels_or_more(low: float, high: float) -> N
         shown = [tick for tick in canvas.axes.get_yticks() if bottom <= tick <= top]
     assert len(shown) >= 2
     assert len({significant(tick) for tick in shown}) == len(shown)
+
+
+def test_no_accuracy_over_100_percent_is_written_at_an_axis() -> None:
+    with rc_context(SETTINGS):
+        canvas = Canvas()
+        canvas.axes.plot([1.0, 1.0], [1, 2])
+        canvas.percent_axis("x")
+        canvas.figure.draw_without_rendering()
+        written = [text.get_text() for text in canvas.axes.get_xticklabels()]
+    assert "100%" in written
+    assert not [text for text in written if text and float(text.rstrip("%")) > 100]

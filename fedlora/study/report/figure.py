@@ -209,10 +209,12 @@ class Canvas:
     # --- axes ----------------------------------------------------------------------------------------
 
     def percent_axis(self, which: Which) -> None:
-        """Shares of 1 as percentages, at round steps."""
+        """Shares of 1 as percentages, at round steps; none is over 100 %, where the axis may be."""
         axis = getattr(self.axes, f"{which}axis")
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g}%"))
+        axis.set_major_formatter(
+            FuncFormatter(lambda value, _: f"{100 * value:.4g}%" if value < 1 + 1e-9 else "")
+        )
 
     def round_axis(self) -> None:
         """Whole rounds on x."""
