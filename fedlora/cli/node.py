@@ -49,7 +49,12 @@ def log(
         return
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in COLUMNS:
-        table.add_column(column, no_wrap=True, justify="right" if column == "bytes" else "left")
+        table.add_column(
+            column,
+            no_wrap=column != COLUMNS[-1],  # a reason is as long as it is, and stands in full
+            overflow="fold",
+            justify="right" if column == "bytes" else "left",
+        )
     for node, entry in sent:
         table.add_row(*map(escape, _cells(node, entry)))
     out.print(table)
