@@ -28,9 +28,9 @@ Command = TypeVar("Command", bound=Callable[..., None])
 class Commands(TyperGroup):
     """The command with its subcommands; what is wrong with a command line is one line, too."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **options: Any) -> Any:
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **options | {"standalone_mode": False})
         except NoArgsIsHelpError as error:
             error.show()
             sys.exit(error.exit_code)
@@ -42,7 +42,7 @@ class Commands(TyperGroup):
         except Abort:
             err.print("aborted")
             sys.exit(1)
-        if standalone_mode:
+        if options.get("standalone_mode", True):
             sys.exit(code or 0)
         return code
 
