@@ -202,7 +202,8 @@ def gather_parts(
         raise ConfigError(f"partition-id = {node.partition_id}: the data has partitions 0 to {count - 1}")
     if node.partition_id in runtime.data.left_out:
         raise ConfigError(f"partition-id = {node.partition_id}: {runtime.data.left_out[node.partition_id]}")
-    resolved = resolve(instruction, ClientStore(node.state_dir / run_key(instruction), runtime.whole))
+    home = node.state_dir / run_key(instruction)
+    resolved = resolve(instruction, ClientStore(home, runtime.whole, config.save_total_limit + 1))
     if isinstance(resolved, wire.Reply):
         return resolved
     before = instruction.server_round + 1 if after_round else instruction.server_round

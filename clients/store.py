@@ -121,10 +121,6 @@ OWN = "own"
 """What a client keeps to itself: a local head, factors that it trains and does not ship."""
 OWED = "owed"
 """What an upload codec with error feedback has left out so far, see `fedlora.wire.upload`."""
-KEEP_ROUNDS = 2
-"""Versions of a personal tensor set that are kept."""
-
-
 KEEP_NAMED = 8
 """Rounds after which a part that no instruction names any more is dropped; who needs it again is sent it."""
 
@@ -135,10 +131,15 @@ class ClientStore:
     Args:
         directory: of the run.
         whole: files that this process has found whole, each with its time and size then; added to.
+        versions: of what clients keep to themselves; one more than the server has checkpoints of rounds, so
+            that a run that goes on from the oldest of them finds what its clients had then.
     """
 
-    def __init__(self, directory: Path, whole: dict[Path, tuple[int, int]] | None = None) -> None:
+    def __init__(
+        self, directory: Path, whole: dict[Path, tuple[int, int]] | None = None, versions: int = 2
+    ) -> None:
         self.directory = directory
+        self._versions = versions
         self._whole = {} if whole is None else whole
         self._parts: dict[str, Tensors] = {}
 
@@ -196,12 +197,18 @@ class ClientStore:
             path.unlink(missing_ok=True)
 
     def keep_personal(self, partition_id: int, name: str, server_round: int, tensors: Tensors) -> None:
-        """Store a client's own tensors as they are after a round; the oldest versions go."""
+        """Store a client's own tensors as they are after a round.
+
+        The oldest versions go, and those of later rounds, which a run that went back has not been through.
+        """
         folder = self._personal(partition_id)
+        for undone in folder.glob(f"{name}-*.safetensors"):
+            if _round_of(undone) > server_round:
+                undone.unlink(missing_ok=True)
         write_atomic(
             folder / f"{name}-{server_round:06d}.safetensors", save(tensors, {DIGEST: digest(tensors)})
         )
-        for old in sorted(folder.glob(f"{name}-*.safetensors"))[:-KEEP_ROUNDS]:
+        for old in sorted(folder.glob(f"{name}-*.safetensors"))[: -self._versions]:
             old.unlink(missing_ok=True)
 
     def personal(self, partition_id: int, name: str, before_round: int) -> Tensors | None:
@@ -211,7 +218,7 @@ class ClientStore:
             UpdateRefused: their file is damaged.
         """
         for path in sorted(self._personal(partition_id).glob(f"{name}-*.safetensors"), reverse=True):
-            if int(path.stem.rpartition("-")[2]) < before_round:
+            if _round_of(path) < before_round:
                 return _undamaged(path)
         return None
 
@@ -228,6 +235,10 @@ class ClientStore:
 
     def _personal(self, partition_id: int) -> Path:
         return self.directory / "personal" / str(partition_id)
+
+
+def _round_of(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

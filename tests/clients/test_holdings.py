@@ -65,3 +65,16 @@ def test_a_round_that_is_run_again_starts_from_the_same_own_tensors(tmp_path: Pa
         assert own["w"].item() == expected
     assert store.personal(3, "own", 1) is None
     assert store.personal(4, "own", 9) is None
+
+
+def test_a_run_that_went_back_goes_on_from_what_its_clients_had_then(tmp_path: Path) -> None:
+    store = ClientStore(tmp_path, versions=4)
+    for server_round in (1, 2, 3, 4):
+        store.keep_personal(3, "own", server_round, {"w": torch.tensor([float(server_round)])})
+    store.keep_personal(3, "own", 2, {"w": torch.tensor([7.0])})
+    own = store.personal(3, "own", 3)
+    assert own is not None
+    assert own["w"].item() == 7.0
+    assert sorted(f.name for f in (tmp_path / "personal" / "3").iterdir()) == [
+        "own-000001.safetensors", "own-000002.safetensors",
+    ]  # fmt: skip

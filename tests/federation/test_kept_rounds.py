@@ -27,11 +27,13 @@ def test_one_checkpoint_is_kept_unless_more_are_wanted(tmp_path: Path, cache: Pa
     assert names(tmp_path / "two") == ["latest.json", *kept]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "flora"])
+@pytest.mark.parametrize(
+    ("strategy", "upload"), [("fedavg", ""), ("flora", ""), ("fedsa", ""), ("fedavg", "topk")]
+)
 def test_an_earlier_round_is_gone_on_from_with_the_same_bits(
-    strategy: str, tmp_path: Path, cache: Path
+    strategy: str, upload: str, tmp_path: Path, cache: Path
 ) -> None:
-    keys = {"strategy.name": strategy, "save-total-limit": 3}
+    keys = {"strategy.name": strategy, "save-total-limit": 3, "upload": upload}
     whole = run(tmp_path, **keys)
     before, folder = values(whole), tmp_path / "run" / "checkpoint"
     lines = (tmp_path / "run" / "rounds.jsonl").read_text().splitlines()
