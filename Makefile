@@ -40,7 +40,8 @@ federation: $(STAMP)  ## three nodes that own their data, TLS and node keys on t
 	$(BIN)/fedlora run experiments/federation.toml --federation runs/federation/net --out runs/federation/out; \
 	    status=$$?; $(BIN)/fedlora federation down runs/federation/net; exit $$status
 
-test: check unit  ## everything that must hold before a change lands
+test: $(STAMP)  ## everything that must hold before a change lands; types and tests side by side
+	$(MAKE) -j2 check unit
 
 check: $(STAMP)  ## style, types, direction of imports, doctests
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ os.fsync = lambda fd: None
 """No test cuts the power, and a run flushes some fifteen files; a test of flushing puts its witness here."""
 
 # The same examples every time: a red test is red for everybody. `make quick` takes its own profile.
-settings.register_profile("fedlora", deadline=None, max_examples=25, derandomize=True)
+settings.register_profile("fedlora", deadline=None, max_examples=12, derandomize=True)
 settings.register_profile("quick", deadline=None, max_examples=5, derandomize=True)
 settings.load_profile("fedlora")
 
