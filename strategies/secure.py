@@ -20,6 +20,7 @@ from flwr.serverapp import Grid
 
 from fedlora import wire
 from fedlora.core.factors import Tensors
+from fedlora.core.state import ClientSpec
 from fedlora.errors import ConfigError, RunFailed, SecureRefused, UpdateRefused
 from fedlora.secure.collector import Collector
 from fedlora.secure.fixed_point import FixedPoint
@@ -32,7 +33,7 @@ from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.replies import TRAIN_LOSS
 from strategies.request import PendingRequest
-from strategies.sums import Shipped, rows_of, told_by_sums
+from strategies.sums import Shipped, rows_of, seen_alone, told_by_sums
 
 Steps = Mapping[int, Mapping[str, Any]]
 """Partition -> what it is asked."""
@@ -99,7 +100,7 @@ class SecureStrategy(FactorStrategy):
                 "sharers": chosen,
                 "max-weight": self.max_weight,
             }
-            clients = [self.client_spec(partition) for partition in chosen]
+            clients = self._specs_of(chosen, server_round)
             self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
             asked |= self._rows.asked
             for partition in chosen:
@@ -137,6 +138,7 @@ class SecureStrategy(FactorStrategy):
                 f"{self.selection.min_train_nodes} ({self.report.refusals() or 'no replies'})"
             )
         self.collector.close_masked()
+        self._specs_of(survivors, server_round)
         self._unmask(survivors)
         self.patience.note(server_round, self._silent)
         try:
@@ -154,6 +156,14 @@ class SecureStrategy(FactorStrategy):
         self.report.participants, self.report.train_loss = survivors, summed.loss
         self._released = self.arrays()
         return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
+
+    def _specs_of(self, partitions: list[int], server_round: int) -> list[ClientSpec]:
+        """The settings of clients whose sum shows none of them."""
+        assert self.state is not None
+        clients = [self.client_spec(partition) for partition in partitions]
+        if why := seen_alone(self.rule, self.state, clients, self.terms.min_clients):
+            raise RunFailed(f"round {server_round}: {why}")
+        return clients
 
     def _take_in(self, summed: wire.Summed) -> None:
         sent, clients = self.transport.requests[0].broadcast, self.collector.survivors

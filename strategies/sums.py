@@ -6,6 +6,7 @@ product (`Facts.sketched`) gets that as one client's factors, out of sketches of
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ from fedlora.core.seeding import derive
 from fedlora.core.sketch import SPARE, Sketch
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State
 from fedlora.secure.step import SKETCH
-from strategies.rule import Rule
+from strategies.rule import Rule, trained_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,25 @@ def rows_of(rule: Rule, state: State, clients: Sequence[ClientSpec], size: int) 
     layers = lora_set({name: adapter for name, adapter in state.adapters.items() if name in allocated})
     seed = derive(state.seed, SKETCH, state.round + 1)
     return Sketched(Sketch(size or sum(ranks.values()) + SPARE, seed), layers, ranks)
+
+
+def seen_alone(rule: Rule, state: State, clients: Sequence[ClientSpec], least: int) -> str:
+    """Why a sum of products would show what fewer clients than a sum may be of train; empty if it would not.
+
+    The server knows the A that clients start from, and it moves little: in the sum it can tell B's columns
+    apart, and takes those that it knows off. A layer that few train, and a rank that few have, are theirs.
+    """
+    if not rule.facts.sketched:
+        return ""
+    kinds = Counter((c.rank, trained_modules(state, c)) for c in clients)
+    for (rank, layers), own in kinds.items():
+        beside = sum(n for (r, others), n in kinds.items() if r >= rank and others >= layers)
+        if beside < least:
+            return (
+                f"lora.ranks, client-groups: {beside} clients have rank {rank} in all layers of {own} of "
+                f"them, so that a sum shows theirs; needed are secure.min-clients = {least}"
+            )
+    return ""
 
 
 def told_by_sums(rule: Rule) -> bool:

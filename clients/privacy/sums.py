@@ -8,7 +8,8 @@ and with lr, z, C and B alike a sum of T of these has noise of multiplier z sqrt
 of them: its accounting is that of DP-SGD with this noise, at the own rate. After more steps it is not.
 A gradient then depends on the noise of the steps before, which the sum does not show, and nothing is claimed;
 nor under optimisers that divide by the noisy gradient, for clients of unlike settings or noise, for rules
-that add up products, whose two factors are both noisy, or where a number could be cut to
+that add up products, whose two factors are both noisy, for steps of drawn directions, of which each client
+leaves others without noise, or where a number could be cut to
 ``secure.largest-change``.
 """
 
@@ -62,6 +63,7 @@ def is_sum_of_gaussians(config: RunConfig) -> bool:
     return (
         config.secure.mode == "sums"
         and not products
+        and not train.nested_ranks
         and one_step
         and plain
         and config.privacy.clipping != "adaptive"

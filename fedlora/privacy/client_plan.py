@@ -42,7 +42,7 @@ class ClientRequest(Budget):
     def __post_init__(self) -> None:
         for name in ("clients", "rounds", "noise_bands"):
             require(getattr(self, name) >= 1, _option(name), getattr(self, name), "must be >= 1")
-        for name, low in (("max_participations", 0), ("server_momentum", 0.0)):
+        for name, low in (("max_participations", 0), ("server_momentum", 0.0), ("colluding", 0)):
             require(getattr(self, name) >= low, _option(name), getattr(self, name), f"must be >= {low:g}")
         self.check_budget()
         require(self.server_momentum < 1, "--server-momentum", self.server_momentum, "must be < 1")

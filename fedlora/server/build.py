@@ -36,6 +36,7 @@ from strategies.replies import KnownExamples
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
 from strategies.secure import SecureStrategy
+from strategies.sums import seen_alone
 from strategies.tiered import TieredStrategy
 
 
@@ -137,6 +138,10 @@ def assemble(
                 config.lora.method, rule.facts.name,
             )  # fmt: skip
     strategy.begin(template)
+    if config.secure.mode == "sums" and strategy.state is not None:
+        specs = [client_spec(config, runtime, partition) for partition in partitions]
+        if why := seen_alone(rule, strategy.state, specs, config.secure.min_clients):
+            raise ConfigError(why)
     return strategy
 
 

@@ -30,7 +30,9 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
     """
     if not rule.facts.secure_sum:
         able = ", ".join(name for name, r in RULES.items() if r.facts.secure_sum)
-        raise NotApplicable(f"{KEY}: {rule.facts.name} needs each client's own factors (able: {able})")
+        raise NotApplicable(
+            f"{KEY}: {rule.facts.name} needs each client's own factors, or shows them (able: {able})"
+        )
     single = {
         "strategy.robust": (config.strategy.robust, "none"),
         "strategy.max-update-norm": (config.strategy.max_update_norm, 0.0),

@@ -124,7 +124,7 @@ def check_control(config: RunConfig, rule: Rule) -> None:
             f"train.{kebab(name)}": (getattr(train, name), getattr(plain, name))
             for name in (
                 "optimizer_options", "momentum", "max_grad_norm", "schedule", "warmup_steps", "alternating",
-                "nested_ranks",
+                "nested_ranks", "local_epochs",
             )
         },
         "strategy.server-optimizer": (config.strategy.server_optimizer, "none"),
@@ -137,9 +137,10 @@ def check_control(config: RunConfig, rule: Rule) -> None:
             raise ConfigError(f"{key}: {name} = {value!r} must be {only!r}")
     if config.devices.timed or not config.devices.waits:
         raise ConfigError(f"{key}: devices: clients that are late or away would leave rounds without them")
-    for group in config.groups:
-        if group.schedule is not None or group.warmup_steps is not None or group.target_modules is not None:
-            raise ConfigError(f"{key}: client-groups: no schedule, warmup-steps or target-modules of its own")
+    for group in config.groups:  # c is told by the mean where all take steps alike
+        for field in ("schedule", "warmup_steps", "target_modules", "local_steps", "learning_rate"):
+            if getattr(group, field) is not None:
+                raise ConfigError(f"{key}: client-groups: no {kebab(field)} of its own")
 
 
 def check_checkpointing(config: RunConfig) -> None:

@@ -12,6 +12,9 @@ for each layer and round. Not verified: which threshold made the paper's tables.
 to choose p (Gavish-Donoho, ScreeNOT), which are not here. It has one common scaling, here each s_k is
 inside T.
 
+No secure sums, though T is all that it needs: the server knows the A_k that each client drew, which hardly
+move, and reads every B_k out of T.
+
 Not exact: up to a share of 1 - threshold of T's energy is dropped in every layer, for good (diagnostics:
 ``energy_lost``). With threshold = 1 it is FLoRA, sent as rank(T) directions instead of R.
 """
@@ -52,8 +55,7 @@ class FLoRISTRule(FLoRARule):
         single_client_exact=False,
         mean=False,
         stale="factors are cut to the rank that a whole round needs",
-        secure_sum=True,
-        sketched=True,
+        secure_sum=False,
         supported_inits=FLoRARule.facts.supported_inits,
         inits_why=FLoRARule.facts.inits_why,
         up="r_k(o+i)",

@@ -123,7 +123,10 @@ def test_a_cohort_takes_off_what_each_of_its_members_does(config: dict[str, Any]
         ({"fraction-train": 0.5}, "fraction-train = 0.5 must be 1.0"),
         ({"upload": "int8"}, "upload = 'int8' must be 'float32'"),
         ({"strategy.server-optimizer": "fedavgm"}, "strategy.server-optimizer = 'fedavgm' must be 'none'"),
+        ({"train.local-epochs": 1}, "train.local-epochs = 1 must be 0"),
         ({"client-groups": '[{"partitions": "0", "schedule": "cosine"}]'}, "client-groups: no schedule"),
+        ({"client-groups": '[{"partitions": "0", "local-steps": 3}]'}, "client-groups: no local-steps"),
+        ({"client-groups": '[{"partitions": "0", "learning-rate": 0.3}]'}, "client-groups: no learning-rate"),
     ],
 )
 def test_what_is_no_mean_of_sums_of_gradients_is_refused(keys: dict[str, Any], line: str) -> None:

@@ -158,10 +158,11 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(
 
 MIXED: dict[str, Any] = {
     "lora.ranks": "1,2", "client-groups": '[{"partitions": "1", "alpha": 3.0}]', "engine.cohort-size": 1,
+    "secure.min-clients": 2,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["flexlora", "florist", "fedmomentum"])
+@pytest.mark.parametrize("name", ["flexlora", "fedask", "fedmomentum"])
 def test_clients_of_any_rank_and_alpha_add_up_their_products(name: str, cache: Path, tmp_path: Path) -> None:
     """As without secure sums; what sums tell of the aggregation is what is measured there, too."""
     keys = {**MIXED, "strategy.name": name}
@@ -174,6 +175,20 @@ def test_clients_of_any_rank_and_alpha_add_up_their_products(name: str, cache: P
         assert "cosine" not in line
         assert line["sketch_lost"] == 0
         assert "sketch_lost" not in other
+
+
+def test_a_sum_in_which_too_few_are_left_of_a_rank_is_not_unmasked(cache: Path, tmp_path: Path) -> None:
+    """Three of five have rank 2; without one of them the others' columns would be theirs alone."""
+    keys = {"strategy.name": "flexlora", "lora.ranks": "2,2,2,1,1", "num-server-rounds": 1}
+    carry_out(tmp_path / "whole", **keys)
+
+    def losing(message: Message, partition: int, reply: Message) -> Message | None:
+        return None if (phase(message), partition) == ("train", 3) else reply
+
+    carry_out(tmp_path / "rank-1", losing, **keys)
+    with pytest.raises(RunFailed, match=r"^round 1: lora\.ranks.*: 2 clients have rank 2") as caught:
+        carry_out(tmp_path / "fewer", partial(first_vanish, "train", 1), **keys)
+    assert "\n" not in str(caught.value)
 
 
 def test_layers_at_rest_are_in_no_sketch(cache: Path, tmp_path: Path) -> None:
@@ -363,6 +378,18 @@ def test_an_owner_says_how_many_a_sum_must_be_of(cache: Path, tmp_path: Path) ->
     [
         ({"strategy.name": "flora"}, "flora needs each client's own factors"),
         ({"strategy.name": "raflora"}, "raflora needs each client's own factors"),
+        ({"strategy.name": "florist"}, "florist needs each client's own factors"),
+        (
+            {"strategy.name": "flexlora", "lora.ranks": "1,2"},
+            "client-groups: 2 clients have rank 2 in all layers .* secure.min-clients = 3",
+        ),
+        (
+            {
+                "strategy.name": "flexlora",
+                "client-groups": '[{"partitions": "1-3", "target-modules": "query"}]',
+            },
+            "client-groups: 2 clients have rank 2 in all layers .* secure.min-clients = 3",
+        ),
         ({"secure.sketch-size": 8}, "secure.sketch-size = 8: fedavg adds up no products"),
         ({"secure.sketch-size": -1, "strategy.name": "flexlora"}, "secure.sketch-size = -1"),
         ({"strategy.robust": "median"}, "strategy.robust = 'median' looks at single updates"),

@@ -224,7 +224,7 @@ def _started(path: Path) -> State:
         {"train.local-steps": 2}, {"train.local-epochs": 1}, {"train.optimizer": "adamw"},
         {"train.weight-decay": 0.1}, {"train.max-grad-norm": 1.0}, {"privacy.clipping": "adaptive"},
         {"privacy.noise-multiplier": 0.0}, {"train.learning-rate": 0.5}, {"secure.mode": "none"},
-        {"strategy.name": "flexlora"}, {"secure.colluding": 2},
+        {"strategy.name": "flexlora"}, {"secure.colluding": 2}, {"train.nested-ranks": True},
         {"client-groups": '[{"partitions": "0", "batch-size": 1}]'},
         {"train.optimizer-options": '{"nesterov": true}', "train.momentum": 0.5},
     ],

@@ -286,6 +286,7 @@ def test_noise_for_whole_clients_counts_the_rounds_that_fit() -> None:
         (["--max-participations", "101"], "--max-participations = 101: must be at most --rounds"),
         (["--clients", "0"], "--clients = 0: must be >= 1"),
         (["--min-clients", "51"], "--min-clients = 51: must be above --colluding 1 and at most the 50"),
+        (["--min-clients", "5", "--colluding", "-5"], "--colluding = -5: must be >= 0"),
         (["--min-clients", "5", "--colluding", "5"], "--min-clients = 5: must be above --colluding 5"),
     ],
 )
