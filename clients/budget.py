@@ -43,6 +43,8 @@ ADDED = {
     "unit_column": "", "max_unit_examples": 16, "adapter": "",
     "micro_batch_size": 0, "pass_memory": 0.0, "packing": False,
     "target_quantile": 0.5, "clip_learning_rate": 0.2, "count_noise": 0.0, "clip_shares": "",
+    "dtype": "float32", "dpo_beta": 0.1, "alternating": False, "nested_ranks": False,
+    "control_variates": False, "sketch_size": 0,
 }  # fmt: skip
 """Keys that came after releases had been charged; at this default they mean what their absence meant."""
 
@@ -180,7 +182,7 @@ def plan_whole(
         runtime.model.device,
         *cohort,
     ]
-    secure = dataclasses.asdict(config.secure)
+    secure = _as_charged(config.secure)
     release = Release(
         run_key=ledger_ref.run_key,
         server_round=server_round,
@@ -274,13 +276,13 @@ def planned_steps(config: RunConfig, local_steps: int) -> int:
 
 
 def _settings(config: RunConfig, train: TrainConfig) -> list[Any]:
-    privacy = dataclasses.asdict(config.privacy)
-    mechanism = {key: value for key, value in privacy.items() if key not in BOOKKEEPING}
-    sections = [mechanism, *(dataclasses.asdict(part) for part in (config.model, config.lora, train))]
-    for section in sections:
-        for key in [key for key in section if (key, section[key]) in ADDED.items()]:
-            del section[key]  # as it was before there was the key: the same bits
-    return [sections[0], config.task, *sections[1:]]
+    mechanism = {key: v for key, v in _as_charged(config.privacy).items() if key not in BOOKKEEPING}
+    return [mechanism, config.task, *map(_as_charged, (config.model, config.lora, train))]
+
+
+def _as_charged(section: Any) -> dict[str, Any]:
+    """A section as it was before there were keys that are at their default: they change no bit."""
+    return {key: v for key, v in dataclasses.asdict(section).items() if (key, v) not in ADDED.items()}
 
 
 def _digest(*parts: object) -> str:

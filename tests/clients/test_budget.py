@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def test_noise_is_for_the_most_rounds_that_the_server_allows() -> None:
     assert low < high
     assert epsilon_spent(low, 0.05, 12, 1e-5, "rdp") == pytest.approx(3.0, rel=0.01)
     assert epsilon_spent(high, 0.05, 120, 1e-5, "rdp") == pytest.approx(3.0, rel=0.01)
+
+
+def test_keys_at_their_defaults_leave_a_charged_release_what_it_was() -> None:
+    """A key that is missing in `ADDED` charges a run that goes on again for the round that it repeats."""
+    run = RunConfig()
+    settings = [*budget._settings(run, run.train), budget._as_charged(run.secure)]
+    known = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    assert known[:16] == "05a6cfdda9057d4c", "as it was before there were these keys"
 
 
 @pytest.mark.parametrize("seed", [1, None], ids=["seeded", "system"])
