@@ -134,9 +134,9 @@ def _by_grams(layer: Layer, everything: Product, asked_of: float) -> LayerMeasur
     change[:T], change[own] = 1.0, -1.0
     missed[:T], missed[own.stop :] = asked_of, 1.0
     start = float(pairs[own, own].sum())
-    squares = []
+    squares, stacked = [], {*map(id, layer.stacked)}
     for client in layer.clients:
-        block = slice(end, end + client.factors.rank)
+        block = slice(end, end + (client.factors.rank if id(client) in stacked else 0))
         p, end = client.weight, block.stop
         squares.append(
             float(pairs[block, block].sum()) / p**2 - 2 * float(pairs[block, own].sum()) / p + start

@@ -63,13 +63,17 @@ class Layer:
         return as_lora(self.adapter)
 
     @cached_property
+    def stacked(self) -> Sequence[Weighted]:
+        """The clients that are in `target`: not those whose product is zero, unless everybody's is."""
+        return [c for c in self.clients if c.factors.B.any()] or self.clients[:1]
+
+    @cached_property
     def target(self) -> Product:
         """``T = sum_k p_k s_k B_k A_k``, stacked: the product that the clients' mean asks for.
 
         Clients whose product is zero, as of a layer that they do not train, take no room in it.
         """
-        asking = [c for c in self.clients if c.factors.B.any()] or self.clients[:1]
-        return stack((c.weight, c.factors) for c in asking)
+        return stack((c.weight, c.factors) for c in self.stacked)
 
     @property
     def weights(self) -> list[float]:

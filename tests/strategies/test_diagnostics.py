@@ -67,8 +67,14 @@ def two_layers(shape: tuple[int, int]) -> Federation:
 
 @pytest.mark.parametrize("name", ["fedavg", "flexlora", "flora", "fedmomentum", "zero-padding"])
 @pytest.mark.parametrize("shape", [(40, 50), (6, 9)], ids=["grams", "matrices"])
-def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("layers", ["all", "one each"])
+def test_each_figure_is_what_its_definition_says(name: str, shape: tuple[int, int], layers: str) -> None:
+    """Also where the first two clients train one layer each, and have no product in the other's stack."""
     rule, federation = make_rule(name), two_layers(shape)
+    if layers == "one each":
+        first, second, third = federation.clients
+        own = replace(first, modules=frozenset("a")), replace(second, modules=frozenset("b")), third
+        federation = replace(federation, clients=own)
     before = federation.start(rule)
     updates = federation.updates(rule, before)
     after, given = rule.aggregate(before, updates)
