@@ -31,6 +31,7 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
 from fedlora.core.parallel import one_thread
+from fedlora.data.columns import shown
 from fedlora.errors import ConfigError, FedLoraError, named_line
 from fedlora.secure.step import STEP
 
@@ -167,8 +168,8 @@ def refuse_other_inputs(
     here = tuple(runtime.data.label_names)
     if labels and not settings.data and here != labels:
         raise ConfigError(
-            f"data.name = {config.data.name!r}: its labels are {', '.join(here)} on this node, the run's are "
-            f"{', '.join(labels)}"
+            f"data.name = {config.data.name!r}: its labels are {shown(here)} on this node, the run's are "
+            f"{shown(labels)}"
         )
     seen = settings.home / run_key(instruction) / BASE_SEEN
     if not theirs or (seen.exists() and seen.read_text() == theirs):

@@ -86,6 +86,10 @@ def __getattr__(name: str) -> Any:
         return import_module("fedlora.data")
     if name not in _HOMES:
         raise AttributeError(f"module 'fedlora' has no attribute {name!r}")
+    if _HOMES[name] not in ("fedlora.config", "fedlora.errors"):
+        from fedlora.core.code import refuse_hidden
+
+        refuse_hidden()
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
@@ -62,6 +63,10 @@ COMPARED = ("fedlora", "torch", "transformers", "peft", "opacus", "flwr")
 """Packages whose versions a node tells the server before round 1."""
 
 
+_ENTRY = re.compile(r"[\w.-]+ [\w.+!-]{1,64}")
+"""What `versions` says of a package; anything else that a node says is not looked at."""
+
+
 def versions() -> list[str]:
     """The versions here of `COMPARED`, each as ``name version``; what is not installed is left out."""
     found = []
@@ -84,7 +89,7 @@ def compared(theirs: Iterable[str], ours: Iterable[str]) -> tuple[list[str], lis
     """
     cannot, can = list[str](), list[str]()
     here = dict(entry.split(" ", 1) for entry in ours)
-    for package, other in (entry.split(" ", 1) for entry in theirs if entry.count(" ") == 1):
+    for package, other in (entry.split(" ") for entry in theirs if _ENTRY.fullmatch(entry)):
         own = here.get(package)
         if own is None or own == other:
             continue
@@ -130,6 +135,18 @@ def prefer_own_code() -> None:
     """
     if len(top_packages()) > 1:
         sys.path.insert(0, str(code_root()))
+
+
+def refuse_hidden() -> None:
+    """Refuse a user's module in the place of one of these packages, as beside a script that is run.
+
+    Raises:
+        ConfigError: there is one, with its path.
+    """
+    for name in top_packages():
+        spec = find_spec(name)
+        if spec is not None and spec.origin and Path(spec.origin).resolve().parents[1] != code_root():
+            raise ConfigError(f"{spec.origin}: hides fedlora's own package {name!r}, give it another name")
 
 
 def import_own(key: str, name: str) -> Any:

@@ -72,13 +72,15 @@ def encode_targets(
     """
     from fedlora.data.columns import in_order, shown
 
-    if pa.types.is_fixed_size_list(tables[0][TARGETS].type):
+    lists_in = [not pa.types.is_fixed_size_list(table[TARGETS].type) for table in tables]
+    if any(lists_in) and not all(lists_in):
+        raise ConfigError(
+            f"{KEY} = {label_column!r}: holds lists of names in some files of {where}, 0 and 1 in others"
+        )
+    if not lists_in[0]:
         columns = name_list(label_column)
-        if known is not None and len(known) != len(columns):
-            raise ConfigError(
-                f"{KEY} = {label_column!r}: names {len(columns)} columns, must be {len(known)}, for "
-                f"{shown(known)}"
-            )
+        if known is not None:
+            check_columns(columns, known, f"{KEY} = {label_column!r}")
         return list(tables), tuple(columns if known is None else known)
     lists = [table[TARGETS].to_pylist() for table in tables]
     names = tuple(in_order(name for row in lists[0] for name in row)) if known is None else tuple(known)
@@ -98,6 +100,21 @@ def encode_targets(
                 numbers[row, place[name]] = 1.0
         encoded.append(table.set_column(table.column_names.index(TARGETS), TARGETS, _rows(numbers)))
     return encoded, names
+
+
+def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> None:
+    """Hold columns of targets to the names that are known: as many, and none of these at another's place.
+
+    Raises:
+        ConfigError: one of these, after ``where``.
+    """
+    from fedlora.data.columns import shown
+
+    if len(columns) != len(known):
+        raise ConfigError(f"{where}: names {len(columns)} columns, must be {len(known)}, for {shown(known)}")
+    pairs = zip(columns, known, strict=True)
+    if moved := [column for column, name in pairs if column != name and column in known]:
+        raise ConfigError(f"{where}: names {moved[0]!r} at another place than in {shown(known)}")
 
 
 def _rows(numbers: np.ndarray) -> pa.Array:
@@ -126,7 +143,7 @@ def _number(value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise ValueError(f"{described(value)}, must be a number") from None
-    if not math.isfinite(number) or abs(number) > np.finfo(np.float32).max:
+    if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
         raise ValueError(f"{value}, must be a finite number of 32 bits")
     return number
 
@@ -146,8 +163,8 @@ def _names(value: Any, classes: Sequence[str] | None) -> list[str]:
     if not isinstance(value, list):
         raise ValueError(f"{described(value)}, must be a list of names")
     if classes is not None:
-        if odd := [code for code in value if not 0 <= code < len(classes)]:
-            raise ValueError(f"{odd[0]}, which is none of its {len(classes)} classes")
+        if odd := [code for code in value if code is None or not 0 <= code < len(classes)]:
+            raise ValueError(f"{described(odd[0])}, which is none of its {len(classes)} classes")
         return [classes[code] for code in value]
     names = [named(name)[1].strip() for name in value]
     if "" in names:

@@ -14,7 +14,7 @@ from clients.evaluation import evaluate
 from fedlora.config import DataConfig, RunConfig, TrainConfig, name_list
 from fedlora.core.files import user_path
 from fedlora.data.columns import label_codes, shown
-from fedlora.data.targets import REGRESSION
+from fedlora.data.targets import REGRESSION, check_columns
 from fedlora.errors import ConfigError
 from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
@@ -77,10 +77,7 @@ def _in_order(
 ) -> np.ndarray:
     """Targets of a file in the order of the adapter's outputs: columns as they are named, lists by name."""
     if tuple(names) == name_list(label_column):
-        if len(names) != len(card.label_names):
-            raise ConfigError(
-                f"{where} has {len(names)} columns, the adapter predicts {shown(card.label_names)}"
-            )
+        check_columns(names, card.label_names, where)
         return targets
     if unknown := [name for name in names if name not in card.label_names]:
         raise ConfigError(f"{where} holds {unknown[0]!r}, the adapter has {shown(card.label_names)}")

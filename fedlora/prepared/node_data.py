@@ -24,7 +24,7 @@ from fedlora.config import DataConfig, name_list
 from fedlora.core.files import file_stamps
 from fedlora.data.chat.columns import usual_columns
 from fedlora.data.chat.template import ChatSettings
-from fedlora.data.columns import UNIT, Columns, in_order
+from fedlora.data.columns import UNIT, Columns, in_order, shown
 from fedlora.data.examples import open_examples
 from fedlora.data.split import split_table
 from fedlora.data.targets import TARGETS, encode_targets
@@ -233,7 +233,7 @@ def _coded(table: pa.Table, own: OwnData) -> pa.Table:
     labels = table["label"].to_pylist()
     row = next((row for row, label in enumerate(labels) if label not in codes), None)
     if row is not None:
-        odd, known = f"{labels[row]!r} in row {row + 1}", f"the run's labels are {', '.join(own.labels)}"
+        odd, known = f"{labels[row]!r} in row {row + 1}", f"the run's labels are {shown(own.labels)}"
         raise OwnDataRefused(
             f"label-column = {own.label_column!r}: {own.path} holds {odd}, {known}",
             f"this node's data has labels that the run does not know, {known}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +26,15 @@ def test_a_module_of_the_same_name_in_the_working_directory_hides_nothing(
     prefer_own_code()
     found = [importlib.util.find_spec(name) for name in BESIDE]
     assert [spec.origin for spec in found if spec] == [str(code_root() / n / "__init__.py") for n in BESIDE]
+
+
+def test_a_script_beside_a_module_of_the_same_name_is_told_its_path(tmp_path: Path) -> None:
+    (tmp_path / "clients.py").write_text("")
+    script = tmp_path / "script.py"
+    script.write_text("import fedlora\nfedlora.RunConfig()\nfedlora.run\n")
+    said = subprocess.run([sys.executable, script], capture_output=True, text=True).stderr
+    last = f"{tmp_path / 'clients.py'}: hides fedlora's own package 'clients', give it another name"
+    assert said.splitlines()[-1] == f"fedlora.errors.ConfigError: {last}"
 
 
 def test_the_packages_of_a_checkout_lie_side_by_side() -> None:

@@ -79,7 +79,7 @@ def test_a_label_that_the_run_does_not_know_is_refused_and_only_its_owner_is_tol
     with pytest.raises(OwnDataRefused, match="'leukaemia'") as caught:
         own_data(own(tmp_path, [*ROWS, {"text": "x", "label": "leukaemia"}]), "tiny", 64)
     assert caught.value.told == (
-        "this node's data has labels that the run does not know, the run's labels are neg, pos"
+        "this node's data has labels that the run does not know, the run's labels are 'neg', 'pos'"
     )
 
 

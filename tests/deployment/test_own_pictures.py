@@ -118,7 +118,7 @@ def test_a_node_with_pictures_of_one_label_keeps_the_runs_number(part: str, tmp_
 
 def test_pictures_directly_in_the_directory_have_no_label_of_the_run(tmp_path: Path) -> None:
     folder(tmp_path / "scans", 1)
-    assert "holds 'shade-1' in row 1, the run's labels are a, b" in refusal(
+    assert "holds 'shade-1' in row 1, the run's labels are 'a', 'b'" in refusal(
         own(tmp_path / "scans", tmp_path, labels=("a", "b"))
     )
     assert "holds 'shade-1'" in refusal(own(tmp_path / "scans" / "shade-1", tmp_path, labels=("a", "b")))
@@ -158,7 +158,9 @@ def test_a_picture_that_cannot_be_decoded_is_named_to_its_owner_alone(tmp_path: 
 
 def test_a_label_that_the_run_does_not_know_is_refused(tmp_path: Path) -> None:
     said = refusal(own(folder(tmp_path / "scans"), tmp_path, labels=LABELS[:3]))
-    assert re.search(r"holds 'shade-3' in row [0-9]+, the run's labels are shade-0, shade-1, shade-2", said)
+    assert re.search(
+        r"holds 'shade-3' in row [0-9]+, the run's labels are 'shade-0', 'shade-1', 'shade-2'", said
+    )
 
 
 @pytest.mark.parametrize(

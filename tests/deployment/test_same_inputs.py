@@ -8,12 +8,16 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from clients import owner
 from clients.handler import BASE_SEEN, TRAIN, handle
 from fedlora import client_app, wire
+from fedlora.assets.loading import DRAWN
 from fedlora.config import RunConfig, to_flat
 from fedlora.core.code import compared, versions
+from fedlora.data.columns import shown
+from fedlora.models import AdaptedModel
 from fedlora.simulation.local_grid import speak_as_server
 from strategies.nodes import NodeDirectory
 from tests.conftest import tiny_config
@@ -69,19 +73,31 @@ def test_one_changed_weight_is_another_base(cache: Path) -> None:
     assert model.base_digest() == before
 
 
+def test_what_is_computed_where_a_model_is_loaded_is_no_other_base() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    module = LlamaForSequenceClassification(LlamaConfig(vocab_size=8, pad_token_id=0, **sizes))
+    setattr(module, DRAWN, ("model.norm.weight",))
+    model = AdaptedModel(module, ("model.layers.0.self_attn.q_proj",))
+    tensors = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    before = model.base_digest()
+    for name in ("model.rotary_emb.inv_freq", "model.norm.weight"):  # another processor's last bits
+        tensors[name].data.mul_(1 + 2**-20)
+    assert model.base_digest() == before
+    tensors["model.layers.0.mlp.up_proj.weight"].data.mul_(1 + 2**-20)
+    assert model.base_digest() != before
+
+
 LABELS = ("calm", "cross", "curious", "proud")
 
 
-@pytest.mark.parametrize("labels", [LABELS[::-1], LABELS[:3], (*LABELS, "more")])
+@pytest.mark.parametrize("labels", [LABELS[::-1], LABELS[:3], (*LABELS, "of two\nlines")])
 def test_other_labels_or_another_order_are_declined(
     labels: tuple[str, ...], tmp_path: Path, cache: Path
 ) -> None:
     reply = answered(tiny_config(), tmp_path, labels=labels)
     assert reply.status == wire.DECLINED
-    assert (
-        "its labels are calm, cross, curious, proud on this node, the run's are " + ", ".join(labels)
-        in reply.reason
-    )
+    assert f"its labels are {shown(LABELS)} on this node, the run's are {shown(labels)}" in reply.reason
+    assert "\n" not in reply.reason
 
 
 def test_a_protected_node_gives_its_one_refusal(tmp_path: Path, cache: Path) -> None:
@@ -99,6 +115,8 @@ def test_a_protected_node_gives_its_one_refusal(tmp_path: Path, cache: Path) -> 
         ("peft 0.19.9", False, True),
         ("unknown 1", False, False),
         ("nonsense", False, False),
+        ("torch 9\nERROR", False, False),
+        ("torch 9" + "9" * 99, False, False),
     ],
 )
 def test_what_can_work_together(theirs: str, cannot: bool, can: bool) -> None:

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, List
 from scipy.stats import pearsonr
 from transformers.loss.loss_utils import ForSequenceClassificationLoss
 
@@ -18,6 +20,7 @@ from clients.training.batches import load_batch
 from clients.training.dp_mechanism import Mechanism
 from clients.training.self_check import check_steps
 from clients.training.train import batch_loss
+from fedlora.data.targets import TARGETS, encode_targets, read_targets
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.server.best import best_round
@@ -206,6 +209,26 @@ def test_odd_targets_are_one_line(
     with pytest.raises(ConfigError, match=why) as error:
         client_runtime(tiny_config(**keys(jsonl(tmp_path / "odd.jsonl", given), **of_task)))
     assert "\n" not in str(error.value)
+
+
+def test_columns_of_known_targets_stand_in_their_order() -> None:
+    table = pa.table({TARGETS: read_targets(Dataset.from_list(rows(3)), "size,stars", "regression", "'a'")})
+    assert encode_targets([table], "size,stars", ("length", "score"), "'a'") == ([table], ("length", "score"))
+    with pytest.raises(ConfigError, match="'size' at another place than in 'stars', 'size'"):
+        encode_targets([table], "size,stars", ("stars", "size"), "'a'")
+    with pytest.raises(ConfigError, match="names 2 columns, must be 1, for 'stars'"):
+        encode_targets([table], "size,stars", ("stars",), "'a'")
+
+
+def test_lists_are_all_lists_of_known_classes(tmp_path: Path, cache: Path) -> None:
+    classes = Features({"tags": List(ClassLabel(names=["even", "fine"]))})
+    table = Dataset.from_dict({"tags": [[0], [1, None]]}, features=classes)
+    with pytest.raises(ConfigError, match="row 2 of 'a' holds NoneType null, which is none of its 2 classes"):
+        read_targets(table, "tags", "multi_label_classification", "'a'")
+    train = [row | {"tags": 1} for row in rows(12)]
+    given = keys(jsonl(tmp_path / "a.jsonl", train), **{"data.test": jsonl(tmp_path / "b.jsonl", rows(4))})
+    with pytest.raises(ConfigError, match=r"lists of names in some files of .*, 0 and 1 in others"):
+        client_runtime(tiny_config(**given, **LABELS))
 
 
 def test_labels_that_training_does_not_know(tmp_path: Path, cache: Path) -> None:
