@@ -129,6 +129,8 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
         privacy = replace(privacy, unit_column=settings.unit_column)
     if settings.dataset_id:
         privacy = replace(privacy, dataset_id=settings.dataset_id)
+    if not simulation and config.data.evaluation_sets:  # files of the server's, which alone reads them
+        config = replace(config, data=replace(config.data, evaluation_sets=""))
     return config if privacy is config.privacy else replace(config, privacy=privacy)
 
 

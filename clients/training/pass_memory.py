@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clients.training.batches import Indices, load_batch
+from clients.training.reference import reference_batch
 from clients.training.train import batch_loss
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
@@ -63,7 +64,8 @@ def kept_bytes(model: AdaptedModel, examples: Examples, indices: Indices, pad_to
         return tensor
 
     held: list[Tensor] = []
-    batch = load_batch(examples, indices, pad_token_id, model.device)
+    pairs = reference_batch(model, model.task, examples, indices, pad_token_id)
+    batch = load_batch(pairs, indices, pad_token_id, model.device)
     with (
         torch.random.fork_rng(devices=[]), model.training(),
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),

@@ -18,6 +18,8 @@ from fedlora.server.validate import check
 from tests.conftest import tiny_config
 from tests.federation.test_kinds import run, values
 from tests.in_process import client_runtime
+from tests.tasks.test_preference import jsonl, rows
+from tests.tasks.test_preference import keys as pairs
 
 
 @pytest.fixture
@@ -53,6 +55,14 @@ def test_the_most_that_fits(given: tuple[Any, Any, np.ndarray, int]) -> None:
     with pytest.raises(ConfigError, match=r"^train\.pass-memory = 1e-06: an example of \d+ tokens alone"):
         with_passes(model, examples, own, pad, TrainConfig(pass_memory=1e-6))
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_of_pairs(tmp_path: Path, cache: Path) -> None:
+    runtime = client_runtime(tiny_config(**pairs(jsonl(tmp_path / "pairs.jsonl", rows()))))
+    model, data = runtime.model, runtime.data
+    model.load(fresh_adapters(model.modules, 4, 2.0, 0), {}, trained=frozenset("AB"))
+    config = TrainConfig(pass_memory=0.5)
+    assert with_passes(model, data.train, data.indices(0), data.pad_token_id, config).micro_batch_size > 1
 
 
 def test_same_bits_as_the_explicit_number(given: tuple[Any, Any, np.ndarray, int], tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ def test_other_labels_or_another_order_are_declined(
     assert "\n" not in reply.reason
 
 
+def test_a_node_needs_no_evaluation_sets(tmp_path: Path, cache: Path) -> None:
+    config = tiny_config(**{"data.evaluation-sets": '{"more": "/srv/of-the-server.jsonl"}'})
+    node = {"partition-id": 0, "state-dir": str(tmp_path)}
+    reply = handle(TRAIN, order(tiny_config(), 1, ()), to_flat(config), node, RUNTIMES)
+    assert wire.decode_reply(reply).status == wire.OK
+
+
 def test_a_protected_node_gives_its_one_refusal(tmp_path: Path, cache: Path) -> None:
     reply = answered(tiny_config(**PRIVATE), tmp_path, "0" * 64)
     assert (reply.status, reply.reason) == (wire.DECLINED, owner.REFUSAL)
