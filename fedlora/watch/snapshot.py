@@ -41,7 +41,7 @@ class RunState:
         strategy, rounds: of its configuration.
         round: the last one that is done.
         accuracies: after each round that was evaluated, with the round's number.
-        last: the last accuracy, loss, perplexity and epsilon that were measured.
+        last: the last accuracy, loss, perplexity, RMSE and epsilon that were measured.
         target_epsilon: None without a budget.
         bytes_up, bytes_down: of all rounds.
         seconds: of all rounds.
@@ -191,7 +191,7 @@ def _read_run(name: str, home: Path) -> RunState:
         accuracies=[(r["round"], r["accuracy"]) for r in rounds if r.get("accuracy") is not None],
         last={
             key: found[-1]
-            for key in ("accuracy", "loss", "perplexity", "epsilon")
+            for key in ("accuracy", "loss", "perplexity", "rmse", "epsilon")
             if (found := [r[key] for r in rounds if r.get(key) is not None])
         },
         target_epsilon=config.privacy.target_epsilon if config.privacy.private else None,

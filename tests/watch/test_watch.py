@@ -110,6 +110,11 @@ def test_metrics_are_in_prometheus_text_format(tmp_path: Path) -> None:
     assert f"fedlora_run_refused_total{label} 1" in lines
     assert "# TYPE fedlora_run_refused_total counter" in lines
     assert r'fedlora_run_state{run="a\"b",state="running"} 1' in lines
+    add(begin(tmp_path / "numbers"), record(1, accuracy=None, rmse=0.25))
+    assert (
+        'fedlora_run_rmse{run="numbers",strategy="fedavg"} 0.25'
+        in metrics(Watcher(tmp_path).runs(), []).splitlines()
+    )
 
 
 # --- the server --------------------------------------------------------------------------------------
