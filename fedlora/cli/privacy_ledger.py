@@ -203,7 +203,7 @@ def _row(place: Path, dataset: str, node: NodeSettings | None, account: Account 
 
 
 def _state_less(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Put a run's smaller epsilons into the rows of its own ledger that have spent what it claims."""
+    """Put a run's smaller epsilons into the rows of its or its nodes' ledgers that spent what it claims."""
     for file in directory.rglob("result.json"):
         named = Path(_ledger_in(file.with_name("config.toml")) or file.parent).expanduser().resolve()
         try:
@@ -212,9 +212,8 @@ def _state_less(directory: Path, rows: Iterable[dict[str, Any]]) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         for row in rows:
-            if Path(row["ledger"]).is_relative_to(named) and math.isclose(
-                row["epsilon"], spent, rel_tol=1e-9
-            ):
+            own = row["partition"] is not None or Path(row["ledger"]).is_relative_to(named)
+            if own and math.isclose(row["epsilon"], spent, rel_tol=1e-9):
                 row |= less
 
 

@@ -73,6 +73,12 @@ def test_a_federation_shows_what_each_owner_allows(tmp_path: Path, fedlora: Call
     assert first["left"] == 2.0 - first["epsilon"] > 0
     assert (first["data"], second["data"]) == ("/srv/ward-0.csv", "/srv/ward-1.csv")
     assert (second["epsilon"], second["max_epsilon"], second["left"]) == (0.0, None, None)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "result.json").write_text(
+        json.dumps({"claim": {"epsilon": first["epsilon"], "epsilon_of_model": 0.5}})
+    )
+    again = json.loads(fedlora("spent", tmp_path, "--json").stdout)
+    assert {row["dataset"]: row["epsilon_of_model"] for row in again} == {"ward-0": 0.5, "ward-1": None}
     printed = fedlora("spent", tmp_path / "nodes" / "node-1").stdout
     assert "ward-1" in printed
     assert "/srv/ward-1.csv" in printed
