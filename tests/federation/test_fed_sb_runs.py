@@ -163,7 +163,7 @@ def test_no_example_of_the_run_itself_is_public(moods: Path, tmp_path: Path) -> 
 def test_public_examples_with_other_labels_or_none_are_refused(tmp_path: Path, cache: Path) -> None:
     rows = [{"text": f"note {i} of many", "label": ("good", "bad")[i % 2]} for i in range(60)]
     other = config_of("public", written(tmp_path / "other.jsonl", rows))
-    with pytest.raises(ConfigError, match=r"its labels are bad, good, the run has calm"):
+    with pytest.raises(ConfigError, match=r"its labels are 'bad', 'good', the run has 'calm'"):
         public_data.first_gradients(client_runtime(other), other, 1)
     nowhere = config_of("public", tmp_path / "nowhere.jsonl")
     with pytest.raises(ConfigError, match=r"^data\.public = .*nowhere.jsonl': no such file"):
