@@ -86,8 +86,12 @@ class NodeDirectory:
         return dict(sorted(present.items()))
 
     def _ask(self, grid: Grid, nodes: list[int]) -> dict[int, int]:
-        """The partitions that nodes say they hold; those without an answer, or in `_unlike`, are left out."""
-        found, before, self._unlike = dict[int, int](), self._unlike, {}
+        """The partitions that nodes say they hold; those without an answer, or in `_unlike`, are left out.
+
+        A node stays in `_unlike` until it says otherwise: one that does not answer is not another one.
+        """
+        found, before = dict[int, int](), self._unlike
+        self._unlike = {node: before[node] for node in nodes if node in before}
         if not nodes:
             return found
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
@@ -102,6 +106,7 @@ class NodeDirectory:
                     self._unlike[node] = (partition, f"its node has {'; '.join(cannot)}")
                 else:
                     found[node] = partition
+                    self._unlike.pop(node, None)
                 if (cannot or can) and node not in before:
                     verdict = "takes no part" if cannot else "takes part"
                     what = "; ".join([*cannot, *can])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -145,6 +145,8 @@ def test_a_node_says_what_it_has_installed() -> None:
 def grid_of(told: dict[int, list[str]]) -> FakeGrid:
     def client(message: Message, partition: int) -> Message:
         node = message.metadata.dst_node_id
+        if not told[node]:
+            return Message(Error(code=0, reason="busy"), reply_to=message)
         answer = ConfigRecord({"partition-id": node, "versions": told[node]})
         return Message(RecordDict({"config": answer}), reply_to=message)
 
@@ -166,5 +168,7 @@ def test_a_node_of_other_libraries_takes_no_part_until_it_has_the_same(
     warned = [record.getMessage() for record in caplog.records]
     assert sum("partition 2 takes no part" in line for line in warned) == 1
     assert sum("partition 3 takes part: its node has torch 2.0.1" in line for line in warned) == 1
+    assert nodes.refresh(grid_of({**told, 2: []}), 1, timeout=0.0) == {1: 1, 3: 3}  # it does not answer
+    assert list(nodes.refused) == [2]
     assert nodes.refresh(grid_of({**told, 2: versions()}), 1, timeout=0.0) == {1: 1, 2: 2, 3: 3}
     assert nodes.refused == {}
