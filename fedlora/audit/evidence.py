@@ -27,6 +27,8 @@ def separations_of(federation: FederatedRun, view: ServerView) -> dict[str, Sepa
     config, train = federation.config, federation.config.train
     if train.optimizer != "sgd" or train.momentum or train.weight_decay or train.proximal_mu:
         return {}
+    if train.loraplus_lr_ratio != 1 or train.nested_ranks:  # parts of a canary move at another rate
+        return {}
     scheduled = train.schedule != "constant" or train.warmup_steps
     if scheduled or any(group.own_train for group in config.groups):  # a step then has no one unit
         return {}

@@ -79,8 +79,17 @@ def test_what_would_not_have_been_noticed_is_inconclusive() -> None:
     large = {"privacy.noise-multiplier": 0.5, "privacy.target-epsilon": 20.0}
     few = audit(config(**{"train.batch-size": 8, "num-server-rounds": 1, **large}), canaries=16)
     assert few.outcome == INCONCLUSIVE
-    large["privacy.noise-multiplier"] = 1.0
-    hidden = audit(config(**{"train.optimizer": "adamw", **large}))
+
+
+@pytest.mark.parametrize(
+    "key", [{"train.optimizer": "adamw"}, {"train.loraplus-lr-ratio": 8.0}, {"train.nested-ranks": True}]
+)
+def test_where_a_step_is_not_all_that_it_let_out_canaries_are_not_held_to_a_distance(
+    key: dict[str, Any],
+) -> None:
+    """An optimiser that divides, a rate of B's own, and steps that leave directions put them elsewhere."""
+    loud = {"privacy.noise-multiplier": 1.0, "privacy.target-epsilon": 20.0, "num-server-rounds": 1}
+    hidden = audit(config(**key, **loud), canaries=16)
     assert hidden.separations == {}
     assert hidden.outcome == INCONCLUSIVE
 
