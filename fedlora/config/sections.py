@@ -165,8 +165,8 @@ class DataConfig:
         files: dict[str, str] = parse_json("data.evaluation-sets", self.evaluation_sets, dict)
         for name, file in files.items():
             require(
-                isinstance(file, str) and bool(re.fullmatch(r"[\w.-]+", name)),
-                "data.evaluation-sets", {name: file}, "must be a name of letters, digits, - or _, and a file",
+                isinstance(file, str) and bool(file and re.fullmatch(r"[\w.-]+", name)),
+                "data.evaluation-sets", {name: file}, "must be a name (letters, digits, -, ., _) and a file",
             )  # fmt: skip
         return files
 

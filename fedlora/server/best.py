@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BEST = "best"
 LOWER = ("loss", "rmse")
 """Metrics of which a lower value is better."""
+METRICS = (*LOWER, "accuracy", "r2", "f1_micro", "f1_macro")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -65,8 +66,8 @@ def check_metric(config: RunConfig, kept: str) -> None:
 
 def metric_of(config: RunConfig) -> tuple[str, str]:
     """The evaluation set that ``metric-for-best-model`` names, or none, and the metric itself."""
-    given = config.metric_for_best_model
-    names = [name for name in config.data.evaluation_files if given.startswith(f"{name}_")]
+    given, sets = config.metric_for_best_model, config.data.evaluation_files
+    names = [name for name in sets if given.startswith(f"{name}_") and given not in METRICS]
     name = max(names, key=len, default="")
     return name, given.removeprefix(f"{name}_") if name else given
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fedlora.errors import ConfigError, NotApplicable
-from fedlora.server.best import best_round
+from fedlora.server.best import best_round, metric_of
 from fedlora.server.tracking import numbers
 from fedlora.server.validate import check
 from tests.conftest import tiny_config
@@ -74,12 +74,20 @@ def test_the_best_round_is_that_of_the_set_that_is_named(keys: dict[str, Any]) -
     assert best_round(chosen, records) == 2
 
 
+def test_a_set_hides_no_metric_of_the_task() -> None:
+    sets = {"task": "multi-label-classification", "data.evaluation-sets": '{"f1": "a.jsonl"}'}
+    for given, meant in (("f1_micro", ("", "f1_micro")), ("f1_f1_micro", ("f1", "f1_micro"))):
+        config = tiny_config(**sets, **{"metric-for-best-model": given})
+        check(config)
+        assert metric_of(config) == meant
+
+
 def test_what_sets_cannot_be_is_one_line(keys: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has loss, accuracy, each of them also after same_ or all-b_$"):
         check(tiny_config(**keys, **{"metric-for-best-model": "other_loss"}))
     with pytest.raises(NotApplicable, match=r"stays at clients, must be empty$"):
         check(tiny_config(**keys, **{"model.head": "local"}))
-    for odd in ('{"a b": "x"}', '{"a": 3}', '["a"]', "a.jsonl"):
+    for odd in ('{"a b": "x"}', '{"a": 3}', '["a"]', "a.jsonl", '{"a": ""}'):
         with pytest.raises(ConfigError, match=r"^data\.evaluation-sets = "):
             tiny_config(**{"data.evaluation-sets": odd})
     with pytest.raises(ConfigError, match=r"^data\.evaluation-sets = .*none\.jsonl': no such file"):
