@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 
 from fedlora.assets import fetch
 from fedlora.assets.fetch import ASSETS, Asset, asset_identity, asset_path, cache_dir, create_directory
+from fedlora.assets.models import converted_home, model_directory
+from fedlora.core.sealed import sealed
 from fedlora.errors import AssetError
 
 CONTENT = b"twelve bytes"
@@ -119,6 +122,30 @@ def test_a_file_lost_from_the_cache_is_named(tmp_path: Path, monkeypatch: pytest
     (asset_path("probe") / "a.txt").unlink()
     with pytest.raises(AssetError, match=r"a\.txt is missing"):
         asset_path("probe")
+
+
+def test_a_file_that_changed_in_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, wheel(tmp_path, {"probe/data/a.txt": CONTENT}), {"a.txt": sha256(CONTENT)})
+    file = asset_path("probe") / "a.txt"
+    file.write_bytes(bytes([CONTENT[0] ^ 1]) + CONTENT[1:])
+    os.utime(file, ns=(1, 1))  # the clock of a file system may stand still in between
+    with pytest.raises(AssetError, match=r"a\.txt is not what was fetched .*, delete .* to fetch it again"):
+        asset_path("probe")
+
+
+def test_a_converted_model_that_changed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = converted_home()
+    home.mkdir(parents=True)
+    (home / "model.safetensors").write_bytes(b"weights")
+    assert model_directory("smollm2") == home, "converted by an earlier version"
+    (home / "sha256.json").write_text(
+        json.dumps(sealed({"files": {"model.safetensors": sha256(b"weights")}}))
+    )
+    assert model_directory("smollm2") == home
+    (home / "model.safetensors").write_bytes(b"weighTs")
+    os.utime(home / "model.safetensors", ns=(1, 1))
+    with pytest.raises(AssetError, match=r"model\.safetensors: is not what was converted, delete"):
+        model_directory("smollm2")
 
 
 def test_unknown_asset() -> None:

@@ -19,6 +19,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -149,7 +150,7 @@ def is_cached(name: str) -> bool:
 
 
 def asset_path(name: str) -> Path:
-    """The directory with the files of an asset, fetched on first use.
+    """The directory with the files of an asset, fetched on first use, and held to their pins on every.
 
     Raises:
         AssetError: an unknown name; it cannot be fetched; a hash differs; its directory lost a file.
@@ -158,9 +159,14 @@ def asset_path(name: str) -> Path:
         raise AssetError(f"asset {name!r}: unknown, there are {', '.join(ASSETS)}")
     asset, home = ASSETS[name], _home(name)
     create_directory(home, lambda draft: _fetch(name, asset, draft))
-    for file in asset.files:
+    for file, pin in asset.files.items():
         if not (home / file).is_file():
             raise AssetError(f"asset {name!r}: {file} is missing, delete {home} to fetch it again")
+        if unchanged_sha256(home / file) != pin:
+            raise AssetError(
+                f"asset {name!r}: {file} is not what was fetched (its sha256 differs), delete {home} to fetch "
+                "it again"
+            )
     return home
 
 
@@ -219,6 +225,17 @@ def file_sha256(path: Path) -> str:
     """The sha256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def unchanged_sha256(path: Path) -> str:
+    """The same, computed once in a process for as long as the file's time and size stay."""
+    found = path.stat()
+    return _sha256_at(path, found.st_mtime_ns, found.st_size)
+
+
+@cache
+def _sha256_at(path: Path, mtime_ns: int, size: int) -> str:
+    return file_sha256(path)
 
 
 def _home(name: str) -> Path:

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import io
+import json
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from fedlora.assets.fetch import announced, asset_identity, asset_path, cache_dir, create_directory
+from fedlora.assets.fetch import (
+    announced,
+    asset_identity,
+    asset_path,
+    cache_dir,
+    create_directory,
+    file_sha256,
+    unchanged_sha256,
+)
 from fedlora.core.code import need_extra
+from fedlora.core.sealed import read_sealed, sealed
+from fedlora.errors import AssetError
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+HASHES = "sha256.json"
+"""In the directory of a converted model: the hash of every file, as it was left."""
 RANDOM_MODELS = ("tiny", "tiny-lm")
 """Models without files."""
 BUILT_IN_MODELS = ("minilm", "tiny", "smollm2", "tiny-lm")
@@ -27,13 +40,14 @@ def model_directory(name: str) -> Path | None:
     """The directory of a built-in model, fetched on first use; None for any other name.
 
     Raises:
-        AssetError: it cannot be fetched.
+        AssetError: it cannot be fetched, or a file changed since.
     """
     if name == "minilm":
         return asset_path(name)
     if name == "smollm2":
         home = converted_home()
         create_directory(home, lambda draft: _convert(asset_path(name), draft))
+        _check_converted(home)
         return home
     return None
 
@@ -61,3 +75,14 @@ def _convert(source: Path, draft: Path) -> None:
             vars(model).pop(mark, None)
         model.save_pretrained(draft)
         AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(draft)
+    hashes = {file.name: file_sha256(file) for file in sorted(draft.iterdir())}
+    (draft / HASHES).write_text(json.dumps(sealed({"files": hashes})))
+
+
+def _check_converted(home: Path) -> None:
+    """Hold the files to what the conversion left; one by an earlier version says nothing of them."""
+    if not (home / HASHES).exists():
+        return
+    for file, expected in read_sealed(home / HASHES)["files"].items():
+        if not (home / file).is_file() or unchanged_sha256(home / file) != expected:
+            raise AssetError(f"{home / file}: is not what was converted, delete {home} to convert it again")
