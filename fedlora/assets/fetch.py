@@ -164,8 +164,8 @@ def asset_path(name: str) -> Path:
             raise AssetError(f"asset {name!r}: {file} is missing, delete {home} to fetch it again")
         if unchanged_sha256(home / file) != pin:
             raise AssetError(
-                f"asset {name!r}: {file} is not what was fetched (its sha256 differs), delete {home} to fetch "
-                "it again"
+                f"asset {name!r}: {file} is not what was fetched (its sha256 differs), delete {home} to "
+                "fetch it again"
             )
     return home
 
