@@ -86,7 +86,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "train.learning-rate=fast": ("train.learning-rate = 'fast'", "number"),
     "train.optimizer=adma": ("did you mean adamw?",),
     "strategy.name=fedvag": ("did you mean fedavg?",),
-    "strategy.name=mine:Rule": ("'mine:Rule': cannot be imported", "No module named 'mine'"),
+    "strategy.name=nowhere:Rule": ("'nowhere:Rule': cannot be imported", "No module named 'nowhere'"),
     'strategy.options={"lam": 1}': ("strategy.options lam = 1", "fedavg accepts"),
     "strategy.options=lam=1": ("strategy.options = 'lam=1'", "not JSON"),
     "lora.ranks=4,8": ("fedavg needs equal ranks", "flora"),

@@ -152,7 +152,7 @@ def test_merging_needs_a_base_that_is_here(alike: Mapping[str, list[Path]], tmp_
     shutil.copytree(alike["llama"][0], tmp_path / "a")
     edit_config(tmp_path / "a", base_model_name_or_path="someone/llama")
     request = ["--strategy", "flora", "--out", tmp_path / "out", "--merge", tmp_path / "a"]
-    refused(aggregate(*request), "--merge", "'someone/llama'", "give --base")
+    refused(aggregate(*request), "--merge", "someone/llama", "give --base")
 
 
 def test_an_adapter_of_fedlora_is_merged_where_its_base_is_a_model_of_transformers(tmp_path: Path) -> None:

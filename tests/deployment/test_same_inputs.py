@@ -157,15 +157,16 @@ def grid_of(told: dict[int, list[str]]) -> FakeGrid:
 
 @pytest.mark.parametrize("closed", [False, True])
 def test_a_node_of_other_libraries_takes_no_part_until_it_has_the_same(
-    closed: bool, caplog: pytest.LogCaptureFixture
+    closed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    warned: list[str] = []
+    monkeypatch.setattr("strategies.nodes.log", lambda level, text, *more: warned.append(text % more))
     nodes = NodeDirectory(closed=closed)
     told = {1: versions(), 2: ["fedlora 0.0.0", *versions()[1:]], 3: ["torch 2.0.1"]}
     for _ in range(2):
         assert nodes.refresh(grid_of(told), 1, timeout=0.0) == {1: 1, 3: 3}
         assert list(nodes.refused) == [2]
         assert nodes.refused[2].startswith("its node has fedlora 0.0.0, here ")
-    warned = [record.getMessage() for record in caplog.records]
     assert sum("partition 2 takes no part" in line for line in warned) == 1
     assert sum("partition 3 takes part: its node has torch 2.0.1" in line for line in warned) == 1
     assert nodes.refresh(grid_of({**told, 2: []}), 1, timeout=0.0) == {1: 1, 3: 3}  # it does not answer

@@ -195,7 +195,10 @@ def test_what_is_no_conversation_is_refused(messages: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ({"task": "poetry"}, "task = 'poetry': accepted are classification, causal-lm, instruction"),
+        (
+            {"task": "poetry"},
+            "task = 'poetry': accepted are classification, regression, multi-label-classifi",
+        ),
         ({"model.head": "local"}, "model.head = 'local': task causal-lm trains no head"),
         ({"strategy.name": "head-only"}, "task causal-lm has no head"),
         ({"data.partitioner": "dirichlet", "data.num-partitions": 3}, "goes by labels"),
