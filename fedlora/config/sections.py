@@ -127,7 +127,8 @@ class DataConfig:
     image_column: str = "image"
     """Column with the picture, of images."""
     label_column: str = "label"
-    """Column with the label, whole numbers or names."""
+    """Column with the label, whole numbers or names; of a task of targets its columns, for instance
+    ``"stars, size"``, see ``docs/tasks.md``."""
     group_column: str = ""
     """Column of what must not be split between train and test, for instance ``author``."""
     domain_column: str = ""

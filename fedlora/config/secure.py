@@ -50,6 +50,10 @@ class SecureConfig:
             f"clients' shares of noise add up in sums alone, secure.mode is {self.mode!r}, must be 'sums'",
         )  # fmt: skip
         require(
+            self.sketch_size == 0 or self.mode == "sums", "secure.sketch-size", self.sketch_size,
+            f"products are sketched for sums alone, secure.mode is {self.mode!r}, must be 'sums'",
+        )  # fmt: skip
+        require(
             self.mode == "none" or self.colluding < self.min_clients, "secure.colluding", self.colluding,
             f"must be below secure.min-clients, which is {self.min_clients}, or no other noise is left",
         )  # fmt: skip

@@ -183,12 +183,12 @@ def names_in(table: pa.Table) -> dict[str, tuple[str, ...]]:
 
 
 def encode_labels(
-    tables: Sequence[pa.Table], source: Dataset, columns: Columns, where: str
+    tables: Sequence[pa.Table], source: Dataset, columns: Columns, where: Sequence[str]
 ) -> tuple[list[pa.Table], tuple[str, ...]]:
     """The tables with labels 0 .. K-1, and the K names; the first table decides which labels exist.
 
     A dataset that names its classes keeps its own order, and test examples may hold their numbers; else names
-    are sorted.
+    are sorted. ``where`` each table is from stands in an error.
 
     Raises:
         ConfigError: a label unknown to the first table.
@@ -197,9 +197,9 @@ def encode_labels(
     names = own or in_order(tables[0]["label"].to_pylist())
     key = f"data.label-column = {columns.label!r}"
     encoded = []
-    for table in tables:
+    for table, place in zip(tables, where, strict=True):
         codes = label_codes(
-            table["label"], names, f"{key}: {where}", "the training examples have", by_number=bool(own)
+            table["label"], names, f"{key}: {place}", "the training examples have", by_number=bool(own)
         )
         encoded.append(table.set_column(table.column_names.index("label"), "label", codes))
     return encoded, tuple(names)

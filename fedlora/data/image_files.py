@@ -38,7 +38,7 @@ def own_images(config: DataConfig, form: ImageFormat, image_column: str = "image
     columns, where = dataclasses.replace(Columns.of(config), texts=()), repr(config.name)
     sources = [source] if own_test is None else [source, own_test]
     checked = [standard(table, columns, where) for table in sources]
-    tables, label_names = encode_labels(checked, source, columns, where)
+    tables, label_names = encode_labels(checked, source, columns, [where] * len(checked))
     domain_names = in_order(name for table in tables for name in _column(table, "domain"))
     parts = [
         Images(

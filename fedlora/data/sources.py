@@ -81,20 +81,23 @@ def load_examples(config: DataConfig, columns: Columns | None = None) -> RawData
     """
     columns = Columns.of(config) if columns is None else columns
     source, own_test = open_source(config, labelled=bool(columns.label))
-    parts = [standard(source, columns, repr(config.name))]
+    where = [repr(config.name)]
+    parts = [standard(source, columns, where[0])]
     test = read_file(Path(config.test), "data.test") if config.test else own_test
     if test is not None:
         columns = replace(columns, unit="")  # only what is trained on is private
-        parts.append(standard(test, columns, f"the test examples of {config.name!r}"))
+        where.append(repr(config.test) if config.test else f"the test examples of {config.name!r}")
+        parts.append(standard(test, columns, where[-1]))
     columns, sets = replace(columns, unit=""), config.evaluation_files
     for file in sets.values():
-        parts.append(standard(read_file(Path(file), "data.evaluation-sets"), columns, repr(file)))
+        where.append(repr(file))
+        parts.append(standard(read_file(Path(file), "data.evaluation-sets"), columns, where[-1]))
     names: tuple[str, ...] = ()
     tables = parts
     if columns.targets:
-        tables, names = encode_targets(parts, columns.label, None, repr(config.name))
+        tables, names = encode_targets(parts, columns.label, None, where)
     elif columns.label:
-        tables, names = encode_labels(parts, source, columns, repr(config.name))
+        tables, names = encode_labels(parts, source, columns, where)
     split = split_texts if config.name in LONG_TEXTS else split_table
     own, more = tables[: len(tables) - len(sets)], tables[len(tables) - len(sets) :]
     train, test_table = own if len(own) == 2 else split(tables[0], config.test_fraction, "data.test-fraction")

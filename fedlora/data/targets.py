@@ -57,7 +57,7 @@ def read_targets(table: Dataset, label_column: str, kind: str, where: str) -> pa
 
 
 def encode_targets(
-    tables: Sequence[pa.Table], label_column: str, known: Sequence[str] | None, where: str
+    tables: Sequence[pa.Table], label_column: str, known: Sequence[str] | None, where: Sequence[str]
 ) -> tuple[list[pa.Table], tuple[str, ...]]:
     """The tables with K numbers in each row, and the K names.
 
@@ -65,7 +65,7 @@ def encode_targets(
         tables: with the part `TARGETS`; the first one decides which names there are.
         label_column: ``data.label-column``.
         known: the names, where they are known already.
-        where: the data, in an error.
+        where: what each table is from, in an error.
 
     Raises:
         ConfigError: a name that is not known, with its row, or another number of columns than of names.
@@ -75,7 +75,7 @@ def encode_targets(
     lists_in = [not pa.types.is_fixed_size_list(table[TARGETS].type) for table in tables]
     if any(lists_in) and not all(lists_in):
         raise ConfigError(
-            f"{KEY} = {label_column!r}: holds lists of names in some files of {where}, 0 and 1 in others"
+            f"{KEY} = {label_column!r}: holds lists of names in some of {', '.join(where)}, 0 and 1 in others"
         )
     if not lists_in[0]:
         columns = name_list(label_column)
@@ -85,16 +85,16 @@ def encode_targets(
     lists = [table[TARGETS].to_pylist() for table in tables]
     names = tuple(in_order(name for row in lists[0] for name in row)) if known is None else tuple(known)
     if not names:
-        raise ConfigError(f"{KEY} = {label_column!r}: no row of {where} has a label")
+        raise ConfigError(f"{KEY} = {label_column!r}: no row of {where[0]} has a label")
     place = {name: number for number, name in enumerate(names)}
     encoded = []
-    for table, rows in zip(tables, lists, strict=True):
+    for table, rows, file in zip(tables, lists, where, strict=True):
         numbers = np.zeros((len(rows), len(names)), dtype=np.float32)
         for row, of_row in enumerate(rows):
             for name in of_row:
                 if name not in place:
                     raise ConfigError(
-                        f"{KEY} = {label_column!r}: {where} holds {name!r} in row {row + 1}, known are "
+                        f"{KEY} = {label_column!r}: {file} holds {name!r} in row {row + 1}, known are "
                         f"{len(names)} labels: {shown(names)}"
                     )
                 numbers[row, place[name]] = 1.0

@@ -225,7 +225,7 @@ def _coded(table: pa.Table, own: OwnData) -> pa.Table:
     """With the run's number for each label, or its targets."""
     if TARGETS in table.column_names:
         try:
-            return encode_targets([table], own.label_column, own.labels, own.path)[0][0]
+            return encode_targets([table], own.label_column, own.labels, [own.path])[0][0]
         except ConfigError as error:
             told = "this node's data has other targets than the run"
             raise OwnDataRefused(_in_own_terms(str(error)), told) from None

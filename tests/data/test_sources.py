@@ -294,3 +294,15 @@ def test_a_directory_as_glue_ships_it(tmp_path: Path, cache: Path) -> None:
         assert (len(raw.train), len(raw.test)) == (8, 4)
         assert raw.label_names == ("entailment", "not_entailment")
         assert raw.train[0] == {"text": 'He said "yes0', "text_pair": "None", "label": 1}
+
+
+def test_an_unknown_label_is_told_with_the_file_that_has_it(tmp_path: Path) -> None:
+    for name, label in (("train", "a"), ("test", "a"), ("far", "odd")):
+        (tmp_path / f"{name}.csv").write_text(f"text,label\nx,a\ny,{label}\nz,b\n")
+    files = {key: str(tmp_path / f"{key}.csv") for key in ("train", "test", "far")}
+    sets = json.dumps({"far": files["far"]})
+    config = DataConfig(
+        name=files["train"], test=files["test"], evaluation_sets=sets, partitioner="iid", num_partitions=1
+    )
+    with pytest.raises(ConfigError, match=r"far\.csv' holds 'odd' in row 2"):
+        load_examples(config)

@@ -33,6 +33,7 @@ WITH: dict[str, dict[str, object]] = {
     "privacy.clip-shares": {"privacy.mode": "example", "privacy.clipping": "per-layer"},
     "devices.staleness": {"devices.buffer-size": 2},
     "secure.noise": {"secure.mode": "sums", "privacy.mode": "client"},
+    "secure.sketch-size": {"secure.mode": "sums"},
 }
 """What a key alone would contradict."""
 

@@ -213,11 +213,14 @@ def test_odd_targets_are_one_line(
 
 def test_columns_of_known_targets_stand_in_their_order() -> None:
     table = pa.table({TARGETS: read_targets(Dataset.from_list(rows(3)), "size,stars", "regression", "'a'")})
-    assert encode_targets([table], "size,stars", ("length", "score"), "'a'") == ([table], ("length", "score"))
+    assert encode_targets([table], "size,stars", ("length", "score"), ["'a'"]) == (
+        [table],
+        ("length", "score"),
+    )
     with pytest.raises(ConfigError, match="'size' at another place than in 'stars', 'size'"):
-        encode_targets([table], "size,stars", ("stars", "size"), "'a'")
+        encode_targets([table], "size,stars", ("stars", "size"), ["'a'"])
     with pytest.raises(ConfigError, match="names 2 columns, must be 1, for 'stars'"):
-        encode_targets([table], "size,stars", ("stars",), "'a'")
+        encode_targets([table], "size,stars", ("stars",), ["'a'"])
 
 
 def test_lists_are_all_lists_of_known_classes(tmp_path: Path, cache: Path) -> None:
@@ -227,7 +230,7 @@ def test_lists_are_all_lists_of_known_classes(tmp_path: Path, cache: Path) -> No
         read_targets(table, "tags", "multi_label_classification", "'a'")
     train = [row | {"tags": 1} for row in rows(12)]
     given = keys(jsonl(tmp_path / "a.jsonl", train), **{"data.test": jsonl(tmp_path / "b.jsonl", rows(4))})
-    with pytest.raises(ConfigError, match=r"lists of names in some files of .*, 0 and 1 in others"):
+    with pytest.raises(ConfigError, match=r"lists of names in some of .*, 0 and 1 in others"):
         client_runtime(tiny_config(**given, **LABELS))
 
 
