@@ -179,7 +179,11 @@ class KeepBest(Callback):
     """Keeps the model of the best round; after the checkpoint, so that no crash leaves it ahead of that."""
 
     def before_run(self, run: FederatedRun) -> None:
-        """Say what is chosen on, and make up for a crash right after a checkpoint."""
+        """Say what is chosen on, and make up for a crash right after a checkpoint.
+
+        Raises:
+            ConfigError: the best round so far is not kept any more: said before the last round, not after it.
+        """
         chooses = run.config.load_best_model_at_end or run.config.early_stopping_patience > 0
         if chooses and best.chosen_on(run.config) == "test":
             logging.getLogger("fedlora").warning(
@@ -187,6 +191,7 @@ class KeepBest(Callback):
                 "(data.validation-fraction keeps others for that)"
             )
         best.keep(run)
+        best.best_state(run)
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Replace what is kept, if this is the best round so far."""

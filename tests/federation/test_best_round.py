@@ -124,6 +124,19 @@ def test_a_best_model_that_is_gone_is_named(tmp_path: Path, cache: Path) -> None
         run(tmp_path, resume=True, **BEST)
 
 
+def test_a_run_that_goes_back_behind_what_is_kept_is_refused_at_once(tmp_path: Path, cache: Path) -> None:
+    keys = BEST | {"save-total-limit": 5}
+    run(tmp_path, **keys)
+    folder, best = tmp_path / "run" / "checkpoint", tmp_path / "run" / "best"
+    number = record(tmp_path)["best_round"]
+    shutil.rmtree(best)  # as if the round that is undone had been the best one
+    shutil.copytree(folder, best)
+    shutil.copy(folder / f"round-0000{number + 1}.json", folder / "latest.json")
+    with pytest.raises(ConfigError, match=rf"best: has not the model of round {number}, the best one"):
+        run(tmp_path, resume=True, **keys)
+    assert len(json_lines(tmp_path)) == number + 1
+
+
 def test_a_run_ends_early_and_stays_ended(tmp_path: Path, cache: Path) -> None:
     keys = BEST | {"early-stopping-patience": 1, "num-server-rounds": 8}
     run(tmp_path / "stopped", **keys)
