@@ -3,20 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DOMAINS := amazon movie nyt
-
 TOOLS := build/tools
-
-define AUDITED
-import json
-found = json.load(open("build/audit.json"))["dependencies"]
-bad = [f"{d['name']} {d['version']}: {v['id']}, mended in {', '.join(v['fix_versions']) or 'none'}"
-       for d in found for v in d.get("vulns", [])]
-skipped = sum("skip_reason" in d for d in found)
-print(*bad, f"{len(found) - skipped} of {len(found)} packages were looked up, {skipped} could not be (no index?); "
-      f"{len(bad)} known vulnerabilities", sep="\n")
-raise SystemExit(bool(bad))
-endef
-export AUDITED
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
@@ -64,16 +51,17 @@ test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants
 
-audit: $(TOOLS)  ## known vulnerabilities of the pinned packages; what could not be looked up is said, not passed
+audit: $(TOOLS)/.installed  ## known vulnerabilities of the pinned packages; what could not be looked up is said, not passed
 	$(TOOLS)/bin/pip-audit -r constraints.txt --no-deps --disable-pip -f json -o build/audit.json; test -s build/audit.json
-	$(TOOLS)/bin/python -c "$$AUDITED"
+	$(TOOLS)/bin/python experiments/audited.py build/audit.json
 
-sbom: $(STAMP) $(TOOLS)  ## what is installed in .venv with versions and licences, as build/sbom.json (CycloneDX)
+sbom: $(STAMP) $(TOOLS)/.installed  ## what is installed in .venv with versions and licences, as build/sbom.json (CycloneDX)
 	$(TOOLS)/bin/cyclonedx-py environment --of JSON -o build/sbom.json $(BIN)/python
 
-$(TOOLS):
+$(TOOLS)/.installed:
 	$(PYTHON) -m venv $(TOOLS)
-	$(TOOLS)/bin/pip install --quiet pip-audit cyclonedx-bom
+	$(TOOLS)/bin/pip install --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	touch $@
 
 bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; about half an hour
 	$(BIN)/python -m experiments.benchmarks.aggregate
