@@ -100,8 +100,8 @@ class SecureStrategy(FactorStrategy):
                 "sharers": chosen,
                 "max-weight": self.max_weight,
             }
-            clients = self._specs_of(chosen, server_round)
-            self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
+            self._refuse_shown(chosen, server_round)
+            self._rows = rows_of(self.rule, self.state, self._specs(chosen), self.sketch_size)
             asked |= self._rows.asked
             for partition in chosen:
                 record = ConfigRecord(dict(asked))
@@ -138,7 +138,7 @@ class SecureStrategy(FactorStrategy):
                 f"{self.selection.min_train_nodes} ({self.report.refusals() or 'no replies'})"
             )
         self.collector.close_masked()
-        self._specs_of(survivors, server_round)
+        self._refuse_shown(survivors, server_round)
         self._unmask(survivors)
         self.patience.note(server_round, self._silent)
         try:
@@ -157,13 +157,15 @@ class SecureStrategy(FactorStrategy):
         self._released = self.arrays()
         return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
 
-    def _specs_of(self, partitions: list[int], server_round: int) -> list[ClientSpec]:
-        """The settings of clients whose sum shows none of them."""
+    def _refuse_shown(self, partitions: list[int], server_round: int) -> None:
+        """Raise `RunFailed` where the sum of these clients would show what too few of them train."""
         assert self.state is not None
-        clients = [self.client_spec(partition) for partition in partitions]
+        clients = self._specs(partitions)
         if why := seen_alone(self.rule, self.state, clients, self.terms.min_clients):
             raise RunFailed(f"round {server_round}: {why}")
-        return clients
+
+    def _specs(self, partitions: list[int]) -> list[ClientSpec]:
+        return [self.client_spec(partition) for partition in partitions]
 
     def _take_in(self, summed: wire.Summed) -> None:
         sent, clients = self.transport.requests[0].broadcast, self.collector.survivors

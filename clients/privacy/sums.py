@@ -9,8 +9,7 @@ of them: its accounting is that of DP-SGD with this noise, at the own rate. Afte
 A gradient then depends on the noise of the steps before, which the sum does not show, and nothing is claimed;
 nor under optimisers that divide by the noisy gradient, for clients of unlike settings or noise, for rules
 that add up products, whose two factors are both noisy, for steps of drawn directions, of which each client
-leaves others without noise, or where a number could be cut to
-``secure.largest-change``.
+leaves others without noise, or where a number could be cut to ``secure.largest-change``.
 """
 
 from __future__ import annotations

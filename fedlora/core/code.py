@@ -67,15 +67,17 @@ _ENTRY = re.compile(r"[\w.-]+ [\w.+!-]{1,64}")
 """What `versions` says of a package; anything else that a node says is not looked at."""
 
 
+def version_of(package: str) -> str | None:
+    """The version of an installed package; None if it is not."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def versions() -> list[str]:
     """The versions here of `COMPARED`, each as ``name version``; what is not installed is left out."""
-    found = []
-    for package in COMPARED:
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    return found
+    return [f"{package} {found}" for package in COMPARED if (found := version_of(package))]
 
 
 def compared(theirs: Iterable[str], ours: Iterable[str]) -> tuple[list[str], list[str]]:

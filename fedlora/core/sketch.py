@@ -11,9 +11,9 @@ of the rows:
     T' = Q (F Q)^+ core ((G P)^+)^T P^T,       E ||H (T - T')||^2 = (p / out) ||T - T'||^2
 
 Tropp, Yurtsever, Udell and Cevher, "Streaming low-rank matrix approximation with an application to scientific
-simulation", SIAM J. Sci. Comput. 41(4), 2019 (arXiv 1902.08651). T' = T where the rank of
-T is at most q; beyond, the probes, which T' does not depend on, tell how much is lost. Where the sketches
-would be no smaller than T, T itself is added up.
+simulation", SIAM J. Sci. Comput. 41(4), 2019 (arXiv 1902.08651). T' = T where the rank of T is at most q;
+beyond, the probes, which T' does not depend on, tell how much is lost. Where the sketches would be no smaller
+than T, T itself is added up.
 
 All four go in one exchange. A basis Q that the server makes of the sum of the columns and sends back, to be
 answered by ``Q^T s_k B_k A_k``, would lose half as much at the same width (Halko, Martinsson and Tropp 2011),
@@ -81,7 +81,8 @@ class Sketch:
             rank: the most that a product can have; directions beyond it are rounding.
 
         Returns:
-            They, and which share of the norm of all of them is lost, as the probes say.
+            B (out, r) and A (r, in) of each layer, float32, and which share of the norm of all products
+            together is lost, by the probes.
         """
         found = {
             layer: self.product(layer, {x: summed[_key(layer, x)] for x in self.shapes(*own.shape)})

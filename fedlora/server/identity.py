@@ -11,12 +11,11 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig, to_flat
-from fedlora.core.code import code_root, top_packages
+from fedlora.core.code import code_root, top_packages, version_of
 
 NO_EFFECT = ("output-dir", "resume", "save-total-limit", "engine.", "study.", "tracking.")
 """Beginnings of keys that do not change a result: where it goes, which processes compute it, what it is
@@ -161,7 +160,7 @@ def config_digest(config: RunConfig) -> str:
 @lru_cache(maxsize=1)
 def code_digest() -> str:
     """A digest of the code that runs rest on, as it was when it was first asked for."""
-    versions = {name: installed(name) for name in LIBRARIES}
+    versions = {name: version_of(name) for name in LIBRARIES}
     sources = source_digest(code_root(), top_packages(), APART)
     return hashlib.sha256(json.dumps([sources, versions]).encode()).hexdigest()[:_LENGTH]
 
@@ -181,11 +180,3 @@ def source_digest(root: Path, packages: Collection[str], apart: tuple[str, ...] 
             if not name.startswith(apart):
                 digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()[:_LENGTH]
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package; None if it is not."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
+from fedlora.core.code import version_of
 from fedlora.core.sealed import read_sealed
 from fedlora.errors import ConfigError
-from fedlora.server.identity import LIBRARIES, Identity, identity, installed
+from fedlora.server.identity import LIBRARIES, Identity, identity
 
 PROVENANCE = "provenance.json"
 SCHEMA = 1
@@ -46,7 +47,7 @@ def provenance(
         "seed": config.seed,
         "commit": _commit(),
         "python": platform.python_version(),
-        "packages": {name: installed(name) for name in PACKAGES},
+        "packages": {name: version_of(name) for name in PACKAGES},
         "machine": platform.machine(),
         "system": platform.system(),
         "cpus": os.cpu_count(),
