@@ -35,6 +35,8 @@ from strategies.replies import TRAIN_LOSS
 from strategies.request import PendingRequest
 from strategies.sums import Shipped, rows_of, seen_alone, told_by_sums
 
+COARSE = 0.1
+"""Share of the mean change beyond which its rounding is warned of."""
 Steps = Mapping[int, Mapping[str, Any]]
 """Partition -> what it is asked."""
 
@@ -95,14 +97,10 @@ class SecureStrategy(FactorStrategy):
             self._planned = len(chosen)
             named = wire.identity(settings_of(config, server_round))
             chosen = self._agree(named, {partition: present[partition] for partition in chosen})
-            asked: dict[str, Any] = {
-                "session": self.collector.session,
-                "sharers": chosen,
-                "max-weight": self.max_weight,
-            }
-            self._refuse_shown(chosen, server_round)
-            self._rows = rows_of(self.rule, self.state, self._specs(chosen), self.sketch_size)
-            asked |= self._rows.asked
+            clients = self._unshown(chosen, server_round)
+            self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
+            asked: dict[str, Any] = {"session": self.collector.session, "sharers": chosen}
+            asked |= {"max-weight": self.max_weight, **self._rows.asked}
             for partition in chosen:
                 record = ConfigRecord(dict(asked))
                 if sealed := self.collector.sealed_for(partition):
@@ -138,34 +136,31 @@ class SecureStrategy(FactorStrategy):
                 f"{self.selection.min_train_nodes} ({self.report.refusals() or 'no replies'})"
             )
         self.collector.close_masked()
-        self._refuse_shown(survivors, server_round)
+        self._unshown(survivors, server_round)
         self._unmask(survivors)
         self.patience.note(server_round, self._silent)
         try:
             summed = self._read(self.collector.total(), start)
         except SecureRefused as error:
             raise RunFailed(f"round {server_round}: {error}") from None
+        key = f"secure.largest-change = {self.largest_change}"
         if summed.cut:
-            log(
-                WARNING,
-                "secure.largest-change = %s: %s clients cut numbers to it",
-                self.largest_change,
-                summed.cut,
-            )
+            log(WARNING, "%s: %s clients cut numbers to it", key, summed.cut)
+        if summed.rounding > COARSE:
+            coarse = "%s: rounding is up to %.0f %% of the update at secure.bits = %s"
+            log(WARNING, coarse, key, 100 * summed.rounding, self.terms.bits)
         self._take_in(summed)
         self.report.participants, self.report.train_loss = survivors, summed.loss
         self._released = self.arrays()
         return self._released, MetricRecord({} if summed.loss is None else {TRAIN_LOSS: summed.loss})
 
-    def _refuse_shown(self, partitions: list[int], server_round: int) -> None:
-        """Raise `RunFailed` where the sum of these clients would show what too few of them train."""
+    def _unshown(self, partitions: list[int], server_round: int) -> list[ClientSpec]:
+        """The clients; raises `RunFailed` where their sum would show what too few of them train."""
         assert self.state is not None
-        clients = self._specs(partitions)
+        clients = [self.client_spec(partition) for partition in partitions]
         if why := seen_alone(self.rule, self.state, clients, self.terms.min_clients):
             raise RunFailed(f"round {server_round}: {why}")
-
-    def _specs(self, partitions: list[int]) -> list[ClientSpec]:
-        return [self.client_spec(partition) for partition in partitions]
+        return clients
 
     def _take_in(self, summed: wire.Summed) -> None:
         sent, clients = self.transport.requests[0].broadcast, self.collector.survivors

@@ -85,3 +85,7 @@ class FixedPoint:
     def error(self, weights: float) -> float:
         """The most that an entry of the mean is off by, for a sum of weights."""
         return self.clients * self.limit * self.max_weight / (self.steps * weights) if weights else math.inf
+
+    def spread(self, weights: float) -> float:
+        """The largest standard deviation of that: an entry's own roundings are independent."""
+        return self.error(weights) / (2 * math.sqrt(self.clients))

@@ -38,12 +38,14 @@ class Summed:
         weight: the sum of the clients' weights.
         loss: mean over those that told one; None where nobody did.
         cut: clients of which some number was beyond the largest change.
+        rounding: standard deviation of the rounding of all changes at most, as a share of their norm.
     """
 
     tensors: Tensors
     weight: int
     loss: float | None
     cut: int
+    rounding: float = 0.0
 
 
 def row_length(start: Tensors, *, noisy: bool = False) -> int:
@@ -89,7 +91,9 @@ def from_row(total: Unsigned, start: Tensors, fixed: FixedPoint) -> Summed:
         raise SecureRefused("the weights of all clients sum to zero")
     sums = fixed.decode(total[:-COUNTS])
     loss = float(sums[-1]) / fixed.limit * LARGEST_LOSS / told if told else None
-    return Summed(_moved(start, sums[:-1] / weight), weight, loss, cut)
+    change = sums[:-1] / weight
+    spread, norm = fixed.spread(weight) * math.sqrt(len(change)), float(np.linalg.norm(change))
+    return Summed(_moved(start, change), weight, loss, cut, spread / norm if norm else 0.0)
 
 
 def to_noisy_row(start: Tensors, trained: Tensors, noise: SharedNoise, words: Words) -> Unsigned:
