@@ -266,3 +266,9 @@ def test_the_best_round_knows_which_way_is_better(tmp_path: Path) -> None:
 def test_a_study_of_regressions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(NotApplicable, match=r"^task = 'regression': a study compares accuracies"):
         run_study(tiny_config(**REGRESSION), tmp_path / "study")
+
+
+def test_a_label_is_given_above_a_probability_of_one_half() -> None:
+    outputs, targets = torch.tensor([[0.1, -0.1], [3.0, 0.2]]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    units, right = MultiLabelClassification().hits(outputs, targets)
+    assert (units.tolist(), right.tolist()) == ([2, 2], [2, 1])
