@@ -83,7 +83,7 @@ def test_a_library_of_another_version_is_other_code(monkeypatch: pytest.MonkeyPa
     code_digest.cache_clear()
     assert code_digest() == before
     code_digest.cache_clear()
-    monkeypatch.setattr(identity, "installed", lambda name: "99" if name == "opacus" else "1")
+    monkeypatch.setattr(identity, "version_of", lambda name: "99" if name == "opacus" else "1")
     try:
         assert code_digest() != before
     finally:
