@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedlora.config.checks import require
+from fedlora.config.secure import SecureConfig
 from fedlora.privacy.banded import most_participations, remaining, sensitivity, square_root
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
 from fedlora.privacy.plan import Budget
 from fedlora.privacy.trade_off import trade_off
+from fedlora.secure.graph import colluders_held
 from fedlora.secure.noise import worth
 
 FULL = 1.0
@@ -58,6 +60,12 @@ class ClientRequest(Budget):
             require(
                 self.colluding < self.min_clients <= self.asked, "--min-clients", self.min_clients,
                 f"must be above --colluding {self.colluding} and at most the {self.asked} that a round asks",
+            )  # fmt: skip
+            held = colluders_held(self.min_clients, self.asked, SecureConfig.threshold)
+            require(
+                self.colluding <= held, "--colluding", self.colluding,
+                f"the masks of {self.min_clients} clients (--min-clients) hold against at most {held} who "
+                f"collude, at secure.threshold {SecureConfig.threshold:g}",
             )  # fmt: skip
 
     @property

@@ -287,6 +287,10 @@ def test_noise_for_whole_clients_counts_the_rounds_that_fit() -> None:
         (["--clients", "0"], "--clients = 0: must be >= 1"),
         (["--min-clients", "51"], "--min-clients = 51: must be above --colluding 1 and at most the 50"),
         (["--min-clients", "5", "--colluding", "-5"], "--colluding = -5: must be >= 0"),
+        (
+            ["--min-clients", "5", "--colluding", "4"],
+            "--colluding = 4: the masks of 5 clients (--min-clients) hold",
+        ),
         (["--min-clients", "5", "--colluding", "5"], "--min-clients = 5: must be above --colluding 5"),
     ],
 )
