@@ -31,7 +31,7 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
 from fedlora.core.parallel import one_thread
-from fedlora.data.columns import shown
+from fedlora.data.columns import shown_apart
 from fedlora.errors import ConfigError, FedLoraError, named_line
 from fedlora.secure.step import STEP
 
@@ -167,9 +167,9 @@ def refuse_other_inputs(
     theirs, labels = str(instruction.config.get("base-digest", "")), _labels(instruction)
     here = tuple(runtime.data.label_names)
     if labels and not settings.data and here != labels:
+        ours, of_run = shown_apart(here, labels)
         raise ConfigError(
-            f"data.name = {config.data.name!r}: its labels are {shown(here)} on this node, the run's are "
-            f"{shown(labels)}"
+            f"data.name = {config.data.name!r}: its labels are {ours} on this node, the run's are {of_run}"
         )
     seen = settings.home / run_key(instruction) / BASE_SEEN
     if not theirs or (seen.exists() and seen.read_text() == theirs):

@@ -24,7 +24,7 @@ from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.init_eva import InputMoments
 from fedlora.core.seeding import stream
 from fedlora.core.state import Patch
-from fedlora.data.columns import BUILT_IN, shown
+from fedlora.data.columns import BUILT_IN, shown_apart
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel
@@ -42,10 +42,8 @@ def first_gradients(runtime: ClientRuntime, config: RunConfig, number: int) -> T
     """
     public = open_public(config)
     if public.label_names != runtime.data.label_names:
-        raise ConfigError(
-            f"data.public = {config.data.public!r}: its labels are {shown(public.label_names)}, the run "
-            f"has {shown(runtime.data.label_names)}"
-        )
+        its, of_run = shown_apart(public.label_names, runtime.data.label_names)
+        raise ConfigError(f"data.public = {config.data.public!r}: its labels are {its}, the run has {of_run}")
     model = _as_before_training(runtime, config)
     total = {name: torch.zeros(m.out_features, m.in_features) for name, m in model.modules.items()}
     with model.base.gradients() as gradients_of:
