@@ -15,6 +15,7 @@ import torch
 from clients.budget import PlannedRelease, train_within_budget
 from clients.control import keep_control, off_gradients
 from clients.node_settings import EvaluationNoise
+from clients.personal import train_second
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
@@ -79,6 +80,8 @@ def train_instruction(
         result, spent = _train(runtime, resolved, instruction, config, node)
     except (BudgetExceeded, LedgerRefused) as error:
         return declined(error, instruction, node)
+    if config.lora.personal_rank:
+        train_second(runtime, resolved, config, node.partition_id, instruction.server_round)
     return answer(resolved, instruction, config, node, result, spent)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -22,6 +22,7 @@ from clients.execute import (
     stage_of,
     train_instruction,
 )
+from clients.personal import keep_second, own_steps, second_member
 from clients.runtime import ClientRuntime
 from clients.store import ResolvedInstruction
 from clients.training.batched.layers import why_alone
@@ -148,6 +149,8 @@ def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answe
             if members
             else ([], False)
         )
+        if config.lora.personal_rank and members:
+            halved |= _train_second(runtime, group, members)
     except Exception as error:  # nobody's own: the model, the base, memory
         return answers | {ready.place: error for ready in group if ready.place not in answers}
     for ready, result in zip(group, results, strict=True):
@@ -158,6 +161,20 @@ def _together(runtime: ClientRuntime, group: Sequence[Ready]) -> dict[int, Answe
             ready.resolved, one.instruction, config, one.node, result, ready.spent, halved=halved
         )
     return answers
+
+
+def _train_second(runtime: ClientRuntime, group: Sequence[Ready], members: Sequence[Member]) -> bool:
+    """Train and keep the second adapters of clients that have done their part; whether memory ran out."""
+    first, server_round = group[0].assignment, group[0].assignment.instruction.server_round
+    seconds = [
+        second_member(runtime, ready.resolved, first.config, member, ready.partition_id, server_round)
+        for ready, member in zip(group, members, strict=True)
+    ]
+    task = _task(runtime, first)
+    results, halved = train_with_retry(runtime.model, seconds, replace(task, config=own_steps(task.config)))
+    for ready, result in zip(group, results, strict=True):
+        keep_second(ready.resolved.store, ready.partition_id, server_round, result.adapters)
+    return halved
 
 
 def _able(runtime: ClientRuntime, group: Sequence[Ready], answers: dict[int, Answer]) -> list[Ready]:

@@ -13,6 +13,8 @@ from clients.evaluation import evaluate
 from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, Node, set_up
 from clients.ledger_ref import LedgerRef, ledger_of, ledger_ref_of
 from clients.node_settings import EvaluationNoise
+from clients.personal import GLOBAL_ACCURACY, load_own
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.training.batches import Indices
 from fedlora import wire
@@ -35,12 +37,15 @@ def evaluate_instruction(
 
     The fixed subset of them, and all of them after the last round.
     """
+    second = config.lora.personal_rank > 0
+    if second and not mechanism_of(config).tells_losses:
+        raise ConfigError("privacy.release-metrics = false: what a second adapter reaches is outside epsilon")
     resolved = set_up(runtime, instruction, config, node, after_round=True)
     if isinstance(resolved, wire.Reply):
         return resolved
     if node.before_evaluation is not None:
         node.before_evaluation()
-    runtime.model.load(resolved.adapters, resolved.head)
+    load_own(runtime, resolved, config, node.partition_id, instruction.server_round + 1)
     if node.evaluation_noise is not None:
         return noisy_evaluation(
             runtime,
@@ -56,6 +61,10 @@ def evaluate_instruction(
     own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
     outcome = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
     metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
+    if second:
+        runtime.model.load(resolved.adapters, resolved.head)
+        beside = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
+        metrics[GLOBAL_ACCURACY] = beside.accuracy
     if not runtime.model.task.labelled:
         metrics[NUM_UNITS] = float(outcome.num_units)
     for domain, results in outcome.by_domain().items():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapters import Adapters
-from fedlora.core.factors import Tensors
+from fedlora.core.factors import AdapterSet, Tensors
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ModuleSpec
 
@@ -34,8 +34,8 @@ class InjectedAdapter(Protocol):
         """Start of a run, the same for one seed; None where the rule draws it."""
         ...
 
-    def check_rank(self, rank: int) -> None:
-        """Refuse a rank that is larger than an adapted layer allows.
+    def check_rank(self, rank: int, key: str = "lora.rank") -> None:
+        """Refuse a rank that is larger than an adapted layer allows; ``key`` says which it is.
 
         Raises:
             ConfigError: the first layer that does not.
@@ -51,8 +51,14 @@ class InjectedAdapter(Protocol):
         """
         ...
 
-    def activate(self, adapters: Adapters, dropout: float) -> None:
-        """Let the layers compute with adapters of these shapes and scalings, whose values come next."""
+    def activate(self, adapters: Adapters, dropout: float, beside: AdapterSet | None = None) -> None:
+        """Let the layers compute with adapters of these shapes and scalings, whose values come next.
+
+        Args:
+            adapters: of all layers.
+            dropout: on their inputs, while training.
+            beside: of LoRA alone, a second adapter whose product is added, held as it is.
+        """
         ...
 
     def parameters(self, module: str) -> dict[str, nn.Parameter]:

@@ -41,16 +41,17 @@ class InjectedLora:
         self._fan_in_fan_out = fan_in_fan_out
         self._adapters: set[str] = set()
         self._active = ""
+        self._names: list[str] = []
 
     def start(self) -> None:
         """Drawn by the rule."""
 
-    def check_rank(self, rank: int) -> None:
+    def check_rank(self, rank: int, key: str = "lora.rank") -> None:
         """Refuse a rank over the features of an adapted layer."""
         for name, spec in self._modules.items():
             most = min(spec.out_features, spec.in_features)
             if rank > most:
-                raise ConfigError(f"lora.rank = {rank}: {name} allows at most {most}")
+                raise ConfigError(f"{key} = {rank}: {name} allows at most {most}")
 
     def check(self, adapters: Adapters) -> None:
         """Refuse other shapes, more than one rank, or a core in some layers only."""
@@ -69,22 +70,33 @@ class InjectedLora:
                 )
         self.check_rank(ranks[0])
 
-    def activate(self, adapters: Adapters, dropout: float) -> None:
-        """One PEFT adapter per rank and shape, at the given scalings."""
+    def activate(self, adapters: Adapters, dropout: float, beside: AdapterSet | None = None) -> None:
+        """One PEFT adapter per rank and shape, at the given scalings; one more for what stands beside."""
         from peft.functional import set_adapter
 
+        names = [self._prepared("rank", lora_set(adapters), dropout)]
+        if beside is not None:
+            names.append(self._prepared("beside", beside, 0.0))
+        if names != self._names:
+            self._active, self._names = names[0], names
+            set_adapter(self._module, names)
+        for module, held in (beside or {}).items():
+            layer = self._layer(module)
+            for linear, value in ((layer.lora_A[names[1]], held.A), (layer.lora_B[names[1]], held.B)):
+                linear.weight.data.copy_(value)
+                linear.requires_grad_(False)
+
+    def _prepared(self, kind: str, adapters: AdapterSet, dropout: float) -> str:
+        """The name of the PEFT adapter of this rank, with these scalings."""
         first = next(iter(adapters.values()))
-        assert isinstance(first, LoraFactors)  # see `check`
-        name = f"rank{first.rank}" + ("" if first.R is None else "core")
+        name = f"{kind}{first.rank}" + ("" if first.R is None else "core")
         if name not in self._adapters:
             self._add(name, first.rank, cored=first.R is not None)
-        if name != self._active:
-            self._active = name
-            set_adapter(self._module, name)
         for module, adapter in adapters.items():
             layer = self._layer(module)
             layer.scaling[name] = adapter.scaling
             layer.lora_dropout[name].p = dropout
+        return name
 
     def parameters(self, module: str) -> dict[str, nn.Parameter]:
         """A, B and, where there is one, the core R."""

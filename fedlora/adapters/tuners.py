@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapters import TURNS, Adapters, NamedTensors, check_same_shapes
-from fedlora.core.factors import Tensors
+from fedlora.core.factors import AdapterSet, Tensors
 from fedlora.core.seeding import derive, drawn_from
 from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError, first_line
@@ -231,7 +231,7 @@ class InjectedTuner:
         """Start by PEFT's initialisation, from the seed of the run."""
         return self._start
 
-    def check_rank(self, rank: int) -> None:
+    def check_rank(self, rank: int, key: str = "lora.rank") -> None:
         """Left to PEFT, which has made the layers."""
 
     def check(self, adapters: Adapters) -> None:
@@ -239,8 +239,8 @@ class InjectedTuner:
         for name, adapter in adapters.items():
             check_same_shapes(self._start[name], adapter, name)
 
-    def activate(self, adapters: Adapters, dropout: float) -> None:
-        """The layers have one shape, and their dropout from the beginning."""
+    def activate(self, adapters: Adapters, dropout: float, beside: AdapterSet | None = None) -> None:
+        """The layers have one shape, and their dropout from the beginning; nothing stands beside."""
 
     def parameters(self, module: str) -> dict[str, nn.Parameter]:
         """Trained parameters of a layer, by PEFT's names without that of the adapter."""

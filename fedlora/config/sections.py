@@ -69,6 +69,9 @@ class LoraConfig:
     target_modules: str = ""
     """Comma list of module name endings, for instance ``query,value``, or ``all-linear``; empty means what
     PEFT chooses."""
+    personal_rank: NonNegativeInt = 0
+    """Rank of a second adapter that each client trains beside the global one and keeps; 0 means none. See
+    ``docs/personal.md``."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
     method: str = "lora"

@@ -27,18 +27,26 @@ def svd(p: Product) -> tuple[Tensor, Tensor, Tensor]:
     Signs are fixed so that equal inputs give equal bits: in each row of Vh the entry of
     largest magnitude is positive.
     """
-    left, right = p.left.double(), p.right.double()
-    if p.rank_bound >= min(left.shape[0], right.shape[1]):
-        U, S, Vh = torch.linalg.svd(left @ right, full_matrices=False)
-    else:
-        reflectors_left, reflectors_right = torch.geqrf(left), torch.geqrf(right.T)
-        core = _triangle(reflectors_left[0]) @ _triangle(reflectors_right[0]).T  # (R, R)
-        core_U, S, core_Vh = torch.linalg.svd(core, full_matrices=False)
-        U, Vh = _reflected(*reflectors_left, core_U), _reflected(*reflectors_right, core_Vh.T).T
-    peak = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True))  # (q, 1)
-    sign = torch.where(peak < 0, -1.0, 1.0).to(Vh.dtype)
     dtype = p.left.dtype
-    return (U * sign.T).to(dtype), S.to(dtype), (Vh * sign).to(dtype)
+    if p.rank_bound >= min(p.left.shape[0], p.right.shape[1]):
+        U, S, Vh = torch.linalg.svd(p.left.double() @ p.right.double(), full_matrices=False)
+        sign = _signs(Vh)
+        return U.mul_(sign.T).to(dtype), S.to(dtype), Vh.mul_(sign).to(dtype)
+    reflectors_left, reflectors_right = torch.geqrf(p.left.double()), torch.geqrf(p.right.T.double())
+    core = _triangle(reflectors_left[0]) @ _triangle(reflectors_right[0]).T  # (R, R)
+    core_U, S, core_Vh = torch.linalg.svd(core, full_matrices=False)
+    Vh = _reflected(*reflectors_right, core_Vh.T).T
+    del reflectors_right  # as large as a side in float64; layers are merged side by side
+    sign = _signs(Vh)
+    found = Vh.mul_(sign).to(dtype)
+    del Vh
+    return _reflected(*reflectors_left, core_U).mul_(sign.T).to(dtype), S.to(dtype), found
+
+
+def _signs(Vh: Tensor) -> Tensor:
+    """The sign of the entry of largest magnitude of each row, (q, 1)."""
+    places = Vh.abs().argmax(dim=1, keepdim=True)
+    return torch.where(Vh.gather(1, places) < 0, -1.0, 1.0).to(Vh.dtype)
 
 
 def _triangle(packed: Tensor) -> Tensor:

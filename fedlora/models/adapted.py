@@ -15,7 +15,7 @@ from fedlora.adapters.kind import AdapterKind, InjectedAdapter
 from fedlora.adapters.lora import LoraKind
 from fedlora.assets.loading import DRAWN
 from fedlora.core.adapters import Adapters
-from fedlora.core.factors import Tensors, check_same_modules
+from fedlora.core.factors import AdapterSet, Tensors, check_same_modules
 from fedlora.core.state import ModuleSpec, RankRegularizer, Template, Trainable
 from fedlora.errors import ConfigError, FactorShapeError
 from fedlora.models.base_weights import PatchedBase
@@ -121,9 +121,9 @@ class AdaptedModel:
             modules=self.modules, rank=rank, scaling=scaling, head=head, adapters=self.adapter.start()
         )
 
-    def check_rank(self, rank: int) -> None:
-        """Refuse a rank that is larger than an adapted layer allows."""
-        self.adapter.check_rank(rank)
+    def check_rank(self, rank: int, key: str = "lora.rank") -> None:
+        """Refuse a rank that is larger than an adapted layer allows; ``key`` says which it is."""
+        self.adapter.check_rank(rank, key)
 
     def load(
         self,
@@ -136,6 +136,7 @@ class AdaptedModel:
         train_head: bool = False,
         tail: RankRegularizer | None = None,
         control: Mapping[str, Tensor] | None = None,
+        beside: AdapterSet | None = None,
     ) -> None:
         """Make these values the model's own; nothing of the last client remains.
 
@@ -148,6 +149,7 @@ class AdaptedModel:
             train_head: whether the head will be trained.
             tail: what will be added to the loss.
             control: what will be taken off the gradients.
+            beside: a second adapter, without a core, whose product is added and which is held as it is.
 
         Raises:
             FactorShapeError: other layers, other shapes, more than one rank, or a core in some layers only.
@@ -155,7 +157,7 @@ class AdaptedModel:
         """
         self.check(adapters, head)
         self._tail, self._control = tail, control or {}
-        self.adapter.activate(adapters, dropout)
+        self.adapter.activate(adapters, dropout, beside)
         tensors = {module: adapter.tensors() for module, adapter in adapters.items()}
         parameters = {module: self.adapter.parameters(module) for module in adapters}
         for module, of_module in parameters.items():

@@ -26,7 +26,7 @@ from fedlora.server.evaluator import is_measured
 from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
 from fedlora.server.secure import largest_weight, shared_noise
-from fedlora.server.validate import configured_screening, kept
+from fedlora.server.validate import clients_measure, configured_screening
 from fedlora.server.warm_start import warm_start
 from strategies.arriving import ArrivingStrategy
 from strategies.buffered import BufferedStrategy
@@ -100,6 +100,8 @@ def assemble(
     ranks = {config.rank_of(p) for p in partitions}
     for rank in sorted(ranks):
         runtime.model.check_rank(rank)
+    if config.lora.personal_rank:
+        runtime.model.check_rank(config.lora.personal_rank, "lora.personal-rank")
     if config.train.gradient_checkpointing:
         blocks(runtime.model.module)
     privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
@@ -119,7 +121,7 @@ def assemble(
         known_examples=known_examples,
         screening=screening,
         fraction_evaluate=None,
-        clients_evaluate=partial(is_measured, config) if kept(config, rule) else _never,
+        clients_evaluate=partial(is_measured, config) if clients_measure(config, rule) else _never,
         diagnostics=config.strategy.diagnostics,
         client_dp=privacy.server(seeded=simulation),
         wire_dtype=config.wire_dtype,

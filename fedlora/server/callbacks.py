@@ -11,13 +11,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from clients.personal import SECOND
 from clients.privacy import mechanism_of
+from clients.store import OWN
 from fedlora.core.factors import Tensors
 from fedlora.server import best
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
-from fedlora.server.export import counted_intruders, export, own_tensors
+from fedlora.server.export import counted_intruders, export, export_seconds, kept_by
 from fedlora.server.model_card import about_run
+from fedlora.server.personal import PERSONAL, second_summary
 from fedlora.server.records import (
     BY_CLIENT,
     MEASURED,
@@ -79,6 +82,9 @@ class Evaluate(Callback):
         if report.server_round == run.config.num_server_rounds:
             self._global.whole(run.state)
         report.record = self._global.part(run.state)
+        if run.config.lora.personal_rank:
+            data, task = run.runtime.data, run.runtime.model.task
+            report.record |= second_summary(report.client_metrics, data.domain_names, task)
 
     def after_run(self, run: FederatedRun, result: dict[str, Any]) -> None:
         """Begin the result: the last model on the whole test set, and how clients differ."""
@@ -92,7 +98,7 @@ class Evaluate(Callback):
             if run.session.nodes is None:  # nodes alone know which domains they hold
                 partitioner = run.config.data.partitioner
                 by_client = accuracy_by_client(whole, run.runtime.data, run.partitions, partitioner)
-        result |= outcome | spread(by_client)
+        result |= outcome | spread(by_client) | {key: last[key] for key in (PERSONAL,) if key in last}
         self._write_samples(run, "after")
 
     def _write_samples(self, run: FederatedRun, when: str) -> None:
@@ -136,6 +142,9 @@ class Record(Callback):
         config, path = run.config, run.directory.path
         about = about_run(config, run.runtime, records, here=run.session.nodes is None)
         result |= export(path, config, run.runtime, run.state, _own(run), average=average, about=about)
+        if config.lora.personal_rank and run.session.stores is not None:
+            found = kept_by(run.session.stores / run.run_key, run.partitions, run.state.round, SECOND)
+            export_seconds(path, config, run.runtime, run.strategy.rule, run.state, found, about)
         if config.lora.method == "lora" and config.model.quantization == "none" and not run.personal:
             result |= counted_intruders(run.runtime, run.state)
 
@@ -144,7 +153,7 @@ def _own(run: FederatedRun) -> dict[int, Tensors]:
     """Personal tensors of the clients, where they can be reached."""
     if not run.personal or run.session.stores is None:
         return {}
-    return own_tensors(run.session.stores / run.run_key, run.partitions, run.state.round)
+    return kept_by(run.session.stores / run.run_key, run.partitions, run.state.round, OWN)
 
 
 class Track(Callback):

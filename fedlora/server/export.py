@@ -11,20 +11,21 @@ from typing import Any
 import torch
 
 from clients.runtime import ClientRuntime
-from clients.store import OWN, ClientStore
+from clients.store import ClientStore
 from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
 from fedlora.core.adapters import resized, tensor_names
-from fedlora.core.factors import Tensors
+from fedlora.core.factors import Tensors, as_product
 from fedlora.core.intruders import intruders
 from fedlora.core.parallel import parallel_map
 from fedlora.core.peft_keys import from_peft
-from fedlora.core.state import ClientSpec, State
+from fedlora.core.state import ClientSpec, Patch, State
 from fedlora.data.image_reader import PRETRAINED, TINY
 from fedlora.models import AdapterCard, save_adapter, save_loaded
 from fedlora.models.card import absolute
 from fedlora.server.build import client_spec
 from fedlora.server.model_card import write_beside
+from strategies.rule import Rule
 
 MOST_FEATURES = 640
 """Of a layer whose intruders are counted."""
@@ -60,6 +61,26 @@ def export(
     if own and average:
         state = mean_model(state, own, {p: float(len(runtime.data.indices(p))) for p in own})
     return _save(path / "adapter", config, runtime, state, about)
+
+
+def export_seconds(
+    path: Path,
+    config: RunConfig,
+    runtime: ClientRuntime,
+    rule: Rule,
+    state: State,
+    second: Mapping[int, Tensors],
+    about: Mapping[str, str],
+) -> None:
+    """Write ``adapters/client-K/`` for these: what a client receives and its second adapter, as one."""
+    scaling = config.lora.scaling(config.lora.personal_rank)
+    for partition, tensors in second.items():
+        beside = from_peft(tensors).lora(scaling)
+        patch = Patch({module: as_product(factors) for module, factors in beside.items()})
+        client = client_spec(config, runtime, partition)
+        received = rule.broadcast(state, client).adapters
+        theirs = replace(state, adapters=dict(received), base=(*state.base, patch))
+        _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, about, reader=False)
 
 
 def _save(
@@ -121,16 +142,17 @@ def _from_anywhere(model: ModelConfig) -> ModelConfig:
     return replace(model, name=name, adapter="")
 
 
-def own_tensors(store: Path, partitions: Iterable[int], last_round: int) -> dict[int, Tensors]:
-    """Personal tensors of each client that trained, after its last round, in PEFT's spelling.
+def kept_by(store: Path, partitions: Iterable[int], last_round: int, name: str) -> dict[int, Tensors]:
+    """What each client that trained keeps under a name, after its last round, in PEFT's spelling.
 
     Args:
         store: the run's directory among the clients' stores, ``<state-dir>/<run-key>``.
         partitions: whose.
         last_round: the last round that was aggregated.
+        name: `clients.store.OWN` or `clients.personal.SECOND`.
     """
     kept = ClientStore(store)
-    found = {p: kept.personal(p, OWN, last_round + 1) for p in sorted(partitions)}
+    found = {p: kept.personal(p, name, last_round + 1) for p in sorted(partitions)}
     return {p: tensors for p, tensors in found.items() if tensors is not None}
 
 

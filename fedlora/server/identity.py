@@ -56,6 +56,7 @@ ADDED = {
     "train.alternating": False,
     "train.nested-ranks": False,
     "train.control-variates": False,
+    "lora.personal-rank": 0,
     "secure.mode": "none",
     "secure.min-clients": 3,
     "secure.threshold": 0.66,

@@ -67,6 +67,8 @@ def check(config: RunConfig) -> Rule:
         )
     if config.model.adapter:
         check_warm_start(config, rule, ranks)
+    if config.lora.personal_rank:
+        check_second(config, rule)
     mechanism_of(config).check(rule, kept(config, rule))
     check_metric(config, kept(config, rule))
     if not config.devices.waits:
@@ -111,6 +113,24 @@ def check_warm_start(config: RunConfig, rule: Rule, ranks: Collection[int]) -> N
         raise NotApplicable(
             f"{key}: needs equal ranks, not {sorted(ranks)}, a client of lower rank would lack a part of it"
         )
+
+
+def check_second(config: RunConfig, rule: Rule) -> None:
+    """Refuse second adapters where there is no global one for them to stand beside.
+
+    Raises:
+        NotApplicable: another kind of adapter, a rule without a global one, clients that keep a part already,
+            or rounds that do not wait.
+    """
+    key = f"lora.personal-rank = {config.lora.personal_rank}"
+    if config.lora.method != "lora":
+        raise NotApplicable(f"{key}: is of lora, the run has lora.method = {config.lora.method!r}")
+    if kept(config, rule):
+        raise NotApplicable(f"{key}: clients keep {kept(config, rule)} already")
+    if not rule.facts.global_adapter:
+        raise NotApplicable(f"{key}: {rule.facts.name} makes no global adapter for a second to stand beside")
+    if not config.devices.waits:
+        raise NotApplicable(f"{key}: what clients keep to themselves needs rounds that wait")
 
 
 def check_asynchronous(config: RunConfig, rule: Rule) -> None:
@@ -226,6 +246,12 @@ def kept(config: RunConfig, rule: Rule) -> str:
     if config.model.head == "local":
         return "model.head = 'local'"
     return f"a personal factor of {rule.facts.name}" if rule.facts.personal else ""
+
+
+def clients_measure(config: RunConfig, rule: Rule) -> bool:
+    """Whether clients evaluate models of their own, and may tell what they find."""
+    second = config.lora.personal_rank > 0 and mechanism_of(config).tells_losses
+    return bool(kept(config, rule)) or second
 
 
 def configured_screening(config: RunConfig, *, simulation: bool) -> Screening | None:

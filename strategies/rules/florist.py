@@ -72,7 +72,7 @@ class FLoRISTRule(FLoRARule):
     def merge(self, layer: Layer) -> Merged:
         U, S, Vh = compact_svd(layer.target)
         p = directions(S, self.threshold)
-        kept = Product((U[:, :p] * S[:p]).contiguous(), Vh[:p].contiguous())
+        kept = Product((U[:, :p] * S[:p]).contiguous(), Vh[:p].clone())
         return replace(super().merge(layer), into_base=kept if p else None)
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from peft import load_peft_weights
 
+from clients.store import OWN
 from fedlora.config import from_flat
 from fedlora.core.factors import LoraFactors
 from fedlora.core.peft_keys import to_peft
 from fedlora.core.state import ClientSpec, State
 from fedlora.errors import ConfigError
-from fedlora.server.export import mean_model, model_of, own_tensors
+from fedlora.server.export import kept_by, mean_model, model_of
 from fedlora.server.validate import check
 from fedlora.simulation.simulate import simulate
 from tests.conftest import tiny_config
@@ -61,7 +62,7 @@ def test_a_run_leaves_an_adapter_for_each_client(name: str, tmp_path: Path, cach
             low, high = torch.stack([f[key] for f in found]).aminmax(dim=0)
             assert ((shared[key] >= low - 1e-6) & (shared[key] <= high + 1e-6)).all()
     stores = next((tmp_path / "run" / "clients").iterdir())
-    assert sorted(own_tensors(stores, range(4), 2)) == [0, 1, 2, 3]
+    assert sorted(kept_by(stores, range(4), 2, OWN)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("keys", [{"model.head": "local"}, {"strategy.name": "fedsa"}])

@@ -1,7 +1,8 @@
 """One forward pass over rows of different clients: each row meets its own client's adapter and head.
 
-For row i of client k, ``y_i = W x_i + s_k B_k R_k A_k dropout(x_i)``; the base W is applied to all rows at
-once, the factors by one batched product. The model's own adapter and head take no part and stay as they are.
+For row i of client k, ``y_i = W x_i + s_k B_k R_k A_k dropout(x_i)``, and a second product of x_i where one
+stands beside; the base W is applied to all rows at once, the factors by one batched product. The model's own
+adapter and head take no part and stay as they are.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clients.training.batched.stacks import BESIDE
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.models.gradient_checkpointing import recomputed
@@ -100,7 +102,12 @@ def _adapted(name: str, frozen: Forward, route: Route) -> Callable[..., Tensor]:
         if core is not None:
             hidden = torch.bmm(hidden, core.transpose(1, 2))
         outer = context.values[f"{name}.B"].transpose(1, 2)  # (rows, r, out)
-        return torch.baddbmm(_tokens(y).to(A.dtype), hidden, outer).to(y.dtype).view_as(y)
+        found = torch.baddbmm(_tokens(y).to(A.dtype), hidden, outer)
+        held = [context.values.get(f"{name}.{BESIDE}.{x}") for x in ("A", "B")]
+        if held[0] is not None and held[1] is not None:
+            beside = torch.bmm(_tokens(x).to(A.dtype), held[0].transpose(1, 2))
+            found = torch.baddbmm(found, beside, held[1].transpose(1, 2))
+        return found.to(y.dtype).view_as(y)
 
     return forward
 

@@ -33,6 +33,7 @@ class Member:
         train_head: whether it trains the head.
         tail: what it adds to its loss.
         control: what it takes off its gradients.
+        beside: a second adapter, without a core, held as it is; None where there is none.
         indices: its examples.
         steps: optimiser steps, >= 1.
         seed: its own and its round's; ignored where the mechanism is secure.
@@ -51,6 +52,7 @@ class Member:
     seed: int
     tail: RankRegularizer | None = None
     control: Mapping[str, Tensor] = field(default_factory=dict)
+    beside: AdapterSet | None = None
     mechanism: Mechanism | None = None
     sample_rate: float | None = None
     canaries: Canaries | None = None

@@ -12,15 +12,19 @@ import torch
 from torch import Tensor
 
 from clients.training.batched.members import Member
-from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, resize
 from fedlora.models import AdaptedModel
 
 OWN_AXES = {"A": (0,), "B": (1,), "R": (0, 1)}
 """The axes of a factor that are as long as the rank."""
+BESIDE = "beside"
+"""Between a layer's name and the factor's, of a second adapter that is held."""
 
 
 class StackedAdapters:
-    """Stacked tensors (members, ...) by name: ``<module>.A`` and the head's own names.
+    """Stacked tensors (members, ...) by name: ``<module>.A``, the head's own names, and what stands beside.
+
+    All members have a second adapter beside their own, or none.
 
     Attributes:
         values: all of them; those that somebody trains require a gradient.
@@ -41,6 +45,7 @@ class StackedAdapters:
         for name in self._head:
             own = [member.head.get(name, model.initial_head[name]) for member in members]
             self.values[name] = torch.stack(own).to(self.device, self.dtype)
+        self.values |= self._beside(members)
         self.scaling = {
             module: torch.tensor(
                 [m.adapters[module].scaling for m in members], device=self.device, dtype=self.dtype
@@ -118,6 +123,19 @@ class StackedAdapters:
         for place, part in enumerate(parts):
             self.own(stacked, name, place).copy_(part)
         return stacked
+
+    def _beside(self, members: Sequence[Member]) -> Tensors:
+        """What stands beside each member's adapter, the scaling in B, filled up to the largest rank."""
+        held = [member.beside for member in members if member.beside is not None]
+        rank = max((next(iter(one.values())).rank for one in held), default=0)
+        return {
+            f"{module}.{BESIDE}.{x}": torch.stack(
+                [resize(one[module], rank, 1.0).tensors()[x] for one in held]
+            ).to(self.device, self.dtype)
+            for module in self._modules
+            if held
+            for x in ("A", "B")
+        }
 
     def _who_holds(self, name: str) -> list[int]:
         is_head = name in self._head

@@ -211,6 +211,7 @@ def _local_only() -> FlatConfig:
     return {
         "strategy.name": "local-only",
         "model.head": "local",
+        "lora.personal-rank": 0,
         "fraction-train": 1.0,
     }
 

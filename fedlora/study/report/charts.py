@@ -26,6 +26,7 @@ from fedlora.study.report.format import (
     interval,
     percent,
 )  # fmt: skip
+from fedlora.study.report.gains_chart import gains_chart
 from fedlora.study.report.round_charts import (
     Styles,
     accuracy_chart,
@@ -202,6 +203,6 @@ def _frontiers(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
 
 DRAWN = (
     accuracy_chart, _privacy_utility, traffic_chart, time_chart, timeline_chart, gap_chart, cosine_chart,
-    rank_chart, epsilon_chart, trade_off_chart, _domains, _clients,
+    rank_chart, epsilon_chart, trade_off_chart, _domains, _clients, gains_chart,
 )  # fmt: skip
 """In the order of the page."""

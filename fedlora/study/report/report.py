@@ -14,6 +14,7 @@ from fedlora.errors import ConfigError
 from fedlora.server.records import SETS
 from fedlora.study.analyse.comparisons import Comparison, compare
 from fedlora.study.analyse.contests import contests
+from fedlora.study.analyse.gains import gains
 from fedlora.study.analyse.results import CellResult
 from fedlora.study.analyse.summary import CONTROL, Estimate, Row, summarise
 from fedlora.study.analyse.tuning import Tuning
@@ -137,6 +138,7 @@ def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
         **_against(rows),
         "Worst client": {row.name: _estimate(row.worst_client) for row in rows if row.worst_client},
         "Worst decile": {row.name: _estimate(row.worst_decile) for row in rows if row.worst_decile},
+        **_gains(rows),
         "MB up": _column(rows, lambda row: row.bytes_up, format.megabytes),
         "MB down": _column(rows, lambda row: row.bytes_down, format.megabytes),
         "Gap": _column(rows, lambda row: row.gap, format.significant),
@@ -196,6 +198,17 @@ def _against(rows: Sequence[Row]) -> dict[str, Column]:
             if contest.control and row is not contest.control:
                 control[row.name] = _difference(contest.difference(row, contest.control))
     return {"To the highest": highest, f"Over {CONTROL}": control}
+
+
+def _gains(rows: Sequence[Row]) -> dict[str, Column]:
+    """Mean gain of the clients, and that of the worst decile in small print."""
+    found: dict[str, dict[str, Value]] = {}
+    for one in gains(rows):
+        worst = f"worst decile {format.signed(one.worst_decile)}"
+        found.setdefault(f"Clients' gain over {one.over}", {})[one.name] = (
+            format.signed(one.mean), one.mean, worst,
+        )  # fmt: skip
+    return dict(found)
 
 
 def _until(rows: Sequence[Row], target: float) -> dict[str, Column]:

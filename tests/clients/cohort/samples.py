@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clients.training.batched import BatchSettings, Member
+from clients.training.batched.stacks import BESIDE
 from clients.training.batched.train import Cohort
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private
@@ -69,7 +70,9 @@ def together(
     losses = [0.0 for _ in members]
     for place, k in enumerate(order):
         values[k] = {
-            name: stacks.own(tensor.detach(), name, place).clone() for name, tensor in stacks.values.items()
+            name: stacks.own(tensor.detach(), name, place).clone()
+            for name, tensor in stacks.values.items()
+            if f".{BESIDE}." not in name
         }
         losses[k] = results[place].loss or 0.0
     return values, losses
@@ -86,6 +89,7 @@ def alone(network: AdaptedModel, member: Member, task: BatchSettings) -> tuple[V
         train_head=member.train_head,
         tail=member.tail,
         control=member.control,
+        beside=member.beside,
     )
     network.module.to(next(iter(network.module.parameters())).dtype)
     common: Any = (network, task.examples, member.indices, task.pad_token_id, task.config)

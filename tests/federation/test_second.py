@@ -1,0 +1,141 @@
+"""Second adapters in whole runs: nothing that is sent knows of them, and clients gain by them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import load_peft_weights
+
+from clients.execute import Node
+from clients.execute_evaluation import evaluate_instruction
+from clients.personal import SECOND
+from fedlora.config import from_flat
+from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.export import kept_by
+from fedlora.server.personal import second_summary
+from fedlora.server.results import read_rounds
+from fedlora.server.validate import check
+from fedlora.simulation.simulate import simulate
+from fedlora.tasks import CLASSIFICATION
+from tests.conftest import tiny_config
+
+ON = {"lora.personal-rank": 2}
+DP = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "privacy.max-grad-norm": 1.0}
+
+
+def run(path: Path, *, resume: bool = False, **keys: Any) -> dict[str, Any]:
+    return simulate(tiny_config(**{"num-server-rounds": 2, **keys}), path, resume=resume)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return load_peft_weights(str(path), device="cpu")
+
+
+def seconds(path: Path, rounds: int = 2) -> dict[int, dict[str, torch.Tensor]]:
+    store = next((path / "clients").iterdir())
+    return kept_by(store, range(4), rounds, SECOND)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"strategy.name": "fedavg", "train.proximal-mu": 0.1},
+        {"strategy.name": "flora", "lora.ranks": "2,4"},
+        {"strategy.name": "fed-sb"},
+        {"strategy.name": "fedavg", **DP},
+        {"strategy.name": "fedavg", "secure.mode": "sums"},
+        {"strategy.name": "ffa", "privacy.mode": "client", "privacy.noise-multiplier": 1.0},
+    ],
+    ids=lambda keys: "-".join(map(str, keys.values())),
+)
+def test_what_is_sent_does_not_know_of_it(keys: dict[str, Any], tmp_path: Path, cache: Path) -> None:
+    """The same global adapter bit by bit, the same bytes up, the same epsilon; clients have their own."""
+    plain, found = run(tmp_path / "plain", **keys), run(tmp_path / "second", **keys, **ON)
+    expected, ours = weights(tmp_path / "plain" / "adapter"), weights(tmp_path / "second" / "adapter")
+    assert all(torch.equal(expected[name], ours[name]) for name in expected)
+    for one, other in zip(read_rounds(tmp_path / "plain"), read_rounds(tmp_path / "second"), strict=True):
+        assert one["bytes_up"] == other["bytes_up"]
+        assert one["epsilon"] == other["epsilon"]
+        assert one["accuracy"] == other["accuracy"]
+    own = seconds(tmp_path / "second")
+    assert sorted(own) == [0, 1, 2, 3]
+    assert not any(torch.equal(own[0][name], own[1][name]) for name in own[0])
+    assert ("personal" in found) == (keys.get("privacy.mode") is None)
+    assert "personal" not in plain
+
+
+def test_cohorts_train_them_as_clients_alone_do(tmp_path: Path, cache: Path) -> None:
+    """Ranks of the global adapter that differ stand beside in one cohort."""
+    keys = {"strategy.name": "flexlora", "lora.ranks": "2,4", **ON}
+    run(tmp_path / "alone", **keys, **{"engine.cohort-size": 1})
+    run(tmp_path / "together", **keys, **{"engine.cohort-size": 4})
+    alone, together = seconds(tmp_path / "alone"), seconds(tmp_path / "together")
+    for client, tensors in alone.items():
+        assert any(tensor.abs().max() > 1e-3 for name, tensor in tensors.items() if ".lora_B." in name)
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(together[client][name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_a_resumed_run_has_the_same_ones(tmp_path: Path, cache: Path) -> None:
+    run(tmp_path / "whole", **ON, **{"num-server-rounds": 3})
+    run(tmp_path / "cut", **ON)
+    run(tmp_path / "cut", resume=True, **ON, **{"num-server-rounds": 3})
+    whole, cut = seconds(tmp_path / "whole", 3), seconds(tmp_path / "cut", 3)
+    assert all(torch.equal(whole[k][name], cut[k][name]) for k in whole for name in whole[k])
+
+
+def test_figures_are_of_both_models_on_the_same_examples(tmp_path: Path, cache: Path) -> None:
+    """The exported model of a client is what it evaluated; the global one is the server's own figure."""
+    found = run(tmp_path, **ON, **{"train.local-steps": 8, "num-server-rounds": 3})
+    personal, clients = found["personal"], found["accuracy_by_client"]
+    assert personal["accuracy_of_global_by_client"] == pytest.approx(clients)
+    gains = [personal["accuracy_by_client"][k] - clients[k] for k in clients]
+    assert personal["gain_over_global"] == pytest.approx(sum(gains) / 4)
+    assert personal["gain_over_global_worst_decile"] == pytest.approx(min(gains))
+    shared, own = weights(tmp_path / "adapter"), weights(tmp_path / "adapters" / "client-1")
+    second, scaling = seconds(tmp_path, 3)[1], 16 / 2
+    for name in (n for n in shared if n.endswith("lora_A.weight")):
+        b = name.replace("lora_A", "lora_B")
+        wanted = 16 / 4 * shared[b] @ shared[name] + scaling * second[b] @ second[name]
+        torch.testing.assert_close(own[b] @ own[name], wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_clients_that_tell_one_figure_alone_do_not_count() -> None:
+    whole = {"num-examples": 4.0, "accuracy": 0.5, "loss": 1.0, "accuracy-of-global": 0.25}
+    foreign = {"num-examples": 4.0, "accuracy": 1.0, "loss": 1.0}
+    found = second_summary({0: whole, 1: foreign}, (), CLASSIFICATION)["personal"]
+    assert found["accuracy_by_client"] == {"0": 0.5}
+    assert found["gain_over_global"] == 0.25
+    assert second_summary({1: foreign}, (), CLASSIFICATION) == {}
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"strategy.name": "fedsa"}, "clients keep a personal factor of fedsa already"),
+        ({"model.head": "local"}, "clients keep model.head = 'local' already"),
+        ({"strategy.name": "head-only"}, "head-only makes no global adapter"),
+        ({"lora.method": "vera"}, "is of lora"),
+        ({"devices.buffer-size": 2}, "needs rounds that wait"),
+    ],
+)
+def test_where_it_cannot_stand_it_is_refused(keys: dict[str, Any], said: str) -> None:
+    check(from_flat(ON))
+    with pytest.raises(NotApplicable, match=f"lora.personal-rank = 2: .*{said}"):
+        check(from_flat({**ON, **keys}))
+
+
+def test_a_rank_that_no_layer_allows_is_refused(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.personal-rank = 4000: .* allows at most"):
+        run(tmp_path, **{"lora.personal-rank": 4000})
+    assert not (tmp_path / "rounds.jsonl").exists()
+
+
+def test_under_privacy_no_server_is_told_what_it_reaches(tmp_path: Path) -> None:
+    """Whatever the server asks: P Q is trained without noise, so its figures are outside epsilon."""
+    config: Any = tiny_config(**ON, **DP)
+    with pytest.raises(ConfigError, match="outside epsilon"):
+        evaluate_instruction(None, None, config, Node(partition_id=0, state_dir=tmp_path))  # type: ignore[arg-type]
