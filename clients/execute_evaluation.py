@@ -13,8 +13,7 @@ from clients.evaluation import evaluate
 from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, Node, set_up
 from clients.ledger_ref import LedgerRef, ledger_of, ledger_ref_of
 from clients.node_settings import EvaluationNoise
-from clients.personal import GLOBAL_ACCURACY, load_own
-from clients.privacy import mechanism_of
+from clients.personal import GLOBAL_ACCURACY, load_own, may_tell
 from clients.runtime import ClientRuntime
 from clients.training.batches import Indices
 from fedlora import wire
@@ -38,7 +37,7 @@ def evaluate_instruction(
     The fixed subset of them, and all of them after the last round.
     """
     second = config.lora.personal_rank > 0
-    if second and not mechanism_of(config).tells_losses:
+    if second and not may_tell(config):
         raise ConfigError("privacy.release-metrics = false: what a second adapter reaches is outside epsilon")
     resolved = set_up(runtime, instruction, config, node, after_round=True)
     if isinstance(resolved, wire.Reply):

@@ -85,6 +85,11 @@ def train_second(
     keep_second(store, partition_id, server_round, result.adapters)
 
 
+def may_tell(config: RunConfig) -> bool:
+    """Whether what second adapters reach may leave their clients: it is outside epsilon."""
+    return config.privacy.mode == "none" or config.privacy.release_metrics
+
+
 def load_own(
     runtime: ClientRuntime,
     resolved: ResolvedInstruction,

@@ -1,4 +1,4 @@
-"""Figures of clients' own models, where a global one stands beside them: what each gains over it."""
+"""Second adapters of clients (`clients.personal`): where they can stand, and what each gains by its own."""
 
 from __future__ import annotations
 
@@ -7,12 +7,40 @@ from statistics import fmean
 from typing import Any
 
 from clients.personal import GLOBAL_ACCURACY
+from fedlora.config import RunConfig
+from fedlora.errors import NotApplicable
 from fedlora.server.records import BY_CLIENT, personal_summary, worst_decile
 from fedlora.tasks import Task
+from strategies.rule import Rule
 
 PERSONAL = "personal"
 """Key of these figures in a record."""
 GLOBAL_BY_CLIENT = "accuracy_of_global_by_client"
+
+
+def check_second(config: RunConfig, rule: Rule, keeps: str) -> None:
+    """Refuse second adapters where there is no global one for them to stand beside.
+
+    Args:
+        config: of a run that has them.
+        rule: of the run.
+        keeps: what clients keep without them, see `fedlora.server.validate.kept`.
+
+    Raises:
+        NotApplicable: another kind of adapter, a rule without a global one, clients that keep a part already,
+            a best round that is to be gone back to, or rounds that do not wait.
+    """
+    key = f"lora.personal-rank = {config.lora.personal_rank}"
+    if config.lora.method != "lora":
+        raise NotApplicable(f"{key}: is of lora, the run has lora.method = {config.lora.method!r}")
+    if keeps:
+        raise NotApplicable(f"{key}: clients keep {keeps} already")
+    if not rule.facts.global_adapter:
+        raise NotApplicable(f"{key}: {rule.facts.name} makes no global adapter for a second to stand beside")
+    if config.load_best_model_at_end:
+        raise NotApplicable(f"{key}: load-best-model-at-end = true: clients' own are those of the last round")
+    if not config.devices.waits:
+        raise NotApplicable(f"{key}: what clients keep to themselves needs rounds that wait")
 
 
 def second_summary(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from clients.personal import may_tell
 from clients.privacy import mechanism_of
 from clients.training.optimizers.local import LocalOptimizer
 from clients.training.optimizers.registry import check_optimizer, optimizer_type
@@ -13,6 +14,7 @@ from fedlora.core.init_drawn import FROM_DATA, TAKEN_OUT
 from fedlora.data.chat.template import check_chat
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.best import check_metric
+from fedlora.server.personal import check_second
 from fedlora.server.secure import check_secure
 from fedlora.server.tracking import check_tracking
 from fedlora.server.validate_passes import check_passes
@@ -68,7 +70,7 @@ def check(config: RunConfig) -> Rule:
     if config.model.adapter:
         check_warm_start(config, rule, ranks)
     if config.lora.personal_rank:
-        check_second(config, rule)
+        check_second(config, rule, kept(config, rule))
     mechanism_of(config).check(rule, kept(config, rule))
     check_metric(config, kept(config, rule))
     if not config.devices.waits:
@@ -113,24 +115,6 @@ def check_warm_start(config: RunConfig, rule: Rule, ranks: Collection[int]) -> N
         raise NotApplicable(
             f"{key}: needs equal ranks, not {sorted(ranks)}, a client of lower rank would lack a part of it"
         )
-
-
-def check_second(config: RunConfig, rule: Rule) -> None:
-    """Refuse second adapters where there is no global one for them to stand beside.
-
-    Raises:
-        NotApplicable: another kind of adapter, a rule without a global one, clients that keep a part already,
-            or rounds that do not wait.
-    """
-    key = f"lora.personal-rank = {config.lora.personal_rank}"
-    if config.lora.method != "lora":
-        raise NotApplicable(f"{key}: is of lora, the run has lora.method = {config.lora.method!r}")
-    if kept(config, rule):
-        raise NotApplicable(f"{key}: clients keep {kept(config, rule)} already")
-    if not rule.facts.global_adapter:
-        raise NotApplicable(f"{key}: {rule.facts.name} makes no global adapter for a second to stand beside")
-    if not config.devices.waits:
-        raise NotApplicable(f"{key}: what clients keep to themselves needs rounds that wait")
 
 
 def check_asynchronous(config: RunConfig, rule: Rule) -> None:
@@ -250,8 +234,7 @@ def kept(config: RunConfig, rule: Rule) -> str:
 
 def clients_measure(config: RunConfig, rule: Rule) -> bool:
     """Whether clients evaluate models of their own, and may tell what they find."""
-    second = config.lora.personal_rank > 0 and mechanism_of(config).tells_losses
-    return bool(kept(config, rule)) or second
+    return bool(kept(config, rule)) or (config.lora.personal_rank > 0 and may_tell(config))
 
 
 def configured_screening(config: RunConfig, *, simulation: bool) -> Screening | None:

@@ -36,13 +36,14 @@ def equal_work(partition_id: int) -> float:
 def predicted_work(config: RunConfig, data: Prepared) -> Work:
     """Tokens that a partition trains on in one round, before padding."""
     expected = mechanism_of(config).draws_batches
+    times = 2 if config.lora.personal_rank else 1  # a second adapter trains as long as the first
 
     @cache
     def work(partition_id: int) -> float:
         held, train = data.indices(partition_id), config.train_of(partition_id)
         steps = num_steps(train, len(held), config.local_steps_of(partition_id))
         batch = train.batch_size if expected else min(train.batch_size, len(held))
-        return float(steps * batch * data.train.lengths_of(held).mean())
+        return float(times * steps * batch * data.train.lengths_of(held).mean())
 
     return work
 

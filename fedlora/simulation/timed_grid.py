@@ -242,7 +242,8 @@ def _trains_anyway(run: FederatedRun) -> Callable[[ClientTask], bool]:
     """Whether work counts although its reply is lost: for what was spent, or what the client keeps."""
     if mechanism_of(run.config).draws_batches:
         return lambda task: task.begins
-    return lambda task: run.personal and task.trains
+    keeps = run.personal or run.config.lora.personal_rank > 0
+    return lambda task: keeps and task.trains
 
 
 def trained_numbers(run: FederatedRun) -> Callable[[int], int]:

@@ -35,7 +35,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def seconds(path: Path, rounds: int = 2) -> dict[int, dict[str, torch.Tensor]]:
-    store = next((path / "clients").iterdir())
+    store = next((path / "clients").glob("*/personal")).parent  # ledgers lie beside it
     return kept_by(store, range(4), rounds, SECOND)
 
 
@@ -119,6 +119,7 @@ def test_clients_that_tell_one_figure_alone_do_not_count() -> None:
         ({"model.head": "local"}, "clients keep model.head = 'local' already"),
         ({"strategy.name": "head-only"}, "head-only makes no global adapter"),
         ({"lora.method": "vera"}, "is of lora"),
+        ({"load-best-model-at-end": True}, "those of the last round"),
         ({"devices.buffer-size": 2}, "needs rounds that wait"),
     ],
 )
