@@ -145,6 +145,16 @@ def test_local_only_is_one_run_in_which_everybody_trains_in_every_round() -> Non
     }
 
 
+def test_references_have_no_second_adapters() -> None:
+    """Who is alone has no global adapter for one to stand beside; the strategies of the file keep theirs."""
+    cells = study(
+        2, study__strategies="flora", study__references="centralised,local-only", lora__personal_rank=3
+    )
+    assert {c.group: c.config.lora.personal_rank for c in cells} == {
+        "flora": 3, "centralised": 0, "local-only": 0,
+    }  # fmt: skip
+
+
 # --- refusals ----------------------------------------------------------------------------------------
 
 REFUSED: list[tuple[dict[str, Any], str]] = [

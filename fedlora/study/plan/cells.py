@@ -34,6 +34,7 @@ ALONE: FlatConfig = {
     "min-available-nodes": 1,
     "client-groups": "",
     "lora.ranks": "",
+    "lora.personal-rank": 0,
 }
 """What every run with a single client needs."""
 
