@@ -53,6 +53,8 @@ class Node:
         evaluation_noise: with which evaluations leave; None: they leave exactly.
         set_aside: what of ``max_epsilon`` is kept for evaluations.
         largest_value: in size, of what a message brings; infinite: any value.
+        check_start: called with what training would start from, before anything is spent; raises ConfigError
+            where it is not what the round's clients agree on.
     """
 
     partition_id: int
@@ -65,6 +67,7 @@ class Node:
     evaluation_noise: EvaluationNoise | None = None
     set_aside: float = 0.0
     largest_value: float = math.inf
+    check_start: Callable[[wire.TrainInstruction, ResolvedInstruction], None] | None = None
 
 
 def train_instruction(
@@ -209,6 +212,8 @@ def gather_parts(
     resolved = resolve(instruction, ClientStore(home, runtime.whole, config.save_total_limit + 1))
     if isinstance(resolved, wire.Reply):
         return resolved
+    if node.check_start is not None:
+        node.check_start(instruction, resolved)
     before = instruction.server_round + 1 if after_round else instruction.server_round
     own = resolved.store.personal(node.partition_id, OWN, before)
     return resolved if own is None else resolved.with_own(own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from flwr.app import RecordDict
@@ -82,6 +83,8 @@ def handle(
             if not simulation:
                 refuse_other_inputs(runtime, instruction, own, settings)
             node = _node(settings, simulation=simulation, protected=protected)
+            if kind == TRAIN:
+                node = replace(node, check_start=secure.start_check(content, config, settings))
             execute = evaluate_instruction if kind == EVALUATE else train_instruction
             return execute(runtime, instruction, own, node)
 
@@ -135,9 +138,9 @@ def handle_together(
             config = in_owners_name(config, settings, simulation=simulation)
             instruction = wire.decode_instruction(content)
             runtime = runtimes.get(config, own_of(settings, _labels(instruction)))
-            assignments[place] = Assignment(
-                runtime, instruction, config, _node(settings, simulation=simulation, protected=False)
-            )
+            node = _node(settings, simulation=simulation, protected=False)
+            check = secure.start_check(content, configured(run_config), settings)
+            assignments[place] = Assignment(runtime, instruction, config, replace(node, check_start=check))
         except Exception as error:
             answers[place] = _line(error)
     with one_thread():

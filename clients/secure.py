@@ -6,6 +6,7 @@ The masks are put on by `clients.secure_steps.under_masks`, in whichever process
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 from flwr.app import RecordDict
@@ -14,17 +15,43 @@ from clients.node_settings import NodeSettings
 from clients.owner import REFUSAL
 from clients.privacy import mechanism_of
 from clients.privacy.distributed import DistributedClientPrivacy
-from clients.secure_steps import SUMS, fixed_point, under_masks
+from clients.secure_steps import SUMS, acting, fixed_point, under_masks
+from clients.store import ResolvedInstruction
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.adapters import lora_set, tensor_names
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
 from fedlora.core.sketch import Sketch
+from fedlora.core.state import digest
 from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.masks import Unsigned
 from fedlora.secure.noise import SharedNoise, Words, seeded_words, system_words
-from fedlora.secure.step import SKETCH, Step, step_of
+from fedlora.secure.step import SKETCH, START, Step, step_of
+
+
+def start_check(
+    content: RecordDict, config: RunConfig, settings: NodeSettings
+) -> Callable[[wire.TrainInstruction, ResolvedInstruction], None] | None:
+    """What holds a client's start to the digest in its order, on which the masks of all depend.
+
+    None where a run has no secure sums.
+    """
+    if config.secure.mode != SUMS:
+        return None
+
+    def check(instruction: wire.TrainInstruction, resolved: ResolvedInstruction) -> None:
+        asked = step_of(content.config_records)
+        values = digest(wire.to_peft(resolved.adapters, resolved.head))
+        found = wire.start_digest(values, instruction.config, acting(config, settings.partition_id), asked)
+        if found != (told := asked.binary(START)):
+            raise ConfigError(
+                f"round {instruction.server_round}: secure sums: what this client would start from (values, "
+                f"settings and configuration, {found.hex()[:12]}) is not what the round's clients agree on "
+                f"({told.hex()[:12]})"
+            )
+
+    return check
 
 
 def encoded(

@@ -7,8 +7,11 @@ Importing this imports no model and no tensors, as in deployment there is a new 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,24 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from clients.journal import write_step
 from clients.node_settings import NodeSettings
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import packed, unpacked
-from fedlora.secure.participant import Participant, Terms
+from fedlora.secure.participant import Participant, Terms, common_start
 from fedlora.secure.peers import PUBLIC, SURVIVORS, Identity, read_identity, to_sign
-from fedlora.secure.step import ADVERTISE, CONFIRM, MASKED, SECURE, SHARE, UNMASK, Step, step_of
+from fedlora.secure.step import (
+    ADVERTISE,
+    CONFIRM,
+    MASKED,
+    SECURE,
+    SHARE,
+    START,
+    STARTS,
+    UNMASK,
+    Step,
+    step_of,
+)
 
 SUMS = "sums"
 
@@ -41,6 +55,19 @@ def terms_of(config: RunConfig, settings: NodeSettings | None = None) -> Terms:
             f"secure.threshold = {secure.threshold:g}: this node's owner has secure-threshold = {share:g}"
         )
     return Terms(min_clients=max(secure.min_clients, least), share=secure.threshold, bits=secure.bits)
+
+
+def acting(config: RunConfig, partition: int) -> str:
+    """The configuration as a text, and what a client's own group has in place of it."""
+    group = config.group_of(partition)
+    own = {} if group is None else asdict(group) | {"partitions": "", "device": ""}
+    return _text(config) + json.dumps(own)
+
+
+@lru_cache(maxsize=8)
+def _text(config: RunConfig) -> str:
+    """The same at server and client, however the values came to be."""
+    return json.dumps(to_flat(from_flat(to_flat(config))), sort_keys=True)
 
 
 def carry_out(
@@ -96,9 +123,31 @@ def under_masks(
     asked, terms = step_of(content.config_records), terms_of(config, settings)
     row = unpacked(body, terms.bits)
     member, sharers = member_of(state, asked), asked.numbers("sharers")
-    after, masked = member.mask(sharers, asked.table("from", "sealed"), row, terms)
+    starts = _starts(asked, config, settings.partition_id)
+    alike = [p for p, start in starts.items() if start == asked.binary(START)]
+    counted = alike if settings.secure_peers and STARTS in asked.record else ()
+    after, masked = member.mask(
+        sharers, asked.table("from", "sealed"), row, terms, common_start(starts), counted
+    )
     keep(state, after)
     reply[MASKED] = ArrayRecord({MASKED: Array(packed(masked, terms.bits))})
+
+
+def _starts(asked: Step, config: RunConfig, partition: int) -> dict[int, bytes]:
+    """What each of the round's clients starts from, by its digest; this one's is held to what it was sent.
+
+    Raises:
+        SecureRefused: unlike ones in a run in which all clients are asked the same, or not this one's own.
+    """
+    own = asked.binary(START)
+    if STARTS not in asked.record:
+        return dict.fromkeys(asked.numbers("sharers"), own)
+    starts = asked.table("sharers", STARTS)
+    if not config.mixed:
+        raise SecureRefused("clients start unlike, in a run in which all are asked the same")
+    if starts.get(partition) != own:
+        raise SecureRefused("what the others are told of this client's start is not what it was sent")
+    return starts
 
 
 def member_of(state: RecordDict, asked: Step) -> Participant:

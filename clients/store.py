@@ -261,15 +261,16 @@ DIGEST = "digest"
 
 
 def _undamaged(path: Path) -> Tensors:
-    """The tensors in a file that has their digest in it; older files have none."""
+    """The tensors in a file that has their digest in it; older files have no metadata at all."""
     try:
         content = path.read_bytes()
         tensors = dict(load(content))
         length = int.from_bytes(content[:8], "little")
-        kept = json.loads(content[8 : 8 + length]).get("__metadata__", {}).get(DIGEST)
+        told = json.loads(content[8 : 8 + length]).get("__metadata__")
+        whole = told is None or told.get(DIGEST) == digest(tensors)
     except (SafetensorError, ValueError):
-        kept, tensors = "", Tensors()
-    if kept is not None and kept != digest(tensors):
+        whole = False
+    if not whole:
         raise UpdateRefused(
             f"{path.parent.name}/{path.name}: what this client keeps to itself is damaged; put it back, or "
             "delete it to begin anew"

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from logging import INFO
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -272,7 +273,11 @@ class FactorStrategy(Rounds):
             kept = rank if rank < client.rank else 0
             sent = padded(broadcast, client.rank) if kept else broadcast
             self.transport.add(partition_id, present[partition_id], sent, kept)
-        return self.transport.messages(message_type, settings_of(config, server_round))
+        return self._messages(message_type, settings_of(config, server_round))
+
+    def _messages(self, message_type: str, settings: dict[str, Any]) -> list[Message]:
+        """The messages of all instructions."""
+        return self.transport.messages(message_type, settings)
 
     def _accepted(self) -> list[ClientUpdate]:
         self._count_bytes()

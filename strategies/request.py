@@ -32,6 +32,12 @@ class Payload:
     layers: list[tuple[Tensors, bool]]
     head: Tensors
 
+    @property
+    def tensors(self) -> Tensors:
+        """All of them."""
+        parts = [self.moving, self.frozen, *(part for part, _ in self.layers), self.head]
+        return {name: tensor for part in parts for name, tensor in part.items()}
+
 
 @dataclass(slots=True)
 class PendingRequest:

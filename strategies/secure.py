@@ -1,9 +1,7 @@
 """Rounds of which the server learns sums alone: secure aggregation (`fedlora.secure`) around a rule.
 
-A round is four exchanges: keys, sealed shares, the orders to train with their masked replies, and the shares
-that take the masks off their sum; and one more before the last where nodes sign who is in it. The rule is
-then given one update in place of all, see `strategies.sums`, which for a rule of sums (`Facts.secure_sum`)
-makes of the state what the updates themselves would have made.
+A round is four exchanges: keys, sealed shares, orders to train with their masked replies, and the shares that
+take the masks off their sum; one more where nodes sign who is in it. The rule is then given one update.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
 from strategies.replies import TRAIN_LOSS
 from strategies.request import PendingRequest
-from strategies.sums import Shipped, rows_of, seen_alone, told_by_sums
+from strategies.sums import Shipped, rows_of, seen_alone, tell_starts, told_by_sums
 
 COARSE = 0.1
 """Share of the mean change beyond which its rounding is warned of."""
@@ -53,6 +51,7 @@ class SecureStrategy(FactorStrategy):
         sketch_size: columns and rows of sketches; 0: enough for the ranks of all clients together.
         timeout: seconds for each exchange but that of training.
         peers: the registered nodes' keys, with which they sign; None: nobody signs.
+        acting: what of the run's configuration acts on a partition's update, as its client spells it.
         diagnostics: measure what sums tell of each aggregation, see `told_by_sums`.
 
     Raises:
@@ -60,9 +59,9 @@ class SecureStrategy(FactorStrategy):
     """
 
     def __init__(
-        self, *arguments: Any, terms: Terms, largest_change: float, max_weight: int,
-        shared_noise: Callable[[int], SharedNoise] | None = None, sketch_size: int = 0, timeout: float = 3600,
-        peers: Peers | None = None, diagnostics: bool = True, **named: Any,
+        self, *arguments: Any, terms: Terms, acting: Callable[[int], str], largest_change: float,
+        max_weight: int, shared_noise: Callable[[int], SharedNoise] | None = None, sketch_size: int = 0,
+        timeout: float = 3600, peers: Peers | None = None, diagnostics: bool = True, **named: Any,
     ) -> None:  # fmt: skip
         super().__init__(*arguments, **named)
         self.diagnostics = diagnostics and self.diagnostics and told_by_sums(self.rule) and not shared_noise
@@ -70,7 +69,7 @@ class SecureStrategy(FactorStrategy):
             raise ConfigError(f"secure sums: {self.rule.facts.name} needs single updates")
         if self.screening is not None or self.client_dp is not None:
             raise ConfigError("secure sums: screening and client-level privacy need single updates")
-        self.terms, self.timeout, self.peers = terms, timeout, peers
+        self.terms, self.timeout, self.peers, self.acting = terms, timeout, peers, acting
         self.largest_change, self.max_weight = largest_change, max_weight
         self.shared_noise, self._planned = shared_noise, 0
         self.sketch_size = sketch_size
@@ -99,10 +98,9 @@ class SecureStrategy(FactorStrategy):
             chosen = self._agree(named, {partition: present[partition] for partition in chosen})
             clients = self._unshown(chosen, server_round)
             self._rows = rows_of(self.rule, self.state, clients, self.sketch_size)
-            asked: dict[str, Any] = {"session": self.collector.session, "sharers": chosen}
-            asked |= {"max-weight": self.max_weight, **self._rows.asked}
+            asked: dict[str, Any] = {"session": self.collector.session, "sharers": chosen, **self._rows.asked}
             for partition in chosen:
-                record = ConfigRecord(dict(asked))
+                record = ConfigRecord({**asked, "max-weight": self.max_weight})
                 if sealed := self.collector.sealed_for(partition):
                     record["from"], record["sealed"] = list(sealed), list(sealed.values())
                 self.transport.beside[partition] = record
@@ -111,6 +109,11 @@ class SecureStrategy(FactorStrategy):
             start = self._rows.start(self.transport.requests[0].broadcast)
             self.transport.row_bytes = wire.row_length(start) * self.terms.bits // 8
         return messages
+
+    def _messages(self, message_type: str, settings: dict[str, Any]) -> list[Message]:
+        if self.transport.beside:
+            self.collector.begun = tell_starts(self.transport, settings, self.acting)
+        return super()._messages(message_type, settings)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -158,7 +161,8 @@ class SecureStrategy(FactorStrategy):
         """The clients; raises `RunFailed` where their sum would show what too few of them train."""
         assert self.state is not None
         clients = [self.client_spec(partition) for partition in partitions]
-        if why := seen_alone(self.rule, self.state, clients, self.terms.min_clients):
+        least, signed = self.terms.min_clients, None if self.peers is None else self.acting
+        if why := seen_alone(self.rule, self.state, clients, least, signed):
             raise RunFailed(f"round {server_round}: {why}")
         return clients
 

@@ -7,7 +7,7 @@ product (`Facts.sketched`) gets that as one client's factors, out of sketches of
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,10 @@ from fedlora.core.factors import AdapterSet, Tensors
 from fedlora.core.seeding import derive
 from fedlora.core.sketch import SPARE, Sketch
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State
-from fedlora.secure.step import SKETCH
+from fedlora.secure.participant import common_start
+from fedlora.secure.step import SKETCH, START, STARTS, Step
 from strategies.rule import Rule, trained_modules
+from strategies.transport import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +97,24 @@ def rows_of(rule: Rule, state: State, clients: Sequence[ClientSpec], size: int) 
     return Sketched(Sketch(size or sum(ranks.values()) + SPARE, seed), layers, ranks)
 
 
-def seen_alone(rule: Rule, state: State, clients: Sequence[ClientSpec], least: int) -> str:
-    """Why a sum of products would show what fewer clients than a sum may be of train; empty if it would not.
+def seen_alone(
+    rule: Rule, state: State, clients: Sequence[ClientSpec], least: int,
+    acting: Callable[[int], str] | None = None,
+) -> str:  # fmt: skip
+    """Why a sum would show what fewer clients than it may be of train; empty if it would not.
 
-    The server knows the A that clients start from, and it moves little: in the sum it can tell B's columns
-    apart, and takes those that it knows off. A layer that few train, and a rank that few have, are theirs.
+    Nodes that sign (``acting``, see `tell_starts`) take part only where as many start as they do: else a
+    server could send all others what leaves them where they are. A sum of products shows more: the server
+    knows the A that clients start from, and it moves little, so that it can tell B's columns apart, and takes
+    those that it knows off. A layer that few train, and a rank that few have, are theirs.
     """
+    if acting is not None:
+        asked = Counter((c.rank, c.scaling, c.modules, acting(c.partition_id)) for c in clients)
+        if len(asked) > 1 and (few := min(asked.values())) < least:
+            return (
+                f"lora.ranks, client-groups: {few} clients are asked for something else than the others; "
+                f"where nodes sign it takes secure.min-clients = {least}"
+            )
     if not rule.facts.sketched:
         return ""
     kinds = Counter((c.rank, trained_modules(state, c)) for c in clients)
@@ -112,6 +126,29 @@ def seen_alone(rule: Rule, state: State, clients: Sequence[ClientSpec], least: i
                 f"them, so that a sum shows theirs; needed are secure.min-clients = {least}"
             )
     return ""
+
+
+def tell_starts(transport: Transport, settings: Mapping[str, Any], acting: Callable[[int], str]) -> bytes:
+    """Tell each client the digest of what it starts from, and where they are unlike those of all.
+
+    Args:
+        transport: with all instructions of a round, and what travels beside them.
+        settings: of the round.
+        acting: what of the run's configuration acts on a partition's update.
+
+    Returns:
+        What follows from all of them, see `fedlora.secure.participant.common_start`.
+    """
+    starts = {}
+    for request in transport.requests:
+        partition, values = request.partition_id, transport.digest_of(request.payload.tensors)
+        told, row = transport.settings(request, settings), Step(transport.beside[partition])
+        starts[partition] = wire.start_digest(values, told, acting(partition), row)
+    for partition, record in transport.beside.items():
+        record[START] = starts[partition]
+        if len(set(starts.values())) > 1:
+            record[STARTS] = list(starts.values())
+    return common_start(starts)
 
 
 def told_by_sums(rule: Rule) -> bool:

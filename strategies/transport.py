@@ -110,10 +110,10 @@ class Transport:
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> PendingRequest:
         """Another client's instruction, with all it must hold for it; ``rank`` as in `PendingRequest`."""
         payload = self._payload(broadcast)
-        frozen = self._digest(payload.frozen)
+        frozen = self.digest_of(payload.frozen)
         others = self.acknowledged.get(partition_id, set()) - {*self._patches, frozen}
-        moving = self._digest(payload.moving) if others else ""  # without others, nothing to be hashed for
-        layers = [(self._digest(part), rests) for part, rests in payload.layers]
+        moving = self.digest_of(payload.moving) if others else ""  # without others, nothing to be hashed for
+        layers = [(self.digest_of(part), rests) for part, rests in payload.layers]
         needs = wire.Needs(
             base=self._base,
             frozen=frozen,
@@ -229,6 +229,20 @@ class Transport:
         request.sent.append(message)
         return message
 
+    def settings(self, request: PendingRequest, config: Mapping[str, Any]) -> dict[str, Any]:
+        """All settings of an instruction."""
+        head = self.ledger_heads.get(request.partition_id, "")
+        own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
+        if self.upload != "float32":
+            who = config["server-round"], request.partition_id
+            seed = derive(self.seed, "upload", *who)
+            own |= {"upload": self.upload, "upload-seed": seed, "upload-turn": sum(who)}
+        return {
+            **config,
+            **({"ledger-head": head} if head else {}),
+            **{key: value for key, value in own.items() if value != []},
+        }
+
     def _content(self, request: PendingRequest, config: Mapping[str, Any]) -> RecordDict:
         held, payload = self.acknowledged.get(request.partition_id, set()), request.payload
         travels = {} if request.needs.moving in held else dict(payload.moving)
@@ -236,19 +250,9 @@ class Transport:
         if request.needs.frozen not in held:
             travels |= payload.frozen
         for part, _ in payload.layers:
-            if self._digest(part) not in held:
+            if self.digest_of(part) not in held:
                 travels |= part
-        head = self.ledger_heads.get(request.partition_id, "")
-        own = wire.instruction_config(request.broadcast, request.needs, self.init_a)
-        if self.upload != "float32":
-            who = config["server-round"], request.partition_id
-            seed = derive(self.seed, "upload", *who)
-            own |= {"upload": self.upload, "upload-seed": seed, "upload-turn": sum(who)}
-        settings = {
-            **config,
-            **({"ledger-head": head} if head else {}),
-            **{key: value for key, value in own.items() if value != []},
-        }
+        settings = self.settings(request, config)
         arrays = self._record(self.arranged(travels))
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord(settings)})
         terms = request.needs.sum_of
@@ -298,7 +302,7 @@ class Transport:
             )
         return self._records[key][1]
 
-    def _digest(self, tensors: Tensors) -> str:
+    def digest_of(self, tensors: Tensors) -> str:
         """The digest of tensors, taken once for tensors that are the same objects; empty for none."""
         key = tuple(id(t) for t in tensors.values())
         if key and key not in self._digests:

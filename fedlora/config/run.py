@@ -187,6 +187,11 @@ class RunConfig:
             return group.rank
         return self.lora.rank_list[partition_id % len(self.lora.rank_list)]
 
+    @property
+    def mixed(self) -> bool:
+        """Whether some clients are asked for something else than others."""
+        return bool(self.groups) or len(set(self.lora.rank_list)) > 1
+
     def alpha_of(self, partition_id: int) -> float:
         """The alpha of one partition: its group's, else ``lora.alpha``."""
         group = self.group_of(partition_id)

@@ -39,6 +39,7 @@ class Collector:
         digests: client -> digest of its b.
         masked: the running sum of what was uploaded.
         survivors: clients whose values are in it.
+        begun: what all start from, see `fedlora.secure.participant.common_start`.
     """
 
     terms: Terms
@@ -49,6 +50,7 @@ class Collector:
     digests: dict[int, bytes] = field(default_factory=dict)
     masked: Unsigned | None = None
     survivors: set[int] = field(default_factory=set)
+    begun: bytes = b""
     _own: Shares = field(default_factory=dict)
     _pair: Shares = field(default_factory=dict)
     _answered: set[int] = field(default_factory=set)
@@ -111,7 +113,7 @@ class Collector:
 
     def agreed(self) -> tuple[bytes | int, ...]:
         """What clients sign of the sum, see `Participant.agreed`."""
-        return agreement(self.keys, self.terms, self.survivors)
+        return agreement(self.keys, self.terms, self.survivors, self.begun)
 
     def take_unmasking(self, client: int, own: Mapping[int, bytes], pair: Mapping[int, bytes]) -> None:
         """Shares that a client holds, of b and of masking keys.
@@ -154,7 +156,7 @@ class Collector:
             if public_of(masking) != self.keys[client][KEY_BYTES:]:
                 raise RunFailed(f"secure sums: the shares of partition {client}'s key are not its own")
             for v in near:
-                key = pair_key(masking, self.keys[v], self.session, client, v)
+                key = pair_key(masking, self.keys[v], self.session, client, v, self.begun)
                 add_expanded(total, key, positive=client < v)
         return total
 

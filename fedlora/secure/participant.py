@@ -6,10 +6,12 @@
     confirm     who uploaded; where nodes have keys of their own it signs that list, and no other in a round
     unmask      of each neighbour that uploaded the share of b, of each that did not the share of its key
 
-v goes over u's neighbours that shared. Both kinds of share of one client are never told, or its mask would
-come off; and no two clients go by unlike lists of who uploaded, or the keys of all others would, and with
-them the pair masks of one. So a client goes by one list, answers once, and then has no secrets any more.
-Lists of which too few hold a client's shares are refused: with them its round can only fail.
+v goes over u's neighbours that shared. s_uv follows from what all started from, too: masks of clients that
+were sent other values or another configuration do not cancel. Both kinds of share of one client are never
+told, or its mask would come off; and no two clients go by unlike lists of who uploaded, or the keys of all
+others would, and with them the pair masks of one. So a client goes by one list, answers once, and then has
+no secrets any more. Lists of which too few hold a client's shares are refused: with them its round can only
+fail. Where clients are asked unlike things a list has to name enough of those that started as this one did.
 """
 
 from __future__ import annotations
@@ -62,6 +64,8 @@ class Participant:
         partitions, keys: everybody's public keys, those for sealing before those for masking.
         sharers: clients that masks are for, itself among them.
         survivors: clients that are in the sum.
+        begun: what all clients of the round started from, see `common_start`.
+        alike: clients that started from what it did, where they are counted.
         holds: of whom it holds shares, and in ``shares`` b's before the key's.
     """
 
@@ -75,6 +79,8 @@ class Participant:
     keys: tuple[bytes, ...] = ()
     sharers: tuple[int, ...] = ()
     survivors: tuple[int, ...] = ()
+    begun: bytes = b""
+    alike: tuple[int, ...] = ()
     holds: tuple[int, ...] = ()
     shares: tuple[bytes, ...] = field(default=(), repr=False)
 
@@ -138,8 +144,9 @@ class Participant:
         return after, sealed, hashlib.sha256(own).digest()
 
     def mask(
-        self, sharers: Sequence[int], sealed: Mapping[int, bytes], values: Unsigned, terms: Terms
-    ) -> tuple[Participant, Unsigned]:
+        self, sharers: Sequence[int], sealed: Mapping[int, bytes], values: Unsigned, terms: Terms,
+        begun: bytes = b"", alike: Iterable[int] = (),
+    ) -> tuple[Participant, Unsigned]:  # fmt: skip
         """The values under all masks.
 
         Args:
@@ -147,6 +154,8 @@ class Participant:
             sealed: what its neighbours among them sealed for it.
             values: integers modulo 2^bits.
             terms: of the round.
+            begun: see `common_start`.
+            alike: clients that start as this one does, of which no sum may have too few; none: all do.
 
         Raises:
             SecureRefused: out of turn, too few or unknown clients, or a share that does not open.
@@ -157,6 +166,8 @@ class Participant:
         if not there <= keys.keys() or self.partition not in there:
             raise SecureRefused("the clients that share are not all among those with keys, or not this one")
         self._held(there, terms, "share their secrets")
+        begun_alike = tuple(sorted(alike))
+        _enough_alike(there, begun_alike, terms)
         near = self._graph(terms).neighbours[self.partition] & there
         if sealed.keys() != near:
             raise SecureRefused("the sealed shares are not those of this client's neighbours")
@@ -166,10 +177,11 @@ class Participant:
         total = values.astype(f"<u{bytes_of(terms.bits)}")
         add_expanded(total, self.own)
         for v in sorted(near):
-            key = pair_key(self.masking, keys[v], self.session, self.partition, v)
+            key = pair_key(self.masking, keys[v], self.session, self.partition, v, begun)
             add_expanded(total, key, positive=self.partition < v)
         after = replace(
             self, done=UPLOADED, own=b"", masking=b"", sealing=b"", sharers=tuple(sorted(there)),
+            begun=begun, alike=begun_alike,
             holds=(*self.holds, *sorted(opened)), shares=(*self.shares, *(opened[v] for v in sorted(opened))),
         )  # fmt: skip
         return after, total
@@ -186,11 +198,12 @@ class Participant:
         if not there <= set(self.sharers) or self.partition not in there:
             raise SecureRefused("the clients of the sum are not all among those that shared, or not this one")
         self._held(there, terms, "are in the sum")
+        _enough_alike(there, self.alike, terms)
         return replace(self, done=CONFIRMED, survivors=tuple(sorted(there)))
 
     def agreed(self, terms: Terms) -> tuple[bytes | int, ...]:
         """What it signs of the sum, see `agreement`."""
-        return agreement(self._everybody, terms, self.survivors)
+        return agreement(self._everybody, terms, self.survivors, self.begun)
 
     def unmask(self) -> tuple[dict[int, bytes], dict[int, bytes]]:
         """Shares of b of who uploaded, and of the masking key of who did not, by client; the last step.
@@ -227,15 +240,28 @@ class Participant:
             raise SecureRefused(f"out of turn: this client has {self.done}, what is asked follows on {done}")
 
 
-def agreement(keys: Mapping[int, bytes], terms: Terms, survivors: Iterable[int]) -> tuple[bytes | int, ...]:
-    """What clients sign of a sum: all keys, the modulus, how many holders it takes, and who is in it."""
-    return digest_of(keys), terms.bits, f"{terms.share:.6f}".encode(), *sorted(survivors)
+def agreement(
+    keys: Mapping[int, bytes], terms: Terms, survivors: Iterable[int], begun: bytes = b""
+) -> tuple[bytes | int, ...]:
+    """What clients sign of a sum: keys, modulus, how many holders it takes, the start, and who is in it."""
+    return digest_of(keys), terms.bits, f"{terms.share:.6f}".encode(), begun, *sorted(survivors)
 
 
-def pair_key(masking: bytes, public: bytes, session: str, one: int, other: int) -> bytes:
-    """The key of the mask between two clients, the same from either side."""
+def common_start(starts: Mapping[int, bytes]) -> bytes:
+    """A digest of what each client of a round starts from, by their digests of it."""
+    told = b"".join(f"{client} {starts[client].hex()}\n".encode() for client in sorted(starts))
+    return hashlib.sha256(told).digest()
+
+
+def pair_key(masking: bytes, public: bytes, session: str, one: int, other: int, begun: bytes = b"") -> bytes:
+    """The key of the mask between two clients, the same from either side if they agree on the start."""
     low, high = sorted((one, other))
-    return agree(masking, public[KEY_BYTES:], f"fedlora mask {session} {low} {high}")
+    return agree(masking, public[KEY_BYTES:], f"fedlora mask {session} {low} {high} {begun.hex()}")
+
+
+def _enough_alike(there: set[int], alike: tuple[int, ...], terms: Terms) -> None:
+    if alike:
+        _enough(len(there.intersection(alike)), terms, "in the sum start as this one does")
 
 
 def _enough(clients: int, terms: Terms, what: str) -> None:

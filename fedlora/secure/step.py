@@ -16,6 +16,10 @@ ADVERTISE, SHARE, CONFIRM, UNMASK = "advertise", "share", "confirm", "unmask"
 """Their phases."""
 SKETCH = "sketch"
 """Key of the width of sketches, where the rows of a round are of these."""
+START, STARTS = "start", "starts"
+"""Keys of the digest of what a client starts from, and of those of all, where they are not the same."""
+ALIKE = ("max-weight", SKETCH, "sketch-seed", "layers")
+"""Keys beside an order to train that say how a row is written, and so belong to its start."""
 LONGEST_REASON = 200
 
 

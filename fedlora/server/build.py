@@ -13,7 +13,7 @@ from flwr.common.logger import log
 
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
-from clients.secure_steps import terms_of
+from clients.secure_steps import acting, terms_of
 from fedlora.config import RunConfig
 from fedlora.core.init_drawn import FROM_BASE, FROM_DATA
 from fedlora.core.init_eva import most_varied
@@ -142,7 +142,8 @@ def assemble(
     strategy.begin(template)
     if config.secure.mode == "sums" and strategy.state is not None:
         specs = [client_spec(config, runtime, partition) for partition in partitions]
-        if why := seen_alone(rule, strategy.state, specs, config.secure.min_clients):
+        signed = None if peers is None else partial(acting, config)
+        if why := seen_alone(rule, strategy.state, specs, config.secure.min_clients, signed):
             raise ConfigError(why)
     return strategy
 
@@ -166,6 +167,7 @@ def _kind(
             sketch_size=config.secure.sketch_size,
             timeout=config.round_timeout,
             peers=peers,
+            acting=partial(acting, config),
         )
     devices = config.devices
     if devices.waits:

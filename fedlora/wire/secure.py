@@ -9,8 +9,12 @@ Where clients share noise, a row is of changes alone, everybody's once and with 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +26,15 @@ from fedlora.errors import SecureRefused
 from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.masks import Unsigned, packed, unpacked
 from fedlora.secure.noise import SharedNoise, Words
-from fedlora.secure.step import MASKED, SECURE, size_of
+from fedlora.secure.step import ALIKE, MASKED, SECURE, Step, size_of
 from fedlora.wire.arrays import decoded_array
 
 COUNTS = 3
+OWN_SETTINGS = frozenset(
+    {"ledger-head", "needs-frozen", "needs-moving", "needs-layers", "base-sum-of"}
+    | {"upload-seed", "upload-turn"}
+)
+"""Settings of an instruction that differ from client to client, and change nothing of what it trains."""
 LARGEST_LOSS = 64.0
 
 
@@ -137,6 +146,21 @@ def _moved(start: Tensors, change: NDArray[np.float64]) -> Tensors:
         moved = start[name].double() + torch.from_numpy(part).reshape(start[name].shape)
         tensors[name] = moved.to(torch.float32)
     return tensors
+
+
+def start_digest(values: str, settings: Mapping[str, Any], acting: str, row: Step) -> bytes:
+    """A digest of all that decides what a client's data make of a round, as it is before it trains.
+
+    Args:
+        values: digest of the adapter and head that it is sent, or holds and is told to start from.
+        settings: of its instruction; those that say what it holds already are left out.
+        acting: what of the configuration acts on it.
+        row: how its update is to be written.
+    """
+    told = {key: value for key, value in settings.items() if key not in OWN_SETTINGS}
+    written = {key: row.record[key] for key in ALIKE if key in row.record}
+    text = json.dumps([values, told, acting, written], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).digest()
 
 
 def step_bytes(content: RecordDict) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from clients.node_settings import read_node
+from clients.store import OWN, ClientStore
 from fedlora.config import from_flat
 from fedlora.core.sealed import read_sealed
 from fedlora.deployment.operator.layout import roll_of
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, UpdateRefused
 from tests.fuzz.harness import fuzz
 from tests.fuzz.subjects import SUBJECTS
 
@@ -23,6 +26,21 @@ def test_spoiled_files_are_refused_by_name_or_do_no_harm(name: str, tmp_path: Pa
     outcomes = fuzz(name, SUBJECTS[name], COUNT, tmp_path)
     assert sum(outcomes.values()) == COUNT
     assert outcomes["refused"] > COUNT // 10, outcomes
+
+
+def test_a_file_whose_digest_has_lost_its_name_is_none_of_before_there_were_digests(tmp_path: Path) -> None:
+    """Older files have no metadata; found by seed 31 of a client's parts, mutation 7033."""
+    store = ClientStore(tmp_path)
+    store.keep_personal(0, OWN, 1, {"b": torch.arange(3.0)})
+    (file,) = (tmp_path / "personal" / "0").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"digest"', b'"difest"')[:-1] + b"\x41")
+    with pytest.raises(UpdateRefused, match=r"own-000001\.safetensors: what this client keeps .* is damaged"):
+        store.personal(0, OWN, 2)
+    file.write_bytes(save({"b": torch.ones(3)}))
+    found = store.personal(0, OWN, 2)
+    assert found is not None
+    assert found["b"].tolist() == [1, 1, 1]
 
 
 def test_a_seal_that_is_null_is_no_record_of_before_there_were_seals(tmp_path: Path) -> None:
