@@ -149,7 +149,6 @@ def check(
     Example: fedlora federation check hospitals/nodes/node-0
     """
     from clients.node_settings import own_of, read_node
-    from fedlora.prepared.node_data import read_own
 
     settings = read_node(directory)
     own = own_of(settings)
@@ -159,6 +158,8 @@ def check(
     if own is None:
         out.print("data: this partition of the run's dataset")
         return
+    from fedlora.prepared.node_data import read_own  # imports tensors
+
     table = read_own(own)
     held = f", {len(table.test):,} held out" if table.test is not None else ""
     out.print(f"data: {escape(own.path)} as {escape(own.dataset_id)!r}, {len(table.train):,} examples{held}")
