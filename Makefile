@@ -18,6 +18,7 @@ demo: $(STAMP)  ## compare the strategies on real data; ends in runs/demo/report
 
 docs: $(STAMP)  ## the documentation as a site in build/site; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html, or with its search: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 federation: $(STAMP)  ## three nodes that own their data, TLS and node keys on the loopback; ends with the accuracy
 	rm -rf runs/federation

@@ -9,7 +9,7 @@ The public API; each name is imported when it is first used, so that a ClientApp
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib import metadata
+
         try:
             return metadata.version("fedlora")
         except metadata.PackageNotFoundError:  # inside a Flower app bundle, which is no installed package

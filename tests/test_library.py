@@ -47,11 +47,11 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path: Path, cache: Path
         str(TINY), tmp_path / "run", overrides={"num-server-rounds": 9, "seed": 3}, callback=told.append,
         num_server_rounds=1, engine="in-process",
     )  # fmt: skip
-    assert told == result.rounds
+    assert told == result.records
     assert result.config.seed == 3
     written = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result.record == {key: value for key, value in written.items() if "sha256" not in key}
-    assert len(result.rounds) == 1
+    assert result.rounds["round"].to_list() == [1]
     assert (result.adapter / "adapter_model.safetensors").is_file()
     assert fedlora.load_run(tmp_path / "run").record == result.record
     page = result.report()

@@ -78,7 +78,8 @@ def test_the_command_takes_a_text_or_a_file(classifier: Path, tmp_path: Path) ->
     assert [json.loads(line)["given"] for line in lines] == ["first", "second"]
     wanted = fedlora.load(classifier).predict(["second"])[0]
     assert json.loads(lines[1])["label"] == wanted.label
-    assert wanted.label in invoke("predict", classifier, "second").output
+    said = f"{wanted.label} {100 * wanted.probability:.1f} %  second\n"
+    assert invoke("predict", classifier, "second").output == said
     (tmp_path / "b.txt").write_text("first\n\nsecond\n")
     assert len(invoke("predict", classifier, tmp_path / "b.txt").output.splitlines()) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,14 +17,18 @@ if TYPE_CHECKING:
     from fedlora.data.outline import Outline
 
 FILE = "run.toml"
-TASKS = ("classification", "causal-lm", "instruction", "image-classification")
 MODELS = {
     "classification": "minilm",
+    "regression": "minilm",
+    "multi-label-classification": "minilm",
     "causal-lm": "smollm2",
     "instruction": "smollm2",
+    "dpo": "smollm2",
     "image-classification": "vit",
 }
-"""Proposed for each task."""
+"""Tasks, and what is proposed for each."""
+MOST_TEST = 500
+"""Test examples that are proposed at most: each run of a study is measured on all of them."""
 TEMPLATE = """\
 # Written by fedlora init. All keys, with what each takes: docs/keys.md.
 # Small, so that a first study takes minutes on two cores. Where its curves still rise: more rounds
@@ -39,8 +44,8 @@ name = {model}                  # built in, a directory, or a Hugging Face id
 [data]
 name = {data}
 # test = "test.csv"             # else a fifth is held out (test-fraction)
-{columns}max-length = {length}                # tokens; what is longer is cut
-evaluate-examples = 200         # of the test set after each round; after the last round all
+{held_out}{columns}max-length = {length}                # tokens; what is longer is cut
+evaluate-examples = 100         # of the test set after each round; after the last round all
 {clients}
 [lora]
 rank = 8
@@ -51,7 +56,7 @@ alpha = 16.0
 name = "fedavg"                 # see: fedlora strategies
 
 [train]
-local-steps = 8                 # in a round, at each client
+local-steps = 6                 # in a round, at each client
 batch-size = 8
 learning-rate = {rate}
 
@@ -59,7 +64,8 @@ learning-rate = {rate}
 # mode = "example"              # DP-SGD at each client; first: fedlora privacy plan --help
 # target-epsilon = 8.0
 # target-delta = 1e-5
-
+"""
+STUDY = """
 [study]                         # what fedlora compare runs
 strategies = {strategies}
 seeds = "1,2,3"
@@ -72,7 +78,7 @@ def init(
     data: Annotated[
         str, typer.Option(help="A csv, tsv, jsonl or parquet file, a directory, or a hub id.")
     ] = "",
-    task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}; else what the columns are for.")] = "",
+    task: Annotated[str, typer.Option(help=f"{', '.join(MODELS)}; else what the columns are for.")] = "",
     model: Annotated[str, typer.Option(help="Built in, a directory or a hub id; else a small one.")] = "",
     text_column: Annotated[str, typer.Option(help="Column with the text; else the likeliest.")] = "",
     label_column: Annotated[str, typer.Option(help="Column with the label; else the likeliest.")] = "",
@@ -96,9 +102,9 @@ def init(
 
     place = user_path(data)
     found = outline(str(place.absolute()) if place.exists() else data)
-    task = task or _asked("task", f"one of {', '.join(TASKS)}", found.task)
-    if task not in TASKS:
-        raise unknown_name("--task", task, TASKS)
+    task = task or _asked("task", f"one of {', '.join(MODELS)}", found.task)
+    if task not in MODELS:
+        raise unknown_name("--task", task, MODELS)
     model = model or _asked("model", "built in, a directory or a hub id", MODELS[task])
     text = _filled(found, task, model, text_column, label_column, clients, max_length)
     lines = _shown(text)
@@ -107,7 +113,8 @@ def init(
     out.print(f"columns   {', '.join(found.columns)}", highlight=False, markup=False)
     for heading, line in lines:
         out.print(f"{heading:10}{line}", highlight=False, markup=False)
-    out.print(f"{path}: edit it, then fedlora run {path} --dry-run, and without --dry-run", markup=False)
+    shown = shlex.quote(str(path))
+    out.print(f"{path}: edit it, then fedlora run {shown} --dry-run, and without --dry-run", markup=False)
 
 
 @one_line_errors
@@ -154,9 +161,10 @@ def _filled(
         ConfigError: a column that is not there, or that cannot be told.
     """
     columns = ""
-    if task in ("classification", "causal-lm"):
+    labelled = "classification" in task or task == "regression"
+    if task == "causal-lm" or (labelled and task != "image-classification"):
         columns += _column("text-column", "--text-column", text or found.text, found)
-    if task in ("classification", "image-classification"):
+    if labelled:
         columns += _column("label-column", "--label-column", label or found.label, found)
     if task == "image-classification":
         columns += f"image-column = {_quoted(found.image or 'image')}\n"
@@ -167,12 +175,23 @@ def _filled(
         )
     else:
         dealt = 'partitioner = "natural"\n' + _column("partition-by", "--clients", clients, found)
-    labelled = task in ("classification", "image-classification")
-    return TEMPLATE.format(
+    study = "" if task == "regression" else STUDY  # which compares accuracies
+    return (TEMPLATE + study).format(
         task=_quoted(task), model=_quoted(model), data=_quoted(found.name), columns=columns, clients=dealt,
-        length=max_length, rate="2e-3" if labelled else "1e-3",
+        held_out=_held_out(found.rows), length=max_length, rate="2e-3" if labelled else "1e-3",
         strategies=_quoted("fedavg,flora,head-only" if labelled else "fedavg,flora"),
     )  # fmt: skip
+
+
+def _held_out(rows: int) -> str:
+    """The line that holds out fewer test examples than the usual fifth, where that is many.
+
+    >>> _held_out(2000), _held_out(10_000).strip()
+    ('', 'test-fraction = 0.05            # of 10,000 rows; more make intervals narrower')
+    """
+    if rows * 0.2 <= MOST_TEST:
+        return ""
+    return f"test-fraction = {MOST_TEST / rows:<16.2g}# of {rows:,} rows; more make intervals narrower\n"
 
 
 def _column(key: str, option: str, name: str, found: Outline) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedlora.cli.console import err, one_line_errors, out, percent
+
+if TYPE_CHECKING:
+    from fedlora.evaluation.loaded import Prediction
 
 Adapter = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Directory of an adapter that a run wrote.")]
 Tokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens that are written at most.")]
@@ -41,10 +43,12 @@ def predict(
     items = items_of(given, loaded.card, text_column)
     if not loaded.card.label_names:
         for item in items:
-            _say(item, {"written": loaded.generate(item, max_new_tokens=max_new_tokens)}, as_json)
+            written = loaded.generate(item, max_new_tokens=max_new_tokens)
+            _say(item, written, {"written": written}, as_json)
         return
     for item, found in zip(items, loaded.predict(items), strict=True):
-        _say(item, asdict(found), as_json)
+        shown = " | ".join(item) if isinstance(item, tuple) else str(item)
+        _say(item, f"{_words(found)}  {shown}", _keys(found), as_json)
 
 
 @one_line_errors
@@ -86,22 +90,25 @@ def _lines() -> Any:
         yield line
 
 
-def _say(item: Any, found: dict[str, Any], as_json: bool) -> None:
+def _words(found: Prediction) -> str:
+    """A prediction for people."""
+    if found.values:
+        return ", ".join(f"{name} {value:.4g}" for name, value in found.values.items())
+    labels = [f"{name} {percent(found.probabilities[name])}" for name in found.labels]
+    return ", ".join(labels) or "none"
+
+
+def _keys(found: Prediction) -> dict[str, Any]:
+    """A prediction for programs."""
+    if found.values:
+        return {"values": found.values}
+    first = {"label": found.label, "probability": found.probability}
+    return {**first, "labels": found.labels, "probabilities": found.probabilities}
+
+
+def _say(item: Any, words: str, keys: dict[str, Any], as_json: bool) -> None:
     """One line: what was found, and of what."""
     if as_json:
         given = list(item) if isinstance(item, tuple) else str(item)
-        sys.stdout.write(json.dumps({"given": given, **found}, ensure_ascii=False) + "\n")
-        return
-    if "written" in found:
-        out.print(found["written"], markup=False, highlight=False)
-        return
-    if "values" in found:
-        said = ", ".join(f"{name} {value:.4g}" for name, value in found["values"].items())
-    elif "labels" in found:
-        said = (
-            ", ".join(f"{name} {percent(found['probabilities'][name])}" for name in found["labels"]) or "none"
-        )
-    else:
-        said = f"{found['label']}  {percent(found['probability'])}"
-    shown = " | ".join(item) if isinstance(item, tuple) else str(item)
-    out.print(f"{said}  {shown}", markup=False, highlight=False)
+        words = json.dumps({"given": given, **keys}, ensure_ascii=False)
+    out.print(words, markup=False, highlight=False)

@@ -91,7 +91,7 @@ def run(
 def _totals(done: RunResult) -> list[tuple[str, str]]:
     """What all rounds took together, simulated or deployed: a heading and a sentence for each."""
     result = done.record
-    refused = [(r["round"], partition, why) for r in done.rounds for partition, why in r["refused"].items()]
+    refused = [(r["round"], partition, why) for r in done.records for partition, why in r["refused"].items()]
     lines = [
         ("rounds", f"{result['rounds']} in {timedelta(seconds=round(result['seconds']))}"),
         ("traffic", f"{result['bytes_up'] / 1e6:.3g} MB up, {result['bytes_down'] / 1e6:.3g} MB down"),

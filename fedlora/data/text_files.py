@@ -31,12 +31,12 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def kind_of(name: str | Path) -> str:
-    """The suffix that says how a file is read; ``.gz`` after it is no part of it.
+    """The suffix that says how a file is read, in small letters; ``.gz`` after it is no part of it.
 
-    >>> kind_of("a/notes.csv.gz"), kind_of("notes.v2.jsonl")
-    ('.csv', '.jsonl')
+    >>> kind_of("a/notes.csv.gz"), kind_of("notes.v2.jsonl"), kind_of("NOTES.CSV")
+    ('.csv', '.jsonl', '.csv')
     """
-    path = Path(name)
+    path = Path(str(name).lower())
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
@@ -224,6 +224,6 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _opened(path: Path) -> io.BufferedReader | gzip.GzipFile:
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     return path.open("rb")

@@ -19,7 +19,7 @@ LARGEST = 2**53
 """Below it every whole number that is stored as a float is the one that was meant."""
 SHOWN = 60
 """Characters of a value that a refusal shows."""
-_ONLY_NAMES = "must be texts, or whole numbers, or truth values"
+_ONLY_NAMES = "must be texts, or whole numbers, or truth values (labels with fractions: task = 'regression')"
 
 
 def is_text(kind: pa.DataType) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -44,46 +44,36 @@ Item: TypeAlias = "str | tuple[str, str] | PathLike[str] | Image.Image"
 """A text, a pair of texts, or a picture: PIL's, or where its file is."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """What a classifier says of one example.
+    """What a model says of one example, whatever its task.
 
     Attributes:
-        label: the most probable.
-        probability: of it.
-        probabilities: of every label.
+        labels: the most probable one; of a multi-label classifier those with a probability above 1/2; of a
+            regression none.
+        probabilities: of every label; empty for a regression.
+        values: of every target of a regression; else empty.
     """
 
-    label: str
-    probability: float
-    probabilities: dict[str, float]
+    labels: tuple[str, ...] = ()
+    probabilities: dict[str, float] = field(default_factory=dict)
+    values: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The most probable label.
 
-@dataclass(frozen=True, slots=True)
-class LabelsPrediction:
-    """What a multi-label classifier says of one example.
+        Raises:
+            ConfigError: a regression, which has values.
+        """
+        if not self.probabilities:
+            raise ConfigError(f"label: a regression has none, values has {', '.join(self.values)}")
+        return max(self.probabilities, key=self.probabilities.__getitem__)
 
-    Attributes:
-        labels: those with a probability above 1/2.
-        probabilities: of every label.
-    """
-
-    labels: list[str]
-    probabilities: dict[str, float]
-
-
-@dataclass(frozen=True, slots=True)
-class ValuesPrediction:
-    """What a regression says of one example.
-
-    Attributes:
-        values: of every target.
-    """
-
-    values: dict[str, float]
-
-
-AnyPrediction: TypeAlias = Prediction | LabelsPrediction | ValuesPrediction
+    @property
+    def probability(self) -> float:
+        """Of `label`."""
+        return self.probabilities[self.label]
 
 
 class LoadedAdapter:
@@ -103,9 +93,10 @@ class LoadedAdapter:
         """
         self.directory = user_path(Path(directory))
         self.model: nn.Module
+        self.card: AdapterCard
         self.model, self.card = load_adapter(self.directory)
 
-    def predict(self, items: Sequence[Item]) -> list[AnyPrediction]:
+    def predict(self, items: Sequence[Item]) -> list[Prediction]:
         """The label of each text, pair of texts or picture; its labels, or its numbers, as the task is.
 
         Texts are cut to the tokens that were trained on; pictures of any size and mode become the model's.
@@ -119,7 +110,7 @@ class LoadedAdapter:
         task = task_named(self.card.task)
         if not task.labelled:
             raise ConfigError(f"{self.directory}: a language model of {self.card.task} predicts no labels")
-        found: list[AnyPrediction] = []
+        found: list[Prediction] = []
         for start in range(0, len(items), BATCH):
             found += self._predicted(items[start : start + BATCH])
         return found
@@ -161,7 +152,7 @@ class LoadedAdapter:
         chat = ChatSettings(model.chat_template, model.template_variables, self.card.assistant_loss)
         return task_named(self.card.task).reader(model.name, chat)
 
-    def _predicted(self, items: Sequence[Item]) -> Iterator[AnyPrediction]:
+    def _predicted(self, items: Sequence[Item]) -> Iterator[Prediction]:
         task = task_named(self.card.task)
         encoded = task.encode([self._rows(items)], self._reader, self.card.max_length)
         none = np.zeros(len(items), dtype=np.int64)
@@ -181,12 +172,12 @@ class LoadedAdapter:
         for row in OUTPUTS[task.problem_type](logits).tolist():
             found = dict(zip(self.card.label_names, row, strict=True))
             if task.problem_type == REGRESSION:
-                yield ValuesPrediction(found)
+                yield Prediction(values=found)
             elif task.problem_type == MULTI_LABEL:
-                yield LabelsPrediction([label for label, p in found.items() if p > 0.5], found)
+                above = tuple(label for label, probability in found.items() if probability > 0.5)
+                yield Prediction(labels=above, probabilities=found)
             else:
-                label = max(found, key=found.__getitem__)
-                yield Prediction(label, found[label], found)
+                yield Prediction(labels=(max(found, key=found.__getitem__),), probabilities=found)
 
     def _rows(self, items: Sequence[Item]) -> Rows:
         if task_named(self.card.task).network == "image-classifier":

@@ -48,7 +48,7 @@ def test_the_new_model_is_that_of_a_run_without_the_client(home: Path, found: Fo
         load_file(home / run / "adapter" / "adapter_model.safetensors") for run in ("without", "never")
     )
     assert_same_bits(one, other)
-    rounds = fedlora.load_run(home / "without").rounds
+    rounds = fedlora.load_run(home / "without").records
     assert [r["participants"] for r in rounds] == [[0, 1, 3]] * 4
 
 

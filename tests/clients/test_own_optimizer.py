@@ -93,4 +93,4 @@ def test_client_processes_find_it_where_one_stands(there: Path) -> None:
         "engine.num-cpus": 0.5,
     }
     result = fedlora.run({**tiny, **MINE}, there / "out")
-    assert result.rounds[0]["round"] == 1
+    assert result.records[0]["round"] == 1

@@ -157,6 +157,14 @@ def test_the_types_of_a_csv_file_are_not_guessed_piece_by_piece(
     assert set(raw.train["natural"]) == {name, "A3"}
 
 
+@pytest.mark.parametrize("name", ["A.CSV", "a.Csv.GZ"])
+def test_an_ending_may_be_in_capitals(name: str, tmp_path: Path, cache: Path) -> None:
+    plain = csv_file(tmp_path / "plain.csv", [[f"t {i}", "ab"[i % 2], "w"] for i in range(20)])
+    packed = gzip.compress(plain.read_bytes()) if name.endswith("GZ") else plain.read_bytes()
+    (tmp_path / name).write_bytes(packed)
+    assert read(tmp_path / name).train.to_list() == read(plain).train.to_list()
+
+
 def test_one_odd_value_far_down_does_not_change_the_others(tmp_path: Path, cache: Path) -> None:
     many = rows(["neg", "pos"] * (PIECE // 2 + 20))
     many[PIECE + 10]["else"] = {"a": 1}

@@ -95,7 +95,7 @@ def test_a_steward_limits_what_is_spent_and_reads_what_left(here: Path) -> None:
         done("run", "run.toml", "--federation", "net", "--out", "run")
     finally:
         done("federation", "down", "net")
-    (record,) = fedlora.load_run("run").rounds
+    (record,) = fedlora.load_run("run").records
     assert record["participants"] == [0]
     (declined,) = json.loads(done("node", "log", "net/nodes/node-1", "--declined", "--json"))
     assert "2 steps would spend" in declined["reason"]

@@ -34,6 +34,7 @@ import fedlora
 
 reveal_type(fedlora.RunConfig().lora.rank)
 reveal_type(FLoRA(fraction_train=0.5, scaling=2.0).rule.facts.exact)
+reveal_type(fedlora.load("adapter").predict(["a text"])[0].label)
 """
 HEAVY = """
 [mypy]
@@ -136,3 +137,4 @@ def test_it_is_typed(python: Path, tmp_path: Path) -> None:
     told = outside(python, "-m", "mypy", "--strict", "typed.py", cwd=tmp_path)
     assert told.count('Revealed type is "int"') == 1, told
     assert told.count('Revealed type is "bool"') == 1, told
+    assert told.count('Revealed type is "str"') == 1, told

@@ -95,7 +95,7 @@ def _state(found: ServerState) -> Any:
 def shown(home: Path) -> Any:
     """All that a report takes from a finished run."""
     found = load_run(home)
-    return found.record, found.rounds, to_flat(found.config), read_samples(home)
+    return found.record, found.records, to_flat(found.config), read_samples(home)
 
 
 PARTS = [{"a.left": torch.arange(6.0).reshape(3, 2) + n, "a.right": torch.ones(2, 3)} for n in range(3)]

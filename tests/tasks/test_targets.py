@@ -148,6 +148,8 @@ def test_runs_alone_and_together(of_task: dict[str, str], tmp_path: Path, cache:
             for p, r in zip(told, rows(90), strict=True)
         ]
         assert found["rmse"] == pytest.approx(np.sqrt(np.mean(np.square(errors))), rel=1e-4)
+        with pytest.raises(fedlora.ConfigError, match="a regression has none, values has stars, size"):
+            _ = told[0].label
     else:
         right = [
             (name in p.labels) == (name in r["tags"])
@@ -155,6 +157,7 @@ def test_runs_alone_and_together(of_task: dict[str, str], tmp_path: Path, cache:
             for name in ("even", "fine")
         ]
         assert found["accuracy"] == pytest.approx(np.mean(right))
+        assert told[0].probability == max(told[0].probabilities.values())
 
 
 @pytest.mark.parametrize(

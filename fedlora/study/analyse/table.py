@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fedlora.core.code import installed
 from fedlora.study.analyse.results import read_results
 from fedlora.study.analyse.summary import Estimate, of_examples, over_seeds
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 LATEX = str.maketrans({"&": r"\&", "%": r"\%", "_": r"\_", "#": r"\#", "$": r"\$"})
 
@@ -80,14 +82,11 @@ class StudyTable:
         rules = [begin, r"\toprule", lines[0], r"\midrule", *lines[1:], r"\bottomrule", r"\end{tabular}"]
         return "\n".join(rules) + "\n"
 
-    def frame(self) -> Any:
-        """A pandas ``DataFrame``; accuracies are shares in [0, 1].
+    def frame(self) -> DataFrame:
+        """A pandas ``DataFrame``; accuracies are shares in [0, 1]."""
+        from pandas import DataFrame
 
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        pandas = installed("pandas", "frame()")
-        return pandas.DataFrame(
+        return DataFrame(
             {
                 "method": row.method, "setting": row.setting, "seeds": row.seeds,
                 "accuracy": row.accuracy.value, "low": row.accuracy.low, "high": row.accuracy.high,

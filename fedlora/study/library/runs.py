@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fedlora.config import AnyPath, Config, RunConfig, as_config, from_keywords, read_config
-from fedlora.core.code import installed, need_extra
+from fedlora.core.code import need_extra
 from fedlora.errors import ConfigError
 from fedlora.server.results import CONFIG, RESULT, read_result, read_rounds
 from fedlora.study.library.adapters import evaluate
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 RoundCallback: TypeAlias = Callable[[dict[str, Any]], None]
 """Called with each round's record, a line of ``rounds.jsonl``, once it is kept; 0 is before training."""
@@ -25,30 +28,28 @@ class RunResult:
         path: the run directory.
         config: the configuration that it ran with.
         record: ``result.json``: the final model on the whole test set, and totals over the rounds.
-        rounds: ``rounds.jsonl``: one record a round.
+        records: ``rounds.jsonl``: one record a round.
     """
 
     path: Path
     config: RunConfig
     record: dict[str, Any]
-    rounds: list[dict[str, Any]]
+    records: list[dict[str, Any]]
 
     @property
     def adapter(self) -> Path:
         """The directory with the global adapter in PEFT's format."""
         return self.path / "adapter"
 
-    def frame(self) -> Any:
-        """The rounds as a pandas ``DataFrame``, a row for each, with a column for each number in a record.
+    @property
+    def rounds(self) -> DataFrame:
+        """A row for each round, with a column for each number in its record."""
+        from pandas import DataFrame
 
-        Raises:
-            ConfigError: pandas is not installed.
-        """
-        pandas = installed("pandas", "frame()")
         scalar = (int, float, str, bool, type(None))
-        return pandas.DataFrame(
+        return DataFrame(
             {key: value for key, value in record.items() if isinstance(value, scalar)}
-            for record in self.rounds
+            for record in self.records
         )
 
     def evaluate(
@@ -153,4 +154,4 @@ def load_run(path: AnyPath) -> RunResult:
     if not (home / RESULT).is_file():
         raise ConfigError(f"{home}: no finished run, there is no {RESULT} in it")
     record = read_result(home)
-    return RunResult(path=home, config=read_config(home / CONFIG), record=record, rounds=read_rounds(home))
+    return RunResult(path=home, config=read_config(home / CONFIG), record=record, records=read_rounds(home))

@@ -13,6 +13,8 @@ from fedlora.errors import ConfigError, unknown_name
 from fedlora.study.library.runs import RunResult, load_run, place
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fedlora.study.analyse.table import StudyTable
 
 
@@ -43,7 +45,7 @@ class StudyResult:
 
         return StudyTable.read(self.path)
 
-    def figure(self, name: str) -> Any:
+    def figure(self, name: str) -> Figure:
         """A chart of the report as a matplotlib ``Figure`` with a legend; a notebook shows it.
 
         ``study.figure("accuracy").savefig("accuracy.pdf")`` writes pdf, svg or png, by the ending.
