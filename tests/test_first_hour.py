@@ -21,7 +21,7 @@ from fedlora.wire.upload import CODECS
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "experiments" / "tiny.toml"
 SECONDS = 2.0
-"""Of processor time, far above what help takes (0.2 s here, 0.9 s on a machine with eight other users a core)."""
+"""Of processor time, far above what help takes: 0.2 s, or 0.9 s with sixteen others on two cores."""
 
 
 def processor_seconds() -> float:

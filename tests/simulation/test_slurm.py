@@ -15,7 +15,7 @@ STAND_INS = {
     "scontrol": 'printf "node-a\\nnode-b\\n"',
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "hostname": 'echo "10.0.0.1 fe80::1 "',
-    "ray": 'echo "ray $*" >> "$SAID"; [ "$1" != status ] || [ -e "$SAID.up" ] || { touch "$SAID.up"; exit 1; }',
+    "ray": 'echo "ray $*" >> "$SAID"; test "$1" != status -o -e "$SAID.up" || { touch "$SAID.up"; exit 1; }',
     "fedlora": 'for word in fedlora "$@"; do echo "<$word>" >> "$SAID"; done; exit "$CODE"',
     "sleep": "exit 0",
 }
