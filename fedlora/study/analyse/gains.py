@@ -60,7 +60,7 @@ def gains(rows: Sequence[Row]) -> list[Gains]:
         if row.strategy == ALONE or row.method == "centralised":
             continue
         peers = [r for r in rows if (r.setting, r.protected) == (row.setting, row.protected)]
-        shared = {seed: run[GLOBAL_BY_CLIENT] for seed, run in _personal(row).items()}
+        shared: Mapping[int, ByClient] = {seed: run[GLOBAL_BY_CLIENT] for seed, run in _personal(row).items()}
         if not shared and _keeps(row):
             shared = _first(peers, GLOBAL)
         for over, held in (("global", shared), ("alone", _first(peers, ALONE))):

@@ -8,9 +8,10 @@ import numpy as np
 
 from fedlora.study.analyse.gains import gains
 from fedlora.study.analyse.summary import Row
-from fedlora.study.report.figure import HEIGHT, MUTED, Canvas, Chart, Numbers
+from fedlora.study.report.figure import HEIGHT, Canvas, Chart, Numbers
 from fedlora.study.report.format import signed
 from fedlora.study.report.round_charts import Styles
+from fedlora.study.report.styles import MUTED
 
 MOST_SHOWN = 50
 """Clients that have a mark each; of more there are as many quantiles."""
