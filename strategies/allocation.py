@@ -1,8 +1,9 @@
-"""Allocations: which layers a round trains, a pure function of the state that `Rule` asks.
+"""Allocations: which layers or directions a round trains, a pure function of the state that `Rule` asks.
 
-All clients train the same layers, so that every aggregation stays what it is: a layer at rest is asked for no
-change, keeps its bits, its memory and its momentum, and costs no bytes. No client's data decides, so that
-nothing is spent on it under differential privacy.
+All clients train the same, so that every aggregation stays what it is: a layer at rest is asked for no
+change, keeps its bits, its memory and its momentum, and costs no bytes; directions at rest likewise, see
+`fedlora.core.directions`. No client's data decides, so that nothing is spent on it under differential
+privacy.
 
 An allocation is one class below and one entry of `ALLOCATIONS`; tests, refusals and keys follow from that.
 """
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fedlora.core.adapters import Adapters, lora_set
+from fedlora.core.directions import Directions, sizes
 from fedlora.core.factors import norm
 from fedlora.core.seeding import stream
 from fedlora.core.state import State
@@ -30,7 +33,11 @@ class Allocation(Protocol):
     def name(self) -> str:
         """The value of ``strategy.allocation``."""
 
-    def check(self, modules: Collection[str]) -> None:
+    @property
+    def parts(self) -> bool:
+        """Whether it lets directions of a layer rest beside others that train."""
+
+    def check(self, adapters: Adapters) -> None:
         """Refuse a model that it cannot choose from.
 
         Raises:
@@ -39,6 +46,9 @@ class Allocation(Protocol):
 
     def modules(self, state: State) -> frozenset[str]:
         """The modules that the round after this state trains."""
+
+    def directions(self, state: State) -> Directions:
+        """The directions that it trains of the modules of which some rest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +59,22 @@ class All:
     def name(self) -> str:
         return "all"
 
-    def check(self, modules: Collection[str]) -> None:
+    @property
+    def parts(self) -> bool:
+        return False
+
+    def check(self, adapters: Adapters) -> None:
         pass
 
     def modules(self, state: State) -> frozenset[str]:
         return frozenset(state.adapters)
 
+    def directions(self, state: State) -> Directions:
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
-class RandomLayers:
+class RandomLayers(All):
     """Some transformer blocks, drawn anew for each round from the run's seed.
 
     Pan et al., "LISA: Layerwise Importance Sampling for Memory-Efficient Large Language Model Fine-Tuning",
@@ -79,8 +96,8 @@ class RandomLayers:
     def name(self) -> str:
         return "random-layers"
 
-    def check(self, modules: Collection[str]) -> None:
-        count = len(blocks(modules))
+    def check(self, adapters: Adapters) -> None:
+        count = len(blocks(adapters))
         if self.layers > count:
             raise ConfigError(
                 f"strategy.allocation-options layers = {self.layers}: the model has {count} blocks with "
@@ -142,10 +159,80 @@ def _size(state: State, modules: Collection[str]) -> float:
     return math.sqrt(sum(norm(p) ** 2 for p in products) / entries)
 
 
-ALLOCATIONS: dict[str, type[All] | type[RandomLayers] | type[SizedLayers]] = {
+@dataclass(frozen=True, kw_only=True)
+class SizedRanks(All):
+    """A budget of directions over all layers, for those in which the global adapter is largest.
+
+    AdaLoRA's budget (Zhang et al., ICLR 2023, arXiv 2303.10512) and IncreLoRA's growth (Zhang et al., 2023,
+    arXiv 2308.12043) at the server, with what was aggregated in the place of clients' scores: direction j of
+    layer l has the size ``s_l ||b_lj|| ||a_lj||``, a singular value among those directions that a rule wrote
+    together by an SVD. After the warm-up, in which all directions train, a round trains
+
+        explore ranks   of all directions, drawn uniformly, for ``period`` rounds the same;
+        the others      the largest of those that were not drawn.
+
+    What is not chosen rests: it stays in the model, where AdaLoRA prunes it, and can be drawn again. It is
+    post-processing of what was released, and knows nothing that secure sums hide.
+
+    Attributes:
+        ranks: directions that a round trains, summed over layers; 0: half of all there are.
+        warmup: first rounds, in which all directions train.
+        explore: share of the budget that is drawn, above 0 and at most 1.
+        period: rounds for which a draw holds, >= 1.
+    """
+
+    ranks: int = 0
+    warmup: int = 1
+    explore: float = 0.25
+    period: int = 5
+
+    def __post_init__(self) -> None:
+        for key, least in (("ranks", 0), ("warmup", 0), ("period", 1)):
+            if getattr(self, key) < least:
+                given = getattr(self, key)
+                raise ConfigError(f"strategy.allocation-options {key} = {given}: must be >= {least}")
+        if not 0 < self.explore <= 1:
+            raise ConfigError(f"strategy.allocation-options explore = {self.explore}: must be > 0 and <= 1")
+
+    @property
+    def name(self) -> str:
+        return "sized-ranks"
+
+    @property
+    def parts(self) -> bool:
+        return True
+
+    def check(self, adapters: Adapters) -> None:
+        count = sum(factors.rank for factors in lora_set(adapters).values())
+        if self.ranks > count:
+            raise ConfigError(
+                f"strategy.allocation-options ranks = {self.ranks}: the model's adapters have {count} in all"
+            )
+
+    def modules(self, state: State) -> frozenset[str]:
+        directions = self.directions(state)
+        return frozenset(name for name in state.adapters if directions.get(name, (0,)))
+
+    def directions(self, state: State) -> Directions:
+        if state.round < self.warmup:
+            return {}
+        found = {name: sizes(factors).tolist() for name, factors in sorted(lora_set(state.adapters).items())}
+        places = [(name, j) for name, own in found.items() for j in range(len(own))]
+        budget = self.ranks or max(1, len(places) // 2)
+        draw = stream(state.seed, self.name, (state.round - self.warmup) // self.period)
+        order = [places[i] for i in draw.permutation(len(places))]
+        drawn = math.ceil(self.explore * budget)
+        largest = sorted(order[drawn:], key=lambda place: -found[place[0]][place[1]])
+        chosen = {*order[:drawn], *largest[: budget - drawn]}
+        training = {n: tuple(j for j in range(len(own)) if (n, j) in chosen) for n, own in found.items()}
+        return {name: own for name, own in training.items() if len(own) < len(found[name])}
+
+
+ALLOCATIONS: dict[str, type[All]] = {
     "all": All,
     "random-layers": RandomLayers,
     "sized-layers": SizedLayers,
+    "sized-ranks": SizedRanks,
 }
 """By the value of ``strategy.allocation``."""
 

@@ -269,7 +269,8 @@ class FactorStrategy(Rounds):
         for partition_id in chosen:
             client = self.client_spec(partition_id)
             broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
-            rank = 0 if not self.keep_ranks else next(iter(broadcast.adapters.values())).rank
+            whole = not self.keep_ranks or self.rule.allocation.parts
+            rank = 0 if whole else next(iter(broadcast.adapters.values())).rank
             kept = rank if rank < client.rank else 0
             sent = padded(broadcast, client.rank) if kept else broadcast
             self.transport.add(partition_id, present[partition_id], sent, kept)

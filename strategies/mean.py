@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.state import ClientUpdate, State
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NotApplicable
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule, check_heads
 from strategies.server_optimizer import ServerOptimizer
@@ -31,12 +31,18 @@ class MeanRule(Rule):
     Raises:
         ConfigError: fedadam under a rule that turns the basis: a second moment per coordinate has no
             meaning in another basis.
+        NotApplicable: a server optimiser where directions rest.
     """
 
     optimizer: ServerOptimizer = field(default_factory=ServerOptimizer)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.optimizer.name != "none" and self.allocation.parts:
+            raise NotApplicable(
+                f"strategy.allocation = {self.allocation.name!r}: strategy.server-optimizer = "
+                f"{self.optimizer.name!r} has a momentum for each number, and others train in each round"
+            )
         if self.facts.rotates_basis and self.optimizer.name == "fedadam":
             raise ConfigError(
                 f"strategy.server-optimizer = 'fedadam': {self.facts.name} turns the basis of the factors "

@@ -20,8 +20,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedlora.core.adapters import LayerAdapter, check_same_shapes, resized
-from fedlora.core.factors import LoraFactors, Tensors, check_like, check_same_modules
+from fedlora.core.adapters import Adapters, LayerAdapter, as_lora, check_same_shapes, resized
+from fedlora.core.directions import all_parted, moving, rejoined
+from fedlora.core.factors import PLAIN, LoraFactors, Tensors, check_like, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
@@ -40,7 +41,7 @@ class Rule:
         init_a: how the first A is made, ``kaiming``, ``orthonormal`` or ``miss``; ``pissa``, ``olora`` and
             ``lora-ga`` start both factors as a part of the base weight, which leaves the base; ``eva`` looks
             at inputs.
-        allocation: which layers a round trains.
+        allocation: which layers a round trains, or which directions of them.
         center: chooses whose updates count, and in a mean takes the middle of the clients' tensors.
 
     Raises:
@@ -54,9 +55,9 @@ class Rule:
     center: Center = field(default_factory=Center)
 
     def __post_init__(self) -> None:
-        if self.needs_all_layers and self.allocation.name != "all":
-            name = self.allocation.name
-            raise NotApplicable(f"strategy.allocation = {name!r}: {self.facts.name} {self.needs_all_layers}")
+        why = self.needs_all_layers or (self.needs_all_directions if self.allocation.parts else "")
+        if why and self.allocation.name != "all":
+            raise NotApplicable(f"strategy.allocation = {self.allocation.name!r}: {self.facts.name} {why}")
         if self.init_a not in INIT_A:
             raise unknown_name("strategy.init-a", self.init_a, INIT_A)
         if self.init_a not in self.facts.supported_inits:
@@ -110,6 +111,15 @@ class Rule:
         return "" if self.facts.trained else "trains no layer"
 
     @property
+    def needs_all_directions(self) -> str:
+        """Reason that no direction of a layer can rest, to follow the rule's name; empty where any can."""
+        if not self.facts.trained <= PLAIN:
+            return "trains a core, in which directions are not apart"
+        if self.facts.personal:
+            return "leaves a factor at its clients, whose directions would be other ones in each round"
+        return "chooses its clients' directions itself" if self.facts.draws_ranks else ""
+
+    @property
     def coordinates_stay(self) -> bool:
         """A number that a client ships means later what it means in this round, and counts in a mean."""
         return self.facts.mean and not self.facts.rotates_basis
@@ -141,14 +151,16 @@ class Rule:
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         """Start of this client's next round: the global adapter at its rank and scaling."""
         allocated = self.allocation.modules(state)
+        adapters = self.parted(state, resized(state.adapters, client.rank, client.scaling))
+        held = {name for name, adapter in adapters.items() if not _lacks(adapter)}
         layers, number = state.adapters.values(), state.round + 1
         trained = frozenset().union(*[self.trained_names(a, number) for a in layers])
         uploaded = frozenset().union(*[self.shipped_names(a, number) for a in layers])
         return Broadcast(
-            adapters=resized(state.adapters, client.rank, client.scaling),
+            adapters=adapters,
             trained=trained,
             uploaded=uploaded,
-            modules=trained_modules(state, client) & allocated,
+            modules=trained_modules(state, client) & allocated & held,
             resting=frozenset(state.adapters) - allocated,
             head=state.head,
             updates_base=self.facts.updates_base,
@@ -172,21 +184,27 @@ class Rule:
             ConfigError: no update, two of one client, a negative weight, or weights that sum to zero.
         """
         received = sorted(updates, key=lambda update: update.partition_id)
+        starts = self.parted(state, state.adapters)
         for update in received:
-            self.check(state, update)
+            self.check(starts, update, state.round + 1)
         normalised(received)
         counted = self.choose([update for update in received if update.weight > 0])
         weights = normalised(counted)
 
-        allocated = self.allocation.modules(state)
+        allocated, directions = self.allocation.modules(state), self.allocation.directions(state)
 
         def of(name: str) -> tuple[Merged, LayerMeasure | None]:
+            whole = state.adapters[name]
             if name not in allocated:
-                return Merged(state.adapters[name], memory=self.kept(state, name)), None
-            layer = self._layer(state, name, counted, weights)
+                return Merged(whole, memory=self.kept(state, name)), None
+            layer = self._layer(state, _moving(starts[name]), name, counted, weights)
             merged = self.merge(layer)
             measured = diagnostics and isinstance(layer.adapter, LoraFactors)
-            return merged, measure(layer, merged) if measured else None
+            found = measure(layer, merged) if measured else None
+            if name in directions:
+                again = rejoined(as_lora(whole), as_lora(merged.adapter), directions[name])
+                merged = replace(merged, adapter=again)
+            return merged, found
 
         done = dict(zip(state.adapters, parallel_map(of, state.adapters), strict=True))
         merged = {name: m for name, (m, _) in done.items()}
@@ -212,24 +230,40 @@ class Rule:
         start = f"{owner}/"
         return {k.removeprefix(start): t for k, t in state.memory.items() if k.startswith(start)}
 
+    def parted(self, state: State, adapters: Adapters) -> Adapters:
+        """Adapters of any rank with the directions apart that rest in the next round."""
+        return all_parted(adapters, self.allocation.directions(state))
+
     def _layer(
-        self, state: State, name: str, updates: Sequence[ClientUpdate], weights: Sequence[float]
-    ) -> Layer:
+        self, state: State, start: LayerAdapter, name: str, updates: Sequence[ClientUpdate],
+        weights: Sequence[float],
+    ) -> Layer:  # fmt: skip
         clients = [
-            Weighted(w, update.adapters[name], update.partition_id)
+            Weighted(w, _moving(update.adapters[name]), update.partition_id)
             for w, update in zip(weights, updates, strict=True)
         ]
-        return Layer(name, state.adapters[name], clients, state.round + 1, state.seed, self.kept(state, name))
+        return Layer(name, start, clients, state.round + 1, state.seed, self.kept(state, name))
 
-    def check(self, state: State, update: ClientUpdate) -> None:
-        who = f"round {state.round + 1}, partition {update.partition_id}"
-        check_same_modules(state.adapters, update.adapters, who)
-        for name, start in state.adapters.items():
+    def check(self, starts: Adapters, update: ClientUpdate, server_round: int) -> None:
+        """Refuse an update over other layers, or of other shapes, than the `parted` adapters have."""
+        who = f"round {server_round}, partition {update.partition_id}"
+        check_same_modules(starts, update.adapters, who)
+        for name, start in starts.items():
             given = update.adapters[name]
             if isinstance(start, LoraFactors) and isinstance(given, LoraFactors):
                 check_like(start, given, f"{who}, {name}", "" if self.facts.mixed_ranks else self.facts.name)
             else:
                 check_same_shapes(start, given, f"{who}, {name}")
+
+
+def _moving(adapter: LayerAdapter) -> LayerAdapter:
+    """The directions of an adapter that train; another kind than LoRA has none apart."""
+    return moving(adapter) if isinstance(adapter, LoraFactors) else adapter
+
+
+def _lacks(adapter: LayerAdapter) -> bool:
+    """Whether a client's rank is below all directions that train."""
+    return isinstance(adapter, LoraFactors) and adapter.rank == 0
 
 
 def trained_modules(state: State, client: ClientSpec) -> frozenset[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -38,7 +39,7 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
     if not streams(rule):
         raise ConfigError(f"{rule.facts.name} needs all updates at once: only plain means can be streamed")
     assert isinstance(rule, MeanRule)
-    total, previous, mean = 0.0, -1, None
+    total, previous, mean, starts = 0.0, -1, None, rule.parted(state, state.adapters)
     with one_thread():
         for update in updates:
             if update.partition_id <= previous:
@@ -46,10 +47,10 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
             previous = update.partition_id
             if not (math.isfinite(update.weight) and update.weight >= 0):
                 raise ConfigError(f"partition {previous}: weight {update.weight} must be finite and >= 0")
-            rule.check(state, update)
+            rule.check(starts, update, state.round + 1)
             if update.weight > 0:
                 total += update.weight
-                mean = _added(mean, update, rule, state)
+                mean = _added(mean, update, rule, replace(state, adapters=starts))
     if mean is None or not math.isfinite(total):
         raise ConfigError(f"the weights of all updates sum to {total:g}: nothing can be averaged")
     for adapter in mean.adapters.values():

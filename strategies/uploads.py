@@ -23,7 +23,7 @@ def checked_upload(upload: str, rule: Rule, *, client_dp: bool) -> str:
 
     Raises:
         ConfigError: there is no such codec.
-        NotApplicable: the rule, its centre, or client-level privacy excludes it.
+        NotApplicable: the rule, its allocation or centre, or client-level privacy excludes it.
     """
     if not wire.codec_named(upload).feedback:
         return upload
@@ -33,6 +33,11 @@ def checked_upload(upload: str, rule: Rule, *, client_dp: bool) -> str:
         raise NotApplicable(
             f"{key}: tells later what it leaves out now, which {rule.facts.name} would read in other "
             f"coordinates or not as a mean (able: {names})"
+        )
+    if rule.allocation.parts:
+        raise NotApplicable(
+            f"{key}: tells later what it leaves out now, and under strategy.allocation = "
+            f"{rule.allocation.name!r} other directions train then"
         )
     if rule.center.name != "mean":
         raise NotApplicable(

@@ -1,4 +1,4 @@
-"""LoRA by PEFT, with or without a core: one PEFT adapter for each rank that was asked for."""
+"""LoRA by PEFT, with or without a core, or with directions at rest: a PEFT adapter for each rank."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fedlora.errors import ConfigError, FactorShapeError
 
 @dataclass(frozen=True, slots=True)
 class LoraKind:
-    """``s B A``, or ``s B R A``; ranks and scalings come with the values."""
+    """``s B A``, ``s B R A``, or ``s (B A + B0 A0)``; ranks and scalings come with the values."""
 
     @property
     def name(self) -> str:
@@ -56,7 +56,7 @@ class InjectedLora:
     def check(self, adapters: Adapters) -> None:
         """Refuse other shapes, more than one rank, or a core in some layers only."""
         factors = lora_set(adapters)
-        ranks = sorted({f.rank for f in factors.values()})
+        ranks = sorted({f.whole_rank for f in factors.values()})
         if len(ranks) > 1:
             raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
         if len({f.R is None for f in factors.values()}) > 1:
@@ -87,23 +87,31 @@ class InjectedLora:
                 linear.requires_grad_(False)
 
     def _prepared(self, kind: str, adapters: AdapterSet, dropout: float) -> str:
-        """The name of the PEFT adapter of this rank, with these scalings."""
+        """The name of the PEFT adapter of this rank, with these scalings and directions at rest."""
         first = next(iter(adapters.values()))
-        name = f"{kind}{first.rank}" + ("" if first.R is None else "core")
+        rests = any(f.A0 is not None for f in adapters.values())
+        name = f"{kind}{first.whole_rank}" + ("parted" if rests else "" if first.R is None else "core")
         if name not in self._adapters:
-            self._add(name, first.rank, cored=first.R is not None)
+            self._add(name, first.whole_rank, cored=first.R is not None, parted=rests)
         for module, adapter in adapters.items():
             layer = self._layer(module)
             layer.scaling[name] = adapter.scaling
             layer.lora_dropout[name].p = dropout
+            if rests:
+                layer.lora_A[name].take(adapter.rank)
+                layer.lora_B[name].take(adapter.rank)
         return name
 
     def parameters(self, module: str) -> dict[str, nn.Parameter]:
-        """A, B and, where there is one, the core R."""
+        """A, B and, where there is one, the core R, or A0 and B0 at rest."""
         layer = self._layer(module)
         inner, outer = layer.lora_A[self._active], layer.lora_B[self._active]
         if isinstance(outer, CoredOutput):
             return {"A": inner.weight, "B": outer.outer.weight, "R": outer.core.weight}
+        if isinstance(outer, Parted):
+            own = {"A": inner.moves.weight, "B": outer.moves.weight}
+            still = {"A0": inner.rests.weight, "B0": outer.rests.weight}
+            return own | still if outer.rests.in_features else own
         return {"A": inner.weight, "B": outer.weight}
 
     def scaling(self, module: str) -> float:
@@ -127,7 +135,7 @@ class InjectedLora:
         """PEFT's layer in place of the adapted one; there is none before the first `activate`."""
         return self._module.get_submodule(name)
 
-    def _add(self, name: str, rank: int, *, cored: bool) -> None:
+    def _add(self, name: str, rank: int, *, cored: bool, parted: bool) -> None:
         from peft import LoraConfig
         from peft.functional import inject_adapter_in_model
 
@@ -147,6 +155,9 @@ class InjectedLora:
             layer.lora_B[name].float()
             if cored:
                 layer.lora_B[name] = CoredOutput(layer.lora_B[name])
+            if parted:
+                inner, outer = layer.lora_A[name], layer.lora_B[name]
+                layer.lora_A[name], layer.lora_B[name] = PartedInput(inner), PartedOutput(outer)
         self._adapters.add(name)
 
 
@@ -176,4 +187,63 @@ class CoredOutput(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``B R x`` of inputs (..., r)."""
         y: Tensor = self.outer(self.core(x))
+        return y
+
+
+class Parted(nn.Module):
+    """In place of one of PEFT's linear layers: what trains and what rests of it, as two.
+
+    PEFT computes ``lora_B(lora_A(x))``, the first of which gives the directions that train before those at
+    rest. Both are plain linear layers, for which Opacus has per-example gradients.
+
+    Attributes:
+        moves, rests: rows of A or columns of B; how many of each says `take`.
+    """
+
+    axis: int
+
+    def __init__(self, whole: nn.Linear) -> None:
+        super().__init__()
+        self._whole = whole.out_features, whole.in_features
+        self._like: dict[str, Any] = {"device": whole.weight.device, "dtype": whole.weight.dtype}
+        self.take(self._whole[self.axis])
+
+    def take(self, count: int) -> None:
+        """Let so many directions train; all values are to be set anew."""
+        other, rests = self._whole[1 - self.axis], self._whole[self.axis] - count
+        self.moves, self.rests = (
+            self._linear(*((n, other) if self.axis == 0 else (other, n))) for n in (count, rests)
+        )
+
+    def _linear(self, out_features: int, in_features: int) -> nn.Linear:
+        layer = nn.Linear(1, 1, bias=False, device="meta")  # draws nothing, and none would be warned of
+        layer.in_features, layer.out_features = in_features, out_features
+        layer.weight = nn.Parameter(torch.zeros(out_features, in_features, **self._like))
+        return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The factor with all its directions, which PEFT multiplies by the other where it merges."""
+        return torch.cat([self.moves.weight, self.rests.weight], dim=self.axis)
+
+
+class PartedInput(Parted):
+    """Takes the place of a PEFT layer's ``lora_A``: ``x -> [A; A0] x``."""
+
+    axis = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """All directions of inputs (..., in): those that train first."""
+        return torch.cat([self.moves(x), self.rests(x)], dim=-1)
+
+
+class PartedOutput(Parted):
+    """Takes the place of a PEFT layer's ``lora_B``: ``x -> [B B0] x``."""
+
+    axis = 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs (..., out) of directions as `PartedInput` gives them."""
+        count = self.moves.in_features
+        y: Tensor = self.moves(x[..., :count]) + self.rests(x[..., count:])
         return y

@@ -25,10 +25,12 @@ class StrategyConfig:
     options: str = ""
     """JSON object of the rule's own options, for instance ``{"lam": 0.1}``."""
     allocation: str = "all"
-    """Layers that a round trains: ``all``, ``random-layers``, transformer blocks drawn anew each round, or
-    ``sized-layers``, drawn the more often the further they have moved."""
+    """Layers that a round trains: ``all``, ``random-layers``, transformer blocks drawn anew each round,
+    ``sized-layers``, drawn the more often the further they have moved; or ``sized-ranks``, a budget of
+    directions over all layers."""
     allocation_options: str = ""
-    """JSON object of the allocation's own options, for instance ``{"layers": 2}``, the number of blocks."""
+    """JSON object of the allocation's own options: ``{"layers": 2}``, the number of blocks, or
+    ``{"ranks": 24}``, that of directions."""
     robust: str = "none"
     """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``, the last for any rule."""
     trim_fraction: Annotated[float, Field(ge=0, lt=0.5)] = 0.2

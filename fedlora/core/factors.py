@@ -4,7 +4,8 @@ Notation used by every rule (one adapted linear layer, weight ``W`` of shape (ou
 
     A (r, in), B (out, r), s = scaling,  delta = s * B @ A
 
-A rule may put a core R (r, r) between them, ``delta = s * B @ R @ A``; products fold it into A.
+A rule may put a core R (r, r) between them, ``delta = s * B @ R @ A``; products fold it into A. Where some of
+its directions rest they are held apart, ``delta = s * (B @ A + B0 @ A0)``.
 
 A sum of such products, for instance the target ``T = sum_k p_k s_k B_k A_k``, is kept *stacked*
 as one `Product`: ``left (out, R) @ right (R, in)`` with ``R = sum_k r_k``. Norms, inner products
@@ -24,8 +25,10 @@ from fedlora.errors import FactorShapeError
 
 PLAIN = frozenset({"A", "B"})
 """The factors of a plain adapter."""
-FACTORS = PLAIN | {"R"}
-"""Those, and the core that some rules put between them."""
+AT_REST = frozenset({"A0", "B0"})
+"""Directions of an adapter that nobody trains for a while, see `fedlora.core.directions`."""
+FACTORS = PLAIN | {"R"} | AT_REST
+"""Those, and the core that some rules put between A and B."""
 
 Tensors = dict[str, Tensor]
 """Named tensors: a trained head, a rule's own memory."""
@@ -40,9 +43,11 @@ class LoraFactors:
         B: (out, r), the factor that meets the output.
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
         R: (r, r), the core between them; None is the identity and costs nothing.
+        A0, B0: (q, in) and (out, q), further directions, which are at rest; None where none is. Not beside a
+            core.
 
     Raises:
-        FactorShapeError: A, B and R do not share a rank, or are not matrices.
+        FactorShapeError: A, B and R do not share a rank, or are not matrices; likewise A0 and B0.
 
     >>> f = LoraFactors(A=torch.ones(2, 3), B=torch.ones(4, 2), scaling=0.5)
     >>> f.rank, f.in_features, f.out_features, f.delta()[0, 0].item()
@@ -53,6 +58,8 @@ class LoraFactors:
     B: Tensor
     scaling: float
     R: Tensor | None = None
+    A0: Tensor | None = None
+    B0: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.A.shape[0] != self.B.shape[1]:
@@ -61,10 +68,24 @@ class LoraFactors:
             )
         if self.R is not None and self.R.shape != (self.rank, self.rank):
             raise FactorShapeError(f"R {tuple(self.R.shape)} is not the (r, r) core of rank {self.rank}")
+        if self.A0 is None and self.B0 is None:
+            return
+        if self.A0 is None or self.B0 is None or self.R is not None:
+            raise FactorShapeError("directions at rest are both of A0 and B0, and there is no core R")
+        q = self.A0.shape[0]
+        if (tuple(self.A0.shape), tuple(self.B0.shape)) != ((q, self.in_features), (self.out_features, q)):
+            raise FactorShapeError(
+                f"A0 {tuple(self.A0.shape)} and B0 {tuple(self.B0.shape)} are not (q, in) and (out, q)"
+            )
 
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def whole_rank(self) -> int:
+        """The rank with the directions at rest."""
+        return self.rank + (0 if self.A0 is None else self.A0.shape[0])
 
     @property
     def in_features(self) -> int:
@@ -85,8 +106,9 @@ class LoraFactors:
         return plain.scaling * (plain.B @ plain.A)
 
     def tensors(self) -> Tensors:
-        """The factors by name: A and B, and R where there is a core."""
-        return {"A": self.A, "B": self.B} | ({} if self.R is None else {"R": self.R})
+        """The factors by name: A and B, R where there is a core, A0 and B0 where directions rest."""
+        named = {"A": self.A, "B": self.B, "R": self.R, "A0": self.A0, "B0": self.B0}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def replaced(self, tensors: Mapping[str, Tensor]) -> LoraFactors:
         """The same with these factors in place of its own."""
@@ -97,7 +119,10 @@ class LoraFactors:
         return frozenset(roles)
 
     def folded(self) -> LoraFactors:
-        """The same delta without a core, ``A' = R A``; itself where there is none."""
+        """The same delta in A and B alone, ``A' = R A`` or ``A' = [A; A0]``; itself where it is so."""
+        if self.A0 is not None and self.B0 is not None:
+            A, B = torch.cat([self.A, self.A0]), torch.cat([self.B, self.B0], dim=1)
+            return LoraFactors(A, B, self.scaling)
         return self if self.R is None else LoraFactors(self.R @ self.A, self.B, self.scaling)
 
 

@@ -61,8 +61,9 @@ def check_fits(model: Any, adapters: AdapterSet) -> None:
     scalings = {name: float(layer.scaling[model.active_adapter]) for name, layer in layers.items()}
     several = len({f"{scaling:.6g}" for scaling in scalings.values()}) > 1
     for name, factors in adapters.items():
-        if factors.R is not None:
-            raise ConfigError(f"{name}: PEFT has no core between A and B: use fedlora's ClientApp")
+        if factors.R is not None or factors.A0 is not None:
+            what = "core between A and B" if factors.R is not None else "directions at rest"
+            raise ConfigError(f"{name}: PEFT has no {what}: use fedlora's ClientApp")
         rank = layers[name].r[model.active_adapter]
         if factors.rank != rank:
             raise ConfigError(

@@ -33,6 +33,11 @@ def check_secure(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(
             f"{KEY}: {rule.facts.name} needs each client's own factors, or shows them (able: {able})"
         )
+    if rule.facts.sketched and rule.allocation.parts:
+        raise NotApplicable(
+            f"{KEY}: {rule.facts.name} adds up sketches of whole layers, strategy.allocation = "
+            f"{rule.allocation.name!r} lets directions of them rest"
+        )
     single = {
         "strategy.robust": (config.strategy.robust, "none"),
         "strategy.max-update-norm": (config.strategy.max_update_norm, 0.0),

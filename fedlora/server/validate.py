@@ -192,8 +192,10 @@ def check_other_kind(config: RunConfig, rule: Rule) -> None:
         raise NotApplicable(f"{key}: strategy.init-a = {rule.init_a!r} makes the A of lora, leave it out")
     if any(g.rank is not None or g.alpha is not None for g in config.groups):
         raise NotApplicable(f"{key}: client-groups: rank and alpha of a group are of lora alone")
-    if rule.allocation.name == "sized-layers":
-        raise NotApplicable(f"{key}: strategy.allocation = 'sized-layers' reads the product of A and B")
+    if rule.allocation.name not in ("all", "random-layers"):
+        raise NotApplicable(
+            f"{key}: strategy.allocation = {rule.allocation.name!r} reads the product of A and B"
+        )
     if config.max_rank:
         raise NotApplicable(f"{key}: max-rank = {config.max_rank}: a rank to cut is of lora alone, must be 0")
     if config.model.quantization != "none":

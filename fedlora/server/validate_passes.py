@@ -89,13 +89,19 @@ def check_nested(config: RunConfig, rule: Rule) -> None:
     """Refuse what has no leading directions that a step could train alone.
 
     Raises:
-        NotApplicable: a rule that trains no factor, a core between them, or another kind of adapter.
+        NotApplicable: a rule that trains no factor, a core between them, another kind of adapter, or
+            directions at rest.
         ConfigError: an optimiser that moves all directions of a layer together.
     """
     key, method, optimizer = "train.nested-ranks = true", config.lora.method, config.train.optimizer
     if method != "lora" or not rule.facts.trained or not rule.facts.trained <= PLAIN:
         what = f"{rule.facts.name} trains no A or B" if method == "lora" else f"lora.method = {method!r}"
         raise NotApplicable(f"{key}: {what}, leading directions are of lora's")
+    if rule.allocation.parts:
+        raise NotApplicable(
+            f"{key}: under strategy.allocation = {rule.allocation.name!r} other directions than the leading "
+            "ones train"
+        )
     if issubclass(optimizer_type(optimizer), LocalOptimizer):
         raise ConfigError(f"{key}: train.optimizer = {optimizer!r} moves all directions of a layer together")
 
@@ -114,6 +120,10 @@ def check_control(config: RunConfig, rule: Rule) -> None:
         able = ", ".join(f.name for f in rules if f.any_kind and f.trained <= f.uploaded)
         raise NotApplicable(
             f"{key}: needs the mean of all that is trained (able: {able}, without strategy.robust)"
+        )
+    if rule.allocation.parts:
+        raise NotApplicable(
+            f"{key}: strategy.allocation = {rule.allocation.name!r} trains other directions by turns"
         )
     if config.privacy.mode != "none" or config.secure.mode != "none":
         raise NotApplicable(f"{key}: control variates are not kept in private training or secure sums")

@@ -11,7 +11,7 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.core.adapters import Adapters, lora_set, tensor_names
-from fedlora.core.factors import FACTORS, LoraFactors, Tensors
+from fedlora.core.factors import AT_REST, FACTORS, LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.peft_keys import from_peft, key_of, of_names, to_peft
 from fedlora.core.seeding import torch_stream
@@ -31,8 +31,8 @@ class Needs:
         frozen: the factors of `frozen_tensors`; empty if there are none.
         moving: the factors of `moving_tensors`, where the client held them when the instruction was
             made; else empty, and they travel unnamed.
-        layers: in place of these two, where layers rest: the parts of `layer_parts` that rest, and those that
-            move and were held when the instruction was made.
+        layers: in place of these two, where layers or directions rest: the parts of `layer_parts` that rest,
+            and those that move and were held when the instruction was made.
         sum_of: what the first patch is the sum of, where the client held all that; it need not travel then.
     """
 
@@ -129,7 +129,7 @@ def names(text: str) -> frozenset[str]:
 
 def frozen_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that no client sends back: not trained, or personal. A client may hold them already."""
-    if broadcast.fresh_seed is not None or broadcast.resting:
+    if broadcast.fresh_seed is not None or _by_layer(broadcast):
         return {}
     moving = broadcast.trained & broadcast.uploaded
     return to_peft(broadcast.adapters, {}, tensor_names(broadcast.adapters) - moving)
@@ -137,25 +137,31 @@ def frozen_tensors(broadcast: Broadcast) -> Tensors:
 
 def moving_tensors(broadcast: Broadcast) -> Tensors:
     """The factors that are trained and sent back. A client holds them only if they rested before."""
-    if broadcast.fresh_seed is not None or broadcast.resting:
+    if broadcast.fresh_seed is not None or _by_layer(broadcast):
         return {}
     return to_peft(broadcast.adapters, {}, broadcast.trained & broadcast.uploaded)
 
 
 def layer_parts(broadcast: Broadcast) -> list[tuple[Tensors, bool]]:
-    """Factors layer by layer where layers rest, those that move apart; and whether they rest.
+    """Factors layer by layer where layers or directions rest; and whether they do.
 
-    So a layer that nobody has trained since a client was sent it need not be sent again.
+    Those that move are apart, and so are the directions at rest. What nobody has trained since a client was
+    sent it need not be sent again.
     """
-    if broadcast.fresh_seed is not None or not broadcast.resting:
+    if broadcast.fresh_seed is not None or not _by_layer(broadcast):
         return []
     moving, everything = broadcast.trained & broadcast.uploaded, tensor_names(broadcast.adapters)
     parts = [
         (to_peft(broadcast.adapters, {}, names, [module]), rests or module in broadcast.resting)
         for module in broadcast.adapters
-        for names, rests in ((moving, False), (everything - moving, True))
+        for names, rests in ((moving, False), (everything - moving - AT_REST, True), (AT_REST, True))
     ]
     return [(tensors, rests) for tensors, rests in parts if tensors]
+
+
+def _by_layer(broadcast: Broadcast) -> bool:
+    """Whether a layer, or a direction of one, is at rest."""
+    return bool(broadcast.resting) or not AT_REST.isdisjoint(tensor_names(broadcast.adapters))
 
 
 def head_tensors(broadcast: Broadcast) -> Tensors:
@@ -186,7 +192,7 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
     """The plain settings of an instruction, as a ConfigRecord can carry them."""
     first = next(iter(broadcast.adapters.values()))
     config: dict[str, Any] = {
-        "rank": first.rank,
+        "rank": first.whole_rank if isinstance(first, LoraFactors) else first.rank,
         "scaling": first.scaling,
         "trained": ",".join(sorted(broadcast.trained)),
         "uploaded": ",".join(sorted(broadcast.uploaded)),
@@ -282,10 +288,11 @@ def moving_part(instruction: TrainInstruction) -> Tensors:
 
 def layers_travelled(instruction: TrainInstruction) -> dict[str, Tensors]:
     """The parts of `layer_parts` that travelled, by digest."""
-    moving, parts = instruction.trained & instruction.uploaded, dict[tuple[str, bool], Tensors]()
+    moving, parts = instruction.trained & instruction.uploaded, dict[tuple[str, bool, bool], Tensors]()
     for module, tensors in from_peft(instruction.arrays, instruction.tensors).layers.items():
         for name, tensor in tensors.items():
-            parts.setdefault((module, name in moving), {})[key_of(module, name)] = tensor
+            part = module, name in moving, name in AT_REST
+            parts.setdefault(part, {})[key_of(module, name)] = tensor
     return {digest(part): part for part in parts.values()}
 
 

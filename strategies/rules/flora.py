@@ -52,6 +52,10 @@ class FLoRARule(Rule):
         deviation="each client's own scaling is in its part of the stack; the released code has one for all",
     )
 
+    @property
+    def needs_all_directions(self) -> str:
+        return "starts each round from a new adapter, which has no spectrum"
+
     def init(self, template: Template, seed: int) -> State:
         """The state before round 1; a given adapter is the first patch, as clients start from B = 0."""
         state = super().init(template, seed)

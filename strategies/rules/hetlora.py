@@ -90,6 +90,10 @@ class HetLoRARule(Rule):
         if self.min_rank < 1:
             raise ConfigError(f"strategy.options min_rank = {self.min_rank}: must be >= 1")
 
+    @property
+    def needs_all_directions(self) -> str:
+        return "prunes ranks from the last one on"
+
     def weights(self, layer: Layer) -> Sequence[float]:
         sizes = [norm(as_product(c.factors)) for c in layer.clients]
         total = sum(sizes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from flwr.app import ArrayRecord, Message
 
 import strategies
 from fedlora import wire
+from fedlora.core.directions import Directions
 from fedlora.core.factors import LoraFactors
-from strategies.allocation import make_allocation
+from fedlora.core.state import State
+from strategies.allocation import Allocation, SizedRanks, make_allocation
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
 from tests.federation.fake_grid import FakeGrid, ToyClient
@@ -60,10 +63,15 @@ class Watching(ToyClient):
 
 
 def run(
-    name: str, path: Path, layers: int = 1, forgets: tuple[int, ...] = (), **options: str
+    name: str,
+    path: Path,
+    layers: int = 1,
+    forgets: tuple[int, ...] = (),
+    allocation: Allocation | None = None,
+    **options: str,
 ) -> tuple[FactorStrategy, list[RoundReport], list[set[str]]]:
     """The strategy, its reports, and the modules that each round trained."""
-    allocation = make_allocation("random-layers", {"layers": layers})
+    allocation = allocation or make_allocation("random-layers", {"layers": layers})
     rule = strategies.make_rule(name, allocation=allocation)
     strategy = FactorStrategy(rule, scaling=2.0, seed=3, fraction_evaluate=0.0, **options)
     client = Watching(path, forgets)
@@ -126,3 +134,72 @@ def test_half_precision_and_codecs_go_with_it(tmp_path: Path) -> None:
     _, half, _ = run("fedavg", tmp_path / "half", wire_dtype="float16", upload="int8")
     assert [2 * r.bytes_down for r in half] == [r.bytes_down for r in whole]
     assert all(h.bytes_up < 0.4 * w.bytes_up for h, w in zip(half, whole, strict=True))
+
+
+class Fixed(SizedRanks):
+    """Directions of a table, by the round."""
+
+    table: ClassVar[tuple[dict[str, tuple[int, ...]], ...]] = (
+        {"h.0.q": (0,), "h.1.q": (1, 2), "h.2.q": ()},
+        {"h.0.q": (0,), "h.1.q": (1, 2), "h.2.q": ()},
+        {"h.0.q": (2,), "h.1.q": (1, 2), "h.2.q": ()},
+    )
+
+    def directions(self, state: State) -> Directions:
+        return self.table[state.round % 3]
+
+
+DIRECTIONS_UP = 1 + 2 + RANK
+"""Of the table, in each round: one layer of the four has all of its own."""
+
+
+@pytest.mark.parametrize(
+    "name", ["fedavg", "ffa", "rolora", "fedex", "flexlora", "fedmomentum", "zero-padding"]
+)
+def test_only_directions_that_train_go_up(name: str, tmp_path: Path) -> None:
+    strategy, reports, trained = run(name, tmp_path, allocation=Fixed())
+    assert trained == [{"h.0.q", "h.1.q", "h.3.q"}] * ROUNDS
+    a_row, b_column = 4 * IN, 4 * OUT
+    sizes = {"A": a_row, "B": b_column}
+    up = [
+        DIRECTIONS_UP * sum(sizes[x] for x in strategy.rule.shipped(t)) + 4 * HEAD
+        for t in range(1, ROUNDS + 1)
+    ]
+    assert [report.bytes_up for report in reports] == [CLIENTS * bytes_up for bytes_up in up]
+
+
+def test_directions_at_rest_go_down_once_for_each_choice(tmp_path: Path) -> None:
+    """The second round has the same choice, so that what trained goes down; the third another."""
+    _, reports, _ = run("fedavg", tmp_path, allocation=Fixed())
+    one = 4 * (IN + OUT)
+    down = [BLOCKS * RANK * one, DIRECTIONS_UP * one, (DIRECTIONS_UP + 2) * one]
+    down += [(DIRECTIONS_UP + 2) * one, DIRECTIONS_UP * one, (DIRECTIONS_UP + 2) * one]
+    assert [report.bytes_down for report in reports] == [CLIENTS * (d + 4 * HEAD) for d in down]
+
+
+def test_a_client_that_lost_directions_is_served_in_the_same_round(tmp_path: Path) -> None:
+    _, plain, _ = run("fedavg", tmp_path / "plain", allocation=Fixed())
+    _, reports, _ = run("fedavg", tmp_path / "lost", forgets=(5,), allocation=Fixed())
+    assert reports[4].bytes_down > plain[4].bytes_down
+    assert [r.bytes_down for r in reports[5:]] == [r.bytes_down for r in plain[5:]]
+
+
+def test_a_client_that_trains_all_directions_is_refused(tmp_path: Path) -> None:
+    """As one that knows nothing of them would send."""
+    strategy = FactorStrategy(
+        strategies.make_rule("fedavg", allocation=Fixed()), scaling=2.0, seed=3, fraction_evaluate=0.0
+    )
+
+    def whole(message: Message, partition: int) -> Message:
+        reply = ToyClient(tmp_path)(message, partition)
+        assert reply is not None
+        if partition:
+            arrays = wire.from_record(reply.content["arrays"])
+            key = "base_model.model.h.0.q.lora_A.weight"
+            reply.content["arrays"] = wire.to_record({**arrays, key: torch.ones(RANK, IN)})
+        return reply
+
+    reports = watched(strategy)
+    strategy.start(FakeGrid(range(CLIENTS), whole), arrays(), num_rounds=1)
+    assert list(reports[0].refused) == [1]
+    assert "h.0.q: lora_A has shape (3, 7), expected (1, 7)" in reports[0].refused[1]

@@ -20,7 +20,7 @@ from clients.handler import handle
 from fedlora import wire
 from fedlora.config import RunConfig, from_flat, to_flat
 from fedlora.core.state import State
-from fedlora.errors import ConfigError, RunFailed
+from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.secure.step import SECURE, STEP
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
@@ -102,6 +102,20 @@ def distance(one: State, other: State) -> float:
     """The largest difference, as a share of the norm of its tensor."""
     first, second = numbers(one), numbers(other)
     return max(float((first[n] - t).norm() / max(float(t.norm()), 1e-6)) for n, t in second.items())
+
+
+def test_directions_at_rest_are_in_no_sum(cache: Path, tmp_path: Path) -> None:
+    keys = {
+        "strategy.name": "fedavg", "strategy.allocation": "sized-ranks",
+        "strategy.allocation-options": '{"ranks": 2}', "model.head": "freeze",
+    }  # fmt: skip
+    plain, _ = carry_out(tmp_path / "plain", **{**keys, "secure.mode": "none"})
+    summed, _ = carry_out(tmp_path / "sums", **keys)
+    assert distance(summed.state, plain.state) < 1e-4
+    sent = [line["bytes_up"] for line in summed.directory.rounds()]
+    assert sent[1] < 0.7 * sent[0]
+    with pytest.raises(NotApplicable, match=r"^secure\.mode = 'sums': flexlora adds up sketches of whole"):
+        carry_out(tmp_path / "sketch", **{**keys, "strategy.name": "flexlora"})
 
 
 @pytest.mark.parametrize("name", SUMS)

@@ -26,7 +26,7 @@ class Member:
     """A client of a cohort, as `AdaptedModel.load` and the one-by-one trainers would have it.
 
     Attributes:
-        adapters: factors of one rank for every adapted layer.
+        adapters: factors of one rank for every adapted layer, some of whose directions may rest.
         head: head tensors; those not given take their initial values.
         trained: the factors that it trains, a subset of {"A", "B", "R"}.
         modules: the layers whose factors it trains.
@@ -60,11 +60,6 @@ class Member:
     @property
     def rank(self) -> int:
         return next(iter(self.adapters.values())).rank
-
-    @property
-    def cored(self) -> bool:
-        """Whether there is a core between the factors."""
-        return next(iter(self.adapters.values())).R is not None
 
 
 @dataclass(slots=True)

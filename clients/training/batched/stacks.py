@@ -2,6 +2,7 @@
 
 A rank below the cohort's largest is filled up with zero rows of A, zero columns of B and a zero border of R.
 Their gradients are zero exactly, because each is a product with the other factor's zeros; so they stay zero.
+Directions at rest, A0 and B0, are filled up likewise, and take part in forward passes alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from clients.training.batched.members import Member
 from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, resize
 from fedlora.models import AdaptedModel
 
-OWN_AXES = {"A": (0,), "B": (1,), "R": (0, 1)}
+OWN_AXES = {"A": (0,), "B": (1,), "R": (0, 1), "A0": (0,), "B0": (1,)}
 """The axes of a factor that are as long as the rank."""
 BESIDE = "beside"
 """Between a layer's name and the factor's, of a second adapter that is held."""
@@ -34,13 +35,13 @@ class StackedAdapters:
 
     def __init__(self, model: AdaptedModel, members: Sequence[Member]) -> None:
         self.members = members
-        self._rank = max(member.rank for member in members)
         like = next(model.module.parameters())
         self.device, self.dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         self._modules = list(model.modules)
         self._head = list(model.initial_head)
-        letters = ("A", "B", "R") if members[0].cored else ("A", "B")
-        self._axes = {f"{module}.{x}": OWN_AXES[x] for module in self._modules for x in letters}
+        held = {m: {x for member in members for x in member.adapters[m].tensors()} for m in self._modules}
+        self._axes = {f"{m}.{x}": OWN_AXES[x] for m in self._modules for x in OWN_AXES if x in held[m]}
+        self._sizes = {name: [_sizes(member, name) for member in members] for name in self._axes}
         self.values: dict[str, Tensor] = {name: self._stacked(name) for name in self._axes}
         for name in self._head:
             own = [member.head.get(name, model.initial_head[name]) for member in members]
@@ -75,9 +76,9 @@ class StackedAdapters:
 
     def own(self, stacked: Tensor, name: str, place: int) -> Tensor:
         """One member's part of a stacked tensor, without the filling: a view."""
-        part, rank = stacked[place], self.members[place].rank
+        part = stacked[place]
         for axis in self._axes.get(name, ()):
-            part = part.narrow(axis, 0, rank)
+            part = part.narrow(axis, 0, self._sizes[name][place][axis])
         return part
 
     def of_rows(self, clients: Tensor, *, by_example: bool) -> Tensors:
@@ -94,9 +95,14 @@ class StackedAdapters:
         return rows
 
     def scaled(self, rows: Tensors, clients: Tensor) -> Tensors:
-        """The rows with the scaling in B."""
-        scaling = {m: s.index_select(0, clients).view(-1, 1, 1) for m, s in self.scaling.items()}
-        return rows | {f"{module}.B": rows[f"{module}.B"] * s for module, s in scaling.items()}
+        """The rows with the scaling in B, and what rests beside what trains."""
+        whole = dict(rows)
+        for m in self._modules:
+            if f"{m}.A0" in rows:
+                whole[f"{m}.A"] = torch.cat([rows[f"{m}.A"], rows[f"{m}.A0"]], dim=1)
+                whole[f"{m}.B"] = torch.cat([rows[f"{m}.B"], rows[f"{m}.B0"]], dim=2)
+            whole[f"{m}.B"] = whole[f"{m}.B"] * self.scaling[m].index_select(0, clients).view(-1, 1, 1)
+        return whole
 
     def read(self, place: int) -> tuple[AdapterSet, Tensors]:
         """One member's adapter and head, as `AdaptedModel.read` gives them."""
@@ -115,13 +121,12 @@ class StackedAdapters:
 
     def _stacked(self, name: str) -> Tensor:
         module, _, letter = name.rpartition(".")
-        parts = [member.adapters[module].tensors()[letter] for member in self.members]
-        shape = list(parts[0].shape)
-        for axis in self._axes[name]:
-            shape[axis] = self._rank
-        stacked = torch.zeros(len(parts), *shape, device=self.device, dtype=self.dtype)
-        for place, part in enumerate(parts):
-            self.own(stacked, name, place).copy_(part)
+        shape = [max(sizes) for sizes in zip(*self._sizes[name], strict=True)]
+        stacked = torch.zeros(len(self.members), *shape, device=self.device, dtype=self.dtype)
+        for place, member in enumerate(self.members):
+            part = member.adapters[module].tensors().get(letter)
+            if part is not None:
+                self.own(stacked, name, place).copy_(part)
         return stacked
 
     def _beside(self, members: Sequence[Member]) -> Tensors:
@@ -141,6 +146,16 @@ class StackedAdapters:
         is_head = name in self._head
         trains = [m.train_head if is_head else is_trained(m, name) for m in self.members]
         return [place for place, does in enumerate(trains) if not does]
+
+
+def _sizes(member: Member, name: str) -> tuple[int, ...]:
+    """The shape of one of a member's tensors; without rows or columns of what it does not have."""
+    module, _, letter = name.rpartition(".")
+    own = member.adapters[module]
+    part = own.tensors().get(letter)
+    if part is not None:
+        return tuple(part.shape)
+    return (0, own.in_features) if letter == "A0" else (own.out_features, 0)
 
 
 def is_trained(member: Member, factor: str) -> bool:

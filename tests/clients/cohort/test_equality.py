@@ -11,6 +11,8 @@ from torch import Tensor
 
 from clients.training.batched import Member, train_cohort
 from clients.training.batched.train import Cohort
+from fedlora.core.adapters import lora_set
+from fedlora.core.directions import all_parted
 from fedlora.core.state import RankRegularizer
 from fedlora.models import AdaptedModel
 from tests.clients.cohort.samples import (
@@ -20,6 +22,7 @@ from tests.clients.cohort.samples import (
     member,
     model,
     privately,
+    starts,
     task,
     together,
 )
@@ -86,6 +89,58 @@ def test_clients_that_train_other_layers(
         members = privately(members)
     values = assert_same(network, members, task(**config))
     assert_rested(network, members, values)
+
+
+def in_parts(network: AdaptedModel) -> list[Member]:
+    """Clients some of whose directions rest: other ones in each layer, of one layer all, of another none."""
+    first, second, *_ = network.modules
+    training: dict[str, tuple[int, ...]] = {first: (1, 3), second: ()}
+    members = [member(network, 0, steps=2), member(network, 1, rank=3, size=7, steps=5), member(network, 2)]
+    return [
+        replace(m, adapters=lora_set(all_parted(m.adapters, training)), modules=m.modules - {second})
+        for m in members
+    ]
+
+
+IN_PARTS: list[dict[str, Any]] = [
+    *(CONFIGS[k] for k in (3, 7)),
+    {"optimizer": "lora-pro", "learning_rate": 0.1, "weight_decay": 0.1},
+    {"optimizer": "scaled", "learning_rate": 0.1},
+    {"optimizer": "adabelief", "weight_decay": 0.1},
+]
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+@pytest.mark.parametrize("config", IN_PARTS, ids=lambda c: str(c.get("optimizer", "adamw")))
+def test_directions_at_rest_stay_and_the_others_train_as_alone(
+    config: dict[str, Any], private: bool, network: AdaptedModel
+) -> None:
+    """No weight decay, noise or step of the whole layer moves what rests, one by one and together."""
+    members = in_parts(network)
+    if private:
+        members, config = privately(members), {**config, "max_grad_norm": 0.0}
+    values = assert_same(network, members, task(**config))
+    for one, found in zip(members, values, strict=True):
+        begun = starts(network, one)
+        for name, tensor in found.items():
+            letter = name.rpartition(".")[2]
+            if letter in ("A0", "B0") or name.rpartition(".")[0] in network.modules.keys() - one.modules:
+                assert torch.equal(tensor, begun[name]), name
+            elif letter in "AB":
+                assert not torch.equal(tensor, begun[name]), name
+
+
+def test_gradients_of_directions_are_those_in_the_whole_layer(network: AdaptedModel) -> None:
+    """SGD's one step on some directions, against the same rows of a step on all of them."""
+    (parts,) = in_parts(network)[:1]
+    parts = replace(parts, steps=1)
+    whole = replace(parts, adapters=member(network, 0).adapters)
+    some, _ = alone(network, parts, task(**SGD, dropout=0.3))
+    everything, _ = alone(network, whole, task(**SGD, dropout=0.3))
+    first, _second, third, *_ = network.modules
+    torch.testing.assert_close(some[f"{first}.A"], everything[f"{first}.A"][[1, 3]])
+    torch.testing.assert_close(some[f"{first}.B"], everything[f"{first}.B"][:, [1, 3]])
+    torch.testing.assert_close(some[f"{third}.A"], everything[f"{third}.A"])
 
 
 def test_no_head_and_one_client(network: AdaptedModel) -> None:

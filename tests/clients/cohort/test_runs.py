@@ -116,6 +116,28 @@ def test_a_run_in_cohorts_is_the_run(
     assert (found - wanted).abs().max() <= (1e-3 if optimizer == "adamw" else 1e-4)
 
 
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_a_budget_of_directions_in_cohorts_is_that_one_by_one(
+    private: bool, tmp_path: Path, cache: Path
+) -> None:
+    """After a round of all directions three of them train: up goes that share of the adapter."""
+    keys: dict[str, Any] = {
+        "strategy.name": "fedavg", "num-server-rounds": 3, "lora.rank": 4, **SGD,
+        "strategy.allocation": "sized-ranks", "strategy.allocation-options": '{"ranks": 3}',
+        "model.head": "freeze",
+    }  # fmt: skip
+    config = tiny_config(**keys, **(PRIVATE if private else {}))
+    one, wanted, _ = run(config, tmp_path / "one", together=False)
+    other, found, records = run(config, tmp_path / "other", together=True)
+    assert all(record["refused"] == {} for record in records)
+    for layer, tensor in one.items():
+        assert (other[layer] - tensor).norm() <= 1e-5 * tensor.norm() + 1e-8, layer
+    assert (found - wanted).abs().max() <= 1e-4
+    directions = 4 * len(one)
+    up = [record["bytes_up"] for record in records]
+    assert up[1:] == [up[0] * 3 // directions] * 2
+
+
 def test_groups_with_layers_steps_and_ranks_of_their_own(tmp_path: Path, cache: Path) -> None:
     groups = [
         {"partitions": "0", "target-modules": "query", "rank": 2, "local-steps": 5},
