@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.core.directions import most_changed
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
 from fedlora.core.state import digest
@@ -109,6 +110,8 @@ def answer(
         spent: what it has spent; None where it trained without privacy.
         halved: it trained in a smaller cohort than was meant, see `clients.training.batched.oom_retry`.
     """
+    if most := instruction.choose:
+        result = replace(result, adapters=most_changed(resolved.adapters, result.adapters, most))
     modules, local = modules_of(instruction), config.model.head == "local"
     kept = instruction.trained - instruction.uploaded
     own = wire.to_peft(result.adapters, result.head if local else {}, kept) if kept or local else {}

@@ -148,10 +148,10 @@ class FactorStrategy(Rounds):
         self.diagnostics = diagnostics and client_dp is None and rule.facts.global_adapter
         self.node_directory = node_directory or NodeDirectory(closed=partitions is not None)
         self.patience = Patience(max_missed_rounds)
-        self.keep_ranks = keep_ranks
+        self.keep_ranks = keep_ranks and not rule.allocation.parts
         self.transport = Transport(
             rule.init_a, wire_dtype, seed=seed, packed=packed,
-            upload=checked_upload(upload or wire_dtype, rule, client_dp=client_dp is not None),
+            upload=checked_upload(upload or rule.upload or wire_dtype, rule, client_dp=client_dp is not None),
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)
@@ -269,9 +269,8 @@ class FactorStrategy(Rounds):
         for partition_id in chosen:
             client = self.client_spec(partition_id)
             broadcast = rounded_broadcast(self.rule.broadcast(self.state, client), self._dtype)
-            whole = not self.keep_ranks or self.rule.allocation.parts
-            rank = 0 if whole else next(iter(broadcast.adapters.values())).rank
-            kept = rank if rank < client.rank else 0
+            rank = next(iter(broadcast.adapters.values())).rank
+            kept = rank if self.keep_ranks and rank < client.rank else 0
             sent = padded(broadcast, client.rank) if kept else broadcast
             self.transport.add(partition_id, present[partition_id], sent, kept)
         return self._messages(message_type, settings_of(config, server_round))

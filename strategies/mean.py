@@ -16,8 +16,9 @@ from torch import Tensor
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError, NotApplicable
+from strategies.checks import check_heads
 from strategies.layer import Layer, Merged
-from strategies.rule import Rule, check_heads
+from strategies.rule import Rule
 from strategies.server_optimizer import ServerOptimizer
 
 

@@ -14,9 +14,7 @@ by side, each on one thread, so that the bits do not depend on the number of cor
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -26,8 +24,9 @@ from fedlora.core.factors import PLAIN, LoraFactors, Tensors, check_like, check_
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
-from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, unknown_name
+from fedlora.errors import ConfigError, NotApplicable, unknown_name
 from strategies.allocation import All, Allocation
+from strategies.checks import check_heads, normalised
 from strategies.diagnostics import Diagnostics, LayerMeasure, measure, summarise
 from strategies.facts import Facts
 from strategies.layer import Center, Layer, Merged, Weighted, weighted_sum
@@ -118,6 +117,11 @@ class Rule:
         if self.facts.personal:
             return "leaves a factor at its clients, whose directions would be other ones in each round"
         return "chooses its clients' directions itself" if self.facts.draws_ranks else ""
+
+    @property
+    def upload(self) -> str:
+        """The codec in which its updates are short, where the run names none, see `fedlora.wire.upload`."""
+        return ""
 
     @property
     def coordinates_stay(self) -> bool:
@@ -270,46 +274,3 @@ def trained_modules(state: State, client: ClientSpec) -> frozenset[str]:
     """The client's own target modules, or all of them."""
     everything = frozenset(state.adapters)
     return everything if client.modules is None else everything & client.modules
-
-
-def normalised(updates: Sequence[ClientUpdate]) -> list[float]:
-    """Weights p_k that sum to 1.
-
-    Raises:
-        ConfigError: nothing to average, two updates of one client, a negative or non-finite weight,
-            or a total that is zero or overflows.
-    """
-    if not updates:
-        raise ConfigError("there is no update to aggregate")
-    replies = Counter(update.partition_id for update in updates)
-    for update in updates:
-        if replies[update.partition_id] > 1:
-            raise ConfigError(f"partition {update.partition_id} sent more than one update for the round")
-        if not (math.isfinite(update.weight) and update.weight >= 0):
-            raise ConfigError(
-                f"partition {update.partition_id}: weight {update.weight} must be finite and >= 0"
-            )
-    total = sum(update.weight for update in updates)
-    if not 0 < total < math.inf:
-        raise ConfigError(f"the weights of all updates sum to {total:g}: nothing can be averaged")
-    return [update.weight / total for update in updates]
-
-
-def check_heads(head: Mapping[str, object], updates: Sequence[ClientUpdate]) -> list[str]:
-    """The head tensors that are shipped, sorted by name.
-
-    Raises:
-        FactorShapeError: a tensor that the head lacks or that only some clients ship, or another shape.
-    """
-    shipped = sorted({name for update in updates for name in update.head})
-    for name in shipped:
-        expected = _shape(head, name)
-        for update in updates:
-            if (given := _shape(update.head, name)) != expected:
-                who = f"partition {update.partition_id}, head tensor {name}"
-                raise FactorShapeError(f"{who}: {given}, expected {expected}")
-    return shipped
-
-
-def _shape(tensors: Mapping[str, object], name: str) -> str:
-    return str(tuple(getattr(tensors[name], "shape", ()))) if name in tensors else "nothing"

@@ -19,9 +19,10 @@ from fedlora.core.factors import Tensors
 from fedlora.core.parallel import one_thread
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
+from strategies.checks import check_heads
 from strategies.layer import Center
 from strategies.mean import MeanRule
-from strategies.rule import Rule, check_heads
+from strategies.rule import Rule
 
 
 def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) -> State:

@@ -29,7 +29,7 @@ class StrategyConfig:
     ``sized-layers``, drawn the more often the further they have moved; or ``sized-ranks``, a budget of
     directions over all layers."""
     allocation_options: str = ""
-    """JSON object of the allocation's own options: ``{"layers": 2}``, the number of blocks, or
+    """JSON object of the allocation's own options, for instance ``{"layers": 2}``, the number of blocks, or
     ``{"ranks": 24}``, that of directions."""
     robust: str = "none"
     """In place of the mean: ``none``, ``median``, ``trimmed-mean``, ``multi-krum``, the last for any rule."""

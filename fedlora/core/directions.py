@@ -11,11 +11,12 @@ decay, clipping norm or noise knows of them, and a rule that is exact is exact o
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
-from fedlora.core.adapters import Adapters, as_lora
-from fedlora.core.factors import LoraFactors
+from fedlora.core.adapters import Adapters, as_lora, lora_set
+from fedlora.core.factors import AdapterSet, LoraFactors
 
 Directions = Mapping[str, Collection[int]]
 """Module -> the directions that train, from 0; a module that is not named trains all it has."""
@@ -57,6 +58,26 @@ def rejoined(whole: LoraFactors, trained: LoraFactors, training: Collection[int]
     A, B = whole.A.clone(), whole.B.clone()
     A[moves], B[:, moves] = trained.A, trained.B
     return LoraFactors(A, B, whole.scaling)
+
+
+def most_changed(start: Adapters, trained: Adapters, count: int) -> AdapterSet:
+    """The adapters with so many directions of all layers as they are now, the others as they were.
+
+    Kept are those of the largest ``s || b'_j a'_j - b_j a_j ||_F``, one of the two factors being the same; in
+    the order of names where they are equal.
+    """
+    begun, done, found = lora_set(start), lora_set(trained), list[tuple[float, str, int]]()
+    for name in sorted(begun):
+        before, now = begun[name], done[name]
+        dB = now.B - before.B
+        moved = replace(now, B=dB) if dB.any() else replace(now, A=now.A - before.A)
+        found += [(-size, name, j) for j, size in enumerate(sizes(moved).tolist())]
+    kept = {(name, j) for _, name, j in sorted(found)[:count]}
+    return {
+        name: rejoined(begun[name], parted(f, chosen), chosen)
+        for name, f in done.items()
+        for chosen in [[j for j in range(f.rank) if (name, j) in kept]]
+    }
 
 
 def sizes(factors: LoraFactors) -> Tensor:

@@ -213,6 +213,7 @@ class Broadcast:
         tail: where set, what the client adds to its loss.
         updates_base: later rounds will send base patches.
         resting: modules that nobody trains in this round.
+        choose: where set, the client lets so many directions of all layers count, those that it changed most.
     """
 
     adapters: Adapters
@@ -224,6 +225,7 @@ class Broadcast:
     tail: RankRegularizer | None = None
     updates_base: bool = False
     resting: frozenset[str] = frozenset()
+    choose: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

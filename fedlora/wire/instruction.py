@@ -88,6 +88,11 @@ class TrainInstruction:
         return names(self.config["uploaded"])
 
     @cached_property
+    def choose(self) -> int:
+        """Directions that count, of those that were trained; 0: all."""
+        return int(self.config.get("choose", 0))
+
+    @cached_property
     def codec(self) -> UploadCodec:
         """The codec of the reply's arrays."""
         return CODECS[str(self.config.get("upload", "float32"))]
@@ -183,7 +188,7 @@ INSTRUCTION_KEYS = frozenset(
         "base-sum-of",
     }
     | {"tail-weight", "tail-start", "fresh", "moves-base", "tensors"}
-    | {"upload", "upload-seed", "upload-turn"}
+    | {"upload", "upload-seed", "upload-turn", "choose"}
 )
 """The settings that a strategy writes: nobody else's may have these names."""
 
@@ -212,6 +217,8 @@ def instruction_config(broadcast: Broadcast, needs: Needs, init_a: str) -> dict[
         config["moves-base"] = True
     if broadcast.tail is not None:
         config |= {"tail-weight": broadcast.tail.weight, "tail-start": broadcast.tail.start}
+    if broadcast.choose:
+        config["choose"] = broadcast.choose
     if broadcast.fresh_seed is not None:
         shapes = {name: list(f.shape) for name, f in lora_set(broadcast.adapters).items()}
         config["fresh"] = json.dumps({"seed": broadcast.fresh_seed, "init-a": init_a, "shapes": shapes})

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused, unknown_name
+from fedlora.wire.changed import Changed
 from fedlora.wire.sparse import Segments, TopK
 from fedlora.wire.steps import Steps, kind_of
 
@@ -115,6 +116,7 @@ CODECS: dict[str, UploadCodec] = {
         Steps("int4", width=4),
         TopK(),
         Segments(),
+        Changed(),
     )
 }
 """By the value of ``upload``."""

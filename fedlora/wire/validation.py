@@ -51,6 +51,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
         and ("tail-weight" in config) == ("tail-start" in config),
         "moves-base": isinstance(config.get("moves-base", False), bool),
         "fresh": _is_fresh(config.get("fresh")),
+        "choose": isinstance(config.get("choose", 0), int) and config.get("choose", 0) >= 0,
         "upload-seed": isinstance(config.get("upload-seed", 0), int),
         "upload-turn": isinstance(config.get("upload-turn", 0), int),
     }

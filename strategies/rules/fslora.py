@@ -65,17 +65,10 @@ class FSLoRARule(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 0:
-            raise ConfigError(f"strategy.options rank = {self.rank}: must be >= 0")
+        check_rank(self.rank)
 
     def init(self, template: Template, seed: int) -> State:
-        if 0 < self.rank < template.rank:
-            least = f"must be at least {template.rank}, the largest of the clients, or 0"
-            raise ConfigError(f"strategy.options rank = {self.rank}: {least}")
-        rank = self.rank or template.rank
-        scaling = template.scaling * template.rank / rank
-        given = None if template.adapters is None else resized(template.adapters, rank, scaling)
-        return super().init(replace(template, rank=rank, scaling=scaling, adapters=given), seed)
+        return super().init(at_rank(template, self.rank), seed)
 
     def broadcast(self, state: State, client: ClientSpec) -> Broadcast:
         parts = {}
@@ -96,6 +89,27 @@ class FSLoRARule(Rule):
             A[held] += client.weight * (f.A - start.A[held])
             B[:, held] += client.weight * (f.B - start.B[:, held])
         return Merged(LoraFactors(A, B, start.scaling))
+
+
+def check_rank(rank: int) -> None:
+    """Refuse a global rank below 0."""
+    if rank < 0:
+        raise ConfigError(f"strategy.options rank = {rank}: must be >= 0")
+
+
+def at_rank(template: Template, rank: int) -> Template:
+    """The template with another global rank, at the same alpha; 0 leaves it.
+
+    Raises:
+        ConfigError: it is below the largest of the clients.
+    """
+    if 0 < rank < template.rank:
+        least = f"must be at least {template.rank}, the largest of the clients, or 0"
+        raise ConfigError(f"strategy.options rank = {rank}: {least}")
+    rank = rank or template.rank
+    scaling = template.scaling * template.rank / rank
+    given = None if template.adapters is None else resized(template.adapters, rank, scaling)
+    return replace(template, rank=rank, scaling=scaling, adapters=given)
 
 
 def drawn(seed: int, server_round: int, partition_id: int, module: str, rank: int, most: int) -> Tensor:

@@ -178,6 +178,14 @@ def rolora(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return kept(start.B, mean_a(clients), start.s)
 
 
+def lora_a2(start: Adapter, clients: Sequence[Client], t: int, rank: int = 0) -> Outcome:
+    """LoRA-A2 (arXiv 2410.22815): B moves by the mean of dB_k in odd rounds, A in even ones."""
+    if t % 2:
+        moved = sum((k.p * (k.s / start.s * k.B - start.B) for k in clients), np.zeros_like(start.B))
+        return kept(start.B + moved, start.A, start.s)
+    return kept(start.B, start.A + sum((k.p * (k.A - start.A) for k in clients), 0 * start.A), start.s)
+
+
 def fedrot(start: Adapter, clients: Sequence[Client], t: int, lam: float = 0.5) -> Outcome:
     """FedRot-LoRA (arXiv 2602.23638): rotate (B_k R, R^T A_k) towards the last A or B in turn, average.
 
@@ -307,6 +315,7 @@ ORACLES: dict[str, Oracle] = {
     "hetlora": hetlora,
     "rolora": rolora,
     "turns": rolora,
+    "lora-a2": lora_a2,
     "fedrot": fedrot,
     "fedsvd": fedsvd,
     "fedsvd-renew": fedsvd_renew,

@@ -34,6 +34,7 @@ from tests.strategies.federations import (
 REFUSE = {
     "fed-sb": "core", "fedsa": "clients", "flora": "new adapter", "florist": "new adapter",
     "fslora": "chooses", "head-only": "trains no layer", "hetlora": "prunes", "local-only": "clients",
+    "lora-a2": "choose",
 }  # fmt: skip
 """Rules under which no direction can rest, and a word of the reason."""
 ABLE = [name for name in RULES if name not in REFUSE]
@@ -203,13 +204,13 @@ def test_a_choice_is_a_function_of_the_state_and_holds_for_its_period() -> None:
         "fedavg", allocation=make_allocation("sized-ranks", {"ranks": 5, "period": 3, "warmup": 2})
     )
     state = wide(rule).start(rule)
-    choices = [rule.allocation.directions(replace(state, round=t)) for t in range(62)]
-    assert choices == [rule.allocation.directions(replace(state, round=t)) for t in range(62)]
+    choices = [rule.allocation.directions(replace(state, round=t)) for t in range(242)]
+    assert choices == [rule.allocation.directions(replace(state, round=t)) for t in range(242)]
     assert choices[:2] == [{}, {}]
-    assert all(choices[t] == choices[2 + (t - 2) // 3 * 3] for t in range(2, 62))
+    assert all(choices[t] == choices[2 + (t - 2) // 3 * 3] for t in range(2, 242))
     trained = {(n, j) for c in choices[2:] for n, own in c.items() for j in own}
     assert trained == {(n, j) for n in WIDE for j in range(3)}
-    for t in range(2, 62):
+    for t in range(2, 242):
         now = replace(state, round=t)
         whole = sum(3 for n in rule.allocation.modules(now) if n not in choices[t])
         assert whole + sum(len(own) for own in choices[t].values()) == 5

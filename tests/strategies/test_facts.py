@@ -126,6 +126,8 @@ FORMULAS: dict[str, Callable[[int, int, int], int]] = {
     "r^2": lambda r, o, i: r * r,
     "r(o+i)": lambda r, o, i: r * (o + i),
     "r_k(o+i)": lambda r, o, i: r * (o + i),
+    "r_k*o": lambda r, o, i: r * o,
+    "r_k*i": lambda r, o, i: r * i,
 }
 """The spellings of ``facts.up`` and ``facts.down``; r is the client's rank."""
 

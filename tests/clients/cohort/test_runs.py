@@ -124,7 +124,7 @@ def test_a_budget_of_directions_in_cohorts_is_that_one_by_one(
     keys: dict[str, Any] = {
         "strategy.name": "fedavg", "num-server-rounds": 3, "lora.rank": 4, **SGD,
         "strategy.allocation": "sized-ranks", "strategy.allocation-options": '{"ranks": 3}',
-        "model.head": "freeze",
+        "model.head": "freeze", "strategy.screening": "off",
     }  # fmt: skip
     config = tiny_config(**keys, **(PRIVATE if private else {}))
     one, wanted, _ = run(config, tmp_path / "one", together=False)

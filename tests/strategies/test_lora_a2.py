@@ -1,0 +1,148 @@
+"""LoRA-A2: each client's largest changes of the weight are what it sends, at the bytes of its budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedlora import wire
+from fedlora.core.directions import most_changed
+from fedlora.core.factors import LoraFactors
+from fedlora.core.seeding import torch_stream
+from fedlora.core.state import ClientSpec
+from fedlora.errors import ConfigError, NotApplicable, UpdateRefused
+from fedlora.server.validate import check
+from fedlora.wire.changed import PLACE, Changed
+from strategies.flower import FactorStrategy
+from strategies.registry import make_rule
+from strategies.uploads import checked_upload
+from tests.clients.cohort.test_runs import run
+from tests.conftest import tiny_config
+from tests.strategies.federations import one_layer
+
+KEY = "base_model.model.q.lora_{}.weight"
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def layers(seed: int) -> dict[str, LoraFactors]:
+    return {
+        name: LoraFactors(normal(4, 6, seed=k), normal(5, 4, seed=k + 1), 0.5 + k)
+        for k, name in enumerate("pq")
+    }
+
+
+@pytest.mark.parametrize("factor", ["A", "B"])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_largest_changes_of_the_weight_stay(factor: str, count: int) -> None:
+    """Against the dense changes of the weight, one direction after the other."""
+    start = layers(0)
+    trained = {
+        name: f.replaced({factor: f.tensors()[factor] + normal(*f.tensors()[factor].shape, seed=9)})
+        for name, f in start.items()
+    }
+    found = most_changed(start, trained, count)
+    changes = {}
+    for name in start:
+        for j in range(4):
+            before, now = (
+                f[name].scaling * torch.outer(f[name].B[:, j], f[name].A[j]) for f in (start, trained)
+            )
+            changes[name, j] = float((now - before).norm())
+    kept = sorted(changes, key=lambda place: -changes[place])[:count]
+    for name, f in found.items():
+        for j in range(4):
+            wanted = trained[name] if (name, j) in kept else start[name]
+            assert torch.equal(f.A[j], wanted.A[j])
+            assert torch.equal(f.B[:, j], wanted.B[:, j])
+
+
+def test_clients_get_the_global_rank_and_their_budget() -> None:
+    rule = make_rule("lora-a2", {"rank": 5})
+    federation = one_layer()
+    state = federation.start(rule)
+    assert state.adapters["layer"].rank == 5
+    for rank, choose in ((2, 2), (5, 0)):
+        given = rule.broadcast(state, ClientSpec(partition_id=0, rank=rank, scaling=1.0))
+        assert (given.adapters["layer"].rank, given.choose) == (5, choose)
+
+
+def test_only_what_changed_travels_and_nothing_is_lost() -> None:
+    codec, start = Changed(), {KEY.format("A"): normal(4, 6), KEY.format("B"): normal(5, 4), "w": normal(3)}
+    trained = {name: tensor.clone() for name, tensor in start.items()}
+    trained[KEY.format("A")][[1, 3]] += 1.0
+    trained[KEY.format("B")][:, 2] = 7.0
+    trained["w"] += 1.0
+    arrays = codec.encode(start, trained, torch_stream(0, "upload"), 0)
+    assert arrays[KEY.format("A")].shape == (2, 6)
+    assert arrays[KEY.format("B")].shape == (5, 1)
+    assert arrays[KEY.format("B") + PLACE].tolist() == [2]
+    assert sum(t.nbytes for t in arrays.values()) == 4 * (2 * 6 + 5 + 3) + 2 + 1
+    found = codec.decode(start, arrays)
+    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
+    still = codec.decode(start, codec.encode(start, start, torch_stream(0, "upload"), 0))
+    assert all(torch.equal(still[name], tensor) for name, tensor in start.items())
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        (torch.tensor([3, 1], dtype=torch.uint8), "its directions do not rise"),
+        (torch.tensor([1, 1], dtype=torch.uint8), "its directions do not rise"),
+        (torch.tensor([1, 4], dtype=torch.uint8), "not below 4"),
+        (torch.tensor([1.0, 2.0]), "is float32"),
+        (torch.tensor([1], dtype=torch.uint8), r"is float32 \(2, 6\), expected float32 \(1, 6\)"),
+    ],
+)
+def test_directions_that_cannot_be_are_refused(places: torch.Tensor, words: str) -> None:
+    name, start = KEY.format("A"), {KEY.format("A"): normal(4, 6), "w": normal(3)}
+    with pytest.raises(UpdateRefused, match=words) as caught:
+        Changed().decode(start, {name: normal(2, 6), name + PLACE: places})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UpdateRefused, match="it has none"):
+        Changed().decode(start, {"w": normal(3), "w" + PLACE: places})
+
+
+@pytest.mark.parametrize("private", [True], ids=["private"])
+def test_a_run_sends_what_each_client_may(private: bool, cache: Path, tmp_path: Path) -> None:
+    """Three clients of the global rank 4 and one of a quarter of it; B in round 1, then A."""
+    keys: dict[str, Any] = {
+        "strategy.name": "lora-a2", "lora.ranks": "4,1,4,4", "num-server-rounds": 2,
+        "model.head": "freeze", "train.optimizer": "sgd", "train.learning-rate": 0.5,
+        "strategy.screening": "off",
+    }  # fmt: skip
+    if private:
+        keys |= {"privacy.mode": "example", "privacy.target-epsilon": 20.0, "privacy.accountant": "rdp"}
+    config = tiny_config(**keys)
+    moved, _, records = run(config, tmp_path / "one", together=False)
+    layers = len(moved)
+    (out, inner), *others = {tuple(t.shape) for t in moved.values()}
+    assert not others
+    for record, width in zip(records, (out, inner), strict=True):
+        assert record["refused"] == {}
+        budget = layers  # directions of the small client, a byte for each
+        assert record["bytes_up"] == 3 * 4 * layers * 4 * width + budget * (4 * width + 1)
+
+
+def test_what_cannot_be_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^strategy\.options rank = -1: must be >= 0$"):
+        make_rule("lora-a2", {"rank": -1})
+    with pytest.raises(ConfigError, match=r"^strategy\.options rank = 2: must be at least 3"):
+        one_layer().start(make_rule("lora-a2", {"rank": 2}))
+    with pytest.raises(NotApplicable, match=r"vera.*lora-a2 reads the product of A and B"):
+        check(tiny_config(**{"strategy.name": "lora-a2", "lora.method": "vera"}))
+
+
+def test_its_codec_is_its_own_unless_another_is_named() -> None:
+    rule = make_rule("lora-a2")
+    assert FactorStrategy(rule).transport.upload == "changed"
+    assert FactorStrategy(rule, upload="int8").transport.upload == "int8"
+    assert FactorStrategy(make_rule("rolora")).transport.upload == "float32"
+    assert checked_upload("changed", make_rule("fedavg"), client_dp=False) == "changed"
+    assert np.isclose(wire.codec_named("changed").error, 0)
