@@ -26,7 +26,8 @@ from fedlora.study.analyse.summary import Row, summarise
 from fedlora.study.analyse.tuning import Trial, Tuning, choose, reported, trials
 from fedlora.study.plan.absent import applicable
 from fedlora.study.plan.cells import Cell, expand
-from fedlora.study.report.findings import CLAIMS_HEADER, claim
+from fedlora.study.report.findings import claim, claims_header
+from fedlora.tasks.metrics import ACCURACY
 
 HERE = Path(__file__).parent
 PUBLISHED = HERE / "published"
@@ -48,7 +49,7 @@ class Kept:
 def planned(name: str) -> tuple[RunConfig, list[Cell], list[Trial]]:
     """A study's file, its cells before any rate is tuned, and the trials that tune."""
     config = read_config(HERE / f"{name}.toml")
-    cells, _ = applicable(expand(config, num_partitions=4))
+    cells, _ = applicable(expand(config, num_partitions=4), config.study)
     return config, cells, trials(config.study, cells) if config.study.tune_learning_rates else []
 
 
@@ -88,13 +89,13 @@ def accuracy_table(found: Kept) -> str:
 
 def claims_table(found: Kept) -> str:
     """The declared comparisons as the report has them: points of accuracy, seed by seed."""
-    return markdown(CLAIMS_HEADER, map(claim, found.comparisons))
+    return markdown(claims_header(ACCURACY), map(claim, found.comparisons))
 
 
 def decided_table(names: Iterable[str]) -> str:
     """What the kept cells of some studies have decided: one comparison a line."""
     decided = [
-        (name, dict(zip(CLAIMS_HEADER, claim(comparison), strict=True)))
+        (name, dict(zip(claims_header(ACCURACY), claim(comparison), strict=True)))
         for name in names
         for comparison in kept(name).comparisons
         if comparison.verdict != "undecided"
@@ -123,7 +124,7 @@ def rates_table(found: Kept) -> str:
 def _accuracy(row: Row | None) -> str:
     if row is None:
         return "-"
-    values, seen = list(row.accuracy_by_seed.values()), row.accuracy
+    values, seen = list(row.score_by_seed.values()), row.score
     if len(values) <= ALL_SHOWN or seen.low is None or seen.high is None:
         return ", ".join(f"{100 * value:.1f}" for value in values)
     return f"{100 * seen.value:.1f} ({100 * seen.low:.1f} to {100 * seen.high:.1f}, n = {len(values)})"

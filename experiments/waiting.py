@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 
 from experiments.marked import markdown
 from fedlora.core.files import write_atomic
-from fedlora.study.analyse.curves import accuracy_over, simulated
+from fedlora.study.analyse.curves import score_over, simulated
 from fedlora.study.analyse.sign_flip import sign_flip
 from fedlora.study.analyse.summary import Row, reached
 from fedlora.study.report.figure import SETTINGS
@@ -97,7 +97,7 @@ def times_table(rows: Sequence[Row]) -> str:
 
 def staleness_table(rows: Sequence[Row]) -> str:
     """What 20 at work cost in accuracy after as many updates, for averages of factors and for exact sums."""
-    accuracy = {row.method: row.accuracy_by_seed for row in rows}
+    accuracy = {row.method: row.score_by_seed for row in rows}
     seeds = sorted(
         set.intersection(*(set(accuracy[f"{r}-{w}"]) for r in ("fedavg", "flora") for w in (ALL, STALE)))
     )
@@ -125,7 +125,7 @@ def draw(rows: Sequence[Row]) -> str:
         for panel, rule in zip(canvas.subplots(1, len(rules), sharey=True), rules, strict=True):
             for way, hue in zip(ways, HUES, strict=False):
                 row = by_name.get(f"{rule}-{way}")
-                curve = None if row is None else accuracy_over(row, simulated(row))
+                curve = None if row is None else score_over(row, simulated(row))
                 if curve is not None:
                     panel.plot([3600 * x for x in curve.x], [100 * y for y in curve.y], color=hue, label=way)
             panel.axhline(100 * TARGET, color="black", linewidth=0.8, linestyle=":")

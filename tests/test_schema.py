@@ -31,7 +31,7 @@ def test_every_shipped_config_is_accepted(path: Path) -> None:
     config = read_config(path)
     check(config)
     if config.study != StudyConfig():
-        cells, _ = applicable(expand(config, num_partitions=4))
+        cells, _ = applicable(expand(config, num_partitions=4), config.study)
         assert all(from_flat(to_flat(cell.config)) == cell.config for cell in cells)
         if config.study.tune_learning_rates:
             check_tuning(config, cells)

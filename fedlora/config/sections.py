@@ -250,6 +250,9 @@ class StudyConfig:
     comparisons: str = ""
     """Claims, tested together: METHOD:BASELINE, for instance ``fedsvd:ffa, *:head-only``; ``*`` is all
     others."""
+    metric: str = ""
+    """By what runs are judged, for instance ``mae``: ``accuracy``; of regressions ``rmse``, ``mae``, ``r2``;
+    of many labels ``f1_micro``, ``f1_macro``, ``accuracy``; empty is the first one of the task."""
     target_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The report says what each run sends, and in simulated time how long it takes, until a round's accuracy
     is this, for instance ``0.78``; 0 asks for nothing."""

@@ -15,19 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from fedlora.config import RunConfig
 from fedlora.core.state import ServerState, State
-from fedlora.data.targets import MULTI_LABEL, REGRESSION
+from fedlora.data.targets import REGRESSION
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.records import SETS
 from fedlora.tasks import task_named
+from fedlora.tasks.metrics import METRICS
 
 if TYPE_CHECKING:
     from fedlora.server.federated_run import FederatedRun
 
 BEST = "best"
-LOWER = ("loss", "rmse")
-"""Metrics of which a lower value is better."""
-METRICS = (*LOWER, "accuracy", "r2", "f1_micro", "f1_macro")
 Records = Sequence[Mapping[str, Any]]
 
 
@@ -49,8 +47,7 @@ def check_metric(config: RunConfig, kept: str) -> None:
         why = f"{kept} stays at clients" if kept else f"task {task.name} reads none"
         raise NotApplicable(f"data.evaluation-sets = {config.data.evaluation_sets!r}: {why}, must be empty")
     metric = metric_of(config)[1]
-    there = ["loss", *(["rmse", "r2"] if regression else ["accuracy"])]
-    there += ["f1_micro", "f1_macro"] if task.problem_type == MULTI_LABEL else []
+    there = ("loss", *task.metrics)
     if metric not in there:
         sets = f", each of them also after {' or '.join(f'{name}_' for name in named)}" if named else ""
         raise ConfigError(
@@ -100,9 +97,9 @@ def chosen(config: RunConfig, records: Records) -> dict[str, Any]:
 def _costs(config: RunConfig, records: Records, unmeasured: float | None = None) -> dict[int, float]:
     """Round -> what is to be small, where it was evaluated; NaN is left out unless a number stands for it."""
     name, metric = metric_of(config)
-    sign = 1.0 if metric in LOWER else -1.0
+    cost = METRICS[metric].cost
     of = {r["round"]: r[SETS][name] if name else r for r in records if r["loss"] is not None}
-    found = {number: sign * record[metric] for number, record in of.items()}
+    found = {number: cost(record[metric]) for number, record in of.items()}
     if unmeasured is not None:
         return {n: unmeasured if math.isnan(cost) else cost for n, cost in found.items()}
     return {n: cost for n, cost in found.items() if not math.isnan(cost)}

@@ -94,7 +94,7 @@ class Evaluate(Callback):
         if not run.personal:
             whole = self._global.whole(run.state)
             outcome, by_client = self._global.record(whole), None
-            outcome |= self._global.sets(run.state, whole=True)
+            outcome |= self._global.sets(run.state, whole=True) | self._global.errors(whole)
             if run.session.nodes is None:  # nodes alone know which domains they hold
                 partitioner = run.config.data.partitioner
                 by_client = accuracy_by_client(whole, run.runtime.data, run.partitions, partitioner)

@@ -14,6 +14,7 @@ from fedlora.data.examples import evaluation_subset
 from fedlora.server.generation import samples
 from fedlora.server.records import SETS, summary
 from fedlora.server.session import Session
+from fedlora.tasks.targets import Regression
 
 
 def is_measured(config: RunConfig, server_round: int) -> bool:
@@ -61,6 +62,13 @@ class GlobalEvaluator:
     def record(self, outcome: Evaluation) -> dict[str, Any]:
         """An evaluation as part of a record."""
         return summary(outcome, self._data.domain_names, self._session.runtime.model.task)
+
+    def errors(self, outcome: Evaluation) -> dict[str, Any]:
+        """Standard errors over the examples, where these have targets."""
+        task = self._session.runtime.model.task
+        if not isinstance(task, Regression) or outcome.outputs is None or outcome.targets is None:
+            return {}
+        return {"standard_errors": task.standard_errors(outcome.outputs, outcome.targets)}
 
     def samples(self, state: State) -> list[dict[str, Any]]:
         """Continuations of test examples by the model."""

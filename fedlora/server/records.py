@@ -25,20 +25,9 @@ from fedlora.tasks.targets import Regression
 from strategies.report import RoundReport
 
 MEASURED = (
-    "accuracy",
-    "loss",
-    "accuracy_by_domain",
-    "examples",
-    "perplexity",
-    "perplexity_by_domain",
-    "tokens",
-    "margin",
-    "rmse",
-    "r2",
-    "pearson",
-    "f1_micro",
-    "f1_macro",
-)
+    "accuracy", "loss", "accuracy_by_domain", "examples", "perplexity", "perplexity_by_domain", "tokens",
+    "margin", "rmse", "rmse_by_domain", "mae", "r2", "pearson", "f1_micro", "f1_micro_by_domain", "f1_macro",
+)  # fmt: skip
 """Keys of an evaluation as a record; those after the first four where the task has them."""
 
 SETS = "evaluation_sets"
@@ -67,6 +56,10 @@ def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASS
         record["margin"] = margin(outcome.losses)
     if isinstance(task, Regression) and outcome.outputs is not None and outcome.targets is not None:
         record |= task.measures(outcome.outputs, outcome.targets)
+        first = task.metrics[0]
+        record[f"{first}_by_domain"] = {
+            name: task.measures(r.outputs, r.targets)[first] for name, r in by_domain.items()
+        }
     if task.problem_type == REGRESSION:
         record |= {"accuracy": None, "accuracy_by_domain": {}}
     return record

@@ -26,12 +26,16 @@ from fedlora.tasks.language import BY_LABEL
 from fedlora.tasks.task import ExampleMetrics, inputs
 from fedlora.tasks.text import made_up_text
 
+RESAMPLED = 200
+"""Sets of test examples that are drawn for a standard error."""
+
 
 class Regression(Classification):
     """``data.label-column`` names K columns of numbers; the loss is the mean squared error."""
 
     name = "regression"
     problem_type = REGRESSION
+    metrics: tuple[str, ...] = ("rmse", "mae", "r2")
 
     def columns(self, config: DataConfig) -> Columns:
         """Texts and the columns of targets.
@@ -70,7 +74,7 @@ class Regression(Classification):
         return np.ones(len(outputs), dtype=np.int64), np.zeros(len(outputs), dtype=np.int64)
 
     def measures(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float | None]:
-        """RMSE over all numbers; R2 and Pearson's r, each the mean over the K targets.
+        """RMSE and MAE over all numbers; R2 and Pearson's r, each the mean over the K targets.
 
         R2 of a target that is the same in all examples is 1 if it is hit exactly, else 0, as in scikit-learn;
         Pearson's r is None where one of the two does not vary.
@@ -85,13 +89,28 @@ class Regression(Classification):
         r = ((around * (y - y.mean(axis=0))).sum(axis=0) / norms).mean() if known else None
         return {
             "rmse": float(np.sqrt(error.sum() / y.size)),
+            "mae": float(np.abs(f - y).mean()),
             "r2": float(r2.mean()),
             "pearson": None if r is None else float(r),
         }
 
     def baseline(self, targets: np.ndarray) -> dict[str, float]:
-        """RMSE of each target's mean, which has seen the test examples."""
-        return {"mean_rmse": float(np.sqrt(targets.var(axis=0, dtype=np.float64).mean()))}
+        """What each target's mean has, which has seen the test examples."""
+        mean = np.broadcast_to(targets.mean(axis=0, dtype=np.float64), targets.shape)
+        return self._judged("mean", mean, targets)
+
+    def _judged(self, name: str, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """The task's own figures of constant outputs, named after them."""
+        found = self.measures(outputs, targets).items()
+        return {f"{name}_{key}": value for key, value in found if key in self.metrics and value is not None}
+
+    def standard_errors(self, outputs: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+        """How far other test examples would move each figure: over `RESAMPLED` draws with replacement."""
+        draws = stream(0, "standard-errors", self.name)
+        drawn = [draws.integers(len(targets), size=len(targets)) for _ in range(RESAMPLED)]
+        found = [self.measures(outputs[rows], targets[rows]) for rows in drawn]
+        each = {key: np.array([one[key] for one in found], dtype=np.float64) for key in found[0]}
+        return {key: float(values.std(ddof=1)) for key, values in each.items() if np.isfinite(values).all()}
 
     def synthetic_examples(self, number: int, config: Any, pad_token_id: int) -> Examples:
         """Texts of unequal length, and targets around 0."""
@@ -112,6 +131,7 @@ class MultiLabelClassification(Regression):
 
     name = "multi-label-classification"
     problem_type = MULTI_LABEL
+    metrics: tuple[str, ...] = ("f1_micro", "f1_macro", "accuracy")
 
     def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(rows, K) each -> (rows,)."""
@@ -131,9 +151,10 @@ class MultiLabelClassification(Regression):
         return {"f1_micro": float(2 * both.sum() / max(sizes.sum(), 1)), "f1_macro": float(own.mean())}
 
     def baseline(self, targets: np.ndarray) -> dict[str, float]:
-        """The share of right decisions where each label is given to all or to nobody."""
+        """The share of right decisions where each label is given to all or to nobody; F1 where to all."""
         share = (targets > 0).mean(axis=0)
-        return {"majority_accuracy": float(np.maximum(share, 1 - share).mean())}
+        given = self._judged("all", np.ones_like(targets), targets)
+        return {"majority_accuracy": float(np.maximum(share, 1 - share).mean()), **given}
 
     def made_up(self, drawn: np.ndarray) -> np.ndarray:
         """About every second label."""

@@ -78,6 +78,7 @@ class Task(Protocol):
         most_tokens: padded tokens of an evaluation pass at most; 0 where only the number of examples counts.
         packs: whether several examples can be one row.
         problem_type: transformers' word for what the head's outputs mean; empty where there is no head.
+        metrics: names in `fedlora.tasks.metrics` by which runs are judged, the first one by default.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Task(Protocol):
     most_tokens: int
     packs: bool
     problem_type: str
+    metrics: tuple[str, ...]
 
     def columns(self, config: DataConfig) -> Columns:
         """Columns of the dataset that are read.

@@ -14,6 +14,7 @@ from fedlora.data.chat.template import ChatSettings
 from fedlora.data.columns import Columns, standard
 from fedlora.data.examples import Examples
 from fedlora.data.tokenizers import Tokenizer, load_tokenizer
+from fedlora.tasks.metrics import ACCURACY
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +27,7 @@ class TextTask:
 
     packs = False
     problem_type = ""
+    metrics: tuple[str, ...] = (ACCURACY.name,)
 
     def columns(self, config: DataConfig) -> Columns:
         """Texts and label."""

@@ -9,8 +9,9 @@ import pyarrow.csv
 import pytest
 
 from fedlora.server.records import spread
+from fedlora.study.analyse.intervals import over_seeds
 from fedlora.study.analyse.results import CellResult
-from fedlora.study.analyse.summary import over_seeds, summarise
+from fedlora.study.analyse.summary import summarise
 from fedlora.study.report.charts import draw_charts
 from fedlora.study.report.report import render, write_report
 from tests.study.made_up import result

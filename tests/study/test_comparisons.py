@@ -9,8 +9,9 @@ from scipy.stats import ttest_1samp, ttest_rel
 
 from fedlora.errors import ConfigError
 from fedlora.study.analyse.comparisons import Comparison, _p_alike, compare, declared, holm
+from fedlora.study.analyse.intervals import over_seeds
 from fedlora.study.analyse.sign_flip import sign_flip
-from fedlora.study.analyse.summary import Row, over_seeds, summarise
+from fedlora.study.analyse.summary import Row, summarise
 from fedlora.study.report.findings import claims
 from tests.study.made_up import result
 

@@ -70,7 +70,7 @@ def test_the_family_is_all_pairs_of_the_study() -> None:
     found = contests(rows)
     assert [contest.family for contest in found] == [6, 6]
     first, second = found[0].rows[:2]
-    gap = [first.accuracy_by_seed[k] - second.accuracy_by_seed[k] for k in range(3)]
+    gap = [first.score_by_seed[k] - second.score_by_seed[k] for k in range(3)]
     half = t.ppf(1 - 0.025 / 6, 2) * np.std(gap, ddof=1) / math.sqrt(3)
     assert found[0].difference(first, second).high == pytest.approx(np.mean(gap) + half)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy.stats import ttest_1samp
 
-from fedlora.study.analyse.summary import of_examples, over_seeds, summarise
+from fedlora.study.analyse.intervals import of_examples, over_seeds
+from fedlora.study.analyse.summary import summarise
 from tests.study.made_up import result
 
 
@@ -41,8 +42,8 @@ def test_local_only_is_the_mean_of_its_clients_within_a_seed() -> None:
         for k, a in enumerate(accuracies)
     ]
     (row,) = summarise(runs)
-    assert row.accuracy_by_seed == pytest.approx({0: 0.65, 1: 0.75})
-    assert row.accuracy.low == pytest.approx(over_seeds([0.65, 0.75]).low)
+    assert row.score_by_seed == pytest.approx({0: 0.65, 1: 0.75})
+    assert row.score.low == pytest.approx(over_seeds([0.65, 0.75]).low)
     assert row.seconds == pytest.approx(2 * 31.5)
     assert (row.bytes_up, row.bytes_down, row.gap) == (None, None, None)
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from fedlora.cli.runs import methods_table
 from fedlora.errors import ConfigError
-from fedlora.study.analyse.summary import of_examples, over_seeds, summarise
+from fedlora.study.analyse.intervals import of_examples, over_seeds
+from fedlora.study.analyse.summary import summarise
 from fedlora.study.analyse.table import StudyTable
 from fedlora.study.report.tables import write_tables
 from tests.study.made_up import result
@@ -36,8 +37,8 @@ def test_means_and_intervals_are_those_of_the_report(tmp_path: Path) -> None:
     found = table(tmp_path, *(run("flora", seed, a) for seed, a in enumerate(values)), run("fedavg", 0, 0.65))
     flora, fedavg = found.rows
     assert (flora.seeds, fedavg.seeds) == (3, 1)
-    assert flora.accuracy == over_seeds(values)
-    assert fedavg.accuracy == of_examples(0.65, 200)
+    assert flora.score == over_seeds(values)
+    assert fedavg.score == of_examples(0.65, 200)
     assert (flora.megabytes_up, flora.megabytes_down, flora.epsilon) == (1.0, 2.0, None)
 
 
@@ -50,7 +51,7 @@ def test_a_language_models_interval_is_over_tokens_and_a_reference_sends_nothing
     write_tables(tmp_path, runs, ())
     flora, centralised = StudyTable.read(tmp_path).rows
     told, reference = summarise(runs)
-    assert (flora.accuracy, centralised.accuracy) == (told.accuracy, reference.accuracy)
+    assert (flora.score, centralised.score) == (told.score, reference.score)
     assert flora.megabytes_up == (told.bytes_up or 0) / 1e6
     assert (
         (centralised.megabytes_up, centralised.megabytes_down) == (None, None) == (reference.bytes_up, None)
@@ -62,8 +63,8 @@ def test_clients_of_one_seed_count_once(tmp_path: Path) -> None:
     (row,) = table(tmp_path, *clients).rows
     assert row.seeds == 2
     wanted = over_seeds([(0.5 + 0.8) / 2, (0.5 + 0.9) / 2])
-    assert row.accuracy.value == pytest.approx(wanted.value)
-    assert (row.accuracy.low, row.accuracy.high) == pytest.approx((wanted.low, wanted.high))
+    assert row.score.value == pytest.approx(wanted.value)
+    assert (row.score.low, row.score.high) == pytest.approx((wanted.low, wanted.high))
 
 
 def test_markdown_and_latex_say_the_same(tmp_path: Path) -> None:

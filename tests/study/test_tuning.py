@@ -14,8 +14,9 @@ from scipy.stats import chisquare
 from fedlora.config import RunConfig, from_flat
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.privacy.calibration import epsilon_spent
-from fedlora.study.analyse.tuning import shown_accuracy
+from fedlora.study.analyse.tuning import shown_score
 from fedlora.study.execute.runner import run_study
+from fedlora.tasks.metrics import ACCURACY
 from tests.study.simulation import KEYS, Simulation
 
 BEST = {"fedavg": 0.01, "flora": 0.03}
@@ -184,9 +185,9 @@ def test_the_noise_on_hits_has_its_law() -> None:
     found = [
         round(
             examples
-            * shown_accuracy(
+            * shown_score(
                 SimpleNamespace(cell=SimpleNamespace(seed=seed, label="x")),  # type: ignore[arg-type]
-                result, epsilon, trials,
+                ACCURACY, result, epsilon, trials,
             )
         ) - examples // 2
         for seed in range(4000)

@@ -25,7 +25,6 @@ from fedlora.errors import ConfigError, NotApplicable
 from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.server.best import best_round
 from fedlora.server.validate import check
-from fedlora.study.execute.runner import run_study
 from fedlora.tasks.targets import MultiLabelClassification, Regression
 from tests.conftest import tiny_config
 from tests.federation.test_kinds import run, values
@@ -94,17 +93,22 @@ def test_measures_are_those_of_the_field() -> None:
         np.mean([pearsonr(f[:, k], y[:, k])[0] for k in range(3)]), rel=1e-6
     )
     same = np.ones((4, 1), dtype=np.float32)
-    assert Regression().measures(same, same) == {"rmse": 0.0, "r2": 1.0, "pearson": None}
-    assert Regression().measures(same + 1, same) == {"rmse": 1.0, "r2": 0.0, "pearson": None}
+    assert Regression().measures(same, same) == {"rmse": 0.0, "mae": 0.0, "r2": 1.0, "pearson": None}
+    assert Regression().measures(same + 1, same) == {"rmse": 1.0, "mae": 1.0, "r2": 0.0, "pearson": None}
 
     has = np.array([[1, 0, 0], [1, 1, 0], [0, 1, 0], [0, 0, 0]], dtype=np.float32)
     out = np.array([[1, 1, -1], [1, -1, -1], [-1, 1, -1], [0, -1, -1]], dtype=np.float32)
     found = MultiLabelClassification().measures(out, has)
     assert found == {"f1_micro": 2 * 3 / (4 + 4), "f1_macro": pytest.approx((1.0 + 2 / 4 + 0.0) / 3)}
     assert MultiLabelClassification().baseline(has) == {
-        "majority_accuracy": pytest.approx((0.5 + 0.5 + 1) / 3)
-    }
-    assert Regression().baseline(y) == {"mean_rmse": pytest.approx(np.sqrt(y.var(axis=0).mean()), rel=1e-6)}
+        "majority_accuracy": pytest.approx((0.5 + 0.5 + 1) / 3),
+        "all_f1_micro": 2 * 4 / (4 + 12), "all_f1_macro": pytest.approx((2 * 2 / 6 * 2 + 0.0) / 3),
+    }  # fmt: skip
+    away = np.abs(y - y.mean(axis=0))
+    assert Regression().baseline(y) == {
+        "mean_rmse": pytest.approx(np.sqrt(y.var(axis=0).mean()), rel=1e-6),
+        "mean_mae": pytest.approx(away.mean(), rel=1e-6), "mean_r2": pytest.approx(0.0, abs=1e-6),
+    }  # fmt: skip
 
 
 @TASKS
@@ -255,7 +259,7 @@ def test_the_best_round_knows_which_way_is_better(tmp_path: Path) -> None:
         check(config)
         assert best_round(config, records) == best
     with pytest.raises(
-        ConfigError, match=r"^metric-for-best-model = 'accuracy': task regression has loss, rmse, r2$"
+        ConfigError, match=r"^metric-for-best-model = 'accuracy': task regression has loss, rmse, mae, r2$"
     ):
         check(tiny_config(**REGRESSION, **{"metric-for-best-model": "accuracy"}))
     with pytest.raises(ConfigError, match=r"task classification has loss, accuracy$"):
@@ -264,11 +268,6 @@ def test_the_best_round_knows_which_way_is_better(tmp_path: Path) -> None:
         check(tiny_config(**REGRESSION, **{"strategy.name": "fedsa"}))
     with pytest.raises(NotApplicable, match="task regression has no sequences to pack"):
         check(tiny_config(**REGRESSION, **{"train.packing": True}))
-
-
-def test_a_study_of_regressions_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotApplicable, match=r"^task = 'regression': a study compares accuracies"):
-        run_study(tiny_config(**REGRESSION), tmp_path / "study")
 
 
 def test_a_label_is_given_above_a_probability_of_one_half() -> None:

@@ -21,13 +21,16 @@ from scipy.stats import t
 
 from fedlora.config import name_list
 from fedlora.errors import ConfigError
+from fedlora.study.analyse.intervals import LEVEL, Estimate, over_seeds
 from fedlora.study.analyse.sign_flip import detectable, least_p, sign_flip
-from fedlora.study.analyse.summary import LEVEL, Estimate, Row, over_seeds
+from fedlora.study.analyse.summary import Row
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 ENOUGH_SEEDS = 10
 """A claim wants at least so many paired seeds; with 5 the exact test cannot go below 0.06."""
 ALIKE = 0.01
-"""Two methods are alike where their true difference is certain to lie within one point."""
+"""Two methods are alike where their true difference is certain to lie within one point, of 1 or of the spread
+of the test targets (`fedlora.tasks.metrics.Metric.scale`)."""
 
 Verdict = Literal["better", "worse", "alike", "undecided"]
 
@@ -38,7 +41,9 @@ class Comparison:
 
     Attributes:
         method, baseline, setting: their names.
-        differences: method minus baseline in accuracy, one for each seed that both have.
+        differences: method minus baseline in score, one for each seed that both have.
+        metric: of the scores.
+        scale: what `ALIKE` is a share of.
         mean: of the differences, with its 95 % interval over seeds.
         p_value: of the exact sign-flip test, two-sided; None for fewer than two seeds.
         p_alike: of two one-sided t tests against a difference of `ALIKE` or more; None as before.
@@ -58,11 +63,13 @@ class Comparison:
     p_holm: float | None = None
     p_alike_holm: float | None = None
     detectable: float | None = None
+    metric: Metric = ACCURACY
+    scale: float = 1.0
 
     @property
     def wins(self) -> int:
         """Seeds on which the method is ahead."""
-        return sum(d > 0 for d in self.differences)
+        return sum(self.metric.cost(d) < 0 for d in self.differences)
 
     @property
     def verdict(self) -> Verdict:
@@ -70,7 +77,7 @@ class Comparison:
         if len(self.differences) < ENOUGH_SEEDS or self.p_holm is None or self.p_alike_holm is None:
             return "undecided"
         if self.p_holm <= LEVEL:
-            return "better" if self.mean.value > 0 else "worse"
+            return "better" if self.metric.cost(self.mean.value) < 0 else "worse"
         return "alike" if self.p_alike_holm <= LEVEL else "undecided"
 
 
@@ -157,30 +164,40 @@ def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
 
 
 def _compared(mine: Row, theirs: Row) -> Comparison:
-    ours, others = mine.accuracy_by_seed, theirs.accuracy_by_seed
+    ours, others = mine.score_by_seed, theirs.score_by_seed
     differences = [ours[seed] - others[seed] for seed in ours if seed in others]
-    return paired(mine.method, theirs.method, differences, mine.setting)
+    return paired(mine.method, theirs.method, differences, mine.setting, metric=mine.metric, scale=mine.scale)
 
 
-def paired(method: str, baseline: str, differences: Sequence[float], setting: str = "") -> Comparison:
-    """A comparison by its differences of each seed, as shares; not yet corrected for others, see `holm`."""
+def paired(
+    method: str,
+    baseline: str,
+    differences: Sequence[float],
+    setting: str = "",
+    *,
+    metric: Metric = ACCURACY,
+    scale: float = 1.0,
+) -> Comparison:
+    """A comparison by its differences of each seed; not yet corrected for others, see `holm`."""
     found = Comparison(
         method=method,
         baseline=baseline,
         setting=setting,
         differences=tuple(differences),
         mean=Estimate(value=fmean(differences or (math.nan,))),
+        metric=metric,
+        scale=scale,
     )
     if len(differences) < 2:
         return found
-    mean = over_seeds(differences, low=-1.0)
-    return replace(found, mean=mean, p_value=sign_flip(differences), p_alike=_p_alike(differences))
+    mean, alike = over_seeds(differences, *metric.difference_bounds), ALIKE * scale
+    return replace(found, mean=mean, p_value=sign_flip(differences), p_alike=_p_alike(differences, alike))
 
 
-def _p_alike(differences: Sequence[float]) -> float:
-    """The larger p-value of the two tests that the mean lies above -`ALIKE` and below it."""
+def _p_alike(differences: Sequence[float], alike: float = ALIKE) -> float:
+    """The larger p-value of the two tests that the mean lies above -``alike`` and below it."""
     mean, error = fmean(differences), stdev(differences) / math.sqrt(len(differences))
-    room = ALIKE - abs(mean)
+    room = alike - abs(mean)
     return float(t.sf(room / error, len(differences) - 1)) if error else float(room <= 0)
 
 

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedlora.study.analyse.summary import CONTROL, LEVEL, Estimate, Row, of_examples, over_seeds
+from fedlora.study.analyse.intervals import LEVEL, Estimate, over_seeds
+from fedlora.study.analyse.summary import CONTROL, Row
 
 WORTHWHILE = 0.02
-"""A gain in accuracy below this over the control is not worth an adapter."""
+"""A smaller gain over the control is not worth an adapter; of 1, or of `Row.scale`."""
 SAME_EPSILON = 0.05
 """Relative difference up to which two epsilons count as equal."""
 ROUNDING = 1e-9
@@ -29,7 +30,7 @@ class Contest:
     """Runs under one setting at one privacy.
 
     Attributes:
-        rows: the most accurate first.
+        rows: the best first.
         family: how many pairs the study has; the intervals of all hold together.
     """
 
@@ -43,7 +44,7 @@ class Contest:
 
     @property
     def tied(self) -> list[Row]:
-        """The highest and all that it is not told apart from."""
+        """The best and all that it is not told apart from."""
         return [row for row in self.rows if not self.told_apart(self.rows[0], row)]
 
     @property
@@ -53,7 +54,7 @@ class Contest:
         return not any(self.told_apart(*pair) for pair in pairs)
 
     def difference(self, row: Row, other: Row) -> Estimate:
-        """Difference in accuracy of ``row``, with the interval that holds for all pairs together."""
+        """Difference in score of ``row``, with the interval that holds for all pairs together."""
         return difference(row, other, self.family)
 
     def told_apart(self, row: Row, other: Row) -> bool:
@@ -65,10 +66,12 @@ class Contest:
         """Whether a run is ahead of the control by `WORTHWHILE`, all of its interval; None without one."""
         if self.control is None or row is self.control:
             return None
-        low, high = _bounds(self.difference(row, self.control))
-        if low >= WORTHWHILE - ROUNDING:
+        bounds = _bounds(self.difference(row, self.control))
+        least, most = sorted(-row.metric.cost(bound) for bound in bounds)
+        enough = (WORTHWHILE - ROUNDING) * row.scale
+        if least >= enough:
             return "enough"
-        return "too little" if high < WORTHWHILE - ROUNDING else "open"
+        return "too little" if most < enough else "open"
 
 
 def contests(rows: Sequence[Row]) -> list[Contest]:
@@ -83,7 +86,7 @@ def contests(rows: Sequence[Row]) -> list[Contest]:
     family = max(1, sum(math.comb(len(group), 2) for group in groups))
     groups.sort(key=lambda group: group[0].config.privacy.mode != "none")
     return [
-        Contest(rows=tuple(sorted(group, key=lambda row: -row.accuracy.value)), family=family)
+        Contest(rows=tuple(sorted(group, key=lambda row: row.metric.cost(row.score.value))), family=family)
         for group in groups
     ]
 
@@ -99,25 +102,27 @@ def exact_and_behind(rows: Sequence[Row]) -> list[str]:
 
 
 def difference(row: Row, other: Row, family: int = 1) -> Estimate:
-    """Difference in accuracy of ``row``: over the seeds that both have, else of the two shares.
+    """Difference in score of ``row``: over the seeds that both have, else of the two scores.
 
     Args:
         row: a run.
         other: another.
         family: the intervals of so many differences hold together at 95 %.
     """
-    mine, theirs = row.accuracy_by_seed, other.accuracy_by_seed
+    mine, theirs = row.score_by_seed, other.score_by_seed
     paired = [mine[seed] - theirs[seed] for seed in mine if seed in theirs]
     level = 1 - LEVEL / family
     if len(paired) > 1:
-        return over_seeds(paired, low=-1.0, level=level)
+        return over_seeds(paired, *row.metric.difference_bounds, level=level)
     p, q = next(
         ((mine[seed], theirs[seed]) for seed in mine if seed in theirs),
-        (row.accuracy.value, other.accuracy.value),
+        (row.score.value, other.score.value),
     )
     (p_low, p_high), (q_low, q_high) = (
-        _bounds(of_examples(share, units, level)) for share, units in ((p, row.units), (q, other.units))
+        _bounds(one.of_one(score, level)) for one, score in ((row, p), (other, q))
     )
+    if math.isinf(q_high - q_low) or math.isinf(p_high - p_low):
+        return Estimate(value=p - q)
     return Estimate(
         value=p - q,
         low=p - q - math.hypot(p - p_low, q_high - q),
@@ -143,6 +148,7 @@ def _comparable(row: Row, other: Row) -> bool:
 
 
 def _bounds(estimate: Estimate) -> tuple[float, float]:
-    assert estimate.low is not None
-    assert estimate.high is not None
+    """Bounds of an estimate; anything is possible where it has none."""
+    if estimate.low is None or estimate.high is None:
+        return -math.inf, math.inf
     return estimate.low, estimate.high

@@ -42,13 +42,13 @@ def simulated(row: Row) -> Curve | None:
     return _curve(row, lambda result: [_hours(record) for record in result.rounds])
 
 
-def accuracy_over(row: Row, progress: Curve | None) -> Curve | None:
-    """Accuracy over another series of the row, `sent` or `simulated`; None where either is missing."""
-    accuracy = per_round(row, "accuracy")
-    if accuracy is None or progress is None:
+def score_over(row: Row, progress: Curve | None) -> Curve | None:
+    """The score over another series of the row, `sent` or `simulated`; None where either is missing."""
+    score = per_round(row, row.metric.name)
+    if score is None or progress is None:
         return None
     at = dict(zip(progress.rounds, progress.y, strict=True))
-    return replace(accuracy, x=[at[number] for number in accuracy.rounds])
+    return replace(score, x=[at[number] for number in score.rounds])
 
 
 def gap(row: Row) -> Curve | None:

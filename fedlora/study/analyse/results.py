@@ -16,6 +16,7 @@ from fedlora.server.identity import NO_EFFECT
 from fedlora.server.provenance import PROVENANCE, check_schema
 from fedlora.server.results import RESULT, read_result, read_rounds, read_samples
 from fedlora.study.plan.cells import Cell, Kind
+from fedlora.tasks import task_named
 
 RESULTS = "results.parquet"
 """Of a study that was reported on: a line for each run."""
@@ -23,10 +24,10 @@ TAKEN_FROM = "taken-from"
 """In the provenance of a cell that was taken over: STUDY/CELL, where it ran."""
 FILES = ("config.toml", "rounds.jsonl", RESULT, PROVENANCE)
 """What a finished cell is known by."""
-NEEDED = ("accuracy", "examples", "bytes_up", "bytes_down", "seconds")
-"""What the report cannot do without in ``result.json``; and one of `REFERENCES`."""
-REFERENCES = ("majority_accuracy", "before")
-"""What an accuracy is to be compared with: the commonest label, or the model before training."""
+NEEDED = ("examples", "bytes_up", "bytes_down", "seconds")
+"""What the report cannot do without in ``result.json``; and the task's metric, and one of `REFERENCES`."""
+REFERENCES = ("majority_accuracy", "mean_rmse", "before")
+"""What a score is compared with: the commonest label, the targets' mean, or the model before training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,14 +81,13 @@ def load_result(cell: Cell, path: Path) -> CellResult:
     check_schema(path / PROVENANCE)
     if not finished(path):
         raise RunFailed(f"{path / RESULT}: there is no such file, the run is not finished")
-    result = read_result(path)
-    for key in NEEDED:
+    result, config = read_result(path), read_config(path / "config.toml")
+    for key in (task_named(config.task).metrics[0], *NEEDED):
         if result.get(key) is None:
             raise RunFailed(f"{path / RESULT}: {key} is missing, remove the directory and run again")
     if all(result.get(key) is None for key in REFERENCES):
         missing = REFERENCES[0]
         raise RunFailed(f"{path / RESULT}: {missing} is missing, remove the directory and run again")
-    config = read_config(path / "config.toml")
     _check_same(cell.config, config, path)
     rounds = read_rounds(path)
     if len(rounds) != config.num_server_rounds and not result.get("stopped_early"):
@@ -132,6 +132,16 @@ def study_results(path: Path) -> list[CellResult]:
         config = read_config(home / "config.toml")
         found.append(load_result(Cell(**names, label=run["run"], group=group, config=config), home))
     return found
+
+
+def judged_by(study: Path) -> str:
+    """Name of the metric by which the runs of a study that was reported on were judged; empty if it has none.
+
+    Raises:
+        ConfigError: it has no results yet.
+    """
+    runs = read_results(study)
+    return str(runs[0].get("metric") or "") if runs else ""
 
 
 def read_results(study: Path) -> list[dict[str, Any]]:

@@ -1,36 +1,24 @@
-"""Summary of the runs of one group, with an interval.
-
-One seed: the interval is Wilson's, for the share of the test examples that are right; it knows nothing
-of other seeds. Several seeds: mean and Student's t interval over the seeds. Both at 95 %.
-"""
+"""Summary of the runs of one group, with an interval (`fedlora.study.analyse.intervals`)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import binomtest, t
-
 from fedlora.config import RunConfig
+from fedlora.errors import RunFailed
+from fedlora.server.results import RESULT
+from fedlora.study.analyse.intervals import LEVEL, Estimate, of_one, over_seeds
 from fedlora.study.analyse.results import CellResult
 from fedlora.study.plan.cells import Kind
+from fedlora.tasks import task_named
+from fedlora.tasks.metrics import ACCURACY, Metric, metric_named
 
 CONTROL = "head-only"
 """The strategy that every other one has to beat: it trains no adapter."""
-LEVEL = 0.05
-"""Of all tests; intervals hold at 1 - LEVEL."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A number with its 95 % interval; without bounds if there is nothing to estimate them from."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +29,9 @@ class Row:
         name: the group.
         kind: strategy, reference or variant.
         results: its runs; several clients of ``local-only``, several seeds.
-        accuracy: on the whole test set, in [0, 1].
-        accuracy_by_domain: means over the runs.
+        metric: by which the runs are judged.
+        score: its value on the whole test set.
+        by_domain: means over the runs.
         bytes_up, bytes_down: what all clients sent and received in all rounds; None for a reference,
             which needs no federation.
         gap: aggregation gap of the last round that has one; None for a reference.
@@ -53,8 +42,9 @@ class Row:
     name: str
     kind: Kind
     results: tuple[CellResult, ...]
-    accuracy: Estimate
-    accuracy_by_domain: dict[str, float]
+    metric: Metric
+    score: Estimate
+    by_domain: dict[str, float]
     bytes_up: float | None
     bytes_down: float | None
     gap: float | None
@@ -117,6 +107,15 @@ class Row:
         found: list[Any] = [r.rounds[-1].get("virtual_seconds") if r.rounds else None for r in self.results]
         return fmean(found) if all(map(is_number, found)) else None
 
+    @property
+    def scale(self) -> float:
+        """Unit of differences, of which one hundredth is a point."""
+        return self.metric.scale(self.results[0].result)
+
+    def of_one(self, score: float, level: float = 1 - LEVEL) -> Estimate:
+        """The score of one seed with its interval."""
+        return of_one(self.metric, score, self.units, _error(self.metric, self.results), level)
+
     def until(self, accuracy: float) -> tuple[float | None, float] | None:
         """Simulated seconds and bytes until a round has it, means over the runs; None if one never does.
 
@@ -141,15 +140,21 @@ class Row:
 
     @property
     def reference(self) -> tuple[str, float]:
-        """Baseline without any training, and its accuracy."""
+        """Baseline without any training, and its score."""
         result = self.results[0].result
         if result.get("before"):
-            return "the model before training", float(result["before"]["accuracy"])
-        return "the majority baseline", float(result["majority_accuracy"])
+            return "the model before training", float(result["before"][self.metric.name])
+        name, key = self.metric.untrained
+        return name, float(result[key])
 
     @property
     def accuracy_by_client(self) -> dict[str, float]:
-        """Partition id -> accuracy on its own test examples, a mean over the runs; empty where not known."""
+        """Partition id -> accuracy on its own test examples, a mean over the runs; empty where not known.
+
+        It is empty too where runs are judged by something else, which clients' examples are not measured by.
+        """
+        if self.metric is not ACCURACY:
+            return {}
         found: dict[str, list[float]] = {}
         for run in self.results:
             for client, accuracy in (run.result.get("accuracy_by_client") or {}).items():
@@ -168,14 +173,14 @@ class Row:
 
     def _estimate(self, key: str) -> Estimate | None:
         """The mean over the seeds, with an interval if there are several; None where a run lacks it."""
-        if not all(is_number(run.result.get(key)) for run in self.results):
+        if self.metric is not ACCURACY or not all(is_number(r.result.get(key)) for r in self.results):
             return None
         values = list(_by_seed(self.results, key).values())
         return over_seeds(values) if len(values) > 1 else Estimate(value=values[0])
 
     @property
-    def accuracy_by_seed(self) -> dict[int, float]:
-        return _by_seed(self.results, "accuracy")
+    def score_by_seed(self) -> dict[int, float]:
+        return _by_seed(self.results, self.metric.name)
 
     @property
     def intruders(self) -> float | None:
@@ -194,32 +199,48 @@ def reached(result: CellResult, accuracy: float) -> tuple[float | None, float] |
     return None
 
 
-def summarise(results: Sequence[CellResult]) -> list[Row]:
-    """One row for each group, in the order in which the groups appear."""
+def summarise(results: Sequence[CellResult], metric: str = "") -> list[Row]:
+    """One row for each group, in the order in which the groups appear.
+
+    Args:
+        results: the runs.
+        metric: by which they are judged; empty is the first of their task.
+
+    Raises:
+        RunFailed: a run was not measured by it.
+    """
+    judged = metric_named(metric or task_named(results[0].config.task).metrics[0]) if results else ACCURACY
+    for result in results:
+        needed = (judged.name, *([judged.untrained[1]] if not result.result.get("before") else []))
+        if (lost := next((key for key in needed if result.result.get(key) is None), None)) is not None:
+            raise RunFailed(f"{result.label}: {lost} is missing in its {RESULT}; run it again")
     return [
-        _row(name, tuple(r for r in results if r.group == name))
+        _row(name, judged, tuple(r for r in results if r.group == name))
         for name in dict.fromkeys(r.group for r in results)
     ]
 
 
-def _row(name: str, results: tuple[CellResult, ...]) -> Row:
+def _row(name: str, metric: Metric, results: tuple[CellResult, ...]) -> Row:
     kind, first = results[0].kind, results[0].result
     units = int(first.get("tokens", first["examples"]))
     federated = kind != "reference"
-    by_seed = list(_by_seed(results, "accuracy").values())
+    by_seed = list(_by_seed(results, metric.name).values())
+    alone = len(by_seed) == 1
     epsilons = [float(e) for r in results if (e := r.result.get("epsilon")) is not None]
     return Row(
         name=name,
         kind=kind,
         results=results,
-        accuracy=over_seeds(by_seed) if len(by_seed) > 1 else of_examples(by_seed[0], units),
-        accuracy_by_domain=_domains(results),
+        metric=metric,
+        score=of_one(metric, by_seed[0], units, _error(metric, results)) if alone
+        else over_seeds(by_seed, *metric.bounds),
+        by_domain=_domains(metric, results),
         bytes_up=fmean(_by_seed(results, "bytes_up").values()) if federated else None,
         bytes_down=fmean(_by_seed(results, "bytes_down").values()) if federated else None,
         gap=_last_gap(results) if federated else None,
         epsilon=max(epsilons, default=None),
         seconds=sum(r.result["seconds"] for r in results) / len(by_seed),
-    )
+    )  # fmt: skip
 
 
 def _by_seed(results: Iterable[CellResult], key: str) -> dict[int, float]:
@@ -230,11 +251,17 @@ def _by_seed(results: Iterable[CellResult], key: str) -> dict[int, float]:
     return {seed: fmean(found) for seed, found in values.items()}
 
 
-def _domains(results: Iterable[CellResult]) -> dict[str, float]:
+def _error(metric: Metric, results: Sequence[CellResult]) -> float | None:
+    """The standard error of a run's score over the test examples; None where it was not measured."""
+    found: Mapping[str, float] = results[0].result.get("standard_errors") or {}
+    return found.get(metric.name)
+
+
+def _domains(metric: Metric, results: Iterable[CellResult]) -> dict[str, float]:
     values: dict[str, list[float]] = {}
     for r in results:
-        for domain, accuracy in (r.result.get("accuracy_by_domain") or {}).items():
-            values.setdefault(domain, []).append(accuracy)
+        for domain, score in (r.result.get(f"{metric.name}_by_domain") or {}).items():
+            values.setdefault(domain, []).append(score)
     return {domain: fmean(found) for domain, found in values.items()}
 
 
@@ -248,21 +275,3 @@ def _last_gap(results: Iterable[CellResult]) -> float | None:
 def is_number(value: Any) -> bool:
     """Whether a recorded value is there and finite."""
     return isinstance(value, (int, float)) and math.isfinite(value)
-
-
-# --- intervals ---------------------------------------------------------------------------------------
-
-
-def of_examples(accuracy: float, examples: int, level: float = 1 - LEVEL) -> Estimate:
-    """A share of test examples with its Wilson interval."""
-    bounds = binomtest(round(accuracy * examples), examples).proportion_ci(level, method="wilson")
-    return Estimate(value=accuracy, low=float(bounds.low), high=float(bounds.high))
-
-
-def over_seeds(
-    values: Sequence[float], *, low: float = 0.0, high: float = 1.0, level: float = 1 - LEVEL
-) -> Estimate:
-    """The mean with its t interval, cut to what is possible; at least two values."""
-    mean, count = fmean(values), len(values)
-    half = float(t.ppf((1 + level) / 2, count - 1)) * stdev(values) / math.sqrt(count)
-    return Estimate(value=mean, low=max(low, mean - half), high=min(high, mean + half))

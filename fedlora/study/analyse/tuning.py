@@ -26,6 +26,8 @@ from fedlora.privacy.trade_off import history_of
 from fedlora.study.analyse.results import load_result
 from fedlora.study.analyse.summary import Row
 from fedlora.study.plan.cells import FILE_NAME, Cell
+from fedlora.study.plan.judged import study_metric
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 RATE = "train.learning-rate"
 VALIDATION = "data.validation-fraction"
@@ -48,8 +50,8 @@ class Tuned:
 
     Attributes:
         group: a method under a setting.
-        rate: the most accurate one, of equals the smallest; None if a trial of each rate failed.
-        tried: rate -> mean accuracy over the tuning seeds; None where a trial failed.
+        rate: the best one, of equals the smallest; None if a trial of each rate failed.
+        tried: rate -> mean score over the tuning seeds; None where a trial failed.
         histories: of the clients of each trial; empty where those of a trial are not known.
     """
 
@@ -72,13 +74,15 @@ class Tuning:
         groups: one entry for each strategy and variant under each setting.
         seeds: of the trials.
         validation_fraction: the share of the training examples that they were measured on.
-        epsilon: what the choice tells of an example in that share; 0: it is by exact accuracies.
+        epsilon: what the choice tells of an example in that share; 0: it is by exact scores.
+        metric: of the scores.
     """
 
     groups: tuple[Tuned, ...]
     seeds: tuple[int, ...]
     validation_fraction: float
     epsilon: float = 0.0
+    metric: Metric = ACCURACY
 
     @property
     def rates(self) -> dict[str, float]:
@@ -94,7 +98,7 @@ class Tuning:
             "learning-rates": {
                 tuned.group: {
                     "chosen": tuned.rate,
-                    "accuracy": {f"{rate:g}": accuracy for rate, accuracy in tuned.tried.items()},
+                    self.metric.name: {f"{rate:g}": score for rate, score in tuned.tried.items()},
                 }
                 for tuned in self.groups
             },
@@ -177,31 +181,37 @@ def choose(study: StudyConfig, tried: Sequence[Trial], path: Path, failed: Colle
     Raises:
         RunFailed: a trial cannot be read.
     """
-    accuracies: dict[str, dict[float, list[float | None]]] = {}
+    scores: dict[str, dict[float, list[float | None]]] = {}
+    metric = study_metric(study, tried[0].cell.config.task)
     histories: dict[str, list[tuple[History, ...]]] = {}
     each = Counter(trial.target for trial in tried)
     for trial in tried:
-        label, accuracy = trial.cell.label, None
+        label, score = trial.cell.label, None
         if label not in failed:
             result = load_result(trial.cell, path / label).result
-            accuracy = shown_accuracy(trial, result, study.tune_epsilon, each[trial.target])
+            score = shown_score(trial, metric, result, study.tune_epsilon, each[trial.target])
             histories.setdefault(trial.target, []).append(histories_in(result))
-        accuracies.setdefault(trial.target, {}).setdefault(trial.rate, []).append(accuracy)
+        scores.setdefault(trial.target, {}).setdefault(trial.rate, []).append(score)
     return Tuning(
         groups=tuple(
-            _tuned(group, found, histories.get(group, []), each[group]) for group, found in accuracies.items()
+            _tuned(group, metric, found, histories.get(group, []), each[group])
+            for group, found in scores.items()
         ),
         seeds=study.tune_seed_list,
         validation_fraction=tried[0].cell.config.data.validation_fraction,
         epsilon=study.tune_epsilon,
+        metric=metric,
     )
 
 
-def shown_accuracy(trial: Trial, result: Mapping[str, Any], epsilon: float, of_group: int) -> float:
-    """Accuracy of a trial, with noise on its hits that is the same whenever the trial is read.
+def shown_score(
+    trial: Trial, metric: Metric, result: Mapping[str, Any], epsilon: float, of_group: int
+) -> float:
+    """Score of a trial, with noise on its hits that is the same whenever the trial is read.
 
     Args:
         trial: the trial.
+        metric: of the score; noise takes accuracies.
         result: its ``result.json``.
         epsilon: of all trials of its group together, for an example that they were measured on; 0: no noise.
         of_group: how many trials these are.
@@ -209,9 +219,9 @@ def shown_accuracy(trial: Trial, result: Mapping[str, Any], epsilon: float, of_g
     Raises:
         ConfigError: accuracy is over tokens, of which an example has any number.
     """
-    accuracy = float(result["accuracy"])
+    score = float(result[metric.name])
     if not epsilon:
-        return accuracy
+        return score
     if "tokens" in result:
         raise ConfigError(
             f"study.tune-epsilon = {epsilon:g}: takes accuracies over examples, not over tokens"
@@ -219,7 +229,7 @@ def shown_accuracy(trial: Trial, result: Mapping[str, Any], epsilon: float, of_g
     examples = int(result["examples"])
     draws = stream(trial.cell.seed, "tuning", trial.cell.label)
     noise = int(np.subtract(*draws.geometric(-math.expm1(-epsilon / of_group), 2)))
-    return min(1.0, max(0.0, (round(accuracy * examples) + noise) / examples))
+    return min(1.0, max(0.0, (round(score * examples) + noise) / examples))
 
 
 def histories_in(result: Mapping[str, Any]) -> tuple[History, ...]:
@@ -259,18 +269,19 @@ def _rate_of(cell: Cell, rates: Mapping[str, float]) -> dict[str, float]:
 
 def _tuned(
     group: str,
+    metric: Metric,
     found: Mapping[float, Sequence[float | None]],
     histories: Sequence[tuple[History, ...]],
     trials: int,
 ) -> Tuned:
     tried: dict[float, float | None] = {}
     for rate in sorted(found):
-        accuracies = [accuracy for accuracy in found[rate] if accuracy is not None]
-        tried[rate] = fmean(accuracies) if len(accuracies) == len(found[rate]) else None
-    known = [(accuracy, -rate) for rate, accuracy in tried.items() if accuracy is not None]
+        scores = [score for score in found[rate] if score is not None]
+        tried[rate] = fmean(scores) if len(scores) == len(found[rate]) else None
+    known = [(metric.cost(score), rate) for rate, score in tried.items() if score is not None]
     return Tuned(
         group=group,
-        rate=-max(known)[1] if known else None,
+        rate=min(known)[1] if known else None,
         tried=tried,
         histories=tuple(histories) if len(histories) == trials and all(histories) else (),
     )

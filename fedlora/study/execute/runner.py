@@ -14,7 +14,6 @@ from rich.markup import escape
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import write_atomic
-from fedlora.data.targets import REGRESSION
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import held
 from fedlora.server.provenance import SCHEMA, check_schema
@@ -30,7 +29,7 @@ from fedlora.study.execute.reuse import STUDY, check_shared, others_beside
 from fedlora.study.execute.scheduler import RunOptions, run_cells
 from fedlora.study.plan.absent import Absent, applicable
 from fedlora.study.plan.cells import Cell, expand
-from fedlora.tasks import task_named
+from fedlora.study.plan.judged import judged_by
 
 MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
@@ -64,11 +63,6 @@ def run_study(
     check_shared(share)
     shared = [*others_beside(path, say), *share]
     manner = RunOptions(shared=shared, retry_failed=retry_failed, parallel=parallel)
-    if task_named(config.task).problem_type == REGRESSION:
-        raise NotApplicable(
-            f"task = {config.task!r}: a study compares accuracies, a regression has none; run each by "
-            "fedlora run, its result.json has rmse and r2"
-        )
     quiet()
     with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
         check(config)
@@ -98,6 +92,7 @@ def run_study(
         report, title, results, config.study.comparisons, absent=[*absent, *failed], tuning=tuning,
         looks=[look for look in looks if look < seeds],
         target=config.study.target_accuracy,
+        metric=judged_by(config.study, cells).name,
     )  # fmt: skip
     peak = max(run.result.get("peak_memory_bytes", 0) for run in results) / 2**30
     console.print(f"{len(results)} runs, {time.monotonic() - began:.0f} s, peak memory {peak:.2f} GiB")
@@ -130,7 +125,8 @@ def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent
     """The runs that can exist, and those that cannot."""
     cells = expand(config, engine.pool.runtime(config).data.num_partitions)
     pairs = declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
-    possible, absent = applicable(cells)
+    judged_by(config.study, cells)
+    possible, absent = applicable(cells, config.study)
     there = {(cell.method, cell.setting) for cell in possible}
     family = sum((mine, s) in there for mine, theirs in pairs for method, s in there if method == theirs)
     if reason := undecidable(len({cell.seed for cell in possible}), family):

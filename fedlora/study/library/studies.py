@@ -51,18 +51,19 @@ class StudyResult:
         ``study.figure("accuracy").savefig("accuracy.pdf")`` writes pdf, svg or png, by the ending.
 
         Args:
-            name: ``accuracy``, ``traffic``, ``gap``, ..., which end the addresses of the report's charts.
+            name: ``accuracy`` (or what else runs are judged by), ``traffic``, ``gap``, ..., which end the
+                addresses of the report's charts.
 
         Raises:
             ConfigError: no such chart, a study without results, or the extra ``report`` is not installed.
             RunFailed: what a run left cannot be read.
         """
         need_extra("report", "figure()")
-        from fedlora.study.analyse.results import study_results
+        from fedlora.study.analyse.results import judged_by, study_results
         from fedlora.study.analyse.summary import summarise
         from fedlora.study.report.charts import draw_charts, with_legend
 
-        rows = summarise(study_results(self.path))
+        rows = summarise(study_results(self.path), judged_by(self.path))
         charts = {chart.name: chart for chart in draw_charts(rows)}
         if name not in charts:
             raise unknown_name("figure", name, charts)

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fedlora.config import StudyConfig
 from fedlora.core.files import write_atomic
 from fedlora.errors import FedLoraError, NotApplicable, RunFailed, first_line, named_line
-from fedlora.server.validate import check
 from fedlora.study.plan.cells import Cell
+from fedlora.study.plan.judged import check_cell
 
 FAILED = "failed.json"
 """In a run's directory; there from its failure until it is retried."""
@@ -41,8 +42,8 @@ class Absent:
         return cls(label=cell.label, group=cell.group, method=cell.method, why=why, reason=reason)
 
 
-def applicable(cells: Iterable[Cell]) -> tuple[list[Cell], list[Absent]]:
-    """The cells that can exist, and those that their rule, task or mode of privacy excludes.
+def applicable(cells: Iterable[Cell], study: StudyConfig) -> tuple[list[Cell], list[Absent]]:
+    """The cells that can exist, and those that their rule, task, mode of privacy or the metric excludes.
 
     Raises:
         ConfigError: a cell with a mistake in it.
@@ -52,7 +53,7 @@ def applicable(cells: Iterable[Cell]) -> tuple[list[Cell], list[Absent]]:
     absent: list[Absent] = []
     for cell in cells:
         try:
-            check(cell.config)
+            check_cell(study, cell.config)
         except NotApplicable as error:
             absent.append(Absent.of(cell, "not applicable", str(error)))
         else:

@@ -23,18 +23,20 @@ from fedlora.study.report.figure import (
 )
 from fedlora.study.report.format import (
     DASH,
+    in_sentence,
     interval,
     percent,
+    shown,
 )  # fmt: skip
 from fedlora.study.report.gains_chart import gains_chart
 from fedlora.study.report.round_charts import (
     Styles,
-    accuracy_chart,
     cosine_chart,
     deltas,
     epsilon_chart,
     gap_chart,
     rank_chart,
+    score_chart,
     time_chart,
     traffic_chart,
 )
@@ -62,29 +64,31 @@ def draw_charts(rows: Sequence[Row]) -> list[Chart]:
 
 
 def overview_chart(rows: Sequence[Row]) -> Chart:
-    """The final accuracies with their intervals, named; the most accurate first."""
+    """The final scores with their intervals, named; the best first."""
     styles = styles_of(rows)
-    shown = sorted(rows, key=lambda row: -row.accuracy.value)[:MOST_IN_OVERVIEW]
+    first = sorted(rows, key=lambda row: row.metric.cost(row.score.value))[:MOST_IN_OVERVIEW]
+    metric = rows[0].metric
     with rc_context(SETTINGS):
-        canvas = Canvas(max(HEIGHT / 2, 46 + 22 * len(shown)))
-        for place, row in enumerate(shown):
-            estimate, style = row.accuracy, styles[row.name]
+        canvas = Canvas(max(HEIGHT / 2, 46 + 22 * len(first)))
+        for place, row in enumerate(first):
+            estimate, style = row.score, styles[row.name]
             if estimate.low is not None and estimate.high is not None:
                 canvas.axes.plot(
                     [estimate.low, estimate.high], [place, place], color=style.colour, zorder=2,
                     gid=series_gid(style.key, "bar"),
                 )  # fmt: skip
-            canvas.points([(estimate.value, place)], style, [f"{row.name}: {percent(estimate.value)}"])
+            canvas.points([(estimate.value, place)], style, [f"{row.name}: {shown(estimate.value, metric)}"])
         canvas.group_axis(
-            [row.name if len(row.name) < 25 else f"{row.name[:23]}\N{HORIZONTAL ELLIPSIS}" for row in shown]
+            [row.name if len(row.name) < 25 else f"{row.name[:23]}\N{HORIZONTAL ELLIPSIS}" for row in first]
         )
-        canvas.percent_axis("x")
-        left_out = f", the {len(shown)} highest of {len(rows)}" if len(shown) < len(rows) else ""
+        canvas.score_axis("x", metric)
+        left_out = f", the {len(first)} {metric.best} of {len(rows)}" if len(first) < len(rows) else ""
+        intervals = "" if first[0].score.low is None else ", with 95% intervals"
         return Chart(
             name="overview",
-            title="Final accuracy",
-            note=f"On the whole test set, with 95% intervals{left_out}.",
-            svg=canvas.finish("overview", "Dot chart of final accuracies with their intervals"),
+            title=f"Final {in_sentence(metric)}",
+            note=f"On the whole test set{intervals}{left_out}.",
+            svg=canvas.finish("overview", f"Dot chart of final {in_sentence(metric)} with intervals"),
             figure=canvas.figure,
         )
 
@@ -108,24 +112,27 @@ def with_legend(chart: Chart, rows: Sequence[Row]) -> Drawing:
 
 
 def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
-    shown = [row for row in rows if row.accuracy_by_domain]
-    domains = list(dict.fromkeys(d for row in shown for d in row.accuracy_by_domain))
+    some = [row for row in rows if row.by_domain]
+    metric = rows[0].metric
+    domains = list(dict.fromkeys(d for row in some for d in row.by_domain))
     if not domains:
         return None
-    canvas = Canvas(min(3 * HEIGHT, max(HEIGHT, 46 + len(domains) * (14 + 8 * len(shown)))))
-    for index, row in enumerate(shown):
-        offset = 0.72 * ((index + 0.5) / len(shown) - 0.5)
-        found = row.accuracy_by_domain
-        points = [(accuracy, domains.index(d) + offset) for d, accuracy in found.items()]
-        canvas.points(points, styles[row.name], [f"{row.name}, {d}: {percent(v)}" for d, v in found.items()])
+    canvas = Canvas(min(3 * HEIGHT, max(HEIGHT, 46 + len(domains) * (14 + 8 * len(some)))))
+    for index, row in enumerate(some):
+        offset = 0.72 * ((index + 0.5) / len(some) - 0.5)
+        found = row.by_domain
+        points = [(score, domains.index(d) + offset) for d, score in found.items()]
+        canvas.points(
+            points, styles[row.name], [f"{row.name}, {d}: {shown(v, metric)}" for d, v in found.items()]
+        )
     canvas.group_axis(domains)
-    canvas.percent_axis("x")
-    body = tuple((row.name, *(percent(row.accuracy_by_domain.get(d)) for d in domains)) for row in shown)
+    canvas.score_axis("x", metric)
+    body = tuple((row.name, *(shown(row.by_domain.get(d), metric) for d in domains)) for row in some)
     return Chart(
         name="domains",
-        title="Accuracy by domain",
+        title=f"{metric.title} by domain",
         note="Final models on the whole test set; within a domain the runs are in the order of the legend.",
-        svg=canvas.finish("domains", "Dot chart of final accuracy by domain"),
+        svg=canvas.finish("domains", f"Dot chart of final {in_sentence(metric)} by domain"),
         figure=canvas.figure,
         numbers=Numbers(("run", *domains), body),
     )
@@ -133,7 +140,7 @@ def _domains(rows: Sequence[Row], styles: Styles) -> Chart | None:
 
 def _clients(rows: Sequence[Row], styles: Styles) -> Chart | None:
     """Only where it says more than the domains: where clients are more than them."""
-    shown = [row for row in rows if len(row.accuracy_by_client) > len(row.accuracy_by_domain)]
+    shown = [row for row in rows if len(row.accuracy_by_client) > len(row.by_domain)]
     if not shown:
         return None
     canvas = Canvas(min(3 * HEIGHT, max(HEIGHT, 46 + 18 * len(shown))))
@@ -160,34 +167,42 @@ def _clients(rows: Sequence[Row], styles: Styles) -> Chart | None:
 
 
 def _privacy_utility(rows: Sequence[Row], styles: Styles) -> Chart | None:
-    """Accuracy against the budget, where some method has runs at two budgets or more."""
+    """The score against the budget, where some method has runs at two budgets or more."""
     frontiers = {m: f for m, f in _frontiers(rows).items() if len(f) > 1}
     if not frontiers:
         return None
     budgets = sorted({budget for frontier in frontiers.values() for budget in frontier})
     names = {b: "\N{INFINITY}" if math.isinf(b) else f"{b:g}" for b in budgets}
-    canvas, body = Canvas(), []
+    canvas, body, metric = Canvas(), [], rows[0].metric
     for number, (method, frontier) in enumerate(frontiers.items()):
         offset = SPREAD * ((number + 0.5) / len(frontiers) - 0.5)
         placed = [(p + offset, n, frontier[b]) for p, (b, n) in enumerate(names.items()) if b in frontier]
         style = styles[placed[-1][2].name]
-        canvas.link([place for place, _, _ in placed], [r.accuracy.value for _, _, r in placed], style)
-        shown = {b: f"{percent(r.accuracy.value)} ({interval(r.accuracy)})" for b, r in frontier.items()}
+        canvas.link([place for place, _, _ in placed], [r.score.value for _, _, r in placed], style)
+        said = {b: _with_interval(r) for b, r in frontier.items()}
         for place, name, row in placed:
-            note = f"{method}, epsilon {name}: {percent(row.accuracy.value)} ({interval(row.accuracy)})"
-            canvas.interval(place, row.accuracy, styles[row.name], note)
-        body.append((method, *(shown.get(budget, DASH) for budget in names)))
+            note = f"{method}, epsilon {name}: {_with_interval(row)}"
+            canvas.interval(place, row.score, styles[row.name], note)
+        body.append((method, *(said.get(budget, DASH) for budget in names)))
     canvas.axes.set_xticks(range(len(names)), list(names.values()))
     canvas.axes.set_xlabel("epsilon of the whole run, for every example of every client")
-    canvas.percent_axis("y")
+    canvas.score_axis("y", metric)
     return Chart(
         name="privacy-utility",
         title="What privacy costs",
-        note=f"Final accuracy on the whole test set at each budget, {deltas(rows)}. Bars are 95% intervals.",
-        svg=canvas.finish("privacy-utility", "Accuracy over the privacy budget, one series for each method"),
+        note=f"Final {in_sentence(metric)} on the whole test set at each budget, {deltas(rows)}. "
+        "Bars are 95% intervals.",
+        svg=canvas.finish(
+            "privacy-utility", f"{metric.title} over the privacy budget, one series for each method"
+        ),
         figure=canvas.figure,
         numbers=Numbers(("method", *(f"epsilon {name}" for name in names.values())), tuple(body)),
     )
+
+
+def _with_interval(row: Row) -> str:
+    bounds = interval(row.score, row.metric)
+    return shown(row.score.value, row.metric) + (f" ({bounds})" if bounds else "")
 
 
 def _frontiers(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
@@ -202,7 +217,7 @@ def _frontiers(rows: Sequence[Row]) -> dict[str, dict[float, Row]]:
 
 
 DRAWN = (
-    accuracy_chart, _privacy_utility, traffic_chart, time_chart, timeline_chart, gap_chart, cosine_chart,
+    score_chart, _privacy_utility, traffic_chart, time_chart, timeline_chart, gap_chart, cosine_chart,
     rank_chart, epsilon_chart, trade_off_chart, _domains, _clients, gains_chart,
 )  # fmt: skip
 """In the order of the page."""

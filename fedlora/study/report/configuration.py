@@ -14,7 +14,8 @@ from fedlora.study.analyse.results import TAKEN_FROM, CellResult
 from fedlora.study.analyse.summary import Row
 from fedlora.study.analyse.tuning import Tuning, epsilons
 from fedlora.study.plan.absent import Absent
-from fedlora.study.report.format import DASH, listed, percent
+from fedlora.study.report.format import DASH, listed, shown
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 NOT_A_SETTING = ("seed", "strategy.name", *NO_EFFECT)
 """Keys that the report shows elsewhere or that change no result."""
@@ -134,16 +135,16 @@ def learning_rates(rows: Sequence[Row]) -> Table:
 
 
 def tuned(tuning: Tuning | None, rows: Sequence[Row]) -> Table:
-    """Validation accuracy of each group with each rate, the rate that was chosen, and what it all cost."""
+    """Validation score of each group with each rate, the rate that was chosen, and what it all cost."""
     groups = tuning.groups if tuning else ()
     rates = sorted({rate for found in groups for rate in found.tried})
     note = ""
     if tuning:
         note = (
-            f"Mean accuracy on a validation part, {100 * tuning.validation_fraction:g}% of the training "
-            f"examples, held apart from those trials; seeds: {listed([*map(str, tuning.seeds)])}. What is "
-            "reported has other seeds and trains on all. Of equals the smallest rate was chosen; at the "
-            "edge: none beyond it was tried."
+            f"Mean {_of(tuning.metric)} on a validation part, {100 * tuning.validation_fraction:g}% of the "
+            f"training examples, held apart from those trials; seeds: {listed([*map(str, tuning.seeds)])}. "
+            "What is reported has other seeds and trains on all. Of equals the smallest rate was chosen; at "
+            "the edge: none beyond it was tried."
         )
     spent = {row.name: both for row in rows if tuning and (both := epsilons(tuning, row))}
     if tuning and spent:
@@ -152,11 +153,16 @@ def tuned(tuning: Tuning | None, rows: Sequence[Row]) -> Table:
         note = f"{note} Tuning is outside epsilon."
     lines = []
     for found in groups:
-        tried = ("failed" if a is None else percent(a) for a in map(found.tried.get, rates))
+        assert tuning is not None
+        tried = ("failed" if a is None else shown(a, tuning.metric) for a in map(found.tried.get, rates))
         chosen = "none" if found.rate is None else f"{found.rate:g}{' (at the edge)' * found.at_the_edge}"
         lines.append((found.group, *tried, chosen, *_spent(spent, found.group)))
     header = ("Run", *(f"{rate:g}" for rate in rates), "Chosen", *(EPSILONS if spent else ()))
     return Table(title="How the learning rates were tuned", header=header, body=tuple(lines), note=note)
+
+
+def _of(metric: Metric) -> str:
+    return "accuracy" if metric is ACCURACY else f"{metric.title} (the {metric.best} is best)"
 
 
 EPSILONS = ("Epsilon without the choice", "With it")

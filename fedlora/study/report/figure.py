@@ -17,8 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from fedlora.study.analyse.curves import Curve
-from fedlora.study.analyse.summary import Estimate
+from fedlora.study.analyse.intervals import Estimate
 from fedlora.study.report.styles import INK, MUTED, RULE, VARIABLES, Style
+from fedlora.tasks.metrics import Metric
 
 SETTINGS = {
     "svg.fonttype": "none",
@@ -207,6 +208,15 @@ class Canvas:
         self.axes.set_ylim(low, max(high, position))
 
     # --- axes ----------------------------------------------------------------------------------------
+
+    def score_axis(self, which: Which, metric: Metric) -> None:
+        """The axis of a metric's values; four digits where they are no shares."""
+        if metric.share:
+            self.percent_axis(which)
+            return
+        axis = getattr(self.axes, f"{which}axis")
+        axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
 
     def percent_axis(self, which: Which) -> None:
         """Shares of 1 as percentages, at round steps; none is over 100 %, where the axis may be."""

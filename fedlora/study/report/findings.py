@@ -9,19 +9,12 @@ from dataclasses import dataclass
 from fedlora.study.analyse.comparisons import Comparison, undecidable
 from fedlora.study.analyse.contests import WORTHWHILE, Contest, contests
 from fedlora.study.analyse.summary import CONTROL, Row
-from fedlora.study.report.format import DASH, interval, listed, percent, points, signed, significant
+from fedlora.study.report.format import DASH, interval, listed, shown, signed, significant, size
+from fedlora.tasks.metrics import ACCURACY, Metric
 
-CLAIMS_HEADER = (
-    "Claim", "Seeds", "Difference in points", "Ahead on", "Exact p", "Holm p", "Alike, Holm p",
-    "Could detect", "Verdict",
-)  # fmt: skip
 MOST_NAMED = 4
 """Names in one sentence; more are counted."""
-GAINS = {
-    "enough": f"at least {100 * WORTHWHILE:g} points for",
-    "open": "open for",
-    "too little": f"less than {100 * WORTHWHILE:g} points for",
-}
+GAINS = {"enough": "at least {} for", "open": "open for", "too little": "less than {} for"}
 """What an adapter adds to the control."""
 
 
@@ -48,7 +41,9 @@ def find(rows: Sequence[Row], looks: Sequence[int] = ()) -> Findings:
         leaders = [f"{_title(c)}: {leader}" for c, leader in zip(found, leaders, strict=True)]
     if len([c for c in found if c.rows[0].config.privacy.mode == "none"]) > 1:
         told = sum(len(contest.tied) == 1 < len(contest.rows) for contest in found)
-        leaders.insert(0, f"A run is told apart as the most accurate in {told} of {len(found)} settings.")
+        leaders.insert(
+            0, f"A run is told apart as the {_superlative(rows)} in {told} of {len(found)} settings."
+        )
     headline, *lines = leaders or ["Only references were run."]
     return Findings(
         headline=headline,
@@ -60,16 +55,17 @@ def find(rows: Sequence[Row], looks: Sequence[int] = ()) -> Findings:
 def _leader(contest: Contest) -> str:
     """Headline: the most accurate, if anybody is told apart."""
     first, tied, others = contest.rows[0], contest.tied, len(contest.rows) - len(contest.tied)
-    accuracy = f"{percent(first.accuracy.value)} of {first.units:,} test {first.unit}s"
-    accuracy += f", 95% interval {interval(first.accuracy)}"
+    metric, bounds = first.metric, interval(first.score, first.metric)
+    score = f"{shown(first.score.value, metric)} {'of' if metric is ACCURACY else 'on'} {first.units:,} "
+    score += f"test {first.unit}s{f', 95% interval {bounds}' if bounds else ''}"
     if len(contest.rows) == 1:
-        return f"{first.name}: {accuracy}."
+        return f"{first.name}: {'' if metric is ACCURACY else f'{metric.title} '}{score}."
     if len(tied) == 1:
-        return f"{first.name} is the most accurate: {accuracy}."
+        return f"{first.name} {metric.won}: {score}."
     if contest.undecided:
         return f"Nothing is told apart: {_named(tied)}."
     behind = f"; {others} {'is' if others == 1 else 'are'} behind" if others else ""
-    return f"No run is the most accurate for certain: {_named(tied)} are not told apart{behind}."
+    return f"No run {metric.won} for certain: {_named(tied)} are not told apart{behind}."
 
 
 def _gains(contest: Contest, several: bool) -> str:
@@ -78,10 +74,12 @@ def _gains(contest: Contest, several: bool) -> str:
     groups = {
         word: [row for row in contest.rows if contest.gain(row) == gain] for gain, word in GAINS.items()
     }
-    said = [f"{word} {_named(group)}" for word, group in groups.items() if group]
+    worth = worthwhile(contest.control)
+    said = [f"{word.format(worth)} {_named(group)}" for word, group in groups.items() if group]
     if not said:
         return ""
-    where = f"{_title(contest)}, over" if several else "Over"
+    beside = "against" if contest.control.metric.lower else "over"
+    where = f"{_title(contest)}, {beside}" if several else beside.capitalize()
     return f"{where} {_named([contest.control])}, the head alone: {'; '.join(said)}."
 
 
@@ -89,9 +87,24 @@ def _below(rows: Sequence[Row]) -> list[str]:
     """The runs that training has brought nothing."""
     below: dict[tuple[str, float], list[Row]] = {}
     for row in rows:
-        if row.accuracy.value <= row.reference[1]:
+        if row.metric.cost(row.score.value) >= row.metric.cost(row.reference[1]):
             below.setdefault(row.reference, []).append(row)
-    return [f"Not past {name} ({percent(value)}): {_named(group)}." for (name, value), group in below.items()]
+    return [
+        f"Not past {name} ({shown(value, group[0].metric)}): {_named(group)}."
+        for (name, value), group in below.items()
+    ]
+
+
+def worthwhile(row: Row) -> str:
+    """What an adapter is to add: points, or less of an error."""
+    points = f"{100 * WORTHWHILE:g} points"
+    if not row.metric.lower:
+        return points if row.metric.share else f"{WORTHWHILE:g}"
+    return f"{size(WORTHWHILE * row.scale, row.metric)} less"
+
+
+def _superlative(rows: Sequence[Row]) -> str:
+    return rows[0].metric.won.removeprefix("is the ").removeprefix("has the ")
 
 
 def _title(contest: Contest) -> str:
@@ -106,19 +119,22 @@ def _title(contest: Contest) -> str:
 
 
 def _named(rows: Sequence[Row]) -> str:
-    names = [f"{row.name} ({percent(row.accuracy.value)})" for row in rows[:MOST_NAMED]]
+    names = [f"{row.name} ({shown(row.score.value, row.metric)})" for row in rows[:MOST_NAMED]]
     more = len(rows) - MOST_NAMED
     return listed([*names, *([f"{more} more"] if more > 0 else [])])
 
 
 def _caveats(rows: Sequence[Row], found: Sequence[Contest], looks: Sequence[int]) -> list[str]:
     seeds = sorted({len(row.seeds) for row in rows})
+    metric = rows[0].metric
     caveats = [
         "One seed: intervals are those of the test set; how far another seed would move a run is unknown."
     ]
     if seeds != [1]:
         number = " or ".join(map(str, seeds))
         caveats = [f"{number} seeds: means with 95% Student t intervals over the seeds, on one test set."]
+    if metric is not ACCURACY:
+        caveats.append(_judged(rows[0]))
     if looks:
         before = listed([*map(str, looks)])
         caveats.append(
@@ -145,23 +161,43 @@ def _caveats(rows: Sequence[Row], found: Sequence[Contest], looks: Sequence[int]
     return caveats
 
 
+def _judged(row: Row) -> str:
+    """By what runs are judged that is no accuracy, and how its intervals are made."""
+    metric = row.metric
+    said = f"Runs are judged by {metric.title}, of which {'less' if metric.lower else 'more'} is better"
+    if metric.spread:
+        said += f"; a point is a hundredth of the spread of the test targets, {shown(row.scale, metric)}"
+    if row.score.low is None:
+        return f"{said}. With one seed it has no interval here, so that nothing is told apart."
+    made = " With one seed its interval is that of other test examples, by resampling them."
+    return f"{said}.{made if len(row.seeds) == 1 else ''}"
+
+
 # --- declared comparisons ----------------------------------------------------------------------------
 
 
+def claims_header(metric: Metric) -> tuple[str, ...]:
+    """Headings of `claim`."""
+    difference = "Difference in points" if metric is ACCURACY else f"Difference in {metric.title}"
+    return (
+        "Claim", "Seeds", difference, "Ahead on", "Exact p", "Holm p", "Alike, Holm p", "Could detect",
+        "Verdict",
+    )  # fmt: skip
+
+
 def claim(comparison: Comparison) -> tuple[str, ...]:
-    """The values under `CLAIMS_HEADER`."""
-    found, seeds = comparison, len(comparison.differences)
+    """The values under `claims_header`."""
+    found, seeds, metric = comparison, len(comparison.differences), comparison.metric
+    bounds = interval(found.mean, metric, difference=True)
     return (
         name_of(found),
         str(seeds),
-        f"{signed(found.mean.value)} ({bounds})"
-        if (bounds := interval(found.mean, True))
-        else signed(found.mean.value),
+        signed(found.mean.value, metric) + (f" ({bounds})" if bounds else ""),
         f"{found.wins} of {seeds}",
         _probability(found.p_value),
         _probability(found.p_holm),
         _probability(found.p_alike_holm),
-        "nothing" if found.detectable is None else points(found.detectable),
+        "nothing" if found.detectable is None else size(found.detectable, metric),
         found.verdict,
     )
 
@@ -178,8 +214,15 @@ def claims(comparisons: Sequence[Comparison]) -> str:
         return f"{said}; {hopeless}."
     if len(decided) > MOST_NAMED:
         return f"{said} ({listed([f'{n} {verdict}' for verdict, n in counts.items()])})."
-    named = [f"{name_of(c)}: {c.verdict}, {signed(c.mean.value)} points" for c in decided]
+    named = [f"{name_of(c)}: {c.verdict}, {_in_words(c)}" for c in decided]
     return f"{said}{' (' + '; '.join(named) + ')' if named else ''}."
+
+
+def _in_words(comparison: Comparison) -> str:
+    metric, difference = comparison.metric, signed(comparison.mean.value, comparison.metric)
+    if metric is ACCURACY:
+        return f"{difference} points"
+    return f"{metric.title} {difference}{' points' if metric.share else ''}"
 
 
 def name_of(comparison: Comparison) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fedlora.study.analyse.summary import Estimate
+from fedlora.study.analyse.intervals import Estimate
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 SPACE = "\N{NO-BREAK SPACE}"
 DASH = "\N{EN DASH}"
@@ -22,36 +23,67 @@ def percent(share: float | None) -> str:
     return DASH if share is None else f"{100 * share:.1f}%"
 
 
-def interval(estimate: Estimate, difference: bool = False) -> str:
-    """The bounds of a share in percent, or of a difference in points; empty where there are none.
+def shown(score: float | None, metric: Metric = ACCURACY) -> str:
+    """A score: a share as a percentage, else four significant digits.
 
-    >>> interval(Estimate(value=0.5, low=0.4, high=0.6)), interval(Estimate(value=0.1, low=0, high=0.2), True)
-    ('40.0 to 60.0%', '0.0 to +20.0')
+    >>> from fedlora.tasks.metrics import METRICS
+    >>> shown(0.8125), shown(0.41237, METRICS["rmse"]), shown(None)
+    ('81.2%', '0.4124', '\N{EN DASH}')
+    """
+    if score is None or metric.share:
+        return percent(score)
+    return f"{score:.4g}".replace("-", MINUS)
+
+
+def in_sentence(metric: Metric) -> str:
+    """A metric's name within a sentence.
+
+    >>> from fedlora.tasks.metrics import METRICS
+    >>> in_sentence(ACCURACY), in_sentence(METRICS["f1_micro"])
+    ('accuracy', 'F1 (micro)')
+    """
+    return metric.name if metric is ACCURACY else metric.title
+
+
+def interval(estimate: Estimate, metric: Metric = ACCURACY, *, difference: bool = False) -> str:
+    """The bounds of a score or of a difference of two, see `signed`; empty where there are none.
+
+    >>> interval(Estimate(value=0.5, low=0.4, high=0.6))
+    '40.0 to 60.0%'
+    >>> interval(Estimate(value=0.1, low=0, high=0.2), difference=True)
+    '0.0 to +20.0'
+    >>> from fedlora.tasks.metrics import METRICS
+    >>> interval(Estimate(value=2.1, low=1.95, high=2.3), METRICS["rmse"])
+    '1.95 to 2.3'
     """
     if estimate.low is None or estimate.high is None:
         return ""
     if difference:
-        return f"{signed(estimate.low)} to {signed(estimate.high)}"
-    return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}%"
+        return f"{signed(estimate.low, metric)} to {signed(estimate.high, metric)}"
+    if metric.share:
+        return f"{100 * estimate.low:.1f} to {100 * estimate.high:.1f}%"
+    return f"{shown(estimate.low, metric)} to {shown(estimate.high, metric)}"
 
 
-def signed(share: float) -> str:
-    """A difference of shares in percentage points, with its sign.
+def signed(difference: float, metric: Metric = ACCURACY) -> str:
+    """A difference of scores with its sign: of shares in percentage points, else three significant digits.
 
-    >>> signed(0.041)
-    '+4.1'
+    >>> from fedlora.tasks.metrics import METRICS
+    >>> signed(0.041), signed(-0.0123, METRICS["rmse"])
+    ('+4.1', '\N{MINUS SIGN}0.0123')
     """
-    text = f"{100 * share:+.1f}"
-    return text.replace("-", MINUS) if float(text) else "0.0"
+    text = f"{100 * difference:+.1f}" if metric.share else f"{difference:+.3g}"
+    return text.replace("-", MINUS) if float(text) else "0.0" if metric.share else "0"
 
 
-def points(share: float) -> str:
-    r"""The size of a difference of shares in percentage points.
+def size(difference: float, metric: Metric = ACCURACY) -> str:
+    r"""The size of a difference: of shares in percentage points.
 
-    >>> points(-0.041)
-    '4.1\xa0points'
+    >>> from fedlora.tasks.metrics import METRICS
+    >>> size(-0.041), size(0.0123, METRICS["mae"])
+    ('4.1\xa0points', '0.0123')
     """
-    return f"{abs(100 * share):.1f}{SPACE}points"
+    return f"{abs(100 * difference):.1f}{SPACE}points" if metric.share else f"{abs(difference):.3g}"
 
 
 def megabytes(count: float | None) -> str:

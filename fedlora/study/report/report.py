@@ -12,19 +12,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from fedlora.core.files import write_atomic
 from fedlora.errors import ConfigError
 from fedlora.server.records import SETS
-from fedlora.study.analyse.comparisons import Comparison, compare
+from fedlora.study.analyse.comparisons import ALIKE, Comparison, compare
 from fedlora.study.analyse.contests import contests
 from fedlora.study.analyse.gains import gains
+from fedlora.study.analyse.intervals import Estimate
 from fedlora.study.analyse.results import CellResult
-from fedlora.study.analyse.summary import CONTROL, Estimate, Row, summarise
+from fedlora.study.analyse.summary import CONTROL, Row, summarise
 from fedlora.study.analyse.tuning import Tuning
 from fedlora.study.plan.absent import Absent
 from fedlora.study.report import configuration, format
 from fedlora.study.report.charts import draw_charts, overview_chart
 from fedlora.study.report.figure import swatch
-from fedlora.study.report.findings import CLAIMS_HEADER, claim, claims, find
+from fedlora.study.report.findings import claim, claims, claims_header, find, worthwhile
 from fedlora.study.report.styles import styles_of
 from fedlora.study.report.tables import write_tables
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 EMPTY = (format.DASH, None, "")
 NEVER = ("never", None, "")
@@ -40,6 +42,7 @@ def write_report(
     tuning: Tuning | None = None,
     looks: Sequence[int] = (),
     target: float = 0.0,
+    metric: str = "",
 ) -> None:
     """Write the report of these runs to ``path`` and the tables beside it; the same runs give the same bytes.
 
@@ -52,15 +55,17 @@ def write_report(
         tuning: how their learning rates were found, if the study did that.
         looks: with how many seeds there was a report before.
         target: ``study.target-accuracy``.
+        metric: by which the runs are judged; empty is the first of their task.
 
     Raises:
         ConfigError: there is no run to report on.
     """
     if not results:
         raise ConfigError(f"{path}: there is no finished run to report on")
-    comparisons = compare(summarise(results), pairs, [missing.method for missing in absent])
-    write_tables(path.parent, results, comparisons)
-    write_atomic(path, render(title, results, comparisons, absent, tuning, looks, target))
+    rows = summarise(results, metric)
+    comparisons = compare(rows, pairs, [missing.method for missing in absent])
+    write_tables(path.parent, results, comparisons, rows[0].metric)
+    write_atomic(path, render(title, results, comparisons, absent, tuning, looks, target, metric))
 
 
 def write_page(path: Path, title: str, results: Sequence[CellResult]) -> None:
@@ -76,11 +81,12 @@ def render(
     tuning: Tuning | None = None,
     looks: Sequence[int] = (),
     target: float = 0.0,
+    metric: str = "",
     *,
     folder: str = "",
 ) -> str:
     """The report as HTML; ``folder`` is where a run's files are, by default the one named after it."""
-    rows = summarise(results)
+    rows = summarise(results, metric)
     shared = configuration.shared_config(rows)
     styles = styles_of(rows)
     environment = Environment(
@@ -90,12 +96,16 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {name: getattr(format, name) for name in ("percent", "duration", "significant")}
+    environment.filters |= {name: getattr(format, name) for name in ("shown", "duration", "significant")}
     return environment.get_template("report.html").render(
         title=title,
+        metric=rows[0].metric,
+        score=format.in_sentence(rows[0].metric),
+        worth=worthwhile(rows[0]),
+        alike=format.size(ALIKE * rows[0].scale, rows[0].metric),
         findings=find(rows, looks),
         claims=claims(comparisons),
-        claims_header=CLAIMS_HEADER,
+        claims_header=claims_header(rows[0].metric),
         claims_table=[claim(comparison) for comparison in comparisons],
         table=_table(rows, target),
         legend=[(styles[row.name].key, swatch(styles[row.name]), row.name) for row in rows],
@@ -116,13 +126,8 @@ def render(
 
 # --- the table of all runs ---------------------------------------------------------------------------
 
-RANK = {
-    name: rank
-    for rank, name in enumerate(
-        ("Accuracy", "Perplexity", "To the highest", f"Over {CONTROL}", "Epsilon", "MB up", "Time", "Gap")
-    )
-}
-"""Columns that stay the longest where room is short; the others go first."""
+RANK = ("Perplexity", "Epsilon", "MB up", "Time", "Gap")
+"""Columns that stay the longest where room is short, after the score's own; the others go first."""
 Value = tuple[str, float | None, str]
 """A cell of the sortable table: what is read, the number it is sorted by (None sorts last), small print."""
 Column = Mapping[str, Value]
@@ -131,11 +136,12 @@ Column = Mapping[str, Value]
 
 def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
     """The sortable table: its columns, a line for each row, and one for what needs no training."""
+    metric, against = rows[0].metric, _against(rows)
     columns = {
         "Perplexity": _column(rows, lambda row: row.perplexity, format.significant),
-        "Accuracy": {row.name: _estimate(row.accuracy) for row in rows},
+        metric.title: {row.name: _estimate(row.score, metric) for row in rows},
         **_sets(rows),
-        **_against(rows),
+        **against,
         "Worst client": {row.name: _estimate(row.worst_client) for row in rows if row.worst_client},
         "Worst decile": {row.name: _estimate(row.worst_decile) for row in rows if row.worst_decile},
         **_gains(rows),
@@ -152,52 +158,57 @@ def _table(rows: Sequence[Row], target: float) -> dict[str, Any]:
     lines = [
         (row.name, _kind(row), [column.get(row.name, EMPTY) for column in columns.values()]) for row in rows
     ]
-    for name, accuracy in dict.fromkeys(row.reference for row in rows):
-        first = next(row for row in rows if row.reference == (name, accuracy))
+    for name, score in dict.fromkeys(row.reference for row in rows):
+        first = next(row for row in rows if row.reference == (name, score))
         before = (first.results[0].result.get("before") or {}).get("perplexity")
         known = {
-            "Accuracy": _estimate(Estimate(value=accuracy)),
+            metric.title: _estimate(Estimate(value=score), metric),
             "Perplexity": (format.significant(before), before, ""),
         }
         lines.append((name, "untrained", [known.get(column, EMPTY) for column in columns]))
-    return {"columns": [(name, RANK.get(name, len(RANK))) for name in columns], "lines": lines}
+    scores = [name for name in columns if name == metric.title or name in against]
+    kept = [*scores, *RANK]
+    rank = {name: kept.index(name) if name in kept else len(kept) for name in columns}
+    lower = {name for name in columns if metric.lower and (name in scores or name.startswith("On "))}
+    return {"columns": [(name, rank[name], name in lower) for name in columns], "lines": lines}
 
 
 def _column(rows: Sequence[Row], of: Callable[[Row], float | None], show: Callable[[float], str]) -> Column:
     return {row.name: (show(value), value, "") for row in rows if (value := of(row)) is not None}
 
 
-def _estimate(estimate: Estimate) -> Value:
-    return format.percent(estimate.value), estimate.value, format.interval(estimate)
+def _estimate(estimate: Estimate, metric: Metric = ACCURACY) -> Value:
+    return format.shown(estimate.value, metric), estimate.value, format.interval(estimate, metric)
 
 
 def _sets(rows: Sequence[Row]) -> dict[str, Column]:
-    """Mean accuracy over the runs on each set of ``data.evaluation-sets``."""
+    """Mean score over the runs on each set of ``data.evaluation-sets``."""
     found: dict[str, Column] = {}
     for row in rows:
         first = row.results[0].result.get(SETS) or {}
         for name in first:
-            value = fmean(run.result[SETS][name]["accuracy"] for run in row.results)
+            value = fmean(run.result[SETS][name][row.metric.name] for run in row.results)
             found[f"On {name}"] = {
                 **found.get(f"On {name}", {}),
-                row.name: (format.percent(value), value, ""),
+                row.name: (format.shown(value, row.metric), value, ""),
             }
     return found
 
 
 def _against(rows: Sequence[Row]) -> dict[str, Column]:
-    """Differences in points within each contest: to the highest, and to the head alone."""
-    highest: dict[str, Value] = {}
+    """Differences within each contest: to the best, and to the head alone."""
+    metric = rows[0].metric
+    best: dict[str, Value] = {}
     control: dict[str, Value] = {}
     for contest in contests(rows):
         first, *others = contest.rows
         for row in others:
-            highest[row.name] = _difference(contest.difference(row, first))
-            highest[first.name] = ("highest", 0.0, "")
+            best[row.name] = _difference(contest.difference(row, first), metric)
+            best[first.name] = (metric.best, 0.0, "")
         for row in contest.rows:
             if contest.control and row is not contest.control:
-                control[row.name] = _difference(contest.difference(row, contest.control))
-    return {"To the highest": highest, f"Over {CONTROL}": control}
+                control[row.name] = _difference(contest.difference(row, contest.control), metric)
+    return {f"To the {metric.best}": best, f"{'Against' if metric.lower else 'Over'} {CONTROL}": control}
 
 
 def _gains(rows: Sequence[Row]) -> dict[str, Column]:
@@ -227,8 +238,9 @@ def _until(rows: Sequence[Row], target: float) -> dict[str, Column]:
     }
 
 
-def _difference(estimate: Estimate) -> Value:
-    return format.signed(estimate.value), estimate.value, format.interval(estimate, True)
+def _difference(estimate: Estimate, metric: Metric) -> Value:
+    bounds = format.interval(estimate, metric, difference=True)
+    return format.signed(estimate.value, metric), estimate.value, bounds
 
 
 def _epsilon(epsilon: float, row: Row) -> Value:

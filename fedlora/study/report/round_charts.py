@@ -8,9 +8,9 @@ from fedlora.study.analyse.contests import exact_and_behind
 from fedlora.study.analyse.curves import (
     LOWEST_GAP,
     Curve,
-    accuracy_over,
     gap,
     per_round,
+    score_over,
     sent,
     simulated,
 )
@@ -20,57 +20,70 @@ from fedlora.study.report.format import (
     duration,
     listed,
     megabytes,
-    percent,
     power_of_ten,
+    shown,
     significant,
 )  # fmt: skip
 from fedlora.study.report.styles import DOTS, Style
+from fedlora.tasks.metrics import Metric
 
 Styles = Mapping[str, Style]
 Show = Callable[[float], str]
 
 
-def accuracy_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
-    """Accuracy after each round."""
+def score_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
+    """What the runs are judged by, after each round."""
+    metric = rows[0].metric
     return _lines(
-        styles, _curves(rows, lambda row: per_round(row, "accuracy")), percent,
-        name="accuracy", title="Accuracy after each round",
-        note=f"On the test examples of a round's evaluation; level lines are final accuracies on all "
-        f"{rows[0].examples:,}.",
-        adorn=lambda canvas: _accuracy_axis(canvas, rows, styles),
+        styles, _curves(rows, lambda row: per_round(row, metric.name)), _show(metric),
+        name=metric.name, title=f"{metric.title} after each round",
+        note=f"On the test examples of a round's evaluation; level lines are final values on all "
+        f"{rows[0].examples:,}.{_lower(metric)}",
+        adorn=lambda canvas: _score_axis(canvas, rows, styles),
     )  # fmt: skip
 
 
+def _show(metric: Metric) -> Show:
+    return lambda score: shown(score, metric)
+
+
+def _lower(metric: Metric) -> str:
+    return " Lower is better." if metric.lower else ""
+
+
 def traffic_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
-    """Accuracy over the bytes that were sent."""
+    """The score over the bytes that were sent."""
+    metric = rows[0].metric
 
     def adorn(canvas: Canvas) -> None:
-        _accuracy_axis(canvas, rows, styles)
+        _score_axis(canvas, rows, styles)
         canvas.log_axis("x", lambda value: f"{value:,g}")
         canvas.axes.set_xlabel("megabytes sent by and to all clients so far")
 
     return _lines(
-        styles, _accuracy_over(rows, sent), percent,
-        name="traffic", title="Accuracy for what was sent",
-        note="Up and down together, on a logarithmic axis; further left is cheaper.", adorn=adorn,
+        styles, _score_over(rows, sent), _show(metric),
+        name="traffic", title=f"{metric.title} for what was sent",
+        note=f"Up and down together, on a logarithmic axis; further left is cheaper.{_lower(metric)}",
+        adorn=adorn,
         numbers=_by_round(_curves(rows, sent), lambda value: f"{megabytes(1e6 * value)} MB"),
         place=lambda x: f"{megabytes(1e6 * x)} MB:",
     )  # fmt: skip
 
 
 def time_chart(rows: Sequence[Row], styles: Styles) -> Chart | None:
-    """Accuracy over simulated time, where it was simulated."""
+    """The score over simulated time, where it was simulated."""
+    metric = rows[0].metric
 
     def adorn(canvas: Canvas) -> None:
-        _accuracy_axis(canvas, rows, styles)
+        _score_axis(canvas, rows, styles)
         canvas.log_axis("x", lambda value: duration(3600 * value))
         canvas.axes.set_xlabel("simulated time")
 
     return _lines(
-        styles, _accuracy_over(rows, simulated), percent,
-        name="time", title="Accuracy over simulated time",
+        styles, _score_over(rows, simulated), _show(metric),
+        name="time", title=f"{metric.title} over simulated time",
         note="What the configured devices and networks would take, on a logarithmic axis; further left is "
-        "sooner. No device was measured.", adorn=adorn,
+        f"sooner. No device was measured.{_lower(metric)}", adorn=adorn,
         numbers=_by_round(_curves(rows, simulated), lambda value: duration(3600 * value)),
         place=lambda x: f"{duration(3600 * x)}:",
     )  # fmt: skip
@@ -172,21 +185,22 @@ def _curves(rows: Sequence[Row], of: Callable[[Row], Curve | None]) -> list[Curv
     return [curve for row in rows if row.kind != "reference" and (curve := of(row)) is not None]
 
 
-def _accuracy_over(rows: Sequence[Row], progress: Callable[[Row], Curve | None]) -> list[Curve]:
-    """Accuracy over a series that a logarithmic axis can show."""
-    return [c for c in _curves(rows, lambda row: accuracy_over(row, progress(row))) if min(c.x) > 0]
+def _score_over(rows: Sequence[Row], progress: Callable[[Row], Curve | None]) -> list[Curve]:
+    """The score over a series that a logarithmic axis can show."""
+    return [c for c in _curves(rows, lambda row: score_over(row, progress(row))) if min(c.x) > 0]
 
 
-def _accuracy_axis(canvas: Canvas, rows: Sequence[Row], styles: Styles) -> None:
-    """Percent, with the references and what needs no training at their accuracy on the whole test set."""
-    name = "majority" if rows[0].unit == "example" else "before training"
-    value = rows[0].reference[1]
-    levels = [Level(name, value, percent(value), Style(key="majority", line=DOTS))]
+def _score_axis(canvas: Canvas, rows: Sequence[Row], styles: Styles) -> None:
+    """The axis of the score, with the references and what needs no training on the whole test set."""
+    metric, value = rows[0].metric, rows[0].reference[1]
+    before = "before training" if rows[0].results[0].result.get("before") else metric.level
+    levels = [Level(before, value, shown(value, metric), Style(key="majority", line=DOTS))]
     for row in rows:
         if row.kind == "reference":
-            levels.append(Level(row.name, row.accuracy.value, percent(row.accuracy.value), styles[row.name]))
+            score = row.score.value
+            levels.append(Level(row.name, score, shown(score, metric), styles[row.name]))
     canvas.levels(levels)
-    canvas.percent_axis("y")
+    canvas.score_axis("y", metric)
 
 
 def _by_round(curves: Sequence[Curve], show: Show) -> Numbers:

@@ -13,17 +13,24 @@ import pyarrow.parquet
 from fedlora.server.records import SETS
 from fedlora.study.analyse.comparisons import Comparison
 from fedlora.study.analyse.results import RESULTS, CellResult
+from fedlora.tasks.metrics import ACCURACY, Metric
 
 MEASURED = (
     "accuracy", "accuracy_worst_decile", "accuracy_worst_client", "loss", "examples", "tokens",
+    "rmse", "mae", "r2", "pearson", "f1_micro", "f1_macro",
     "majority_accuracy", "bytes_up", "bytes_down", "epsilon", "seconds", "peak_memory_bytes",
     "intruders", "intruder_candidates",
 )  # fmt: skip
 
 
-def write_tables(directory: Path, results: Sequence[CellResult], comparisons: Sequence[Comparison]) -> None:
+def write_tables(
+    directory: Path,
+    results: Sequence[CellResult],
+    comparisons: Sequence[Comparison],
+    metric: Metric = ACCURACY,
+) -> None:
     """One row a run in ``results.*``, one row a comparison in ``comparisons.csv`` if there are any."""
-    runs = pa.Table.from_pylist([_run(result) for result in results])
+    runs = pa.Table.from_pylist([_run(result, metric) for result in results])
     pa.csv.write_csv(runs, directory / "results.csv")
     pa.parquet.write_table(runs, directory / RESULTS)
     if comparisons:
@@ -32,8 +39,9 @@ def write_tables(directory: Path, results: Sequence[CellResult], comparisons: Se
         )
 
 
-def _run(result: CellResult) -> dict[str, Any]:
-    by_domain = result.result.get("accuracy_by_domain") or {}
+def _run(result: CellResult, metric: Metric) -> dict[str, Any]:
+    name = metric.name
+    by_domain = result.result.get(f"{name}_by_domain") or {}
     by_client = result.result.get("accuracy_by_client") or {}
     sets = result.result.get(SETS) or {}
     return {
@@ -44,9 +52,11 @@ def _run(result: CellResult) -> dict[str, Any]:
         "strategy": result.config.strategy.name,
         "seed": result.seed,
         "rounds": len(result.rounds),
+        "metric": name,
+        "standard_error": (result.result.get("standard_errors") or {}).get(name),
         **{key: result.result.get(key) for key in MEASURED},
-        **{f"accuracy {domain}": accuracy for domain, accuracy in by_domain.items()},
-        **{f"accuracy on {name}": found["accuracy"] for name, found in sets.items()},
+        **{f"{name} {domain}": score for domain, score in by_domain.items()},
+        **{f"{name} on {of}": found[name] for of, found in sets.items()},
         **{f"accuracy client {client}": accuracy for client, accuracy in by_client.items()},
     }
 
@@ -56,6 +66,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "method": found.method,
         "baseline": found.baseline,
         "setting": found.setting,
+        "metric": found.metric.name,
         "seeds": len(found.differences),
         "wins": found.wins,
         "difference": found.mean.value,

@@ -21,7 +21,8 @@ for (const all of document.querySelectorAll("[data-all]")) {
   });
 }
 
-// Sort a table by a column; numbers start with the largest, missing values stay last.
+// Sort a table by a column; numbers start with the largest, or where less is better with the smallest; missing
+// values stay last.
 function compare(a, b) {
   if (a === "" || b === "") return (a === "") - (b === "");
   const numbers = [Number(a), Number(b)];
@@ -31,7 +32,7 @@ function compare(a, b) {
 function sortBy(table, header, column) {
   const numeric = header.classList.contains("number");
   const before = header.getAttribute("aria-sort");
-  const descending = before === null ? numeric : before === "ascending";
+  const descending = before === null ? numeric && !("lower" in header.dataset) : before === "ascending";
   const value = (row) => row.cells[column].dataset.value;
   const rows = [...table.tBodies[0].rows].sort((first, second) => {
     const [a, b] = [value(first), value(second)];
