@@ -178,7 +178,7 @@ def test_a_study_of_regressions_tunes_by_the_least_error(errors: Simulation, tmp
     assert {errors.configs[f"{m}-seed-1"].train.learning_rate for m in ("flora", "fedavg")} == {0.01}
     record = json.loads((tmp_path / "study.json").read_text())["tuning"]["learning-rates"]["fedavg"]
     assert record["mae"]["0.01"] < min(record["mae"]["0.1"], record["mae"]["0.001"])
-    assert "Mean MAE (the lowest is best) on a validation part" in page
+    assert "mean MAE (the lowest is best) on a validation part" in page
     assert "fedavg has the lowest MAE" in page
     table = StudyTable.read(tmp_path).ranked()
     assert [row.method for row in table.rows] == ["fedavg", "flora"]
