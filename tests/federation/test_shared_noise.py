@@ -30,7 +30,7 @@ from fedlora.secure.noise import system_words
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.study.report.configuration import _seen_by_less
-from tests.federation.test_secure import ENGINE, carry_out, config_of, numbers, phase
+from tests.federation.secured import ENGINE, carry_out, config_of, numbers, phase
 
 KEYS: dict[str, Any] = {
     "privacy.mode": "client", "secure.noise": "distributed", "privacy.noise-multiplier": 1e-3,

@@ -21,7 +21,7 @@ from fedlora.secure.step import Step
 from fedlora.server.preview import preview
 from fedlora.server.secure import secure_line
 from strategies.registry import RULES
-from tests.federation.test_secure import VALUES, carry_out, config_of, distance, first_vanish, phase
+from tests.federation.secured import VALUES, carry_out, config_of, distance, first_vanish, phase
 
 MIXED: dict[str, Any] = {
     "lora.ranks": "1,2", "client-groups": '[{"partitions": "1", "alpha": 3.0}]', "engine.cohort-size": 1,

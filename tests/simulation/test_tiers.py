@@ -18,7 +18,8 @@ from strategies.late import FACTORS, PRODUCT
 from strategies.tiered import TieredStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import bits, initial_arrays, watched
-from tests.simulation.test_buffered_rounds import KEYS, Killed, run, timed
+from tests.simulation.test_buffered_rounds import timed
+from tests.simulation.test_buffered_runs import KEYS, Killed, run
 
 LATE = [name for name, rule in strategies.RULES.items() if rule.facts.stale in (FACTORS, PRODUCT)]
 TIERS = {"devices.tiers": 2}
