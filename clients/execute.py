@@ -26,10 +26,10 @@ from clients.training.schedule import Stage
 from clients.training.train import LocalResult, train_local
 from fedlora import wire
 from fedlora.config import RunConfig
+from fedlora.core.base_patches import digest
 from fedlora.core.directions import most_changed
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
-from fedlora.core.state import digest
 from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.models.packed_linear import packed_base
 from fedlora.privacy.types import PrivacySpent

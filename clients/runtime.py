@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from fedlora.adapters import AdapterKind, adapter_kind
 from fedlora.config import RunConfig, from_flat
-from fedlora.core.state import Patch, State
+from fedlora.core.base_patches import Patch
+from fedlora.core.state import State
 from fedlora.data.chat.template import chat_settings
 from fedlora.models import (
     AdaptedModel,

@@ -20,10 +20,10 @@ from clients.store import ResolvedInstruction
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.adapters import lora_set, tensor_names
+from fedlora.core.base_patches import digest
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import stream
 from fedlora.core.sketch import Sketch
-from fedlora.core.state import digest
 from fedlora.errors import ConfigError, SecureRefused
 from fedlora.secure.masks import Unsigned
 from fedlora.secure.noise import SharedNoise, Words, seeded_words, system_words

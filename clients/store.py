@@ -25,10 +25,10 @@ from safetensors.torch import load, save
 
 from fedlora import wire
 from fedlora.core.adapters import Adapters, tensor_names
+from fedlora.core.base_patches import Patch, digest, summed
 from fedlora.core.factors import Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.sealed import is_digest
-from fedlora.core.state import Patch, digest, summed
 from fedlora.errors import FactorShapeError, UpdateRefused
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from fedlora.core.adapters import Adapters, lora_set
+from fedlora.core.base_patches import Patch, folded
 from fedlora.core.factors import Tensors, resize
-from fedlora.core.state import Broadcast, Patch, State, folded
+from fedlora.core.state import Broadcast, State
 
 
 def rounded_state(state: State, dtype: torch.dtype) -> State:

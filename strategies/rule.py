@@ -19,11 +19,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from fedlora.core.adapters import Adapters, LayerAdapter, as_lora, check_same_shapes, resized
+from fedlora.core.base_patches import Patch
 from fedlora.core.directions import all_parted, moving, rejoined
 from fedlora.core.factors import PLAIN, LoraFactors, Tensors, check_like, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
-from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, Patch, State, Template
+from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State, Template
 from fedlora.errors import ConfigError, NotApplicable, unknown_name
 from strategies.allocation import All, Allocation
 from strategies.checks import check_heads, normalised

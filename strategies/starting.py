@@ -11,10 +11,11 @@ from flwr.app import ArrayRecord
 from torch import Tensor
 
 from fedlora import wire
+from fedlora.core.base_patches import Patch
 from fedlora.core.decompositions import completed, split
 from fedlora.core.factors import AdapterSet, LoraFactors, Product, as_product
 from fedlora.core.seeding import torch_stream
-from fedlora.core.state import ModuleSpec, Patch, Template
+from fedlora.core.state import ModuleSpec, Template
 from fedlora.errors import ConfigError, FactorShapeError, UpdateRefused
 from strategies.rule import Rule
 

@@ -17,9 +17,10 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from torch import Tensor
 
 from fedlora import wire
+from fedlora.core.base_patches import Patch, digest
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
-from fedlora.core.state import Broadcast, Patch, digest
+from fedlora.core.state import Broadcast
 from fedlora.errors import ConfigError
 from fedlora.secure.step import SECURE
 from strategies.request import Payload, PendingRequest, read_reply, says_missing

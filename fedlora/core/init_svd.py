@@ -29,9 +29,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import LoraFactors, as_product, scale
 from fedlora.core.parallel import parallel_map
-from fedlora.core.state import Patch, Template
+from fedlora.core.state import Template
 from fedlora.errors import ConfigError
 
 GAMMA = 16.0

@@ -1,9 +1,9 @@
 """Records with their own hash, and what they say of other files: a changed bit on disk is found and named.
 
 A sealed record is a JSON object whose ``sha256`` is that of all its other entries. It may hold the hashes of
-files beside it, tensors by `fedlora.core.state.digest` and bytes by sha256, so that one record vouches for a
-whole directory. What a run goes on from is read with its seal alone; a finished run's records may be older
-than seals.
+files beside it, tensors by `fedlora.core.base_patches.digest` and bytes by sha256, so that one record vouches
+for a whole directory. What a run goes on from is read with its seal alone; a finished run's records may be
+older than seals.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from fedlora.core.base_patches import digest
 from fedlora.core.factors import Tensors
-from fedlora.core.state import digest
 from fedlora.errors import ConfigError
 
 SEAL = "sha256"

@@ -8,9 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Product, Tensors
 from fedlora.core.parallel import one_thread
-from fedlora.core.state import Patch
 from fedlora.errors import FactorShapeError, RunFailed
 from fedlora.models.layers import LinearLayer, layer_spec, oriented
 from fedlora.models.shared_memory import hashes

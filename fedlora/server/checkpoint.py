@@ -22,10 +22,11 @@ from flwr.common.logger import log
 from safetensors.torch import save
 
 from fedlora.core.adapters import LayerAdapter, NamedTensors
+from fedlora.core.base_patches import Patch, digest
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
 from fedlora.core.sealed import read_sealed, read_tensors, sealed
-from fedlora.core.state import InFlight, Patch, ServerState, State, digest
+from fedlora.core.state import InFlight, ServerState, State
 from fedlora.errors import ConfigError
 
 

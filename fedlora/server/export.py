@@ -15,11 +15,12 @@ from clients.store import ClientStore
 from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
 from fedlora.core.adapters import resized, tensor_names
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Tensors, as_product
 from fedlora.core.intruders import intruders
 from fedlora.core.parallel import parallel_map
 from fedlora.core.peft_keys import from_peft
-from fedlora.core.state import ClientSpec, Patch, State
+from fedlora.core.state import ClientSpec, State
 from fedlora.data.image_reader import PRETRAINED, TINY
 from fedlora.models import AdapterCard, save_adapter, save_loaded
 from fedlora.models.card import absolute

@@ -19,11 +19,11 @@ from clients.runtime import ClientRuntime
 from clients.training.batches import Indices, load_batch
 from clients.training.train import batch_loss
 from fedlora.config import DataConfig, RunConfig
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Tensors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.init_eva import InputMoments
 from fedlora.core.seeding import stream
-from fedlora.core.state import Patch
 from fedlora.data.columns import BUILT_IN, shown_apart
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError

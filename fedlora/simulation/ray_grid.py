@@ -15,7 +15,7 @@ from uuid import uuid4
 from flwr.app import Context, Error, Message, RecordDict
 
 from fedlora.config import FlatConfig
-from fedlora.core.state import Patch
+from fedlora.core.base_patches import Patch
 from fedlora.simulation.actor import RemoteMessage
 from fedlora.simulation.dispatch import Dispatcher, Job
 from fedlora.simulation.local_grid import CLIENT_FAILED, LocalGrid

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clients.runtime import ClientRuntime, Key, RuntimeCache, SharedArrays, key_of, parts_of, runtime_of
 from fedlora.config import RunConfig
-from fedlora.core.state import Patch
+from fedlora.core.base_patches import Patch
 from fedlora.errors import RunFailed
 from fedlora.models import pick_device
 from fedlora.models.shared_memory import bytes_of, typed

@@ -11,11 +11,12 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.core.adapters import Adapters, lora_set, tensor_names
+from fedlora.core.base_patches import Patch, digest
 from fedlora.core.factors import AT_REST, FACTORS, LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.peft_keys import from_peft, key_of, of_names, to_peft
 from fedlora.core.seeding import torch_stream
-from fedlora.core.state import Broadcast, ModuleSpec, Patch, RankRegularizer, digest
+from fedlora.core.state import Broadcast, ModuleSpec, RankRegularizer
 from fedlora.errors import FactorShapeError, UpdateRefused
 from fedlora.wire.arrays import ARRAYS, CONFIG, PARTS, from_record, is_packed, to_record
 from fedlora.wire.upload import CODECS, UploadCodec

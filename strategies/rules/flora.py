@@ -21,10 +21,11 @@ from typing import ClassVar
 import torch
 
 from fedlora.core.adapters import lora_set
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import LoraFactors, as_product
 from fedlora.core.init_drawn import DRAWN, fresh_adapters
 from fedlora.core.seeding import derive
-from fedlora.core.state import Broadcast, ClientSpec, ModuleSpec, Patch, State, Template
+from fedlora.core.state import Broadcast, ClientSpec, ModuleSpec, State, Template
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule

@@ -9,7 +9,7 @@ import torch
 
 from clients import store
 from clients.store import ClientStore
-from fedlora.core.state import digest
+from fedlora.core.base_patches import digest
 
 PART = {"layer.left": torch.arange(6.0).reshape(2, 3), "layer.right": torch.ones(3, 2)}
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fedlora.config import EngineConfig, RunConfig
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import LoraFactors, Product
-from fedlora.core.state import Patch, ServerState, State
+from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError
 from fedlora.server.directory import RunDirectory
 

@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Product
-from fedlora.core.state import Patch
 
 
 def product(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Product:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fedlora.config import from_flat
-from fedlora.core import state as values
-from fedlora.core.state import Patch, summed
+from fedlora.core import base_patches
+from fedlora.core.base_patches import Patch, summed
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.in_process import InProcessEngine
@@ -61,7 +61,7 @@ def test_patches_are_added_up_and_files_of_no_use_go(
 def test_the_model_is_that_of_all_patches(
     whole: tuple[Path, FederatedRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(values, "FOLD_AT", 10**6)
+    monkeypatch.setattr(base_patches, "FOLD_AT", 10**6)
     plain = run(tmp_path / "run")
     assert len(plain.state.base) == ROUNDS
     for name in plain.state.adapters:

@@ -12,8 +12,8 @@ import torch
 
 from clients.store import KEEP_NAMED, OWN, ClientStore
 from fedlora.config import RunConfig, from_flat
+from fedlora.core.base_patches import digest
 from fedlora.core.sealed import read_sealed, sealed
-from fedlora.core.state import digest
 from fedlora.errors import ConfigError, UpdateRefused
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun

@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 
 from clients.store import ClientStore, resolve
 from fedlora import wire
-from fedlora.core.state import digest
+from fedlora.core.base_patches import digest
 from fedlora.errors import UpdateRefused
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA
 from strategies import transport as courier_module

@@ -15,7 +15,8 @@ from clients.handler import handle
 from clients.secure_steps import _starts, acting
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
-from fedlora.core.state import State, digest
+from fedlora.core.base_patches import digest
+from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed, SecureRefused
 from fedlora.secure.participant import Terms
 from fedlora.secure.step import SECURE, START, STARTS, Step

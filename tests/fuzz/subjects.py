@@ -22,9 +22,10 @@ from clients.owner import _evaluations_done
 from clients.store import OWN, ClientStore
 from fedlora.config import ModelConfig, from_flat, to_flat
 from fedlora.config.section import by_field
+from fedlora.core.base_patches import digest
 from fedlora.core.factors import LoraFactors
 from fedlora.core.sealed import sealed
-from fedlora.core.state import ServerState, State, digest
+from fedlora.core.state import ServerState, State
 from fedlora.deployment.operator.create import create
 from fedlora.deployment.operator.layout import SERVER_FILE, declared_examples_of, open_layout, roll_of
 from fedlora.models.card import AdapterCard

@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2Model
 
 from fedlora.config import ModelConfig
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import AdapterSet, LoraFactors, Product
-from fedlora.core.state import ModuleSpec, Patch
+from fedlora.core.state import ModuleSpec
 from fedlora.models import AdaptedModel, build_model, resolve_targets
 
 

@@ -12,9 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from fedlora.config import ModelConfig
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Product, add, as_product, norm, scale
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.state import Patch, State
+from fedlora.core.state import State
 from fedlora.errors import ConfigError
 from fedlora.models import AdaptedModel, AdapterCard, build_model, load_adapter, save_adapter
 from fedlora.models.export import exactly, global_adapters

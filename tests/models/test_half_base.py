@@ -13,8 +13,8 @@ import transformers as tf
 from peft import PeftModel
 
 from fedlora.config import ModelConfig
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Product
-from fedlora.core.state import Patch
 from fedlora.errors import NotApplicable
 from fedlora.models import AdaptedModel, build_model, resolve_targets
 from fedlora.server.validate import check

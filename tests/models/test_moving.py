@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import LoraFactors, Product, as_product
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.state import Patch
 from fedlora.errors import FactorShapeError, RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.models.layers import oriented

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import LoraFactors, Product
-from fedlora.core.state import ModuleSpec, Patch, State
+from fedlora.core.state import ModuleSpec, State
 from fedlora.errors import ConfigError, NotApplicable
 from strategies.allocation import ALLOCATIONS, make_allocation
 from strategies.named import NAMED

@@ -13,9 +13,10 @@ from flwr.app import ConfigRecord, RecordDict
 
 from clients.store import ClientStore, resolve
 from fedlora import wire
+from fedlora.core.base_patches import Patch, digest, summed
 from fedlora.core.factors import LoraFactors, Product
 from fedlora.core.seeding import stream
-from fedlora.core.state import Broadcast, ClientUpdate, Patch, digest, summed
+from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import UpdateRefused
 from fedlora.simulation.local_grid import speak_as_server
 from strategies.replies import validate_reply
