@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,32 +31,50 @@ from tests.models.samples import logits, random_adapters, token_batch
 FAMILIES = ("bert", "distilbert", "roberta", "xlnet", "bart", "gpt2", "gemma")
 TARGETS = {"xlnet": "layer_1,layer_2"}
 OPEN = """
-import json, sys, warnings
+import json, os, sys, warnings
 warnings.simplefilter("ignore")
 import torch, peft
-from pathlib import Path
-kind, adapter, out, options, batch = sys.argv[1:]
-model = getattr(peft, kind).from_pretrained(adapter, **json.loads(options)).eval()
-with torch.no_grad():
-    torch.save(model(**torch.load(batch)).logits, out)
+for line in sys.stdin:
+    kind, adapter, options, folder = json.loads(line)
+    os.chdir(folder)
+    model = getattr(peft, kind).from_pretrained(adapter, **options).eval()
+    with torch.no_grad():
+        torch.save(model(**torch.load("batch.pt")).logits, "logits.pt")
+    print("opened", flush=True)
 """
 
 
-def opened_elsewhere(
-    kind: str, adapter: Path, inputs: dict[str, Any], tmp: Path, **options: Any
-) -> torch.Tensor:
-    """The logits of an Auto class in a fresh process that stands in another directory."""
-    elsewhere = tmp / "elsewhere"
-    elsewhere.mkdir()
-    torch.save(inputs, tmp / "batch.pt")
-    given = [kind, str(adapter), "logits.pt", json.dumps(options), str(tmp / "batch.pt")]
-    done = subprocess.run(
-        [sys.executable, "-c", OPEN, *given],
-        cwd=elsewhere, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: torch.Tensor = torch.load(elsewhere / "logits.pt")
-    return found
+@dataclass
+class Elsewhere:
+    """A process that knows nothing of fedlora and opens adapters with PEFT's Auto classes."""
+
+    process: subprocess.Popen[str]
+    errors: Path
+
+    def opened(self, kind: str, adapter: Path, inputs: dict[str, Any], **options: Any) -> torch.Tensor:
+        """The logits of an Auto class in another directory."""
+        folder = adapter.with_name("elsewhere")
+        folder.mkdir()
+        torch.save(inputs, folder / "batch.pt")
+        assert self.process.stdin
+        assert self.process.stdout
+        try:
+            print(json.dumps([kind, str(adapter), options, str(folder)]), file=self.process.stdin, flush=True)
+        except BrokenPipeError:  # an earlier one has ended it
+            pytest.fail(self.errors.read_text()[-2000:])
+        assert any(line == "opened\n" for line in self.process.stdout), self.errors.read_text()[-2000:]
+        found: torch.Tensor = torch.load(folder / "logits.pt")
+        return found
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Elsewhere]:
+    errors = tmp_path_factory.mktemp("elsewhere") / "errors"
+    with errors.open("w") as log, subprocess.Popen(
+        [sys.executable, "-c", OPEN], cwd=errors.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=log, text=True,
+    ) as process:  # fmt: skip
+        yield Elsewhere(process, errors)
 
 
 def exported(
@@ -86,7 +106,9 @@ def settings(adapter: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_classifier_with_its_own_head_opens_anywhere(family: str, tmp_path: Path) -> None:
+def test_a_classifier_with_its_own_head_opens_anywhere(
+    family: str, elsewhere: Elsewhere, tmp_path: Path
+) -> None:
     base = save(tmp_path / "base", family)
     labels = tuple("abc"[:LABELS])
     adapter, model = exported(
@@ -95,9 +117,7 @@ def test_a_classifier_with_its_own_head_opens_anywhere(family: str, tmp_path: Pa
     batch = ended(token_batch(60), family)
     if family in (*DECODERS, "xlnet"):  # which look for the last token: no padding
         batch = {name: t[:1, : int(batch["attention_mask"][0].sum())] for name, t in batch.items()}
-    found = opened_elsewhere(
-        "AutoPeftModelForSequenceClassification", adapter, batch, tmp_path, num_labels=LABELS
-    )
+    found = elsewhere.opened("AutoPeftModelForSequenceClassification", adapter, batch, num_labels=LABELS)
     torch.testing.assert_close(found, logits(model.module, batch), rtol=1e-4, atol=1e-4)
     said = settings(adapter)
     assert said["task_type"] == "SEQ_CLS"
@@ -107,28 +127,26 @@ def test_a_classifier_with_its_own_head_opens_anywhere(family: str, tmp_path: Pa
     assert "AutoPeftModelForSequenceClassification" in (adapter / "README.md").read_text()
 
 
-def test_a_pooler_that_its_checkpoint_lacks_is_in_the_adapter(tmp_path: Path) -> None:
+def test_a_pooler_that_its_checkpoint_lacks_is_in_the_adapter(elsewhere: Elsewhere, tmp_path: Path) -> None:
     base = save(tmp_path / "base", "bert", "MaskedLM")  # BERT's masked language model has no pooler
     adapter, model = exported(
         tmp_path / "adapter", str(base), "classification", ("a", "b"), {"model.pooling": "model"}
     )
-    found = opened_elsewhere(
-        "AutoPeftModelForSequenceClassification", adapter, token_batch(60), tmp_path, num_labels=2
-    )
+    found = elsewhere.opened("AutoPeftModelForSequenceClassification", adapter, token_batch(60), num_labels=2)
     torch.testing.assert_close(found, logits(model.module, token_batch(60)), rtol=1e-4, atol=1e-4)
     assert settings(adapter)["modules_to_save"] == ["bert.pooler", "classifier"]
 
 
-def test_a_language_model_opens_anywhere(tmp_path: Path) -> None:
+def test_a_language_model_opens_anywhere(elsewhere: Elsewhere, tmp_path: Path) -> None:
     base = save(tmp_path / "base", "llama", "CausalLM")
     adapter, model = exported(tmp_path / "adapter", str(base), "causal-lm", (), {})
     batch = {name: t[:1, :2] for name, t in token_batch(60).items()}
-    found = opened_elsewhere("AutoPeftModelForCausalLM", adapter, batch, tmp_path)
+    found = elsewhere.opened("AutoPeftModelForCausalLM", adapter, batch)
     torch.testing.assert_close(found, logits(model.module, batch), rtol=1e-4, atol=1e-4)
     assert settings(adapter)["target_modules"] == ["q_proj", "v_proj"]
 
 
-def test_an_image_model_opens_anywhere(tmp_path: Path) -> None:
+def test_an_image_model_opens_anywhere(elsewhere: Elsewhere, tmp_path: Path) -> None:
     base = tmp_path / "base"
     config = ViTConfig(
         image_size=28,
@@ -148,9 +166,7 @@ def test_an_image_model_opens_anywhere(tmp_path: Path) -> None:
         tmp_path / "adapter", str(base), "image-classification", ("a", "b", "c"), {"data.name": "digits"}
     )
     batch = {"pixel_values": torch.randn(3, 1, 28, 28, generator=torch.Generator().manual_seed(1))}
-    found = opened_elsewhere(
-        "AutoPeftModel", adapter, batch, tmp_path, num_labels=3, ignore_mismatched_sizes=True
-    )
+    found = elsewhere.opened("AutoPeftModel", adapter, batch, num_labels=3, ignore_mismatched_sizes=True)
     torch.testing.assert_close(found, logits(model.module, batch), rtol=1e-4, atol=1e-4)
     assert (adapter / "preprocessor_config.json").is_file()
 
