@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -25,15 +25,13 @@ def texts(node: ast.AST) -> str | None:
     return None
 
 
-def raised() -> Iterator[str]:
+@cache
+def raised() -> set[str]:
     """All strings of the product; those that an error is made of are among them."""
-    for package in ("fedlora", "strategies", "clients"):
-        for file in sorted((ROOT / package).rglob("*.py")):
-            found = map(texts, ast.walk(ast.parse(file.read_text())))
-            yield from (text for text in found if text)
-
-
-STRINGS = set(raised())
+    packages = ("fedlora", "strategies", "clients")
+    files = [file for package in packages for file in (ROOT / package).rglob("*.py")]
+    found = (texts(node) for file in files for node in ast.walk(ast.parse(file.read_text())))
+    return {text for text in found if text}
 
 
 def quoted_from(message: str, text: str) -> bool:
@@ -44,9 +42,9 @@ def quoted_from(message: str, text: str) -> bool:
 @pytest.mark.parametrize("message", QUOTED)
 def test_the_message_is_in_the_code(message: str) -> None:
     assert len(re.sub(r"\W", "", message)) >= 10, "too little of it to tell it from others"
-    assert any(quoted_from(message, text) for text in STRINGS)
+    assert any(quoted_from(message, text) for text in raised())
 
 
 def test_the_page_has_many_and_a_message_of_nobody_turns_red() -> None:
     assert len(QUOTED) >= 40
-    assert not any(quoted_from("…: the moon is full", text) for text in STRINGS)
+    assert not any(quoted_from("…: the moon is full", text) for text in raised())
