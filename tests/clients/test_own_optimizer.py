@@ -15,6 +15,8 @@ import fedlora
 from clients.training.optimizers.registry import check_optimizer
 from fedlora.config import flatten, from_flat
 from fedlora.errors import ConfigError
+from tests.clients.cohort import test_optimizers as laws
+from tests.clients.cohort.samples import model
 from tests.docs_commands import ROOT, blocks
 
 PAGE = (ROOT / "docs" / "optimizer.md").read_text()
@@ -33,37 +35,34 @@ def there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def under_laws(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.slow
+def test_the_example_is_short_and_obeys_the_laws(there: Path) -> None:
+    """By the command of the page."""
+    assert CODE.count("\n") < 40
     command = re.search(r"\$ (FEDLORA_OPTIMIZER=\S+) python -m pytest (.*)", PAGE)
     assert command
     name, _, optimizer = command[1].partition("=")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *command[2].split(), *more],
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *command[2].split(), "-vv"],
         cwd=ROOT,
-        env={**os.environ, name: optimizer, "PYTHONPATH": str(folder)},
+        env={**os.environ, name: optimizer, "PYTHONPATH": str(there)},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-@pytest.mark.slow
-def test_the_example_is_short_and_obeys_the_laws(there: Path) -> None:
-    assert CODE.count("\n") < 40
-    done = under_laws(there, "-vv")
     assert done.returncode == 0, done.stdout
     assert done.stdout.count("scaled_gd:ScaledGD") > 5
 
 
-@pytest.mark.slow
-def test_the_laws_hold_it_to_what_it_says_of_stacks(there: Path) -> None:
+@pytest.mark.parametrize(
+    "law",
+    [laws.test_every_client_comes_out_as_if_alone, laws.test_every_client_comes_out_as_if_alone_privately],
+)
+def test_the_laws_hold_it_to_what_it_says_of_stacks(law: str, there: Path) -> None:
     """One that looks beyond its own client's numbers, which a stack has beside them."""
-    (there / "scaled_gd.py").write_text(
-        CODE.replace("gradient / layer", "gradient / gradient.norm() / layer")
-    )
-    done = under_laws(there, "-k", "alone")
-    assert done.returncode == 1
-    assert "2 failed" in done.stdout
+    (there / "beyond.py").write_text(CODE.replace("gradient / layer", "gradient / gradient.norm() / layer"))
+    with pytest.raises(AssertionError):
+        getattr(laws, f"test_every_client_comes_out_{law}")({"optimizer": "beyond:ScaledGD"}, model())
 
 
 def test_what_the_page_configures_is_accepted(there: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from fedlora.errors import ConfigError
 from strategies.registry import make_rule
+from tests.strategies import test_exactness as laws
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "strategy.md").read_text()
@@ -23,32 +24,32 @@ def example() -> str:
     return found[1]
 
 
-def under_laws(folder: Path, code: str, *more: str) -> subprocess.CompletedProcess[str]:
-    (folder / "damped.py").write_text(code)
+def test_the_example_is_short_and_obeys_the_laws(tmp_path: Path) -> None:
+    """By the command of the page."""
+    assert example().count("\n") < 60
+    (tmp_path / "damped.py").write_text(example())
     command = re.search(r"\$ (FEDLORA_RULE=\S+) python -m pytest (.*)", PAGE)
     assert command
     name, _, rule = command[1].partition("=")
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *command[2].split(), *more],
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *command[2].split()],
         cwd=ROOT,
-        env={**os.environ, name: rule, "PYTHONPATH": str(folder)},
+        env={**os.environ, name: rule, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-def test_the_example_is_short_and_obeys_the_laws(tmp_path: Path) -> None:
-    assert example().count("\n") < 60
-    done = under_laws(tmp_path, example())
     assert done.returncode == 0, done.stdout
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 20
 
 
-def test_the_laws_hold_it_to_its_facts(tmp_path: Path) -> None:
-    done = under_laws(tmp_path, example().replace("exact=False", "exact=True"), "-k", "exact")
-    assert done.returncode == 1
-    assert "damped:DampedRule" in done.stdout
+def test_the_laws_hold_it_to_its_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for module, text in (("as_it_is", example()), ("bold", example().replace("exact=False", "exact=True"))):
+        (tmp_path / f"{module}.py").write_text(text)
+    laws.test_the_fact_exact_is_true(make_rule("as_it_is:DampedRule"), 0)
+    with pytest.raises(AssertionError):
+        laws.test_the_fact_exact_is_true(make_rule("bold:DampedRule"), 0)
 
 
 def test_a_rule_is_found_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
