@@ -43,10 +43,9 @@ def run(pool: RayPool, config: RunConfig, path: Path) -> dict[str, bytes]:
     return adapter(path)
 
 
-@pytest.mark.parametrize(
-    "strategy", ["fedavg", "ffa", "flora", "lora-fair", "fedsvd", "head-only", "local-only"]
-)
-def test_every_strategy_runs_and_is_repeatable(strategy: str, pool: RayPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["fedavg", "flora", "local-only"])
+def test_runs_are_repeatable(strategy: str, pool: RayPool, tmp_path: Path) -> None:
+    """With a mean, a base that moves, and what stays at clients: no process can tell more of a rule."""
     config = tiny_config(**{"strategy.name": strategy, "fraction-train": 0.5})
     assert run(pool, config, tmp_path / "a") == run(pool, config, tmp_path / "b")
     other = tiny_config(**{"strategy.name": strategy, "fraction-train": 0.5, "seed": 2})
