@@ -55,7 +55,7 @@ def test_the_claim_is_close_to_two_and_comes_from_the_ledger() -> None:
     assert right(1).draws == 2 * 4 * 64 / 128
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_right_privacy_stays_below_its_claim(seed: int) -> None:
     found = right(seed)
     assert found.outcome == "stands"

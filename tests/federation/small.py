@@ -11,9 +11,17 @@ from flwr.app import ArrayRecord
 from fedlora import wire
 from fedlora.core.factors import LoraFactors
 from strategies.flower import FactorStrategy
+from strategies.registry import RULES
 from strategies.report import RoundReport
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
+RULES_AND_CODECS = [
+    (name, upload)
+    for name in RULES
+    for upload in wire.CODECS
+    if upload in ("int4", "segments") or name in ("fedavg", "flora", "fedsa")
+]
+"""Every rule with a dense and a sparse codec, every codec with rules of each kind: none knows the other."""
 
 
 def initial_arrays(rank: int = 3) -> ArrayRecord:

@@ -28,7 +28,7 @@ from strategies.report import RoundReport
 from strategies.request import PendingRequest
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import bits, initial_arrays, watched
+from tests.federation.small import RULES_AND_CODECS, bits, initial_arrays, watched
 from tests.federation.test_anybodys_app import ALPHA, RANK, federate, peft_model, plain_app
 from tests.in_process import client_runtime, federated
 
@@ -73,8 +73,7 @@ def run(
     return strategy, reports
 
 
-@every_codec
-@pytest.mark.parametrize("name", strategies.RULES)
+@pytest.mark.parametrize(("name", "upload"), RULES_AND_CODECS)
 def test_under_every_rule_what_counts_is_what_was_written_down(
     name: str, upload: str, tmp_path: Path
 ) -> None:

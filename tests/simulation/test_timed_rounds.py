@@ -14,7 +14,6 @@ import pytest
 from flwr.app import Message
 
 import strategies
-from fedlora import wire
 from fedlora.config import DeviceProfile, DevicesConfig, from_flat
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.callbacks import Tell
@@ -26,7 +25,7 @@ from fedlora.simulation.in_process import InProcessEngine
 from fedlora.simulation.timed_grid import TimedGrid
 from strategies.flower import FactorStrategy
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
-from tests.federation.small import bits, initial_arrays, watched
+from tests.federation.small import RULES_AND_CODECS, bits, initial_arrays, watched
 
 FIVE = [
     ClientTask(p, down, train, up)
@@ -206,8 +205,7 @@ def test_while_too_few_are_there_time_passes(tmp_path: Path) -> None:
         federate(ToyClient(tmp_path / "b"), lambda inner: timed(inner, devices, least=6), rounds=1)
 
 
-@pytest.mark.parametrize("upload", wire.CODECS)
-@pytest.mark.parametrize("name", strategies.RULES)
+@pytest.mark.parametrize(("name", "upload"), RULES_AND_CODECS)
 def test_the_bytes_of_a_reply_are_known_before_it_comes(name: str, upload: str, tmp_path: Path) -> None:
     toy, expected, rule = ToyClient(tmp_path), Counter[int](), strategies.make_rule(name)
     try:

@@ -29,6 +29,12 @@ FEDERATION = Federation(
 )
 
 every_rule = pytest.mark.parametrize("rule", DEFAULTS.values(), ids=list(DEFAULTS))
+REFUSE = {
+    (type(rule).aggregate, type(rule).check, rule.facts.mixed_ranks, rule.facts.uploaded): name
+    for name, rule in DEFAULTS.items()
+}
+every_way = pytest.mark.parametrize("rule", [DEFAULTS[n] for n in REFUSE.values()], ids=list(REFUSE.values()))
+"""A rule for each code that refuses, and each fact that it looks at."""
 
 
 def one_line(error: pytest.ExceptionInfo[FedLoraError]) -> str:
@@ -43,14 +49,14 @@ def replies(rule: Rule) -> tuple[State, list[ClientUpdate]]:
     return state, FEDERATION.updates(rule, state)
 
 
-@every_rule
+@every_way
 def test_no_updates(rule: Rule) -> None:
     with pytest.raises(ConfigError) as error:
         rule.aggregate(FEDERATION.start(rule), [])
     assert "no update" in one_line(error)
 
 
-@every_rule
+@every_way
 @pytest.mark.parametrize(
     ("weights", "named"),
     [
@@ -70,7 +76,7 @@ def test_weights_that_are_none(rule: Rule, weights: tuple[float, ...], named: st
     assert named in one_line(error)
 
 
-@every_rule
+@every_way
 def test_two_replies_of_one_client(rule: Rule) -> None:
     """Their order would decide the sum, and the client would count twice."""
     state, updates = replies(rule)
@@ -95,7 +101,7 @@ def _head(**tensors: torch.Tensor) -> Change:
     return lambda u: replace(u, head={n.replace("_", "."): t for n, t in tensors.items()})
 
 
-@every_rule
+@every_way
 @pytest.mark.parametrize(
     ("change", "named"),
     [

@@ -76,8 +76,7 @@ def test_every_client_comes_out_as_if_alone_privately(how: dict[str, Any], netwo
 
 
 @in_layers
-@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
-@pytest.mark.parametrize("trained", ["A", "B"])
+@pytest.mark.parametrize(("trained", "private"), [("A", False), ("B", True)], ids=["plain", "private"])
 def test_one_factor_rests(trained: str, private: bool, how: dict[str, Any], network: AdaptedModel) -> None:
     members = [replace(m, trained=frozenset(trained)) for m in unequal(network)]
     values = assert_same(network, privately(members) if private else members, task(**{**RATE, **how}))
