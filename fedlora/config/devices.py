@@ -10,7 +10,6 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 from fedlora.config.checks import parse_json, require
 from fedlora.config.section import by_field, kebab, section
 
-Share = Annotated[float, Field(ge=0, le=1)]
 FromZeroBelowOne = Annotated[float, Field(ge=0, lt=1)]
 Portion = Annotated[float, Field(gt=0, le=1e9)]
 Spread = Annotated[float, Field(ge=0, le=10)]

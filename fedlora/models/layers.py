@@ -67,11 +67,6 @@ def _output_embedding(model: Any) -> set[int]:
     return set() if layer is None else {id(p) for p in layer.parameters()}
 
 
-def head_modules(model: nn.Module) -> tuple[str, ...]:
-    """The children that hold the head, as PEFT's ``modules_to_save`` wants them."""
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in head_tensors(model)))
-
-
 def linear_layers(model: nn.Module) -> dict[str, ModuleSpec]:
     """Every layer of the base that can take an adapter (nn.Linear, Conv1D), in the order of the model."""
     base = f"{model.base_model_prefix}."
