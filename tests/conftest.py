@@ -35,7 +35,6 @@ ON_RAY = (
 )
 """What one worker takes, so that one Ray and one pool of actors do for all of it."""
 LONGEST = (
-    "tests/simulation/test_cluster.py",
     *ON_RAY,
     "tests/audit/test_audit.py",
     "tests/clients/cohort/test_runs.py",

@@ -65,17 +65,17 @@ def test_all_commands_and_public_names_are_there(site: Path) -> None:
 
 
 @pytest.mark.slow
-def test_links_that_lead_nowhere_stop_the_build(tmp_path: Path) -> None:
-    wrong = {"[a](gone.md)": "gone.md", "[a](keys.md#gone)": "keys.md#gone", "[a](../gone.py)": "gone.py"}
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [("[a](gone.md)", "gone.md"), ("[a](keys.md#gone)", "keys.md#gone"), ("[a](../gone.py)", "gone.py")],
+)
+def test_a_link_that_leads_nowhere_stops_the_build(wrong: str, told: str, tmp_path: Path) -> None:
     for name in ("docs", "experiments", "fedlora", "strategies", "clients"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("mkdocs.yml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "CITATION.cff"):
         shutil.copyfile(ROOT / name, tmp_path / name)
     with (tmp_path / "docs" / "time.md").open("a") as page:
-        page.write("\n" + "\n\n".join(wrong) + "\n")
+        page.write(f"\n{wrong}\n")
     done = build(tmp_path / "out", tmp_path)
     assert done.returncode != 0
-    warnings = [line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line]
-    for told in wrong.values():
-        assert any(f"'{told}'" in line or told in line.split() for line in warnings), (told, warnings)
-    assert len(warnings) == len(wrong), warnings
+    assert told in done.stdout + done.stderr

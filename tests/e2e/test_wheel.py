@@ -28,7 +28,6 @@ assert FLoRA(fraction_train=0.5, scaling=2.0).rule.facts.exact
 assert callable(base_mod)
 print(Path(clients.__file__).parent.name)
 """
-ONE = ("--set", "engine.num-actors=1")
 TYPED = """
 from fedlora.strategies import FLoRA
 import fedlora
@@ -115,7 +114,7 @@ def test_it_lives_beside_packages_of_the_same_names(python: Path, project: Path,
     assert outside(python, "mine.py", cwd=project).strip() == "clients"
     (project / "tiny.toml").write_text((ROOT / "experiments" / "tiny.toml").read_text())
     command = "from fedlora.cli import main; main()"
-    outside(python, "-c", command, "run", "tiny.toml", "--out", "out", *ONE, cwd=project)
+    outside(python, "-c", command, "run", "tiny.toml", "--out", "out", cwd=project)
     assert (project / "out" / "adapter" / "adapter_model.safetensors").exists()
 
 

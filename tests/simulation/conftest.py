@@ -16,12 +16,11 @@ CPUS, GPUS = 3, 2
 """Logical ones: each actor without a model takes a GPU, and two of `pool` share a CPU."""
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def own_ray() -> Iterator[None]:
     """A Ray that this process has before fedlora needs one; which therefore leaves it running.
 
-    It ends with the last of these files: others end the Ray that they find, and a child that a test forks
-    would, too. `test_cluster`, which starts and ends several, comes first (`tests.conftest.LONGEST`).
+    It ends with the file: others end the Ray that they find, and a child that a test forks would, too.
     """
     with pytest.MonkeyPatch.context() as patched:
         for key, value in QUIET.items():
@@ -32,7 +31,7 @@ def own_ray() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def pool(own_ray: None, cache: Path) -> Iterator[RayPool]:
     """Two actors with a model."""
     pool = RayPool(EngineConfig(num_actors=2, num_cpus=0.5))
