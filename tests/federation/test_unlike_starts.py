@@ -22,11 +22,11 @@ from fedlora.secure.participant import Terms
 from fedlora.secure.step import SECURE, START, STARTS, Step
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
-from tests.federation.test_secure import ENGINE, phase
-from tests.federation.test_secure_signed import Nodes, Sent, arrives, carried_out, config_of, home
+from tests.federation.secured import ENGINE, phase
+from tests.federation.signed_nodes import config_of
+from tests.federation.test_secure_signed import Nodes, Sent, arrives, carried_out
 from tests.secure.rounds import Round, drawn
 
-__all__ = ["home"]
 VICTIM = 2
 
 
