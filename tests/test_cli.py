@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,9 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
+from fedlora.cli.console import table_of
 from fedlora.core.files import append_line
 from fedlora.errors import ConfigError
 from fedlora.server.directory import RunDirectory, held
@@ -22,6 +25,31 @@ TINY = str(ROOT / "experiments" / "tiny.toml")
 
 def fedlora(*arguments: str) -> Result:
     return CliRunner().invoke(cli, list(arguments))
+
+
+def test_a_directory_may_be_the_one_where_a_person_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = fedlora(
+        "run", TINY, "--set", "engine.name=in-process", "--set", "num-server-rounds=1", "--out", "."
+    )
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "here" / "result.json").is_file()
+    again = fedlora("run", TINY, "--out", "")
+    assert (again.exit_code, again.stderr) == (
+        2, "error: --out .: is not empty (use --resume to go on, or another directory)\n",
+    )  # fmt: skip
+
+
+def test_a_narrow_terminal_cuts_no_cell_of_a_table() -> None:
+    rows = [["zero-padding[red]", "12,345", "because it is said at length"], ["b", "1", "so"]]
+    screen = io.StringIO()
+    found = table_of(["strategy", "examples", "why"], rows, left=["strategy"], folded="why", room=24)
+    Console(file=screen, width=24, soft_wrap=True).print(found)
+    words = " ".join(["strategy examples why", *map(" ".join, rows)]).split()
+    assert screen.getvalue().split() == words
 
 
 IN_PROCESS = ("--set", "engine.name=in-process")

@@ -165,6 +165,7 @@ def test_a_finished_run_says_so_where_it_is_resumed(tmp_path: Path, cache: Path)
     assert "was finished" not in invoke(*given).stdout
     again = invoke(*given, "--resume")
     assert f"{tmp_path / 'out'} was finished: all 1 rounds are done, none was added" in again.stdout
+    assert "rounds 2 to 1" not in again.stderr
 
 
 def test_packaged_examples_are_the_ones_of_the_checkout(tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_the_command_takes_a_text_or_a_file(classifier: Path, tmp_path: Path) ->
         (["missing.txt"], "missing.txt: no such file"),
         (["there.csv"], "data.text-column = 'text': no such column"),
         (["empty.txt"], "empty.txt: holds no texts"),
+        ([" "], "the text is empty"),
     ],
 )
 def test_what_cannot_be_predicted_is_one_line(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import typer
 from click.exceptions import Abort, ClickException, NoArgsIsHelpError
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 from typer.core import TyperGroup
 
 from fedlora.core.files import user_path
@@ -21,6 +23,9 @@ from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 
 out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 err = Console(stderr=True, soft_wrap=True)
+
+FOLDED = 20
+"""Columns of the terminal that a folded column has at least."""
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -45,6 +50,35 @@ class Commands(TyperGroup):
         if options.get("standalone_mode", True):
             sys.exit(code or 0)
         return code
+
+
+def table_of(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Collection[str] = (), folded: str = "",
+    room: int | None = None,
+) -> Table:  # fmt: skip
+    """A table in which nothing is cut: a terminal that is too narrow breaks its lines.
+
+    Args:
+        header: of each column.
+        rows: a text for each column.
+        left: headings of columns that hold words; the others hold numbers.
+        folded: the heading of the column that is broken first, into lines of its own.
+        room: columns of the terminal; by default those of standard output.
+    """
+    table, least = Table(box=None, header_style="bold", pad_edge=False), 0
+    for place, heading in enumerate(header):
+        width = max(cell_len(cells[place]) for cells in (header, *rows))
+        width = min(width, FOLDED) if heading == folded else width
+        least += width + 1 + bool(place)  # rich's padding
+        table.add_column(
+            escape(heading), no_wrap=heading != folded, overflow="fold", min_width=width,
+            justify="left" if heading in (*left, folded) else "right",
+        )  # fmt: skip
+    for cells in rows:
+        table.add_row(*map(escape, cells))
+    if least > (room or out.width):
+        table.width = least  # else rich leaves out what does not fit
+    return table
 
 
 def _say_error(text: str) -> None:

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
-from fedlora.cli.console import err, one_line_errors, out
+from fedlora.cli.console import err, one_line_errors, out, table_of
 from fedlora.core.code import need_extra
 
 if TYPE_CHECKING:
@@ -114,12 +113,8 @@ def status(directory: Directory) -> None:
     from fedlora.deployment.operator.running import control_port
 
     layout = open_layout(directory)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("node", "partition", "key"):
-        table.add_column(column)
-    for entry in layout.nodes:
-        table.add_row(entry.name, str(entry.partition_id), entry.fingerprint[:16])
-    out.print(table)
+    rows = [[entry.name, str(entry.partition_id), entry.fingerprint[:16]] for entry in layout.nodes]
+    out.print(table_of(["node", "partition", "key"], rows, left=["node", "key"]))
     states = node_states(layout)
     told = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no node is registered"
     out.print(f"SuperLink on 127.0.0.1:{control_port(layout)}: {told}")

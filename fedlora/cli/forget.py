@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
-from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent
+from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent, table_of
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedlora.audit.forget import Forgotten
     from fedlora.audit.membership import Measured
 
@@ -46,11 +47,12 @@ def forget(
 
 
 def _table(found: Forgotten) -> Table:
-    table = Table("model", "accuracy on its examples", "on test examples", "loss", "test loss", "AUC (95 %)")
+    header = ["model", "accuracy on its examples", "on test examples", "loss", "test loss", "AUC (95 %)"]
+    rows = []
     for name, seen in (("with the client", found.before), ("without it", found.after)):
         accuracies, losses = (seen.accuracy, seen.test_accuracy), (seen.loss, seen.test_loss)
-        table.add_row(name, *map(percent, accuracies), *(f"{x:.3f}" for x in losses), interval(seen.auc))
-    return table
+        rows.append([name, *map(percent, accuracies), *(f"{x:.3f}" for x in losses), interval(seen.auc)])
+    return table_of(header, rows, left=["model"])
 
 
 def interval(found: Measured) -> str:

@@ -9,10 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out
+from fedlora.cli.console import one_line_errors, out, table_of
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,17 +45,10 @@ def log(
         rows = [{"node": str(node), **asdict(entry)} for node, entry in sent]
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(
-            column,
-            no_wrap=column != COLUMNS[-1],  # a reason is as long as it is, and stands in full
-            overflow="fold",
-            justify="right" if column == "bytes" else "left",
-        )
-    for node, entry in sent:
-        table.add_row(*map(escape, _cells(node, entry)))
-    out.print(table)
+    cells = [_cells(node, entry) for node, entry in sent]
+    out.print(
+        table_of(COLUMNS, cells, left=[name for name in COLUMNS if name != "bytes"], folded=COLUMNS[-1])
+    )
     total = sum(entry.bytes for _, entry in sent)
     out.print(f"{len(sent)} replies, {total:,} bytes of tensors; the network adds its own")
 

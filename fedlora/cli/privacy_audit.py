@@ -8,12 +8,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out
+from fedlora.cli.console import one_line_errors, out, table_of
 from fedlora.cli.runs import ConfigFile, Overrides
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedlora.audit.membership import Measured, Membership
     from fedlora.audit.run import Audit
 
@@ -107,14 +108,13 @@ def membership_lines(found: Membership | None) -> list[str]:
 
 
 def _table(found: Audit) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("view", "canaries", "number", "right guesses", "epsilon shown", "largest possible"):
-        table.add_column(column, justify="left" if column in ("view", "canaries") else "right", no_wrap=True)
-    for view, groups in found.bounds.items():
-        for group, b in groups.items():
-            guesses = f"{b.right} of {b.guesses}"
-            table.add_row(view, group, str(b.canaries), guesses, f"{b.epsilon:.2f}", f"{b.largest:.2f}")
-    return table
+    header = ["view", "canaries", "number", "right guesses", "epsilon shown", "largest possible"]
+    rows = [
+        [view, group, str(b.canaries), f"{b.right} of {b.guesses}", f"{b.epsilon:.2f}", f"{b.largest:.2f}"]
+        for view, groups in found.bounds.items()
+        for group, b in groups.items()
+    ]
+    return table_of(header, rows, left=header[:2])
 
 
 def _notes(found: Audit) -> list[str]:

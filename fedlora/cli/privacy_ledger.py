@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out
+from fedlora.cli.console import one_line_errors, out, table_of
 
 if TYPE_CHECKING:
     from clients.node_settings import NodeSettings
@@ -72,12 +70,8 @@ def spent(
             row["attacker"] = curve and curve.record()
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column, no_wrap=True, justify="left" if column in TEXTS else "right")
-    for row in rows:
-        table.add_row(*(escape(_cell(row[field])) for field in COLUMNS.values()))
-    out.print(table)
+    cells = [[_cell(row[field]) for field in COLUMNS.values()] for row in rows]
+    out.print(table_of(list(COLUMNS), cells, left=TEXTS))
     for row, curve in zip(rows, curves, strict=True):
         if curve:
             said = f"{row['dataset']}: {curve.said()}, by {curve.found_by}"

@@ -8,9 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from fedlora.cli.console import err, one_line_errors, out, percent
+from fedlora.cli.console import err, one_line_errors, out, percent, table_of
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -195,18 +194,17 @@ def _attacker(found: dict[str, Any]) -> str:
 def _print_hopeful_cases(plan: dict[str, Any], target_epsilon: float) -> None:
     expected, sampling = plan["expected_case"], plan["client_sampling"]
     worst, average = _count(plan["participations"], "round"), _count(expected["participations"], "round")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    table.add_column("noise calibrated for", no_wrap=True)
-    table.add_column("noise", justify="right", no_wrap=True)
-    table.add_column(f"epsilon of a client picked in {worst}", justify="right", no_wrap=True)
-    for name, case, epsilon in (
-        (f"the worst case, {worst}", plan, plan["epsilon"]),
-        (f"the expected case, {average}", expected, expected["epsilon_spent"]),
-        ("client sampling multiplied into the sample rate", sampling, sampling["epsilon_spent"]),
-    ):
-        table.add_row(name, _noise(case["noise_multiplier"]), _epsilon(epsilon))
+    what = "noise calibrated for"
+    rows = [
+        [name, _noise(case["noise_multiplier"]), _epsilon(epsilon)]
+        for name, case, epsilon in (
+            (f"the worst case, {worst}", plan, plan["epsilon"]),
+            (f"the expected case, {average}", expected, expected["epsilon_spent"]),
+            ("client sampling multiplied into the sample rate", sampling, sampling["epsilon_spent"]),
+        )
+    ]
     out.print()
-    out.print(table)
+    out.print(table_of([what, "noise", f"epsilon of a client picked in {worst}"], rows, left=[what]))
     out.print(
         f"\nThe expected case would have claimed epsilon {_epsilon(target_epsilon)} with its noise, "
         f"and {percent(expected['picked_more_often'])} of the clients spend more."

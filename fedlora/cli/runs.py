@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
-from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent
+from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent, table_of
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from fedlora.config import RunConfig
     from fedlora.study.analyse.table import StudyTable
     from fedlora.study.library import RunResult
@@ -171,13 +171,7 @@ def compare(
 
 def methods_table(found: StudyTable) -> Table:
     """The methods with their means and intervals, the most accurate first."""
-    header, cells = found.ranked().cells()
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in header:
-        table.add_column(escape(column), no_wrap=True, justify="left" if column == "method" else "right")
-    for row in cells:
-        table.add_row(*map(escape, row))
-    return table
+    return table_of(*found.ranked().cells(), left=["method"])
 
 
 @one_line_errors

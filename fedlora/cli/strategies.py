@@ -7,9 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from fedlora.cli.console import one_line_errors, out
+from fedlora.cli.console import one_line_errors, out, table_of
 
 if TYPE_CHECKING:
     from strategies.rule import Rule
@@ -39,12 +38,9 @@ def strategies(
     if as_json:
         sys.stdout.write(json.dumps(rows, indent=2) + "\n")
         return
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in COLUMNS:
-        table.add_column(column.replace("_", " "), no_wrap=column != "paper")
-    for row in rows:
-        table.add_row(*(_cell(row[column]) for column in COLUMNS))
-    out.print(table)
+    header = [column.replace("_", " ") for column in COLUMNS]
+    cells = [[_cell(row[column]) for column in COLUMNS] for row in rows]
+    out.print(table_of(header, cells, left=header, folded="paper"))
     out.print(
         "\nexact: of lora; of another lora.method a run measures it where any kind is taken (docs/peft.md)"
     )

@@ -223,6 +223,8 @@ def items_of(given: str, card: AdapterCard, text_column: str) -> list[Any]:
     Raises:
         ConfigError: a file that cannot be read, without that column, or without a row.
     """
+    if not given.strip():
+        raise ConfigError("predict: the text is empty")
     path = Path(given)
     picture = task_named(card.task).network == "image-classifier"
     try:

@@ -254,9 +254,10 @@ def held(path: Path) -> Iterator[None]:
         ConfigError: somebody else does, or nobody can.
     """
     check_place("--out", path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    place = path.resolve()  # which has a name, where "." has none
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+        with FileLock(place.parent / f".{place.name}.lock", timeout=0):
             yield
     except Timeout:
         raise ConfigError(

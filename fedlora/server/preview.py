@@ -129,10 +129,10 @@ class Preview:
         work = f"{config.train.local_steps} steps"
         if config.train.local_epochs:
             work = f"{config.train.local_epochs} epochs"
-        done = f", {self.state.round} of them done" if self.state.round else ""
+        done = f"; {self.state.round} of the rounds are done" if self.state.round else ""
         return (
-            f"{self.rule.facts.name}, {config.num_server_rounds} rounds{done} of {work} in batches of "
-            f"{config.train.batch_size}, {config.train.optimizer} at {config.train.learning_rate:g}"
+            f"{self.rule.facts.name}, {config.num_server_rounds} rounds of {work} in batches of "
+            f"{config.train.batch_size}, {config.train.optimizer} at {config.train.learning_rate:g}{done}"
         )
 
     def _traffic(self, clients: Sequence[int]) -> str:

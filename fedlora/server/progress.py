@@ -124,7 +124,7 @@ class RoundProgress:
                 f"{self._title}: partition {partition} is left out, {why}", highlight=False, markup=False
             )
         self._bar.update(self._task, completed=finished, status="training")
-        if self._lines:
+        if self._lines and finished < self._total:
             self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)
 
     def update(self, record: dict[str, Any]) -> None:

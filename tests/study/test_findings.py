@@ -51,6 +51,10 @@ def test_nothing_told_apart_is_said_first() -> None:
     findings = found(result("flora", accuracy=0.8), result("ffa", accuracy=0.795))
     assert findings.headline == "Nothing is told apart: flora (80.0%) and ffa (79.5%)."
     assert "most accurate" not in said(result("flora", accuracy=0.8), result("ffa", accuracy=0.795))
+    two = result("flora", accuracy=0.8), result("ffa", accuracy=0.795)
+    assert "of their difference leaves out 0, on this test set." in said(*two)
+    three = *two, result("fedavg", accuracy=0.79)
+    assert "leaves out 0; those of all 3 pairs hold together (Bonferroni), on this" in said(*three)
 
 
 def test_the_head_alone_can_be_the_highest() -> None:

@@ -141,10 +141,10 @@ def _caveats(rows: Sequence[Row], found: Sequence[Contest], looks: Sequence[int]
             f"Looked at before its last seed, with {before}: intervals and p-values do not know it."
         )
     if any(len(contest.rows) > 1 for contest in found):
-        caveats.append(
-            f"Two runs are told apart where the interval of their difference leaves out 0; those of all "
-            f"{found[0].family} pairs hold together (Bonferroni), on this test set."
-        )
+        pairs = found[0].family
+        together = f"; those of all {pairs} pairs hold together (Bonferroni)" if pairs > 1 else ""
+        apart = "Two runs are told apart where the interval of their difference leaves out 0"
+        caveats.append(f"{apart}{together}, on this test set.")
     if found and not any(contest.control for contest in found) and rows[0].unit == "example":
         caveats.append(
             f"{CONTROL} was not run, so this study cannot tell what the adapters add to a trained head."
