@@ -86,7 +86,8 @@ def sizes(factors: LoraFactors) -> Tensor:
     Where the directions are orthogonal, as after an SVD, these are the singular values of the delta.
     """
     rows, columns = factors.A.double().norm(dim=1), factors.B.double().norm(dim=0)
-    return abs(factors.scaling) * rows * columns
+    found: Tensor = abs(factors.scaling) * rows * columns
+    return found
 
 
 def _places(rank: int, training: Collection[int]) -> tuple[list[int], list[int]]:

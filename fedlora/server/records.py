@@ -58,7 +58,9 @@ def summary(outcome: Evaluation, domain_names: Sequence[str], task: Task = CLASS
         record |= task.measures(outcome.outputs, outcome.targets)
         first = task.metrics[0]
         record[f"{first}_by_domain"] = {
-            name: task.measures(r.outputs, r.targets)[first] for name, r in by_domain.items()
+            name: task.measures(r.outputs, r.targets)[first]
+            for name, r in by_domain.items()
+            if r.outputs is not None and r.targets is not None
         }
     if task.problem_type == REGRESSION:
         record |= {"accuracy": None, "accuracy_by_domain": {}}
