@@ -106,3 +106,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path if path.exists() else save(path, family, kind, **more)
 
     return directory
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """One `tests.models.elsewhere.Elsewhere` for all, whose imports take longer than what it opens."""
+    from tests.models.elsewhere import opener
+
+    with opener(tmp_path_factory.mktemp("elsewhere")) as process:
+        yield process

@@ -43,7 +43,7 @@ class Mutant:
         replace: the wrong text.
         what: what would be wrong.
         tests: where to look for the test that finds it.
-        select: pytest's ``-k``, the rule's name by default.
+        select: pytest's ``-k``; by default the rule's name, or everything where ``tests`` names its own.
     """
 
     rule: str
@@ -76,7 +76,8 @@ def verdict(mutant: Mutant) -> str:
         if text.count(mutant.find) != 1:
             return f"GONE: {mutant.find!r} is {text.count(mutant.find)} times in {mutant.file}"
         path.write_text(text.replace(mutant.find, mutant.replace))
-        select = ["-k", mutant.select if mutant.select is not None else mutant.rule]
+        given = "" if mutant.tests != TESTS else mutant.rule
+        select = ["-k", given if mutant.select is None else mutant.select]
         for tests in (FIRST, TESTS) if mutant.tests == TESTS else (mutant.tests,):
             code, printed = _pytest(copy, ["-q", "-x", "-p", "no:cacheprovider", *tests, *select])
             found = [match[1] for line in printed.splitlines() if (match := FAILED.match(line))]

@@ -29,9 +29,10 @@ from fedlora.tasks.targets import MultiLabelClassification, Regression
 from tests.conftest import tiny_config
 from tests.federation.test_kinds import run, values
 from tests.in_process import client_runtime
+from tests.models.elsewhere import Elsewhere
 from tests.models.families import save
 from tests.models.samples import logits, random_adapters, token_batch
-from tests.models.test_auto import exported, opened_elsewhere
+from tests.models.test_auto import exported
 
 REGRESSION = {"task": "regression", "data.label-column": "stars,size"}
 LABELS = {"task": "multi-label-classification", "data.label-column": "tags"}
@@ -172,14 +173,14 @@ def test_runs_alone_and_together(of_task: dict[str, str], tmp_path: Path, cache:
     ],
 )
 def test_exports_predict_the_same_in_peft_and_merged(
-    task: str, kind: str, labels: int, tmp_path: Path
+    task: str, kind: str, labels: int, elsewhere: Elsewhere, tmp_path: Path
 ) -> None:
     base = save(tmp_path / "base", "bert", "MaskedLM")
     names = tuple(f"t{n}" for n in range(labels))
     adapter, model = exported(tmp_path / "adapter", str(base), task, names, {"model.pooling": "model"})
-    found = opened_elsewhere(
-        "AutoPeftModelForSequenceClassification", adapter, token_batch(60), tmp_path,
-        num_labels=labels, problem_type=kind,
+    found = elsewhere.opened(
+        "AutoPeftModelForSequenceClassification", adapter, token_batch(60), num_labels=labels,
+        problem_type=kind,
     )  # fmt: skip
     assert found.shape[1] == labels
     torch.testing.assert_close(found, logits(model.module, token_batch(60)), rtol=1e-4, atol=1e-4)
