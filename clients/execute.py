@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from clients.budget import PlannedRelease, train_within_budget
 from clients.control import keep_control, off_gradients
-from clients.node_settings import EvaluationNoise
+from clients.node import Node
 from clients.personal import train_second
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
-from clients.training.canaries import Canaries
 from clients.training.packing_check import check_packing
 from clients.training.pass_memory import with_passes
 from clients.training.schedule import Stage
@@ -38,37 +36,6 @@ NUM_EXAMPLES, TRAIN_LOSS = "num-examples", "train-loss"
 NUM_UNITS = "num-units"
 """What was judged, where that is not the examples."""
 ACCURACY_IN, EXAMPLES_IN = "accuracy-in-domain-", "examples-in-domain-"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
-    """Client that an instruction is for, and where it keeps what it holds.
-
-    Attributes:
-        partition_id: whose data is trained on.
-        state_dir: what this machine keeps between messages.
-        simulation: this process belongs to a simulation, so that privacy's randomness may be seeded.
-        canaries: what an audit hides among the client's examples, in private training.
-        max_epsilon, max_delta: the owner's limits on what is ever spent on its examples.
-        before_evaluation: called before an evaluation; raises ConfigError where none may leave.
-        evaluation_noise: with which evaluations leave; None: they leave exactly.
-        set_aside: what of ``max_epsilon`` is kept for evaluations.
-        largest_value: in size, of what a message brings; infinite: any value.
-        check_start: called with what training would start from, before anything is spent; raises ConfigError
-            where it is not what the round's clients agree on.
-    """
-
-    partition_id: int
-    state_dir: Path
-    simulation: bool = False
-    canaries: Canaries | None = None
-    max_epsilon: float = math.inf
-    max_delta: float = 1.0
-    before_evaluation: Callable[[], None] | None = None
-    evaluation_noise: EvaluationNoise | None = None
-    set_aside: float = 0.0
-    largest_value: float = math.inf
-    check_start: Callable[[wire.TrainInstruction, ResolvedInstruction], None] | None = None
 
 
 def train_instruction(

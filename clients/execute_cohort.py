@@ -11,7 +11,6 @@ from typing import Any, TypeAlias
 from clients.budget import PlannedRelease
 from clients.control import off_gradients
 from clients.execute import (
-    Node,
     answer,
     declined,
     gather_parts,
@@ -22,6 +21,7 @@ from clients.execute import (
     stage_of,
     train_instruction,
 )
+from clients.node import Node
 from clients.personal import keep_second, own_steps, second_member
 from clients.runtime import ClientRuntime
 from clients.store import ResolvedInstruction

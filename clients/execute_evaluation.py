@@ -10,8 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from clients.evaluation import evaluate
-from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, Node, set_up
+from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, set_up
 from clients.ledger_ref import LedgerRef, ledger_of, ledger_ref_of
+from clients.node import Node
 from clients.node_settings import EvaluationNoise
 from clients.personal import GLOBAL_ACCURACY, load_own, may_tell
 from clients.runtime import ClientRuntime

@@ -11,9 +11,10 @@ from typing import Any
 from flwr.app import RecordDict
 
 from clients import secure, secure_steps
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
 from clients.execute_evaluation import evaluate_instruction
 from clients.journal import write_down
+from clients.node import Node
 from clients.node_settings import NodeSettings, node_settings, own_of
 from clients.owner import (
     LARGEST_VALUE,

@@ -26,7 +26,7 @@ from fedlora.privacy.ledger import Ledger
 from fedlora.wire import TrainInstruction
 
 if TYPE_CHECKING:
-    from clients.execute import Node
+    from clients.node import Node
 
 LEDGER = "ledger"
 DEALT_BY = (

@@ -135,7 +135,7 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
 
 
 def evaluations_of(settings: NodeSettings) -> dict[str, Any]:
-    """How a protected node evaluates, as fields of `clients.execute.Node`.
+    """How a protected node evaluates, as fields of `clients.node.Node`.
 
     With noise its ledger says how often; exact evaluations are counted.
     """

@@ -16,6 +16,14 @@ def needs_core(facts: Facts) -> str:
     return f"{facts.title} trains a core that PEFT has no place for: its clients need fedlora's ClientApp"
 
 
+def needs_choice(found: int, most: int) -> str:
+    """To a client that sends more directions than are its own to choose."""
+    return (
+        f"changes {found} directions, of which it was to choose {most}: clients of a rank below the global "
+        "one need fedlora's ClientApp"
+    )
+
+
 def needs_own_mod(facts: Facts, tensor: str) -> str:
     """To a client that sends back what it should keep."""
     return (

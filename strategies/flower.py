@@ -14,7 +14,7 @@ from logging import INFO
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
@@ -24,18 +24,11 @@ from fedlora.errors import ConfigError, FactorShapeError, RunFailed, UpdateRefus
 from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP
 from strategies.loop import Rounds, settings_of
+from strategies.metrics import MetricsFn, aggregated, mean_loss
 from strategies.nodes import CONNECT_TIMEOUT, NodeDirectory
 from strategies.patience import Patience
 from strategies.precision import padded, rounded_broadcast
-from strategies.replies import (
-    NUM_EXAMPLES,
-    KnownExamples,
-    MetricsFn,
-    evaluations,
-    mean_loss,
-    mean_metrics,
-    validate_reply,
-)
+from strategies.replies import NUM_EXAMPLES, KnownExamples, evaluations, validate_reply
 from strategies.report import RoundReport
 from strategies.rule import Rule
 from strategies.sampling import Selection
@@ -57,7 +50,7 @@ class FactorStrategy(Rounds):
         weighted_by_key: the metric that weighs clients; None weighs them equally.
         arrayrecord_key, configrecord_key: names of the records in the instructions.
         train_metrics_aggr_fn, evaluate_metrics_aggr_fn: what makes one record of the clients' metrics, as in
-            Flower; by default `strategies.replies.mean_metrics`.
+            Flower; by default `strategies.metrics.mean_metrics`.
         scaling: alpha / r of the adapters in ``initial_arrays``.
         rank: of the adapters that clients train; 0 is that of ``initial_arrays``.
         seed: root of the sampling and of drawn adapters.
@@ -205,7 +198,7 @@ class FactorStrategy(Rounds):
         self.report.train_loss = mean_loss(self.transport.requests, done.updates)
         self._released = self.arrays()
         counted_in = [contents[partition] for partition in sorted(self.report.participants)]
-        return self._released, self._means(self.train_metrics_aggr_fn, counted_in)
+        return self._released, aggregated(self.train_metrics_aggr_fn, counted_in, self.weighted_by_key)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -233,7 +226,9 @@ class FactorStrategy(Rounds):
             p: m for p, m in measured.items() if NUM_EXAMPLES in m and all(map(math.isfinite, m.values()))
         }
         counted_in = [contents[partition] for partition in sorted(measured)]
-        return self._means(self.evaluate_metrics_aggr_fn, counted_in) if counted_in else None
+        if not counted_in:
+            return None
+        return aggregated(self.evaluate_metrics_aggr_fn, counted_in, self.weighted_by_key)
 
     def summary(self) -> None:
         """Log the settings, as Flower's strategies do."""
@@ -291,11 +286,6 @@ class FactorStrategy(Rounds):
                 self.report.note(request.partition_id, request.reply)
                 self.transport.note_ledger(request)
         return updates
-
-    def _means(self, function: MetricsFn | None, contents: list[RecordDict]) -> MetricRecord:
-        if function is None or self.weighted_by_key is None:
-            return mean_metrics(contents, self.weighted_by_key)
-        return function(contents, self.weighted_by_key)
 
     def _count_bytes(self) -> None:
         self.report.bytes_up += sum(request.bytes_up for request in self.transport.requests)

@@ -27,8 +27,8 @@ from fedlora.errors import FactorShapeError, NotApplicable, RunFailed, UpdateRef
 from strategies.at_work import AtWork, EventGrid
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
+from strategies.metrics import TRAIN_LOSS
 from strategies.precision import rounded_broadcast, rounded_state
-from strategies.replies import TRAIN_LOSS
 from strategies.report import RoundReport
 from strategies.request import PendingRequest
 from strategies.rule import Rule

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from logging import WARNING
 
-import numpy as np
 import torch
-from flwr.app import MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor
 
 from fedlora import wire
 from fedlora.core.adapters import Adapters, as_lora, tensor_names
+from fedlora.core.directions import count_changed
 from fedlora.core.factors import PLAIN, LoraFactors, Tensors, resize
 from fedlora.core.peft_keys import peft_name
 from fedlora.core.state import Broadcast, ClientUpdate
@@ -53,7 +52,8 @@ def validate_reply(
     Raises:
         UpdateRefused: no usable reply, one of another round, another shape, rank or module, a NaN, a
             number beyond `LARGEST`, a frozen factor that came back changed, a base that was not acknowledged,
-            too long a way from the start, or no weight, or one of more examples than there are.
+            too long a way from the start, more directions than a client may choose, or no weight, or one of
+            more examples than there are.
     """
     reply = request.reply
     if reply is None:
@@ -90,6 +90,7 @@ def validate_reply(
         head=_head(request.broadcast.head, shipped.head),
         weight=checked_weight(reply.metrics, weighted_by_key),
     )
+    _check_choice(update, request, reply)
     known = known_examples(request.partition_id) if weighted_by_key == NUM_EXAMPLES else None
     if known is not None and update.weight > known:
         raise UpdateRefused(f"claims {update.weight:g} examples, it is known to have {known}")
@@ -121,6 +122,15 @@ def evaluated(request: PendingRequest, weighted_by_key: str | None) -> dict[str,
         )
     checked_weight(reply.metrics, weighted_by_key)
     return reply.metrics
+
+
+def _check_choice(update: ClientUpdate, request: PendingRequest, reply: Reply) -> None:
+    """Refuse changes of more directions than were to be chosen, where the codec leaves the others alone."""
+    codec, most = wire.CODECS[reply.codec or "float32"], request.broadcast.choose
+    if not most or reply.half or not (codec.of_change or codec.error == 0):
+        return
+    if (found := count_changed(request.broadcast.adapters, update.adapters)) > most:
+        raise UpdateRefused(client_side.needs_choice(found, most))
 
 
 def _check_distance(update: ClientUpdate, start: Broadcast, most: float) -> None:
@@ -217,45 +227,6 @@ def _refuse_foreign(adapters: Adapters, shipped: wire.PeftTensors) -> None:
             raise UpdateRefused(f"{module}: {peft_name(name)} came back, but {why}")
 
 
-TRAIN_LOSS = "train-loss"
-
-MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
-"""Flower's: the contents of the replies and the key that weighs them."""
-
-
-def mean_loss(requests: Sequence[PendingRequest], updates: Sequence[ClientUpdate]) -> float | None:
-    """The losses up to `LARGEST`, weighted as the updates are; None where nobody released one."""
-    weight_of = {update.partition_id: update.weight for update in updates}
-    losses = [
-        (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
-        for p in requests
-        if p.partition_id in weight_of
-        and p.reply is not None
-        and abs(p.reply.metrics.get(TRAIN_LOSS, math.nan)) <= LARGEST
-    ]
-    total = sum(weight for weight, _ in losses)
-    return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
-
-
-def mean_metrics(contents: Sequence[RecordDict], weighted_by_key: str | None) -> MetricRecord:
-    """The weighted mean of each metric over the clients that have it; see the module.
-
-    Args:
-        contents: of the replies, each with a valid weight.
-        weighted_by_key: the metric that weighs the clients; None weighs them equally.
-    """
-    measured = [wire.metrics_in(content) for content in contents]
-    weights = [1.0 if weighted_by_key is None else float(m[weighted_by_key]) for m in measured]  # type: ignore[arg-type]
-    means = MetricRecord()
-    for name in dict.fromkeys(name for m in measured for name in m if name != weighted_by_key):
-        found = [(weight, m[name]) for weight, m in zip(weights, measured, strict=True) if name in m]
-        if len({np.shape(value) for _, value in found}) > 1:
-            log(WARNING, "metric %r has no mean: its values are not of one length", name)
-            continue
-        means[name] = _mean(found)
-    return means
-
-
 def checked_weight(metrics: dict[str, float], key: str | None) -> float:
     """The weight of a client; 1 for everybody without a key.
 
@@ -268,14 +239,3 @@ def checked_weight(metrics: dict[str, float], key: str | None) -> float:
     if weight is None or not 0 <= weight <= MOST_WEIGHT:
         raise UpdateRefused(f"metric {key!r} = {weight}: must be there, one number, from 0 to 2^53")
     return weight
-
-
-def _mean(found: Sequence[tuple[float, float | int | list[float] | list[int]]]) -> float | list[float]:
-    """The mean over the finite values, entry by entry for lists; NaN where there is none of any weight."""
-    numbers = np.array([value for _, value in found], dtype=np.float64)
-    finite = np.isfinite(numbers)
-    weights = np.array([weight for weight, _ in found]).reshape(-1, *[1] * (numbers.ndim - 1)) * finite
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = (weights * np.where(finite, numbers, 0.0)).sum(axis=0) / weights.sum(axis=0)
-    result: float | list[float] = mean.tolist()
-    return result

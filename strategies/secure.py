@@ -29,7 +29,7 @@ from fedlora.secure.peers import PUBLIC, SURVIVORS, Peers, to_sign
 from fedlora.secure.step import ADVERTISE, CONFIRM, SECURE, SHARE, STEP, UNMASK, Step, step_of
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
-from strategies.replies import TRAIN_LOSS
+from strategies.metrics import TRAIN_LOSS
 from strategies.request import PendingRequest
 from strategies.sums import Shipped, rows_of, seen_alone, tell_starts, told_by_sums
 

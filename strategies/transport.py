@@ -195,11 +195,10 @@ class Transport:
             return self.row_bytes
         request = self._by_node[node_id]
         broadcast = request.broadcast
-        key = id(request.payload), broadcast.modules
+        key = id(request.payload), broadcast.modules, broadcast.choose
         if key not in self._expected:
             sent = wire.to_peft(broadcast.adapters, broadcast.head, broadcast.uploaded, broadcast.modules)
-            codec = wire.codec_named(self.upload)
-            self._expected[key] = sum(codec.nbytes(tensor.numel()) for tensor in sent.values())
+            self._expected[key] = wire.most_bytes(self.upload, sent, broadcast.choose)
         return self._expected[key]
 
     def note_ledger(self, request: PendingRequest) -> None:

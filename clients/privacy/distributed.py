@@ -26,7 +26,7 @@ from strategies.rule import Rule
 
 if TYPE_CHECKING:
     from clients.budget import PlannedRelease
-    from clients.execute import Node
+    from clients.node import Node
     from clients.runtime import ClientRuntime
     from fedlora import wire
     from fedlora.prepared.cache import Prepared

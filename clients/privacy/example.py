@@ -19,7 +19,7 @@ from strategies.rule import Rule
 
 if TYPE_CHECKING:
     from clients.budget import PlannedRelease
-    from clients.execute import Node
+    from clients.node import Node
     from clients.runtime import ClientRuntime
     from clients.training.dp_mechanism import Mechanism
     from fedlora import wire

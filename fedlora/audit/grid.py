@@ -11,9 +11,10 @@ from uuid import uuid4
 from flwr.app import Message, MessageType
 
 from clients.budget import rate_of
-from clients.execute import Node, load, seed_of, set_up, stage_of, train_instruction
+from clients.execute import load, seed_of, set_up, stage_of, train_instruction
 from clients.execute_cohort import Assignment, train_instructions
 from clients.execute_evaluation import evaluate_instruction
+from clients.node import Node
 from clients.runtime import ClientRuntime
 from clients.training.dp_mechanism import Mechanism
 from clients.training.dp_sgd import train_private

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import inf
 
 from torch import Tensor
 
@@ -64,20 +65,30 @@ def most_changed(start: Adapters, trained: Adapters, count: int) -> AdapterSet:
     """The adapters with so many directions of all layers as they are now, the others as they were.
 
     Kept are those of the largest ``s || b'_j a'_j - b_j a_j ||_F``, one of the two factors being the same; in
-    the order of names where they are equal.
+    the order of names where they are equal. What is no number counts as largest, so that it is not hidden.
     """
     begun, done, found = lora_set(start), lora_set(trained), list[tuple[float, str, int]]()
     for name in sorted(begun):
         before, now = begun[name], done[name]
         dB = now.B - before.B
         moved = replace(now, B=dB) if dB.any() else replace(now, A=now.A - before.A)
-        found += [(-size, name, j) for j, size in enumerate(sizes(moved).tolist())]
+        found += [(-size, name, j) for j, size in enumerate(sizes(moved).nan_to_num(inf).tolist())]
     kept = {(name, j) for _, name, j in sorted(found)[:count]}
     return {
         name: rejoined(begun[name], parted(f, chosen), chosen)
         for name, f in done.items()
         for chosen in [[j for j in range(f.rank) if (name, j) in kept]]
     }
+
+
+def count_changed(start: Adapters, now: Adapters) -> int:
+    """Directions of all layers whose row of A or column of B is another one than it was."""
+    begun, count = lora_set(start), 0
+    for name, factors in lora_set(now).items():
+        before = begun[name]
+        rows, columns = (factors.A != before.A).any(dim=1), (factors.B != before.B).any(dim=0)
+        count += int((rows | columns).sum())
+    return count
 
 
 def sizes(factors: LoraFactors) -> Tensor:

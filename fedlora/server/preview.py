@@ -22,14 +22,12 @@ from clients.training.train import train_local
 from fedlora import wire
 from fedlora.config import DataConfig, PrivacyConfig, RunConfig
 from fedlora.config.section import kebab
-from fedlora.core.factors import Tensors
 from fedlora.core.state import Broadcast, State
 from fedlora.data.examples import evaluation_subset
 from fedlora.prepared.cache import Prepared
 from fedlora.server.build import assemble, client_spec
 from fedlora.server.secure import secure_line
 from fedlora.server.validate import check
-from fedlora.wire.upload import CODECS
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
 from strategies.sums import rows_of
@@ -138,6 +136,7 @@ class Preview:
     def _traffic(self, clients: Sequence[int]) -> str:
         sent = {partition: self._broadcast(partition) for partition in clients[:MOST_NAMED]}
         rule, secure, ups, downs = self.rule, self.config.secure, [], []
+        upload = self.config.upload or rule.upload or self.config.wire_dtype
         asked = clients_of_round(self.config.fraction_train, len(clients), self.config.min_train_nodes)
         specs = [client_spec(self.config, self.runtime, partition) for partition in clients[:asked]]
         sums = rows_of(rule, self.state, specs, secure.sketch_size) if secure.mode == "sums" else None
@@ -146,9 +145,9 @@ class Preview:
             head = began.head if self.config.model.head == "train" else {}
             up = wire.to_peft(layers, head, began.uploaded)
             down = wire.to_peft(began.adapters, began.head)
-            plain = _bytes_of(up, self.config.upload or self.config.wire_dtype)
+            plain = wire.most_bytes(upload, up, began.choose)
             ups.append(plain if sums is None else wire.row_length(sums.start(began)) * secure.bits // 8)
-            downs.append(_bytes_of(down, self.config.wire_dtype))
+            downs.append(wire.most_bytes(self.config.wire_dtype, down))
         return (
             f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "
             f"up {'of sketches' if sums and rule.facts.sketched else rule.facts.up or '0'}, "
@@ -181,11 +180,6 @@ class Preview:
 
     def _broadcast(self, partition: int) -> Broadcast:
         return self.rule.broadcast(self.state, client_spec(self.config, self.runtime, partition))
-
-
-def _bytes_of(tensors: Tensors, codec: str) -> int:
-    """Bytes of tensors as a codec sends them, at most."""
-    return sum(CODECS[codec].nbytes(tensor.numel()) for tensor in tensors.values())
 
 
 def _some(named: Sequence[str]) -> str:

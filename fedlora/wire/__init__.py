@@ -58,7 +58,7 @@ from fedlora.wire.secure import (
     to_noisy_row,
     to_row,
 )
-from fedlora.wire.upload import CODECS, UploadCodec, codec_named, with_owed
+from fedlora.wire.upload import CODECS, UploadCodec, codec_named, most_bytes, with_owed
 from fedlora.wire.validation import check_range
 
 __all__ = [
@@ -102,6 +102,7 @@ __all__ = [
     "masked_record",
     "masked_row",
     "metrics_in",
+    "most_bytes",
     "moving_part",
     "moving_tensors",
     "names",

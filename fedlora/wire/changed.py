@@ -61,6 +61,18 @@ class Changed:
         return trained
 
 
+def chosen_bytes(tensors: Tensors, count: int) -> int:
+    """Bytes of so many directions of tensors, the largest of all, and of the tensors that have none."""
+    directions, others = list[int](), 0
+    for name, tensor in tensors.items():
+        axis = _axis(name, tensor)
+        if axis is None:
+            others += 4 * tensor.numel()
+        else:
+            directions += [4 * tensor.shape[1 - axis] + 1] * tensor.shape[axis]
+    return others + sum(sorted(directions, reverse=True)[:count])
+
+
 def _axis(name: str, tensor: Tensor) -> int | None:
     """The axis of a tensor along its directions; None where it has none, or more than a byte tells apart."""
     axis = next((axis for ending, axis in AXES.items() if name.endswith(ending)), None)

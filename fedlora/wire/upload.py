@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused, unknown_name
-from fedlora.wire.changed import Changed
+from fedlora.wire.changed import Changed, chosen_bytes
 from fedlora.wire.sparse import Segments, TopK
 from fedlora.wire.steps import Steps, kind_of
 
@@ -131,6 +131,12 @@ def codec_named(name: str) -> UploadCodec:
     if name not in CODECS:
         raise unknown_name("upload", name, CODECS)
     return CODECS[name]
+
+
+def most_bytes(upload: str, tensors: Tensors, choose: int = 0) -> int:
+    """Bytes of tensors as a codec sends them, at most; ``choose`` as in `Broadcast`."""
+    whole = sum(codec_named(upload).nbytes(tensor.numel()) for tensor in tensors.values())
+    return min(whole, chosen_bytes(tensors, choose)) if choose and upload == Changed().name else whole
 
 
 def with_owed(trained: Tensors, owed: Mapping[str, Tensor]) -> Tensors:

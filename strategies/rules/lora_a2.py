@@ -13,7 +13,8 @@ so that a client of a small budget spends it where its data moves the model, and
 choose different directions. Exact for what is sent: what is frozen is the same for all.
 
 A client knows its choice after it has trained, from what it sends anyway: in private training that is behind
-the noise, so that the choice costs nothing. What it does not choose goes back to where it was.
+the noise, so that the choice costs nothing. What it does not choose goes back to where it was. The server
+refuses whoever changes more. A median takes what few choose for what lies apart.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 
 from clients import budget
 from clients.budget import noise_of, plan_release, train_within_budget
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
 from clients.ledger_ref import (
     LedgerRef,
     check_disjoint,
@@ -23,6 +23,7 @@ from clients.ledger_ref import (
     ledger_directory,
     name_of,
 )
+from clients.node import Node
 from fedlora import wire
 from fedlora.config import RunConfig, read_config
 from fedlora.core.factors import LoraFactors

@@ -10,7 +10,8 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from clients.training.batched import train_cohort
 from clients.training.self_check import check_steps
 from clients.training.train import LocalResult, train_local

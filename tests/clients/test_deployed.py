@@ -11,7 +11,8 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, RecordDict
 
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from clients.training import dp_sgd, opacus_parts
 from fedlora import wire
 from fedlora.config import RunConfig

@@ -10,7 +10,8 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 from torch import nn
 
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from clients.training.batches import load_batch, shuffled_batches
 from clients.training.train import Penalties, TailGradient, batch_loss, train_local
 from fedlora import wire

@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord, Message
 
 import strategies
 from fedlora import wire
+from fedlora.core.base_patches import digest
 from fedlora.core.directions import Directions
 from fedlora.core.factors import LoraFactors
-from fedlora.core.state import State
+from fedlora.core.state import ClientSpec, State
 from strategies.allocation import Allocation, SizedRanks, make_allocation
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
@@ -203,3 +204,19 @@ def test_a_client_that_trains_all_directions_is_refused(tmp_path: Path) -> None:
     strategy.start(FakeGrid(range(CLIENTS), whole), arrays(), num_rounds=1)
     assert list(reports[0].refused) == [1]
     assert "h.0.q: lora_A has shape (3, 7), expected (1, 7)" in reports[0].refused[1]
+
+
+@pytest.mark.parametrize(("number", "frozen"), [(0, "A"), (1, "B")])
+def test_parts_of_layers_have_digests_of_their_own_under_rolora(number: int, frozen: str) -> None:
+    """What is frozen, what trains and what rests are told apart, where all B are zero, too."""
+    rule = strategies.make_rule("rolora", allocation=Fixed())
+    adapters = wire.from_peft(wire.from_record(arrays())).lora(2.0)
+    state = State(round=number, adapters=adapters, head={}, seed=3)
+    given = rule.broadcast(state, ClientSpec(partition_id=0, rank=RANK, scaling=2.0))
+    parts = wire.layer_parts(given)
+    assert len({digest(tensors) for tensors, _ in parts}) == len(parts)
+    names = [name for tensors, _ in parts for name in tensors]
+    assert sorted(names) == sorted(wire.to_peft(given.adapters, {}))
+    rest = [{*tensors} for tensors, rests in parts if rests and any("h.0.q" in name for name in tensors)]
+    key = "base_model.model.h.0.q.lora_{}.weight".format
+    assert rest == [{key(frozen)}, {key("A0"), key("B0")}]

@@ -13,7 +13,8 @@ import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from clients.training.batches import load_batch
 from clients.training.train import batch_loss
 from fedlora import wire

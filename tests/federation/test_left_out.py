@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError

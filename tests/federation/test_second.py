@@ -9,8 +9,8 @@ import pytest
 import torch
 from peft import load_peft_weights
 
-from clients.execute import Node
 from clients.execute_evaluation import evaluate_instruction
+from clients.node import Node
 from clients.personal import SECOND
 from fedlora.config import from_flat
 from fedlora.errors import ConfigError, NotApplicable

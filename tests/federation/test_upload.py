@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 import strategies
 from clients import base_mod, upload_mod
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
+from clients.node import Node
 from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.state import Broadcast, ClientUpdate

@@ -11,10 +11,13 @@ import torch
 
 from clients.privacy import mechanism_of
 from fedlora.config import ModelConfig, PrivacyConfig, RunConfig, StrategyConfig
+from fedlora.core.adapters import as_lora
+from fedlora.core.directions import most_changed
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
 from fedlora.errors import ConfigError
 from fedlora.server.validate import check
+from strategies.allocation import make_allocation
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
@@ -112,6 +115,65 @@ def test_no_client_moves_the_sum_further_than_the_clipping_norm(name: str) -> No
         sums.append(total)
     distance = math.sqrt(sum(float(((sums[0][k] - sums[1][k]) ** 2).sum()) for k in sums[0]))
     assert distance == pytest.approx(SILENT.clipping_norm / 3, rel=1e-6)
+
+
+def test_directions_at_rest_are_neither_in_the_norm_nor_noised() -> None:
+    """Naively over rows of A and columns of B that train, and the head; whatever is claimed of the others."""
+    rule = make_rule("fedavg", allocation=make_allocation("sized-ranks", {"warmup": 0, "ranks": 4}))
+    before = FEDERATION.start(rule)
+    directions = rule.allocation.directions(before)
+    rests = {n: [j for j in range(3) if j not in directions.get(n, range(3))] for n in before.adapters}
+    assert any(0 < len(own) < 3 for own in rests.values())
+    sent = {c.partition_id: rule.broadcast(before, c) for c in FEDERATION.clients}
+    updates = FEDERATION.updates(rule, before)
+    total: dict[str, np.ndarray] = {}
+    for update in updates:
+        own = {f"head {n}": numpy(t - before.head[n]) for n, t in update.head.items()}
+        for name, began in sent[update.partition_id].adapters.items():
+            for factor in "AB":
+                own[f"{factor} {name}"] = numpy(
+                    update.adapters[name].tensors()[factor] - began.tensors()[factor]
+                )
+        norm = math.sqrt(sum(float((c**2).sum()) for c in own.values()))
+        for name, change in own.items():
+            total[name] = total.get(name, 0) + change * min(1.0, SILENT.clipping_norm / norm) / 3
+    lying = [
+        replace(u, adapters={n: replace(as_lora(f), A0=f.tensors()["A0"] + 1e3) if rests[n] else f
+                             for n, f in u.adapters.items()})
+        for u in updates
+    ]  # fmt: skip
+    loud = replace(SILENT, noise_multiplier=1.0, seed=1)
+    silent, noisy = (
+        rule.aggregate(before, mechanism.privatise(lying, sent, 3, 1), diagnostics=False)[0]
+        for mechanism in (SILENT, loud)
+    )
+    for name in before.adapters:
+        began, quiet, found = (as_lora(s.adapters[name]) for s in (before, silent, noisy))
+        moves = [j for j in range(3) if j not in rests[name]]
+        np.testing.assert_allclose(numpy((quiet.A - began.A)[moves]), total[f"A {name}"], atol=1e-7)
+        np.testing.assert_allclose(numpy((quiet.B - began.B)[:, moves]), total[f"B {name}"], atol=1e-7)
+        assert torch.equal(found.A[rests[name]], began.A[rests[name]])
+        assert torch.equal(found.B[:, rests[name]], began.B[:, rests[name]])
+        assert (found.A != quiet.A)[moves].all()
+        assert (found.B != quiet.B)[:, moves].all()
+
+
+def test_noise_is_on_directions_that_nobody_chose() -> None:
+    """What a client chose is a part of its update, and no more to be seen in the mean than its values."""
+    rule = make_rule("lora-a2", {"rank": 5})
+    before = FEDERATION.start(rule)
+    sent = {c.partition_id: rule.broadcast(before, c) for c in FEDERATION.clients}
+    updates = [
+        replace(u, adapters=most_changed(sent[u.partition_id].adapters, u.adapters, 1))
+        for u in FEDERATION.updates(rule, before)
+    ]
+    mechanism = ClientDP(clipping_norm=0.5, noise_multiplier=3.0, seed=5)
+    after = rule.aggregate(before, mechanism.privatise(updates, sent, 3, 1), diagnostics=False)[0]
+    chosen = {n: torch.stack([(u.adapters[n].tensors()["B"] != 0).any(dim=0) for u in updates]).any(dim=0)
+              for n in before.adapters}  # fmt: skip
+    drawn = torch.cat([as_lora(after.adapters[n]).B[:, ~own].reshape(-1) for n, own in chosen.items()])
+    assert drawn.numel() >= 100
+    assert float(drawn.std()) == pytest.approx(3.0 * 0.5 / 3, rel=0.2)
 
 
 @pytest.mark.parametrize("seed", [5, None])

@@ -12,19 +12,15 @@ import torch
 from fedlora import wire
 from fedlora.core.directions import most_changed
 from fedlora.core.factors import LoraFactors
-from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ClientSpec
-from fedlora.errors import ConfigError, NotApplicable, UpdateRefused
+from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.validate import check
-from fedlora.wire.changed import PLACE, Changed
 from strategies.flower import FactorStrategy
 from strategies.registry import make_rule
 from strategies.uploads import checked_upload
 from tests.clients.cohort.test_runs import run
 from tests.conftest import tiny_config
 from tests.strategies.federations import one_layer
-
-KEY = "base_model.model.q.lora_{}.weight"
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -63,6 +59,17 @@ def test_the_largest_changes_of_the_weight_stay(factor: str, count: int) -> None
             assert torch.equal(f.B[:, j], wanted.B[:, j])
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_no_number_is_chosen_before_any_other(value: float) -> None:
+    """So that the server sees it and refuses, and nobody who diverged looks as if it had trained a little."""
+    start = layers(0)
+    trained = {name: f.replaced({"B": f.B + normal(5, 4, seed=9)}) for name, f in start.items()}
+    trained["q"].B[2, 3] = value
+    found = most_changed(start, trained, 1)
+    assert not torch.isfinite(found["q"].B[:, 3]).all()
+    assert torch.equal(found["p"].B, start["p"].B)
+
+
 def test_clients_get_the_global_rank_and_their_budget() -> None:
     rule = make_rule("lora-a2", {"rank": 5})
     federation = one_layer()
@@ -73,49 +80,16 @@ def test_clients_get_the_global_rank_and_their_budget() -> None:
         assert (given.adapters["layer"].rank, given.choose) == (5, choose)
 
 
-def test_only_what_changed_travels_and_nothing_is_lost() -> None:
-    codec, start = Changed(), {KEY.format("A"): normal(4, 6), KEY.format("B"): normal(5, 4), "w": normal(3)}
-    trained = {name: tensor.clone() for name, tensor in start.items()}
-    trained[KEY.format("A")][[1, 3]] += 1.0
-    trained[KEY.format("B")][:, 2] = 7.0
-    trained["w"] += 1.0
-    arrays = codec.encode(start, trained, torch_stream(0, "upload"), 0)
-    assert arrays[KEY.format("A")].shape == (2, 6)
-    assert arrays[KEY.format("B")].shape == (5, 1)
-    assert arrays[KEY.format("B") + PLACE].tolist() == [2]
-    assert sum(t.nbytes for t in arrays.values()) == 4 * (2 * 6 + 5 + 3) + 2 + 1
-    found = codec.decode(start, arrays)
-    assert all(torch.equal(found[name], tensor) for name, tensor in trained.items())
-    still = codec.decode(start, codec.encode(start, start, torch_stream(0, "upload"), 0))
-    assert all(torch.equal(still[name], tensor) for name, tensor in start.items())
-
-
-@pytest.mark.parametrize(
-    ("places", "words"),
-    [
-        (torch.tensor([3, 1], dtype=torch.uint8), "its directions do not rise"),
-        (torch.tensor([1, 1], dtype=torch.uint8), "its directions do not rise"),
-        (torch.tensor([1, 4], dtype=torch.uint8), "not below 4"),
-        (torch.tensor([1.0, 2.0]), "is float32"),
-        (torch.tensor([1], dtype=torch.uint8), r"is float32 \(2, 6\), expected float32 \(1, 6\)"),
-    ],
-)
-def test_directions_that_cannot_be_are_refused(places: torch.Tensor, words: str) -> None:
-    name, start = KEY.format("A"), {KEY.format("A"): normal(4, 6), "w": normal(3)}
-    with pytest.raises(UpdateRefused, match=words) as caught:
-        Changed().decode(start, {name: normal(2, 6), name + PLACE: places})
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UpdateRefused, match="it has none"):
-        Changed().decode(start, {"w": normal(3), "w" + PLACE: places})
-
-
-@pytest.mark.parametrize("private", [True], ids=["private"])
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
 def test_a_run_sends_what_each_client_may(private: bool, cache: Path, tmp_path: Path) -> None:
-    """Three clients of the global rank 4 and one of a quarter of it; B in round 1, then A."""
+    """Three clients of the global rank 4 and one of a quarter of it; B in round 1, then A.
+
+    Of values alone, in which every direction moves: steps in the tiny model's queries are lost in rounding.
+    """
     keys: dict[str, Any] = {
         "strategy.name": "lora-a2", "lora.ranks": "4,1,4,4", "num-server-rounds": 2,
         "model.head": "freeze", "train.optimizer": "sgd", "train.learning-rate": 0.5,
-        "strategy.screening": "off",
+        "strategy.screening": "off", "lora.target-modules": "value",
     }  # fmt: skip
     if private:
         keys |= {"privacy.mode": "example", "privacy.target-epsilon": 20.0, "privacy.accountant": "rdp"}

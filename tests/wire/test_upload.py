@@ -32,8 +32,15 @@ def trainings(draw: st.DrawFn) -> tuple[Tensors, Tensors]:
     """What training began from, and what it made of that: changes from none to larger than the start."""
     seed, shapes = draw(st.integers(0, 2**20)), draw(SHAPES)
     moved = draw(st.sampled_from([0.0, 1e-12, 1e-4, 1.0, 30.0]))
-    start = {f"layer.{i}.weight": normal(seed, f"start {i}", s, 1.0) for i, s in enumerate(shapes)}
-    return start, {n: t + normal(seed, f"moved {n}", tuple(t.shape), moved) for n, t in start.items()}
+    kind, stays = draw(st.sampled_from(["weight", "lora_A.weight", "lora_B.weight"])), draw(st.booleans())
+    start = {f"layer.{i}.{kind}": normal(seed, f"start {i}", s, 1.0) for i, s in enumerate(shapes)}
+    trained = {n: t + normal(seed, f"moved {n}", tuple(t.shape), moved) for n, t in start.items()}
+    for name, tensor in trained.items():
+        if stays and tensor.ndim == 2:  # every second row, or column
+            axis = 1 if kind.startswith("lora_B") else 0
+            still = torch.arange(0, tensor.shape[axis], 2)
+            tensor.index_copy_(axis, still, start[name].index_select(axis, still))
+    return start, trained
 
 
 def travelled(codec: UploadCodec, start: Tensors, trained: Tensors, seed: int = 0, turn: int = 0) -> Tensors:
@@ -244,6 +251,6 @@ def test_a_huge_but_finite_change_stays_what_it_was() -> None:
 def test_a_name_of_no_codec_is_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^upload = .int2. .*: accepted are float32, float16, int8, int4, topk, segments$",
+        match=r"^upload = .int2. .*: accepted are float32, float16, int8, int4, topk, segments, changed$",
     ):
         codec_named("int2")

@@ -13,10 +13,11 @@ import torch
 from flwr.app import ConfigRecord, RecordDict
 
 from clients import execute_cohort
-from clients.execute import Node, train_instruction
+from clients.execute import train_instruction
 from clients.execute_cohort import Assignment, train_instructions
 from clients.handler import handle_together
 from clients.ledger_ref import ledger_directory
+from clients.node import Node
 from clients.training.batched import oom_retry
 from clients.training.batched.cohort_size import cohort_size
 from clients.training.batched.train import train_cohort
