@@ -122,7 +122,7 @@ def test_a_budget_of_directions_in_cohorts_is_that_one_by_one(
 ) -> None:
     """After a round of all directions three of them train: up goes that share of the adapter."""
     keys: dict[str, Any] = {
-        "strategy.name": "fedavg", "num-server-rounds": 3, "lora.rank": 4, **SGD,
+        "strategy.name": "fedavg", "num-server-rounds": 2 if private else 3, "lora.rank": 4, **SGD,
         "strategy.allocation": "sized-ranks", "strategy.allocation-options": '{"ranks": 3}',
         "model.head": "freeze", "strategy.screening": "off",
     }  # fmt: skip
@@ -135,7 +135,8 @@ def test_a_budget_of_directions_in_cohorts_is_that_one_by_one(
     assert (found - wanted).abs().max() <= 1e-4
     directions = 4 * len(one)
     up = [record["bytes_up"] for record in records]
-    assert up[1:] == [up[0] * 3 // directions] * 2
+    assert up[1:] == [up[0] * 3 // directions] * len(up[1:])
+    assert len(up) > 1
 
 
 def test_groups_with_layers_steps_and_ranks_of_their_own(tmp_path: Path, cache: Path) -> None:
