@@ -15,7 +15,7 @@ from clients.training.batches import Indices, load_batch
 from clients.training.reference import reference_batch
 from fedlora.data.examples import EVALUATION_BATCH, Examples, cut
 from fedlora.models import AdaptedModel
-from fedlora.models.packed_linear import packed_base
+from fedlora.models.packed_linear import evaluating
 from fedlora.tasks import CLASSIFICATION, ExampleMetrics, Task
 
 
@@ -90,6 +90,7 @@ def evaluate(
     batch_size: int = EVALUATION_BATCH,
     *,
     task: Task = CLASSIFICATION,
+    precision: str = "float32",
 ) -> Evaluation:
     """Run the model over the examples, short ones together so that little is padded.
 
@@ -100,13 +101,14 @@ def evaluate(
         pad_token_id: fills up shorter sequences.
         batch_size: examples of a pass at most.
         task: of a model that is no `AdaptedModel`.
+        precision: of an `AdaptedModel`'s passes, as ``evaluation-precision``.
 
     Raises:
-        ConfigError: there is no example.
+        ConfigError: there is no example, or the device has no such arithmetic.
     """
     task = model.task if isinstance(model, AdaptedModel) else task
     places = cut(examples, indices, batch_size, task.most_tokens)
-    with packed_base(model) if isinstance(model, AdaptedModel) else nullcontext():
+    with evaluating(model, precision) if isinstance(model, AdaptedModel) else nullcontext():
         outcomes = [run_batch(model, task, examples, indices[chosen], pad_token_id) for chosen in places]
     return assemble(examples, indices, places, outcomes)
 

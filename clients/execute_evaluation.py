@@ -59,11 +59,12 @@ def evaluate_instruction(
     last = instruction.server_round == config.num_server_rounds
     chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)
     own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
-    outcome = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
+    given = runtime.model, runtime.data.test, own, runtime.data.pad_token_id
+    outcome = evaluate(*given, precision=config.evaluation_precision)
     metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
     if second:
         runtime.model.load(resolved.adapters, resolved.head)
-        beside = evaluate(runtime.model, runtime.data.test, own, runtime.data.pad_token_id)
+        beside = evaluate(*given, precision=config.evaluation_precision)
         metrics[GLOBAL_ACCURACY] = beside.accuracy
     if not runtime.model.task.labelled:
         metrics[NUM_UNITS] = float(outcome.num_units)
@@ -127,7 +128,8 @@ def noisy_evaluation(
     )
     scores = np.zeros((0, 2))
     if count:
-        outcome = evaluate(runtime.model, test, np.arange(count), runtime.data.pad_token_id)
+        given = runtime.model, test, np.arange(count), runtime.data.pad_token_id
+        outcome = evaluate(*given, precision=config.evaluation_precision)
         scores = np.stack([outcome.right / outcome.units, outcome.losses / LARGEST_LOSS], axis=1)
     (accuracy, loss), examples = noisy_means(scores, noise.epsilon, count_hidden=noise.count_hidden)
     return wire.Reply(

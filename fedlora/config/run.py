@@ -88,6 +88,9 @@ class RunConfig:
     rounds, then tried again; 0: it is waited for in every round."""
     evaluate_every: PositiveInt = 1
     """Evaluate the global model every so many rounds (always after the last)."""
+    evaluation_precision: Literal["float32", "bfloat16"] = "float32"
+    """Every evaluation of the run, the last one too, is computed in ``float32``, or in ``bfloat16``, as in
+    ``train.precision``."""
     generate_every: NonNegativeInt = 0
     """Of language models: ``samples.json`` also has what the global model writes every so many rounds; 0
     means before training and at the end alone."""
@@ -148,6 +151,11 @@ class RunConfig:
             f"times fraction-train = {share:g} must be <= 1, or there are not so many to ask",
         )  # fmt: skip
         self._check_evaluations()
+        require(
+            self.task != "dpo" or self.evaluation_precision == "float32",
+            "evaluation-precision", self.evaluation_precision,
+            "must be 'float32' with task = 'dpo', whose margins are small differences of large sums",
+        )  # fmt: skip
         require(
             self.secure.noise == "none" or self.privacy.client_level, "secure.noise", self.secure.noise,
             f"is noise for whole clients, privacy.mode is {self.privacy.mode!r}, must be 'client'",

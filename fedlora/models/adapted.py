@@ -201,7 +201,10 @@ class AdaptedModel:
         device = self.device.type
         lacks = device == "cuda" and not torch.cuda.is_bf16_supported()
         if wanted != torch.float32 and (lacks or not torch.amp.is_autocast_available(device)):
-            raise ConfigError(f"train.precision = 'bfloat16': this {device} device has none, use 'float32'")
+            raise ConfigError(
+                f"this {device} device has no bfloat16, train.precision and evaluation-precision must be "
+                "'float32'"
+            )
         self.precision = wanted
         try:
             with torch.autocast(device, dtype=torch.bfloat16, enabled=wanted != torch.float32):

@@ -55,6 +55,28 @@ def packed_base(model: AdaptedModel, precision: torch.dtype = torch.float32) -> 
             vars(layer).pop("forward", None)
 
 
+@contextmanager
+def evaluating(model: AdaptedModel, precision: str) -> Iterator[None]:
+    """Inside, passes are computed in a precision, the base's layers packed where that may be and pays.
+
+    Args:
+        model: any.
+        precision: as ``evaluation-precision``.
+
+    Raises:
+        ConfigError: the device has no such arithmetic.
+    """
+    kind = getattr(torch, precision)
+    with model.computing(kind), packed_base(model, kind):
+        yield
+
+
+def tell_if_emulated(model: AdaptedModel, precision: str) -> None:
+    """Say once where evaluation in half precision gains nothing."""
+    if precision == "bfloat16" and model.device.type == "cpu" and not has_onednn(torch.bfloat16):
+        _tell("evaluation-precision = 'bfloat16': emulated on this processor, slower than 'float32'")
+
+
 def between(model: AdaptedModel, precision: torch.dtype) -> AbstractContextManager[None]:
     """Inside, passes are float32 between packed layers; where none is packed, as they would be."""
     return model.computing(torch.float32) if packs(model, precision) else nullcontext()

@@ -15,6 +15,7 @@ from clients.personal import SECOND
 from clients.privacy import mechanism_of
 from clients.store import OWN
 from fedlora.core.factors import Tensors
+from fedlora.models.packed_linear import tell_if_emulated
 from fedlora.server import best
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
@@ -59,6 +60,7 @@ class Evaluate(Callback):
     def before_run(self, run: FederatedRun) -> None:
         """Evaluates a pretrained model before round 1, where no fresh head decides the figures."""
         self._global = GlobalEvaluator(run.session)
+        tell_if_emulated(run.runtime.model, run.config.evaluation_precision)
         if run.runtime.model.task.labelled or run.directory.before() is not None:
             return
         began = time.monotonic()

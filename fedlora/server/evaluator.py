@@ -48,14 +48,17 @@ class GlobalEvaluator:
 
     def sets(self, state: State, *, whole: bool = False) -> dict[str, Any]:
         """On the sets of ``data.evaluation-sets``, or a fixed subset of each; nothing without any."""
-        runtime, size = self._session.runtime, self._session.config.data.evaluate_examples
+        runtime, config = self._session.runtime, self._session.config
+        size, precision = config.data.evaluate_examples, config.evaluation_precision
         if not self._data.sets:
             return {}
         runtime.load_state(state)
         found = {}
         for name, examples in self._data.sets.items():
             chosen = evaluation_subset(examples, 0 if whole else size)
-            outcome = evaluate(runtime.model, examples, chosen, self._data.pad_token_id)
+            outcome = evaluate(
+                runtime.model, examples, chosen, self._data.pad_token_id, precision=precision
+            )
             found[name] = self.record(outcome)
         return {SETS: found}
 

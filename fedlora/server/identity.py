@@ -45,6 +45,7 @@ ADDED = {
     "model.dtype": "float32",
     "license": "",
     "generate-every": 0,
+    "evaluation-precision": "float32",
     "early-stopping-patience": 0,
     "early-stopping-threshold": 0.0,
     "load-best-model-at-end": False,

@@ -90,7 +90,7 @@ class Preview:
                 done = num_steps(config.train, sizes[middle], TRIED_STEPS)
                 step = min(step, (time.perf_counter() - start) / done)
         start, tried = time.perf_counter(), evaluation_subset(data.test, TRIED_EXAMPLES)
-        evaluate(model, data.test, tried, data.pad_token_id)
+        evaluate(model, data.test, tried, data.pad_token_id, precision=config.evaluation_precision)
         each = (time.perf_counter() - start) / max(1, len(tried))
         seconds = self._seconds(0.0 if math.isinf(step) else step, each, clients, sizes)
         unit = 1 if sys.platform == "darwin" else 1024

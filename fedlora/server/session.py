@@ -68,7 +68,8 @@ class Session:
         """The global model of a state on some of the test examples; here, in this process."""
         self.runtime.load_state(state)
         data = self.runtime.data
-        return evaluate(self.runtime.model, data.test, indices, data.pad_token_id)
+        precision = self.config.evaluation_precision
+        return evaluate(self.runtime.model, data.test, indices, data.pad_token_id, precision=precision)
 
     def verify(self) -> None:
         """Called after the last round.

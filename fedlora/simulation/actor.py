@@ -118,22 +118,23 @@ class ClientActor:
         kind = messages[0].metadata.message_type
         return [handle(kind, contents[0], runs[0], nodes[0], runtimes, states[0])]
 
-    def evaluate(self, ref: SharedModelRef, model: Any, batches: Sequence[Any]) -> list[Any]:
+    def evaluate(self, ref: SharedModelRef, model: Any, batches: Sequence[Any], precision: str) -> list[Any]:
         """The outcome of each batch of test examples.
 
         Args:
             ref: the base and the data.
             model: adapters and head, or a reference to them.
             batches: indices of test examples.
+            precision: as ``evaluation-precision``.
         """
         from clients.evaluation import run_batch
-        from fedlora.models.packed_linear import packed_base
+        from fedlora.models.packed_linear import evaluating
 
         runtime = self._model.attach(ref)
         runtime.model.load(*model)
         data = runtime.data
         model_here, task = runtime.model, runtime.model.task
-        with packed_base(runtime.model):
+        with evaluating(runtime.model, precision):
             return [run_batch(model_here, task, data.test, batch, data.pad_token_id) for batch in batches]
 
     def base_hashes(self, ref: SharedModelRef) -> Hashes:

@@ -73,8 +73,9 @@ class RaySession(Session):
         ref, test = self._shared_model.move_to(state.base), self.runtime.data.test
         model = put((dict(state.adapters), dict(state.head)))
         places = cut(test, indices, most_tokens=task_named(self.runtime.data.task).most_tokens)
+        precision = self.config.evaluation_precision
         jobs = [
-            Job("evaluate", (ref, model, [indices[places[i]] for i in pack]), "the evaluation", pack)
+            Job("evaluate", (ref, model, [indices[places[i]] for i in pack], precision), "the evaluation", pack)
             for pack in self._packed(len(places))
         ]
         outcomes: dict[int, Any] = {}

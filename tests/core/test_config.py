@@ -88,7 +88,7 @@ FROM_ZERO = ("seed", "train.head-learning-rate", "train.weight-decay", "train.lo
              "privacy.noise-multiplier", "privacy.max-participations", "engine.num-actors",
              "engine.max-retries")  # fmt: skip
 CHOICES = ("model.pooling", "model.head", "data.partitioner", "train.precision", "privacy.mode",
-           "privacy.accountant", "engine.device")  # fmt: skip
+           "privacy.accountant", "engine.device", "evaluation-precision")  # fmt: skip
 
 BAD: list[tuple[str, Any, str]] = [
     ("lora.ranks", "8-4", "'8-4' is not a whole number or a range"),

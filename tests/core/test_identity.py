@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
         ("lora.rank", 4, True),
         ("seed", 1, True),
         ("evaluate-every", 2, True),
+        ("evaluation-precision", "bfloat16", True),
         ("privacy.ledger", "/elsewhere", True),
         ("output-dir", "elsewhere", False),
         ("resume", True, False),
@@ -42,6 +43,12 @@ ROOT = Path(__file__).parents[2]
 def test_keys_count_where_they_have_an_effect(key: str, value: Scalar, counts: bool) -> None:
     other = from_flat({key: value})
     assert (config_digest(other) != config_digest(from_flat({}))) is counts
+
+
+def test_keys_that_came_later_do_not_count_at_their_default() -> None:
+    """Else no run of before would be known again."""
+    flat = to_flat(from_flat({}))
+    assert {key: flat[key] for key in identity.ADDED} == identity.ADDED
 
 
 def test_no_key_is_forgotten() -> None:

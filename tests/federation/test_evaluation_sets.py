@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.best import best_round, metric_of
 from fedlora.server.tracking import numbers
 from fedlora.server.validate import check
 from tests.conftest import tiny_config
-from tests.federation.test_kinds import run
+from tests.federation.test_kinds import run, values
 from tests.in_process import client_runtime
 
 
@@ -41,8 +42,10 @@ def keys(tmp_path: Path, cache: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_every_evaluation_is_of_each_set(keys: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_every_evaluation_is_of_each_set(precision: str, keys: dict[str, Any], tmp_path: Path) -> None:
     keys |= {
+        "evaluation-precision": precision,
         "data.evaluate-examples": 4,
         "metric-for-best-model": "all-b_loss",
         "load-best-model-at-end": True,
@@ -62,6 +65,26 @@ def test_every_evaluation_is_of_each_set(keys: dict[str, Any], tmp_path: Path) -
     assert result["best_round"] == min(losses, key=losses.__getitem__)
     assert result["best_on"] == "all-b"
     assert numbers(lines[0])["all-b/loss"] == losses[1]
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("head", ["train", "local"])
+def test_evaluation_in_half_precision_moves_the_figures_a_little_and_no_bit_of_training(
+    head: str, tmp_path: Path
+) -> None:
+    """Measured by the server, and by clients who keep their heads."""
+    found, trained = {}, {}
+    for precision in ("float32", "bfloat16"):
+        path = tmp_path / precision
+        done = run(path, **{"model.head": head, "evaluation-precision": precision})
+        lines = [json.loads(line) for line in (path / "run" / "rounds.jsonl").read_text().splitlines()]
+        result = json.loads((path / "run" / "result.json").read_text())
+        found[precision] = [record["loss"] for record in (*lines, result)]
+        trained[precision] = values(done), [line["train_loss"] for line in lines]
+    assert all(0 < abs(a - b) < 0.01 for a, b in zip(*found.values(), strict=True))
+    (one, losses), (other, same) = trained.values()
+    assert losses == same
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_best_round_is_that_of_the_set_that_is_named(keys: dict[str, Any]) -> None:

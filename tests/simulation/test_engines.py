@@ -24,6 +24,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "flora-cohorts": {**MIXED, "engine.cohort-size": 2},
     "private": {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "engine.cohort-size": 1},
     "secure": {"secure.mode": "sums", "engine.cohort-size": 2},
+    "half-evaluation": {"evaluation-precision": "bfloat16", "engine.cohort-size": 1},
     "local-head": {"model.head": "local", "engine.cohort-size": 1},
 }
 SAME = ("accuracy", "loss", "train_loss", "bytes_up", "bytes_down", "participants", "refused", "epsilon")

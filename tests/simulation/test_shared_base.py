@@ -135,8 +135,11 @@ def test_a_cohort_whose_process_is_killed_is_trained_again_and_nobody_is_lost(
     assert all(len(r["participants"]) == 6 and not r["refused"] for r in records)
 
 
-def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool, tmp_path: Path) -> None:
-    config = tiny_config()
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_dealt_batches_give_the_figures_of_one_process(
+    precision: str, pool: RayPool, tmp_path: Path
+) -> None:
+    config = tiny_config(**{"evaluation-precision": precision})
     shared_model = pool.shared_model(config)
     data, model = shared_model.runtime.data, shared_model.runtime.model
     template = model.template(4, 2.0)
@@ -148,7 +151,7 @@ def test_dealt_batches_give_the_figures_of_one_process(pool: RayPool, tmp_path: 
     indices = np.tile(np.arange(len(data.test))[::-1], 6)  # twelve batches, two in a job
     two = pool.session(config, tmp_path).evaluate(state, indices)
     model.load(adapters, template.head)
-    alone = evaluate(model, data.test, indices, data.pad_token_id)
+    alone = evaluate(model, data.test, indices, data.pad_token_id, precision=precision)
     assert two.losses.tobytes() == alone.losses.tobytes()
     assert two.right.tobytes() == alone.right.tobytes()
     assert np.array_equal(two.indices, indices)
