@@ -56,9 +56,7 @@ class GlobalEvaluator:
         found = {}
         for name, examples in self._data.sets.items():
             chosen = evaluation_subset(examples, 0 if whole else size)
-            outcome = evaluate(
-                runtime.model, examples, chosen, self._data.pad_token_id, precision=precision
-            )
+            outcome = evaluate(runtime.model, examples, chosen, self._data.pad_token_id, precision=precision)
             found[name] = self.record(outcome)
         return {SETS: found}
 

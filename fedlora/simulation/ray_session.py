@@ -75,7 +75,12 @@ class RaySession(Session):
         places = cut(test, indices, most_tokens=task_named(self.runtime.data.task).most_tokens)
         precision = self.config.evaluation_precision
         jobs = [
-            Job("evaluate", (ref, model, [indices[places[i]] for i in pack], precision), "the evaluation", pack)
+            Job(
+                "evaluate",
+                (ref, model, [indices[places[i]] for i in pack], precision),
+                "the evaluation",
+                pack,
+            )
             for pack in self._packed(len(places))
         ]
         outcomes: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""``train.precision`` and ``evaluation-precision``: passes in half precision; factors, optimiser in float32."""
+"""``train.precision`` and ``evaluation-precision``: passes in half precision, what is trained in float32."""
 
 from __future__ import annotations
 

@@ -136,9 +136,7 @@ def test_a_cohort_whose_process_is_killed_is_trained_again_and_nobody_is_lost(
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_dealt_batches_give_the_figures_of_one_process(
-    precision: str, pool: RayPool, tmp_path: Path
-) -> None:
+def test_dealt_batches_give_the_figures_of_one_process(precision: str, pool: RayPool, tmp_path: Path) -> None:
     config = tiny_config(**{"evaluation-precision": precision})
     shared_model = pool.shared_model(config)
     data, model = shared_model.runtime.data, shared_model.runtime.model
