@@ -73,6 +73,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "florist": [0, *(patch.nbytes for patch in strategy.state.base[:2])],
         "fedsa": [both, 4 * numbers["A"], 4 * numbers["A"]],
         "rolora": [both, 4 * numbers["B"], 4 * numbers["A"]],  # the other one rested at the client
+        "lora-a2": [both, 4 * numbers["B"], 4 * numbers["A"]],
         "turns": [both, 4 * numbers["B"], 4 * numbers["A"]],
         "fedex": [both, stacked, stacked],  # the means, and a residual of rank R - r
         "fedmomentum": [both, stacked, stacked],
