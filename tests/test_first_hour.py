@@ -246,7 +246,7 @@ def test_a_run_ends_with_what_all_its_rounds_took(tmp_path: Path) -> None:
 
     rounds = [{"round": n, "refused": {"3": "late"} if n == 2 else {}} for n in (1, 2)]
     record = {"rounds": 2, "seconds": 61.2, "bytes_up": 2_500_000, "bytes_down": 4_000, "epsilon": 7.94321}
-    done = RunResult(path=tmp_path, config=fedlora.RunConfig(), record=record, rounds=rounds)
+    done = RunResult(path=tmp_path, config=fedlora.RunConfig(), record=record, records=rounds)
     assert _totals(done) == [
         ("rounds", "2 in 0:01:01"),
         ("traffic", "2.5 MB up, 0.004 MB down"),

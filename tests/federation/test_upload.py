@@ -185,7 +185,8 @@ def test_a_client_that_does_not_know_the_codec_says_which_it_knows(
 
 def test_an_unknown_codec_is_refused_before_anything_starts() -> None:
     with pytest.raises(
-        ConfigError, match=r"^upload = 'int2' .did you mean int.*: accepted are float32, .*, segments$"
+        ConfigError,
+        match=r"^upload = 'int2' .did you mean int.*: accepted are float32, .*, segments, changed$",
     ):
         strategies.FedAvg(upload="int2")
 
