@@ -33,8 +33,7 @@ from fedlora import wire
 from fedlora.config import RunConfig
 from fedlora.core.files import write_atomic
 from fedlora.core.parallel import one_thread
-from fedlora.data.columns import shown_apart
-from fedlora.errors import ConfigError, FedLoraError, named_line
+from fedlora.errors import ConfigError, FedLoraError, named_line, shown_apart
 from fedlora.secure.step import STEP
 
 TRAIN, EVALUATE = "train", "evaluate"

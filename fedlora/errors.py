@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from itertools import takewhile
 
 OR_YOUR_OWN = ", and module:Class of your own"
 
@@ -77,6 +78,33 @@ def unknown_name(key: str, name: object, accepted: Collection[str], more: str = 
     near = get_close_matches(str(name), accepted, n=1)
     hint = f" (did you mean {near[0]}?)" if near else ""
     return ConfigError(f"{key} = {name!r}{hint}: accepted are {', '.join(accepted)}{more}")
+
+
+def shown(names: Sequence[str]) -> str:
+    """Names in a message, the first twenty.
+
+    >>> shown(["a", "b"])
+    "'a', 'b'"
+    """
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return ", ".join(map(repr, names[:20])) + more
+
+
+def shown_apart(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    """Two unlike lists of names in a message, where they are long from the first that differs.
+
+    >>> shown_apart(["a", "b"], ["a"])
+    ("'a', 'b'", "'a'")
+    >>> many = [f"n{number}" for number in range(30)]
+    >>> shown_apart(many, [*many[:28], "x"])
+    ("from number 29 on 'n28', 'n29'", "from number 29 on 'x'")
+    """
+    if max(len(ours), len(theirs)) <= 20:
+        return shown(ours), shown(theirs)
+    pairs = zip(ours, theirs, strict=False)
+    alike = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    tails = [shown(names[alike:]) or "nothing more" for names in (ours, theirs)]
+    return f"from number {alike + 1} on {tails[0]}", f"from number {alike + 1} on {tails[1]}"
 
 
 def first_line(error: object, otherwise: str = "") -> str:

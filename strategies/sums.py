@@ -141,7 +141,7 @@ def tell_starts(transport: Transport, settings: Mapping[str, Any], acting: Calla
     """
     starts = {}
     for request in transport.requests:
-        partition, values = request.partition_id, transport.digest_of(request.payload.tensors)
+        partition, values = request.partition_id, transport.encodings.digest(request.payload.tensors)
         told, row = transport.settings(request, settings), Step(transport.beside[partition])
         starts[partition] = wire.start_digest(values, told, acting(partition), row)
     for partition, record in transport.beside.items():

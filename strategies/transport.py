@@ -12,17 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor
 
 from fedlora import wire
-from fedlora.core.base_patches import Patch, digest
+from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Tensors
 from fedlora.core.seeding import derive
 from fedlora.core.state import Broadcast
 from fedlora.errors import ConfigError
 from fedlora.secure.step import SECURE
+from strategies.encodings import Encodings
 from strategies.request import Payload, PendingRequest, read_reply, says_missing
 
 Send = Callable[..., Iterable[Message]]
@@ -47,6 +46,7 @@ class Transport:
         ledger_heads: partition id -> the head of its privacy ledger when it last said: a client sees by it
             that its ledger was not set back since.
         requests: of this round.
+        encodings: of its tensors.
         beside: partition id -> what travels with its orders, see `fedlora.wire.secure`.
         row_bytes: of a masked update, where the round has those.
 
@@ -84,8 +84,7 @@ class Transport:
         self._patches: dict[str, Patch] = {}
         self._base: tuple[str, ...] = ()
         self._payloads: dict[tuple[Any, ...], Payload] = {}
-        self._records: dict[tuple[int, ...], tuple[Tensors, ArrayRecord]] = {}
-        self._digests: dict[tuple[int, ...], tuple[Tensors, str]] = {}
+        self.encodings = Encodings(wire_dtype, packed=packed)
         self._parts: dict[tuple[str, ...], ArrayRecord] = {}
         self._expected: dict[tuple[Any, ...], int] = {}
 
@@ -100,8 +99,8 @@ class Transport:
 
     def open(self, base: tuple[Patch, ...], pending: Sequence[PendingRequest] = ()) -> None:
         """Begin a round of instructions over this base; the last round's are forgotten, but for these."""
-        self._payloads, self._records, self._digests, self._parts = {}, {}, {}, {}
-        self._expected = {}
+        self._payloads, self._parts, self._expected = {}, {}, {}
+        self.encodings = Encodings(self.wire_dtype, packed=self.packed)
         self.requests, self._by_node = [*pending], {request.node_id: request for request in pending}
         late = {name for request in pending for name in request.needs.base}  # folded since, perhaps
         self._patches = {name: patch for name, patch in self._patches.items() if name in late}
@@ -110,11 +109,11 @@ class Transport:
 
     def add(self, partition_id: int, node_id: int, broadcast: Broadcast, rank: int = 0) -> PendingRequest:
         """Another client's instruction, with all it must hold for it; ``rank`` as in `PendingRequest`."""
-        payload = self._payload(broadcast)
-        frozen = self.digest_of(payload.frozen)
+        payload, digest = self._payload(broadcast), self.encodings.digest
+        frozen = digest(payload.frozen)
         others = self.acknowledged.get(partition_id, set()) - {*self._patches, frozen}
-        moving = self.digest_of(payload.moving) if others else ""  # without others, nothing to be hashed for
-        layers = [(self.digest_of(part), rests) for part, rests in payload.layers]
+        moving = digest(payload.moving) if others else ""  # without others, nothing to be hashed for
+        layers = [(digest(part), rests) for part, rests in payload.layers]
         needs = wire.Needs(
             base=self._base,
             frozen=frozen,
@@ -250,10 +249,10 @@ class Transport:
         if request.needs.frozen not in held:
             travels |= payload.frozen
         for part, _ in payload.layers:
-            if self.digest_of(part) not in held:
+            if self.encodings.digest(part) not in held:
                 travels |= part
         settings = self.settings(request, config)
-        arrays = self._record(self.arranged(travels))
+        arrays = self.encodings.record(self.arranged(travels))
         content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: ConfigRecord(settings)})
         terms = request.needs.sum_of
         added_up = request.needs.base[:1] if terms and held.issuperset(terms) else ()
@@ -290,38 +289,8 @@ class Transport:
             )
         return self._payloads[key]
 
-    def _record(self, tensors: Tensors) -> ArrayRecord:
-        """One record for tensors of the same bits, so that an engine can ship it once."""
-        key = tuple(id(t) for t in tensors.values())
-        if key not in self._records:
-            twins = (record for known, record in self._records.values() if _alike(known, tensors))
-            record = next(twins, None)
-            self._records[key] = (
-                tensors,
-                wire.to_record(tensors, self.wire_dtype, packed=self.packed) if record is None else record,
-            )
-        return self._records[key][1]
-
-    def digest_of(self, tensors: Tensors) -> str:
-        """The digest of tensors, taken once for tensors that are the same objects; empty for none."""
-        key = tuple(id(t) for t in tensors.values())
-        if key and key not in self._digests:
-            self._digests[key] = (tensors, digest(tensors))
-        return self._digests[key][1] if key else ""
-
     def _part(self, names: tuple[str, ...]) -> ArrayRecord:
         if names not in self._parts:
             patches = {name: self._patches[name] for name in names}
             self._parts[names] = wire.parts_record(patches, self.wire_dtype, packed=self.packed)
         return self._parts[names]
-
-
-def _alike(one: Tensors, other: Tensors) -> bool:
-    return one.keys() == other.keys() and all(_same_bits(t, other[name]) for name, t in one.items())
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return False
-    first, second = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(first, second)

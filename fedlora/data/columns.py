@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import unicodedata
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from fedlora.data.chat.columns import KEY, conversation_texts, usual_columns
 from fedlora.data.chat.preferences import PREFERENCES, preference_texts
 from fedlora.data.targets import TARGETS, read_targets
 from fedlora.data.values import as_names, as_texts, class_names, refuse_empty
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -242,33 +241,6 @@ def _is_number(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def shown(names: Sequence[str]) -> str:
-    """Names in a message, the first twenty.
-
-    >>> shown(["a", "b"])
-    "'a', 'b'"
-    """
-    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(map(repr, names[:20])) + more
-
-
-def shown_apart(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    """Two unlike lists of names in a message, where they are long from the first that differs.
-
-    >>> shown_apart(["a", "b"], ["a"])
-    ("'a', 'b'", "'a'")
-    >>> many = [f"n{number}" for number in range(30)]
-    >>> shown_apart(many, [*many[:28], "x"])
-    ("from number 29 on 'n28', 'n29'", "from number 29 on 'x'")
-    """
-    if max(len(ours), len(theirs)) <= 20:
-        return shown(ours), shown(theirs)
-    pairs = zip(ours, theirs, strict=False)
-    alike = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
-    tails = [shown(names[alike:]) or "nothing more" for names in (ours, theirs)]
-    return f"from number {alike + 1} on {tails[0]}", f"from number {alike + 1} on {tails[1]}"
 
 
 def in_order(values: Iterable[str]) -> list[str]:

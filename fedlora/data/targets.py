@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from fedlora.config import name_list
 from fedlora.data.values import described, named, python_values
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -70,7 +70,7 @@ def encode_targets(
     Raises:
         ConfigError: a name that is not known, with its row, or another number of columns than of names.
     """
-    from fedlora.data.columns import in_order, shown
+    from fedlora.data.columns import in_order
 
     lists_in = [not pa.types.is_fixed_size_list(table[TARGETS].type) for table in tables]
     if any(lists_in) and not all(lists_in):
@@ -108,8 +108,6 @@ def check_columns(columns: Sequence[str], known: Sequence[str], where: str) -> N
     Raises:
         ConfigError: one of these, after ``where``.
     """
-    from fedlora.data.columns import shown
-
     if len(columns) != len(known):
         raise ConfigError(f"{where}: names {len(columns)} columns, must be {len(known)}, for {shown(known)}")
     pairs = zip(columns, known, strict=True)

@@ -13,9 +13,9 @@ import pyarrow as pa
 from clients.evaluation import evaluate
 from fedlora.config import DataConfig, RunConfig, TrainConfig, name_list
 from fedlora.core.files import user_path
-from fedlora.data.columns import label_codes, shown
+from fedlora.data.columns import label_codes
 from fedlora.data.targets import REGRESSION, check_columns
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, shown
 from fedlora.models import AdapterCard, check_fit, load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.server.records import summary

@@ -24,12 +24,12 @@ from fedlora.config import DataConfig, name_list
 from fedlora.core.files import file_stamps
 from fedlora.data.chat.columns import usual_columns
 from fedlora.data.chat.template import ChatSettings
-from fedlora.data.columns import UNIT, Columns, in_order, shown
+from fedlora.data.columns import UNIT, Columns, in_order
 from fedlora.data.examples import open_examples
 from fedlora.data.split import split_table
 from fedlora.data.targets import TARGETS, encode_targets
 from fedlora.data.values import is_text
-from fedlora.errors import ConfigError, OwnDataRefused
+from fedlora.errors import ConfigError, OwnDataRefused, shown
 from fedlora.prepared.cache import FORMAT, META, Prepared, tokenised
 from fedlora.tasks import CLASSIFICATION, Task, task_named
 

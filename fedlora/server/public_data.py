@@ -24,9 +24,9 @@ from fedlora.core.factors import Tensors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.init_eva import InputMoments
 from fedlora.core.seeding import stream
-from fedlora.data.columns import BUILT_IN, shown_apart
+from fedlora.data.columns import BUILT_IN
 from fedlora.data.examples import Examples
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, shown_apart
 from fedlora.models import AdaptedModel
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
 from fedlora.tasks.task import inputs

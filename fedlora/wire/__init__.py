@@ -17,22 +17,24 @@ Nothing here unpickles: arrays are NumPy's own format with pickling refused.
 from fedlora.core.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft
 from fedlora.secure.step import MASKED
 from fedlora.wire.arrays import ARRAYS, CONFIG, METRICS, PARTS, from_record, nbytes, payload_bytes, to_record
+from fedlora.wire.broadcast import (
+    frozen_part,
+    frozen_tensors,
+    head_tensors,
+    layer_parts,
+    layers_travelled,
+    moving_part,
+    moving_tensors,
+)
 from fedlora.wire.instruction import (
     INSTRUCTION_KEYS,
     Needs,
     TrainInstruction,
     complete_adapters,
     decode_instruction,
-    frozen_part,
-    frozen_tensors,
-    head_tensors,
     identity,
     instruction_config,
     instruction_settings,
-    layer_parts,
-    layers_travelled,
-    moving_part,
-    moving_tensors,
     names,
     parts_record,
 )

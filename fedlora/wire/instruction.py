@@ -11,10 +11,10 @@ from typing import Any
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedlora.core.adapters import Adapters, lora_set, tensor_names
-from fedlora.core.base_patches import Patch, digest
-from fedlora.core.factors import AT_REST, FACTORS, LoraFactors, Tensors
+from fedlora.core.base_patches import Patch
+from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.init_drawn import fresh_adapters
-from fedlora.core.peft_keys import from_peft, key_of, of_names, to_peft
+from fedlora.core.peft_keys import from_peft
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ModuleSpec, RankRegularizer
 from fedlora.errors import FactorShapeError, UpdateRefused
@@ -29,11 +29,11 @@ class Needs:
 
     Attributes:
         base: the base patches P_1 .. P_v in order.
-        frozen: the factors of `frozen_tensors`; empty if there are none.
-        moving: the factors of `moving_tensors`, where the client held them when the instruction was
+        frozen: the factors of `fedlora.wire.broadcast.frozen_tensors`; empty if there are none.
+        moving: the factors of `moving_tensors` there, where the client held them when the instruction was
             made; else empty, and they travel unnamed.
-        layers: in place of these two, where layers or directions rest: the parts of `layer_parts` that rest,
-            and those that move and were held when the instruction was made.
+        layers: in place of these two, where layers or directions rest: the parts of `layer_parts` there that
+            rest, and those that move and were held when the instruction was made.
         sum_of: what the first patch is the sum of, where the client held all that; it need not travel then.
     """
 
@@ -131,48 +131,6 @@ def identity(config: Mapping[str, Any]) -> str:
 def names(text: str) -> frozenset[str]:
     """A comma string as a set."""
     return frozenset(filter(None, text.split(",")))
-
-
-def frozen_tensors(broadcast: Broadcast) -> Tensors:
-    """The factors that no client sends back: not trained, or personal. A client may hold them already."""
-    if broadcast.fresh_seed is not None or _by_layer(broadcast):
-        return {}
-    moving = broadcast.trained & broadcast.uploaded
-    return to_peft(broadcast.adapters, {}, tensor_names(broadcast.adapters) - moving)
-
-
-def moving_tensors(broadcast: Broadcast) -> Tensors:
-    """The factors that are trained and sent back. A client holds them only if they rested before."""
-    if broadcast.fresh_seed is not None or _by_layer(broadcast):
-        return {}
-    return to_peft(broadcast.adapters, {}, broadcast.trained & broadcast.uploaded)
-
-
-def layer_parts(broadcast: Broadcast) -> list[tuple[Tensors, bool]]:
-    """Factors layer by layer where layers or directions rest; and whether they do.
-
-    Those that move are apart, and so are the directions at rest. What nobody has trained since a client was
-    sent it need not be sent again.
-    """
-    if broadcast.fresh_seed is not None or not _by_layer(broadcast):
-        return []
-    moving, everything = broadcast.trained & broadcast.uploaded, tensor_names(broadcast.adapters)
-    parts = [
-        (to_peft(broadcast.adapters, {}, names, [module]), rests or module in broadcast.resting)
-        for module in broadcast.adapters
-        for names, rests in ((moving, False), (everything - moving - AT_REST, True), (AT_REST, True))
-    ]
-    return [(tensors, rests) for tensors, rests in parts if tensors]
-
-
-def _by_layer(broadcast: Broadcast) -> bool:
-    """Whether a layer, or a direction of one, is at rest."""
-    return bool(broadcast.resting) or not AT_REST.isdisjoint(tensor_names(broadcast.adapters))
-
-
-def head_tensors(broadcast: Broadcast) -> Tensors:
-    """The other trained tensors, which travel every round."""
-    return to_peft({}, broadcast.head)
 
 
 INSTRUCTION_KEYS = frozenset(
@@ -280,28 +238,6 @@ def _names(content: RecordDict) -> tuple[str, str]:
     arrays = [name for name in content.array_records if name != PARTS]
     settings = [name for name, record in content.config_records.items() if "needs-frozen" in record]
     return (arrays[0], settings[0]) if len(arrays) == len(settings) == 1 else (ARRAYS, CONFIG)
-
-
-def frozen_part(instruction: TrainInstruction) -> Tensors:
-    """Tensors of `frozen_tensors`, if they travelled; empty if the client is expected to hold them."""
-    return of_names(
-        instruction.arrays, (instruction.tensors or FACTORS) - (instruction.trained & instruction.uploaded)
-    )
-
-
-def moving_part(instruction: TrainInstruction) -> Tensors:
-    """Tensors of `moving_tensors`, if they travelled; empty if the client is expected to hold them."""
-    return of_names(instruction.arrays, instruction.trained & instruction.uploaded)
-
-
-def layers_travelled(instruction: TrainInstruction) -> dict[str, Tensors]:
-    """The parts of `layer_parts` that travelled, by digest."""
-    moving, parts = instruction.trained & instruction.uploaded, dict[tuple[str, bool, bool], Tensors]()
-    for module, tensors in from_peft(instruction.arrays, instruction.tensors).layers.items():
-        for name, tensor in tensors.items():
-            part = module, name in moving, name in AT_REST
-            parts.setdefault(part, {})[key_of(module, name)] = tensor
-    return {digest(part): part for part in parts.values()}
 
 
 def complete_adapters(instruction: TrainInstruction, held: Tensors) -> tuple[Adapters, Tensors]:

@@ -16,7 +16,7 @@ from fedlora import client_app, wire
 from fedlora.assets.loading import DRAWN
 from fedlora.config import RunConfig, to_flat
 from fedlora.core.code import compared, versions
-from fedlora.data.columns import shown
+from fedlora.errors import shown
 from fedlora.models import AdaptedModel
 from fedlora.simulation.local_grid import speak_as_server
 from strategies.nodes import NodeDirectory
