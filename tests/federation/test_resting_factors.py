@@ -14,7 +14,7 @@ from fedlora import wire
 from fedlora.core.base_patches import digest
 from fedlora.errors import UpdateRefused
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA
-from strategies import transport as courier_module
+from strategies import encodings, transport
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
@@ -56,7 +56,7 @@ class Watched:
             return None
         reply = self.toy(message, partition)
         assert reply is not None
-        if not courier_module.says_missing(reply):
+        if not transport.says_missing(reply):
             state = self.strategy.state
             assert state is not None
             for name, factors in self.toy.starts[partition].items():
@@ -158,7 +158,7 @@ def test_moving_factors_are_hashed_only_for_who_holds_something_else(
         seen.extend({name.split("lora_")[1][0] for name in tensors})
         return digest(tensors)
 
-    monkeypatch.setattr(courier_module, "digest", counting)
+    monkeypatch.setattr(encodings, "digest", counting)
     run(named(scaling=2.0, fraction_evaluate=0.0), ToyClient(tmp_path), 3)
     assert set(seen) == hashed
     assert all(seen.count(factor) <= 3 for factor in hashed)
