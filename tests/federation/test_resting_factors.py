@@ -13,8 +13,7 @@ from clients.store import ClientStore, resolve
 from fedlora import wire
 from fedlora.core.base_patches import digest
 from fedlora.errors import UpdateRefused
-from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA
-from strategies import encodings, transport
+from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, RoLoRA, encodings, transport
 from strategies.flower import FactorStrategy
 from strategies.report import RoundReport
 from tests.federation.fake_grid import Client, FakeGrid, ToyClient
