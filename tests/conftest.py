@@ -18,10 +18,15 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
 from fedlora.config import RunConfig, from_flat
+from fedlora.privacy import plausible
 
 torch.set_num_threads(1)
 os.fsync = lambda fd: None
 """No test cuts the power, and a run flushes some fifteen files; a test of flushing puts its witness here."""
+ALL_DRAWS = plausible.NOISE_DRAWS
+plausible.NOISE_DRAWS = plausible.NOISE_AGAIN = 10_000
+"""Each new private model draws noise to test itself, a tiny one by hundreds of steps. So few show 10 % too
+much; the tests of that test draw more."""
 
 # The same examples every time: a red test is red for everybody. `make quick` takes its own profile.
 settings.register_profile("fedlora", deadline=None, max_examples=12, derandomize=True)

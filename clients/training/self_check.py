@@ -34,6 +34,7 @@ from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed, named_line
 from fedlora.models import AdaptedModel
 from fedlora.models.layers import in_half_precision
+from fedlora.privacy import plausible
 from fedlora.privacy.plausible import flaw_of_draws, flaw_of_noise, flaw_of_spread
 
 TOLERANCE = 1e-3
@@ -43,9 +44,6 @@ IN_HALF = 0.1
 HUGE = 1e9
 FALSE_ALARM = 1e-9
 """Probability with which correct noise is refused."""
-NOISE_DRAWS, NOISE_AGAIN = 500_000, 40_000
-"""Coordinates of noise that are drawn at least: 1 % too much or too little is 10 standard errors off. Again,
-for the same mechanism with another noise or norm: 5 % is 14."""
 LOOP = "privacy.grad-sample-mode = 'loop', slower"
 """What takes any model in which examples leave each other alone."""
 COUNTS = 4000
@@ -78,7 +76,7 @@ def self_check(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism) -> 
         model.passed.add(("steps", shapes, same_steps))
     if ("noise", shapes, mechanism) not in model.passed:
         known = ("noise like", shapes, same_steps)
-        numbers = NOISE_AGAIN if known in model.passed else NOISE_DRAWS
+        numbers = plausible.NOISE_AGAIN if known in model.passed else plausible.NOISE_DRAWS
         check_count(mechanism)
         check_noise(model, pad_token_id, mechanism, numbers)
         model.passed |= {("noise", shapes, mechanism), known}
@@ -153,9 +151,7 @@ def check_count(mechanism: Mechanism) -> None:
         _refuse(f"the noise on the count of norms {flaw}")
 
 
-def check_noise(
-    model: AdaptedModel, pad_token_id: int, mechanism: Mechanism, numbers: int = NOISE_DRAWS
-) -> None:
+def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism, numbers: int) -> None:
     """The noise is fresh, and N(0, noise_std^2) on each trained tensor and on all of them.
 
     Steps on nobody's data are compared with that law, see `flaw_of_noise`, and with each other, tensor by

@@ -42,13 +42,6 @@ DATA = examples(40)
 TEXTS = replace(DATA, tokens=DATA.tokens % 250, labels=np.zeros_like(DATA.labels))
 
 
-@pytest.fixture(autouse=True)
-def fewer_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The self-test of noise looks at fewer numbers; each takes the device long."""
-    for name in ("self_check.NOISE_DRAWS", "self_check.NOISE_AGAIN", "batched.self_check.NOISE_DRAWS"):
-        monkeypatch.setattr(f"clients.training.{name}", 10_000)
-
-
 def model(device: str, kind: str = "tiny", method: str = "lora") -> AdaptedModel:
     """The tiny classifier or language model on a device."""
     found = task_named("causal-lm" if kind == "tiny-lm" else "classification")

@@ -17,9 +17,11 @@ from clients.training.self_check import check_draws, self_check
 from fedlora.config import ModelConfig, TrainConfig
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel, build_model, resolve_targets
+from fedlora.privacy import plausible
 from tests.clients.broken_steps import BEFORE_NOISE, BREAKS, IN_THE_NUMBERS, WHO_DRAWS, noise_times
 from tests.clients.measures import traces, values
 from tests.clients.samples import PAD, everyone, examples, loaded, reload, train_by_dp_sgd
+from tests.conftest import ALL_DRAWS
 from tests.models.samples import random_adapters, save_tiny_gpt2
 
 HOOKS = Mechanism(noise_multiplier=0.8, max_grad_norm=0.5, expected_batch_size=16)
@@ -37,8 +39,8 @@ EVERY_WAY = {**WAYS, **{f"{name}-secure": replace(way, secure=True) for name, wa
 @pytest.fixture(autouse=True)
 def few_draws(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Enough for all but the finest flaw; a tiny model takes hundreds of steps to draw more."""
-    if "1 % too much" not in request.node.name:
-        monkeypatch.setattr(clients.training.self_check, "NOISE_DRAWS", 40_000)
+    finest = "1 % too much" in request.node.name or "all_its_draws" in request.node.name
+    monkeypatch.setattr(plausible, "NOISE_DRAWS", ALL_DRAWS if finest else 40_000)
 
 
 def check(model: AdaptedModel, mechanism: Mechanism) -> None:
@@ -55,6 +57,11 @@ def test_it_passes_and_leaves_no_trace(trained: str, way: str) -> None:
     assert all(torch.equal(t, before[name]) for name, t in values(model).items())
     assert torch.equal(torch.get_rng_state(), state)
     assert traces(model) == []
+
+
+@pytest.mark.parametrize("way", ["hooks", "ghost-secure"])
+def test_it_passes_with_all_its_draws(way: str) -> None:
+    check(loaded(), EVERY_WAY[way])
 
 
 @pytest.mark.parametrize("mechanism", [HOOKS, GHOST, LAYERS], ids=["hooks", "ghost", "per-layer"])

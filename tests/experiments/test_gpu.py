@@ -28,8 +28,6 @@ def one_second_each(monkeypatch: pytest.MonkeyPatch) -> None:
     """Work takes as many seconds as it has steps, on however busy a machine."""
     seconds = iter(range(1, 10_000))
     monkeypatch.setattr(gpu, "timed", lambda work, device: (work(), float(next(seconds)))[1])
-    for name in ("clients.training.self_check", "clients.training.batched.self_check"):
-        monkeypatch.setattr(f"{name}.NOISE_DRAWS", 20_000)
 
 
 def test_all_ways_are_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def test_private_steps_are_what_they_claim(method: str) -> None:
     start = moved(start_of(model), 9, size=0.05)
     model.load(start, {}, trained=names_of(start), train_head=True)
     check_steps(model, PAD, replace(LOOP, noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=1))
-    check_noise(model, PAD, LOOP)
+    check_noise(model, PAD, LOOP, numbers=40_000)
 
 
 def test_opacus_hooks_do_not_pass_for_a_tuner() -> None:

@@ -20,7 +20,6 @@ from clients.training.dp_mechanism import Mechanism
 from clients.training.made_up import EXAMPLES, Named, clipped, one_by_one, prepared, synthetic_examples
 from clients.training.self_check import (
     HUGE,
-    NOISE_DRAWS,
     TOLERANCE,
     beginning,
     check_count,
@@ -35,6 +34,7 @@ from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import Examples
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
+from fedlora.privacy import plausible
 
 SHARED_OUT = (EXAMPLES[:3], EXAMPLES[3:])
 """Which of the made-up examples each of the two clients has."""
@@ -124,7 +124,7 @@ def _check_noise(cohort: Cohort, mechanism: Mechanism) -> None:
     draws: tuple[list[list[Tensor]], ...] = ([], [])
     names, seen = list(cohort.stacks.trained), set[tuple[float, ...]]()
     size = sum(cohort.stacks.values[name][0].numel() for name in names)
-    for _ in range(max(2, math.ceil(NOISE_DRAWS / size))):
+    for _ in range(max(2, math.ceil(plausible.NOISE_DRAWS / size))):
         released = cohort.private(NOBODY, both)
         for place, of_client in enumerate(draws):
             of_client.append([_flat(released[name][place]) for name in names])
