@@ -11,7 +11,6 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message
 
-import strategies
 from fedlora import wire
 from fedlora.core.base_patches import digest
 from fedlora.core.directions import Directions
@@ -19,6 +18,7 @@ from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientSpec, State
 from strategies.allocation import Allocation, SizedRanks, make_allocation
 from strategies.flower import FactorStrategy
+from strategies.registry import RULES, make_rule
 from strategies.report import RoundReport
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import watched
@@ -73,7 +73,7 @@ def run(
 ) -> tuple[FactorStrategy, list[RoundReport], list[set[str]]]:
     """The strategy, its reports, and the modules that each round trained."""
     allocation = allocation or make_allocation("random-layers", {"layers": layers})
-    rule = strategies.make_rule(name, allocation=allocation)
+    rule = make_rule(name, allocation=allocation)
     strategy = FactorStrategy(rule, scaling=2.0, seed=3, fraction_evaluate=0.0, **options)
     client = Watching(path, forgets)
     client.strategy = strategy
@@ -87,7 +87,7 @@ def run(
     return strategy, reports, [set(json.loads(trained[t + 1])) for t in range(ROUNDS)]
 
 
-@pytest.mark.parametrize("name", [n for n, rule in strategies.RULES.items() if rule.facts.trained])
+@pytest.mark.parametrize("name", [n for n in RULES if not make_rule(n).needs_all_layers])
 def test_under_every_rule_only_trained_layers_go_up(name: str, tmp_path: Path) -> None:
     strategy, reports, _ = run(name, tmp_path)
     sizes = {"A": A, "B": B, "R": 4 * RANK**2}
@@ -188,7 +188,7 @@ def test_a_client_that_lost_directions_is_served_in_the_same_round(tmp_path: Pat
 def test_a_client_that_trains_all_directions_is_refused(tmp_path: Path) -> None:
     """As one that knows nothing of them would send."""
     strategy = FactorStrategy(
-        strategies.make_rule("fedavg", allocation=Fixed()), scaling=2.0, seed=3, fraction_evaluate=0.0
+        make_rule("fedavg", allocation=Fixed()), scaling=2.0, seed=3, fraction_evaluate=0.0
     )
 
     def whole(message: Message, partition: int) -> Message:
@@ -209,7 +209,7 @@ def test_a_client_that_trains_all_directions_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("number", "frozen"), [(0, "A"), (1, "B")])
 def test_parts_of_layers_have_digests_of_their_own_under_rolora(number: int, frozen: str) -> None:
     """What is frozen, what trains and what rests are told apart, where all B are zero, too."""
-    rule = strategies.make_rule("rolora", allocation=Fixed())
+    rule = make_rule("rolora", allocation=Fixed())
     adapters = wire.from_peft(wire.from_record(arrays())).lora(2.0)
     state = State(round=number, adapters=adapters, head={}, seed=3)
     given = rule.broadcast(state, ClientSpec(partition_id=0, rank=RANK, scaling=2.0))

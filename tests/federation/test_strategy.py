@@ -78,6 +78,7 @@ def test_bytes_follow_what_travels(named: type[FactorStrategy], tmp_path: Path) 
         "fedex": [both, stacked, stacked],  # the means, and a residual of rank R - r
         "fedmomentum": [both, stacked, stacked],
         "frlora": [both, both + stacked, both + stacked],  # the start again, and a residual of rank 2 r
+        "galore": [both, 2 * both, 2 * both],  # what is frozen and what begins at zero, and a patch of rank r
         "fed-sb": [both + 4 * numbers["R"], 4 * numbers["R"], 4 * numbers["R"]],
     }
     down = other_than_both.get(facts.name, [both] * 3)

@@ -186,6 +186,15 @@ def lora_a2(start: Adapter, clients: Sequence[Client], t: int, rank: int = 0) ->
     return kept(start.B, start.A + sum((k.p * (k.A - start.A) for k in clients), 0 * start.A), start.s)
 
 
+def galore(start: Adapter, clients: Sequence[Client], t: int, projector: str = "aggregate") -> Outcome:
+    """GaLore (arXiv 2403.03507) by turns: all of B' A, then of B A', joins the weight.
+
+    Which directions the next round freezes shows in no product: the other factor is zero.
+    """
+    moved = mean_b(start, clients) @ start.A if t % 2 else start.B @ mean_a(clients)
+    return Outcome(Adapter(np.zeros_like(start.B), np.zeros_like(start.A), start.s), start.s * moved)
+
+
 def fedrot(start: Adapter, clients: Sequence[Client], t: int, lam: float = 0.5) -> Outcome:
     """FedRot-LoRA (arXiv 2602.23638): rotate (B_k R, R^T A_k) towards the last A or B in turn, average.
 
@@ -316,6 +325,7 @@ ORACLES: dict[str, Oracle] = {
     "rolora": rolora,
     "turns": rolora,
     "lora-a2": lora_a2,
+    "galore": galore,
     "fedrot": fedrot,
     "fedsvd": fedsvd,
     "fedsvd-renew": fedsvd_renew,

@@ -43,6 +43,7 @@ VARIANTS: Mapping[str, Rule] = (
         "fedrot-hard": make_rule("fedrot", {"lam": 1.0}),
         "fedrot-released": make_rule("fedrot", {"lam": 1.5}),
         "fedrot-soft": make_rule("fedrot", {"lam": 0.2}),
+        "galore-dct": make_rule("galore", {"projector": "dct"}),
         "florist-half": make_rule("florist", {"threshold": 0.5}),
         "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),
         "zero-padding-renormalised": make_rule("zero-padding", {"renormalise": True}),

@@ -29,7 +29,7 @@ from tests.strategies.federations import (
 
 FEW: dict[str, dict[str, Any]] = {"random-layers": {"layers": 1}, "sized-layers": {"layers": 1}}
 """Options under which an allocation leaves layers at rest; one without an entry is tried as it is."""
-TRAINS = [name for name, rule in RULES.items() if rule.facts.trained]
+TRAINS = [name for name in RULES if not make_rule(name).needs_all_layers]
 LAYERS = [name for name, kind in ALLOCATIONS.items() if not kind().parts]
 """Those that let layers rest, and none of their directions."""
 each_allocation = pytest.mark.parametrize("allocation", LAYERS)

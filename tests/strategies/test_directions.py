@@ -34,7 +34,7 @@ from tests.strategies.federations import (
 REFUSE = {
     "fed-sb": "core", "fedsa": "clients", "flora": "new adapter", "florist": "new adapter",
     "fslora": "chooses", "head-only": "trains no layer", "hetlora": "prunes", "local-only": "clients",
-    "lora-a2": "choose",
+    "lora-a2": "choose", "galore": "turn",
 }  # fmt: skip
 """Rules under which no direction can rest, and a word of the reason."""
 ABLE = [name for name in RULES if name not in REFUSE]
