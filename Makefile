@@ -47,7 +47,7 @@ quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapter
 	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
-	$(BIN)/python -m pytest -v -m deployed $(FLAGS) tests
+	$(BIN)/python -m pytest -v -m deployed $(FLAGS) $$(grep -rl --include='test_*.py' 'mark\.deployed' tests | sort)
 
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants

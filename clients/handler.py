@@ -175,7 +175,7 @@ def refuse_other_inputs(
             f"data.name = {config.data.name!r}: its labels are {ours} on this node, the run's are {of_run}"
         )
     seen = settings.home / run_key(instruction) / BASE_SEEN
-    if not theirs or (seen.exists() and seen.read_text() == theirs):
+    if not theirs or (seen.exists() and seen.read_bytes() == theirs.encode()):
         return
     own = runtime.model.base_digest()
     if own != theirs:

@@ -261,13 +261,17 @@ DIGEST = "digest"
 
 
 def _undamaged(path: Path) -> Tensors:
-    """The tensors in a file that has their digest in it; older files have no metadata at all."""
+    """The tensors in a file that has their digest in it.
+
+    Raises:
+        UpdateRefused: it has none, or that of others.
+    """
     try:
         content = path.read_bytes()
         tensors = dict(load(content))
         length = int.from_bytes(content[:8], "little")
-        told = json.loads(content[8 : 8 + length]).get("__metadata__")
-        whole = told is None or told.get(DIGEST) == digest(tensors)
+        told = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+        whole = told.get(DIGEST) == digest(tensors)
     except (SafetensorError, ValueError):
         whole = False
     if not whole:

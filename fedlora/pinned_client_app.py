@@ -11,12 +11,14 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fedlora.core.code import code_root, top_packages
 
 LOADER, INSTALLS = "get_load_client_app_fn", "--allow-runtime-dependency-installation"
 """Flower's function that is replaced, and its option by which a bundle brings packages."""
+SUPERNODE = "flwr.supernode.cli.flower_supernode"
 REFUSED = "the node runs its own fedlora and declines this code; its own log says why"
 
 
@@ -76,6 +78,11 @@ def main() -> None:
     Raises:
         SystemExit: a Flower that would load the code another way, or is to install what the app asks for.
     """
+    # Flower's package of commands would import the SuperNode's server too: a third of the start of a message.
+    unused = ModuleType(SUPERNODE)
+    vars(unused)["flower_supernode"] = None
+    sys.modules.setdefault(SUPERNODE, unused)
+
     from flwr.common.config import get_project_dir
     from flwr.supernode.cli import flwr_clientapp
     from flwr.supernode.runtime import run_clientapp

@@ -80,9 +80,15 @@ def _convert(source: Path, draft: Path) -> None:
 
 
 def _check_converted(home: Path) -> None:
-    """Hold the files to what the conversion left; one by an earlier version says nothing of them."""
+    """Hold the files to what the conversion left.
+
+    Raises:
+        AssetError: one changed, or what says what they were is gone.
+    """
     if not (home / HASHES).exists():
-        return
+        raise AssetError(
+            f"{home / HASHES}: is missing, which says what was converted, delete {home} to convert it again"
+        )
     for file, expected in read_sealed(home / HASHES)["files"].items():
         if not (home / file).is_file() or unchanged_sha256(home / file) != expected:
             raise AssetError(f"{home / file}: is not what was converted, delete {home} to convert it again")

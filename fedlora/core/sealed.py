@@ -2,16 +2,18 @@
 
 A sealed record is a JSON object whose ``sha256`` is that of all its other entries. It may hold the hashes of
 files beside it, tensors by `fedlora.core.base_patches.digest` and bytes by sha256, so that one record vouches
-for a whole directory. What a run goes on from is read with its seal alone; a finished run's records may be
-older than seals.
+for a whole directory. What a run goes on from is read with its seal alone; a finished run's records may have
+lost it on purpose, or be older than seals, which is said.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
 
     Args:
         file: to read.
-        older: a record without a hash is taken for one of before there were seals, unless one of its entries
-            is a hash: then that entry's name was damaged.
+        older: a record without a hash is read as it stands, and that is said, unless it vouches for files or
+            one of its entries is a hash: then that entry's name was damaged.
 
     Raises:
         ConfigError: the file is not there, no JSON object, or not what was sealed.
@@ -61,14 +63,25 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: is damaged, it is no JSON object")
     has_seal, seal = SEAL in found, found.pop(SEAL, None)
-    if not has_seal and (not older or any(map(is_digest, found.values()))):
-        raise ConfigError(f"{file}: has no {SEAL}: it is damaged, or an earlier version wrote it")
+    if not has_seal:
+        if not older or FILES_SHA256 in found or any(map(is_digest, found.values())):
+            raise ConfigError(f"{file}: has no {SEAL}: it is damaged, or an earlier version wrote it")
+        _say_unsealed(file, _hash(found))
     if has_seal and seal != _hash(found):
         raise ConfigError(f"{file}: is damaged, its contents are not those that were written")
     vouched = found.get(FILES_SHA256, {})
     if not isinstance(vouched, dict) or not all(map(is_digest, vouched.values())):
         raise ConfigError(f"{file}: is damaged, {FILES_SHA256} holds something else than hashes of files")
     return found
+
+
+@cache
+def _say_unsealed(file: Path, content: str) -> None:
+    """Say once of each content that nothing vouches for it."""
+    logging.getLogger("fedlora").warning(
+        "%s: has no %s, so that nothing vouches for what it says: an earlier version wrote it, or somebody "
+        "took it out; it is read as it stands", file, SEAL,
+    )  # fmt: skip
 
 
 def hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -86,12 +99,12 @@ def changed(folder: Path, record: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def read_tensors(file: Path, expected: str | None) -> Tensors:
+def read_tensors(file: Path, expected: str) -> Tensors:
     """The tensors in a safetensors file.
 
     Args:
         file: to read.
-        expected: their digest; None where it was not kept.
+        expected: their digest.
 
     Raises:
         ConfigError: the file is not there, cannot be read, or holds others.
@@ -102,7 +115,7 @@ def read_tensors(file: Path, expected: str | None) -> Tensors:
         raise ConfigError(f"{file}: {_reason(error)}") from None
     except (SafetensorError, ValueError, KeyError):
         raise ConfigError(f"{file}: is damaged, it cannot be read as tensors") from None
-    if expected is not None and digest(tensors) != expected:
+    if digest(tensors) != expected:
         raise ConfigError(f"{file}: is damaged, its tensors are not those that were written")
     return tensors
 

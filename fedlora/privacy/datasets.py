@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedlora.errors import ConfigError, LedgerRefused
 from fedlora.privacy.chain import Chain
+from fedlora.privacy.heads import ledgers_known
 
 REGISTER = "datasets.jsonl"
 SCHEMA = 1
@@ -55,6 +56,11 @@ def admit(directory: Path, dataset: Dataset) -> None:
     register = Chain(directory / REGISTER)
     with register.locked():
         declared = _declared(register)
+        if not declared and (known := ledgers_known(directory) - {register.path}):
+            raise LedgerRefused(
+                f"{register.path}: is missing, which says of what {min(known).name} keeps account; restore "
+                "the file"
+            )
         if dataset.source not in declared:
             if declared:
                 raise LedgerRefused(_undeclared(directory, dataset.source, declared))

@@ -15,8 +15,7 @@ One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lin
 The order is: `Ledger.reserve`, which is on disk when it returns; training; `Ledger.released`, which is for
 reading only. A release that was reserved counts, whether or not anything came of it.
 
-The last head of each ledger is also kept beside the directory, in ``<directory>.heads``: a ledger that is set
-back or lost, alone or with its directory, is refused by every later run, too.
+The last head of each ledger is also kept beside the directory, see `fedlora.privacy.heads`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,6 +39,7 @@ from fedlora.privacy.entries import (
     reserve_entry,
 )
 from fedlora.privacy.filter import Budget, Setting, fits, spent
+from fedlora.privacy.heads import keep_head, kept_head, ledgers_known, refuse_set_back, refuse_unlike_kept
 from fedlora.privacy.spending import EvaluationRelease, Release, Standing
 from fedlora.privacy.types import CLIENT
 
@@ -60,7 +59,6 @@ class Ledger:
         self.directory = directory
         self.dataset = dataset
         self.path = directory / _file_name(dataset.identity)
-        self._kept_head = directory.with_name(f"{directory.name}.heads") / self.path.stem
         self._chain = Chain(self.path)
         self._tally = Tally(self.path)
 
@@ -106,7 +104,7 @@ class Ledger:
                 budget = replace(budget, target_epsilon=left)
                 setting = self._decide(release, budget, planned_steps, max_delta)
                 self._append(reserve_entry(release, budget, len(attempts), setting))
-                self._keep_head()
+                keep_head(self.path, self._tally.head)
         return self._tally.standing(release.run_key)
 
     def reserve_evaluation(
@@ -148,7 +146,7 @@ class Ledger:
                     f"ledger of {self.dataset.identity}, training {training:.3f}; set aside are {set_aside:g}"
                 )
             self._append(evaluate_entry(release))
-            self._keep_head()
+            keep_head(self.path, self._tally.head)
         return self._tally.standing(release.run_key)
 
     def standing(self) -> Standing:
@@ -171,7 +169,7 @@ class Ledger:
             LedgerRefused: as `reserve`.
         """
         admit(self.directory, self.dataset)
-        if not known_head and not self.path.exists() and not self._kept_head.exists():
+        if not known_head and not self.path.exists() and not kept_head(self.path):
             return
         with self._chain.locked():
             self._open(known_head)
@@ -188,12 +186,8 @@ class Ledger:
 
     def _open(self, known_head: str) -> None:
         chain, dataset = self._chain, self.dataset
-        for head, where in ((known_head, ""), (self._last_head(), f" ({self._kept_head} has its hash)")):
-            if head and head not in chain.hashes:
-                raise LedgerRefused(
-                    f"{self.path}: was set back: an entry that it had ({head[:12]}) is gone{where}; "
-                    "restore the file"
-                )
+        refuse_set_back(self.path, chain.hashes, known_head)
+        refuse_unlike_kept(self.path, chain.hashes, kept_head(self.path))
         if not chain.entries:
             self._append(open_entry(dataset.identity, dataset.fingerprint))
         self._tally.count(chain.entries, chain.hashes)
@@ -211,24 +205,6 @@ class Ledger:
     def _append(self, entry: Entry, *, durable: bool = True) -> None:
         self._chain.append(entry, durable=durable)
         self._tally.count(self._chain.entries, self._chain.hashes)
-
-    def _last_head(self) -> str:
-        """The head that was kept; empty where there is none, or one that a power cut spoiled."""
-        try:
-            head = self._kept_head.read_text()
-        except (FileNotFoundError, UnicodeDecodeError):
-            return ""
-        return head if re.fullmatch(r"[0-9a-f]{64}", head) else ""
-
-    def _keep_head(self) -> None:
-        """Not flushed: a power cut or a full disk leaves an older head, which the ledger still has."""
-        written = self._kept_head.with_suffix(".new")
-        try:
-            self._kept_head.parent.mkdir(exist_ok=True)
-            written.write_text(self._tally.head)
-            os.replace(written, self._kept_head)
-        except OSError as error:
-            logging.getLogger("fedlora").warning("%s: %s", self._kept_head, error.strerror or error)
 
     def _decide(self, release: Release, budget: Budget, planned_steps: int, max_delta: float) -> Setting:
         spending = self._tally.spending
@@ -263,14 +239,15 @@ def read_ledgers(directory: Path) -> list[Account]:
     """All ledgers of a ledger directory by identity; nothing is written or repaired.
 
     Raises:
-        LedgerRefused: one of them is damaged.
+        LedgerRefused: one of them is damaged, was set back, or is gone.
     """
     accounts = []
-    for path in sorted(directory.glob("*.jsonl")):
-        if path.name == REGISTER:
-            continue
+    for path in sorted(ledgers_known(directory) - {directory / REGISTER}):
+        head = kept_head(path)  # before the chain, which may be growing
+        entries, hashes = read_chain(path)
+        refuse_unlike_kept(path, hashes, head)
         tally = Tally(path)
-        tally.count(*read_chain(path))
+        tally.count(entries, hashes)
         accounts.append(
             Account(path=path, identity=tally.identity, standing=tally.standing(), unit=tally.unit)
         )

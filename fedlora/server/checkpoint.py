@@ -120,7 +120,7 @@ def read_checkpoint(folder: Path, spare: Path | None = None) -> ServerState | No
             f"{folder / 'latest.json'}: an earlier version of fedlora wrote it, which named base patches "
             "otherwise; finish the run with that version, or begin anew elsewhere"
         )
-    tensors = read_tensors(folder / about["state"], about.get("digest"))
+    tensors = read_tensors(folder / about["state"], about["digest"])
     sums = about.get("patch-sums", {})
     patches = [
         _patch(_patch_file(folder, name), name, spare, tuple(sums.get(name, ())))

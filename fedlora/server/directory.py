@@ -55,6 +55,8 @@ RUN_KEY = "run-key.txt"
 """What clients and ledgers know the run by, from before its first round."""
 ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flower.log", "failure.json"})
 """What a run that stopped before its first round may leave."""
+BESIDE = (PROVENANCE, BEFORE, SAMPLES)
+"""What is made before round 1 and cannot be made again after it: a checkpoint names those that there are."""
 NAME_OF_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
@@ -193,8 +195,9 @@ class RunDirectory:
         write_atomic(self.path / ROUNDS, "".join(kept.values()))
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Replace ``result.json``, which vouches for the configuration and ``rounds.jsonl``."""
-        record = sealed({**result, FILES_SHA256: hashes(self.path, [CONFIG, ROUNDS])})
+        """Replace ``result.json``, which vouches for the configuration, ``rounds.jsonl`` and samples."""
+        files = [name for name in (CONFIG, ROUNDS, SAMPLES) if (self.path / name).exists()]
+        record = sealed({**result, FILES_SHA256: hashes(self.path, files)})
         write_atomic(self.path / RESULT, json.dumps(record, indent=2) + "\n")
 
     # --- checkpoint ------------------------------------------------------------------------------------
@@ -202,11 +205,16 @@ class RunDirectory:
     def save_checkpoint(self, checkpoint: ServerState, keep: int = 1) -> None:
         """Write the checkpoint, which vouches for the lines of ``rounds.jsonl`` and the run's key.
 
-        ``keep`` of them stay, see `write_checkpoint`.
+        It names the files that a run which goes on cannot make again. ``keep`` checkpoints stay, see
+        `write_checkpoint`.
         """
         lines = self.path / ROUNDS
         written = lines.read_bytes() if lines.exists() else b""
-        beside = {"lines": len(written), "lines-sha256": hashlib.sha256(written).hexdigest()}
+        beside: dict[str, Any] = {
+            "lines": len(written),
+            "lines-sha256": hashlib.sha256(written).hexdigest(),
+            "files": [name for name in BESIDE if (self.path / name).exists()],
+        }
         if (self.path / RUN_KEY).exists():
             beside["run-key"] = _text(self.path / RUN_KEY)
         write_checkpoint(self.path / CHECKPOINT, checkpoint, beside, keep)
@@ -215,7 +223,7 @@ class RunDirectory:
         """The last checkpoint, or None if no round was finished.
 
         Raises:
-            ConfigError: a file of it, the configuration or a line that it counts is missing or damaged.
+            ConfigError: a file of it or beside it, or a line that it counts, is missing or damaged.
         """
         beside = read_beside(self.path / CHECKPOINT)
         spare = self.path / "clients" / str(beside.get("run-key", "")) / "parts"
@@ -227,6 +235,12 @@ class RunDirectory:
             )
         if found is not None:
             self._check_lines(beside)
+            for name in beside.get("files", ()):
+                if not (self.path / name).exists():
+                    raise ConfigError(
+                        f"{self.path / name}: is missing, which was made before round 1; put it back, or "
+                        "begin anew elsewhere"
+                    )
         return found
 
     def _check_lines(self, beside: Mapping[str, Any]) -> None:

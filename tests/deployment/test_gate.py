@@ -106,6 +106,15 @@ def test_a_held_question_is_answered_in_the_end_and_a_refusal_at_once(
     assert asked(authority, lambda _: httpx.Response(401, content=b""), PULL) == (401, b"")
 
 
+def test_a_question_whose_signature_grows_too_old_while_it_is_held_is_answered_with_none(
+    authority: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node ends of a refusal; a clock that is 290 s behind is one of the allowed ones."""
+    monkeypatch.setattr(proxy, "IDLE_SECONDS", 0.01)
+    answers = iter([httpx.Response(200), httpx.Response(200), httpx.Response(401)])
+    assert asked(authority, lambda _: next(answers), PULL) == (200, b"")
+
+
 def test_of_a_supernode_that_hung_up_nothing_more_is_asked(
     authority: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

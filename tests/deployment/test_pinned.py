@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,17 @@ def test_a_new_node_starts_this_command_before_flowers(tmp_path: Path) -> None:
     command = node / "bin" / "flwr-clientapp"
     found = shutil.which("flwr-clientapp", path=f"{command.parent}:{Path(sys.executable).parent}")
     assert found == str(command)
-    environment = {"PATH": f"{command.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"}
+    environment = {
+        "PATH": f"{command.parent}:{Path(sys.executable).parent}:/usr/bin:/bin",
+        "PYTHONPROFILEIMPORTTIME": "1",
+    }
     answer = subprocess.run([command, "--help"], env=environment, capture_output=True, text=True, timeout=120)
     assert answer.returncode == 0, answer.stderr
     assert "--runtime-api-address" in answer.stdout
+    imported = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert "flwr.supernode.runtime.run_clientapp" in imported
+    assert not imported & {"torch", "uvicorn", "sqlalchemy"}, "there is a process for every message"
+    assert find_spec(pinned.SUPERNODE) is not None, "Flower has another module of this name"
 
 
 def test_flowers_runner_asks_for_its_loader_where_it_is_replaced() -> None:

@@ -58,6 +58,10 @@ def test_the_same_weights_are_hashed_once(
     for _ in range(2):
         assert answered(config, tmp_path, own).status == wire.OK
     assert asked == [1]
+    (seen,) = tmp_path.rglob(BASE_SEEN)
+    seen.write_bytes(b"\xff" * 64)  # damaged: no text, and hashed again
+    assert answered(config, tmp_path, own).status == wire.OK
+    assert (asked, seen.read_text()) == ([1, 1], own)
 
 
 def test_one_changed_weight_is_another_base(cache: Path) -> None:

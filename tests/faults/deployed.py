@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 
 from fedlora.config import RunConfig, from_flat
+from fedlora.deployment.operator import loopback as on_loopback
 from fedlora.deployment.operator import submit as submitting
 from fedlora.deployment.operator.create import create
 from fedlora.deployment.operator.layout import Layout
@@ -29,6 +30,10 @@ from fedlora.server.directory import RunDirectory
 
 NODES = 3
 BACK_SECONDS = 180.0
+INSIDE = Path(__file__).with_name("inside")
+"""Is looked into first by all processes of a federation, see `tests.faults.inside.sitecustomize`."""
+BACK_AFTER = 24
+"""Seconds in which a node that died is started again, in place of 75: its lease ends sooner, too."""
 KEYS: dict[str, Any] = {
     "seed": 5,
     "model.name": "tiny",
@@ -82,12 +87,11 @@ def federation(
         prepare: called with the directory before anything is started.
         nodes: how many.
     """
-    os.environ["FEDLORA_CACHE"] = str(home / "cache")
     layout = create(home / "federation", nodes, hosts)
     prepare(layout)
     told: list[str] = []
     done = threading.Event()
-    with Loopback(layout, told.append) as loopback:
+    with hastened(home), Loopback(layout, told.append) as loopback:
         up = Up(loopback, told)
 
         def keep_up() -> None:
@@ -102,6 +106,16 @@ def federation(
         finally:
             done.set()
             thread.join()
+
+
+@contextmanager
+def hastened(home: Path) -> Iterator[None]:
+    """Inside, processes that are started have a cache of their own, and leases that end sooner."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("FEDLORA_CACHE", str(home / "cache"))
+        patched.setenv("PYTHONPATH", str(INSIDE), prepend=os.pathsep)
+        patched.setattr(on_loopback, "RESTART_SECONDS", BACK_AFTER)
+        yield
 
 
 def run(up: Up, out: Path, progress: Callable[[dict[str, Any]], None] = lambda _: None, *,

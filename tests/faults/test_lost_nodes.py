@@ -35,7 +35,7 @@ def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
 def shadowed(layout: Layout) -> None:
     """Let node 1 look for packages in a directory of its own first."""
     script = layout.path / "nodes" / "node-1" / "start.sh"
-    path = f"export PYTHONPATH={shadow(layout)}\n"
+    path = f"export PYTHONPATH={shadow(layout)}:$PYTHONPATH\n"
     script.write_text(script.read_text().replace("export PATH=", f"{path}export PATH=", 1))
     assert path in script.read_text()
 

@@ -14,9 +14,11 @@ from clients.store import KEEP_NAMED, OWN, ClientStore
 from fedlora.config import RunConfig, from_flat
 from fedlora.core.base_patches import digest
 from fedlora.core.sealed import read_sealed, sealed
+from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, UpdateRefused
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.results import read_result
 from fedlora.simulation.in_process import InProcessEngine
 
 KEYS: dict[str, Any] = {
@@ -73,13 +75,39 @@ def test_a_flipped_bit_is_refused_with_the_files_name(stopped: Path, name: str, 
 
 
 @pytest.mark.parametrize(
-    "name", ["config.toml", "rounds.jsonl", "checkpoint/latest.json", "checkpoint/state-00003.safetensors"]
-)
+    "name",
+    [
+        "config.toml", "provenance.json", "rounds.jsonl", "checkpoint/latest.json",
+        "checkpoint/state-00003.safetensors",
+    ],
+)  # fmt: skip
 def test_a_missing_file_is_refused_by_name(stopped: Path, name: str) -> None:
     (stopped / name).unlink()
     with pytest.raises(ConfigError, match=Path(name).name) as caught:
         go_on(stopped)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["before.json", "samples.json"])
+def test_what_was_measured_before_round_1_is_not_measured_again_after_it(name: str, tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.write_before({"loss": 1.0})
+    directory.write_samples("before", [])
+    directory.save_checkpoint(ServerState(State(round=1, adapters={}, head={})))
+    assert directory.load_checkpoint() is not None
+    (tmp_path / "run" / name).unlink()
+    with pytest.raises(ConfigError, match=rf"{name}: is missing, which was made before round 1"):
+        directory.load_checkpoint()
+
+
+def test_samples_that_a_result_was_written_beside_are_not_lost_in_silence(stopped: Path) -> None:
+    directory = RunDirectory(stopped, resume=True)
+    directory.write_samples("after", [{"prompt": "a", "text": "b"}])
+    directory.write_result({"accuracy": 0.5})
+    assert read_result(stopped) == {"accuracy": 0.5}
+    (stopped / "samples.json").unlink()
+    with pytest.raises(ConfigError, match=r"samples.json: is not what result.json was made of"):
+        read_result(stopped)
 
 
 def test_a_line_that_is_gone_from_the_middle_is_refused_and_a_half_one_at_the_end_is_not(
@@ -157,10 +185,25 @@ def test_a_seal_covers_every_entry(tmp_path: Path) -> None:
     file.write_text(json.dumps(record))
     with pytest.raises(ConfigError, match=r"a.json: has no sha256"):
         read_sealed(file)
-    assert read_sealed(file, older=True) == record
-    file.write_text(json.dumps(sealed(record)).replace("sha256", "sha257"))
-    with pytest.raises(ConfigError, match=r"a.json: has no sha256"):
-        read_sealed(file, older=True)
+    for damaged in (
+        json.dumps(sealed(record)).replace("sha256", "sha257"),
+        json.dumps({**record, "files_sha256": {"b.json": "0" * 64}}),
+    ):
+        file.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"a.json: has no sha256"):
+            read_sealed(file, older=True)
+
+
+def test_a_record_that_has_lost_its_seal_is_read_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"round": 3}')
+    for _ in range(2):
+        assert read_sealed(file, older=True) == {"round": 3}
+    (said,) = caplog.messages
+    assert said.startswith(f"{file}: has no sha256, so that nothing vouches for what it says: an earlier")
+    assert "\n" not in said
 
 
 @pytest.mark.parametrize("place", [0.0, 0.2, 0.6, 0.99])

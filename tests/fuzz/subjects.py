@@ -35,8 +35,11 @@ from fedlora.privacy.datasets import Dataset
 from fedlora.privacy.ledger import Ledger, read_ledgers
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.provenance import check_schema
 from fedlora.server.results import read_samples
 from fedlora.simulation.in_process import InProcessEngine
+from fedlora.study.execute.reuse import STUDY
+from fedlora.study.execute.runner import _looks, _write_record
 from fedlora.study.library.runs import load_run
 from tests.privacy.ledgers import BUDGET, release
 
@@ -57,12 +60,15 @@ class Subject:
         names: patterns of the files that are spoiled.
         by_hand: people write these files, so that another value is what they ask for: what was read is
             compared with this plain reading of the spoiled file instead.
+        may_be_lost: patterns of files without which there is nothing to be read, as documented: what is lost
+            is sent again, begun anew, or never was.
     """
 
     make: Callable[[Path], object]
     read: Callable[[Path], Any]
     names: tuple[str, ...]
     by_hand: Callable[[Path], Any] | None = None
+    may_be_lost: tuple[str, ...] = ()
 
 
 def make_run(home: Path) -> None:
@@ -163,6 +169,16 @@ def federation_by_hand(home: Path) -> Any:
 DATASET = Dataset(source="notes", partitioning="", part="", fingerprint="f" * 64)
 
 
+def make_study(home: Path) -> None:
+    _write_record(from_flat(RUN), home, looks=[2, 3])
+
+
+def looked(home: Path) -> Any:
+    """With how many seeds a study was reported on, which its next report pays for."""
+    check_schema(home / STUDY)
+    return _looks(home)
+
+
 def make_ledger(home: Path) -> None:
     ledger = Ledger(home / "ledger", DATASET)
     for number in (1, 2, 3):
@@ -233,17 +249,23 @@ SUBJECTS = {
     "finished run": Subject(
         make_run, shown, ("result.json", "rounds.jsonl", "config.toml", "samples.json", "provenance.json")
     ),
-    "client's parts": Subject(make_store, kept, ("parts/*", "personal/*/*", "named/*")),
+    "client's parts": Subject(
+        make_store, kept, ("parts/*", "personal/*/*", "named/*"), may_be_lost=("personal/*/*",)
+    ),
     "node.toml": Subject(make_node, node, (NODE_FILE,), node_by_hand),
     "federation.toml": Subject(
         lambda home: create(home / "f", 2), lambda home: federation(home / "f"), ("f/server/*.toml",),
         lambda home: federation_by_hand(home / "f"),
     ),
+    "study": Subject(make_study, looked, (STUDY,)),
     "ledger": Subject(make_ledger, spent, ("ledger/*", "ledger.heads/*")),
     "evaluations": Subject(
-        make_evaluations, lambda home: _evaluations_done(home / "evaluations.json"), ("*.json",)
+        make_evaluations, lambda home: _evaluations_done(home / "evaluations.json"), ("*.json",),
+        may_be_lost=("*",),
     ),
     "journal": Subject(make_journal, journal, ("*.jsonl",)),
-    "adapter": Subject(make_adapter, adapter, ("adapter/*.json", "adapter/*.safetensors")),
+    "adapter": Subject(
+        make_adapter, adapter, ("adapter/*.json", "adapter/*.safetensors"), may_be_lost=("fedlora.json",)
+    ),
     "stranger's adapter": Subject(of_a_stranger, strangers, ("adapter/*.json", "adapter/*.safetensors")),
 }  # fmt: skip

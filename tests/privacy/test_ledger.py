@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.errors import LedgerRefused
-from fedlora.privacy import chain, entries
+from fedlora.privacy import chain, datasets, entries
 from fedlora.privacy.chain import Chain
 from fedlora.privacy.datasets import Dataset
 from fedlora.privacy.filter import first_order
@@ -232,12 +232,44 @@ def test_a_ledger_that_was_set_back_is_refused(tmp_path: Path) -> None:
         Ledger(tmp_path, DATASET).reserve(release(1, run_key="a new run"), WIDE)
 
 
-@pytest.mark.parametrize("spoiled", ["", "\0" * 64, "half a hea"])
-def test_a_head_that_a_power_cut_spoiled_refuses_nothing(spoiled: str, tmp_path: Path) -> None:
+def test_its_owner_is_not_shown_what_a_ledger_that_was_set_back_or_lost_says(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger", DATASET)
+    ledger.reserve(release(1), WIDE)
+    before = ledger.path.read_bytes()
+    ledger.reserve(release(2), WIDE)
+    (tmp_path / "ledger.heads" / "of-a-crash.new").write_text("0" * 64)
+    assert [account.standing.releases for account in read_ledgers(ledger.directory)] == [2]
+    ledger.path.write_bytes(before)
+    with pytest.raises(LedgerRefused, match=r"was set back: .*\.heads/.* has its hash"):
+        read_ledgers(ledger.directory)
+    ledger.path.unlink()
+    with pytest.raises(LedgerRefused, match=f"{ledger.path.name}: there is no such file"):
+        read_ledgers(ledger.directory)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_other_data_gets_no_budget_where_the_register_is_lost(whole: bool, tmp_path: Path) -> None:
+    """Alone, or with the directory, of which the heads are left."""
+    directory = tmp_path / "ledger"
+    made(directory, release(1))
+    datasets._admitted.clear()
+    shutil.rmtree(directory) if whole else (directory / datasets.REGISTER).unlink()
+    with pytest.raises(LedgerRefused, match=r"datasets\.jsonl: is missing, which says of what sentences-"):
+        made(directory, release(1), dataset=Dataset(source="other"))
+
+
+@pytest.mark.parametrize("spoiled", ["", "\0" * 64, "half a hea", None])
+def test_a_head_that_a_power_cut_spoiled_refuses_nothing_and_is_said(
+    spoiled: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made(tmp_path, release(1))
     (kept,) = tmp_path.with_name(f"{tmp_path.name}.heads").iterdir()
-    kept.write_text(spoiled)
+    kept.unlink() if spoiled is None else kept.write_text(spoiled)
     assert made(tmp_path, release(2)).releases == 2
+    (said,) = caplog.messages
+    assert said.startswith(f"{kept}: is not there, or damaged, which would tell if")
+    assert made(tmp_path, release(3)).releases == 3
+    assert len(caplog.messages) == 1
 
 
 def test_the_head_is_of_a_line_that_a_power_cut_cannot_take(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def in_safetensors(content: bytes, rng: Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header, rest = json.loads(content[8 : 8 + length]), content[8 + length :]
     name = picked([key for key, value in header.items() if key != "__metadata__"], rng)
-    match rng.integers(8):
+    match rng.integers(9):
         case 0:
             header[name]["dtype"] = picked(
                 ("F32", "F64", "F16", "BF16", "I64", "BOOL", "X", 3, None, *DTYPES), rng
@@ -167,6 +167,8 @@ def in_safetensors(content: bytes, rng: Random) -> bytes:
             del header[name]
         case 6:
             header["__metadata__"] = picked(VALUES[:-7], rng)
+        case 7:
+            header.pop("__metadata__", None)
         case _:
             length = picked((0, 1, 2**40, 2**63, len(content)), rng)
             return length.to_bytes(8, "little") + content[8:]

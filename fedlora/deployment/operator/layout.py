@@ -142,6 +142,14 @@ def roll_of(file: Path) -> dict[str, int]:
     return {node.fingerprint: node.partition_id for node in nodes}
 
 
+def names_of(file: Path) -> dict[str, str]:
+    """Key fingerprint -> name of its node, from a ``federation.toml``; none if it cannot be read just now."""
+    try:
+        return {node.fingerprint: node.name for node in _nodes(file, read_server_file(file))}
+    except ConfigError:
+        return {}
+
+
 def declared_examples_of(file: Path) -> dict[int, int]:
     """Partition id -> how many examples the node's owner declared, from a ``federation.toml``.
 

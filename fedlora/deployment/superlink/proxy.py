@@ -7,6 +7,8 @@ sides.
 
 The gate also holds a SuperNode's question for messages until there is one, at most `HOLD_SECONDS`. A
 SuperNode that is told "none" sleeps for three seconds, which would be added to every round.
+
+Of a SuperNode that the SuperLink refuses it says why, see `fedlora.deployment.superlink.refused`.
 """
 
 from __future__ import annotations
@@ -14,12 +16,16 @@ from __future__ import annotations
 import asyncio
 import re
 import ssl
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 import uvicorn
+
+from fedlora.deployment.operator.layout import SERVER_FILE, names_of
+from fedlora.deployment.superlink.refused import KEY, UNAUTHORIZED, Refusals
 
 PULL = "/v1/fleet/pull-messages"
 HOLD_SECONDS = 20.0
@@ -27,7 +33,6 @@ HOLD_SECONDS = 20.0
 BUSY_SECONDS, IDLE_SECONDS = 0.25, 2.0
 """Between two questions on behalf of a node that had a message lately, and of one that had not."""
 LATELY = 120.0
-KEY = b"flwr-public-key"
 LARGEST_BODY = 64 * 2**20
 """Bytes; Flower sends arrays in chunks of 5 MiB."""
 _FLEET = re.compile(r"/v1/fleet/[a-z-]{1,40}")
@@ -44,9 +49,12 @@ class Gate:
     Args:
         superlink: its address, ``https://127.0.0.1:PORT``.
         authority: the CA certificate that vouches for it.
+        names: gives key fingerprint -> the node's name, for what it says of nodes.
     """
 
-    def __init__(self, superlink: str, authority: Path) -> None:
+    def __init__(
+        self, superlink: str, authority: Path, names: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
         self._client = httpx.AsyncClient(
             base_url=superlink,
             verify=ssl.create_default_context(cafile=str(authority)),
@@ -55,6 +63,7 @@ class Gate:
             trust_env=False,
         )
         self._last_message: dict[bytes, float] = {}
+        self._refusals = Refusals(names)
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """One request: refused, or answered by the SuperLink."""
@@ -73,21 +82,32 @@ class Gate:
         except httpx.HTTPError:
             await _answer(send, 503, b"the SuperLink does not answer")
             return
-        if reply is not None:
+        if reply is None:
+            return
+        told = self._refusals.body(scope["path"], reply.status_code, dict(headers))
+        if told is not None:
+            await _answer(send, reply.status_code, told, "application/json")
+        else:
             await _answer(send, reply.status_code, reply.content, reply.headers.get("content-type"))
 
     async def _ask(
         self, path: str, headers: list[tuple[bytes, bytes]], body: bytes, receive: Receive
     ) -> httpx.Response | None:
-        """The SuperLink's answer; of a question for messages the first that holds one. None: nobody waits."""
+        """The SuperLink's answer; of a question for messages the first that holds one. None: nobody waits.
+
+        A question whose signature grows too old while it is held is one that was answered with none before.
+        """
         if path != PULL:
             return await self._client.post(path, headers=headers, content=body)
         loop, node = asyncio.get_running_loop(), dict(headers).get(KEY, b"")
         until = loop.time() + HOLD_SECONDS
-        gone = asyncio.ensure_future(_gone(receive))
+        gone, before = asyncio.ensure_future(_gone(receive)), None
         try:
             while not gone.done():
                 reply = await self._client.post(path, headers=headers, content=body)
+                if reply.status_code == UNAUTHORIZED and before is not None:
+                    return before
+                before = reply
                 if reply.status_code == 200 and reply.content:
                     self._last_message[node] = loop.time()
                 if reply.status_code != 200 or reply.content or loop.time() >= until:
@@ -109,7 +129,7 @@ def serve_gate(server: Path, host: str, port: int, control_port: int) -> None:
         control_port: the SuperLink's, on this machine's loopback.
     """
     uvicorn.run(
-        Gate(f"https://127.0.0.1:{control_port}", server / "ca.crt"),
+        Gate(f"https://127.0.0.1:{control_port}", server / "ca.crt", partial(names_of, server / SERVER_FILE)),
         host=host,
         port=port,
         ssl_certfile=str(server / "server.crt"),

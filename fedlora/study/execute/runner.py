@@ -14,6 +14,7 @@ from rich.markup import escape
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import write_atomic
+from fedlora.core.sealed import read_sealed, sealed
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import held
 from fedlora.server.provenance import SCHEMA, check_schema
@@ -158,7 +159,7 @@ def _begin(config: RunConfig, path: Path, absent: Sequence[Absent]) -> None:
 
 def _looks(path: Path) -> list[int]:
     """With how many seeds the study was reported on."""
-    looks: list[int] = json.loads((path / STUDY).read_text()).get("looks", [])
+    looks: list[int] = read_sealed(path / STUDY, older=True).get("looks", [])
     return looks
 
 
@@ -168,7 +169,7 @@ def _write_record(
     record: dict[str, Any] = {"schema": SCHEMA, "title": config.study.title, "looks": sorted(set(looks))}
     if tuning is not None:
         record["tuning"] = tuning.record()
-    write_atomic(path / STUDY, json.dumps(record, indent=2) + "\n")
+    write_atomic(path / STUDY, json.dumps(sealed(record), indent=2) + "\n")
 
 
 def _failure(failed: Sequence[Absent], finished: int, rest: str) -> RunFailed:
