@@ -56,9 +56,9 @@ def admit(directory: Path, dataset: Dataset) -> None:
     register = Chain(directory / REGISTER)
     with register.locked():
         declared = _declared(register)
-        if not declared and (known := ledgers_known(directory) - {register.path}):
+        if not declared and (ledgers := ledgers_known(directory) - {register.path}):
             raise LedgerRefused(
-                f"{register.path}: is missing, which says of what {min(known).name} keeps account; restore "
+                f"{register.path}: is missing, which says of what {min(ledgers).name} keeps account; restore "
                 "the file"
             )
         if dataset.source not in declared:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,12 @@ def test_a_second_node_with_a_key_is_refused_while_the_first_is_there(
     assert adapter(tmp_path / "run") == adapter(undisturbed)
 
 
+def send(what: signal.Signals, family: list[psutil.Process]) -> None:
+    for process in family:
+        with suppress(psutil.NoSuchProcess):  # a ClientApp lives as long as its message
+            process.send_signal(what)
+
+
 def test_of_two_nodes_that_got_in_with_one_key_each_order_is_carried_out_by_one_and_counted_once(
     up: Up, undisturbed: Path, tmp_path: Path
 ) -> None:
@@ -148,19 +154,16 @@ def test_of_two_nodes_that_got_in_with_one_key_each_order_is_carried_out_by_one_
     wait_for_nodes(up)
     first = psutil.Process(up.loopback.processes["node-1"].pid)
     family = [first, *first.children(recursive=True)]
-    for process in family:
-        process.send_signal(signal.SIGSTOP)
+    send(signal.SIGSTOP, family)
     try:
         time.sleep(BACK_AFTER)
         with twin(up, tmp_path / "twin") as second:
             wait_for_nodes(up)
-            for process in family:
-                process.send_signal(signal.SIGCONT)
+            send(signal.SIGCONT, family)
             records = run(up, tmp_path / "run", num_server_rounds=ROUNDS, **KEYS)
             assert second.poll() is None
     finally:
-        for process in family:
-            process.send_signal(signal.SIGCONT)
+        send(signal.SIGCONT, family)
     assert first.is_running()
     assert [(record["participants"], record["refused"]) for record in records] == [([0, 1, 2], {})] * ROUNDS
     run_of = read_journal(up.state(0))[-1].run
