@@ -73,11 +73,10 @@ class SecureStrategy(FactorStrategy):
         self.largest_change, self.max_weight = largest_change, max_weight
         self.shared_noise, self._planned = shared_noise, 0
         self.sketch_size = sketch_size
-        self._rows = Shipped()
+        self._rows, self._length = Shipped(), 0
         self.collector = Collector(terms=terms)
         self._grid: Grid | None = None
-        self._nodes: dict[int, int] = {}
-        self._silent: dict[int, bool] = {}
+        self._nodes, self._silent = dict[int, int](), dict[int, bool]()
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -107,7 +106,8 @@ class SecureStrategy(FactorStrategy):
         messages = super()._instructions(chosen, present, message_type, server_round, config)
         if self.transport.beside:
             start = self._rows.start(self.transport.requests[0].broadcast)
-            self.transport.row_bytes = wire.row_length(start) * self.terms.bits // 8
+            self._length = wire.row_length(start, noisy=self.shared_noise is not None)
+            self.transport.row_bytes = self._length * self.terms.bits // 8
         return messages
 
     def _messages(self, message_type: str, settings: dict[str, Any]) -> list[Message]:
@@ -127,9 +127,8 @@ class SecureStrategy(FactorStrategy):
         if not self.transport.requests:
             return None, None
         start = self._rows.start(self.transport.requests[0].broadcast)
-        length = wire.row_length(start, noisy=self.shared_noise is not None)
         for request in self.transport.requests:
-            self._take_update(request, contents.get(request.partition_id), length)
+            self._take_update(request, contents.get(request.partition_id))
             self._silent[request.partition_id] = request.is_silent
         self._count_bytes()
         survivors = sorted(self.collector.survivors)
@@ -276,7 +275,7 @@ class SecureStrategy(FactorStrategy):
 
     # --- from replies to one update ---------------------------------------------------------------------
 
-    def _take_update(self, request: PendingRequest, content: RecordDict | None, length: int) -> None:
+    def _take_update(self, request: PendingRequest, content: RecordDict | None) -> None:
         """Add a masked update to the sum, or count its client out."""
         reply = request.reply
         try:
@@ -284,7 +283,7 @@ class SecureStrategy(FactorStrategy):
                 raise UpdateRefused(request.failure)
             if reply.status != wire.OK:
                 raise UpdateRefused(reply.reason or f"answered {reply.status!r}")
-            row = wire.masked_row(content, length, self.terms.bits)
+            row = wire.masked_row(content, self._length, self.terms.bits)
             self.collector.take_masked(request.partition_id, row)
         except UpdateRefused as error:
             self.report.refuse({request.partition_id: str(error)})

@@ -146,7 +146,9 @@ class Preview:
             up = wire.to_peft(layers, head, began.uploaded)
             down = wire.to_peft(began.adapters, began.head)
             plain = wire.most_bytes(upload, up, began.choose)
-            ups.append(plain if sums is None else wire.row_length(sums.start(began)) * secure.bits // 8)
+            noisy = secure.noise == "distributed"
+            row = 0 if sums is None else wire.row_length(sums.start(began), noisy=noisy) * secure.bits // 8
+            ups.append(row or plain)
             downs.append(wire.most_bytes(self.config.wire_dtype, down))
         return (
             f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "

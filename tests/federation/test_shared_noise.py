@@ -29,6 +29,7 @@ from fedlora.secure.graph import colluders_held
 from fedlora.secure.noise import system_words
 from fedlora.server.directory import RunDirectory
 from fedlora.server.federated_run import FederatedRun
+from fedlora.server.preview import preview
 from fedlora.study.report.configuration import _seen_by_less
 from tests.federation.secured import ENGINE, carry_out, config_of, numbers, phase
 
@@ -64,6 +65,8 @@ def test_almost_without_noise_it_is_the_central_mechanism(cache: Path, tmp_path:
     shipped = sum(t.numel() for a in plain.state.adapters.values() for t in a.tensors().values())
     shipped += sum(t.numel() for t in plain.state.head.values())
     assert {row.nbytes for row in rows} == {4 * shipped}  # no weight, no loss, no count beside them
+    said = dict(preview(summed.config).lines())["traffic"]
+    assert said.startswith(f"{4 * shipped / 1e6:.3g} MB up")
 
 
 def test_the_model_has_the_noise_of_everybody_in_the_sum(cache: Path, tmp_path: Path) -> None:
