@@ -67,6 +67,21 @@ def test_what_is_sent_does_not_know_of_it(keys: dict[str, Any], tmp_path: Path, 
     assert "personal" not in plain
 
 
+@pytest.mark.parametrize("cohort", [1, 4])
+@pytest.mark.parametrize("bond", ["train.proximal-mu", "train.nested-ranks"])
+def test_what_binds_the_global_adapter_does_not_bind_the_second(
+    bond: str, cohort: int, tmp_path: Path, cache: Path
+) -> None:
+    """In round 1 all receive the same with it and without it, and a second adapter stands beside that."""
+    keys = {**ON, "strategy.name": "zero-padding", "num-server-rounds": 1, "engine.cohort-size": cohort}
+    run(tmp_path / "free", **keys)
+    run(tmp_path / "bound", **keys, **{bond: 5.0 if bond == "train.proximal-mu" else True})
+    free, bound = (seconds(tmp_path / name, 1) for name in ("free", "bound"))
+    assert all(torch.equal(free[k][name], bound[k][name]) for k in free for name in free[k])
+    one, other = (weights(tmp_path / name / "adapter") for name in ("free", "bound"))
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
 def test_cohorts_train_them_as_clients_alone_do(tmp_path: Path, cache: Path) -> None:
     """Ranks of the global adapter that differ stand beside in one cohort."""
     keys = {"strategy.name": "flexlora", "lora.ranks": "2,4", **ON}
