@@ -96,6 +96,21 @@ STUDIES = (
         "against rank 16 for those who can hold it, undecided.",
     ),
     Study(
+        name="layers",
+        claim="LISA's (Pan et al., NeurIPS 2024), for federations: training some layers in each round is "
+        "worth its bytes. Here at half of the uplink: half of the layers beside half of the rank.",
+    ),
+    Study(
+        name="kinds",
+        claim="Fed-SB (Singhal et al., 2025), FourierFT (Gao et al., ICML 2024), WaveFT: tens of numbers a "
+        "layer are enough. Here at 1, 10 and 100 of them, beside LoRA of rank 1 and the head alone.",
+    ),
+    Study(
+        name="optimizers",
+        claim="LoRA-Pro (Wang et al., ICLR 2025) and ScaledGD (Zhang and Pilanci, ICML 2024) learn faster "
+        "than AdamW and SGD on LoRA's factors. Here between rounds of averages, of stacks, and with privacy.",
+    ),
+    Study(
         name="mixed_ranks",
         claim="raFLoRA (Wu et al., 2026) and FSLoRA (Fang et al., 2025): with mixed ranks both are ahead of "
         "FlexLoRA, under which ranks that few clients have fade from round to round.",
