@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,8 +75,7 @@ def run(
         out.print(f"on {name}: {_measured(found)}, {found['examples']} examples", highlight=False)
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
-    for heading, text in _totals(done):
-        out.print(f"{heading:10}{text}", highlight=False, markup=False)
+    _print(_totals(done))
     if result.get("stopped_early"):
         patience = settings.early_stopping_patience
         out.print(f"ended after round {result['rounds']}: {patience} evaluations without a better one")
@@ -109,12 +109,12 @@ def _preview(settings: RunConfig, *, deployed: bool) -> None:
     """Print what a run would do; of a deployment without its clients, which hold their own data."""
     from dataclasses import replace
 
+    from fedlora.server.expected import expected
     from fedlora.server.preview import preview
 
     found = preview(settings)
-    lines = replace(found, partitions=None).lines() if deployed else [*found.lines(), *found.expected()]
-    for heading, text in lines:
-        out.print(f"{heading:10}{text}", highlight=False, markup=False)
+    lines = replace(found, partitions=None).lines() if deployed else [*found.lines(), *expected(found)]
+    _print(lines)
 
 
 def _finished(path: Path, rounds: int) -> bool:
@@ -146,27 +146,45 @@ def compare(
     parallel: Annotated[
         int, typer.Option("--parallel", metavar="N", min=1, help="Runs at a time; they divide the actors.")
     ] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and what it takes, and run nothing.")
+    ] = False,
 ) -> None:
     """Run every strategy, reference and variant of the file's study table and write report.html.
 
     Example: fedlora compare demo.toml --out runs/demo
     (fedlora example demo > demo.toml writes such a file)
     """
-    from fedlora.config import parse_overrides
+    from fedlora.config import parse_overrides, read_config
     from fedlora.study import library
 
+    path, overrides = out_dir or Path(f"runs/{config.stem}"), parse_overrides(set_)
+    manner: dict[str, Any] = {
+        "resume": resume, "retry_failed": retry_failed, "share": share, "parallel": parallel,
+    }  # fmt: skip
+    if dry_run:
+        _outlook(read_config(config, overrides), path, manner)
+        return
     with ended_by_sigterm():
-        study = library.compare(
-            config,
-            out_dir or Path(f"runs/{config.stem}"),
-            overrides=parse_overrides(set_),
-            resume=resume,
-            retry_failed=retry_failed,
-            share=share,
-            parallel=parallel,
-        )
+        study = library.compare(config, path, overrides=overrides, **manner)
     out.print(methods_table(study.table()))
     out.print(f"report: {study.report}")
+
+
+def _outlook(settings: RunConfig, path: Path, manner: dict[str, Any]) -> None:
+    """Print what a study would run."""
+    from fedlora.study.execute.outlook import HEADER, outlook
+
+    found = outlook(settings, path, **manner)
+    _print(found.lines)
+    out.print(table_of(HEADER, [group.cells() for group in found.groups], left=["method"]))
+    _print(found.ending)
+
+
+def _print(lines: Sequence[tuple[str, str]]) -> None:
+    """A heading and a sentence in each line."""
+    for heading, text in lines:
+        out.print(f"{heading:10}{text}", highlight=False, markup=False)
 
 
 def methods_table(found: StudyTable) -> Table:

@@ -32,6 +32,7 @@ from fedlora.server.records import (
     spread,
 )
 from fedlora.server.tracking import Tracking
+from fedlora.server.untrained import untrained
 from strategies.report import RoundReport
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ class Evaluate(Callback):
         if run.runtime.model.task.labelled or run.directory.before() is not None:
             return
         began = time.monotonic()
-        whole = self._global.whole(run.state)
-        self._write_samples(run, "before")
-        run.directory.write_before(self._global.record(whole))
-        measured = self._global.part(run.state)
-        run.before = {"round": 0, **measured, "refused": {}, "seconds": time.monotonic() - began}
+        found = untrained(run, self._global)
+        if found["samples"] is not None:
+            run.directory.write_samples("before", found["samples"])
+        run.directory.write_before(found["whole"])
+        run.before = {"round": 0, **found["part"], "refused": {}, "seconds": time.monotonic() - began}
 
     def after_round(self, run: FederatedRun, report: RoundReport) -> None:
         """Begin the round's record: accuracy, loss and what else the task has; None where not measured."""

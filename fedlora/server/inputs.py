@@ -37,11 +37,9 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
     """
     if ":" in config.strategy.name + config.train.optimizer + config.lora.method or config.privacy.ledger:
         return None
-    device: str = config.engine.device
-    if device == "auto":
-        if config.engine.address:
-            return None
-        device = pick_device(device).type
+    device = device_of(config)
+    if device is None:
+        return None
     model = runtime.model
     found = {
         "base": base_parts(runtime),
@@ -58,6 +56,14 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
     return digest_of(found)
 
 
+def device_of(config: RunConfig) -> str | None:
+    """The kind of device that a run computes on; None where the machines of a cluster choose it."""
+    device: str = config.engine.device
+    if device != "auto":
+        return device
+    return None if config.engine.address else str(pick_device(device).type)
+
+
 def digest_of(parts: object) -> str:
     """A digest of parts that JSON can hold."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -70,9 +76,17 @@ def base_parts(runtime: ClientRuntime) -> list[tuple[str, str]]:
 
 def data_parts(data: Prepared) -> list[object]:
     """Hashes of the examples as the model sees them, and of who holds which."""
-    names = [data.label_names, data.domain_names, data.pad_token_id, data.task]
     parts = (data.train, data.test, *data.sets.values())
-    return [*names, _array(data.flat), _array(data.offsets), *map(_examples, parts)]
+    return [*_names(data), _array(data.flat), _array(data.offsets), *map(_examples, parts)]
+
+
+def evaluated_parts(data: Prepared) -> list[object]:
+    """Hashes of the examples that models are measured on, with the names of their sets."""
+    return [*_names(data), list(data.sets), *map(_examples, (data.test, *data.sets.values()))]
+
+
+def _names(data: Prepared) -> list[object]:
+    return [data.label_names, data.domain_names, data.pad_token_id, data.task]
 
 
 def _examples(examples: Examples) -> list[str | None]:

@@ -1,29 +1,22 @@
-"""What a run is about to do, in a few lines: model, data, clients, traffic, privacy; and what it will take.
+"""What a run is about to do, in a few lines: model, data, clients, traffic, privacy.
 
-The same lines are shown by ``fedlora run --dry-run`` and at the start of every run in simulation.
+The same lines are shown by ``fedlora run --dry-run`` and at the start of every run in simulation. What a run
+will take is in `fedlora.server.expected`.
 """
 
 from __future__ import annotations
 
-import math
-import resource
-import sys
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from clients.budget import noise_of, planned_steps, rate_of
-from clients.evaluation import evaluate
 from clients.runtime import ClientRuntime, read_runtime
-from clients.training.batches import num_steps
-from clients.training.train import train_local
 from fedlora import wire
 from fedlora.config import DataConfig, PrivacyConfig, RunConfig
 from fedlora.config.section import kebab
 from fedlora.core.state import Broadcast, State
-from fedlora.data.examples import evaluation_subset
 from fedlora.prepared.cache import Prepared
 from fedlora.server.build import assemble, client_spec
 from fedlora.server.secure import secure_line
@@ -35,8 +28,6 @@ from strategies.sums import rows_of
 Line = tuple[str, str]
 MOST_NAMED = 8
 """Labels or clients that a line names; more are counted."""
-TRIED_STEPS, TRIED_EXAMPLES = 2, 64
-"""What is timed: steps of one client, and test examples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,55 +54,10 @@ class Preview:
             ("model", self._model()),
             *data_lines(self.config, self.runtime.data, sorted(self.partitions or ())),
             ("training", self._training()),
-            *([] if self.partitions is None else [("traffic", self._traffic(sorted(self.partitions)))]),
+            *([] if self.partitions is None else [("traffic", self._traffic())]),
             ("privacy", self._privacy()),
             *([("secure", secure_line(self.config, self.rule))] if self.config.secure.mode == "sums" else []),
         ]
-
-    def expected(self) -> list[Line]:
-        """Time and memory, from two steps of one client and a few test examples tried here and now."""
-        config, data, model = self.config, self.runtime.data, self.runtime.model
-        clients = sorted(self.partitions or data.clients)
-        sizes = {partition: len(data.indices(partition)) for partition in clients}
-        middle = sorted(clients, key=lambda partition: (sizes[partition], partition))[len(clients) // 2]
-        began = self._broadcast(middle)
-        model.load(
-            began.adapters, began.head, trained=began.trained, modules=began.modules,
-            train_head=config.model.head != "freeze",
-        )  # fmt: skip
-        step = math.inf
-        if model.trainable().all:
-            for _ in range(2):  # the first also warms up
-                start = time.perf_counter()
-                train_local(
-                    model, data.train, data.indices(middle), data.pad_token_id, config.train,
-                    local_steps=TRIED_STEPS, seed=0,
-                )  # fmt: skip
-                done = num_steps(config.train, sizes[middle], TRIED_STEPS)
-                step = min(step, (time.perf_counter() - start) / done)
-        start, tried = time.perf_counter(), evaluation_subset(data.test, TRIED_EXAMPLES)
-        evaluate(model, data.test, tried, data.pad_token_id, precision=config.evaluation_precision)
-        each = (time.perf_counter() - start) / max(1, len(tried))
-        seconds = self._seconds(0.0 if math.isinf(step) else step, each, clients, sizes)
-        unit = 1 if sys.platform == "darwin" else 1024
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-        return [
-            ("time", f"about {_duration(seconds)} if one process trains ({step:.2g} s a step here and now)"
-             if not math.isinf(step) else f"about {_duration(seconds)} of evaluation"),
-            ("memory", f"about {peak:.2g} GiB a process; the base is shared by those of one machine"),
-        ]  # fmt: skip
-
-    def _seconds(self, step: float, each: float, clients: Sequence[int], sizes: dict[int, int]) -> float:
-        config, data = self.config, self.runtime.data
-        chosen = clients_of_round(config.fraction_train, len(clients), config.min_train_nodes)
-        steps = [num_steps(config.train_of(p), sizes[p], config.local_steps_of(p)) for p in clients]
-        rounds = config.num_server_rounds - self.state.round
-        subset = config.data.evaluate_examples or len(data.test)
-        looks = rounds // config.evaluate_every
-        return (
-            rounds * chosen * float(np.mean(steps)) * step
-            + (looks * min(subset, len(data.test)) + len(data.test)) * each
-        )
 
     def _model(self) -> str:
         model, config = self.runtime.model, self.config
@@ -133,26 +79,41 @@ class Preview:
             f"{config.train.batch_size}, {config.train.optimizer} at {config.train.learning_rate:g}{done}"
         )
 
-    def _traffic(self, clients: Sequence[int]) -> str:
-        sent = {partition: self._broadcast(partition) for partition in clients[:MOST_NAMED]}
+    def traffic(self) -> tuple[list[int], list[int]]:
+        """Bytes up and bytes down of the first clients, at most `MOST_NAMED`, in their first round."""
+        clients = sorted(self.partitions or ())
         rule, secure, ups, downs = self.rule, self.config.secure, [], []
         upload = self.config.upload or rule.upload or self.config.wire_dtype
-        asked = clients_of_round(self.config.fraction_train, len(clients), self.config.min_train_nodes)
-        specs = [client_spec(self.config, self.runtime, partition) for partition in clients[:asked]]
+        specs = [
+            client_spec(self.config, self.runtime, partition) for partition in clients[: self.in_a_round]
+        ]
         sums = rows_of(rule, self.state, specs, secure.sketch_size) if secure.mode == "sums" else None
-        for began in sent.values():
+        for began in map(self.broadcast, clients[:MOST_NAMED]):
             layers = {name: adapter for name, adapter in began.adapters.items() if name in began.modules}
             head = began.head if self.config.model.head == "train" else {}
             up = wire.to_peft(layers, head, began.uploaded)
-            down = wire.to_peft(began.adapters, began.head)
+            down = wire.to_peft({} if began.fresh_seed is not None else began.adapters, began.head)
             plain = wire.most_bytes(upload, up, began.choose)
             noisy = secure.noise == "distributed"
             row = 0 if sums is None else wire.row_length(sums.start(began), noisy=noisy) * secure.bits // 8
             ups.append(row or plain)
-            downs.append(wire.most_bytes(self.config.wire_dtype, down))
+            moved = [wire.most_bytes(self.config.wire_dtype, patch.tensors()) for patch in self.state.base]
+            downs.append(wire.most_bytes(self.config.wire_dtype, down) + sum(moved))
+        return ups, downs
+
+    @property
+    def in_a_round(self) -> int:
+        """How many clients a round asks."""
+        return clients_of_round(
+            self.config.fraction_train, len(self.partitions or ()), self.config.min_train_nodes
+        )
+
+    def _traffic(self) -> str:
+        rule, (ups, downs) = self.rule, self.traffic()
+        sketched = self.config.secure.mode == "sums" and rule.facts.sketched
         return (
             f"{_bytes(ups)} up and {_bytes(downs)} down for a client in its first round (numbers a layer: "
-            f"up {'of sketches' if sums and rule.facts.sketched else rule.facts.up or '0'}, "
+            f"up {'of sketches' if sketched else rule.facts.up or '0'}, "
             f"down {rule.facts.down or '0'})"
         )
 
@@ -180,7 +141,8 @@ class Preview:
         steps = planned_steps(config, config.train.local_steps)
         return f"{said} for each client after at most {steps:,} steps; noise multiplier {_range(noises)}"
 
-    def _broadcast(self, partition: int) -> Broadcast:
+    def broadcast(self, partition: int) -> Broadcast:
+        """What a client starts its first round from."""
         return self.rule.broadcast(self.state, client_spec(self.config, self.runtime, partition))
 
 
@@ -204,17 +166,6 @@ def _range(values: Sequence[float]) -> str:
 def _bytes(values: Sequence[float]) -> str:
     low, high = (f"{value / 1e6:.3g}" for value in (min(values), max(values)))
     return f"{low if low == high else f'{low} to {high}'} MB"
-
-
-def _duration(seconds: float) -> str:
-    """Seconds for people.
-
-    >>> _duration(42.4), _duration(600), _duration(9000)
-    ('42 s', '10 min', '2.5 h')
-    """
-    if seconds < 90:
-        return f"{max(1.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def data_lines(config: RunConfig, data: Prepared, clients: Sequence[int]) -> list[Line]:
@@ -262,14 +213,18 @@ def _clients(config: RunConfig, data: Prepared, clients: Sequence[int]) -> str:
     return f"{said}; by label: {', '.join(each)}{more}"
 
 
-def preview(config: RunConfig) -> Preview:
+def preview(config: RunConfig, runtime: ClientRuntime | None = None) -> Preview:
     """The preview of a run that is not begun; nothing is written but prepared data in the cache.
+
+    Args:
+        config: of the run.
+        runtime: its model and data; read where None.
 
     Raises:
         ConfigError: a configuration that cannot be carried out.
     """
     rule = check(config)
-    runtime = read_runtime(config)
+    runtime = runtime or read_runtime(config)
     partitions = config.partition_list or runtime.data.clients
     strategy = assemble(
         rule,

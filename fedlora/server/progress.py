@@ -138,6 +138,7 @@ class RoundProgress:
         if self._lines:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
             number = f"round {record['round']}/{self._total}" if record["round"] else "before training"
+            number += f", as {record['taken_from']} measured it:" if "taken_from" in record else ""
             done = f"{self._title}: {number} {', '.join(shown)}{lost}"
             self._console.print(f"{done}, {record['seconds']:.1f} s{_diagnosis(record)}", highlight=False)
 

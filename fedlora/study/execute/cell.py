@@ -77,7 +77,8 @@ def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
     (home / FAILED).unlink(missing_ok=True)
     try:
         with system_errors_in_words():
-            simulate_on(engine.pool, cell.config, RunDirectory(home, resume=True), title, alone=engine.alone)
+            directory = RunDirectory(home, resume=True, shared=home.parent)
+            simulate_on(engine.pool, cell.config, directory, title, alone=engine.alone)
     except Exception as error:
         engine.close()
         reason = write_failure(home, error)

@@ -57,28 +57,20 @@ def run_study(
             at a time; nothing was run or written.
         RunFailed: cells failed; the report is on the others.
     """
-    need_extra("report", "fedlora compare")
-    if path.is_dir() and any(path.iterdir()) and not resume:
-        raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
-    check_schema(path / STUDY)
-    check_shared(share)
-    shared = [*others_beside(path, say), *share]
+    shared = check_request(config, path, share, resume=resume)
     manner = RunOptions(shared=shared, retry_failed=retry_failed, parallel=parallel)
     quiet()
-    with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
-        check(config)
-    check_address(config.engine.address)
     began = time.monotonic()
     with held(path), Engine(config) as engine:
-        cells, absent = _planned(engine, config)
+        cells, absent = planned(engine, config)
         if parallel > 1:
             check_parallel(parallel, engine.pool.size)
-        tried = _trials(config, cells)
-        _check_directories([trial.cell for trial in tried] or cells, path)
+        tried = trials_of(config, cells)
+        check_directories([trial.cell for trial in tried] or cells, path)
         _begin(config, path, absent)
         tuning = tune(engine, config, tried, path, manner) if tried else None
         cells, failed = with_rates(cells, tuning) if tuning else (cells, [])
-        _check_directories(cells, path)
+        check_directories(cells, path)
         failed += run_cells(engine, cells, path, manner)
     labels = {missing.label for missing in failed}
     results = load_results([cell for cell in cells if cell.label not in labels], path)
@@ -102,6 +94,23 @@ def run_study(
     return report
 
 
+def check_request(config: RunConfig, path: Path, share: Sequence[Path], *, resume: bool) -> list[Path]:
+    """Refuse what is wrong without a look at model or data; the studies to take finished cells from.
+
+    Raises:
+        ConfigError: as `run_study`.
+    """
+    need_extra("report", "fedlora compare")
+    if path.is_dir() and any(path.iterdir()) and not resume:
+        raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
+    check_schema(path / STUDY)
+    check_shared(share)
+    with contextlib.suppress(NotApplicable):  # the file's own strategy need not be one that is compared
+        check(config)
+    check_address(config.engine.address)
+    return [*others_beside(path, say), *share]
+
+
 def tune(engine: Engine, config: RunConfig, tried: Sequence[Trial], path: Path, manner: RunOptions) -> Tuning:
     """Run the trials that are not finished, and keep the rates in ``study.json``."""
     failed = run_cells(engine, [trial.cell for trial in tried], path, manner)
@@ -122,8 +131,12 @@ def with_rates(cells: Sequence[Cell], tuning: Tuning) -> tuple[list[Cell], list[
     return reported([cell for cell in cells if cell.group not in none], tuning.rates), untuned
 
 
-def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:
-    """The runs that can exist, and those that cannot."""
+def planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent]]:
+    """The runs that can exist, and those that cannot.
+
+    Raises:
+        ConfigError: a mistake in the study.
+    """
     cells = expand(config, engine.pool.runtime(config).data.num_partitions)
     pairs = declared(config.study.comparisons, {c.method: None for c in cells if c.kind != "reference"})
     judged_by(config.study, cells)
@@ -135,15 +148,24 @@ def _planned(engine: Engine, config: RunConfig) -> tuple[list[Cell], list[Absent
     return possible, absent
 
 
-def _trials(config: RunConfig, cells: Sequence[Cell]) -> list[Trial]:
-    """The runs that tune; none where rates are given."""
+def trials_of(config: RunConfig, cells: Sequence[Cell]) -> list[Trial]:
+    """The runs that tune; none where rates are given.
+
+    Raises:
+        ConfigError: tuning that cannot be.
+    """
     if not config.study.tune_learning_rates:
         return []
     check_tuning(config, cells)
     return trials(config.study, cells)
 
 
-def _check_directories(cells: Sequence[Cell], path: Path) -> None:
+def check_directories(cells: Sequence[Cell], path: Path) -> None:
+    """Refuse directories of cells that were begun with other settings.
+
+    Raises:
+        ConfigError: there is one.
+    """
     for cell in cells:
         check_directory(cell, path / cell.label)
 
