@@ -180,18 +180,30 @@ def _one_step_loss(noise_multiplier: float, sample_rate: float, most: int, targe
         Domain,
         PoissonSubsampledGaussianPRV,
         TruncatedPrivacyRandomVariable,
-        compute_safe_domain_size,
         discretize,
     )
 
     loss = PoissonSubsampledGaussianPRV(sample_rate, noise_multiplier)
     delta_error = target_delta * DELTA_ERROR
-    bound = compute_safe_domain_size(
-        prvs=[loss], max_self_compositions=[most], eps_error=EPSILON_ERROR, delta_error=delta_error
-    )
+    bound = safe_domain_size(noise_multiplier, sample_rate, most, delta_error)
     mesh = EPSILON_ERROR / math.sqrt(most * math.log(12 / delta_error) / 2)
     domain = Domain.create_aligned(-bound, bound, mesh)
     return discretize(TruncatedPrivacyRandomVariable(loss, domain.t_min, domain.t_max), domain)
+
+
+def safe_domain_size(noise_multiplier: float, sample_rate: float, most: int, delta_error: float) -> float:
+    """``compute_safe_domain_size`` of Opacus for equal steps, bit by bit in half the time.
+
+    Its two bounds are of the same divergence, which is what takes long: at some hundred orders, most broken.
+    """
+    from opacus.accountants import RDPAccountant
+    from opacus.accountants.analysis.rdp import compute_rdp, get_privacy_spent
+
+    orders = RDPAccountant.DEFAULT_ALPHAS
+    divergence = compute_rdp(q=sample_rate, noise_multiplier=noise_multiplier, steps=1, orders=orders)
+    all_steps, _ = get_privacy_spent(orders=orders, rdp=divergence * most, delta=delta_error / 4)
+    one_step, _ = get_privacy_spent(orders=orders, rdp=divergence, delta=delta_error / (8 * most))
+    return max(float(all_steps), float(one_step), EPSILON_ERROR) + 3
 
 
 def pld(history: History, target_delta: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import lru_cache
 
 import dp_accounting
@@ -10,11 +11,12 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants.analysis.prv import PoissonSubsampledGaussianPRV, compute_safe_domain_size
 from scipy.optimize import brentq
 from scipy.stats import norm
 
 from fedlora.errors import ConfigError
-from fedlora.privacy.accountants import ACCOUNTANTS, History
+from fedlora.privacy.accountants import ACCOUNTANTS, DELTA_ERROR, EPSILON_ERROR, History, safe_domain_size
 from fedlora.privacy.calibration import MIN_NOISE, calibrate_noise, epsilon_of, epsilon_spent
 from fedlora.privacy.types import PrivacySpent
 
@@ -234,6 +236,19 @@ def test_the_quick_account_is_the_slow_one_but_for_the_last_digits(
 ) -> None:
     history = ((noise, rate, steps),)
     assert epsilon_of(history, DELTA, quick=True) == pytest.approx(epsilon_of(history, DELTA), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("noise", "rate", "most"), [(0.8, 0.1, 8), (1.3, 0.02, 1024), (0.3, 0.5, 1), (20.0, 1.0, 64)]
+)
+def test_the_domain_of_prv_is_that_of_opacus(noise: float, rate: float, most: int) -> None:
+    """Bit by bit: noise was calibrated with it."""
+    loss = PoissonSubsampledGaussianPRV(rate, noise)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = safe_domain_size(noise, rate, most, DELTA_ERROR * DELTA)
+        wanted = compute_safe_domain_size([loss], [most], EPSILON_ERROR, DELTA_ERROR * DELTA)
+    assert found == wanted
 
 
 def test_prv_never_says_less_than_nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,19 @@ def updates(norms: np.ndarray) -> list[ClientUpdate]:
     """Clients whose changes are so long."""
     found = []
     for number, norm in enumerate(norms):
-        g = torch.Generator().manual_seed(number)
-        A, B = torch.randn(START.A.shape, generator=g), torch.randn(START.B.shape, generator=g)
-        scale = float(norm) / math.sqrt(float(A.square().sum() + B.square().sum()))
+        A, B, length = direction(number)
+        scale = float(norm) / length
         factors = LoraFactors(scale * A, scale * B, 1.0)
         found.append(ClientUpdate(partition_id=number, adapters={"x": factors}, head={}, weight=1.0))
     return found
+
+
+@lru_cache
+def direction(number: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A client's change, of A and of B, and how long it is."""
+    g = torch.Generator().manual_seed(number)
+    A, B = torch.randn(START.A.shape, generator=g), torch.randn(START.B.shape, generator=g)
+    return A, B, math.sqrt(float(A.square().sum() + B.square().sum()))
 
 
 def adaptive(norm: float = 1.0, *, seed: int | None = 0, z: float = Z, **rule: float) -> AdaptiveClientDP:

@@ -201,7 +201,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits_and_clients(tmp_path: Path) ->
 
 def test_it_costs_what_so_many_rounds_of_independent_noise_cost(tmp_path: Path) -> None:
     """Each client takes part twice; by the Gaussian mechanism of the sensitivity that brute force finds."""
-    federation = run(config(), tmp_path)
+    federation = run(config(**{"privacy.accountant": "prv"}), tmp_path)
     last = federation.directory.rounds()[-1]
     c = factor(square_root(3), 6)
     moved = math.sqrt(max((c[:, [i, i + 3]] ** 2).sum() for i in range(3)))
