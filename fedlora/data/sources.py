@@ -20,6 +20,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetsError
+from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 
 from fedlora.assets.fetch import cache_dir
@@ -43,6 +44,8 @@ GUESSED = ("csv", "json")
 """Kinds of files for which datasets guesses types, piece by piece of a file."""
 GLUE_SPLITS = {"train.tsv": "train", "dev.tsv": "validation", "dev_matched.tsv": "validation"}
 """Files of a directory as GLUE ships it; its test.tsv has no labels."""
+KINDS_OF_FILES = frozenset(_PACKAGED_DATASETS_MODULES)
+"""What datasets takes for all files of that kind in the directory where one stands; one of them unpickles."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -193,7 +196,7 @@ def _read_directory(path: Path) -> Any:
         lambda: (
             load_from_disk(str(path))
             if saved
-            else _loose_files(str(path), cache=str(cache_dir() / "datasets"))
+            else _loose_files(str(path.absolute()), cache=str(cache_dir() / "datasets"))
         ),
     )
 
@@ -205,6 +208,9 @@ def _loose_files(name: str, subset: str | None = None, cache: str | None = None)
     where all are in one directory.
     """
     builder = load_dataset_builder(name, subset, cache_dir=cache)
+    files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
+    if not Path(name).is_absolute() and not all("://" in file for file in files):
+        raise ValueError("its description on the hub names files of this machine")
     options: dict[str, Any] = {}
     if builder.name in GUESSED and not _declares(builder):
         found = {split: _text_files(files) for split, files in builder.config.data_files.items()}
@@ -245,6 +251,8 @@ def _text_files(files: Sequence[str]) -> list[tuple[str, Path]]:
 def _from_hub(config: DataConfig) -> Any:
     subset = f" with data.subset = {config.subset!r}" if config.subset else ""
     where = f"data.name = {config.name!r}{subset}"
+    if config.name in KINDS_OF_FILES:
+        raise ConfigError(f"{where}: is a kind of files and no dataset, name the file or the directory")
     try:
         return _loaded(where, lambda: _loose_files(config.name, config.subset or None))
     except ConnectionError as error:

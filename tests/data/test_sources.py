@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,11 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from fedlora.config import DataConfig
-from fedlora.data.sources import RawData, load_examples
+from fedlora.data import sources
+from fedlora.data.sources import KINDS_OF_FILES, RawData, load_examples, open_source
 from fedlora.data.split import normalised
 from fedlora.errors import AssetError, ConfigError
+from tests.wire.mutations import TOUCHED, Trap
 
 # datasets leaves the csv file it has read to the garbage collector.
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
@@ -218,6 +222,37 @@ def test_one_group_cannot_be_split(tmp_path: Path) -> None:
     assert "data.test-fraction" in refusal(DataConfig(name=path, **COLUMNS))
     held = {"test": write(tmp_path / "test.csv", rows[:6]), "validation_fraction": 0.3}
     assert "data.validation-fraction" in refusal(DataConfig(name=path, **held, **COLUMNS))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS_OF_FILES))
+def test_a_kind_of_files_is_no_dataset(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be read whatever lies where the process works: at a node its key, and pickles as such."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("key", "train.json", "a.csv"):
+        (tmp_path / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(
+        ConfigError, match=f"data.name = '{kind}': is a kind of files and no dataset, name the"
+    ):
+        open_source(DataConfig(name=kind))
+    assert TOUCHED == []
+
+
+@pytest.mark.parametrize("name", ["text", "./text", "pandas"])
+def test_a_directory_that_is_called_like_a_kind_of_files_is_that_directory(
+    name: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.csv").write_text("text,label\nbeside,x\n")
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "own.csv").write_text("text,label\nown,x\n")
+    assert open_source(DataConfig(name=name))[0]["text"][:] == ["own"]
+
+
+def test_a_hub_dataset_that_names_files_of_this_machine_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(data_files={"train": ["hf://datasets/a/b/x.csv", "/opt/fedlora/node-0/key"]})
+    monkeypatch.setattr(sources, "load_dataset_builder", lambda *_, **__: SimpleNamespace(config=config))
+    with pytest.raises(ConfigError, match=r"data.name = 'a/b': .*its description .* files of this machine"):
+        open_source(DataConfig(name="a/b"))
 
 
 def test_no_hub_is_an_asset_error(monkeypatch: pytest.MonkeyPatch) -> None:
