@@ -18,7 +18,6 @@ from fedlora.client_app import identify, secure_message, train_message
 from fedlora.secure.step import step_of
 from fedlora.wire import from_record, to_record
 
-SLOW_SECONDS = 90.0
 app = ClientApp()
 
 
@@ -54,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
     kind = planned(context, int(message.content["config"]["server-round"]))
     die_if_planned(kind, "train")
     if kind.startswith("slow"):  # "slow-8": by so many seconds
-        time.sleep(float(kind.partition("-")[2] or SLOW_SECONDS))
+        time.sleep(float(kind.partition("-")[2]))
     reply = train_message(message, context)
     if kind.startswith("die") or not kind:
         return reply

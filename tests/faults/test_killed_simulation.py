@@ -24,6 +24,7 @@ data = {{ name = "synthetic", evaluate-examples = 60 }}
 lora = {{ rank = 4 }}
 train = {{ local-steps = 3 }}
 strategy = {{ name = "{strategy}" }}
+engine = {{ num-actors = 1 }}
 {more}
 """
 PRIVATE = 'privacy = { mode = "example", target-epsilon = 8.0 }'

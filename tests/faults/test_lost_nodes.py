@@ -64,20 +64,21 @@ def test_a_killed_node_that_lost_its_disk_comes_back_and_is_served_all_it_lacks(
     up: Up, tmp_path: Path
 ) -> None:
     def after_round(record: dict[str, Any]) -> None:
-        if record["round"] == 2:
+        if record["round"] == 3:
             up.kill("node-1")
             shutil.rmtree(up.state(1))
 
-    records = run(up, tmp_path / "run", after_round, num_server_rounds=30, **KEYS)
+    keys = {**KEYS, "min-available-nodes": NODES}  # after the round in which it dies it is waited for
+    records = run(up, tmp_path / "run", after_round, num_server_rounds=8, **keys)
     present = [1 in record["participants"] for record in records]
-    assert all(present[:2])
-    assert not all(present[2:4])
+    assert all(present[:3])
+    assert not all(present[3:5])
     back = present.index(True, present.index(False))
     assert all(present[back:])
     for record in records:
         assert {0, 2} <= set(record["participants"])
     down = [record["bytes_down"] for record in records]
-    assert max(down[4 : back + 1]) > 1.5 * down[4], "the whole chain travelled to it, added up"
+    assert down[back] > 1.4 * down[-1], "the whole chain travelled to it, added up"
     assert any(line.startswith("node-1 ended") for line in up.told)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fedlora.deployment.operator.layout import Layout
-from tests.faults.deployed import Up, federation, run
+from tests.faults.deployed import NODES, Up, federation, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1200)]
 
@@ -72,7 +72,8 @@ def test_the_round_closes_without_it_and_it_takes_part_again(up: Up, tmp_path: P
         if record["round"] == 3:
             ip("link", "set", OUTSIDE, "up")
 
-    records = run(up, tmp_path / "run", after_round, num_server_rounds=12, **{"strategy.name": "flora"})
+    keys = {"strategy.name": "flora", "min-available-nodes": NODES}  # it is waited for after round 3
+    records = run(up, tmp_path / "run", after_round, num_server_rounds=6, **keys)
     present = [2 in record["participants"] for record in records]
     assert present[:2] == [True, True]
     assert not present[2]

@@ -73,9 +73,9 @@ class Subject:
 
 def make_run(home: Path) -> None:
     run = FederatedRun(InProcessEngine().session(from_flat(RUN), home), RunDirectory(home))
-    run.run()
     run.directory.write_samples("before", [{"prompt": "a", "text": "b"}])
     run.directory.write_before({"accuracy": 0.5, "loss": 1.0})
+    run.run()
 
 
 def resumed(home: Path) -> Any:
