@@ -28,6 +28,7 @@ KEYS: dict[str, Any] = {
     "train.local-steps": 4,
     "train.batch-size": 64,
     "privacy.mode": "example",
+    "privacy.accountant": "prv",
     "privacy.target-epsilon": 2.0,
     "privacy.noise-multiplier": 3.2,
 }

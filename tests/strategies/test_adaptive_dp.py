@@ -111,8 +111,7 @@ def test_noise_repeats_with_the_seed_only() -> None:
     assert not torch.equal(played(once, norms, 2), played(again, norms, 1))
 
 
-@pytest.mark.parametrize("target", [0.5, 0.8])
-@pytest.mark.parametrize("first", [0.01, 100.0])
+@pytest.mark.parametrize(("target", "first"), [(0.5, 0.01), (0.8, 100.0)])
 def test_the_norm_settles_at_the_quantile(target: float, first: float) -> None:
     norms = np.random.default_rng(1).lognormal(0.3, 0.5, 200)
     mechanism, seen = adaptive(first, target=target, z=0.1), []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +196,28 @@ GLOBAL = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, bytes]]:
+    """The bits that a rule's rounds end with where partition 1 is not there."""
+
+    @cache
+    def of(rule: str) -> dict[str, bytes]:
+        return bits(rounds_with(rule, tmp_path_factory.mktemp("honest"), "", partitions={0, 2, 3, 4, 5}))
+
+    return of
+
+
 @pytest.mark.parametrize("lie", ["1e19", "3e38", "-1e30", "2e6", "weight"])
 @pytest.mark.parametrize("rule", GLOBAL)
 def test_enormous_values_are_refused_and_attributed_and_the_round_goes_on(
-    rule: str, lie: str, tmp_path: Path
+    rule: str, lie: str, honest: Callable[[str], dict[str, bytes]], tmp_path: Path
 ) -> None:
     strategy = rounds_with(rule, tmp_path, lie)
     for report in strategy.reports:  # type: ignore[attr-defined]
         assert set(report.refused) == {1}
         assert "\n" not in report.refused[1]
         assert report.participants == [0, 2, 3, 4, 5]
-    without = rounds_with(rule, tmp_path / "without", "", partitions={0, 2, 3, 4, 5})
-    assert bits(strategy) == bits(without)
+    assert bits(strategy) == honest(rule)
 
 
 @pytest.mark.parametrize("rule", GLOBAL)
