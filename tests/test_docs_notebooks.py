@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ pytest.importorskip("ipykernel", reason="needs the package ipykernel")
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 SECONDS = 240
+BARS = {"first-run": 1, "compare-aggregation": 6, "privacy-budget": 2}
+"""Runs in the first cell of each."""
 
 
 def carried_out(path: Path, here: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -43,9 +46,28 @@ def shown(book: Any) -> str:
 def test_a_notebook_runs(
     name: str, words: tuple[str, ...], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed = shown(carried_out(ROOT / "docs" / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch))
+    book = carried_out(ROOT / "docs" / "notebooks" / f"{name}.ipynb", tmp_path, monkeypatch)
+    printed = shown(book)
     for word in words:
         assert word in printed, printed
+    check_first_cell(book, bars=BARS[name])
+
+
+def check_first_cell(book: Any, bars: int) -> None:
+    """One bar for each run, as it is at its end, and little else."""
+    outputs = next(cell.outputs for cell in book.cells if cell.cell_type == "code")
+    pages = [output.get("data", {}).get("text/html", "") for output in outputs]
+    found = [page for page in pages if "<progress" in page]
+    assert len(found) == bars, found
+    for page in found:
+        done, total = re.findall(r'(?:value|max)="(\d+)"', page)
+        assert done == total
+        assert " left" not in page
+    assert len(outputs) <= 2 * bars + 4
+    told = "".join(output.get("text", "") for output in outputs)
+    assert "Warning" not in told
+    assert "\r" not in told
+    assert len(told.splitlines()) < 10
 
 
 def test_a_cell_that_fails_turns_red(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

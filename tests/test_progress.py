@@ -17,11 +17,13 @@ from fedlora.server.progress import RoundProgress
 TINY = Path(__file__).parent.parent / "experiments" / "tiny.toml"
 
 
-def seen(monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], *, terminal: bool) -> str:
+def seen(
+    monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], *, terminal: bool, title: str = "flora"
+) -> str:
     screen = io.StringIO()
     made = Console(file=screen, force_terminal=terminal, width=160, soft_wrap=True, no_color=True)
     monkeypatch.setattr(progress, "Console", lambda **_: made)
-    with RoundProgress("flora", 3) as shown:
+    with RoundProgress(title, 3) as shown:
         shown.begin(0)
         shown.update(record)
     return screen.getvalue()
@@ -40,6 +42,12 @@ def test_refusals_are_told_with_their_reasons(terminal: bool, monkeypatch: pytes
     assert "partition 7" not in said
     assert "accuracy 0.750" in said
     assert "gap 0.12" in said
+
+
+def test_the_time_that_was_left_is_not_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = seen(monkeypatch, RECORD, terminal=False, title="[2/9] flora, about 5 min left").splitlines()
+    assert said[0] == "[2/9] flora, about 5 min left: rounds 1 to 3"
+    assert not any("left" in line for line in said[1:])
 
 
 def test_a_bar_shows_no_gap_where_none_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,10 +71,11 @@ def test_a_notebook_has_a_bar_without_widgets(monkeypatch: pytest.MonkeyPatch) -
     made = Console(file=io.StringIO(), width=160)
     made.is_jupyter = True
     monkeypatch.setattr(progress, "Console", lambda **_: made)
-    with RoundProgress("<flora>", 3) as bar:
+    with RoundProgress("<flora>, about 9 s left", 3) as bar:
         bar.begin(0)
         bar.update(RECORD | {"refused": {}})
-    assert len(shown) == 3
+    assert len(shown) == 4
+    assert "about 9 s left" in shown[-2]
     assert shown[-1].startswith('&lt;flora&gt; <progress value="2" max="3"></progress> 2/3 accuracy 0.750')
 
 

@@ -50,9 +50,12 @@ class NotebookBar:
         self._began = time.monotonic()
         self._shown = display(self, display_id=True)
 
-    def update(self, task: TaskID, *, completed: int, status: str) -> None:
-        """Show so many rounds of it as done."""
-        self._done, self._status = completed, status
+    def update(
+        self, task: TaskID, *, completed: int | None = None, status: str = "", description: str = ""
+    ) -> None:
+        """Show so many rounds of it as done; what is not given stays."""
+        self._done = self._done if completed is None else completed
+        self._status, self._title = status or self._status, description or self._title
         self._shown.update(self)
 
     def stop(self) -> None:
@@ -73,13 +76,14 @@ class RoundProgress:
     """Shows the rounds of one run as they finish.
 
     Args:
-        title: what is running.
+        title: what is running; what follows a comma holds at its begin, such as the time left, and is not
+            repeated later.
         num_server_rounds: how many rounds it has.
         alone: nothing else shows its progress here; else there is no bar, even on a terminal.
     """
 
     def __init__(self, title: str, num_server_rounds: int, *, alone: bool = True) -> None:
-        self._title, self._total = title, num_server_rounds
+        self._begins, self._title, self._total = title, title.partition(",")[0], num_server_rounds
         self._console = Console(stderr=True, soft_wrap=True)
         self._lines = not (alone and (self._console.is_terminal or self._console.is_jupyter))
         self._bar = (
@@ -105,12 +109,14 @@ class RoundProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._title != self._begins:
+            self._bar.update(self._task, description=self._title)
         self._bar.stop()
 
     def show(self, lines: Sequence[tuple[str, str]]) -> None:
         """Say what is about to be done: a heading and a sentence in each line."""
-        for heading, text in lines:
-            self._console.print(f"{heading:10}{text}", highlight=False, markup=False)
+        text = "\n".join(f"{heading:10}{text}" for heading, text in lines)  # one output of a notebook's cell
+        self._console.print(text, highlight=False, markup=False)
 
     def begin(self, finished: int, left_out: Mapping[int, str] | None = None) -> None:
         """Clients are about to be asked.
@@ -125,7 +131,7 @@ class RoundProgress:
             )
         self._bar.update(self._task, completed=finished, status="training")
         if self._lines and finished < self._total:
-            self._console.print(f"{self._title}: rounds {finished + 1} to {self._total}", highlight=False)
+            self._console.print(f"{self._begins}: rounds {finished + 1} to {self._total}", highlight=False)
 
     def update(self, record: dict[str, Any]) -> None:
         """A round is done; ``record`` is its line in ``rounds.jsonl``. Round 0 is before training."""
