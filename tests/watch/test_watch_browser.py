@@ -17,6 +17,13 @@ from tests.watch.written import add, begin, record
 
 pytest.importorskip("selenium", reason="needs the package selenium")
 pytestmark = needs_browser
+NAMES = "return [...document.querySelectorAll('#nodes td')].map((cell) => cell.dataset.name)"
+OUTSIDE = """
+const right = document.querySelector("#nodes .scroll").getBoundingClientRect().right + 1;
+const cells = [...document.querySelectorAll("#nodes tbody th, #nodes tbody td")];
+return cells.filter((cell) => cell.getBoundingClientRect().right > right).length;
+"""
+"""Cells of nodes that can only be seen after scrolling sideways."""
 REASON = "<img src=x onerror=alert(1)> & a-long-word-without-a-space-" + "x" * 80
 
 
@@ -83,4 +90,6 @@ def test_nodes_of_a_federation_have_a_table(browser: Any, tmp_path: Path) -> Non
         rows = [row.text for row in browser.find_elements("css selector", "#nodes tbody tr")]
         assert ["round 1 of first" in row for row in rows] == [True, True, False]
         assert sideways(browser) == 0
+        assert browser.execute_script(NAMES).count("Declined") == 3
+        assert browser.execute_script(OUTSIDE) == 0
         server.shutdown()
