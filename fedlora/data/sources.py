@@ -208,8 +208,8 @@ def _loose_files(name: str, subset: str | None = None, cache: str | None = None)
     where all are in one directory.
     """
     builder = load_dataset_builder(name, subset, cache_dir=cache)
-    files = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
-    if not Path(name).is_absolute() and not all("://" in file for file in files):
+    named = [str(file) for part in (builder.config.data_files or {}).values() for file in part]
+    if not Path(name).is_absolute() and not all("://" in file for file in named):
         raise ValueError("its description on the hub names files of this machine")
     options: dict[str, Any] = {}
     if builder.name in GUESSED and not _declares(builder):
