@@ -16,7 +16,6 @@ from sabotage import PLAN  # type: ignore[import-not-found]
 from clients.node_settings import node_settings
 from fedlora.client_app import identify, secure_message, train_message
 from fedlora.secure.step import step_of
-from fedlora.wire import from_record, to_record
 
 app = ClientApp()
 
@@ -62,6 +61,8 @@ def train(message: Message, context: Context) -> Message:
 
 def spoil(kind: str, content: RecordDict, kept: Path) -> RecordDict:
     """The reply made wrong in one way; ``keep`` and ``replay`` send an old one again."""
+    from fedlora.wire import from_record, to_record  # with torch, which honest messages do without
+
     arrays = content["arrays"] = to_record(from_record(content["arrays"]))
     name = next(key for key in arrays if "lora_B" in key)
     values = arrays[name].numpy().copy()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import tomli_w
 import torch
 
 from clients.journal import read_journal
-from clients.node_settings import FLOWERS_OWN, NODE_FILE, read_node
+from clients.node_settings import FLOWERS_OWN, NODE_FILE, NodeSettings, read_node
 from clients.owner import _evaluations_done
 from clients.store import OWN, ClientStore
 from fedlora.config import ModelConfig, from_flat, to_flat
@@ -145,7 +145,10 @@ def node(home: Path) -> Any:
 
 
 def node_by_hand(home: Path) -> Any:
-    return by_field(_table(home / NODE_FILE))
+    """Where a number with a fraction is asked for, a whole one is the nearest such."""
+    fractions = {field.name for field in fields(NodeSettings) if isinstance(field.default, float)}
+    table = by_field(_table(home / NODE_FILE))
+    return {name: float(value) if name in fractions else value for name, value in table.items()}
 
 
 def _table(file: Path) -> dict[str, Any]:
