@@ -180,7 +180,7 @@ def test_a_study_that_was_looked_at_before_its_last_seed_says_so(
     assert said not in again.read_text()
     later = run_study(study(strategies="fedavg", seeds="1,2,3"), tmp_path, resume=True)
     assert f"{said} 2: intervals" in later.read_text()
-    assert json.loads((tmp_path / "study.json").read_text())["looks"] == [2, 3]
+    assert read_sealed(tmp_path / "study.json")["looks"] == [2, 3]
 
 
 # --- directories -------------------------------------------------------------------------------------
