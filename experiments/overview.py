@@ -111,6 +111,16 @@ STUDIES = (
         "than AdamW and SGD on LoRA's factors. Here between rounds of averages, of stacks, and with privacy.",
     ),
     Study(
+        name="personal",
+        claim="FedDPA (Yang et al., NeurIPS 2024): a local adapter beside the global one serves clients of "
+        "other domains; FedSA (Guo et al., ICLR 2025): so does a B that stays.",
+    ),
+    Study(
+        name="private_factors",
+        claim="FedASK (Wen et al., NeurIPS 2025) and LA-LoRA (2026): under differential privacy both factors "
+        "can be trained and beat FFA and FedSVD, which train one.",
+    ),
+    Study(
         name="mixed_ranks",
         claim="raFLoRA (Wu et al., 2026) and FSLoRA (Fang et al., 2025): with mixed ranks both are ahead of "
         "FlexLoRA, under which ranks that few clients have fade from round to round.",
