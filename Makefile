@@ -67,8 +67,9 @@ $(TOOLS)/.installed:
 bench-aggregate: $(STAMP)  ## every method's server step at LLaMA-7B shapes; about half an hour
 	$(BIN)/python -m experiments.benchmarks.aggregate
 
-bench-engine: $(STAMP)  ## fedlora beside a bare loop and a stock Flower app; on an idle machine, half an hour
+bench-engine: $(STAMP)  ## fedlora beside a bare loop and a stock Flower app, then optimisers and adapter kinds; idle, half an hour
 	$(BIN)/python -m experiments.benchmarks.engine
+	$(BIN)/python -m experiments.benchmarks.methods --json experiments/benchmarks/results/methods.json
 
 bench-deployment: $(STAMP)  ## seconds a round on a federation of real processes; on an idle machine, a quarter of an hour
 	$(BIN)/python -m experiments.benchmarks.deployment
