@@ -146,7 +146,8 @@ class _State:
         why = {} if retry_failed else {cell.label: read_failure(path / cell.label) for cell in rest}
         failed = {label: reason for label, reason in why.items() if reason is not None}
         shelf = ResultCache(cells, path, shared, say)
-        taken, to_run = {}, {}
+        taken: dict[str, Path] = {}
+        to_run: dict[str, Path] = {}
         for cell in rest:
             if cell.label in failed:
                 continue
@@ -177,7 +178,9 @@ def _groups(
 ) -> tuple[list[Group], dict[str, str], list[Line]]:
     """A row for each group; those that would fail at once, and why; lines on the first that would not."""
     examples: dict[Key, float] = {}
-    rows, fails, about = [], {}, []
+    rows: list[Group] = []
+    fails: dict[str, str] = {}
+    about: list[Line] = []
     for name in dict.fromkeys(cell.group for cell in cells):
         own = [cell for cell in cells if cell.group == name]
         config = own[0].config
