@@ -2,8 +2,7 @@
 
     config.toml       the resolved configuration
     provenance.json   versions, commit, hardware, and the identity by which studies know a run again
-    before.json       the pretrained model on the whole test set, where it needs no trained head; taken_from
-                      names the run of the study that measured it, if that is another one
+    before.json       the pretrained model on the whole test set, where it needs no trained head
     samples.json      what a language model writes, before round 1, after some rounds and after the last
     rounds.jsonl      one JSON object a round
     result.json       the last round and the evaluation on the whole test set
@@ -69,8 +68,7 @@ class RunDirectory:
     Args:
         path: the directory; made if it does not exist.
         resume: go on with what is there.
-        shared: a study's directory, where its runs find what one of them has measured, see
-            `fedlora.server.untrained`; None of a run by itself.
+        shared: of a study, where its runs find what one has measured, see `fedlora.server.untrained`.
 
     Raises:
         ConfigError: the directory cannot be written, holds more than a run without a round and ``resume`` is
