@@ -13,8 +13,8 @@
     spoiled.txt       why the run cannot be relied on or resumed, if that was found
     failed.json       why a study's run stopped; its other runs went on
 
-Files are replaced atomically; ``rounds.jsonl`` is appended and flushed before the checkpoint, so that a
-resumed run drops at most the line of a round that was not checkpointed.
+Files are replaced atomically; ``rounds.jsonl`` is flushed before the checkpoint, so that a resumed run drops
+at most the line of a round that was not checkpointed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RunDirectory:
     """One run's files.
 
     Args:
-        path: the directory; made if it does not exist.
+        path: made if it does not exist.
         resume: go on with what is there.
         shared: of a study, where its runs find what one has measured, see `fedlora.server.untrained`.
 
@@ -125,12 +125,8 @@ class RunDirectory:
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         record = provenance(config, inputs, self._begun_as(config) if continues else None)
         if "+" in (code := record["identity"]["code"]) and code != self._begun_as(config).code:
-            log(
-                WARNING,
-                "%s: earlier rounds were computed by other code or libraries; %s has both",
-                self.path,
-                PROVENANCE,
-            )
+            other = "%s: earlier rounds were computed by other code or libraries; %s has both"
+            log(WARNING, other, self.path, PROVENANCE)
         write_atomic(self.path / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
 
     def _begun_as(self, config: RunConfig) -> Identity:
