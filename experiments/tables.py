@@ -20,6 +20,7 @@ from experiments.released_accounting import accounting_table
 from experiments.waiting import staleness_table, times_table
 from fedlora.config import RunConfig, read_config
 from fedlora.core.files import write_atomic
+from fedlora.core.sealed import unsealed_counted
 from fedlora.study.analyse.comparisons import Comparison, compare
 from fedlora.study.analyse.results import finished, load_results
 from fedlora.study.analyse.summary import Row, summarise
@@ -53,6 +54,7 @@ def planned(name: str) -> tuple[RunConfig, list[Cell], list[Trial]]:
     return config, cells, trials(config.study, cells) if config.study.tune_learning_rates else []
 
 
+@unsealed_counted()
 def kept(name: str) -> Kept:
     """The finished cells of a study, read as ``fedlora compare`` reads them."""
     config, cells, tried = planned(name)

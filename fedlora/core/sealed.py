@@ -12,7 +12,9 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -75,9 +77,33 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
     return found
 
 
+_COUNTED: ContextVar[set[Path] | None] = ContextVar("unsealed records", default=None)
+
+
+@contextmanager
+def unsealed_counted() -> Iterator[None]:
+    """Where many records are read: of those without a seal the first is named, the others are counted."""
+    if _COUNTED.get() is not None:
+        yield
+        return
+    files: set[Path] = set()
+    token = _COUNTED.set(files)
+    try:
+        yield
+    finally:
+        _COUNTED.reset(token)
+        if len(files) > 1:
+            logging.getLogger("fedlora").warning("%s other records have no %s either", len(files) - 1, SEAL)
+
+
 @cache
 def _say_unsealed(file: Path, content: str) -> None:
     """Say once of each content that nothing vouches for it."""
+    counted = _COUNTED.get()
+    if counted is not None:
+        counted.add(file)
+        if len(counted) > 1:
+            return
     logging.getLogger("fedlora").warning(
         "%s: has no %s, so that nothing vouches for what it says: an earlier version wrote it, or somebody "
         "took it out; it is read as it stands", file, SEAL,

@@ -13,7 +13,7 @@ import torch
 from clients.store import KEEP_NAMED, OWN, ClientStore
 from fedlora.config import RunConfig, from_flat
 from fedlora.core.base_patches import digest
-from fedlora.core.sealed import read_sealed, sealed
+from fedlora.core.sealed import read_sealed, sealed, unsealed_counted
 from fedlora.core.state import ServerState, State
 from fedlora.errors import ConfigError, UpdateRefused
 from fedlora.server.directory import RunDirectory
@@ -204,6 +204,19 @@ def test_a_record_that_has_lost_its_seal_is_read_and_that_is_said_once(
     (said,) = caplog.messages
     assert said.startswith(f"{file}: has no sha256, so that nothing vouches for what it says: an earlier")
     assert "\n" not in said
+
+
+def test_of_many_records_without_a_seal_the_first_is_named_and_the_others_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / f"{number}.json" for number in range(4)]
+    for file in files:
+        file.write_text('{"round": 3}')
+    with unsealed_counted(), unsealed_counted():
+        assert [read_sealed(file, older=True) for file in files] == [{"round": 3}] * 4
+    first, others = caplog.messages
+    assert first.startswith(f"{files[0]}: has no sha256")
+    assert others == "3 other records have no sha256 either"
 
 
 @pytest.mark.parametrize("place", [0.0, 0.2, 0.6, 0.99])

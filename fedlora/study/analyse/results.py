@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from fedlora.config import RunConfig, read_config, to_flat
-from fedlora.core.sealed import read_sealed
+from fedlora.core.sealed import read_sealed, unsealed_counted
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.server.identity import NO_EFFECT
 from fedlora.server.provenance import PROVENANCE, check_schema
@@ -61,6 +61,7 @@ def finished(home: Path) -> bool:
     return (home / RESULT).exists()
 
 
+@unsealed_counted()
 def load_results(cells: Iterable[Cell], root: Path) -> list[CellResult]:
     """The results of all cells, each from ``root / cell.label``.
 

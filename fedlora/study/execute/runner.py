@@ -14,7 +14,7 @@ from rich.markup import escape
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import write_atomic
-from fedlora.core.sealed import read_sealed, sealed
+from fedlora.core.sealed import read_sealed, sealed, unsealed_counted
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import held
 from fedlora.server.provenance import SCHEMA, check_schema
@@ -36,6 +36,7 @@ MOST_NAMED = 3
 """Failed runs that the last line names; more are counted."""
 
 
+@unsealed_counted()
 def run_study(
     config: RunConfig,
     path: Path,
