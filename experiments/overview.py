@@ -101,7 +101,7 @@ STUDIES = (
         "worth its bytes. Here at half of the uplink: half of the layers beside half of the rank.",
         found="2026-11-30, ten seeds: half of the rank is rather the better half (by 0.8 points, "
         "under FLoRA 0.7, seven of ten seeds each, undecided); layers that moved most are no better than "
-        "random ones; all layers, at twice the uplink, are ahead of random ones by 2.7 and 3.0, on all seeds.",
+        "random ones; all layers, for twice the uplink, lead random ones by 2.7 and 3.0, on all seeds.",
     ),
     Study(
         name="kinds",
