@@ -29,6 +29,8 @@ from fedlora.errors import ConfigError
 SEAL = "sha256"
 FILES_SHA256 = "files_sha256"
 """In a record: of the files beside it that it vouches for, by name."""
+_COUNTED: ContextVar[set[Path] | None] = ContextVar("unsealed records", default=None)
+"""The records without a seal that were read, where they are counted."""
 
 
 def is_digest(value: object) -> bool:
@@ -75,9 +77,6 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
     if not isinstance(vouched, dict) or not all(map(is_digest, vouched.values())):
         raise ConfigError(f"{file}: is damaged, {FILES_SHA256} holds something else than hashes of files")
     return found
-
-
-_COUNTED: ContextVar[set[Path] | None] = ContextVar("unsealed records", default=None)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,21 @@ def test_it_says_what_a_study_then_does_and_writes_nothing(file: Path) -> None:
     for method in rows:
         (record,) = read_rounds(file.parent / "runs" / "mine" / f"{method}-seed-1")
         assert rows[method][4:6] == [f"{record[key] / 1e6:.3g}" for key in ("bytes_up", "bytes_down")]
+
+
+def test_records_of_an_earlier_version_are_counted_and_not_all_named(
+    file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert compare(file).exit_code == 0
+    for record in (file.parent / "runs" / "mine").glob("*/provenance.json"):
+        kept = json.loads(record.read_text())
+        del kept["sha256"]
+        record.write_text(json.dumps(kept))
+    caplog.clear()
+    assert compare(file, "--resume", "--dry-run").exit_code == 0
+    named, others = [line for line in caplog.messages if "sha256" in line]
+    assert "seed-1/provenance.json: has no sha256" in named
+    assert others == "3 other records have no sha256 either"
 
 
 def test_what_is_finished_taken_or_failed_is_not_run_again(file: Path) -> None:

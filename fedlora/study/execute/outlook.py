@@ -13,6 +13,7 @@ from statistics import fmean
 from clients.runtime import Key, key_of
 from fedlora.config import RunConfig
 from fedlora.core.files import check_place
+from fedlora.core.sealed import unsealed_counted
 from fedlora.errors import FedLoraError
 from fedlora.server.expected import duration, expected_seconds, memory, pace_of
 from fedlora.server.identity import config_digest
@@ -86,6 +87,7 @@ class Outlook:
         return [("time", time), memory()]
 
 
+@unsealed_counted()
 def outlook(
     config: RunConfig,
     path: Path,
