@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,7 @@ def evaluate(
     *,
     task: Task = CLASSIFICATION,
     precision: str = "float32",
+    around: Callable[[Indices], AbstractContextManager[None]] = lambda places: nullcontext(),
 ) -> Evaluation:
     """Run the model over the examples, short ones together so that little is padded.
 
@@ -102,6 +103,7 @@ def evaluate(
         batch_size: examples of a pass at most.
         task: of a model that is no `AdaptedModel`.
         precision: of an `AdaptedModel`'s passes, as ``evaluation-precision``.
+        around: of places in ``indices``, what a pass over those examples is made inside of.
 
     Raises:
         ConfigError: there is no example, or the device has no such arithmetic.
@@ -109,7 +111,10 @@ def evaluate(
     task = model.task if isinstance(model, AdaptedModel) else task
     places = cut(examples, indices, batch_size, task.most_tokens)
     with evaluating(model, precision) if isinstance(model, AdaptedModel) else nullcontext():
-        outcomes = [run_batch(model, task, examples, indices[chosen], pad_token_id) for chosen in places]
+        outcomes = []
+        for chosen in places:
+            with around(chosen):
+                outcomes.append(run_batch(model, task, examples, indices[chosen], pad_token_id))
     return assemble(examples, indices, places, outcomes)
 
 

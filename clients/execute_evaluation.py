@@ -7,14 +7,17 @@ mean loss, each example's loss being cut off at `LARGEST_LOSS` and its hits bein
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import numpy as np
 
-from clients.evaluation import evaluate
+from clients.evaluation import Evaluation, evaluate
 from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, set_up
 from clients.ledger_ref import LedgerRef, ledger_of, ledger_ref_of
 from clients.node import Node
 from clients.node_settings import EvaluationNoise
-from clients.personal import GLOBAL_ACCURACY, load_own, may_tell
+from clients.personal import GLOBAL_ACCURACY, evaluate_own, may_tell
 from clients.runtime import ClientRuntime
 from clients.training.batches import Indices
 from fedlora import wire
@@ -45,11 +48,14 @@ def evaluate_instruction(
         return resolved
     if node.before_evaluation is not None:
         node.before_evaluation()
-    load_own(runtime, resolved, config, node.partition_id, instruction.server_round + 1)
+    own_results = partial(
+        evaluate_own, runtime, resolved, config, node.partition_id, instruction.server_round + 1
+    )
     if node.evaluation_noise is not None:
         return noisy_evaluation(
             runtime,
             config,
+            own_results,
             ledger_ref_of(config, instruction, node),
             node.evaluation_noise,
             partition_id=node.partition_id,
@@ -59,11 +65,11 @@ def evaluate_instruction(
     last = instruction.server_round == config.num_server_rounds
     chosen = evaluation_subset(runtime.data.test, 0 if last else config.data.evaluate_examples)
     own = np.intersect1d(chosen, own_test_indices(runtime.data, node.partition_id))
-    given = runtime.model, runtime.data.test, own, runtime.data.pad_token_id
-    outcome = evaluate(*given, precision=config.evaluation_precision)
+    outcome = own_results(own)
     metrics = {NUM_EXAMPLES: float(outcome.num_examples), "accuracy": outcome.accuracy, "loss": outcome.loss}
     if second:
         runtime.model.load(resolved.adapters, resolved.head)
+        given = runtime.model, runtime.data.test, own, runtime.data.pad_token_id
         beside = evaluate(*given, precision=config.evaluation_precision)
         metrics[GLOBAL_ACCURACY] = beside.accuracy
     if not runtime.model.task.labelled:
@@ -85,6 +91,7 @@ def own_test_indices(data: Prepared, partition_id: int) -> Indices:
 def noisy_evaluation(
     runtime: ClientRuntime,
     config: RunConfig,
+    own_results: Callable[[Indices], Evaluation],
     ledger_ref: LedgerRef,
     noise: EvaluationNoise,
     *,
@@ -92,11 +99,12 @@ def noisy_evaluation(
     server_round: int,
     holds: tuple[str, ...],
 ) -> wire.Reply:
-    """The reply of the loaded model's evaluation on all test examples of the node's own.
+    """The reply of an evaluation on all test examples of the node's own.
 
     Args:
-        runtime: the model, loaded, and the data.
+        runtime: the data.
         config: the run.
+        own_results: of test examples, by the client's model.
         ledger_ref: where the node keeps its ledger, and for which run.
         noise: of the node.
         partition_id: whose evaluation.
@@ -108,7 +116,7 @@ def noisy_evaluation(
         LedgerRefused: the ledger cannot be relied upon.
         ConfigError: there is no test example where their number is public.
     """
-    test, count = runtime.data.test, len(runtime.data.test)
+    count = len(runtime.data.test)
     if not count and not noise.count_hidden:
         raise ConfigError("test-fraction = 0.0: there is no example to evaluate on")
     relation = (
@@ -128,8 +136,7 @@ def noisy_evaluation(
     )
     scores = np.zeros((0, 2))
     if count:
-        given = runtime.model, test, np.arange(count), runtime.data.pad_token_id
-        outcome = evaluate(*given, precision=config.evaluation_precision)
+        outcome = own_results(np.arange(count))
         scores = np.stack([outcome.right / outcome.units, outcome.losses / LARGEST_LOSS], axis=1)
     (accuracy, loss), examples = noisy_means(scores, noise.epsilon, count_hidden=noise.count_hidden)
     return wire.Reply(

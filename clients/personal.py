@@ -11,18 +11,22 @@ noise. So what is sent is bit for bit what a run without second adapters sends, 
 holds. A shared gradient that had seen P Q would not be covered by its own noise: P Q depends on all examples.
 
 This is the iterative form of FedDPA, Yang et al., NeurIPS 2024 (arXiv 2403.19211, of which the abstract and
-the released code were read), with the sum of both adapters in place of its weights w and 1 - w. Of SDFLoRA
+the released code were read), with the sum of both adapters in place of its weights w and 1 - w; those are
+``lora.personal-weights = "input"``, see `clients.by_input`. Of SDFLoRA
 (arXiv 2601.11219, noise on the shared module alone), FDLoRA and FedALT no primary text was read.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+from clients.by_input import IN_TRAINING, input_weights, weighed
+from clients.evaluation import Evaluation, evaluate
 from clients.runtime import ClientRuntime
 from clients.store import ClientStore, ResolvedInstruction
 from clients.training.batched.members import Member
-from clients.training.batches import num_steps
+from clients.training.batches import Indices, num_steps
 from clients.training.pass_memory import with_passes
 from clients.training.schedule import Stage
 from clients.training.train import train_local
@@ -57,6 +61,12 @@ def held(adapters: Adapters) -> AdapterSet:
     return {module: factors.folded() for module, factors in lora_set(adapters).items()}
 
 
+def in_training(config: RunConfig, adapters: AdapterSet) -> AdapterSet:
+    """Either of the two adapters at the weight that it has while the second one is trained."""
+    weight = IN_TRAINING if config.lora.personal_weights == "input" else 1.0
+    return {m: replace(factors, scaling=weight * factors.scaling) for m, factors in adapters.items()}
+
+
 def train_second(
     runtime: ClientRuntime, resolved: ResolvedInstruction, config: RunConfig, partition_id: int,
     server_round: int,
@@ -71,8 +81,9 @@ def train_second(
         server_round: from 1.
     """
     model, data, store = runtime.model, runtime.data, resolved.store
-    own = second_adapter(runtime, config, store, partition_id, server_round)
-    model.load(own, resolved.head, trained=PLAIN, dropout=config.lora.dropout, beside=held(resolved.adapters))
+    own = in_training(config, second_adapter(runtime, config, store, partition_id, server_round))
+    beside = in_training(config, held(resolved.adapters))
+    model.load(own, resolved.head, trained=PLAIN, dropout=config.lora.dropout, beside=beside)
     given = data.train, data.indices(partition_id), data.pad_token_id
     train = with_passes(model, *given, own_steps(config.train_of(partition_id)))
     with packed_base(model, model.precision):
@@ -90,19 +101,37 @@ def may_tell(config: RunConfig) -> bool:
     return config.privacy.mode == "none" or config.privacy.release_metrics
 
 
-def load_own(
+def evaluate_own(
     runtime: ClientRuntime,
     resolved: ResolvedInstruction,
     config: RunConfig,
     partition_id: int,
     before_round: int,
-) -> None:
-    """Load a client's own model: the global adapter, beside it a second one where the run has them."""
+    indices: Indices,
+) -> Evaluation:
+    """Test results of a client's own model: the global adapter, beside it a second one where there are such.
+
+    Args:
+        runtime: its model, whose base is the round's, and data.
+        resolved: what it received.
+        config: the run.
+        partition_id: whose.
+        before_round: the round after the one that made its second adapter.
+        indices: test examples.
+    """
+    model, test = runtime.model, runtime.data.test
+    given = model, test, indices, runtime.data.pad_token_id
+    run = partial(evaluate, *given, precision=config.evaluation_precision)
     if not config.lora.personal_rank:
-        runtime.model.load(resolved.adapters, resolved.head)
-        return
+        model.load(resolved.adapters, resolved.head)
+        return run()
     own = second_adapter(runtime, config, resolved.store, partition_id, before_round)
-    runtime.model.load(own, resolved.head, beside=held(resolved.adapters))
+    weights = None
+    if config.lora.personal_weights == "input":
+        model.load(own, resolved.head)
+        weights = input_weights(runtime, config, partition_id, test, indices)
+    model.load(own, resolved.head, beside=held(resolved.adapters))
+    return run(around=lambda places: weighed(model, None if weights is None else weights[places]))
 
 
 def second_member(
@@ -117,7 +146,9 @@ def second_member(
     train = own_steps(config.train_of(partition_id))
     return replace(
         member,
-        adapters=second_adapter(runtime, config, resolved.store, partition_id, server_round),
+        adapters=in_training(
+            config, second_adapter(runtime, config, resolved.store, partition_id, server_round)
+        ),
         trained=PLAIN,
         modules=frozenset(runtime.model.modules),
         train_head=False,
@@ -125,7 +156,7 @@ def second_member(
         seed=derive(config.seed, "second", server_round, partition_id),
         tail=None,
         control={},
-        beside=held(resolved.adapters),
+        beside=in_training(config, held(resolved.adapters)),
         mechanism=None,
         sample_rate=None,
         canaries=None,

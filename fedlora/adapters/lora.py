@@ -114,6 +114,10 @@ class InjectedLora:
             return own | still if outer.rests.in_features else own
         return {"A": inner.weight, "B": outer.weight}
 
+    def outputs(self, module: str) -> list[nn.Module]:
+        """What a layer's products come out of: the active adapter's, and that of what stands beside it."""
+        return [self._layer(module).lora_B[name] for name in self._names]
+
     def scaling(self, module: str) -> float:
         """Alpha / r, as PEFT has it."""
         return float(self._layer(module).scaling[self._active])

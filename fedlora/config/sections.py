@@ -72,6 +72,8 @@ class LoraConfig:
     personal_rank: NonNegativeInt = 0
     """Rank of a second adapter that each client trains beside the global one and keeps; 0 means none. See
     ``docs/personal.md``."""
+    personal_weights: Literal["one", "input"] = "one"
+    """Of both adapters in a client's model: ``one``, or by each ``input``'s likeness to its own (FedDPA)."""
     use_rslora: bool = False
     """Scale by 1 / sqrt(r) instead of 1 / r (rank-stabilised LoRA)."""
     method: str = "lora"

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from clients.personal import in_training
 from clients.runtime import ClientRuntime
 from clients.store import ClientStore
 from fedlora.assets.models import BUILT_IN_MODELS
 from fedlora.config import ModelConfig, RunConfig
-from fedlora.core.adapters import resized, tensor_names
+from fedlora.core.adapters import lora_set, resized, tensor_names
 from fedlora.core.base_patches import Patch
 from fedlora.core.factors import Tensors, as_product
 from fedlora.core.intruders import intruders
@@ -73,13 +74,16 @@ def export_seconds(
     second: Mapping[int, Tensors],
     about: Mapping[str, str],
 ) -> None:
-    """Write ``adapters/client-K/`` for these: what a client receives and its second adapter, as one."""
+    """Write ``adapters/client-K/`` for these: what a client receives and its second adapter, as one.
+
+    Where weights go by the input no single adapter has them all: at those of their training.
+    """
     scaling = config.lora.scaling(config.lora.personal_rank)
     for partition, tensors in second.items():
-        beside = from_peft(tensors).lora(scaling)
+        beside = in_training(config, from_peft(tensors).lora(scaling))
         patch = Patch({module: as_product(factors) for module, factors in beside.items()})
         client = client_spec(config, runtime, partition)
-        received = rule.broadcast(state, client).adapters
+        received = in_training(config, lora_set(rule.broadcast(state, client).adapters))
         theirs = replace(state, adapters=dict(received), base=(*state.base, patch))
         _save(path / "adapters" / f"client-{partition}", config, runtime, theirs, about, reader=False)
 

@@ -58,6 +58,7 @@ ADDED = {
     "train.nested-ranks": False,
     "train.control-variates": False,
     "lora.personal-rank": 0,
+    "lora.personal-weights": "one",
     "secure.mode": "none",
     "secure.min-clients": 3,
     "secure.threshold": 0.66,

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+from clients.by_input import has_inputs
 from clients.personal import GLOBAL_ACCURACY
 from fedlora.config import RunConfig
 from fedlora.errors import NotApplicable
 from fedlora.server.records import BY_CLIENT, personal_summary, worst_decile
-from fedlora.tasks import Task
+from fedlora.tasks import Task, task_named
 from strategies.rule import Rule
 
 PERSONAL = "personal"
@@ -28,8 +29,17 @@ def check_second(config: RunConfig, rule: Rule, keeps: str) -> None:
 
     Raises:
         NotApplicable: another kind of adapter, a rule without a global one, clients that keep a part already,
-            a best round that is to be gone back to, or rounds that do not wait.
+            a best round that is to be gone back to, or rounds that do not wait; weights by an input without a
+            second adapter, or of a task that it does not know.
     """
+    if config.lora.personal_weights == "input":
+        weights = "lora.personal-weights = 'input'"
+        if not config.lora.personal_rank:
+            raise NotApplicable(f"{weights}: weighs a second adapter, lora.personal-rank is 0")
+        if not has_inputs(task_named(config.task)):
+            raise NotApplicable(
+                f"{weights}: task = {config.task!r}, accepted are those with labels, instruction"
+            )
     key = f"lora.personal-rank = {config.lora.personal_rank}"
     if config.lora.method != "lora":
         raise NotApplicable(f"{key}: is of lora, the run has lora.method = {config.lora.method!r}")

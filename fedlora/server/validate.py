@@ -69,7 +69,7 @@ def check(config: RunConfig) -> Rule:
         )
     if config.model.adapter:
         check_warm_start(config, rule, ranks)
-    if config.lora.personal_rank:
+    if config.lora.personal_rank or config.lora.personal_weights != "one":
         check_second(config, rule, kept(config, rule))
     mechanism_of(config).check(rule, kept(config, rule))
     check_metric(config, kept(config, rule))

@@ -82,9 +82,10 @@ def test_what_binds_the_global_adapter_does_not_bind_the_second(
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_cohorts_train_them_as_clients_alone_do(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("by", ["one", "input"])
+def test_cohorts_train_them_as_clients_alone_do(by: str, tmp_path: Path, cache: Path) -> None:
     """Ranks of the global adapter that differ stand beside in one cohort."""
-    keys = {"strategy.name": "flexlora", "lora.ranks": "2,4", **ON}
+    keys = {"strategy.name": "flexlora", "lora.ranks": "2,4", **ON, "lora.personal-weights": by}
     run(tmp_path / "alone", **keys, **{"engine.cohort-size": 1})
     run(tmp_path / "together", **keys, **{"engine.cohort-size": 4})
     alone, together = seconds(tmp_path / "alone"), seconds(tmp_path / "together")
@@ -102,9 +103,14 @@ def test_a_resumed_run_has_the_same_ones(tmp_path: Path, cache: Path) -> None:
     assert all(torch.equal(whole[k][name], cut[k][name]) for k in whole for name in whole[k])
 
 
-def test_figures_are_of_both_models_on_the_same_examples(tmp_path: Path, cache: Path) -> None:
-    """The exported model of a client is what it evaluated; the global one is the server's own figure."""
-    found = run(tmp_path, **ON, **{"train.local-steps": 8, "num-server-rounds": 3})
+@pytest.mark.parametrize("by", ["one", "input"])
+def test_figures_are_of_both_models_on_the_same_examples(by: str, tmp_path: Path, cache: Path) -> None:
+    """The exported model of a client is what it evaluated; the global one is the server's own figure.
+
+    With weights by the input it is at half of each, as in training.
+    """
+    keys = {"train.local-steps": 8, "num-server-rounds": 3, "lora.personal-weights": by}
+    found, share = run(tmp_path, **ON, **keys), 0.5 if by == "input" else 1.0
     personal, clients = found["personal"], found["accuracy_by_client"]
     assert personal["accuracy_of_global_by_client"] == pytest.approx(clients)
     gains = [personal["accuracy_by_client"][k] - clients[k] for k in clients]
@@ -114,7 +120,7 @@ def test_figures_are_of_both_models_on_the_same_examples(tmp_path: Path, cache: 
     second, scaling = seconds(tmp_path, 3)[1], 16 / 2
     for name in (n for n in shared if n.endswith("lora_A.weight")):
         b = name.replace("lora_A", "lora_B")
-        wanted = 16 / 4 * shared[b] @ shared[name] + scaling * second[b] @ second[name]
+        wanted = share * (16 / 4 * shared[b] @ shared[name] + scaling * second[b] @ second[name])
         torch.testing.assert_close(own[b] @ own[name], wanted, rtol=1e-3, atol=1e-4)
 
 
@@ -142,6 +148,37 @@ def test_where_it_cannot_stand_it_is_refused(keys: dict[str, Any], said: str) ->
     check(from_flat(ON))
     with pytest.raises(NotApplicable, match=f"lora.personal-rank = 2: .*{said}"):
         check(from_flat({**ON, **keys}))
+
+
+def test_weights_by_input_are_of_clients_own_models_alone(tmp_path: Path, cache: Path) -> None:
+    """What is sent stays, what a client is told of the global model too; its own figures are others."""
+    keys = {**ON, "train.local-steps": 8, "train.learning-rate": 0.02}
+    one = run(tmp_path / "one", **keys)
+    ours = run(tmp_path / "input", **keys, **{"lora.personal-weights": "input"})
+    expected, found = weights(tmp_path / "one" / "adapter"), weights(tmp_path / "input" / "adapter")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    key = "accuracy_of_global_by_client"
+    assert ours["personal"][key] == one["personal"][key]
+    assert ours["personal"]["loss"] != one["personal"]["loss"]
+    again = run(tmp_path / "again", **keys, **{"lora.personal-weights": "input"})
+    assert again["personal"] == ours["personal"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"lora.personal-rank": 0}, "weighs a second adapter, lora.personal-rank is 0"),
+        (
+            {"task": "causal-lm", "model.name": "tiny-lm", "data.name": "novels"},
+            "accepted are those with labels, instruction",
+        ),
+    ],
+)
+def test_weights_by_input_need_a_second_adapter_and_inputs(keys: dict[str, Any], said: str) -> None:
+    on = {**ON, "lora.personal-weights": "input"}
+    check(from_flat(on))
+    with pytest.raises(NotApplicable, match=f"lora.personal-weights = 'input': .*{said}"):
+        check(from_flat({**on, **keys}))
 
 
 def test_a_rank_that_no_layer_allows_is_refused(tmp_path: Path, cache: Path) -> None:

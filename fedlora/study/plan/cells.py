@@ -35,6 +35,7 @@ ALONE: FlatConfig = {
     "client-groups": "",
     "lora.ranks": "",
     "lora.personal-rank": 0,
+    "lora.personal-weights": "one",
 }
 """What every run with a single client needs."""
 
@@ -213,6 +214,7 @@ def _local_only() -> FlatConfig:
         "strategy.name": "local-only",
         "model.head": "local",
         "lora.personal-rank": 0,
+        "lora.personal-weights": "one",
         "fraction-train": 1.0,
     }
 
