@@ -134,6 +134,16 @@ class Rule:
         """Number of public examples that `init` needs the gradient of (`Template.gradients`); 0 for none."""
         return 0
 
+    @property
+    def base_weights(self) -> bool:
+        """Whether `init` needs the base weights (`Template.weight`)."""
+        return False
+
+    @property
+    def core_in_blocks(self) -> bool:
+        """Whether its core is zero but for blocks, which travel alone."""
+        return False
+
     # --- rounds -------------------------------------------------------------------------------------
 
     def init(self, template: Template, seed: int) -> State:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedlora.core.adapters import Adapters, lora_set
-from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
+from fedlora.core.factors import AdapterSet, LoraFactors, Tensors, after_core, before_core
 from fedlora.core.state import ModuleSpec
 from fedlora.errors import ConfigError, FactorShapeError
 
@@ -61,6 +61,8 @@ class InjectedLora:
             raise FactorShapeError(f"an adapter has one rank in all layers, this one has {ranks}")
         if len({f.R is None for f in factors.values()}) > 1:
             raise FactorShapeError("an adapter has a core in all layers or in none, this one in some")
+        if len(cores := sorted({tuple(f.R.shape) for f in factors.values() if f.R is not None})) > 1:
+            raise FactorShapeError(f"an adapter has one shape of core in all layers, this one has {cores}")
         for name, f in factors.items():
             spec = self._modules[name]
             if f.shape != (spec.out_features, spec.in_features):
@@ -90,9 +92,10 @@ class InjectedLora:
         """The name of the PEFT adapter of this rank, with these scalings and directions at rest."""
         first = next(iter(adapters.values()))
         rests = any(f.A0 is not None for f in adapters.values())
-        name = f"{kind}{first.whole_rank}" + ("parted" if rests else "" if first.R is None else "core")
+        core = () if first.R is None else tuple(first.R.shape)
+        name = f"{kind}{first.whole_rank}" + ("parted" if rests else "core".join(("", *map(str, core[:-1]))))
         if name not in self._adapters:
-            self._add(name, first.whole_rank, cored=first.R is not None, parted=rests)
+            self._add(name, first.whole_rank, core=core, parted=rests)
         for module, adapter in adapters.items():
             layer = self._layer(module)
             layer.scaling[name] = adapter.scaling
@@ -139,7 +142,7 @@ class InjectedLora:
         """PEFT's layer in place of the adapted one; there is none before the first `activate`."""
         return self._module.get_submodule(name)
 
-    def _add(self, name: str, rank: int, *, cored: bool, parted: bool) -> None:
+    def _add(self, name: str, rank: int, *, core: tuple[int, ...], parted: bool) -> None:
         from peft import LoraConfig
         from peft.functional import inject_adapter_in_model
 
@@ -157,8 +160,8 @@ class InjectedLora:
         for layer in map(self._layer, self._modules):
             layer.lora_A[name].float()  # PEFT makes them like the base
             layer.lora_B[name].float()
-            if cored:
-                layer.lora_B[name] = CoredOutput(layer.lora_B[name])
+            if core:
+                layer.lora_B[name] = CoredOutput(layer.lora_B[name], core)
             if parted:
                 inner, outer = layer.lora_A[name], layer.lora_B[name]
                 layer.lora_A[name], layer.lora_B[name] = PartedInput(inner), PartedOutput(outer)
@@ -168,30 +171,51 @@ class InjectedLora:
 class CoredOutput(nn.Module):
     """Takes the place of a PEFT layer's ``lora_B``: ``x -> B R x``.
 
-    PEFT computes ``lora_B(lora_A(dropout(x))) * scaling``, so that the adapter becomes ``s B R A``. R and B
-    are plain linear layers, for which Opacus has per-example gradients.
+    PEFT computes ``lora_B(lora_A(dropout(x))) * scaling``, so that the adapter becomes ``s B R A``. B and a
+    dense R are plain linear layers, for which Opacus has per-example gradients.
+
+    Args:
+        outer: PEFT's own ``lora_B``, (out, r).
+        shape: of R, (r, r), or (h, b, b) in blocks.
 
     Attributes:
-        core: R (r, r), zero at first.
-        outer: PEFT's own ``lora_B``, (out, r).
+        core: R, zero at first.
+        outer: as given.
     """
 
-    def __init__(self, outer: nn.Linear) -> None:
+    def __init__(self, outer: nn.Linear, shape: tuple[int, ...]) -> None:
         super().__init__()
         rank, like = outer.in_features, outer.weight
-        self.core = nn.Linear(rank, rank, bias=False, device="meta")  # draws nothing
-        self.core.weight = nn.Parameter(torch.zeros(rank, rank, device=like.device, dtype=like.dtype))
+        dense = len(shape) == 2
+        self.core = (
+            nn.Linear(rank, rank, bias=False, device="meta") if dense else BlockCore()
+        )  # draws nothing
+        self.core.weight = nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))
         self.outer = outer
 
     @property
     def weight(self) -> Tensor:
         """``B R``, (out, r): what PEFT multiplies by A where it merges."""
-        return self.outer.weight @ self.core.weight
+        return before_core(self.outer.weight, self.core.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """``B R x`` of inputs (..., r)."""
         y: Tensor = self.outer(self.core(x))
         return y
+
+
+class BlockCore(nn.Module):
+    """``x -> R x`` of an R that is zero but for its blocks.
+
+    Attributes:
+        weight: the blocks (h, b, b).
+    """
+
+    weight: nn.Parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``R x`` of inputs (..., h b)."""
+        return after_core(self.weight, x.mT).mT
 
 
 class Parted(nn.Module):

@@ -42,7 +42,8 @@ class LoraFactors:
         A: (r, in), the factor that meets the input.
         B: (out, r), the factor that meets the output.
         scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
-        R: (r, r), the core between them; None is the identity and costs nothing.
+        R: the core between them, (r, r), or (h, r/h, r/h) where it is zero but for h blocks on its diagonal;
+            None is the identity and costs nothing.
         A0, B0: (q, in) and (out, q), further directions, which are at rest; None where none is. Not beside a
             core.
 
@@ -66,8 +67,10 @@ class LoraFactors:
             raise FactorShapeError(
                 f"A {tuple(self.A.shape)} and B {tuple(self.B.shape)} are not (r, in) and (out, r)"
             )
-        if self.R is not None and self.R.shape != (self.rank, self.rank):
-            raise FactorShapeError(f"R {tuple(self.R.shape)} is not the (r, r) core of rank {self.rank}")
+        if self.R is not None and not is_core(self.R, self.rank):
+            raise FactorShapeError(
+                f"R {tuple(self.R.shape)} is not the (r, r) core of rank {self.rank}, nor blocks of it"
+            )
         if self.A0 is None and self.B0 is None:
             return
         if self.A0 is None or self.B0 is None or self.R is not None:
@@ -123,7 +126,7 @@ class LoraFactors:
         if self.A0 is not None and self.B0 is not None:
             A, B = torch.cat([self.A, self.A0]), torch.cat([self.B, self.B0], dim=1)
             return LoraFactors(A, B, self.scaling)
-        return self if self.R is None else LoraFactors(self.R @ self.A, self.B, self.scaling)
+        return self if self.R is None else LoraFactors(after_core(self.R, self.A), self.B, self.scaling)
 
 
 AdapterSet = dict[str, LoraFactors]
@@ -229,9 +232,34 @@ def resize(factors: LoraFactors, rank: int, scaling: float) -> LoraFactors:
         B[:, :q] = factors.B[:, :q] * (factors.scaling / scaling)
         return LoraFactors(A, B, scaling)
     B[:, :q] = factors.B[:, :q]
-    R = factors.R.new_zeros(rank, rank)
-    R[:q, :q] = factors.R[:q, :q] * (factors.scaling / scaling)
+    if factors.R.ndim == 3:
+        block = factors.R.shape[-1]
+        R = factors.R.new_zeros(rank // block, block, block)
+        R[: q // block] = factors.R[: q // block] * (factors.scaling / scaling)
+        R = R if len(R) > 1 else R[0]
+    else:
+        R = factors.R.new_zeros(rank, rank)
+        R[:q, :q] = factors.R[:q, :q] * (factors.scaling / scaling)
     return LoraFactors(A, B, scaling, R)
+
+
+def is_core(R: Tensor, rank: int) -> bool:
+    """Whether R is (r, r), or (h, b, b) with h b = r and h > 1."""
+    if R.ndim == 3:
+        return R.shape[0] > 1 and R.shape[1] == R.shape[2] and R.shape[0] * R.shape[1] == rank
+    return R.shape == (rank, rank)
+
+
+def after_core(R: Tensor, A: Tensor) -> Tensor:
+    """``R A``, (..., r, in), of a core (..., r, r), or of its blocks (..., h, b, b)."""
+    if R.shape[-1] == A.shape[-2]:
+        return R @ A
+    return (R @ A.reshape(*A.shape[:-2], *R.shape[-3:-1], A.shape[-1])).flatten(-3, -2)
+
+
+def before_core(B: Tensor, R: Tensor) -> Tensor:
+    """``B R``, (..., out, r), of a core (..., r, r), or of its blocks (..., h, b, b)."""
+    return after_core(R.mT, B.mT).mT
 
 
 def as_product(factors: LoraFactors) -> Product:

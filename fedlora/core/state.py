@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -34,6 +34,8 @@ class Template:
             initialisation that keeps the model's function (PiSSA); None where there is none.
         gradients: module -> (out, in) gradient of the loss at the base W_0 on public examples; None
             unless the rule asks for it (`Rule.gradient_examples`).
+        weight: the (out, in) weight W_0 of a module; None unless the rule asks for it
+            (`Rule.base_weights`).
     """
 
     modules: Mapping[str, ModuleSpec]
@@ -43,6 +45,7 @@ class Template:
     adapters: Adapters | None = None
     base: Patch | None = None
     gradients: Tensors | None = None
+    weight: Callable[[str], Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

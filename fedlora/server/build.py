@@ -214,6 +214,8 @@ def _template(rule: Rule, config: RunConfig, runtime: ClientRuntime, rank: int) 
     if rule.gradient_examples:
         gradients = first_gradients(runtime, config, rule.gradient_examples)
         template = replace(template, gradients=gradients)
+    if rule.base_weights:
+        template = replace(template, weight=runtime.model.base.pristine)
     return template
 
 

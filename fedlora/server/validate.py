@@ -94,6 +94,7 @@ def check(config: RunConfig) -> Rule:
         config.train,
         trained={rule.trained(number) for number in range(1, config.num_server_rounds + 1)},
         head=config.model.head != "freeze" and task_named(config.task).labelled,
+        blocks=rule.core_in_blocks,
     )
     return rule
 
@@ -111,6 +112,8 @@ def check_warm_start(config: RunConfig, rule: Rule, ranks: Collection[int]) -> N
         raise NotApplicable(f"{key}: brings its A, leave strategy.init-a = {rule.init_a!r} out")
     if rule.gradient_examples:
         raise NotApplicable(f"{key}: {rule.facts.name} starts from a gradient on public examples here")
+    if rule.base_weights:
+        raise NotApplicable(f"{key}: {rule.facts.name} starts from the base weights here")
     if len(ranks) > 1:
         raise NotApplicable(
             f"{key}: needs equal ranks, not {sorted(ranks)}, a client of lower rank would lack a part of it"
@@ -225,6 +228,8 @@ def check_quantised(config: RunConfig, rule: Rule) -> None:
         )
     if rule.gradient_examples:
         raise ConfigError(f"{key}: {rule.facts.name} starts from a gradient of weights, which are packed")
+    if rule.base_weights:
+        raise ConfigError(f"{key}: {rule.facts.name} starts from the weights themselves, which are packed")
 
 
 def kept(config: RunConfig, rule: Rule) -> str:

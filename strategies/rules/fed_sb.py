@@ -17,9 +17,17 @@ and A, so they decide what can be learnt (``subspace``):
   trains A. The server then takes ``U S V^T = SVD(s B A)``: B = U, R = S / s, A = V^T, and from round 3 on R
   is trained. Both refactorisations keep the product, and are post-processing; under DP-SGD the two rounds
   are charged as any other, so the stated epsilon covers B and A. They ship r*o and r*i numbers.
+* ``principal``, ``ldu``, ``cosine``: singular vectors or triangular factors of W_0, or drawn cosines, R = 0
+  (`strategies.rules.core_bases`). No data is looked at.
 * ``public``: as the paper, from G, the loss's gradient at W_0 on a few examples, which must be public here
   (``data.public``): ``dW_1 = -eta sign(G)``, B = U_r, R = S_r / s, A = V_r^T of its SVD. The model starts at
   W_0 plus the best rank-r approximation of that first step.
+
+R is (r, r), or zero but for ``heads`` blocks of (r / h, r / h) on its diagonal, so that r^2 / h numbers
+travel: the sum of heads of Ravan (Raje et al., arXiv 2506.05568), ``sum_h B_h R_h A_h``, whose trained scale
+of each head is in R_h here, as what its server averages is their product. With ``core = "diagonal"`` each
+direction is a head of its own: r numbers, SVFit's under ``principal``, LoLDU's under ``ldu``. Blocks are as
+exact as a dense core: the product stays linear in what is trained.
 
 Deviations. The authors' private runs take G from the clients' pooled training data, neither clipped nor
 noised, so that their epsilon does not cover B and A; here ``public`` never sees a client's example. Their
@@ -50,13 +58,17 @@ from fedlora.core.init_drawn import INIT_A
 from fedlora.core.parallel import parallel_map
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import State, Template
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NotApplicable
 from strategies.facts import Facts
 from strategies.layer import Layer, Merged
 from strategies.mean import MeanRule
+from strategies.rules.core_bases import Basis, cosine, ldu, principal
 
 Draw = Callable[[str], torch.Generator]
-SUBSPACES = ("random", "private", "public")
+SUBSPACES = ("random", "private", "public", "principal", "ldu", "cosine")
+CORES = ("dense", "diagonal")
+OWN = ("principal", "ldu", "cosine")
+"""Whose A and B are neither trained nor found in a given adapter."""
 CORE = frozenset({"R"})
 SKETCH = {1: frozenset({"B"}), 2: frozenset({"A"})}
 """What the first rounds of ``private`` train and ship."""
@@ -67,7 +79,10 @@ class FedSBRule(MeanRule):
     """A and B frozen, R averaged. ``facts`` are those of the default ``subspace``.
 
     Attributes:
-        subspace: where A and B come from: ``random``, ``private`` or ``public``.
+        subspace: where A and B come from: ``random``, ``private``, ``public``, ``principal``, ``ldu`` or
+            ``cosine``.
+        core: ``dense``, or ``diagonal``: r numbers.
+        heads: blocks on the diagonal of a dense core.
         public_examples: for ``public``, how many examples the gradient is the mean of; the paper's code
             takes 50 to 550.
         eta: for ``public``, the size of the first step in every entry of W; 1e-4 is the paper's learning
@@ -75,6 +90,8 @@ class FedSBRule(MeanRule):
     """
 
     subspace: str = "random"
+    core: str = "dense"
+    heads: int = 1
     public_examples: int = 50
     eta: float = 1e-4
 
@@ -89,8 +106,8 @@ class FedSBRule(MeanRule):
         secure_sum=True,
         supported_inits=tuple(kind for kind in INIT_A if kind not in ("miss", "eva")),
         inits_why="finds an A of its own where the first product is empty",
-        up="r^2",
-        down="r^2 (A and B once)",
+        up="r^2 / heads",
+        down="r^2 / heads (A and B once)",
         deviation="subspace = 'random' is not the paper's start, 'public' is; R's gradients scale with s = "
         "alpha / r, which is 1 in the paper, so its learning rates hold at alpha = r",
     )
@@ -100,6 +117,19 @@ class FedSBRule(MeanRule):
         if self.subspace not in SUBSPACES:
             accepted = ", ".join(SUBSPACES)
             raise ConfigError(f"strategy.options subspace = {self.subspace!r}: accepted are {accepted}")
+        if self.core not in CORES:
+            raise ConfigError(f"strategy.options core = {self.core!r}: accepted are {', '.join(CORES)}")
+        if self.heads < 1 or (self.heads > 1 and self.core == "diagonal"):
+            wanted = (
+                "must be >= 1"
+                if self.heads < 1
+                else "a diagonal core has one for each direction, leave it out"
+            )
+            raise ConfigError(f"strategy.options heads = {self.heads}: {wanted}")
+        if self.subspace in OWN and self.init_a != "kaiming":
+            raise NotApplicable(
+                f"strategy.init-a = {self.init_a!r}: fed-sb with subspace = {self.subspace!r} has its own A"
+            )
         if self.public_examples < 1:
             raise ConfigError(f"strategy.options public-examples = {self.public_examples}: must be >= 1")
         if not (math.isfinite(self.eta) and self.eta > 0):
@@ -123,14 +153,32 @@ class FedSBRule(MeanRule):
     def gradient_examples(self) -> int:
         return self.public_examples if self.subspace == "public" else 0
 
+    @property
+    def base_weights(self) -> bool:
+        return self.subspace in ("principal", "ldu")
+
+    @property
+    def core_in_blocks(self) -> bool:
+        return self.heads > 1 or self.core == "diagonal"
+
     def init(self, template: Template, seed: int) -> State:
         """The state before round 1; see the module.
 
         Raises:
-            ConfigError: ``public`` without gradients on public examples.
+            ConfigError: ``public`` without gradients on public examples, ``principal`` or ``ldu`` without the
+                base weights, or a rank that ``heads`` does not divide.
             FactorShapeError: gradients of other modules.
         """
         first: Tensors = {}
+        if template.rank % self.heads:
+            raise ConfigError(
+                f"strategy.options heads = {self.heads}: must divide lora.rank = {template.rank}"
+            )
+        if self.base_weights and template.weight is None:
+            raise ConfigError(
+                f"strategy.options subspace = {self.subspace!r}: needs the base weights, use fedlora's "
+                "ServerApp"
+            )
         if self.gradient_examples:
             if template.gradients is None:
                 raise ConfigError(
@@ -141,7 +189,11 @@ class FedSBRule(MeanRule):
         state = super().init(template, seed)
 
         def start(name: str) -> LoraFactors:
-            return self._start(as_lora(state.adapters[name]).folded(), first.get(name), drawn(seed, name))
+            given = as_lora(state.adapters[name]).folded()
+            if self.subspace in OWN and not given.B.any():
+                B, A = self._basis(template, name, drawn(seed, name))
+                return self._cored(LoraFactors(A, B, given.scaling, A.new_zeros(given.rank, given.rank)))
+            return self._start(given, first.get(name), drawn(seed, name))
 
         starts = parallel_map(start, state.adapters)
         return replace(state, adapters=dict(zip(state.adapters, starts, strict=True)))
@@ -151,7 +203,23 @@ class FedSBRule(MeanRule):
         if self.trained(layer.server_round) == CORE:
             return Merged(adapter, memory=memory)
         cored = with_core(as_product(adapter), adapter.rank, adapter.scaling, drawn(layer.seed, layer.name))
-        return Merged(cored.folded() if layer.server_round == 1 else cored)
+        return Merged(cored.folded() if layer.server_round == 1 else self._cored(cored))
+
+    def _basis(self, template: Template, name: str, draw: Draw) -> Basis:
+        if self.subspace == "cosine":
+            spec = template.modules[name]
+            return cosine(spec.out_features, spec.in_features, template.rank, draw)
+        assert template.weight is not None  # `init` has refused
+        return (principal if self.subspace == "principal" else ldu)(template.weight(name), template.rank)
+
+    def _cored(self, dense: LoraFactors) -> LoraFactors:
+        """The same with R in blocks, where it is: an R (r, r) that is zero elsewhere."""
+        heads = dense.rank if self.core == "diagonal" else self.heads
+        if heads == 1 or dense.R is None:
+            return dense
+        size = dense.rank // heads
+        R = torch.stack([dense.R[k : k + size, k : k + size] for k in range(0, dense.rank, size)])
+        return dense.replaced({"R": R})
 
     def _start(self, given: LoraFactors, step: Tensor | None, draw: Draw) -> LoraFactors:
         """One layer's start, from the given adapter, or from dW_1 or nothing where that is empty."""
@@ -163,7 +231,7 @@ class FedSBRule(MeanRule):
         wanted = as_product(given)
         if step is not None and not given.B.any():
             wanted = Product(step, torch.eye(given.in_features, dtype=step.dtype))
-        return with_core(wanted, given.rank, given.scaling, draw)
+        return self._cored(with_core(wanted, given.rank, given.scaling, draw))
 
 
 def with_core(p: Product, rank: int, scaling: float, draw: Draw) -> LoraFactors:

@@ -21,9 +21,9 @@ SGD = TrainConfig(optimizer="sgd", learning_rate=0.1, batch_size=6)
 CORE = frozenset("R")
 
 
-def loaded(train_head: bool = True) -> AdaptedModel:
+def loaded(train_head: bool = True, heads: int = 1) -> AdaptedModel:
     model = adapted()
-    model.load(cored_adapters(model.modules, 4), {}, trained=CORE, train_head=train_head)
+    model.load(cored_adapters(model.modules, 4, heads=heads), {}, trained=CORE, train_head=train_head)
     return model
 
 
@@ -31,10 +31,11 @@ def mechanism(mode: str) -> Mechanism:
     return Mechanism(noise_multiplier=0.0, max_grad_norm=1.0, expected_batch_size=6, grad_sample_mode=mode)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 4])
 @pytest.mark.parametrize("mode", ["hooks", "ghost"])
-def test_per_example_gradients_of_the_core_are_those_of_single_examples(mode: str) -> None:
+def test_per_example_gradients_of_the_core_are_those_of_single_examples(mode: str, heads: int) -> None:
     """In float64: hooks give the gradients, ghost their norms."""
-    model, drawn = loaded(), np.arange(6)
+    model, drawn = loaded(heads=heads), np.arange(6)
     model.module.double()
     with model.training() as trained:
         assert {name.rpartition(".")[2] for name in trained.factors} == {"R"}

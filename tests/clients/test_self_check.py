@@ -76,10 +76,10 @@ def test_it_passes_on_other_architectures(mechanism: Mechanism, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("mechanism", [HOOKS, GHOST, LAYERS], ids=["hooks", "ghost", "per-layer"])
-@pytest.mark.parametrize("trained", ["R", "ABR"])
-def test_it_passes_with_a_core_between_the_factors(trained: str, mechanism: Mechanism) -> None:
+@pytest.mark.parametrize(("trained", "heads"), [("R", 1), ("ABR", 1), ("R", 2), ("R", 4)])
+def test_it_passes_with_a_core_between_the_factors(trained: str, heads: int, mechanism: Mechanism) -> None:
     model = loaded()
-    core = torch.eye(4) + 0.1
+    core = torch.eye(4) + 0.1 if heads == 1 else torch.eye(4 // heads).expand(heads, -1, -1) + 0.1
     adapters = {name: replace(f, R=core) for name, f in random_adapters(model.modules, 4).items()}
     model.load(adapters, {}, trained=frozenset(trained), train_head=True)
     check(model, mechanism)

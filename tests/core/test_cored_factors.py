@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedlora.core.factors import LoraFactors, as_product, resize, stack
+from fedlora.core.factors import LoraFactors, after_core, as_product, before_core, resize, stack
 from fedlora.core.peft_keys import from_peft, key_of, to_peft
 from fedlora.core.state import ServerState, State
 from fedlora.errors import FactorShapeError
@@ -45,6 +45,30 @@ def test_every_way_to_the_delta_has_the_core_in_it() -> None:
     assert close(both.dense(), 0.25 * dense(f) + 0.75 * plain.delta())
 
 
+@pytest.mark.parametrize("heads", [3, 2])
+def test_a_core_in_blocks_is_the_dense_one_with_zeros_elsewhere(heads: int) -> None:
+    """Three of one number, and two of two by two."""
+    size = {3: 1, 2: 2}[heads]
+    g = torch.Generator().manual_seed(heads)
+    drawn = [
+        torch.randn(s, generator=g, dtype=torch.float64) for s in ((heads * size, IN), (OUT, heads * size))
+    ]
+    R = torch.randn(heads, size, size, generator=g, dtype=torch.float64)
+    f = LoraFactors(*drawn, 2.0, R)
+    same = replace(f, R=torch.block_diag(*R))
+    assert close(f.delta(), dense(same))
+    assert close(as_product(f).dense(), dense(same))
+    assert close(after_core(R, f.A), same.R @ f.A)
+    assert close(before_core(f.B, R), f.B @ same.R)
+    stacked = torch.stack([f.A, 2 * f.A])
+    assert close(after_core(torch.stack([R, R + 1]), stacked)[1], torch.block_diag(*(R + 1)) @ (2 * f.A))
+    longer, shorter = resize(f, f.rank + size, 0.5), resize(f, f.rank - size, 2.0)
+    assert close(longer.delta(), f.delta())
+    assert longer.R is not None
+    assert longer.R.shape[0] == heads + 1
+    assert close(shorter.folded().A, same.R[: f.rank - size, : f.rank - size] @ f.A[: f.rank - size])
+
+
 def test_without_a_core_nothing_is_copied() -> None:
     plain = replace(cored(), R=None)
     assert plain.folded() is plain
@@ -52,7 +76,10 @@ def test_without_a_core_nothing_is_copied() -> None:
     assert list(cored().tensors()) == ["A", "B", "R"]
 
 
-@pytest.mark.parametrize("shape", [(RANK, RANK + 1), (RANK + 1, RANK + 1), (RANK,)])
+@pytest.mark.parametrize(
+    "shape",
+    [(RANK, RANK + 1), (RANK + 1, RANK + 1), (RANK,), (RANK, 1, 2), (2, 2, 2), (1, RANK, RANK), (0, 0, 0)],
+)
 def test_a_core_of_another_rank_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(FactorShapeError, match=r"core of rank 3"):
         replace(cored(), R=torch.ones(shape))

@@ -51,8 +51,8 @@ def written(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def config_of(subspace: str, moods: Path, **keys: Any) -> RunConfig:
-    options = json.dumps({"subspace": subspace, "public-examples": 30})
+def config_of(subspace: str, moods: Path, core: str = "dense", heads: int = 1, **keys: Any) -> RunConfig:
+    options = json.dumps({"subspace": subspace, "core": core, "heads": heads, "public-examples": 30})
     settings = {"strategy.name": "fed-sb", "strategy.options": options, "lora.rank": RANK}
     settings |= {"num-server-rounds": 4, "train.local-steps": 1, "partitions": "0,2", "engine.device": "cpu"}
     return tiny_config(**{**settings, "data.public": str(moods), **keys})
@@ -77,16 +77,27 @@ def run(config: RunConfig, path: Path, stop_after: int = 0) -> FederatedRun:
     return federation
 
 
-@pytest.mark.parametrize("subspace", ["random", "private", "public"])
+@pytest.mark.parametrize(
+    ("subspace", "core", "heads"),
+    [
+        ("random", "dense", 1),
+        ("private", "dense", 1),
+        ("public", "dense", 1),
+        ("private", "diagonal", 1),
+        ("principal", "diagonal", 1),
+        ("ldu", "dense", 1),
+        ("cosine", "dense", 2),
+    ],
+)
 def test_a_run_ships_what_is_declared_and_exports_its_last_model(
-    subspace: str, moods: Path, tmp_path: Path
+    subspace: str, core: str, heads: int, moods: Path, tmp_path: Path
 ) -> None:
-    federation = run(config_of(subspace, moods), tmp_path)
+    federation = run(config_of(subspace, moods, core, heads), tmp_path)
     modules, head = federation.runtime.model.modules, sum(t.numel() for t in federation.state.head.values())
     numbers = {
         "A": RANK * sum(m.in_features for m in modules.values()),
         "B": RANK * sum(m.out_features for m in modules.values()),
-        "R": RANK**2 * len(modules),
+        "R": RANK**2 // (RANK if core == "diagonal" else heads) * len(modules),
     }
     sent = ["B", "A", "R", "R"] if subspace == "private" else ["R"] * 4
     clients = len(federation.partitions)
@@ -104,11 +115,14 @@ def test_a_run_ships_what_is_declared_and_exports_its_last_model(
     assert not any("lora_R" in key for key in keys)
 
 
-@pytest.mark.parametrize(("subspace", "stop"), [("random", 1), ("private", 1), ("private", 2)])
+@pytest.mark.parametrize(
+    ("subspace", "core", "stop"),
+    [("random", "dense", 1), ("private", "dense", 1), ("private", "dense", 2), ("ldu", "diagonal", 1)],
+)
 def test_a_stopped_run_goes_on_with_the_same_bits(
-    subspace: str, stop: int, moods: Path, tmp_path: Path
+    subspace: str, core: str, stop: int, moods: Path, tmp_path: Path
 ) -> None:
-    config = config_of(subspace, moods)
+    config = config_of(subspace, moods, core)
     run(config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "stopped", stop_after=stop)

@@ -39,12 +39,18 @@ def random_adapters(
 
 
 def cored_adapters(
-    modules: Mapping[str, ModuleSpec], rank: int, scaling: float = 2.0, seed: int = 0
+    modules: Mapping[str, ModuleSpec], rank: int, scaling: float = 2.0, seed: int = 0, heads: int = 1
 ) -> AdapterSet:
-    """`random_adapters` with a random core between the factors."""
+    """`random_adapters` with a random core between the factors, in so many blocks."""
     g = torch.Generator().manual_seed(seed + 1)
     plain = random_adapters(modules, rank, scaling, seed)
-    return {name: replace(f, R=torch.randn(rank, rank, generator=g)) for name, f in plain.items()}
+    shape = (rank, rank) if heads == 1 else (heads, rank // heads, rank // heads)
+    return {name: replace(f, R=torch.randn(shape, generator=g)) for name, f in plain.items()}
+
+
+def dense_core(R: Tensor) -> Tensor:
+    """R as a matrix, its blocks on the diagonal."""
+    return torch.block_diag(*R) if R.ndim == 3 else R
 
 
 def random_patch(modules: Mapping[str, ModuleSpec], rank: int, seed: int) -> Patch:

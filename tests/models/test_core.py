@@ -10,15 +10,24 @@ from peft import PeftModel
 
 from fedlora.adapters.lora import CoredOutput
 from fedlora.config import ModelConfig
-from fedlora.core.factors import AdapterSet
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import FactorShapeError
 from fedlora.models import AdaptedModel, AdapterCard, build_model, save_adapter
 from fedlora.models.layers import oriented
-from tests.models.samples import adapted, cored_adapters, logits, random_adapters, random_patch, token_batch
+from tests.models.samples import (
+    adapted,
+    cored_adapters,
+    dense_core,
+    logits,
+    random_adapters,
+    random_patch,
+    token_batch,
+)
 
 KINDS = ("linear", "conv1d")
+HEADS = (1, 2, 4)
+"""Of a core of rank 4: dense, in two blocks, diagonal."""
 CORE = frozenset("R")
 
 
@@ -37,27 +46,31 @@ def gradients(model: AdaptedModel) -> dict[str, torch.Tensor]:
         return {name: p.grad.clone() for name, p in trained.factors.items() if p.grad is not None}
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_forward_is_that_of_the_weight_with_s_b_r_a_added(kind: str, gpt2: Path) -> None:
+def test_the_forward_is_that_of_the_weight_with_s_b_r_a_added(kind: str, heads: int, gpt2: Path) -> None:
     model = model_of(kind, gpt2)
-    adapters = cored_adapters(model.modules, rank=3)
+    adapters = cored_adapters(model.modules, rank=4, heads=heads)
     model.load(adapters, {})
     merged = base_of(kind, gpt2)
     for name, f in adapters.items():
         assert f.R is not None
         layer = merged.get_submodule(name)
-        layer.weight.data = layer.weight.data + oriented(layer, f.scaling * (f.B @ f.R @ f.A))
+        layer.weight.data = layer.weight.data + oriented(layer, f.scaling * (f.B @ dense_core(f.R) @ f.A))
     batch = token_batch(vocabulary=200)
     torch.testing.assert_close(logits(model.module, batch), logits(merged, batch), rtol=1e-4, atol=1e-5)
-    model.load(random_adapters(model.modules, rank=3), {})  # the same A and B without the core
+    model.load(random_adapters(model.modules, rank=4), {})  # the same A and B without the core
     assert not torch.allclose(logits(model.module, batch), logits(merged, batch), atol=1e-3)
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_only_the_core_is_trained_and_its_gradient_is_that_of_the_dense_weight(kind: str, gpt2: Path) -> None:
-    """dL/dR = s B^T (dL/dW) A^T."""
+def test_only_the_core_is_trained_and_its_gradient_is_that_of_the_dense_weight(
+    kind: str, heads: int, gpt2: Path
+) -> None:
+    """dL/dR = s B^T (dL/dW) A^T, where R is not zero by its shape."""
     model = model_of(kind, gpt2)
-    adapters = cored_adapters(model.modules, rank=3)
+    adapters = cored_adapters(model.modules, rank=4, heads=heads)
     model.load(adapters, {}, trained=CORE)
     found = gradients(model)
     assert set(found) == {f"{name}.R" for name in model.modules}
@@ -66,8 +79,12 @@ def test_only_the_core_is_trained_and_its_gradient_is_that_of_the_dense_weight(k
     with model.base.gradients() as gradients_of:
         dense = gradients_of(model.module(**batch).logits.square().sum())
     for name, f in adapters.items():
-        wanted = f.scaling * f.B.T @ dense[name] @ f.A.T
-        torch.testing.assert_close(found[f"{name}.R"], wanted, rtol=1e-3, atol=1e-5 * float(wanted.norm()))
+        whole = f.scaling * f.B.T @ dense[name] @ f.A.T
+        shaped = dense_core(torch.ones_like(found[f"{name}.R"]))
+        wanted = whole * shaped
+        torch.testing.assert_close(
+            dense_core(found[f"{name}.R"]), wanted, rtol=1e-3, atol=1e-5 * float(wanted.norm())
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -96,11 +113,12 @@ def test_base_gradients_are_the_slope_of_the_loss_and_leave_no_trace(kind: str, 
 
 def test_a_model_with_and_without_a_core_in_turn_equals_fresh_models() -> None:
     resident = adapted()
-    for seed, (rank, cored) in enumerate([(4, True), (4, False), (2, True), (4, True), (4, False)]):
-        adapters: AdapterSet = (cored_adapters if cored else random_adapters)(
-            resident.modules, rank, 2.0, seed
-        )
-        trained = CORE if cored else frozenset("AB")
+    turns = [(4, 1), (4, 0), (2, 1), (4, 4), (4, 2), (4, 1), (4, 0)]
+    for seed, (rank, heads) in enumerate(turns):
+        adapters = random_adapters(resident.modules, rank, 2.0, seed)
+        if heads:
+            adapters = cored_adapters(resident.modules, rank, 2.0, seed, heads)
+        trained = CORE if heads else frozenset("AB")
         results = []
         for model in (resident, adapted()):
             model.load(adapters, {}, trained=trained)
@@ -137,13 +155,23 @@ def test_a_core_in_some_layers_only_is_refused() -> None:
     first = next(iter(model.modules))
     with pytest.raises(FactorShapeError, match="a core in all layers or in none"):
         model.load({**plain, first: cored[first]}, {})
+    blocks = cored_adapters(model.modules, 4, heads=2)
+    with pytest.raises(
+        FactorShapeError, match=r"one shape of core in all layers, this one has \[\(2, 2, 2\), \(4, 4\)"
+    ):
+        model.load({**cored, first: blocks[first]}, {})
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_export_is_a_plain_adapter_with_the_same_logits(kind: str, gpt2: Path, tmp_path: Path) -> None:
+def test_the_export_is_a_plain_adapter_with_the_same_logits(
+    kind: str, heads: int, gpt2: Path, tmp_path: Path
+) -> None:
     model = model_of(kind, gpt2)
     name = "tiny" if kind == "linear" else str(gpt2)
-    state = State(round=1, adapters=cored_adapters(model.modules, 3, 0.7), head=model.initial_head)
+    state = State(
+        round=1, adapters=cored_adapters(model.modules, 4, 0.7, heads=heads), head=model.initial_head
+    )
     model.load(state.adapters, state.head)
     card = AdapterCard(model=ModelConfig(name=name), label_names=("no", "yes"), max_length=32, seed=0)
     save_adapter(tmp_path / "adapter", state, {}, card, model=model)

@@ -56,7 +56,8 @@ Oracle = Callable[..., Outcome]
 
 def fed_sb(
     start: Adapter, clients: Sequence[Client], t: int,
-    subspace: str = "random", public_examples: int = 50, eta: float = 1e-4,
+    subspace: str = "random", core: str = "dense", heads: int = 1,
+    public_examples: int = 50, eta: float = 1e-4,
 ) -> Outcome:  # fmt: skip
     """Fed-SB (arXiv 2502.15436): R averaged between the frozen B and A.
 

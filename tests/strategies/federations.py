@@ -46,6 +46,8 @@ VARIANTS: Mapping[str, Rule] = (
         "galore-dct": make_rule("galore", {"projector": "dct"}),
         "florist-half": make_rule("florist", {"threshold": 0.5}),
         "fed-sb-private": make_rule("fed-sb", {"subspace": "private"}),
+        "fed-sb-private-diagonal": make_rule("fed-sb", {"subspace": "private", "core": "diagonal"}),
+        "fed-sb-cosine": make_rule("fed-sb", {"subspace": "cosine", "core": "diagonal"}),
         "zero-padding-renormalised": make_rule("zero-padding", {"renormalise": True}),
     }
 )
@@ -217,7 +219,8 @@ def oracle_layer(
 
 
 def _arrays(factors: LoraFactors) -> dict[str, oracles.Array]:
-    return {factor: numpy(tensor) for factor, tensor in factors.tensors().items()}
+    dense = {f: torch.block_diag(*x) if x.ndim == 3 else x for f, x in factors.tensors().items()}
+    return {factor: numpy(tensor) for factor, tensor in dense.items()}
 
 
 def numpy(tensor: Tensor) -> oracles.Array:

@@ -269,7 +269,11 @@ def test_rules_on_factors_do_see_them(rule: Rule, seed: int) -> None:
     assert relative(effective(turned)["layer"], effective(after)["layer"]) > 0.1
 
 
-@pytest.mark.parametrize("rule", moving.values(), ids=list(moving))
+based = {name: rule for name, rule in moving.items() if not rule.core_in_blocks}
+"""A basis that mixes directions makes a core in blocks dense."""
+
+
+@pytest.mark.parametrize("rule", based.values(), ids=list(based))
 @given(federation=federations(min_clients=2))
 def test_exact_rules_do_not_see_a_common_basis(rule: Rule, federation: Federation) -> None:
     """One G for the server's start and all clients, so a shared frozen A stays shared."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clients.training.batched.stacks import BESIDE
+from fedlora.core.factors import after_core
 from fedlora.errors import RunFailed
 from fedlora.models import AdaptedModel
 from fedlora.models.gradient_checkpointing import recomputed
@@ -100,7 +101,7 @@ def _adapted(name: str, frozen: Forward, route: Route) -> Callable[..., Tensor]:
         hidden = torch.bmm(inner.to(A.dtype), A.transpose(1, 2))  # (rows, tokens, r)
         core = context.values.get(f"{name}.R")
         if core is not None:
-            hidden = torch.bmm(hidden, core.transpose(1, 2))
+            hidden = after_core(core, hidden.mT).mT
         outer = context.values[f"{name}.B"].transpose(1, 2)  # (rows, r, out)
         found = torch.baddbmm(_tokens(y).to(A.dtype), hidden, outer)
         held = [context.values.get(f"{name}.{BESIDE}.{x}") for x in ("A", "B")]

@@ -41,6 +41,8 @@ class StackedAdapters:
         self._head = list(model.initial_head)
         held = {m: {x for member in members for x in member.adapters[m].tensors()} for m in self._modules}
         self._axes = {f"{m}.{x}": OWN_AXES[x] for m in self._modules for x in OWN_AXES if x in held[m]}
+        if _in_blocks(members[0]):
+            self._axes |= {f"{m}.R": (0,) for m in self._modules}
         self._sizes = {name: [_sizes(member, name) for member in members] for name in self._axes}
         self.values: dict[str, Tensor] = {name: self._stacked(name) for name in self._axes}
         for name in self._head:
@@ -146,6 +148,12 @@ class StackedAdapters:
         is_head = name in self._head
         trains = [m.train_head if is_head else is_trained(m, name) for m in self.members]
         return [place for place, does in enumerate(trains) if not does]
+
+
+def _in_blocks(member: Member) -> bool:
+    """Whether there is a core in blocks, (h, b, b), of which a smaller rank has fewer."""
+    cores = [adapter.R for adapter in member.adapters.values() if adapter.R is not None]
+    return bool(cores) and cores[0].ndim == 3
 
 
 def _sizes(member: Member, name: str) -> tuple[int, ...]:

@@ -38,6 +38,11 @@ class Layer:
     scaling: float | Tensor
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether there is a core of blocks, ([clients,] h, b, b), in place of a dense one."""
+        return "R" in self.factors and self.factors["R"].ndim > self.factors["A"].ndim
+
+    @property
     def gradients(self) -> dict[str, Tensor]:
         """Of the factors that are trained and take part in the loss."""
         grads = {letter: self.factors[letter].grad for letter in self.trained}
@@ -83,7 +88,7 @@ class LocalOptimizer(torch.optim.Optimizer):
         beta2: >= 0 and < 1; 0 leaves directions as they are.
 
     Raises:
-        ConfigError: another ``beta2``.
+        ConfigError: another ``beta2``, or a core in blocks.
 
     Attributes:
         stacked: the arithmetic holds with a leading dimension of clients too (batched products, ``.mT``), and
@@ -105,6 +110,12 @@ class LocalOptimizer(torch.optim.Optimizer):
         if not 0 <= beta2 < 1:
             raise ConfigError(f"train.optimizer-options beta2 = {beta2}: must be >= 0 and < 1")
         self.beta2 = beta2
+        layers: list[Layer | None] = [group.get("layer") for group in self.param_groups]
+        if any(layer is not None and layer.in_blocks for layer in layers):
+            raise ConfigError(
+                f"train.optimizer: {type(self).__name__} moves a layer by what its dense factors make of it, "
+                "and takes no core in blocks; one that moves each number by itself does (adamw, sgd, torch's)"
+            )
 
     def direction(self, layer: Layer) -> Mapping[str, Tensor]:
         """Directions that the trained factors of a layer move against, in place of their gradients.

@@ -188,19 +188,22 @@ def _typed(shown: str, name: str, value: Any, default: Any) -> Any:
     raise ConfigError(f"{shown}: {name} expects {kind}")
 
 
-def check_optimizer(config: TrainConfig, *, trained: Collection[frozenset[str]], head: bool) -> None:
+def check_optimizer(
+    config: TrainConfig, *, trained: Collection[frozenset[str]], head: bool, blocks: bool = False
+) -> None:
     """Take steps on made-up tensors, so that what no client could train by is refused before a run.
 
     Args:
         config: names the optimiser.
         trained: the factors that a run trains, for each round that trains others.
         head: whether it trains a head.
+        blocks: whether a core that it trains is one in blocks.
 
     Raises:
         ConfigError: whatever is wrong with it, in one line.
     """
     for letters in trained:
-        made_up = _made_up(letters, head=head)
+        made_up = _made_up(letters, head=head, blocks=blocks)
         optimizer = make_optimizer(made_up, config)
         before = torch.get_rng_state()
         try:
@@ -216,16 +219,16 @@ def check_optimizer(config: TrainConfig, *, trained: Collection[frozenset[str]],
             )
         if not all(parameter.isfinite().all() for parameter in made_up.all):
             raise ConfigError(f"train.optimizer = {config.optimizer!r}: its first step is not finite")
-        if not config.local_epochs and not any(_moves(letters, head, config, size) for size in (1.0, 0.0)):
+        begins = [_made_up(letters, head=head, blocks=blocks, size=size) for size in (1.0, 0.0)]
+        if not config.local_epochs and not any(_moves(one, config) for one in begins):
             raise ConfigError(
                 f"train.optimizer = {config.optimizer!r}: moves nothing in train.local-steps = "
                 f"{config.local_steps} steps, and begins anew in each round"
             )
 
 
-def _moves(letters: frozenset[str], head: bool, config: TrainConfig, size: float) -> bool:
+def _moves(made_up: Trainable, config: TrainConfig) -> bool:
     """Whether anything of `_made_up` moves in a round's steps; where they are very many, it is not asked."""
-    made_up = _made_up(letters, head=head, size=size)
     optimizer = make_optimizer(made_up, config)
     begun = [parameter.detach().clone() for parameter in made_up.all]
     for _ in range(min(config.local_steps, MOST_REHEARSED)):
@@ -235,9 +238,10 @@ def _moves(letters: frozenset[str], head: bool, config: TrainConfig, size: float
     return config.local_steps > MOST_REHEARSED
 
 
-def _made_up(letters: frozenset[str], *, head: bool, size: float = 1.0) -> Trainable:
+def _made_up(letters: frozenset[str], *, head: bool, blocks: bool, size: float = 1.0) -> Trainable:
     """One layer and perhaps a head, of values of that size, with gradients."""
-    shapes = {"A": (2, 5), "B": (4, 2)} | ({"R": (2, 2)} if "R" in letters else {})
+    core: tuple[int, ...] = (2, 1, 1) if blocks else (2, 2)
+    shapes: dict[str, tuple[int, ...]] = {"A": (2, 5), "B": (4, 2)} | ({"R": core} if "R" in letters else {})
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> nn.Parameter:

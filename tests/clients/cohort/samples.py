@@ -33,11 +33,12 @@ def model(dtype: torch.dtype = torch.float64, **options: Any) -> AdaptedModel:
 
 
 def member(
-    network: AdaptedModel, number: int, *, rank: int = 4, cored: bool = False, size: int = 12, **options: Any
+    network: AdaptedModel, number: int, *, rank: int = 4, cored: int = 0, size: int = 12, **options: Any
 ) -> Member:
-    """Client ``number``: its own adapter, head, examples and seed."""
-    make = cored_adapters if cored else random_adapters
-    adapters = make(network.modules, rank, 0.5 + number, seed=number)
+    """Client ``number``: its own adapter (with a core in so many blocks), head, examples and seed."""
+    adapters = random_adapters(network.modules, rank, 0.5 + number, seed=number)
+    if cored:
+        adapters = cored_adapters(network.modules, rank, 0.5 + number, number, cored)
     g = torch.Generator().manual_seed(number)
     head = {n: torch.randn(t.shape, generator=g) * 0.3 for n, t in network.initial_head.items()}
     start = (7 * number) % (len(DATA) - size)

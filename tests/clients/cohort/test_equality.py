@@ -66,10 +66,24 @@ def test_one_factor_of_two(trained: str, config: dict[str, Any], network: Adapte
 @pytest.mark.parametrize("trained", ["R", "ABR", "B"])
 def test_cores(trained: str, network: AdaptedModel) -> None:
     members = [
-        member(network, k, rank=rank, cored=True, trained=frozenset(trained), steps=2 + k)
+        member(network, k, rank=rank, cored=1, trained=frozenset(trained), steps=2 + k)
         for k, rank in enumerate((3, 5, 2))
     ]
     assert_same(network, members, task(dropout=0.2, weight_decay=0.1))
+
+
+@pytest.mark.parametrize("block", [1, 2])
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_cores_in_blocks(block: int, private: bool, network: AdaptedModel) -> None:
+    """Of ranks 4, 6 and 2 times a block: a smaller one has fewer of them."""
+    members = [
+        member(network, k, rank=number * block, cored=number, trained=frozenset("R"), steps=2 + k)
+        for k, number in enumerate((4, 3, 2))
+    ]
+    if private:
+        assert_same(network, privately(members), task(weight_decay=0.1, max_grad_norm=0.0))
+    else:
+        assert_same(network, members, task(dropout=0.2, weight_decay=0.1))
 
 
 @pytest.mark.parametrize("config", [CONFIGS[3], CONFIGS[7]], ids=["adamw", "sgd"])

@@ -89,7 +89,7 @@ def test_one_factor_rests(trained: str, private: bool, how: dict[str, Any], netw
 
 @in_layers
 def test_a_core_between_factors_that_rest(how: dict[str, Any], network: AdaptedModel) -> None:
-    members = [member(network, k, rank=rank, cored=True, steps=2 + k) for k, rank in enumerate((3, 5, 2))]
+    members = [member(network, k, rank=rank, cored=1, steps=2 + k) for k, rank in enumerate((3, 5, 2))]
     assert_same(network, members, task(**{**RATE, **how}))
 
 

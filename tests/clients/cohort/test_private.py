@@ -44,7 +44,7 @@ def test_every_client_comes_out_as_if_alone(
 
 
 def test_cores(network: AdaptedModel) -> None:
-    members = [member(network, k, rank=2 + k, cored=True) for k in range(2)]
+    members = [member(network, k, rank=2 + k, cored=1) for k in range(2)]
     assert_same(network, privately(members), task())
 
 
