@@ -46,8 +46,11 @@ quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapter
 	    -m "not deployed and not slow" \
 	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 
+# What takes longest begins first, so that the last process does not work alone.
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
-	$(BIN)/python -m pytest -v -m deployed $(FLAGS) $$(grep -rl --include='test_*.py' 'mark\.deployed' tests | sort)
+	$(BIN)/python -m pytest -v -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m deployed $(FLAGS) \
+	    tests/faults/test_secure_sums.py tests/faults/test_bad_updates.py \
+	    $$(grep -rl --include='test_*.py' 'mark\.deployed' tests | sort)
 
 mutants: $(STAMP)  ## wrong formulas, and the test that finds each of them
 	$(BIN)/python -m tests.mutants

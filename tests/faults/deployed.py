@@ -19,6 +19,7 @@ import pytest
 import tomli_w
 
 from fedlora.config import RunConfig, from_flat
+from fedlora.core.files import write_atomic
 from fedlora.deployment.operator import loopback as on_loopback
 from fedlora.deployment.operator import submit as submitting
 from fedlora.deployment.operator.create import create
@@ -43,7 +44,7 @@ KEYS: dict[str, Any] = {
     "train.local-steps": 2,
     "min-available-nodes": 2,
     "min-train-nodes": 2,
-    "round-timeout": 60,
+    "round-timeout": 180,  # for machines that others work on, too: who is gone is not waited for that long
 }
 Plan = Mapping[int, Mapping[int, str]]
 """Partition -> round -> what its reply is turned into, see `tests.faults.misbehave.spoil`."""
@@ -157,9 +158,14 @@ def trusting(layout: Layout) -> None:
         script.write_text("".join(line for line in lines if not line.startswith("export PATH=")))
 
 
-def misbehaving(patched: pytest.MonkeyPatch, plan: Plan) -> None:
-    """Runs that are submitted from now on carry an app in which some clients misbehave."""
+@contextmanager
+def sabotaged(up: Up) -> Iterator[None]:
+    """Inside, runs carry an app whose clients misbehave as `misbehaving` has it at the time.
+
+    It is one app for all of them: nodes keep what they have loaded.
+    """
     honest = submitting._app
+    plan(up).write_text("{}")
 
     @contextmanager
     def app(near: Path) -> Iterator[Path]:
@@ -167,7 +173,7 @@ def misbehaving(patched: pytest.MonkeyPatch, plan: Plan) -> None:
             source = Path(__file__).with_name("misbehave.py").read_text()
             package = path / "sabotage"
             package.mkdir()
-            (package / "__init__.py").write_text(f"PLAN = {json.dumps(json.dumps(plan))}\n")
+            (package / "__init__.py").write_text(f"PLAN = {str(plan(up))!r}\n")
             (package / "client.py").write_text(source)
             project = tomllib.loads((path / "pyproject.toml").read_text())
             flower = project["tool"]["flwr"]["app"]
@@ -176,4 +182,20 @@ def misbehaving(patched: pytest.MonkeyPatch, plan: Plan) -> None:
             (path / "pyproject.toml").write_text(tomli_w.dumps(project))
             yield path
 
-    patched.setattr(submitting, "_app", app)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(submitting, "_app", app)
+        yield
+
+
+@contextmanager
+def misbehaving(up: Up, how: Plan) -> Iterator[None]:
+    """Inside, some clients of a `sabotaged` federation misbehave."""
+    write_atomic(plan(up), json.dumps(how))
+    try:
+        yield
+    finally:
+        write_atomic(plan(up), "{}")
+
+
+def plan(up: Up) -> Path:
+    return up.loopback.layout.path / "plan.json"

@@ -26,7 +26,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def planned(context: Context, server_round: int) -> str:
-    plan = json.loads(PLAN).get(str(node_settings(context.node_config).partition_id), {})
+    plan = json.loads(Path(PLAN).read_text()).get(str(node_settings(context.node_config).partition_id), {})
     return str(plan.get(str(server_round), ""))
 
 

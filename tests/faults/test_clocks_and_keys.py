@@ -90,7 +90,7 @@ def test_a_clock_that_jumps_takes_its_node_out_until_it_is_set(up: Up, tmp_path:
         if "node-1 is refused, its clock is" in gate_says(layout):
             set_clock(layout, "node-1", 0)
 
-    keys = {**KEYS, "min-available-nodes": NODES, "round-timeout": 15}
+    keys = {**KEYS, "min-available-nodes": NODES}
     records = run(up, tmp_path / "run", after_round, num_server_rounds=5, **keys)
     (said,) = [line for line in gate_says(layout).splitlines() if "node-1 is refused" in line]
     assert said.endswith(" s behind that of the server")

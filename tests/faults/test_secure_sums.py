@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from clients.journal import MASKED, read_journal
 from fedlora.errors import RunFailed
 from fedlora.privacy.ledger import read_ledgers
-from tests.faults.deployed import Up, federation, misbehaving, run, trusting, wait_for_nodes
+from tests.faults.deployed import Up, federation, misbehaving, run, sabotaged, trusting, wait_for_nodes
 from tests.secure.test_shared_noise import gaussian
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(2400)]
@@ -24,7 +24,6 @@ THREE: dict[str, Any] = {"partitions": "0-2", "min-train-nodes": 3, "min-availab
 SUMS: dict[str, Any] = {
     "data.num-partitions": NODES, "strategy.name": "fedavg", "secure.mode": "sums", "secure.min-clients": 2,
     "secure.threshold": 0.51, "secure.max-weight": 1000, "max-missed-rounds": 1,
-    "round-timeout": 45,
 }  # fmt: skip
 NOISY: dict[str, Any] = {
     "privacy.mode": "client", "secure.noise": "distributed", "secure.min-clients": 3, "secure.colluding": 1,
@@ -40,7 +39,8 @@ PLAN = {
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Seven nodes, so that each dies once and none is waited for, which sign with the keys that they have."""
-    with federation(tmp_path_factory.mktemp("secure"), prepare=trusting, nodes=NODES) as found:
+    home = tmp_path_factory.mktemp("secure")
+    with federation(home, prepare=trusting, nodes=NODES) as found, sabotaged(found):
         yield found
 
 
@@ -81,11 +81,10 @@ def test_nodes_share_noise_and_the_epsilon_is_in_every_ledger(up: Up, tmp_path: 
 
 
 def test_a_round_goes_on_without_a_node_killed_before_any_phase_and_the_run_is_resumed(
-    up: Up, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    up: Up, tmp_path: Path
 ) -> None:
     """Six die, one before each phase: the fifth has signed, and of the last two both are needed."""
-    with monkeypatch.context() as patched:
-        misbehaving(patched, PLAN)
+    with misbehaving(up, PLAN):
         up.left_alone.set()
         told: list[dict[str, Any]] = []
         with pytest.raises(RunFailed) as caught:

@@ -36,6 +36,15 @@ def miss_sooner() -> None:
     vars(sql_corestate)["HEARTBEAT_PATIENCE"] = 2 / 3
 
 
+def load_less() -> None:
+    """ClientApps of nodes that run shipped code: start without the SuperNode's server, as pinned ones do."""
+    from types import ModuleType
+
+    unused = ModuleType("flwr.supernode.cli.flower_supernode")
+    vars(unused)["flower_supernode"] = None
+    sys.modules[unused.__name__] = unused
+
+
 def set_clock(file: Path) -> None:
     """All times that Flower signs and stamps are of another clock, as it is just then."""
     from flwr.supercore import date
@@ -52,6 +61,7 @@ WHAT = {
     "flower-supernode": (beat_sooner, promise_less),
     "flwr-serverapp": (beat_sooner,),
     "flower-superlink": (miss_sooner,),
+    "flwr-clientapp": (load_less,),
 }
 command = next((Path(word).name for word in sys.orig_argv if Path(word).name in WHAT), "")
 if command and (clock := os.environ.get("FEDLORA_TEST_CLOCK")):
