@@ -13,6 +13,7 @@ The ledger charges ``B / n`` for each step that the client really takes. Prints 
 from __future__ import annotations
 
 import math
+from functools import cache
 
 from experiments.marked import markdown
 from fedlora.privacy.calibration import calibrate_noise, epsilon_spent
@@ -24,6 +25,7 @@ SETTINGS = ((5, 1.0), (20, 0.5))
 TARGETS = (1.0, 3.0, 6.0)
 
 
+@cache
 def rows() -> list[list[str]]:
     """For each setting and target: noise multiplier and epsilon, on average to at most, three times."""
     rate = BATCH_SIZE / EXAMPLES

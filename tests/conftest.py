@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import cache as remembered
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 import pytest
 import torch
 from hypothesis import settings
+from opacus.accountants.analysis import rdp
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
@@ -23,6 +26,8 @@ from fedlora.privacy import plausible
 torch.set_num_threads(1)
 os.fsync = lambda fd: None
 """No test cuts the power, and a run flushes some fifteen files; a test of flushing puts its witness here."""
+rdp._compute_rdp = remembered(rdp._compute_rdp)
+"""One step's loss at an order, of numbers alone: tens of milliseconds, and most tests ask for the same."""
 ALL_DRAWS = plausible.NOISE_DRAWS
 plausible.NOISE_DRAWS = plausible.NOISE_AGAIN = 10_000
 """Each new private model draws noise to test itself, a tiny one by hundreds of steps. So few show 10 % too

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import fedlora
 from fedlora.cli import cli
+from fedlora.config import from_keywords
 from tests.docs_commands import PAGES, ROOT, blocks
 from tests.models.families import save
 
@@ -138,7 +139,9 @@ def test_the_page_works_as_printed(
     walk.before(tmp_path)
 
     def small(*given: Any, overrides: Mapping[str, Any] | None = None, **keys: Any) -> fedlora.RunResult:
-        return run(*given, overrides={**(overrides or {}), **SMALL, **walk.python}, **keys)
+        out = {"out": keys.pop("out")} if "out" in keys else {}
+        flat = {**(overrides or {}), **from_keywords(keys), **SMALL, **walk.python}
+        return run(*given, overrides=flat, **out)
 
     monkeypatch.setattr(fedlora, "run", small)
     names: dict[str, Any] = {}

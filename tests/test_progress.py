@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,8 +12,6 @@ from rich.console import Console
 
 from fedlora.server import progress
 from fedlora.server.progress import RoundProgress
-
-TINY = Path(__file__).parent.parent / "experiments" / "tiny.toml"
 
 
 def seen(
@@ -57,7 +54,7 @@ def test_a_bar_shows_no_gap_where_none_was_measured(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_notebook_has_a_bar_without_widgets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernel is a fake; `test_a_kernel_shows_the_bar_of_a_run` has a real one."""
+    """The kernel is a fake; `tests.test_docs_notebooks` has real ones."""
     shown: list[Any] = []
     display = ModuleType("IPython.display")
     display.display = lambda what, display_id: shown.append(what) or Handle()  # type: ignore[attr-defined]
@@ -77,17 +74,3 @@ def test_a_notebook_has_a_bar_without_widgets(monkeypatch: pytest.MonkeyPatch) -
     assert len(shown) == 4
     assert "about 9 s left" in shown[-2]
     assert shown[-1].startswith('&lt;flora&gt; <progress value="2" max="3"></progress> 2/3 accuracy 0.750')
-
-
-def test_a_kernel_shows_the_bar_of_a_run(tmp_path: Path, cache: Path) -> None:
-    pytest.importorskip("ipykernel", reason="needs the package ipykernel")
-    client = pytest.importorskip("nbclient", reason="needs the package nbclient")
-    from nbformat import v4
-
-    keys = "out='run', engine='in-process', num_server_rounds=1"
-    cell = v4.new_code_cell(f"import fedlora; fedlora.run({str(TINY)!r}, {keys}).record['rounds']")
-    notebook = v4.new_notebook(cells=[cell])
-    client.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    pages = [output.get("data", {}).get("text/html", "") for output in cell.outputs]
-    assert any('<progress value="1" max="1"></progress> 1/1 accuracy' in page for page in pages)
-    assert cell.outputs[-1].data["text/plain"] == "1"

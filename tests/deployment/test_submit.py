@@ -109,34 +109,38 @@ class Mine(FedAvgRule):
 """
 
 
-@pytest.mark.parametrize("package", [True, False])
+ELSEWHERE = """
+import sys; from fedlora.config import from_flat; from fedlora.server.validate import check
+for name in ("own_package", "own_module"):
+    sys.path.append(f"{sys.argv[1]}/{name}/{sys.argv[2]}")
+    print(type(check(from_flat({"strategy.name": f"{name}:Mine"}))).__name__)
+"""
+
+
 def test_a_strategy_of_ones_own_is_found_on_the_server_wherever_it_works(
-    package: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And the bundle for the nodes holds none of it."""
-    here, out, name = tmp_path / "here", tmp_path / "out", f"own_rule_{package}".lower()
-    here.mkdir()
-    if package:
-        (here / name).mkdir()
-        (here / name / "title.py").write_text("TITLE = 'mine'\n")
-        (here / name / "__init__.py").write_text(OWN_RULE.format(helper=f"{name}.title"))
-    else:
-        (here / f"{name}.py").write_text(OWN_RULE.format(helper="math").replace("TITLE", "pi"))
+    """A package and a module; and the bundle for the nodes holds none of it."""
+    here, out, work = tmp_path / "here", tmp_path / "out", tmp_path / "else"
+    for folder in (here / "own_package", work):
+        folder.mkdir(parents=True)
+    (here / "own_package" / "title.py").write_text("TITLE = 'mine'\n")
+    (here / "own_package" / "__init__.py").write_text(OWN_RULE.format(helper="own_package.title"))
+    (here / "own_module.py").write_text(OWN_RULE.format(helper="math").replace("TITLE", "pi"))
     monkeypatch.chdir(here)
-    config = tiny_config(**{"strategy.name": f"{name}:Mine"})
-    check(config)
-    bring_own_strategy(config, out / OWN)
-    elsewhere = (
-        "import sys; from fedlora.config import from_flat; from fedlora.server.validate import check\n"
-        f"sys.path.append({str(out / OWN)!r})\n"
-        f"print(type(check(from_flat({{'strategy.name': '{name}:Mine'}}))).__name__)"
-    )
-    (tmp_path / "else").mkdir()
+    for name in ("own_package", "own_module"):
+        config = tiny_config(**{"strategy.name": f"{name}:Mine"})
+        check(config)
+        bring_own_strategy(config, out / name / OWN)
     done = subprocess.run(
-        [sys.executable, "-c", elsewhere], cwd=tmp_path / "else", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", ELSEWHERE, str(out), OWN],
+        cwd=work,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert done.stdout.strip() == "Mine", done.stderr
+    assert done.stdout.split() == ["Mine", "Mine"], done.stderr
     bring_own_strategy(tiny_config(), out / "none")
     assert not (out / "none").exists()
     with _app(tmp_path) as app:
-        assert not list(app.rglob(f"*{name}*"))
+        assert not list(app.rglob("*own_*"))

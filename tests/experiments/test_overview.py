@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
+import pytest
+
+from experiments import overview
 from experiments.overview import NOT_RUN, README, STUDIES, progress, rewritten
 from experiments.publish import read
 from experiments.tables import PUBLISHED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def each_file_is_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("read", "planned"):
+            patched.setattr(overview, name, cache(getattr(overview, name)))
+        yield
 
 
 def test_the_page_is_up_to_date() -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fedlora.config import RunConfig, from_flat
+from fedlora.config import EngineConfig, RunConfig, from_flat, read_config
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.study.execute import parallel, scheduler
 from fedlora.study.execute.cell import Engine, run_cell
@@ -166,16 +167,18 @@ TINY = {
     "lora.ranks": "2,4", "data.evaluate-examples": 60, "train.local-steps": 3, "engine.num-actors": 2,
     "engine.num-cpus": 0.5, "study.strategies": "flora,head-only",
 }  # fmt: skip
+ONE = {"engine.name": "in-process"}
 MEASURED_ANEW = ("seconds", "peak_memory_bytes", "files_sha256", "sha256")
 
 
 def outcome(cell: Path) -> Any:
+    """What it left, but for what is measured anew and the engine that it ran on."""
     lines = [json.loads(line) for line in (cell / "rounds.jsonl").read_text().splitlines()]
     records = [*lines, json.loads((cell / "result.json").read_text())]
     kept = [{k: v for k, v in record.items() if k not in MEASURED_ANEW} for record in records]
     adapter = (cell / "adapter" / "adapter_model.safetensors").read_bytes()
     identity = json.loads((cell / "provenance.json").read_text())["identity"]
-    return (cell / "config.toml").read_text(), kept, adapter, identity
+    return replace(read_config(cell / "config.toml"), engine=EngineConfig()), kept, adapter, identity
 
 
 def engines() -> set[int]:
@@ -190,7 +193,7 @@ def test_two_at_a_time_give_the_bits_of_one_after_the_other(
     cache: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, before = from_flat(TINY), engines()
-    run_study(config, tmp_path / "a" / "out")
+    run_study(from_flat({**TINY, **ONE}), tmp_path / "a" / "out")
     capfd.readouterr()
     run_study(config, tmp_path / "b" / "out", parallel=2)
     said = capfd.readouterr().err

@@ -25,7 +25,7 @@ from strategies.rules.fedavg import FedAvgRule
 from strategies.transport import Transport
 from tests.wire.mutations import TOUCHED, mutate, picked
 
-REPLIES, ORDERS = 12_000, 6_000
+REPLIES, ORDERS = 4_000, 2_000
 """Of each every second has its tensors in one array; of replies every second is written by a codec, and in
 every second order layers rest."""
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
