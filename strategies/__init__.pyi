@@ -4,6 +4,7 @@ from strategies.registry import RULES, make_rule
 
 __all__ = [
     "RULES",
+    "Clustered",
     "FFALoRA",
     "FLoRA",
     "FLoRIST",
@@ -32,6 +33,7 @@ __all__ = [
     "make_rule",
 ]
 
+class Clustered(NamedStrategy): ...
 class FFALoRA(NamedStrategy): ...
 class FLoRA(NamedStrategy): ...
 class FLoRIST(NamedStrategy): ...

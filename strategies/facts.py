@@ -21,6 +21,8 @@ class Facts:
         uploaded: those of them that come back, over all rounds.
         any_kind: the rule needs a mean of named tensors and no product of factors, so that it takes adapters
             of any kind (``lora.method``).
+        by_client: clients are sent adapters of their own: there is no global model, and the global adapter is
+            their mean.
         exact: the effective global weight after a round is W_before + sum_k p_k dW_k.
         mixed_ranks: clients may have different ranks.
         draws_ranks: which directions a client of a lower rank holds is drawn for it; without the draw its
@@ -51,6 +53,7 @@ class Facts:
     trained: frozenset[str] = PLAIN
     uploaded: frozenset[str] = PLAIN
     any_kind: bool = False
+    by_client: bool = False
     exact: bool
     mixed_ranks: bool = False
     draws_ranks: bool = False
@@ -76,9 +79,14 @@ class Facts:
         return not self.trained <= self.uploaded
 
     @property
+    def own_models(self) -> bool:
+        """Clients have models of their own, which they alone can measure."""
+        return self.personal or self.by_client
+
+    @property
     def global_adapter(self) -> bool:
         """Adapters are aggregated, and into a global one: else the diagnostics mean nothing."""
-        return bool(self.uploaded) and not self.personal
+        return bool(self.uploaded) and not self.own_models
 
     @property
     def client_dp(self) -> bool:

@@ -40,6 +40,8 @@ def check_rule(rule: Rule) -> None:
     if facts.personal:
         kept = " and ".join(sorted(facts.trained - facts.uploaded))
         raise ConfigError(f"{key}: clients keep {kept} to themselves, so there is no global adapter to write")
+    if facts.by_client:
+        raise ConfigError(f"{key}: clients have an adapter each, so there is no global adapter to write")
     if trained - PLAIN:
         named = " and ".join(sorted(trained - PLAIN))
         raise ConfigError(

@@ -15,8 +15,10 @@ from clients.personal import SECOND
 from clients.privacy import mechanism_of
 from clients.store import OWN
 from fedlora.core.factors import Tensors
+from fedlora.core.peft_keys import to_peft
 from fedlora.models.packed_linear import tell_if_emulated
 from fedlora.server import best
+from fedlora.server.build import client_spec
 from fedlora.server.evaluator import GlobalEvaluator, is_measured
 from fedlora.server.exactness import mean_is_exact
 from fedlora.server.export import counted_intruders, export, export_seconds, kept_by
@@ -153,10 +155,16 @@ class Record(Callback):
 
 
 def _own(run: FederatedRun) -> dict[int, Tensors]:
-    """Personal tensors of the clients, where they can be reached."""
+    """Tensors of the clients' own models, as far as they can be reached: sent to each, and kept by each."""
+    found: dict[int, Tensors] = {}
+    if run.strategy.rule.facts.by_client:
+        specs = [client_spec(run.config, run.runtime, partition) for partition in run.partitions]
+        sent = {s.partition_id: run.strategy.rule.broadcast(run.state, s).adapters for s in specs}
+        found = {partition: to_peft(adapters, {}) for partition, adapters in sent.items()}
     if not run.personal or run.session.stores is None:
-        return {}
-    return kept_by(run.session.stores / run.run_key, run.partitions, run.state.round, OWN)
+        return found
+    kept = kept_by(run.session.stores / run.run_key, run.partitions, run.state.round, OWN)
+    return {p: found.get(p, {}) | kept.get(p, {}) for p in sorted(found | kept)}
 
 
 class Track(Callback):

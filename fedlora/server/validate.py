@@ -233,10 +233,11 @@ def check_quantised(config: RunConfig, rule: Rule) -> None:
 
 
 def kept(config: RunConfig, rule: Rule) -> str:
-    """Tensors that clients train and keep, so that only they can measure their models; else empty."""
+    """Parts of clients' models that are their own, so that only they can measure these; else empty."""
     if config.model.head == "local":
         return "model.head = 'local'"
-    return f"a personal factor of {rule.facts.name}" if rule.facts.personal else ""
+    part = "a personal factor" if rule.facts.personal else "an adapter of their own"
+    return f"{part} of {rule.facts.name}" if rule.facts.own_models else ""
 
 
 def clients_measure(config: RunConfig, rule: Rule) -> bool:

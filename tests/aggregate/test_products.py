@@ -35,7 +35,7 @@ WEIGHTS, P = "3,1,4", (3 / 8, 1 / 8, 4 / 8)
 
 def takes_adapters(name: str) -> bool:
     rule = make_rule(name)
-    return not rule.facts.personal and "B" in rule.shipped(1) and rule.trained(1) <= PLAIN
+    return not rule.facts.own_models and "B" in rule.shipped(1) and rule.trained(1) <= PLAIN
 
 
 def freezes_a(name: str) -> bool:
@@ -83,7 +83,8 @@ def test_every_rule_is_carried_out_or_refused_in_one_line(
         assert found["diagnostics"]["gap"] < 1e-5 or not RULES[name].facts.exact
     else:
         facts, trained = RULES[name].facts, make_rule(name).trained(1)
-        why = "keep" if facts.personal else "train R" if trained - PLAIN else "send no B"
+        own = "keep" if facts.personal else "have an adapter each" if facts.by_client else ""
+        why = own or ("train R" if trained - PLAIN else "send no B")
         refused(result, f"--strategy {name}: clients {why}")
         assert list(tmp_path.iterdir()) == []
 

@@ -80,6 +80,49 @@ def fedavg(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     return kept(mean_b(start, clients), mean_a(clients), start.s)
 
 
+def clustered(
+    start: Adapter, clients: Sequence[Client], t: int, warmup_rounds: int = 1, most_clusters: int = 10
+) -> Outcome:
+    """The server's adapter is the mean over all clients; `clusters` has what clients start from."""
+    return fedavg(start, clients, t)
+
+
+def clusters(matrices: Sequence[Sequence[Array]], most: int) -> list[set[int]]:
+    """FedLEASE (arXiv 2509.15087, released code): clients by their B, layer by layer; naive, set by set.
+
+    Average linkage over the mean of 1 - cos, the number of clusters from 2 to ``most`` by silhouette; all in
+    one where none is above 0.
+    """
+    n = len(matrices)
+
+    def away(one: Sequence[Array], other: Sequence[Array]) -> float:
+        pairs = zip(one, other, strict=True)
+        return float(np.mean([1 - np.sum(X * Y) / np.sqrt(np.sum(X * X) * np.sum(Y * Y)) for X, Y in pairs]))
+
+    d = [[away(one, other) for other in matrices] for one in matrices]
+
+    def between(one: set[int], other: set[int]) -> float:
+        return float(np.mean([d[i][j] for i in one for j in other]))
+
+    def score(parts: list[set[int]]) -> float:
+        total = 0.0
+        for part in parts:
+            for i in part if len(part) > 1 else ():
+                a = sum(d[i][j] for j in part - {i}) / (len(part) - 1)
+                b = min(between({i}, other) for other in parts if other is not part)
+                total += (b - a) / max(a, b)
+        return total / n
+
+    parts, best, found = [{i} for i in range(n)], 0.0, [set(range(n))]
+    while len(parts) > 2:
+        pairs = [(between(x, y), i, j) for i, x in enumerate(parts) for j, y in enumerate(parts) if i < j]
+        _, i, j = min(pairs)
+        parts = [*(p for k, p in enumerate(parts) if k not in (i, j)), parts[i] | parts[j]]
+        if len(parts) <= most and score(parts) > best:
+            best, found = score(parts), parts
+    return found
+
+
 def ffa(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
     """FFA-LoRA (arXiv 2403.12313, Section 4): A stays A_0; B = sum_k p_k B_k."""
     return kept(mean_b(start, clients), start.A, start.s)
@@ -310,6 +353,7 @@ def _split(T: Array, start: Adapter) -> tuple[Adapter, Array]:
 
 ORACLES: dict[str, Oracle] = {
     "fedavg": fedavg,
+    "clustered": clustered,
     "ffa": ffa,
     "flora": flora,
     "florist": florist,

@@ -32,6 +32,7 @@ from tests.strategies.federations import (
 )
 
 REFUSE = {
+    "clustered": "all layers",
     "fed-sb": "core", "fedsa": "clients", "flora": "new adapter", "florist": "new adapter",
     "fslora": "chooses", "head-only": "trains no layer", "hetlora": "prunes", "local-only": "clients",
     "lora-a2": "choose", "galore": "turn",

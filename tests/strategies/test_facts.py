@@ -52,6 +52,14 @@ def difference(one: State, other: State) -> float:
     return relative(effective(one)["layer"], effective(other)["layer"])
 
 
+def begun(rule: Rule, one: State, other: State) -> float:
+    """How far apart a client's next rounds begin, where that is not the global adapter."""
+    if not rule.facts.by_client:
+        return 0.0
+    of = (rule.broadcast(state, FEDERATION.clients[0]).adapters["layer"] for state in (one, other))
+    return relative(*(f.scaling * f.B @ f.A for f in of))
+
+
 def test_every_rule_is_listed_under_its_own_name_with_an_oracle() -> None:
     assert {name: rule.facts.name for name, rule in RULES.items()} == {name: name for name in RULES}
     assert set(RULES) <= set(oracles.ORACLES)
@@ -102,8 +110,9 @@ def test_secure_sum_and_client_dp_are_claimed_where_only_the_mean_counts(rule: R
     for factor in rule.shipped(state.round + 1):
         by = FEDERATION.normal(getattr(updates[0].adapters["layer"], factor).shape, "moved", factor)
         one = shifted(updates[0], factor, by / updates[0].weight)
-        two = shifted(updates[1], factor, -by / updates[1].weight)
-        changes.append(difference(rule.aggregate(state, [one, two, *updates[2:]])[0], after))
+        two = shifted(updates[-1], factor, -by / updates[-1].weight)
+        moved = rule.aggregate(state, [one, *updates[1:-1], two])[0]
+        changes += [difference(moved, after), begun(rule, moved, after)]
     if rule.facts.secure_sum and not rule.facts.sketched:
         assert max(changes) < 1e-10
     else:

@@ -80,7 +80,7 @@ def _first(rows: Sequence[Row], strategy: str) -> Mapping[int, ByClient]:
 def _keeps(row: Row) -> bool:
     """Whether clients keep something trained in place of a global model."""
     rule = RULES.get(row.strategy)
-    return row.config.model.head == "local" or (rule is not None and rule.facts.personal)
+    return row.config.model.head == "local" or (rule is not None and rule.facts.own_models)
 
 
 def _personal(row: Row) -> dict[int, dict[str, Any]]:
