@@ -93,6 +93,14 @@ def test_clients_go_on_from_the_mean_of_their_cluster_alone() -> None:
     assert torch.equal(begins(RULE, only, 1)["v"].A, begins(RULE, later, 1)["v"].A), "nobody of it replied"
 
 
+def test_who_is_in_a_cluster_stays_in_it() -> None:
+    """Whatever its B looks like later: client 0 then sends what those of the other cluster do."""
+    after, _ = RULE.aggregate(start(), updates({0: 7, 1: 8, 2: 7, 3: 8}))
+    later, _ = RULE.aggregate(after, updates({0: 8, 1: 8, 2: 7, 3: 8}))
+    assert torch.equal(begins(RULE, later, 0)["q"].B, begins(RULE, later, 2)["q"].B)
+    assert not torch.equal(begins(RULE, later, 0)["q"].B, begins(RULE, later, 1)["q"].B)
+
+
 def test_until_the_warm_up_is_over_each_goes_on_from_its_own() -> None:
     rule = make_rule("clustered", {"warmup_rounds": 2})
     assert isinstance(rule, ClusteredRule)
