@@ -1,11 +1,12 @@
 """Every method's server step at LLaMA-7B shapes: seconds, peak memory, and the naive dense way beside it.
 
-    python -m experiments.benchmarks.aggregate [--quick] [--out DIR]
+    python -m experiments.benchmarks.aggregate [--quick] [--out DIR] [--rules A,B] [--settings A,B]
 
 Each figure comes from a process of its own. Updates are random; what is timed is `Rule.aggregate` (a stack
 of SVDs, QRs and means on all cores), without and with the round's diagnostics. Peak memory is the largest
 resident set minus that of the interpreter with its imports, over the bytes of the clients' factors (which
-are in it).
+are in it). With ``--rules`` or ``--settings`` the other figures stay as they are, and the new ones say on
+what they were measured.
 """
 
 from __future__ import annotations
@@ -36,17 +37,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, to see that it runs")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--rules", default="", help="these alone, for instance fedask,galore")
+    parser.add_argument("--settings", default="", help=f"these alone, of {', '.join(SHAPES)}")
     arguments = parser.parse_args()
-    cells = {}
-    for setting, shape in SHAPES.items():
-        shape = QUICK if arguments.quick else shape
-        for name in methods(mixed=setting == "mixed"):
-            cells[f"{setting}/{name}"] = cell("step", name, shape)
-        if setting == "llama-7b":
-            for name in NAIVE:
-                cells[f"naive/{name}"] = cell("naive", name, shape)
-        text = written(arguments.out, {"hardware": hardware(), "shapes": SHAPES, "cells": cells})
+    record: dict[str, Any] = {"hardware": hardware(), "shapes": SHAPES, "cells": {}}
+    some = arguments.rules or arguments.settings
+    if some:
+        record = json.loads((arguments.out / "aggregate.json").read_text())
+    for setting in chosen(arguments.settings, list(SHAPES)):
+        shape = QUICK if arguments.quick else SHAPES[setting]
+        for name in chosen(arguments.rules, methods(mixed=setting == "mixed")):
+            kinds = [
+                (setting, "step"),
+                *([("naive", "naive")] if setting == "llama-7b" and name in NAIVE else []),
+            ]
+            for key, kind in kinds:
+                measured = cell(kind, name, shape)
+                if measured and some:
+                    measured["hardware"] = hardware()
+                record["cells"][f"{key}/{name}"] = measured
+                text = written(arguments.out, record)
     print(text)
+
+
+def chosen(names: str, able: list[str]) -> list[str]:
+    """Those of the names, by commas, that are able; all of them without any."""
+    return [name for name in able if name in names.split(",")] if names else able
 
 
 def written(directory: Path, record: dict[str, Any]) -> str:
@@ -87,6 +103,7 @@ def table(record: dict[str, Any]) -> str:
         "LLaMA-7B shapes: 64 modules of 4096 x 4096, 10 clients of rank 16, float32, a process for each row. "
         "Memory is the peak above the interpreter's own, over the bytes of the clients' factors. Naive: the "
         "same equation with (out, in) matrices, measured on one module and multiplied by 64.",
+        *(f"Measured later, {how}." for how in later(cells)),
         "",
         "| method | seconds | with diagnostics | memory | streamed | naive, extrapolated | ratio "
         "| ranks 4..64 | 10 | 100 | 1,000 clients (4 modules) |",
@@ -103,6 +120,18 @@ def table(record: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(columns) + " |")
     return "\n".join(lines) + "\n"
+
+
+def later(cells: dict[str, Any]) -> list[str]:
+    """Where and of which rules the figures are that were put in later."""
+    found: dict[str, set[str]] = {}
+    for key, measured in cells.items():
+        if measured and "hardware" in measured:
+            hw = measured["hardware"]
+            found.setdefault(f"{hw['cpu']}, {hw['cores']} cores", set()).add(key.partition("/")[2])
+    return [
+        f"on {where}: {', '.join(f'`{name}`' for name in sorted(names))}" for where, names in found.items()
+    ]
 
 
 def _number(measured: dict[str, Any] | None, key: str, unit: str = "") -> str:
