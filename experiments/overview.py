@@ -131,8 +131,8 @@ STUDIES = (
         claim="raFLoRA (Wu et al., 2026) and FSLoRA (Fang et al., 2025): with mixed ranks both are ahead of "
         "FlexLoRA, under which ranks that few clients have fade from round to round.",
         found="2026-11-30, ten seeds: raFLoRA is ahead of FlexLoRA by 2.2 points on all seeds, FSLoRA by 3.2 "
-        "on eight; neither of zero-padding (undecided); FLoRA, which loses nothing, leads raFLoRA by 4.6 on all "
-        "seeds, at twelve times its downloads.",
+        "on eight; neither of zero-padding (undecided); FLoRA, which loses nothing, leads raFLoRA by 4.6 on "
+        "all seeds, at twelve times its downloads.",
     ),
 )
 

@@ -105,4 +105,5 @@ def _with_smaller_values(M: Tensor, threshold: float) -> Tensor:
     squares, V = torch.linalg.eigh(M.T @ M)
     values = squares.clamp_min(0.0).sqrt()
     kept = torch.where(values > threshold, (values - threshold) / values, 0.0)
-    return M @ ((V * kept) @ V.T)
+    found: Tensor = M @ ((V * kept) @ V.T)
+    return found
