@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import fedlora
 from fedlora.server.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -51,9 +52,7 @@ def flower(tmp_path: Path, cache: Path) -> Iterator[dict[str, str]]:
 @pytest.mark.slow
 def test_flwr_run_gives_the_adapter_of_fedlora_run(flower: dict[str, str], tmp_path: Path) -> None:
     config = (ROOT / "experiments" / "tiny.toml").read_text()
-    under_flwr, under_ray = tmp_path / "flwr-out", tmp_path / "ray-out"
-    ours, theirs = tmp_path / "ours.toml", tmp_path / "theirs.toml"
-    ours.write_text(config)
+    under_flwr, theirs = tmp_path / "flwr-out", tmp_path / "theirs.toml"
     theirs.write_text(f'output-dir = "{under_flwr}"\n{config}')
     app = tmp_path / "fedlora"
     for package in ("fedlora", "strategies", "clients"):
@@ -66,11 +65,9 @@ def test_flwr_run_gives_the_adapter_of_fedlora_run(flower: dict[str, str], tmp_p
         cwd=app, env=flower, check=True, timeout=240,
     )  # fmt: skip
     assert wait_for_status(flower, app) == "finished:completed"
-    subprocess.run(
-        ["fedlora", "run", str(ours), "--out", str(under_ray)], env=flower, check=True, timeout=240
-    )
+    fedlora.run(ROOT / "experiments" / "tiny.toml", tmp_path / "ours", engine="in-process")
     written = "adapter/adapter_model.safetensors"
-    assert (under_flwr / written).read_bytes() == (under_ray / written).read_bytes()
+    assert (under_flwr / written).read_bytes() == (tmp_path / "ours" / written).read_bytes()
     assert len(RunDirectory(under_flwr, resume=True).rounds()) == 2
 
 

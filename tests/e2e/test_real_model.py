@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from clients.evaluation import evaluate
 from clients.training.train import train_local
 from fedlora.assets.fetch import asset_path
-from fedlora.config import EngineConfig, RunConfig, TrainConfig, from_flat
+from fedlora.config import EngineConfig, TrainConfig, from_flat
 from fedlora.core.factors import AdapterSet, LoraFactors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.data.examples import evaluation_subset
@@ -22,7 +22,7 @@ from fedlora.errors import AssetError
 from fedlora.models import build_model
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation.ray_pool import RayPool
-from fedlora.simulation.simulate import simulate_on
+from fedlora.simulation.simulate import simulate, simulate_on
 from tests.in_process import client_runtime
 
 pytestmark = [pytest.mark.slow, pytest.mark.real]
@@ -54,20 +54,15 @@ def assets() -> Iterator[None]:
         yield
 
 
-def run(actors: int, path: Path) -> RunConfig:
+def test_one_process_and_two_actors_end_on_the_same_adapter_which_peft_loads(tmp_path: Path) -> None:
+    """Eight clients, mixed ranks, half of them a round, three rounds, a base that moves."""
     config = from_flat(KEYS)
-    pool = RayPool(EngineConfig(num_actors=actors, num_cpus=0.5))
+    pool = RayPool(EngineConfig(num_actors=2, num_cpus=0.5))
     try:
-        simulate_on(pool, config, RunDirectory(path))
+        simulate_on(pool, config, RunDirectory(tmp_path / "two"))
     finally:
         pool.close()
-    return config
-
-
-def test_one_and_two_actors_end_on_the_same_adapter_which_peft_loads(tmp_path: Path) -> None:
-    """Eight clients, mixed ranks, half of them a round, three rounds, a base that moves."""
-    config = run(2, tmp_path / "two")
-    run(1, tmp_path / "one")
+    simulate(from_flat({**KEYS, "engine.name": "in-process"}), tmp_path / "one")
     one, two = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in ("one", "two"))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
