@@ -115,6 +115,9 @@ STUDIES = (
         name="optimizers",
         claim="LoRA-Pro (Wang et al., ICLR 2025) and ScaledGD (Zhang and Pilanci, ICML 2024) learn faster "
         "than AdamW and SGD on LoRA's factors. Here between rounds of averages, of stacks, and with privacy.",
+        found="2026-11-30, ten seeds: AdamW leads SGD under FLoRA by 2.2 points; LoRA-Pro is "
+        "not told from AdamW under FedAvg, behind it by 3.5 under FLoRA and by 22 with privacy; nor is "
+        "ScaledGD from SGD under FedAvg.",
     ),
     Study(
         name="personal",
