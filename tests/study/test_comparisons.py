@@ -46,6 +46,24 @@ def test_interval_and_wins_of_paired_differences() -> None:
     assert only(compare(rows({"new": 0.01}), "base:new")).verdict == "worse"
 
 
+def test_models_that_clients_keep_are_compared_on_the_same_examples() -> None:
+    """FedSA's accuracy is of three of four clients; FedAvg's of all test examples."""
+    results = []
+    for seed in range(10):
+        move = NOISE[seed]
+        shared = {"0": 0.9, "1": 0.8, "2": 0.7, "3": 0.1}
+        own = {"0": 0.91 + move, "1": 0.82, "2": 0.73}
+        results += [
+            result("fedavg", accuracy=0.625, seed=seed, outcome={"accuracy_by_client": shared}),
+            result("fedsa", accuracy=0.82 + move / 3, seed=seed, outcome={"accuracy_by_client": own}),
+        ]
+    found = only(compare(summarise(results), "fedsa:fedavg"))
+    assert found.by_client
+    assert found.differences == pytest.approx([0.02 + n / 3 for n in NOISE])
+    assert "fedsa against fedavg: client by client" in claims([found])
+    assert not only(compare(rows({"new": 0.01}), "new:base")).by_client
+
+
 def test_methods_that_share_no_seed_are_not_compared() -> None:
     """As after failures: one method has seed 0 alone, the other seed 1."""
     found = summarise([result("base", seed=0), result("new", seed=1, keys={"strategy.name": "fedavg"})])

@@ -5,6 +5,9 @@ t, the exact sign-flip test that they differ, and two one-sided t tests that the
 Journal of Pharmacokinetics and Biopharmaceutics 15, 1987). Both questions of all pairs that the study file
 declares, under all its settings, are one family, corrected together (Holm, Scandinavian Journal of Statistics
 6, 1979).
+Where clients keep models of their own, a run's accuracy is that of the clients who measured it, on their own
+test examples. Such a method is held against another client by client, each on the same examples: over the
+clients that both have, each counting as one (`fedlora.study.analyse.gains`).
 No pair differs both by nothing and by a point, so that one of its two null hypotheses at most is true: a step
 counts pairs, not hypotheses (Shaffer, Journal of the American Statistical Association 81, 1986).
 """
@@ -21,6 +24,7 @@ from scipy.stats import t
 
 from fedlora.config import name_list
 from fedlora.errors import ConfigError
+from fedlora.study.analyse.gains import by_clients, keeps_models
 from fedlora.study.analyse.intervals import LEVEL, Estimate, over_seeds
 from fedlora.study.analyse.sign_flip import detectable, least_p, sign_flip
 from fedlora.study.analyse.summary import Row
@@ -43,6 +47,7 @@ class Comparison:
         method, baseline, setting: their names.
         differences: method minus baseline in score, one for each seed that both have.
         metric: of the scores.
+        by_client: whether the scores are means over the clients that both have, see above.
         scale: what `ALIKE` is a share of.
         mean: of the differences, with its 95 % interval over seeds.
         p_value: of the exact sign-flip test, two-sided; None for fewer than two seeds.
@@ -64,6 +69,7 @@ class Comparison:
     p_alike_holm: float | None = None
     detectable: float | None = None
     metric: Metric = ACCURACY
+    by_client: bool = False
     scale: float = 1.0
 
     @property
@@ -82,7 +88,9 @@ class Comparison:
 
 
 def compare(rows: Sequence[Row], pairs: str, absent: Iterable[str] = ()) -> list[Comparison]:
-    """The comparisons that a study declares, where both methods have results of the same seeds.
+    """The comparisons that a study declares, where both methods have results of the same seeds and clients.
+
+    Clients' own models have accuracies alone: by another metric they are compared with nothing.
 
     Args:
         rows: all runs.
@@ -164,9 +172,16 @@ def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
 
 
 def _compared(mine: Row, theirs: Row) -> Comparison:
-    ours, others = mine.score_by_seed, theirs.score_by_seed
-    differences = [ours[seed] - others[seed] for seed in ours if seed in others]
-    return paired(mine.method, theirs.method, differences, mine.setting, metric=mine.metric, scale=mine.scale)
+    by_client = keeps_models(mine) or keeps_models(theirs)
+    if by_client:
+        differences = by_clients(mine, theirs) if mine.metric is ACCURACY else []
+    else:
+        ours, others = mine.score_by_seed, theirs.score_by_seed
+        differences = [ours[seed] - others[seed] for seed in ours if seed in others]
+    found = paired(
+        mine.method, theirs.method, differences, mine.setting, metric=mine.metric, scale=mine.scale
+    )
+    return replace(found, by_client=by_client)
 
 
 def paired(

@@ -61,10 +61,10 @@ def gains(rows: Sequence[Row]) -> list[Gains]:
             continue
         peers = [r for r in rows if (r.setting, r.protected) == (row.setting, row.protected)]
         shared: Mapping[int, ByClient] = {seed: run[GLOBAL_BY_CLIENT] for seed, run in _personal(row).items()}
-        if not shared and _keeps(row):
+        if not shared and keeps_models(row):
             shared = _first(peers, GLOBAL)
         for over, held in (("global", shared), ("alone", _first(peers, ALONE))):
-            differences = _differences(_own(row), held)
+            differences = _differences(own_models(row), held)
             if differences:
                 found.append(Gains(name=row.name, over=over, by_client=differences))
     return found
@@ -73,11 +73,11 @@ def gains(rows: Sequence[Row]) -> list[Gains]:
 def _first(rows: Sequence[Row], strategy: str) -> Mapping[int, ByClient]:
     """Accuracies by seed of the first row of a strategy that is what its name says."""
     plain = [r for r in rows if r.strategy == strategy and not _personal(r)]
-    fitting = [r for r in plain if strategy == ALONE or not _keeps(r)]
-    return _own(fitting[0]) if fitting else {}
+    fitting = [r for r in plain if strategy == ALONE or not keeps_models(r)]
+    return own_models(fitting[0]) if fitting else {}
 
 
-def _keeps(row: Row) -> bool:
+def keeps_models(row: Row) -> bool:
     """Whether clients keep something trained in place of a global model."""
     rule = RULES.get(row.strategy)
     return row.config.model.head == "local" or (rule is not None and rule.facts.own_models)
@@ -88,10 +88,21 @@ def _personal(row: Row) -> dict[int, dict[str, Any]]:
     return {run.seed: run.result[PERSONAL] for run in row.results if run.result.get(PERSONAL)}
 
 
-def _own(row: Row) -> dict[int, ByClient]:
+def own_models(row: Row) -> dict[int, ByClient]:
     """Accuracy of each client's own model by seed: the personal one where there is one."""
     found = {run.seed: run.result.get(BY_CLIENT) or {} for run in row.results}
     return found | {seed: personal[BY_CLIENT] for seed, personal in _personal(row).items()}
+
+
+def by_clients(mine: Row, theirs: Row) -> list[float]:
+    """What a method's clients have more than the other's, a mean over those that both have, for each seed."""
+    own, held = own_models(mine), own_models(theirs)
+    pairs = [(own[seed], held[seed]) for seed in own if seed in held]
+    return [
+        fmean(one[client] - other[client] for client in common)
+        for one, other in pairs
+        if (common := one.keys() & other.keys())
+    ]
 
 
 def _differences(own: Mapping[int, ByClient], held: Mapping[int, ByClient]) -> ByClient:

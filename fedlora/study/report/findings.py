@@ -215,7 +215,9 @@ def claims(comparisons: Sequence[Comparison]) -> str:
     if len(decided) > MOST_NAMED:
         return f"{said} ({listed([f'{n} {verdict}' for verdict, n in counts.items()])})."
     named = [f"{name_of(c)}: {c.verdict}, {_in_words(c)}" for c in decided]
-    return f"{said}{' (' + '; '.join(named) + ')' if named else ''}."
+    own = [name_of(c) for c in comparisons if c.by_client]
+    how = f" {listed(own)}: client by client, on each one's own test examples." if own else ""
+    return f"{said}{' (' + '; '.join(named) + ')' if named else ''}.{how}"
 
 
 def _in_words(comparison: Comparison) -> str:

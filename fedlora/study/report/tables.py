@@ -67,6 +67,7 @@ def _comparison(found: Comparison) -> dict[str, Any]:
         "baseline": found.baseline,
         "setting": found.setting,
         "metric": found.metric.name,
+        "by_client": found.by_client,
         "seeds": len(found.differences),
         "wins": found.wins,
         "difference": found.mean.value,
