@@ -19,11 +19,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
-
-from fedlora.core.base_patches import digest
-from fedlora.core.factors import Tensors
 from fedlora.errors import ConfigError
 
 SEAL = "sha256"
@@ -61,7 +56,7 @@ def read_sealed(file: Path, *, older: bool = False) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text())
     except OSError as error:
-        raise ConfigError(f"{file}: {_reason(error)}") from None
+        raise ConfigError(f"{file}: {reason_of(error)}") from None
     except (ValueError, RecursionError):
         raise ConfigError(f"{file}: is damaged, it is no JSON") from None
     if not isinstance(found, dict):
@@ -124,31 +119,11 @@ def changed(folder: Path, record: Mapping[str, Any]) -> Path | None:
     return None
 
 
-def read_tensors(file: Path, expected: str) -> Tensors:
-    """The tensors in a safetensors file.
-
-    Args:
-        file: to read.
-        expected: their digest.
-
-    Raises:
-        ConfigError: the file is not there, cannot be read, or holds others.
-    """
-    try:
-        tensors = dict(load(file.read_bytes()))
-    except OSError as error:
-        raise ConfigError(f"{file}: {_reason(error)}") from None
-    except (SafetensorError, ValueError, KeyError):
-        raise ConfigError(f"{file}: is damaged, it cannot be read as tensors") from None
-    if digest(tensors) != expected:
-        raise ConfigError(f"{file}: is damaged, its tensors are not those that were written")
-    return tensors
-
-
 def _hash(record: Mapping[str, Any]) -> str:
     written = json.loads(json.dumps(record))  # keys as they are read again
     return hashlib.sha256(json.dumps(written, sort_keys=True).encode()).hexdigest()
 
 
-def _reason(error: OSError) -> str:
+def reason_of(error: OSError) -> str:
+    """Why a file could not be read, to follow its name."""
     return "is missing" if isinstance(error, FileNotFoundError) else str(error.strerror or error)

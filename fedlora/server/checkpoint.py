@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from flwr.common.logger import log
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from fedlora.core.adapters import LayerAdapter, NamedTensors
 from fedlora.core.base_patches import Patch, digest
 from fedlora.core.factors import LoraFactors, Tensors
 from fedlora.core.files import write_atomic
-from fedlora.core.sealed import read_sealed, read_tensors, sealed
+from fedlora.core.sealed import read_sealed, reason_of, sealed
 from fedlora.core.state import InFlight, ServerState, State
 from fedlora.errors import ConfigError
 
@@ -210,3 +211,24 @@ def _named(kind: str, tensors: Tensors) -> Tensors:
 
 def _under(prefix: str, tensors: Tensors) -> Tensors:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def read_tensors(file: Path, expected: str) -> Tensors:
+    """The tensors in a safetensors file.
+
+    Args:
+        file: to read.
+        expected: their digest.
+
+    Raises:
+        ConfigError: the file is not there, cannot be read, or holds others.
+    """
+    try:
+        tensors = dict(load(file.read_bytes()))
+    except OSError as error:
+        raise ConfigError(f"{file}: {reason_of(error)}") from None
+    except (SafetensorError, ValueError, KeyError):
+        raise ConfigError(f"{file}: is damaged, it cannot be read as tensors") from None
+    if digest(tensors) != expected:
+        raise ConfigError(f"{file}: is damaged, its tensors are not those that were written")
+    return tensors

@@ -204,3 +204,10 @@ def test_it_ends_cleanly(how: signal.Signals, tmp_path: Path) -> None:
     process.send_signal(how)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (0, "stopped\n", "")
+
+
+def test_no_network_is_imported_to_look_at_files() -> None:
+    """Torch alone takes two seconds, until the first line and again at the end."""
+    code = "import sys, fedlora.watch.serve; sys.exit(str({'torch', 'numpy', 'flwr'} & {*sys.modules}))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert found.stderr == "set()\n"
