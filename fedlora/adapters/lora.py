@@ -93,7 +93,9 @@ class InjectedLora:
         first = next(iter(adapters.values()))
         rests = any(f.A0 is not None for f in adapters.values())
         core = () if first.R is None else tuple(first.R.shape)
-        name = f"{kind}{first.whole_rank}" + ("parted" if rests else "core".join(("", *map(str, core[:-1]))))
+        name = f"{kind}{first.whole_rank}" + (
+            "parted" if rests else "".join(f"core{size}" for size in core[:-1])
+        )
         if name not in self._adapters:
             self._add(name, first.whole_rank, core=core, parted=rests)
         for module, adapter in adapters.items():
@@ -186,10 +188,8 @@ class CoredOutput(nn.Module):
     def __init__(self, outer: nn.Linear, shape: tuple[int, ...]) -> None:
         super().__init__()
         rank, like = outer.in_features, outer.weight
-        dense = len(shape) == 2
-        self.core = (
-            nn.Linear(rank, rank, bias=False, device="meta") if dense else BlockCore()
-        )  # draws nothing
+        dense = len(shape) == 2  # on the meta device a layer draws nothing
+        self.core = nn.Linear(rank, rank, bias=False, device="meta") if dense else BlockCore()
         self.core.weight = nn.Parameter(torch.zeros(shape, device=like.device, dtype=like.dtype))
         self.outer = outer
 

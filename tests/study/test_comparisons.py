@@ -64,6 +64,20 @@ def test_models_that_clients_keep_are_compared_on_the_same_examples() -> None:
     assert not only(compare(rows({"new": 0.01}), "new:base")).by_client
 
 
+def test_where_all_clients_measure_on_all_test_examples_scores_are_compared() -> None:
+    """Without domains a global model has no accuracies by client, a kept one has."""
+    results = []
+    for seed in range(10):
+        own = {"0": 0.9, "1": 0.7}
+        results += [
+            result("fedavg", accuracy=0.75, seed=seed),
+            result("fedsa", accuracy=0.8 + NOISE[seed], seed=seed, outcome={"accuracy_by_client": own}),
+        ]
+    found = only(compare(summarise(results), "fedsa:fedavg"))
+    assert found.differences == pytest.approx([0.05 + n for n in NOISE])
+    assert not found.by_client
+
+
 def test_methods_that_share_no_seed_are_not_compared() -> None:
     """As after failures: one method has seed 0 alone, the other seed 1."""
     found = summarise([result("base", seed=0), result("new", seed=1, keys={"strategy.name": "fedavg"})])

@@ -7,7 +7,8 @@ declares, under all its settings, are one family, corrected together (Holm, Scan
 6, 1979).
 Where clients keep models of their own, a run's accuracy is that of the clients who measured it, on their own
 test examples. Such a method is held against another client by client, each on the same examples: over the
-clients that both have, each counting as one (`fedlora.study.analyse.gains`).
+clients that both have, each counting as one (`fedlora.study.analyse.gains`). Where no test examples are a
+client's own, all clients measured on all of them, and scores are held against scores.
 No pair differs both by nothing and by a point, so that one of its two null hypotheses at most is true: a step
 counts pairs, not hypotheses (Shaffer, Journal of the American Statistical Association 81, 1986).
 """
@@ -24,7 +25,7 @@ from scipy.stats import t
 
 from fedlora.config import name_list
 from fedlora.errors import ConfigError
-from fedlora.study.analyse.gains import by_clients, keeps_models
+from fedlora.study.analyse.gains import by_clients, keeps_models, own_models
 from fedlora.study.analyse.intervals import LEVEL, Estimate, over_seeds
 from fedlora.study.analyse.sign_flip import detectable, least_p, sign_flip
 from fedlora.study.analyse.summary import Row
@@ -90,7 +91,8 @@ class Comparison:
 def compare(rows: Sequence[Row], pairs: str, absent: Iterable[str] = ()) -> list[Comparison]:
     """The comparisons that a study declares, where both methods have results of the same seeds and clients.
 
-    Clients' own models have accuracies alone: by another metric they are compared with nothing.
+    On test examples of their own clients' models have accuracies alone: by another metric they are compared
+    with nothing.
 
     Args:
         rows: all runs.
@@ -172,7 +174,8 @@ def _row(rows: Iterable[Row], method: str, setting: str) -> Row | None:
 
 
 def _compared(mine: Row, theirs: Row) -> Comparison:
-    by_client = keeps_models(mine) or keeps_models(theirs)
+    kept = keeps_models(mine) or keeps_models(theirs)
+    by_client = kept and all(any(own_models(row).values()) for row in (mine, theirs))
     if by_client:
         differences = by_clients(mine, theirs) if mine.metric is ACCURACY else []
     else:
