@@ -20,8 +20,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.linalg import polar
 
+from tests.oracles.clusters import clusters
 from tests.oracles.dense import (
     Adapter,
     Array,
@@ -35,6 +35,9 @@ from tests.oracles.dense import (
     mean_update,
 )
 from tests.oracles.fair import cosine, fair_correction, fair_gradient, fair_objective, lora_fair
+from tests.oracles.fedsvd import fedsvd, fedsvd_renew
+from tests.oracles.robust_pca import fedrpca
+from tests.oracles.rotations import best_rotation, fedrot, soft_rotation
 
 __all__ = [
     "ORACLES",
@@ -43,12 +46,15 @@ __all__ = [
     "Client",
     "Outcome",
     "Vector",
+    "best_rotation",
+    "clusters",
     "cosine",
     "fair_correction",
     "fair_gradient",
     "fair_objective",
     "gap",
     "mean_update",
+    "soft_rotation",
 ]
 
 Oracle = Callable[..., Outcome]
@@ -85,66 +91,6 @@ def clustered(
 ) -> Outcome:
     """The server's adapter is the mean over all clients; `clusters` has what clients start from."""
     return fedavg(start, clients, t)
-
-
-def clusters(matrices: Sequence[Sequence[Array]], most: int) -> list[set[int]]:
-    """FedLEASE (arXiv 2509.15087, released code): clients by their B, layer by layer; naive, set by set.
-
-    Average linkage over the mean of 1 - cos, the number of clusters from 2 to ``most`` by silhouette; all in
-    one where none is above 0.
-    """
-    n = len(matrices)
-
-    def away(one: Sequence[Array], other: Sequence[Array]) -> float:
-        pairs = zip(one, other, strict=True)
-        return float(np.mean([1 - np.sum(X * Y) / np.sqrt(np.sum(X * X) * np.sum(Y * Y)) for X, Y in pairs]))
-
-    d = [[away(one, other) for other in matrices] for one in matrices]
-
-    def between(one: set[int], other: set[int]) -> float:
-        return float(np.mean([d[i][j] for i in one for j in other]))
-
-    def score(parts: list[set[int]]) -> float:
-        total = 0.0
-        for part in parts:
-            for i in part if len(part) > 1 else ():
-                a = sum(d[i][j] for j in part - {i}) / (len(part) - 1)
-                b = min(between({i}, other) for other in parts if other is not part)
-                total += (b - a) / max(a, b)
-        return total / n
-
-    parts, best, found = [{i} for i in range(n)], 0.0, [set(range(n))]
-    while len(parts) > 2:
-        pairs = [(between(x, y), i, j) for i, x in enumerate(parts) for j, y in enumerate(parts) if i < j]
-        _, i, j = min(pairs)
-        parts = [*(p for k, p in enumerate(parts) if k not in (i, j)), parts[i] | parts[j]]
-        if len(parts) <= most and score(parts) > best:
-            best, found = score(parts), parts
-    return found
-
-
-def fedrpca(start: Adapter, clients: Sequence[Client], t: int, beta: float = 2.0) -> Outcome:
-    """FedRPCA (arXiv 2506.01194): Algorithm 1 of Candès et al. 2011, by an SVD in each step."""
-
-    def moved(X: Array, own: Sequence[Array]) -> Array:
-        M = np.stack([(X_k - X).ravel() for X_k in own], axis=1)
-        if not M.any():
-            return X
-        lam, mu = 1 / np.sqrt(max(M.shape)), M.size / (4 * np.abs(M).sum())
-        S, Y = np.zeros_like(M), np.zeros_like(M)
-        for _ in range(500):
-            U, s, Vt = np.linalg.svd(M - S + Y / mu, full_matrices=False)
-            L = (U * np.maximum(s - 1 / mu, 0)) @ Vt
-            rest = M - L + Y / mu
-            S = np.sign(rest) * np.maximum(np.abs(rest) - lam / mu, 0)
-            Y = Y + mu * (M - L - S)
-            if np.linalg.norm(M - L - S) <= 1e-7 * np.linalg.norm(M):
-                break
-        p = np.array([k.p for k in clients])
-        return X + ((L + beta * (M - L)) @ p).reshape(X.shape)
-
-    B = moved(start.B, [(k.s / start.s) * k.B for k in clients])
-    return kept(B, moved(start.A, [k.A for k in clients]), start.s)
 
 
 def ffa(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
@@ -263,41 +209,6 @@ def galore(start: Adapter, clients: Sequence[Client], t: int, projector: str = "
     return Outcome(Adapter(np.zeros_like(start.B), np.zeros_like(start.A), start.s), start.s * moved)
 
 
-def fedrot(start: Adapter, clients: Sequence[Client], t: int, lam: float = 0.5) -> Outcome:
-    """FedRot-LoRA (arXiv 2602.23638): rotate (B_k R, R^T A_k) towards the last A or B in turn, average.
-
-    The paper's rounds count from 0, so that A is the reference in our rounds 2, 4, ... The released code's
-    lam > 1 takes the best matrix of O(r) as it is.
-    """
-    aligned = []
-    for k in clients:
-        M = start.B.T @ k.B if t % 2 else start.A @ k.A.T
-        R = best_rotation(M, reflections=True) if lam > 1 else soft_rotation(best_rotation(M), lam)
-        aligned.append(Client(k.p, k.B @ R, R.T @ k.A, k.s))
-    return kept(mean_b(start, aligned), mean_a(aligned), start.s)
-
-
-def best_rotation(M: Array, *, reflections: bool = False) -> Array:
-    """``V diag(1, .., 1, det(U V^T)) U^T`` with U S V^T = SVD(M), M = reference times client.
-
-    With ``reflections`` the determinant may be -1: ``V U^T``.
-
-    Where M leaves directions open, they follow the identity: the limit of M + eps I.
-    """
-    r = M.shape[0]
-    if np.linalg.matrix_rank(M) < r:
-        M = M + 1e-9 * (float(np.linalg.norm(M)) or 1.0) * np.eye(r)
-    U, _, Vt = np.linalg.svd(M)
-    signs = np.ones(r)
-    signs[-1] = 1.0 if reflections else np.sign(np.linalg.det(U @ Vt))
-    return np.asarray(Vt.T @ np.diag(signs) @ U.T)
-
-
-def soft_rotation(R: Array, lam: float) -> Array:
-    """The orthogonal factor of the polar decomposition of ``(1 - lam) I + lam R``."""
-    return np.asarray(polar((1 - lam) * np.eye(R.shape[0]) + lam * R)[0])
-
-
 def hetlora(
     start: Adapter, clients: Sequence[Client], t: int,
     gamma: float = 0.99, lam: float = 0.01, min_rank: int = 2,
@@ -314,41 +225,6 @@ def hetlora(
         A[:r] += w * k.A
         B[:, :r] += w * (k.s / start.s) * k.B
     return kept(B, A, start.s)
-
-
-def fedsvd(start: Adapter, clients: Sequence[Client], t: int, period: int = 1) -> Outcome:
-    """FedSVD (arXiv 2505.12805, Algorithm 1): U S V^T = SVD(B A); B' = U_r S_r, A' = V_r^T every n rounds.
-
-    Where the layer has fewer than r singular values the missing rows and columns are zero.
-    """
-    B = mean_b(start, clients)
-    if t % period:
-        return kept(B, start.A, start.s)
-    U, S, Vt = np.linalg.svd(B @ start.A, full_matrices=False)
-    r, q = B.shape[1], min(B.shape[1], S.size)
-    new_B, new_A = np.zeros((B.shape[0], r)), np.zeros((r, start.A.shape[1]))
-    new_B[:, :q], new_A[:q] = U[:, :q] * S[:q], Vt[:q]
-    return kept(new_B, new_A, start.s)
-
-
-def fedsvd_renew(
-    start: Adapter, clients: Sequence[Client], t: int, renew: float = 0.25, period: int = 1
-) -> Outcome:
-    """This project's variant of FedSVD: the n weakest singular directions of s B A move into the base.
-
-    Which directions take their place shows in no product: their columns of B are zero.
-    """
-    B = mean_b(start, clients)
-    if t % period:
-        return kept(B, start.A, start.s)
-    r = B.shape[1]
-    keep = r - max(1, round(renew * r))
-    U, S, Vt = np.linalg.svd(B @ start.A, full_matrices=False)
-    strong = min(keep, S.size)
-    new_B, new_A = np.zeros_like(B), np.zeros_like(start.A)
-    new_B[:, :strong], new_A[:strong] = U[:, :strong] * S[:strong], Vt[:strong]
-    weak = start.s * (U[:, keep:] * S[keep:]) @ Vt[keep:]
-    return Outcome(Adapter(new_B, new_A, start.s), weak)
 
 
 def fedsa(start: Adapter, clients: Sequence[Client], t: int) -> Outcome:
