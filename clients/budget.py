@@ -44,8 +44,8 @@ ADDED = {
     "micro_batch_size": 0, "pass_memory": 0.0, "packing": False,
     "target_quantile": 0.5, "clip_learning_rate": 0.2, "count_noise": 0.0, "clip_shares": "",
     "dtype": "float32", "dpo_beta": 0.1, "alternating": False, "nested_ranks": False,
-    "control_variates": False, "sketch_size": 0, "personal_rank": 0,
-    "personal_weights": "one",
+    "gradient": "backward", "perturbation_size": 0.001, "control_variates": False,
+    "sketch_size": 0, "personal_rank": 0, "personal_weights": "one",
 }  # fmt: skip
 """Keys that came after releases had been charged; at this default they mean what their absence meant."""
 

@@ -18,6 +18,7 @@ from clients.personal import train_second
 from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime
 from clients.store import OWED, OWN, ClientStore, ResolvedInstruction, resolve, run_key
+from clients.training.forward import moves
 from clients.training.packing_check import check_packing
 from clients.training.pass_memory import with_passes
 from clients.training.schedule import Stage
@@ -96,9 +97,15 @@ def answer(
         resolved.store.keep_personal(node.partition_id, OWED, instruction.server_round, owed)
     count, loss = float(result.num_examples), result.loss
     metrics = {} if loss is None else {NUM_EXAMPLES: count, TRAIN_LOSS: loss}
+    written: Tensors = {}
+    if instruction.codec.name == wire.SEEDS:
+        assert result.slopes is not None, "validated: train.gradient is 'forward'"
+        told = moves(config.train_of(node.partition_id), result.slopes, stage_of(instruction, config))
+        written = wire.written(seed_of(instruction, config, node), told)
     return wire.Reply(
         status=wire.OK,
         arrays=arrays,
+        written=written,
         start=start,
         adapters=result.adapters,
         metrics=metrics,

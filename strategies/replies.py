@@ -105,7 +105,8 @@ def _decoded(request: PendingRequest, reply: Reply) -> Tensors:
         return reply.arrays
     if reply.codec != request.upload:
         raise UpdateRefused(f"its arrays are written as {reply.codec!r}, asked for was {request.upload!r}")
-    start = wire.to_peft(request.broadcast.adapters, request.broadcast.head)
+    sent = request.broadcast
+    start = wire.to_peft(sent.adapters, sent.head, sent.uploaded, sent.modules)
     return wire.CODECS[reply.codec].decode(start, reply.arrays)
 
 

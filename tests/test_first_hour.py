@@ -168,6 +168,9 @@ def test_a_dry_run_knows_what_travels(keys: dict[str, str], tmp_path: Path, cach
 @pytest.mark.parametrize("upload", sorted(CODECS))
 def test_a_dry_run_knows_every_codec(upload: str, cache: Path) -> None:
     mean = ("--set", "strategy.name=fedavg", "--set", "lora.ranks=4")
+    if upload == "seeds":
+        forward = {"gradient": "forward", "optimizer": "sgd"}
+        mean += tuple(word for key, value in forward.items() for word in ("--set", f"train.{key}={value}"))
     said = invoke("run", TINY, *mean, "--set", f"upload={upload}", "--dry-run")
     assert said.exit_code == 0, said.output
     assert " MB up and " in said.stdout

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from clients.training.batches import Indices, load_batch, num_steps, physical_batches, shuffled_batches
+from clients.training.forward import ForwardSteps
 from clients.training.nested import NestedSteps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.reference import with_references
@@ -33,6 +35,7 @@ class LocalResult:
         num_examples: how many examples the client holds.
         steps: optimiser steps taken.
         loss: mean training loss over the examples seen; None where it stays private.
+        slopes: (steps,), of forward-only steps, see `clients.training.forward`; else None.
     """
 
     adapters: Adapters
@@ -40,6 +43,7 @@ class LocalResult:
     num_examples: int
     steps: int
     loss: float | None
+    slopes: Tensor | None = None
 
 
 def train_local(
@@ -79,15 +83,22 @@ def train_local(
         rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
         penalties, resting = Penalties(trained, config), at_rest(trained, config)
         nested = NestedSteps(trained, config, steps, seed)
+        forward = ForwardSteps(trained, config.perturbation_size, seed)
+
+        def losses(drawn: Indices) -> Iterator[Tensor]:
+            """Of the parts of a batch; their sum is the batch's mean loss."""
+            for part in physical_batches(drawn, config.micro_batch_size):
+                batch = load_batch(examples, part, pad_token_id, model.device, packed=config.packing)
+                yield batch_loss(model, batch) * (len(part) / len(drawn))
+
         batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
         for step, drawn in enumerate(batches):
             optimizer.zero_grad()
             nested.begin()
-            for part in physical_batches(drawn, config.micro_batch_size):
-                batch = load_batch(examples, part, pad_token_id, model.device, packed=config.packing)
-                loss = batch_loss(model, batch) * (len(part) / len(drawn))
-                loss.backward()  # type: ignore[no-untyped-call]
-                total = total + loss.detach() * len(drawn)
+            if config.gradient == "forward":
+                total = total + forward.step(partial(mean_loss, losses, drawn)) * len(drawn)
+            else:
+                total = total + backward(losses(drawn), model.device) * len(drawn)
             seen += len(drawn)
             nested.end()
             for parameter in resting[step % 2]:
@@ -98,7 +109,22 @@ def train_local(
             rates.advance()
             optimizer.step()
         finish(optimizer)
-    return local_result(model, trained, len(indices), steps, float(total) / seen)
+    slopes = torch.stack(forward.slopes) if forward.slopes else None
+    return replace(local_result(model, trained, len(indices), steps, float(total) / seen), slopes=slopes)
+
+
+def mean_loss(losses: Callable[[Indices], Iterable[Tensor]], drawn: Indices) -> Tensor:
+    """The sum of the losses of a batch's parts."""
+    return torch.stack([*losses(drawn)]).sum()
+
+
+def backward(losses: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The sum of losses, whose gradient is added up part by part."""
+    total = torch.zeros((), device=device)
+    for loss in losses:
+        loss.backward()  # type: ignore[no-untyped-call]
+        total = total + loss.detach()
+    return total
 
 
 def at_rest(trained: Trainable, config: TrainConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -114,8 +114,8 @@ class RunConfig:
     """Numbers travel as ``float32``, or as ``float16``: half the bytes, rounded where they come from."""
     upload: str = ""
     """What clients send travels as ``float32``, ``float16``, or, for instance ``int8``, the change in 8 bits
-    by stochastic rounding, a quarter of the bytes; others are ``int4``, ``topk``, ``segments`` and
-    ``changed``, see ``docs/strategy.md``; empty means as ``wire-dtype``."""
+    by stochastic rounding, a quarter of the bytes; others are ``int4``, ``topk``, ``segments``, ``changed``
+    and ``seeds``, see ``docs/strategy.md``; empty means as ``wire-dtype``."""
     max_rank: NonNegativeInt = 0
     """Cut the adapter that is written to this rank, by SVD, as ``fedlora run --max-rank``; 0 leaves it as it
     is."""

@@ -76,6 +76,11 @@ class TrainConfig:
     """DyLoRA: each step trains the leading directions of the adapter, how many is drawn, so that what a rule
     cuts off later matters least."""
 
+    gradient: Literal["backward", "forward"] = "backward"
+    """``forward``: a step takes the slope of its loss along a drawn vector in place of the gradient, by two
+    passes and no backward pass; see ``docs/optimizer.md``."""
+    perturbation_size: PositiveFloat = 1e-3
+    """Of ``train.gradient = "forward"``: how far to either side along the vector the loss is taken."""
     control_variates: bool = False
     """SCAFFOLD: each step is freed of what sets the client apart, by what it did in the rounds before; of
     ``sgd``, where all clients take part in every round."""

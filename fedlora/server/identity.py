@@ -57,6 +57,8 @@ ADDED = {
     "train.alternating": False,
     "train.nested-ranks": False,
     "train.control-variates": False,
+    "train.gradient": "backward",
+    "train.perturbation-size": 0.001,
     "lora.personal-rank": 0,
     "lora.personal-weights": "one",
     "secure.mode": "none",

@@ -13,6 +13,7 @@ import numpy as np
 
 from clients.budget import noise_of, planned_steps, rate_of
 from clients.runtime import ClientRuntime, read_runtime
+from clients.training.batches import num_steps
 from fedlora import wire
 from fedlora.config import DataConfig, PrivacyConfig, RunConfig
 from fedlora.config.section import kebab
@@ -88,12 +89,14 @@ class Preview:
             client_spec(self.config, self.runtime, partition) for partition in clients[: self.in_a_round]
         ]
         sums = rows_of(rule, self.state, specs, secure.sketch_size) if secure.mode == "sums" else None
-        for began in map(self.broadcast, clients[:MOST_NAMED]):
+        for partition, began in zip(clients, map(self.broadcast, clients[:MOST_NAMED]), strict=False):
+            given = self.config.train_of(partition), len(self.runtime.data.indices(partition))
+            steps = num_steps(*given, self.config.local_steps_of(partition))
             layers = {name: adapter for name, adapter in began.adapters.items() if name in began.modules}
             head = began.head if self.config.model.head == "train" else {}
             up = wire.to_peft(layers, head, began.uploaded)
             down = wire.to_peft({} if began.fresh_seed is not None else began.adapters, began.head)
-            plain = wire.most_bytes(upload, up, began.choose)
+            plain = wire.most_bytes(upload, up, began.choose, steps)
             noisy = secure.noise == "distributed"
             row = 0 if sums is None else wire.row_length(sums.start(began), noisy=noisy) * secure.bits // 8
             ups.append(row or plain)

@@ -11,6 +11,7 @@ from fedlora.config.section import kebab
 from fedlora.core.factors import PLAIN
 from fedlora.core.init_drawn import TAKEN_OUT
 from fedlora.errors import ConfigError, NotApplicable
+from fedlora.server.validate_forward import check_forward
 from fedlora.tasks import task_named
 from strategies.registry import RULES
 from strategies.rule import Rule
@@ -31,6 +32,7 @@ def check_passes(config: RunConfig, rule: Rule) -> None:
         check_nested(config, rule)
     if config.train.control_variates:
         check_control(config, rule)
+    check_forward(config, rule)
     if config.train.gradient_checkpointing:
         check_checkpointing(config)
     if config.model.dtype != "float32":

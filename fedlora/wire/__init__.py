@@ -60,6 +60,7 @@ from fedlora.wire.secure import (
     to_noisy_row,
     to_row,
 )
+from fedlora.wire.seeds import MOST_MOVES, SEEDS, written
 from fedlora.wire.upload import CODECS, UploadCodec, codec_named, most_bytes, with_owed
 from fedlora.wire.validation import check_range
 
@@ -72,9 +73,11 @@ __all__ = [
     "MASKED",
     "METRICS",
     "MISSING",
+    "MOST_MOVES",
     "OK",
     "PARTS",
     "PREFIX",
+    "SEEDS",
     "Needs",
     "PeftTensors",
     "Reply",
@@ -119,4 +122,5 @@ __all__ = [
     "to_record",
     "to_row",
     "with_owed",
+    "written",
 ]

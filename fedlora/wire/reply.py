@@ -27,6 +27,7 @@ class Reply:
     Attributes:
         status: ``ok``, ``missing`` or ``declined``.
         arrays: what was shipped, in PEFT's spelling; as ``codec`` wrote it, if that is not empty.
+        written: at the client, what the instruction's codec sends, where the trainer itself wrote it.
         start: at the client, what those tensors began from; it does not travel.
         adapters: at the client, all of its adapter after training; it does not travel.
         codec: of `fedlora.wire.upload`; empty for plain floats.
@@ -43,6 +44,7 @@ class Reply:
 
     status: str
     arrays: Tensors = field(default_factory=dict)
+    written: Tensors = field(default_factory=dict)
     start: Tensors = field(default_factory=dict)
     adapters: Adapters = field(default_factory=dict)
     codec: str = ""
@@ -69,7 +71,7 @@ def encode_reply(
     """
     codec, arrays, answers = "", reply.arrays, reply.answers if instruction is None else instruction.identity
     if instruction is not None and arrays:
-        codec, arrays = instruction.codec.name, instruction.coded(reply.start, arrays)
+        codec, arrays = instruction.codec.name, reply.written or instruction.coded(reply.start, arrays)
     config: dict[str, Any] = {
         "status": reply.status,
         "missing": list(reply.missing),

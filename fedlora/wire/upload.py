@@ -31,6 +31,7 @@ from torch import Tensor
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused, unknown_name
 from fedlora.wire.changed import Changed, chosen_bytes
+from fedlora.wire.seeds import MOST_MOVES, SEEDS, Seeds, bytes_of_moves
 from fedlora.wire.sparse import Segments, TopK
 from fedlora.wire.steps import Steps, kind_of
 
@@ -117,6 +118,7 @@ CODECS: dict[str, UploadCodec] = {
         TopK(),
         Segments(),
         Changed(),
+        Seeds(),
     )
 }
 """By the value of ``upload``."""
@@ -133,8 +135,17 @@ def codec_named(name: str) -> UploadCodec:
     return CODECS[name]
 
 
-def most_bytes(upload: str, tensors: Tensors, choose: int = 0) -> int:
-    """Bytes of tensors as a codec sends them, at most; ``choose`` as in `Broadcast`."""
+def most_bytes(upload: str, tensors: Tensors, choose: int = 0, moves: int = MOST_MOVES) -> int:
+    """Bytes of tensors as a codec sends them, at most.
+
+    Args:
+        upload: the codec's name.
+        tensors: by any name.
+        choose: as in `Broadcast`.
+        moves: local steps, for `Seeds`, of whose bytes nothing depends on the tensors.
+    """
+    if upload == SEEDS:
+        return bytes_of_moves(moves)
     whole = sum(codec_named(upload).nbytes(tensor.numel()) for tensor in tensors.values())
     return min(whole, chosen_bytes(tensors, choose)) if choose and upload == Changed().name else whole
 

@@ -15,10 +15,12 @@ from strategies.registry import RULES
 from strategies.report import RoundReport
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
+ANY_CHANGE = [name for name in wire.CODECS if name != wire.SEEDS]
+"""Codecs that write down whatever a client made of its tensors."""
 RULES_AND_CODECS = [
     (name, upload)
     for name in RULES
-    for upload in wire.CODECS
+    for upload in ANY_CHANGE
     if upload in ("int4", "segments") or name in ("fedavg", "flora", "fedsa")
 ]
 """Every rule with a dense and a sparse codec, every codec with rules of each kind: none knows the other."""

@@ -29,12 +29,12 @@ from strategies.report import RoundReport
 from strategies.request import PendingRequest
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
-from tests.federation.small import RULES_AND_CODECS, bits, initial_arrays, watched
+from tests.federation.small import ANY_CHANGE, RULES_AND_CODECS, bits, initial_arrays, watched
 from tests.federation.test_anybodys_app import ALPHA, RANK, federate, peft_model, plain_app
 from tests.in_process import client_runtime, federated
 
 CLIENTS = 3
-every_codec = pytest.mark.parametrize("upload", wire.CODECS)
+every_codec = pytest.mark.parametrize("upload", ANY_CHANGE)
 
 
 class Packed(ToyClient):
@@ -186,7 +186,7 @@ def test_a_client_that_does_not_know_the_codec_says_which_it_knows(
 def test_an_unknown_codec_is_refused_before_anything_starts() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^upload = 'int2' .did you mean int.*: accepted are float32, .*, segments, changed$",
+        match=r"^upload = 'int2' .did you mean int.*: accepted are float32, .*, segments, changed, seeds$",
     ):
         strategies.FedAvg(upload="int2")
 

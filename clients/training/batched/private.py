@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from clients.training.batched.stacks import StackedAdapters
+from clients.training.batched.update import Gradients
 from clients.training.clip_shares import tensor_clips
 from clients.training.dp_mechanism import Mechanism
 from clients.training.schedule import NOTHING, rests
+from clients.training.units import as_examples, joined
 from fedlora.privacy.entropy import on_grid, system_normal
 
 
@@ -113,3 +115,14 @@ def noisy(total: Tensor, mechanism: Mechanism, generator: torch.Generator) -> Te
     return total + torch.normal(
         0.0, std, total.shape, generator=generator, dtype=total.dtype, device=total.device
     )
+
+
+def as_drawn(canaries: Gradients, mechanism: Mechanism) -> Gradients:
+    """Canaries as they go into clipping: as they are, or as units whose examples are put together."""
+    if not mechanism.unit_examples:
+        return canaries
+    count = len(next(iter(canaries.values())))
+    parts, owners = as_examples(list(canaries.values()))
+    own = torch.from_numpy(owners)
+    means = [joined(part, own.to(part.device), count) for part in parts]
+    return dict(zip(canaries, means, strict=True))

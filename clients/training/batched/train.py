@@ -11,15 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clients.training.batched.dropout import Masks
+from clients.training.batched.forward import ForwardSteps
 from clients.training.batched.layers import ForwardContext, Route, row_wise
 from clients.training.batched.members import Member, open_streams
-from clients.training.batched.private import ClippedSums
+from clients.training.batched.private import ClippedSums, as_drawn
 from clients.training.batched.rows import ACCELERATOR, CPU, Rows, gather, microbatches, passes
 from clients.training.batched.stacks import StackedAdapters
 from clients.training.batched.update import Gradients, Update
@@ -31,7 +33,7 @@ from clients.training.nested import SetAside, beyond, drawn_ranks, zero
 from clients.training.reference import with_references
 from clients.training.schedule import NOTHING, ONLY_ROUND, Stage, resting, rests
 from clients.training.train import LocalResult, batch_loss
-from clients.training.units import as_examples, joined
+from clients.training.units import joined
 from fedlora.config import TrainConfig
 from fedlora.data.examples import Examples
 from fedlora.models import AdaptedModel
@@ -126,6 +128,7 @@ class Cohort:
         self._route = Route()
         self._losses = torch.zeros(len(members), device=self.stacks.device, dtype=self.stacks.dtype)
         self._sizes: list[list[int]] = [[] for _ in members]
+        self._forward = ForwardSteps(self.stacks, task.config.perturbation_size)
         nested = members if task.config.nested_ranks else ()
         self._ranks = [drawn_ranks(m.rank, m.steps, self._streams[i].seed) for i, m in enumerate(nested)]
 
@@ -142,7 +145,9 @@ class Cohort:
         mechanisms = [self._now(place) for place in range(active) if self._members[0].mechanism is not None]
         ending = resting(self._task.config, number)
         aside = SetAside(self._beyond(self.stacks.values, number, active))
-        gradients = self.private(batches, mechanisms, ending) if mechanisms else self.plain(batches)
+        forward = self._task.config.gradient == "forward"
+        plain = partial(self.forward, number=number) if forward else self.plain
+        gradients = self.private(batches, mechanisms, ending) if mechanisms else plain(batches)
         aside.put_back()
         zero(self._beyond(gradients, number, active))
         gradients = {name: g for name, g in gradients.items() if not rests(name, ending)}
@@ -178,6 +183,20 @@ class Cohort:
             (walked.losses / sizes[walked.clients]).sum().backward()  # type: ignore[no-untyped-call]
         found = {name: stacks.values[name].grad for name in stacks.trained}
         return {name: grad[: len(batches)] for name, grad in found.items() if grad is not None}
+
+    def forward(self, batches: Sequence[Indices], number: int) -> Gradients:
+        """As `plain`, by the slope of each client's loss, see `clients.training.forward`."""
+        sizes = torch.tensor([len(batch) for batch in batches]).to(self._losses)
+
+        def losses() -> Tensor:
+            before, self._losses = self._losses, torch.zeros_like(self._losses)
+            rows = gather(self._task.examples, batches)
+            for _ in self._passes(rows, most_rows=self._task.config.micro_batch_size):
+                pass
+            found, self._losses = self._losses, before + self._losses / 2  # of two sides
+            return found[: len(batches)] / sizes
+
+        return self._forward.step(number, self._streams[: len(batches)], losses)
 
     def private(
         self, batches: Sequence[Indices], mechanisms: Sequence[Mechanism], ending: str = NOTHING
@@ -275,15 +294,5 @@ class Cohort:
             num_examples=len(member.indices),
             steps=member.steps,
             loss=float(self._losses[place]) / max(sum(sizes), 1) if told else None,
+            slopes=self._forward.slopes(place),
         )
-
-
-def as_drawn(canaries: Gradients, mechanism: Mechanism) -> Gradients:
-    """Canaries as they go into clipping: as they are, or as units whose examples are put together."""
-    if not mechanism.unit_examples:
-        return canaries
-    count = len(next(iter(canaries.values())))
-    parts, owners = as_examples(list(canaries.values()))
-    own = torch.from_numpy(owners)
-    means = [joined(part, own.to(part.device), count) for part in parts]
-    return dict(zip(canaries, means, strict=True))
