@@ -79,8 +79,9 @@ class TrainConfig:
     gradient: Literal["backward", "forward"] = "backward"
     """``forward``: a step takes the slope of its loss along a drawn vector in place of the gradient, by two
     passes and no backward pass; see ``docs/optimizer.md``."""
-    perturbation_size: PositiveFloat = 1e-3
-    """Of ``train.gradient = "forward"``: how far to either side along the vector the loss is taken."""
+    perturbation_size: Annotated[float, Field(ge=1e-6)] = 1e-3
+    """Of ``train.gradient = "forward"``: how far to either side along the vector the loss is taken, at
+    least 1e-6, below which float32 sees no difference."""
     control_variates: bool = False
     """SCAFFOLD: each step is freed of what sets the client apart, by what it did in the rounds before; of
     ``sgd``, where all clients take part in every round."""

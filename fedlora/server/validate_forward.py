@@ -18,12 +18,18 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
     Raises:
         NotApplicable: private examples, factors that move by turns or in part, control variates; seeds where
             directions rest, tails are penalised, or devices take time by bytes.
-        ConfigError: the first key by which a round is more than steps of plain SGD.
+        ConfigError: half precision; with seeds the first key by which a round is more than plain SGD.
     """
     train, key = config.train, "train.gradient = 'forward'"
     if train.gradient == "forward":
         if config.privacy.private:
             raise NotApplicable(f"{key}: DP-SGD clips gradients of examples, privacy.mode must be 'none'")
+        half = {"train.precision": train.precision, "model.dtype": config.model.dtype}
+        for name, value in half.items():
+            if value != "float32":
+                raise ConfigError(
+                    f"{key}: {name} = {value!r} must be 'float32', slopes are small differences"
+                )
         for name in ("alternating", "nested_ranks", "control_variates"):
             if getattr(train, name):
                 raise NotApplicable(f"{key}: train.{kebab(name)} = true needs gradients of single factors")
