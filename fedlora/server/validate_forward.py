@@ -25,10 +25,10 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
         if config.privacy.private:
             raise NotApplicable(f"{key}: DP-SGD clips gradients of examples, privacy.mode must be 'none'")
         half = {"train.precision": train.precision, "model.dtype": config.model.dtype}
-        for name, value in half.items():
-            if value != "float32":
+        for name, kind in half.items():
+            if kind != "float32":
                 raise ConfigError(
-                    f"{key}: {name} = {value!r} must be 'float32', slopes are small differences"
+                    f"{key}: {name} = {kind!r} must be 'float32', slopes are small differences"
                 )
         for name in ("alternating", "nested_ranks", "control_variates"):
             if getattr(train, name):

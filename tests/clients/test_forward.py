@@ -174,7 +174,7 @@ def test_a_run_by_seeds_is_the_run_by_floats_in_a_few_bytes(
         ({"train.control-variates": True}, "train.control-variates = true needs gradients"),
         ({"train.precision": "bfloat16"}, "train.precision = 'bfloat16' must be 'float32'"),
         ({"model.dtype": "bfloat16"}, "model.dtype = 'bfloat16' must be 'float32'"),
-        ({"train.perturbation-size": 1e-7}, "train.perturbation-size = 1e-07: must be >= 1e-06"),
+        ({"train.perturbation-size": 1e-7}, "train.perturbation-size = 1e-07: must be >= 0.000001"),
         ({"train.gradient": "backward", "upload": "seeds"}, "train.gradient = 'backward' must be 'forward'"),
         ({"upload": "seeds", "train.optimizer": "adamw"}, "train.optimizer = 'adamw' must be 'sgd'"),
         ({"upload": "seeds", "train.momentum": 0.9}, "train.momentum = 0.9 must be 0.0"),
