@@ -27,9 +27,7 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
         half = {"train.precision": train.precision, "model.dtype": config.model.dtype}
         for name, kind in half.items():
             if kind != "float32":
-                raise ConfigError(
-                    f"{key}: {name} = {kind!r} must be 'float32', slopes are small differences"
-                )
+                raise ConfigError(f"{key}: {name} = {kind!r} must be 'float32', slopes are small differences")
         for name in ("alternating", "nested_ranks", "control_variates"):
             if getattr(train, name):
                 raise NotApplicable(f"{key}: train.{kebab(name)} = true needs gradients of single factors")
