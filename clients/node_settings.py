@@ -82,7 +82,7 @@ class NodeSettings:
     """File with the public keys of the federation's nodes, for instance ``peers.toml``, beside this node's
     ``key``; then clients of secure sums are nodes that are in it. Empty: whoever the server says."""
     keep_model: bool = False
-    """Keep the base model in memory between messages."""
+    """Keep the base model, and what each message has to import, in memory between messages."""
     allow: str = ""
     """Comma list of what a run's configuration may name on this machine, for instance ``/srv/models/bert,
     mine:Adam``: files, directories and ``module:Class``, letter for letter; empty: none."""

@@ -15,6 +15,7 @@ from flwr.common.logger import log
 
 from clients.node_settings import node_settings
 from fedlora.core.code import versions
+from fedlora.deployment.node import fork_client
 from fedlora.deployment.node.model_client import ask, start
 from fedlora.errors import SecureRefused
 from fedlora.secure.step import MASKED
@@ -31,9 +32,10 @@ def identify(message: Message, context: Context) -> Message:
     settings = node_settings(context.node_config)
     if settings.keep_model:
         try:
+            fork_client.start(settings.home)
             start(settings.home)  # it imports what it needs while other nodes answer
         except OSError as error:
-            log(WARNING, "the process that keeps the model does not start: %s", error)
+            log(WARNING, "the processes that serve the next messages do not start: %s", error)
     answer = ConfigRecord({"partition-id": settings.partition_id, "versions": versions()})
     return Message(RecordDict({"config": answer}), reply_to=message)
 

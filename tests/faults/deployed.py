@@ -7,7 +7,6 @@ import os
 import signal
 import threading
 import time
-import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from typing import Any
 
 import psutil
 import pytest
-import tomli_w
 
 from fedlora.config import RunConfig, from_flat
 from fedlora.core.files import write_atomic
@@ -33,6 +31,8 @@ NODES = 3
 BACK_SECONDS = 180.0
 INSIDE = Path(__file__).with_name("inside")
 """Is looked into first by all processes of a federation, see `tests.faults.inside.sitecustomize`."""
+PLAN = "FEDLORA_TEST_PLAN"
+"""Names the file that says who misbehaves, see `tests.faults.misbehave`."""
 BACK_AFTER = 24
 """Seconds in which a node that died is started again, in place of 75: its lease ends sooner, too."""
 KEYS: dict[str, Any] = {
@@ -78,7 +78,7 @@ class Up:
 @contextmanager
 def federation(
     home: Path, hosts: tuple[str, ...] = (), prepare: Callable[[Layout], None] = lambda _: None,
-    nodes: int = NODES,
+    nodes: int = NODES, sabotage: bool = False,
 ) -> Iterator[Up]:  # fmt: skip
     """Nodes on the loopback, each with one partition of the made-up data.
 
@@ -87,12 +87,15 @@ def federation(
         hosts: the server's addresses.
         prepare: called with the directory before anything is started.
         nodes: how many.
+        sabotage: their ClientApps are `tests.faults.misbehave`, and do what `misbehaving` has them do.
     """
     layout = create(home / "federation", nodes, hosts)
     prepare(layout)
+    if sabotage:
+        plan(layout).write_text("{}")
     told: list[str] = []
     done = threading.Event()
-    with hastened(home), Loopback(layout, told.append) as loopback:
+    with hastened(home, plan(layout) if sabotage else None), Loopback(layout, told.append) as loopback:
         up = Up(loopback, told)
 
         def keep_up() -> None:
@@ -110,11 +113,13 @@ def federation(
 
 
 @contextmanager
-def hastened(home: Path) -> Iterator[None]:
-    """Inside, processes that are started have a cache of their own, and leases that end sooner."""
+def hastened(home: Path, plan: Path | None = None) -> Iterator[None]:
+    """Inside, processes that are started have a cache of their own, leases that end sooner, and that plan."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("FEDLORA_CACHE", str(home / "cache"))
         patched.setenv("PYTHONPATH", str(INSIDE), prepend=os.pathsep)
+        if plan is not None:
+            patched.setenv(PLAN, str(plan))
         patched.setattr(on_loopback, "RESTART_SECONDS", BACK_AFTER)
         yield
 
@@ -152,50 +157,22 @@ def adapter(out: Path) -> bytes:
 
 
 def trusting(layout: Layout) -> None:
-    """Let the nodes run what a run ships, as their owners may: a node that misbehaves runs other code."""
+    """Let the nodes run what a run ships, as their owners may."""
     for script in (layout.path / "nodes").glob("*/start.sh"):
         lines = script.read_text().splitlines(keepends=True)
         script.write_text("".join(line for line in lines if not line.startswith("export PATH=")))
 
 
 @contextmanager
-def sabotaged(up: Up) -> Iterator[None]:
-    """Inside, runs carry an app whose clients misbehave as `misbehaving` has it at the time.
-
-    It is one app for all of them: nodes keep what they have loaded.
-    """
-    honest = submitting._app
-    plan(up).write_text("{}")
-
-    @contextmanager
-    def app(near: Path) -> Iterator[Path]:
-        with honest(near) as path:
-            source = Path(__file__).with_name("misbehave.py").read_text()
-            package = path / "sabotage"
-            package.mkdir()
-            (package / "__init__.py").write_text(f"PLAN = {str(plan(up))!r}\n")
-            (package / "client.py").write_text(source)
-            project = tomllib.loads((path / "pyproject.toml").read_text())
-            flower = project["tool"]["flwr"]["app"]
-            flower["fab-include"].append("sabotage/**/*.py")
-            flower["components"]["clientapp"] = "sabotage.client:app"
-            (path / "pyproject.toml").write_text(tomli_w.dumps(project))
-            yield path
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(submitting, "_app", app)
-        yield
-
-
-@contextmanager
 def misbehaving(up: Up, how: Plan) -> Iterator[None]:
-    """Inside, some clients of a `sabotaged` federation misbehave."""
-    write_atomic(plan(up), json.dumps(how))
+    """Inside, some clients of a federation that was brought up with ``sabotage`` misbehave."""
+    file = plan(up.loopback.layout)
+    write_atomic(file, json.dumps(how))
     try:
         yield
     finally:
-        write_atomic(plan(up), "{}")
+        write_atomic(file, "{}")
 
 
-def plan(up: Up) -> Path:
-    return up.loopback.layout.path / "plan.json"
+def plan(layout: Layout) -> Path:
+    return layout.path / "plan.json"

@@ -1,8 +1,9 @@
-"""A ClientApp that does its work and then sends something else; it travels to the nodes with the app."""
+"""A ClientApp that does its work and then sends something else: a node's in place of the installed one."""
 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,10 +12,10 @@ import numpy as np
 import psutil
 from flwr.app import Array, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
-from sabotage import PLAN  # type: ignore[import-not-found]
 
 from clients.node_settings import node_settings
 from fedlora.client_app import identify, secure_message, train_message
+from fedlora.deployment.node.fork_client import OWNER
 from fedlora.secure.step import step_of
 
 app = ClientApp()
@@ -26,15 +27,18 @@ def query(message: Message, context: Context) -> Message:
 
 
 def planned(context: Context, server_round: int) -> str:
-    plan = json.loads(Path(PLAN).read_text()).get(str(node_settings(context.node_config).partition_id), {})
+    plan = json.loads(Path(os.environ["FEDLORA_TEST_PLAN"]).read_text()).get(
+        str(node_settings(context.node_config).partition_id), {}
+    )
     return str(plan.get(str(server_round), ""))
 
 
 def die_if_planned(kind: str, phase: str) -> None:
-    """End the SuperNode above this process with all its children, without a word to anybody."""
+    """End the SuperNode with all its children and this process, without a word to anybody."""
     if kind == f"die at {phase}":
-        node = next(p for p in psutil.Process().parents() if any("supernode" in w for w in p.cmdline()))
-        for process in [node, *node.children(recursive=True)]:
+        above = psutil.Process(int(os.environ[OWNER])).parents()
+        node = next(p for p in above if any("supernode" in w for w in p.cmdline()))
+        for process in [node, *node.children(recursive=True), psutil.Process()]:
             process.send_signal(signal.SIGKILL)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fedlora.errors import RunFailed
-from tests.faults.deployed import Up, adapter, federation, misbehaving, run, sabotaged, trusting
+from tests.faults.deployed import Up, adapter, federation, misbehaving, run
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1200)]
 
@@ -25,7 +25,7 @@ REASONS = {
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with federation(tmp_path_factory.mktemp("faults"), prepare=trusting) as found, sabotaged(found):
+    with federation(tmp_path_factory.mktemp("faults"), sabotage=True) as found:
         yield found
 
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from fedlora.errors import RunFailed
-from tests.faults.deployed import NODES, Up, adapter, federation, run, wait_for_nodes
+from tests.faults.deployed import NODES, Up, adapter, federation, run, trusting, wait_for_nodes
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(1500)]
 
@@ -25,7 +25,7 @@ KEYS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    with federation(tmp_path_factory.mktemp("resume")) as found:
+    with federation(tmp_path_factory.mktemp("resume"), prepare=trusting) as found:
         yield found
 
 

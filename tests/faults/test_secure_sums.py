@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from clients.journal import MASKED, read_journal
 from fedlora.errors import RunFailed
 from fedlora.privacy.ledger import read_ledgers
-from tests.faults.deployed import Up, federation, misbehaving, run, sabotaged, trusting, wait_for_nodes
+from tests.faults.deployed import Up, federation, misbehaving, run, wait_for_nodes
 from tests.secure.test_shared_noise import gaussian
 
 pytestmark = [pytest.mark.deployed, pytest.mark.timeout(2400)]
@@ -40,7 +40,7 @@ PLAN = {
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Seven nodes, so that each dies once and none is waited for, which sign with the keys that they have."""
     home = tmp_path_factory.mktemp("secure")
-    with federation(home, prepare=trusting, nodes=NODES) as found, sabotaged(found):
+    with federation(home, nodes=NODES, sabotage=True) as found:
         yield found
 
 

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from logging import WARNING
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,11 +26,11 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from clients.node_settings import NodeSettings
 from fedlora.core.code import code_root
+from fedlora.deployment.node.sockets import connected
 from fedlora.errors import RunFailed, named_line
 
 SOCKET, LOG, FAILED = "model.sock", "model.log", "model.failed"
 START_SECONDS = 60.0
-LONGEST_SOCKET_PATH = 100
 DONE, ERROR, OTHER_CODE = "done", "error", "other code"
 """How an answer begins; after ``other code`` the process ends, to make room for one of this code."""
 
@@ -93,19 +91,6 @@ def start(home: Path) -> None:
         _start(home)
 
 
-@contextmanager
-def reachable(path: Path) -> Iterator[str]:
-    """A spelling of a socket's path that is short enough for the system, while the block runs."""
-    if len(os.fsencode(path)) <= LONGEST_SOCKET_PATH:
-        yield str(path)
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
-
-
 def _exchange(about: bytes, body: bytes, home: Path) -> tuple[str, bytes]:
     for _ in range(3):
         start(home)
@@ -119,14 +104,7 @@ def _exchange(about: bytes, body: bytes, home: Path) -> tuple[str, bytes]:
 
 
 def _connect(home: Path) -> Connection:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with reachable(home / SOCKET) as path:
-            connection.connect(path)
-    except OSError:
-        connection.close()
-        raise
-    return Connection(connection.detach())
+    return Connection(connected(home / SOCKET).detach())
 
 
 def _start(home: Path) -> None:

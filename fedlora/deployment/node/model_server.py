@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import struct
 import sys
 import threading
 import time
@@ -29,9 +27,9 @@ from fedlora.deployment.node.model_client import (
     SOCKET,
     code_path,
     from_bytes,
-    reachable,
     to_bytes,
 )
+from fedlora.deployment.node.sockets import is_own_user, listening
 from fedlora.errors import named_line
 
 WATCH_SECONDS = 1.0
@@ -47,7 +45,7 @@ def serve(home: Path, owner: int) -> None:
         home: the node's directory.
         owner: the process with which this one ends.
     """
-    with _listening(home / SOCKET) as listener:
+    with listening(home / SOCKET) as listener:
         threading.Thread(target=_end_with, args=(owner, home / SOCKET), daemon=True).start()
         from clients.handler import handle
         from clients.runtime import RuntimeCache
@@ -55,7 +53,7 @@ def serve(home: Path, owner: int) -> None:
         answer = partial(handle, runtimes=RuntimeCache())
         while True:
             accepted, _ = listener.accept()
-            own = _is_own_user(accepted)
+            own = is_own_user(accepted)
             with Connection(accepted.detach()) as connection:
                 if own and not _answer(connection, answer):
                     (home / SOCKET).unlink(missing_ok=True)
@@ -87,32 +85,6 @@ def _carried_out(about: Mapping[str, Any], body: bytes, handle: Handle) -> tuple
 
         traceback.print_exc()
         return ERROR, named_line(error).encode()
-
-
-def _listening(path: Path) -> socket.socket:
-    """A socket that only this user can open, put in the place of one that a dead process left."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.parent.chmod(0o700)
-    draft = path.with_suffix(f".{os.getpid()}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    mask = os.umask(0o177)
-    try:
-        with reachable(draft) as short:
-            listener.bind(short)
-    finally:
-        os.umask(mask)
-    listener.listen()
-    draft.rename(path)
-    return listener
-
-
-def _is_own_user(connection: socket.socket) -> bool:
-    """Whether the other side is of this user, where the system says so (Linux)."""
-    option = getattr(socket, "SO_PEERCRED", None)
-    if option is None:
-        return True
-    credentials = connection.getsockopt(socket.SOL_SOCKET, option, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1]) == os.getuid()
 
 
 def _end_with(owner: int, path: Path) -> None:

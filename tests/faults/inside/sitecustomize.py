@@ -57,6 +57,23 @@ def set_clock(file: Path) -> None:
     vars(date)["now"] = now
 
 
+sys.modules["trio"] = None  # type: ignore[assignment]
+"""Only the browser's driver brings it; whoever speaks HTTP would import it, for a third of a second."""
+
+
+def sabotage() -> None:
+    """Processes of messages: take the ClientApp that misbehaves."""
+    from fedlora.pinned_client_app import message
+
+    def load(*_: str) -> object:
+        sys.path.append(str(Path(__file__).parents[3]))
+        from tests.faults.misbehave import app
+
+        return app
+
+    vars(message)["in_place_of_loading"] = lambda *_, **__: load
+
+
 WHAT = {
     "flower-supernode": (beat_sooner, promise_less),
     "flwr-serverapp": (beat_sooner,),
@@ -68,3 +85,5 @@ if command and (clock := os.environ.get("FEDLORA_TEST_CLOCK")):
     set_clock(Path(clock))
 for change in WHAT.get(command, ()):
     change()
+if "FEDLORA_TEST_PLAN" in os.environ and any("fedlora.pinned_client_app" in word for word in sys.orig_argv):
+    sabotage()
