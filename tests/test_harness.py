@@ -23,7 +23,8 @@ from typer.testing import CliRunner, Result
 from fedlora.cli import cli
 from fedlora.config import ModelConfig
 from fedlora.core.state import State
-from fedlora.models import AdapterCard, save_adapter
+from fedlora.models import AdapterCard
+from fedlora.models.export import save_adapter
 from tests.models.language import VOCABULARY, adapted_lm, save_tiny_lm
 from tests.models.samples import logits, random_adapters, token_batch
 

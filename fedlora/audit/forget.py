@@ -21,7 +21,7 @@ from fedlora.config import RunConfig, read_config
 from fedlora.data.targets import REGRESSION
 from fedlora.deployment.operator.layout import LOG
 from fedlora.errors import ConfigError
-from fedlora.models import load_adapter
+from fedlora.models.export import load_adapter
 from fedlora.prepared.cache import Prepared, open_prepared, prepare
 from fedlora.server.results import CONFIG, RESULT, read_result, read_rounds
 from fedlora.simulation.simulate import simulate

@@ -16,7 +16,8 @@ from fedlora.core.files import user_path
 from fedlora.data.columns import label_codes
 from fedlora.data.targets import REGRESSION, check_columns
 from fedlora.errors import ConfigError, shown
-from fedlora.models import AdapterCard, check_fit, load_adapter
+from fedlora.models import AdapterCard, check_fit
+from fedlora.models.export import load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.server.records import summary
 from fedlora.tasks import task_named, task_of

@@ -25,7 +25,8 @@ from fedlora.data.sources import FILE_KINDS, open_table
 from fedlora.data.targets import MULTI_LABEL, REGRESSION
 from fedlora.data.text_files import kind_of
 from fedlora.errors import ConfigError, first_line
-from fedlora.models import AdapterCard, load_adapter
+from fedlora.models import AdapterCard
+from fedlora.models.export import load_adapter
 from fedlora.models.fit import most_positions
 from fedlora.tasks import SINGLE_LABEL, task_named
 from fedlora.tasks.task import Rows, inputs

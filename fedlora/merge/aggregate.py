@@ -16,11 +16,11 @@ from fedlora.merge.group import AdapterGroup, gather
 from fedlora.merge.merged_model import Base, of_base, open_base, write_merged
 from fedlora.merge.one_round import Round, check_rule, check_weights, one_round
 from fedlora.models.card import CARD_FILE, absolute
-from fedlora.models.export import TENSORS_FILE, global_adapters, recompressed, write_adapter
+from fedlora.models.export import global_adapters, recompressed, write_adapter
 from fedlora.models.layers import oriented
 from fedlora.models.peft_config import CONFIG_FILE
 from fedlora.models.peft_files import read_adapter
-from fedlora.models.peft_names import WRAPPERS
+from fedlora.models.peft_names import TENSORS_FILE, WRAPPERS
 from fedlora.models.same_base import NAME
 from fedlora.models.serving import cut, vllm_says
 from strategies.diagnostics import Diagnostics

@@ -1,12 +1,12 @@
-"""The frozen base model, the LoRA adapter inside it, and the adapter as PEFT files.
+"""The frozen base model and the adapter inside it; `fedlora.models.export` has the adapter as PEFT files.
 
-Importing this package imports transformers and PEFT (seconds); do it where a model is needed.
+Importing this package imports transformers (seconds), and what reads or writes PEFT's files imports PEFT
+(half a second more): do it where it is needed.
 """
 
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model, pick_device
 from fedlora.models.card import AdapterCard
-from fedlora.models.export import load_adapter, save_adapter, save_loaded
 from fedlora.models.fit import check_fit, check_length, check_padding
 from fedlora.models.layers import head_tensors, linear_layers, resolve_targets
 
@@ -19,9 +19,6 @@ __all__ = [
     "check_padding",
     "head_tensors",
     "linear_layers",
-    "load_adapter",
     "pick_device",
     "resolve_targets",
-    "save_adapter",
-    "save_loaded",
 ]

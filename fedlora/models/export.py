@@ -29,11 +29,11 @@ from fedlora.errors import ConfigError
 from fedlora.models.adapted import AdaptedModel
 from fedlora.models.build import build_model
 from fedlora.models.card import AdapterCard
+from fedlora.models.peft_names import TENSORS_FILE
 from fedlora.models.reloaded import check_reloads
 from fedlora.models.serving import cut, vllm_says
 from fedlora.tasks import task_named
 
-TENSORS_FILE = "adapter_model.safetensors"
 POOLER = "pooler"
 """Part of a base that transformers draws at random where a checkpoint lacks it."""
 Beside: TypeAlias = Callable[[Path], None]

@@ -16,9 +16,8 @@ from fedlora.core.factors import AdapterSet, LoraFactors, Tensors
 from fedlora.core.peft_keys import PREFIX, from_peft
 from fedlora.errors import ConfigError
 from fedlora.models.card import CARD_FILE, AdapterCard
-from fedlora.models.export import TENSORS_FILE
 from fedlora.models.peft_config import PlainLora
-from fedlora.models.peft_names import plain_names
+from fedlora.models.peft_names import TENSORS_FILE, plain_names
 
 PICKLE_FILE = "adapter_model.bin"
 EMBEDDING = re.compile(r"\.lora_embedding_([AB])$")

@@ -14,6 +14,7 @@ from typing import Any
 from fedlora.core.peft_keys import PREFIX
 from fedlora.errors import ConfigError
 
+TENSORS_FILE = "adapter_model.safetensors"
 WRAPPERS = {
     "_orig_mod": "torch.compile",
     "_fsdp_wrapped_module": "FSDP",

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import next_fast_len, rfft
 
 History = tuple[tuple[float, float, int], ...]
 """Entries of (noise multiplier, sample rate, steps)."""
@@ -156,6 +155,7 @@ def _roots(numerators: NDArray[np.int64], size: int) -> NDArray[np.complex128]:
 def _one_step_spectrum(noise_multiplier: float, sample_rate: float, most: int, target_delta: float) -> Any:
     """One step's privacy loss with zeros on both sides: its Fourier transform, log |it|, and the grid."""
     from opacus.accountants.analysis.prv import Domain
+    from scipy.fft import next_fast_len, rfft
 
     one_step = _one_step_loss(noise_multiplier, sample_rate, most, target_delta)
     domain = one_step.domain

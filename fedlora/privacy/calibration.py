@@ -11,8 +11,6 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
-from scipy.optimize import brentq
-
 from fedlora.errors import ConfigError, unknown_name
 from fedlora.privacy.accountants import ACCOUNTANTS, History, prv_of_equal_steps
 
@@ -155,6 +153,8 @@ def _least(excess: Callable[[float], float], start: float, stride: float) -> flo
         high += stride
         if high > math.log(MAX_NOISE):
             return high
+    from scipy.optimize import brentq
+
     low = max(high - stride, lowest)
     while excess(low) <= 0:
         if low == lowest:

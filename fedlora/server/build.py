@@ -27,7 +27,6 @@ from fedlora.server.exactness import check_parts, mean_is_exact
 from fedlora.server.public_data import first_gradients, first_inputs
 from fedlora.server.secure import largest_weight, shared_noise
 from fedlora.server.validate import clients_measure, configured_screening
-from fedlora.server.warm_start import warm_start
 from strategies.arriving import ArrivingStrategy
 from strategies.buffered import BufferedStrategy
 from strategies.flower import FactorStrategy
@@ -206,6 +205,8 @@ def _template(rule: Rule, config: RunConfig, runtime: ClientRuntime, rank: int) 
     share_head = config.model.head == "train"
     template = runtime.model.template(rank, config.lora.scaling(rank), share_head=share_head)
     if config.model.adapter:
+        from fedlora.server.warm_start import warm_start  # and PEFT
+
         template = warm_start(template, config, runtime)
     if rule.init_a in FROM_BASE:
         template = subtract_from_base(template, runtime.model.base.pristine, rule.init_a)

@@ -23,7 +23,7 @@ from fedlora.core.parallel import parallel_map
 from fedlora.core.peft_keys import from_peft
 from fedlora.core.state import ClientSpec, State
 from fedlora.data.image_reader import PRETRAINED, TINY
-from fedlora.models import AdapterCard, save_adapter, save_loaded
+from fedlora.models import AdapterCard
 from fedlora.models.card import absolute
 from fedlora.server.build import client_spec
 from fedlora.server.model_card import write_beside
@@ -97,6 +97,8 @@ def _save(
     *,
     reader: bool = True,
 ) -> dict[str, Any]:
+    from fedlora.models.export import save_adapter, save_loaded  # and PEFT, at the end of a run
+
     card = AdapterCard(
         model=_from_anywhere(config.model),
         label_names=tuple(runtime.data.label_names),

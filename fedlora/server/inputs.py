@@ -18,7 +18,7 @@ from fedlora.config import RunConfig
 from fedlora.core.files import user_path
 from fedlora.data.examples import Examples
 from fedlora.models import pick_device
-from fedlora.models.export import TENSORS_FILE
+from fedlora.models.peft_names import TENSORS_FILE
 from fedlora.models.shared_memory import hashes
 from fedlora.prepared.cache import Prepared
 from fedlora.server.public_data import open_public

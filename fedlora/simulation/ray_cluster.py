@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,10 +40,40 @@ except Exception as error:
 """
 
 
+_ahead: set[str] = set()
+"""The address of a Ray that `ahead` has reached and nobody has taken over; Ray is one for a process, too."""
+
+
+@contextmanager
+def ahead(address: str, module: str) -> Iterator[None]:
+    """Reach Ray while a module is imported, each of which takes seconds; the first `connect` inside has it.
+
+    Args:
+        address: ``engine.address``.
+        module: what is needed next.
+
+    Raises:
+        ConfigError: as `connect`.
+    """
+    with ThreadPoolExecutor(1) as aside:
+        aside.submit(importlib.import_module, module)
+        if connect(address):
+            _ahead.add(address)
+    try:
+        yield
+    finally:
+        if address in _ahead:
+            _ahead.remove(address)
+            import ray
+
+            ray.shutdown()
+
+
 def connect(address: str) -> bool:
     """Join the cluster at an address, or start Ray on this machine; False where this process has one already.
 
     That one is used and not shut down by whoever was answered False: it is its caller's, for more than a run.
+    One that is there `ahead` is taken over.
 
     Raises:
         ConfigError: the cluster does not answer, has another version of Ray or Python, or is another one than
@@ -53,7 +85,9 @@ def connect(address: str) -> bool:
 
     if ray.is_initialized():
         _check_joined(address, str(ray.get_runtime_context().gcs_address))
-        return False
+        taken_over = address in _ahead
+        _ahead.discard(address)
+        return taken_over
     settings: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     check_address(address)
     if address:

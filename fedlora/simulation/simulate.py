@@ -1,7 +1,7 @@
 """Simulates one run: check, start the engine, run, and always leave the engine tidy.
 
-Starting takes seconds, nearly all of it imports. So the driver imports while Ray starts, and the actors
-import while it reads the model; modules that import transformers or Ray are imported where they are needed.
+Starting takes seconds, nearly all of it imports. So the driver imports while Ray starts (`begun`), and the
+actors import while it reads the model; modules that import torch or Ray are imported where they are needed.
 Nothing is read or prepared before the actors are known to fit.
 """
 
@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.config import RunConfig
-from fedlora.server.directory import RunDirectory, held
+from fedlora.config import EngineConfig, RunConfig
 from fedlora.server.progress import RoundProgress, tell_wait
-from fedlora.server.validate import check
 from fedlora.simulation.memory import PeakMemory
-from fedlora.simulation.ray_cluster import check_address
+from fedlora.simulation.ray_cluster import ahead, check_address
 
 if TYPE_CHECKING:
-    from clients.runtime import SharedArrays
+    from fedlora.server.directory import RunDirectory
     from fedlora.server.session import Engine
 
 
@@ -43,20 +41,29 @@ def simulate(
 
     Raises:
         ConfigError: the configuration cannot be carried out, or the directory is in use; nothing was
-            started or written.
+            written, and no client's process was started.
         RunFailed: the run stopped; what was written before is kept.
     """
-    quiet()
-    check(config)
     check_address(config.engine.address)
-    with held(path):
-        directory = RunDirectory(path, resume=resume)
-        tell_wait("starting processes, reading model and data")
-        engine = start(config)
-        try:
-            return simulate_on(engine, config, directory, callback=callback)
-        finally:
-            engine.close()
+    with begun(config.engine):
+        from fedlora.server.directory import RunDirectory, held
+        from fedlora.server.validate import check
+
+        quiet()
+        check(config)
+        with held(path):
+            return _simulate(config, RunDirectory(path, resume=resume), callback)
+
+
+@contextmanager
+def begun(engine: EngineConfig) -> Iterator[None]:
+    """Inside there is what an engine's processes need, and this one has imported what a run needs."""
+    tell_wait("starting processes, reading model and data")
+    if engine.name != "ray":
+        yield
+        return
+    with ahead(engine.address, "fedlora.server.federated_run"):
+        yield
 
 
 def start(config: RunConfig) -> Engine:
@@ -98,31 +105,38 @@ def simulate_on(
     return result
 
 
+def _simulate(
+    config: RunConfig, directory: RunDirectory, callback: Callable[[dict[str, Any]], None] | None
+) -> dict[str, Any]:
+    engine = start(config)
+    try:
+        return simulate_on(engine, config, directory, callback=callback)
+    finally:
+        engine.close()
+
+
 def quiet() -> None:
-    """Flower's log lines would tear the progress bar; the run directory has all that they say."""
+    """Flower's log lines would tear the progress bar; the run directory has all that they say.
+
+    Flower's own import turns them on, so it is here before.
+    """
+    importlib.import_module("flwr.common.logger")
     logger = logging.getLogger("flwr")
     logger.setLevel(logging.ERROR)
     logger.propagate = False
 
 
 def _ray(config: RunConfig) -> Engine:
+    from clients.runtime import parts_of
     from fedlora.simulation.ray_pool import RayPool
 
-    with ThreadPoolExecutor(1) as aside:
-        aside.submit(importlib.import_module, "clients.runtime")
-        pool = RayPool(config.engine)
-        try:
-            pool.shared_model(config, aside.submit(_read, config).result())
-        except BaseException:
-            pool.close()
-            raise
+    pool = RayPool(config.engine)
+    try:
+        pool.shared_model(config, parts_of(config, with_data=bool(config.engine.address)))
+    except BaseException:
+        pool.close()
+        raise
     return pool
-
-
-def _read(config: RunConfig) -> SharedArrays:
-    from clients.runtime import parts_of
-
-    return parts_of(config, with_data=bool(config.engine.address))
 
 
 def _in_process(config: RunConfig) -> Engine:

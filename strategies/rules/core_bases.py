@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from scipy.fft import idct
 from torch import Tensor
 
 Basis = tuple[Tensor, Tensor]
@@ -72,6 +71,8 @@ def _filled(weight: Tensor, rank: int, B: Tensor, A: Tensor) -> Basis:
 
 def _cosines(size: int, count: int, generator: torch.Generator) -> Tensor:
     """(count, size): rows of the cosine basis at drawn frequencies."""
+    from scipy.fft import idct  # where it is needed: every client's process reads the rules
+
     unit = torch.zeros(count, size, dtype=torch.float64)
     drawn = torch.randperm(size, generator=generator)[:count]
     unit[torch.arange(len(drawn)), drawn] = 1.0

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 from torch import Tensor
 
 from fedlora.core.factors import Product, norm
@@ -104,6 +103,8 @@ class _Problem(NamedTuple):
 
 def _best_direction(problem: _Problem) -> Matrix:
     """The y that minimises the objective, by L-BFGS from ``unit``; ``unit`` itself in the dead zone."""
+    from scipy.optimize import minimize  # where it is needed: every client's process reads the rules
+
     y = problem.unit if problem.squared else _off_the_kink(problem)
     if y is None:
         return problem.unit

@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from scipy.fft import dct
 from torch import Tensor
 
 from fedlora.core.decompositions import compact_svd, outside
@@ -107,6 +106,8 @@ def _leading(rows: Tensor, rank: int, generator: torch.Generator) -> Tensor:
 
 def _cosines(rows: Tensor, rank: int, generator: torch.Generator) -> Tensor:
     """The rank cosines of n places that hold most of the rows' (q, n) energy, slowest first: (rank, n)."""
+    from scipy.fft import dct  # where it is needed: every client's process reads the rules
+
     n = rows.shape[1]
     energy = torch.from_numpy(dct(rows.double().numpy(), norm="ortho")).square().sum(dim=0)  # (n,)
     chosen = energy.argsort(descending=True, stable=True)[:rank].sort().values

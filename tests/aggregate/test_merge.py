@@ -15,8 +15,8 @@ from transformers import AutoModelForSequenceClassification
 
 from fedlora.config import ModelConfig
 from fedlora.models import build_model
-from fedlora.models import load_adapter as load_exported
-from fedlora.models import save_adapter as export
+from fedlora.models.export import load_adapter as load_exported
+from fedlora.models.export import save_adapter as export
 from tests.aggregate.saved import (
     FAMILIES,
     aggregate,

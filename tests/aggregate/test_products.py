@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from fedlora.core.factors import PLAIN
 from fedlora.core.sealed import read_sealed, sealed
-from fedlora.models import load_adapter as load_exported
-from fedlora.models import save_adapter as export
+from fedlora.models.export import load_adapter as load_exported
+from fedlora.models.export import save_adapter as export
 from strategies.registry import RULES, make_rule
 from tests.aggregate.saved import (
     FAMILIES,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedlora.models import AdapterCard, load_adapter
+from fedlora.models import AdapterCard
+from fedlora.models.export import load_adapter
 from fedlora.simulation.simulate import simulate
 from tests.conftest import tiny_config
 from tests.models.families import save

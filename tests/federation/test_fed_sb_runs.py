@@ -23,7 +23,7 @@ from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.seeding import stream
 from fedlora.data.builtin.synthetic import MOODS, NEUTRAL, synthetic_table
 from fedlora.errors import ConfigError
-from fedlora.models import load_adapter
+from fedlora.models.export import load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.server import public_data
 from fedlora.server.federated_run import FederatedRun

@@ -16,7 +16,7 @@ from fedlora.adapters import TUNERS
 from fedlora.config import from_flat
 from fedlora.core.seeding import derive
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
-from fedlora.models import load_adapter
+from fedlora.models.export import load_adapter
 from fedlora.server.federated_run import FederatedRun
 from fedlora.server.validate import check
 from strategies.registry import RULES

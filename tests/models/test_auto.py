@@ -18,7 +18,8 @@ from transformers import (
 import fedlora
 from fedlora.config import ModelConfig, from_flat
 from fedlora.core.state import State
-from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_adapter
+from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets
+from fedlora.models.export import save_adapter
 from fedlora.server.model_card import write_beside
 from fedlora.tasks import task_named
 from tests.models.elsewhere import Elsewhere

@@ -13,7 +13,8 @@ from fedlora.config import ModelConfig
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import FactorShapeError
-from fedlora.models import AdaptedModel, AdapterCard, build_model, save_adapter
+from fedlora.models import AdaptedModel, AdapterCard, build_model
+from fedlora.models.export import save_adapter
 from fedlora.models.layers import oriented
 from tests.models.samples import (
     adapted,

@@ -17,8 +17,8 @@ from fedlora.core.factors import Product, add, as_product, norm, scale
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
-from fedlora.models import AdaptedModel, AdapterCard, build_model, load_adapter, save_adapter
-from fedlora.models.export import exactly, global_adapters
+from fedlora.models import AdaptedModel, AdapterCard, build_model
+from fedlora.models.export import exactly, global_adapters, load_adapter, save_adapter
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
 
 CASES = ("plain", "rslora", "flora", "everything", "one-layer-moved", "full-rank", "nothing")

@@ -16,7 +16,8 @@ from clients.training.train import train_local
 from fedlora.config import ModelConfig, TrainConfig, from_flat
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.models import AdaptedModel, AdapterCard, build_model, load_adapter, resolve_targets, save_adapter
+from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets
+from fedlora.models.export import load_adapter, save_adapter
 from fedlora.models.quantized import FourBitLinear
 from fedlora.models.shared_memory import put_together, take_apart
 from fedlora.server.validate import check

@@ -19,7 +19,8 @@ from fedlora.config import LoraConfig, ModelConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.state import ClientSpec, ClientUpdate, ServerState, State
 from fedlora.errors import ConfigError, FactorShapeError, NotApplicable, RunFailed
-from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_loaded
+from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets
+from fedlora.models.export import save_loaded
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.exactness import check_parts, mean_is_exact, rounds
 from strategies.registry import RULES, make_rule

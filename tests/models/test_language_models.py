@@ -16,8 +16,9 @@ from fedlora.config import ModelConfig, TrainConfig
 from fedlora.core.state import State
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError
-from fedlora.models import AdapterCard, check_length, load_adapter, save_adapter
+from fedlora.models import AdapterCard, check_length
 from fedlora.models.build import build_model
+from fedlora.models.export import load_adapter, save_adapter
 from tests.clients.cohort.samples import assert_same, member, privately, task
 from tests.clients.samples import BOTH, examples, train_by_dp_sgd
 from tests.models.language import ARCHITECTURES, VOCABULARY, adapted_lm, save_tiny_lm

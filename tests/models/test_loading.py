@@ -20,7 +20,8 @@ from fedlora.errors import ConfigError
 from fedlora.evaluation.adapter import evaluate_adapter
 from fedlora.merge.group import gather
 from fedlora.merge.merged_model import open_base
-from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets, save_adapter
+from fedlora.models import AdaptedModel, AdapterCard, build_model, resolve_targets
+from fedlora.models.export import save_adapter
 from fedlora.models.peft_files import read_adapter
 from fedlora.models.vision.backbones import image_classifier
 from tests.models.families import LABELS

@@ -13,7 +13,8 @@ from fedlora.config import ModelConfig
 from fedlora.core.init_drawn import initial_a
 from fedlora.core.seeding import torch_stream
 from fedlora.core.state import ClientSpec, ClientUpdate
-from fedlora.models import AdapterCard, build_model, load_adapter, save_adapter
+from fedlora.models import AdapterCard, build_model
+from fedlora.models.export import load_adapter, save_adapter
 from strategies.registry import make_rule
 from tests.models.samples import adapted, logits, token_batch
 

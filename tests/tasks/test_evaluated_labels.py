@@ -14,7 +14,8 @@ from fedlora.core.init_drawn import fresh_adapters
 from fedlora.core.state import State
 from fedlora.errors import ConfigError
 from fedlora.evaluation.adapter import evaluate_adapter
-from fedlora.models import AdapterCard, save_adapter
+from fedlora.models import AdapterCard
+from fedlora.models.export import save_adapter
 from tests.models.samples import adapted
 
 

@@ -17,7 +17,8 @@ from fedlora.data.examples import Examples, collate
 from fedlora.data.images import ImageData, ImageFormat
 from fedlora.errors import ConfigError
 from fedlora.evaluation.adapter import evaluate_adapter
-from fedlora.models import AdaptedModel, build_model, load_adapter, resolve_targets
+from fedlora.models import AdaptedModel, build_model, resolve_targets
+from fedlora.models.export import load_adapter
 from fedlora.prepared.cache import open_prepared, prepare
 from fedlora.simulation.simulate import simulate
 from fedlora.tasks import task_named

@@ -97,18 +97,21 @@ def compare(
         ConfigError: a study that cannot be carried out; nothing was run.
         RunFailed: runs failed; the report is on the others.
     """
-    from fedlora.study.execute.runner import run_study
+    from fedlora.simulation.simulate import begun
 
     settings = as_config(config or {}, {**(overrides or {}), **from_keywords(keys)})
     path = place("compare", out, settings)
-    run_study(
-        settings,
-        path,
-        resume=resume,
-        retry_failed=retry_failed,
-        share=[Path(other).expanduser() for other in share],
-        parallel=parallel,
-    )
+    with begun(settings.engine):
+        from fedlora.study.execute.runner import run_study
+
+        run_study(
+            settings,
+            path,
+            resume=resume,
+            retry_failed=retry_failed,
+            share=[Path(other).expanduser() for other in share],
+            parallel=parallel,
+        )
     return load_study(path)
 
 
