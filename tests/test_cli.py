@@ -209,6 +209,7 @@ def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path, monkeypatch: py
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(5)
         finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # as `timeout` does to the process's group
             closed.append("engine")
 
     monkeypatch.setattr("fedlora.simulation.simulate.simulate", ended)

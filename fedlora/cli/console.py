@@ -110,14 +110,19 @@ def one_line_errors(command: Command) -> Command:
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
     """Inside, SIGTERM ends a command as Ctrl-C does: what it started is stopped, what it holds is let go."""
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(*_: Any) -> None:
+def interrupt(number: int, _: Any) -> None:
+    """A signal's handler: the first one interrupts, others are ignored while things are put in order.
+
+    `timeout` sends SIGTERM to a process and then to its group, and so does many a service manager.
+    """
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

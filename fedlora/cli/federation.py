@@ -7,12 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from fedlora.cli.console import err, one_line_errors, out, table_of
+from fedlora.cli.console import err, interrupt, one_line_errors, out, table_of
 from fedlora.core.code import need_extra
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def up(
     if detach:
         _detached(directory, port)
         return
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         with Loopback(layout, _say, port) as loopback:
             unlimited = [entry.name for entry in layout.nodes if not _limited(layout.node(entry))]
@@ -237,10 +237,6 @@ def _show_from(log: Path, shown: int) -> int:
     for line in text[shown:].splitlines():
         _say(line)
     return len(text)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(line: str) -> None:
