@@ -82,6 +82,7 @@ class NodeState:
         seen: when its last reply was ready, UTC, by its own journal; empty where that is not on this machine.
         asked: what for, with the round.
         declined: how many messages it declined.
+        why_declined: the reason that it gave for the last of them.
         epsilon: what its last reply said that its run has spent.
         max_epsilon: its owner's limit; None without one, or where it is not on this machine.
     """
@@ -91,6 +92,7 @@ class NodeState:
     seen: str = ""
     asked: str = ""
     declined: int = 0
+    why_declined: str = ""
     epsilon: float | None = None
     max_epsilon: float | None = None
 
@@ -152,6 +154,7 @@ class Watcher:
             if home not in self._nodes or self._nodes[home][0] != stamp:
                 sent = read_journal(state)
                 last = sent[-1] if sent else None
+                declined = [entry for entry in sent if entry.status == "declined"]
                 epsilons = [entry.epsilon for entry in sent if entry.epsilon is not None]
                 self._nodes[home] = (
                     stamp,
@@ -160,7 +163,8 @@ class Watcher:
                         partition_id=settings.partition_id,
                         seen=last.time if last else "",
                         asked=f"{last.asked}, round {last.round}" if last else "",
-                        declined=sum(entry.status == "declined" for entry in sent),
+                        declined=len(declined),
+                        why_declined=declined[-1].reason if declined else "",
                         epsilon=epsilons[-1] if epsilons else None,
                         max_epsilon=settings.max_epsilon or None,
                     ),

@@ -95,6 +95,7 @@ def test_a_federation_has_its_nodes_and_its_runs(tmp_path: Path) -> None:
     first, second = state["nodes"]
     assert (first["name"], first["seen"], first["max_epsilon"]) == ("node-0", "", None)
     assert (second["seen"], second["asked"], second["declined"]) == (sent["time"], "train, round 7", 1)
+    assert second["why_declined"] == "no"
     assert (second["epsilon"], second["max_epsilon"]) == (1.5, 3.0)
     assert [run["name"] for run in state["runs"]] == ["runs/first"]
     assert "SECRETKEY" not in json.dumps(state)
