@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
 # Test processes side by side: two cores are the least that a machine has.
-WORKERS ?= 2
+WORKERS ?= 3
 
 .PHONY: demo docs test check unit quick test-faults mutants audit sbom bench-aggregate bench-engine bench-deployment bench-gpu federation clean
 
@@ -48,7 +48,7 @@ quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapter
 
 # What takes longest begins first, so that the last process does not work alone.
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
-	$(BIN)/python -m pytest -v -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m deployed $(FLAGS) \
+	$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder -m deployed $(FLAGS) \
 	    tests/faults/test_secure_sums.py tests/faults/test_bad_updates.py \
 	    $$(grep -rl --include='test_*.py' 'mark\.deployed' tests | sort)
 

@@ -54,7 +54,7 @@ def test_the_laws_hold_it_to_what_it_says_of_stacks(law: str, there: Path) -> No
 
 
 def test_what_the_page_configures_is_accepted(there: Path) -> None:
-    assert len(TABLES) == 3
+    assert len(TABLES) == 4
     for table in TABLES:
         check_optimizer(from_flat(table).train, trained=BOTH, head=True)
     table = {**MINE, "train.optimizer-options": '{"dumping": 1}'}
