@@ -8,7 +8,7 @@ TOOLS := build/tools
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM := false
 
-# Test processes side by side: two cores are the least that a machine has.
+# Test processes side by side: two cores are the least that a machine has, and a process waits for a third of its time.
 WORKERS ?= 3
 
 .PHONY: demo docs test check unit quick test-faults mutants audit sbom bench-aggregate bench-engine bench-deployment bench-gpu federation clean
@@ -46,7 +46,7 @@ quick: $(STAMP)  ## the laws of values, messages, whole rounds and saved adapter
 	    -m "not deployed and not slow" \
 	    tests/core tests/wire tests/models tests/aggregate tests/deployment tests/federation tests/experiments
 
-# What takes longest begins first, so that the last process does not work alone.
+# What takes longest begins first, so that the last process does not work alone. Two, as each brings a federation.
 test-faults: $(STAMP)  ## with real Flower processes on the loopback; minutes
 	$(BIN)/python -m pytest -v -n 2 --dist loadfile --no-loadscope-reorder -m deployed $(FLAGS) \
 	    tests/faults/test_secure_sums.py tests/faults/test_bad_updates.py \
