@@ -22,6 +22,8 @@ from torch import Tensor
 
 from tests.aggregate.saved import aggregate, edit_config, refused
 
+pytestmark = pytest.mark.slow
+
 P = (0.75, 0.25)
 LLAMA = transformers.LlamaConfig(
     vocab_size=32, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2

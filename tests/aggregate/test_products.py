@@ -30,6 +30,8 @@ from tests.aggregate.saved import (
 from tests.models.samples import adapted
 from tests.models.test_export import card_of, state_of
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS, P = "3,1,4", (3 / 8, 1 / 8, 4 / 8)
 
 

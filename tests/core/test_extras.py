@@ -14,6 +14,8 @@ from fedlora.core import code
 from fedlora.core.code import EXTRAS, need_extra
 from fedlora.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BARE = """
 import builtins

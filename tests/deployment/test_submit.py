@@ -18,6 +18,8 @@ from fedlora.server.directory import RunDirectory
 from fedlora.server.validate import check
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def silent(monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -19,6 +19,8 @@ from fedlora.study.plan.cells import expand
 from tests.conftest import tiny_config
 from tests.federation.test_kinds import run
 
+pytestmark = pytest.mark.slow
+
 NAN = float("nan")
 WILD: dict[str, Any] = {"train.learning-rate": 0.5, "train.optimizer": "sgd", "num-server-rounds": 5}
 """Rounds of which the first is not the best, and neither is the last; a test holds that."""

@@ -21,6 +21,8 @@ from tests.federation.small import watched
 from tests.federation.test_anybodys_app import ALPHA, CLIENTS, INPUTS, RANK, federate, peft_model
 from tests.federation.test_strategy import NAMED
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[2] / "docs" / "flower.md").read_text().split("## What a client must add")[1]
 PLAIN, *_ = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 BLOCKS = re.findall(r"\*\*(\w+)\*\*:.*?```python\n(.*?)```", PAGE, re.S)

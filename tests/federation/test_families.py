@@ -23,6 +23,8 @@ from tests.federation.test_kinds import run, values
 from tests.models.families import CHAT, LABELS, PAD, words
 from tests.models.samples import random_adapters
 
+pytestmark = pytest.mark.slow
+
 Save = Callable[..., Path]
 CLASSIFIERS = ("modernbert", "deberta-v3", "roberta")
 LANGUAGE = ("llama", "qwen3", "gemma", "mixtral", *CHAT)

@@ -32,6 +32,8 @@ from tests.federation.fake_grid import FakeGrid
 from tests.in_process import client_runtime, federated
 from tests.models.samples import adapted, logits, random_adapters, random_patch, token_batch
 
+pytestmark = pytest.mark.slow
+
 RANK = 4
 
 

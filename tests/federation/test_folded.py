@@ -17,6 +17,8 @@ from fedlora.server.federated_run import FederatedRun
 from fedlora.simulation.in_process import InProcessEngine
 from strategies.transport import Transport
 
+pytestmark = pytest.mark.slow
+
 KEYS: dict[str, Any] = {
     "model.name": "tiny", "data.name": "synthetic", "data.evaluate-examples": 8, "lora.rank": 24,
     "train.local-steps": 1, "train.batch-size": 2, "engine.name": "in-process", "strategy.name": "flora",

@@ -25,6 +25,8 @@ from tests.conftest import tiny_config
 from tests.in_process import federated
 from tests.models.kinds import keys_of
 
+pytestmark = pytest.mark.slow
+
 VERA = {"lora.method": "vera", "num-server-rounds": 2}
 PRIVATE = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "privacy.grad-sample-mode": "loop"}
 

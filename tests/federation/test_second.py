@@ -22,6 +22,8 @@ from fedlora.simulation.simulate import simulate
 from fedlora.tasks import CLASSIFICATION
 from tests.conftest import tiny_config
 
+pytestmark = pytest.mark.slow
+
 ON = {"lora.personal-rank": 2}
 DP = {"privacy.mode": "example", "privacy.noise-multiplier": 1.0, "privacy.max-grad-norm": 1.0}
 

@@ -31,6 +31,8 @@ from tests.federation.secured import (
     phase,
 )
 
+pytestmark = pytest.mark.slow
+
 SUMS = [name for name, rule in RULES.items() if rule.facts.secure_sum]
 
 

@@ -33,6 +33,8 @@ from fedlora.server.preview import preview
 from fedlora.study.report.configuration import _seen_by_less
 from tests.federation.secured import ENGINE, carry_out, config_of, numbers, phase
 
+pytestmark = pytest.mark.slow
+
 KEYS: dict[str, Any] = {
     "privacy.mode": "client", "secure.noise": "distributed", "privacy.noise-multiplier": 1e-3,
     "privacy.clipping-norm": 0.01, "num-server-rounds": 1, "privacy.target-epsilon": 1e9,

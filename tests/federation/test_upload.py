@@ -33,6 +33,8 @@ from tests.federation.small import ANY_CHANGE, RULES_AND_CODECS, bits, initial_a
 from tests.federation.test_anybodys_app import ALPHA, RANK, federate, peft_model, plain_app
 from tests.in_process import client_runtime, federated
 
+pytestmark = pytest.mark.slow
+
 CLIENTS = 3
 every_codec = pytest.mark.parametrize("upload", ANY_CHANGE)
 

@@ -29,6 +29,8 @@ from tests.clients.samples import PAD
 from tests.models.kinds import config_of, model_with, moved, names_of, start_of
 from tests.models.samples import adapted, logits, token_batch
 
+pytestmark = pytest.mark.slow
+
 SPEC = ClientSpec(partition_id=0, rank=4, scaling=4.0)
 ANY_KIND = [name for name, rule in RULES.items() if rule.facts.any_kind]
 AFFINE = {"fourierft", "waveft", "c3a", "shira", "sara", "ia3", "miss", "psoft"}
