@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ ASKED = {"arguments", "environment", "directory"}
 """What a request holds."""
 LOOK_SECONDS = 1.0
 """How often it looks whether its owner is still there."""
+END_SECONDS = 3.0
+"""How long a process has to end when it is told to."""
 LARGEST_REQUEST = 2**20
 Stamp = frozenset[tuple[str, int, int]]
 
@@ -61,6 +64,21 @@ def serve(home: Path, owner: psutil.Process) -> None:
                     break
         if inode(path) == own:
             path.unlink()
+    _end(owner)
+
+
+def _end(owner: psutil.Process) -> None:
+    """Wait for the messages that are being carried out; without the owner nobody waits for their answers.
+
+    Their own process would try for ever to reach a node that is gone.
+    """
+    while (left := multiprocessing.active_children()) and runs(owner):
+        time.sleep(LOOK_SECONDS)
+    for end in (multiprocessing.Process.terminate, multiprocessing.Process.kill):
+        for process in left:
+            end(process)
+        for process in left:
+            process.join(END_SECONDS)
 
 
 def inode(path: Path) -> int:

@@ -112,6 +112,24 @@ def test_who_sends_half_and_waits_holds_up_nobody(home: Path) -> None:
         assert answered(home, request(["--help"]), (1, 2)) == TAKEN
 
 
+def test_a_message_that_waits_for_a_node_that_is_gone_ends_with_it(
+    home: Path, owner: subprocess.Popen[bytes]
+) -> None:
+    """Flower's own process would ask for ever."""
+    (server,) = servers(home)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        asked = ["--insecure", "--token", "t", "--runtime-api-address", address]
+        assert answered(home, request(asked)) == TAKEN
+        accepted, _ = silent.accept()
+        with accepted:
+            (message,) = server.children()
+            owner.kill()
+            owner.wait()
+            until("the message stays", lambda: not message.is_running())
+            until("the server stays", lambda: not servers(home))
+
+
 def test_only_the_nodes_user_can_open_its_socket(home: Path) -> None:
     assert stat.S_IMODE((home / SOCKET).stat().st_mode) == 0o600
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
