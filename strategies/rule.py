@@ -50,6 +50,8 @@ class Rule:
     """
 
     facts: ClassVar[Facts]
+    penalises_tails: ClassVar[bool] = False
+    """Whether clients' losses have a term of the rule's own, see `RankRegularizer`."""
     init_a: str = "kaiming"
     allocation: Allocation = field(default_factory=All)
     center: Center = field(default_factory=Center)

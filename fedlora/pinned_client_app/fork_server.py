@@ -26,6 +26,7 @@ import psutil
 
 from fedlora.core.code import code_root, top_packages
 from fedlora.deployment.node.fork_client import SOCKET, TAKEN
+from fedlora.deployment.node.processes import is_running
 from fedlora.deployment.node.sockets import is_own_user, listening
 from fedlora.pinned_client_app.message import carry_out, preload
 
@@ -53,7 +54,7 @@ def serve(home: Path, owner: psutil.Process) -> None:
     with listening(path) as listener:
         listener.settimeout(LOOK_SECONDS)
         own = path.stat().st_ino
-        while runs(owner) and inode(path) == own:
+        while is_running(owner) and inode(path) == own:
             try:
                 connection, _ = listener.accept()
             except TimeoutError:
@@ -72,7 +73,7 @@ def _end(owner: psutil.Process) -> None:
 
     Their own process would try for ever to reach a node that is gone.
     """
-    while (left := multiprocessing.active_children()) and runs(owner):
+    while (left := multiprocessing.active_children()) and is_running(owner):
         time.sleep(LOOK_SECONDS)
     for end in (multiprocessing.Process.terminate, multiprocessing.Process.kill):
         for process in left:
@@ -90,14 +91,6 @@ def stamp() -> Stamp:
     """The files of the code with their times and sizes; another one where any was changed."""
     files = [file for package in top_packages() for file in (code_root() / package).rglob("*.py")]
     return frozenset((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-
-
-def runs(process: psutil.Process) -> bool:
-    """Whether a process is still there and no zombie."""
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _taken(connection: socket.socket, listener: socket.socket, code: Stamp) -> bool:

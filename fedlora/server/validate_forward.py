@@ -9,7 +9,6 @@ from fedlora.config import RunConfig, TrainConfig
 from fedlora.config.section import kebab
 from fedlora.errors import ConfigError, NotApplicable
 from strategies.rule import Rule
-from strategies.rules.hetlora import HetLoRARule
 
 
 def check_forward(config: RunConfig, rule: Rule) -> None:
@@ -52,8 +51,8 @@ def _not_told(config: RunConfig, rule: Rule) -> str:
     """What a round has that steps along perturbations of all that is trained do not tell."""
     if rule.allocation.parts or rule.upload:
         return f"{rule.facts.name} leaves directions at rest"
-    if isinstance(rule, HetLoRARule):
-        return "hetlora penalises tails"
+    if rule.penalises_tails:
+        return f"{rule.facts.name} penalises tails"
     return "devices take time by the bytes of tensors" if config.devices.timed else ""
 
 

@@ -62,6 +62,7 @@ class HetLoRARule(Rule):
     lam: float = 0.01
     min_rank: int = 2
 
+    penalises_tails: ClassVar[bool] = True
     facts: ClassVar[Facts] = Facts(
         name="hetlora",
         title="HetLoRA",

@@ -119,7 +119,7 @@ def test_without_it_the_client_app_is_told_so_and_the_reason_is_said_once(
 ) -> None:
     said: list[tuple[object, ...]] = []
     monkeypatch.setattr(asking, "log", lambda *arguments: said.append(arguments))
-    monkeypatch.setattr(asking.sys, "executable", "/bin/false")
+    monkeypatch.setattr(sys, "executable", "/bin/false")
     settings = node_settings(node(tmp_path))
     began = time.monotonic()
     for _ in range(2):

@@ -57,8 +57,9 @@ def rewritten(bundle: bytes, change: Callable[[dict[str, bytes]], object]) -> by
 OWN = "fedlora/client_app.py"
 
 
-def added(more: bytes) -> Callable[[dict[str, bytes]], object]:
-    return lambda files: files.update({OWN: files[OWN] + more})
+def with_file(name: str, make: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
+    """The bundle with one file that is made of what it was, of nothing where it is new."""
+    return lambda bundle: rewritten(bundle, lambda files: files.update({name: make(files.get(name, b""))}))
 
 
 def twice(bundle: bytes) -> bytes:
@@ -70,30 +71,30 @@ def twice(bundle: bytes) -> bytes:
 
 
 OTHERS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "a letter": (lambda b: rewritten(b, added(b" ")), f"{OWN} is not the installed one"),
+    "a letter": (with_file(OWN, lambda own: own + b" "), f"{OWN} is not the installed one"),
     "another letter": (
-        lambda b: rewritten(b, lambda files: files.update({OWN: files[OWN].replace(b"app", b"apq", 1)})),
+        with_file(OWN, lambda own: own.replace(b"app", b"apq", 1)),
         f"{OWN} is not the installed one",
     ),
     "an empty file": (
-        lambda b: rewritten(b, lambda files: files.update({"fedlora/errors.py": b""})),
+        with_file("fedlora/errors.py", lambda _: b""),
         "fedlora/errors.py is not the installed one",
     ),
     "a file more": (
-        lambda b: rewritten(b, lambda files: files.update({"sitecustomize.py": b""})),
+        with_file("sitecustomize.py", lambda own: own),
         "'sitecustomize.py' is shipped and not installed",
     ),
     "a test's name": (
-        lambda b: rewritten(b, lambda files: files.update({"torch_test.py": b""})),
+        with_file("torch_test.py", lambda own: own),
         "'torch_test.py' is shipped and not installed",
     ),
     "a way out": (
-        lambda b: rewritten(b, lambda files: files.update({"../../a\nb.py": b""})),
+        with_file("../../a\nb.py", lambda own: own),
         "'../../a\\nb.py' is shipped and not installed",
     ),
     "a file less": (lambda b: rewritten(b, lambda files: files.pop(OWN)), f"{OWN} is not shipped"),
     "two of a name": (twice, f"{OWN} is not the installed one"),
-    "huge": (lambda b: rewritten(b, added(b" " * 10**8)), f"{OWN} is not the installed one"),
+    "huge": (with_file(OWN, lambda own: own + b" " * 10**8), f"{OWN} is not the installed one"),
     "nothing": (lambda b: b"", "it is no bundle that can be read (BadZipFile)"),
     "half of it": (lambda b: b[: len(b) // 2], "it is no bundle that can be read (BadZipFile)"),
     "no bundle": (lambda b: b"x" * 1000, "it is no bundle that can be read (BadZipFile)"),

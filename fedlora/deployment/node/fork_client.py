@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 from fedlora.deployment.node.sockets import connected
@@ -55,9 +53,6 @@ def start(home: Path) -> None:
     try:
         connected(home / SOCKET).close()
     except OSError:
-        command = [sys.executable, "-P", "-m", "fedlora.pinned_client_app.fork_server", str(home), owner]
-        home.mkdir(parents=True, exist_ok=True)
-        with (home / LOG).open("a") as log:
-            subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
+        from fedlora.deployment.node.processes import launch
+
+        launch("fedlora.pinned_client_app.fork_server", home, owner, LOG)

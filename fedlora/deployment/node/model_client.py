@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from logging import WARNING
@@ -26,6 +24,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 
 from clients.node_settings import NodeSettings
 from fedlora.core.code import code_root
+from fedlora.deployment.node.processes import launch
 from fedlora.deployment.node.sockets import connected
 from fedlora.errors import RunFailed, named_line
 
@@ -110,23 +109,8 @@ def _connect(home: Path) -> Connection:
 def _start(home: Path) -> None:
     search = os.pathsep.join(filter(None, (code_path(), os.environ.get("PYTHONPATH", ""))))
     # The process above a ClientApp lives as long as the SuperNode does.
-    command = [
-        sys.executable,
-        "-P",
-        "-m",
-        "fedlora.deployment.node.model_server",
-        str(home),
-        str(os.getppid()),
-    ]
-    with (home / LOG).open("a") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "PYTHONPATH": search},
-            start_new_session=True,
-        )
+    env = {**os.environ, "PYTHONPATH": search}
+    process = launch("fedlora.deployment.node.model_server", home, os.getppid(), LOG, env)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         try:

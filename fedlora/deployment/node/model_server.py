@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedlora.deployment.node.model_client import (
     from_bytes,
     to_bytes,
 )
+from fedlora.deployment.node.processes import is_running
 from fedlora.deployment.node.sockets import is_own_user, listening
 from fedlora.errors import named_line
 
@@ -88,12 +90,10 @@ def _carried_out(about: Mapping[str, Any], body: bytes, handle: Handle) -> tuple
 
 
 def _end_with(owner: int, path: Path) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(owner)
-        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        while is_running(process):
             time.sleep(WATCH_SECONDS)
-    except psutil.NoSuchProcess:
-        pass
     path.unlink(missing_ok=True)
     os._exit(0)
 
