@@ -60,7 +60,7 @@ class MeanRule(Rule):
 
     def merge(self, layer: Layer) -> Merged:
         tensors, memory = layer.adapter.tensors(), dict(layer.memory)
-        shipped = self.shipped_names(layer.adapter, layer.server_round)
+        shipped = self.shipped_names([layer.adapter], layer.server_round)
         for name in sorted(shipped & tensors.keys()):
             center = self.middle(layer, name)
             tensors[name], kept = self.optimizer.step(name, tensors[name], center, layer.memory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import WARNING
 
 import torch
@@ -11,7 +11,7 @@ from flwr.common.logger import log
 from torch import Tensor
 
 from fedlora import wire
-from fedlora.core.adapters import Adapters, as_lora, tensor_names
+from fedlora.core.adapters import as_lora, tensor_names
 from fedlora.core.directions import count_changed
 from fedlora.core.factors import PLAIN, LoraFactors, Tensors, resize
 from fedlora.core.peft_keys import peft_name
@@ -81,7 +81,7 @@ def validate_reply(
         for module, tensors in starts.items()
     }
     adapters = {m: start.replaced(checked[m]) for m, start in request.broadcast.adapters.items()}
-    _refuse_foreign(request.broadcast.adapters, shipped)
+    _refuse_foreign(starts, shipped)
     if request.rank:
         adapters = {name: resize(as_lora(f), request.rank, f.scaling) for name, f in adapters.items()}
     update = ClientUpdate(
@@ -218,12 +218,12 @@ def _fault(tensor: Tensor, expected: Tensor) -> str:
     return f"holds {largest:.3g}, numbers beyond {LARGEST:g} are not averaged" if largest > LARGEST else ""
 
 
-def _refuse_foreign(adapters: Adapters, shipped: wire.PeftTensors) -> None:
-    foreign = sorted(set(shipped.layers) - set(adapters))
+def _refuse_foreign(starts: Mapping[str, Tensors], shipped: wire.PeftTensors) -> None:
+    foreign = sorted(set(shipped.layers) - set(starts))
     if foreign:
-        raise UpdateRefused(f"unknown module {foreign[0]} ({len(adapters)} modules are adapted)")
+        raise UpdateRefused(f"unknown module {foreign[0]} ({len(starts)} modules are adapted)")
     for module, given in sorted(shipped.layers.items()):
-        for name in sorted(given.keys() - adapters[module].tensors().keys()):
+        for name in sorted(given.keys() - starts[module].keys()):
             why = "the adapter has no core" if name == "R" else "the adapter has no such tensor"
             raise UpdateRefused(f"{module}: {peft_name(name)} came back, but {why}")
 

@@ -18,9 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from fedlora.core.adapters import Adapters, LayerAdapter, as_lora, check_same_shapes, resized
+from fedlora.core.adapters import Adapters, LayerAdapter, as_lora, check_same_shapes, names_in, resized
 from fedlora.core.base_patches import Patch
-from fedlora.core.directions import all_parted, moving, rejoined
+from fedlora.core.directions import all_parted, moving, rejoined, with_directions
 from fedlora.core.factors import PLAIN, LoraFactors, Tensors, check_like, check_same_modules
 from fedlora.core.init_drawn import FRESH, FROM_BASE, INIT_A, TAKEN_OUT, fresh_adapters
 from fedlora.core.parallel import parallel_map
@@ -86,13 +86,13 @@ class Rule:
         """The factors that come back in a round."""
         return self.trained(server_round) & self.facts.uploaded
 
-    def trained_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
-        """The names of a layer's tensors that a round trains."""
-        return adapter.part(self.trained(server_round))
+    def trained_names(self, layers: Iterable[LayerAdapter], server_round: int) -> frozenset[str]:
+        """The names of these layers' tensors that a round trains."""
+        return names_in(layers, self.trained(server_round))
 
-    def shipped_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
-        """The names of a layer's tensors that come back in a round."""
-        return adapter.part(self.shipped(server_round))
+    def shipped_names(self, layers: Iterable[LayerAdapter], server_round: int) -> frozenset[str]:
+        """The names of these layers' tensors that come back in a round."""
+        return names_in(layers, self.shipped(server_round))
 
     def choose(self, updates: Sequence[ClientUpdate]) -> Sequence[ClientUpdate]:
         """The updates that count, in partition order."""
@@ -169,15 +169,12 @@ class Rule:
         """Start of this client's next round: the global adapter at its rank and scaling."""
         allocated = self.allocation.modules(state)
         adapters = self.parted(state, resized(state.adapters, client.rank, client.scaling))
-        held = {name for name, adapter in adapters.items() if not _lacks(adapter)}
         layers, number = state.adapters.values(), state.round + 1
-        trained = frozenset().union(*[self.trained_names(a, number) for a in layers])
-        uploaded = frozenset().union(*[self.shipped_names(a, number) for a in layers])
         return Broadcast(
             adapters=adapters,
-            trained=trained,
-            uploaded=uploaded,
-            modules=trained_modules(state, client) & allocated & held,
+            trained=self.trained_names(layers, number),
+            uploaded=self.shipped_names(layers, number),
+            modules=trained_modules(state, client) & allocated & with_directions(adapters),
             resting=frozenset(state.adapters) - allocated,
             head=state.head,
             updates_base=self.facts.updates_base,
@@ -276,11 +273,6 @@ class Rule:
 def _moving(adapter: LayerAdapter) -> LayerAdapter:
     """The directions of an adapter that train; another kind than LoRA has none apart."""
     return moving(adapter) if isinstance(adapter, LoraFactors) else adapter
-
-
-def _lacks(adapter: LayerAdapter) -> bool:
-    """Whether a client's rank is below all directions that train."""
-    return isinstance(adapter, LoraFactors) and adapter.rank == 0
 
 
 def trained_modules(state: State, client: ClientSpec) -> frozenset[str]:

@@ -55,7 +55,7 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
     if mean is None or not math.isfinite(total):
         raise ConfigError(f"the weights of all updates sum to {total:g}: nothing can be averaged")
     for adapter in mean.adapters.values():
-        for name in rule.shipped_names(adapter, state.round + 1) & adapter.tensors().keys():
+        for name in rule.shipped_names([adapter], state.round + 1) & adapter.tensors().keys():
             adapter.tensors()[name].div_(total)
     for tensor in mean.head.values():
         tensor.div_(total)
@@ -69,7 +69,7 @@ def streams(rule: Rule) -> bool:
 
 def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, state: State) -> ClientUpdate:
     """The running sums with one more update; factors that nobody ships stay those of the server."""
-    shipped = {name: rule.shipped_names(a, state.round + 1) for name, a in state.adapters.items()}
+    shipped = {name: rule.shipped_names([a], state.round + 1) for name, a in state.adapters.items()}
     if mean is None:
         mean = _zero(update, state, shipped)
     if set(mean.head) != set(update.head):

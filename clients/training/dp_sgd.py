@@ -26,9 +26,9 @@ from clients.training.dp_step import private_steps
 from clients.training.nested import NestedSteps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.reference import with_references
-from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors
+from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, at_rest, rate_factors
 from clients.training.self_check import FALSE_ALARM, self_check
-from clients.training.train import LocalResult, Penalties, at_rest, dropout_stream, local_result
+from clients.training.train import LocalResult, Penalties, dropout_stream, local_result
 from clients.training.units import open_units
 from fedlora.config import TrainConfig
 from fedlora.core.seeding import derive, stream
@@ -106,7 +106,7 @@ def train_private(
             penalties.add_gradient()
 
         private.optimizer.attach_step_hook(after_noise)
-        everyone, resting = among(protected, canaries, len(examples)), at_rest(trained, config)
+        everyone, resting = among(protected, canaries, len(examples)), at_rest(trained.factors, config)
         for step, drawn in enumerate(poisson_batches(everyone, rate, local_steps, draw)):
             private.resting = resting[step % 2]
             rates.advance()

@@ -44,15 +44,15 @@ class ForwardSteps:
 
     Args:
         trained: its parameters.
-        size: e, the distance to either side along z.
+        config: ``perturbation_size`` is e, the distance to either side along z.
         seed: its own and its round's.
 
     Attributes:
         slopes: g_t of the steps done.
     """
 
-    def __init__(self, trained: Trainable, size: float, seed: int) -> None:
-        self._size, self._seed = size, seed
+    def __init__(self, trained: Trainable, config: TrainConfig, seed: int) -> None:
+        self._size, self._seed = config.perturbation_size, seed
         self._parameters = {**trained.factors, **trained.head}
         self._keys = keys([*trained.factors], [*trained.head])
         self.slopes: list[Tensor] = []

@@ -15,7 +15,8 @@ computes them, and so no share of a clipping norm is theirs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 from torch import Tensor
 
@@ -48,6 +49,15 @@ class NestedSteps:
         """Before the passes of a step: cut every layer to the leading directions."""
         self._now = next(self._ranks)
         self._aside = SetAside(beyond(self._values, self._now))
+
+    @contextmanager
+    def leading(self) -> Iterator[None]:
+        """Inside, the passes of a step."""
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
 
     def end(self) -> None:
         """After them: put the others back, with a gradient of zero also where noise was added to it."""

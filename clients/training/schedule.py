@@ -14,10 +14,11 @@ within one the factor stays (FlowerTune's cosine).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from fedlora.config import TrainConfig
 
@@ -75,6 +76,14 @@ def resting(config: TrainConfig, step: int) -> str:
 def rests(name: str, ending: str) -> bool:
     """Whether a tensor is one that rests, see `resting`."""
     return ending != NOTHING and name.endswith(ending)
+
+
+def at_rest(
+    factors: Mapping[str, nn.Parameter], config: TrainConfig
+) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The factors, by name, that even and odd steps, from 0, do not move; see `resting`."""
+    even, odd = ([p for name, p in factors.items() if rests(name, resting(config, s))] for s in (0, 1))
+    return even, odd
 
 
 class ScheduledRates:

@@ -167,7 +167,7 @@ def check_noise(model: AdaptedModel, pad_token_id: int, mechanism: Mechanism, nu
         RunFailed: it has another one, or the same numbers come again.
     """
     examples = synthetic_examples(model, pad_token_id, units=mechanism.unit_examples > 0)
-    mechanism = at_rest(mechanism)
+    mechanism = with_fixed_norm(mechanism)
     draws: list[list[Tensor]] = []
     with prepared(model) as named, _steps(model, named, mechanism, examples) as private:
         for _ in range(max(2, math.ceil(numbers / sum(p.numel() for p in named.values())))):
@@ -198,7 +198,7 @@ def _check_gradients(
             _compare("per-example gradients", named, private.optimizer.grad_samples, alone)
 
 
-def at_rest(mechanism: Mechanism) -> Mechanism:
+def with_fixed_norm(mechanism: Mechanism) -> Mechanism:
     """The same with a clipping norm that stays where it begins."""
     quantile = mechanism.quantile
     return (

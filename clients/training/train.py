@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from clients.training.forward import ForwardSteps
 from clients.training.nested import NestedSteps
 from clients.training.optimizers.registry import finish, make_optimizer
 from clients.training.reference import with_references
-from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, rate_factors, resting, rests
+from clients.training.schedule import ONLY_ROUND, ScheduledRates, Stage, at_rest, rate_factors
 from fedlora.config import TrainConfig
 from fedlora.core.adapters import Adapters
 from fedlora.core.factors import Tensors
@@ -81,9 +81,9 @@ def train_local(
     with model.training() as trained, dropout_stream(seed, model.device):
         optimizer = make_optimizer(trained, config)
         rates = ScheduledRates(optimizer, rate_factors(config, steps, stage))
-        penalties, resting = Penalties(trained, config), at_rest(trained, config)
-        nested = NestedSteps(trained, config, steps, seed)
-        forward = ForwardSteps(trained, config.perturbation_size, seed)
+        penalties, resting = Penalties(trained, config), at_rest(trained.factors, config)
+        cut = NestedSteps(trained, config, steps, seed).leading if config.nested_ranks else nullcontext
+        forward = None if config.gradient == "backward" else ForwardSteps(trained, config, seed)
 
         def losses(drawn: Indices) -> Iterator[Tensor]:
             """Of the parts of a batch; their sum is the batch's mean loss."""
@@ -94,13 +94,12 @@ def train_local(
         batches = shuffled_batches(indices, config.batch_size, steps, stream(seed, "batches"))
         for step, drawn in enumerate(batches):
             optimizer.zero_grad()
-            nested.begin()
-            if config.gradient == "forward":
-                total = total + forward.step(partial(mean_loss, losses, drawn)) * len(drawn)
-            else:
-                total = total + backward(losses(drawn), model.device) * len(drawn)
-            seen += len(drawn)
-            nested.end()
+            with cut():
+                if forward is None:
+                    loss = backward(losses(drawn), model.device)
+                else:
+                    loss = forward.step(partial(mean_loss, losses, drawn))
+            total, seen = total + loss * len(drawn), seen + len(drawn)
             for parameter in resting[step % 2]:
                 parameter.grad = None
             penalties.add_gradient()
@@ -109,7 +108,7 @@ def train_local(
             rates.advance()
             optimizer.step()
         finish(optimizer)
-    slopes = torch.stack(forward.slopes) if forward.slopes else None
+    slopes = None if forward is None else torch.stack(forward.slopes)
     return replace(local_result(model, trained, len(indices), steps, float(total) / seen), slopes=slopes)
 
 
@@ -125,14 +124,6 @@ def backward(losses: Iterable[Tensor], device: torch.device) -> Tensor:
         loss.backward()  # type: ignore[no-untyped-call]
         total = total + loss.detach()
     return total
-
-
-def at_rest(trained: Trainable, config: TrainConfig) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The factors that even and odd steps, from 0, do not move."""
-    even, odd = (
-        [p for name, p in trained.factors.items() if rests(name, resting(config, step))] for step in (0, 1)
-    )
-    return even, odd
 
 
 def batch_loss(model: AdaptedModel, batch: dict[str, Tensor], reduction: str = "mean") -> Tensor:

@@ -100,6 +100,11 @@ def tensor_names(adapters: Adapters) -> frozenset[str]:
     return frozenset().union(*[adapter.tensors() for adapter in adapters.values()])
 
 
+def names_in(layers: Iterable[LayerAdapter], roles: Iterable[str]) -> frozenset[str]:
+    """The names that tensors in these roles have in some layer."""
+    return frozenset().union(*[adapter.part(roles) for adapter in layers])
+
+
 def check_same_shapes(start: LayerAdapter, given: LayerAdapter, who: str) -> None:
     """Refuse tensors of other names or shapes.
 

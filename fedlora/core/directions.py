@@ -42,6 +42,11 @@ def all_parted(adapters: Adapters, directions: Directions) -> Adapters:
     return {n: parted(as_lora(a), directions[n]) if n in directions else a for n, a in adapters.items()}
 
 
+def with_directions(adapters: Adapters) -> frozenset[str]:
+    """The layers in which something trains: a client's rank may be below all directions that do."""
+    return frozenset(n for n, a in adapters.items() if not (isinstance(a, LoraFactors) and len(a.A) == 0))
+
+
 def moving(factors: LoraFactors) -> LoraFactors:
     """The directions that train, alone; the same object where none rests."""
     return factors if factors.A0 is None else LoraFactors(factors.A, factors.B, factors.scaling)

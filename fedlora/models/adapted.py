@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -187,8 +187,7 @@ class AdaptedModel:
             scaling={module: self.adapter.scaling(module) for module in self.modules},
         )
 
-    @contextmanager
-    def computing(self, precision: torch.dtype | None = None) -> Iterator[None]:
+    def computing(self, precision: torch.dtype | None = None) -> AbstractContextManager[None]:
         """Inside, passes are computed in a precision; the parameters stay as they are.
 
         Args:
@@ -197,17 +196,21 @@ class AdaptedModel:
         Raises:
             ConfigError: the device has no such arithmetic.
         """
-        wanted, before = precision or self.precision, self.precision
-        device = self.device.type
+        wanted, device = precision or self.precision, self.device.type
         lacks = device == "cuda" and not torch.cuda.is_bf16_supported()
         if wanted != torch.float32 and (lacks or not torch.amp.is_autocast_available(device)):
             raise ConfigError(
                 f"this {device} device has no bfloat16, train.precision and evaluation-precision must be "
                 "'float32'"
             )
-        self.precision = wanted
+        passes = torch.autocast(device, dtype=torch.bfloat16, enabled=wanted != torch.float32)
+        return passes if wanted == self.precision else self._computing(wanted, passes)
+
+    @contextmanager
+    def _computing(self, precision: torch.dtype, passes: AbstractContextManager[None]) -> Iterator[None]:
+        before, self.precision = self.precision, precision
         try:
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=wanted != torch.float32):
+            with passes:
                 yield
         finally:
             self.precision = before

@@ -29,8 +29,8 @@ def check_parts(rule: Rule, method: str, adapters: Adapters) -> None:
     """
     layers = adapters.values()
     for number in rounds(adapters):
-        idle = rule.trained(number) and not any(rule.trained_names(a, number) for a in layers)
-        silent = rule.shipped(number) and not any(rule.shipped_names(a, number) for a in layers)
+        idle = rule.trained(number) and not rule.trained_names(layers, number)
+        silent = rule.shipped(number) and not rule.shipped_names(layers, number)
         if idle or silent:
             raise NotApplicable(
                 f"strategy.name = {rule.facts.name!r}: tells two parts of an adapter apart, {method} has one "
@@ -56,5 +56,5 @@ def mean_is_exact(rule: Rule, model: AdaptedModel, adapters: Adapters) -> bool:
     smallest: dict[frozenset[str], str] = {}  # one layer of each set of names
     for name in sorted(sizes, key=lambda module: (sizes[module], module)):
         smallest.setdefault(frozenset(adapters[name].tensors()), name)
-    parts = {(n, rule.trained_names(adapters[n], t)) for n in smallest.values() for t in rounds(adapters)}
+    parts = {(n, rule.trained_names([adapters[n]], t)) for n in smallest.values() for t in rounds(adapters)}
     return all(is_affine(model.adapter, model.module, name, part) for name, part in parts if part)

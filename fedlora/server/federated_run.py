@@ -64,7 +64,7 @@ class FederatedRun:
             peers=session.peers,
         )
         adapters = self.state.adapters
-        trained = frozenset().union(*(rule.trained_names(a, 1) for a in adapters.values()))
+        trained = rule.trained_names(adapters.values(), 1)
         rehearse(self.runtime, self.config, adapters, self.state.head, trained)
         checkpoint = directory.load_checkpoint()
         if session.stores is not None:

@@ -15,6 +15,7 @@ tensor j rests in that round.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -34,11 +35,14 @@ class TurnsRule(RoLoRARule):
         paper="RoLoRA for adapters of any kind; cf. arXiv 2502.01755",
     )
 
-    def trained_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
-        if not isinstance(adapter, NamedTensors):
-            return super().trained_names(adapter, server_round)
-        turns = adapter.parts[TURNS]
-        return frozenset({turns[(server_round - 1) % len(turns)]}).intersection(adapter.values)
+    def trained_names(self, layers: Iterable[LayerAdapter], server_round: int) -> frozenset[str]:
+        return frozenset().union(*[self._in_turn(layer, server_round) for layer in layers])
 
-    def shipped_names(self, adapter: LayerAdapter, server_round: int) -> frozenset[str]:
-        return self.trained_names(adapter, server_round)
+    def shipped_names(self, layers: Iterable[LayerAdapter], server_round: int) -> frozenset[str]:
+        return self.trained_names(layers, server_round)
+
+    def _in_turn(self, layer: LayerAdapter, server_round: int) -> frozenset[str]:
+        if not isinstance(layer, NamedTensors):
+            return super().trained_names([layer], server_round)
+        turns = layer.parts[TURNS]
+        return frozenset({turns[(server_round - 1) % len(turns)]}).intersection(layer.values)

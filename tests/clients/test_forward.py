@@ -42,7 +42,8 @@ def test_the_slope_is_that_of_the_gradient_along_the_perturbation() -> None:
     parts = network.trainable()
     named = {**parts.factors, **parts.head}
     batch = load_batch(DATA, ALL[:6], PAD, network.device)
-    steps, before = ForwardSteps(parts, 1e-4, SEED), {n: p.detach().clone() for n, p in named.items()}
+    steps = ForwardSteps(parts, TrainConfig(perturbation_size=1e-4), SEED)
+    before = {n: p.detach().clone() for n, p in named.items()}
     loss = steps.step(lambda: batch_loss(network, batch))
     found = {name: p.grad.clone() for name, p in named.items() if p.grad is not None}
     for parameter in named.values():
@@ -77,7 +78,7 @@ def test_both_sides_see_the_same_dropout() -> None:
     """Otherwise the slope were mostly the difference of two masks, over a tiny distance."""
     still = max(trained(loaded(dropout=0.5), 8, perturbation_size=1e-4).slopes.abs())
     assert still < 20
-    steps, drawn = ForwardSteps(loaded().trainable(), 1.0, 0), []
+    steps, drawn = ForwardSteps(loaded().trainable(), TrainConfig(perturbation_size=1.0), 0), []
     torch.manual_seed(1)
     steps.step(lambda: (drawn.append(torch.rand(1)), torch.zeros(()))[1])
     steps.step(lambda: (drawn.append(torch.rand(1)), torch.zeros(()))[1])
