@@ -98,7 +98,7 @@ def answer(
     count, loss = float(result.num_examples), result.loss
     metrics = {} if loss is None else {NUM_EXAMPLES: count, TRAIN_LOSS: loss}
     written: Tensors = {}
-    if instruction.codec.name == wire.SEEDS:
+    if instruction.codec.of_steps:
         assert result.slopes is not None, "validated: train.gradient is 'forward'"
         told = moves(config.train_of(node.partition_id), result.slopes, stage_of(instruction, config))
         written = wire.written(seed_of(instruction, config, node), told)

@@ -30,9 +30,9 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
         for name in ("alternating", "nested_ranks", "control_variates"):
             if getattr(train, name):
                 raise NotApplicable(f"{key}: train.{kebab(name)} = true needs gradients of single factors")
-    if config.upload != wire.SEEDS:
+    if not (config.upload and wire.codec_named(config.upload).of_steps):
         return
-    key = f"upload = {wire.SEEDS!r}"
+    key = f"upload = {config.upload!r}"
     if train.gradient != "forward":
         raise ConfigError(
             f"{key}: train.gradient = {train.gradient!r} must be 'forward', it tells such steps"

@@ -60,7 +60,7 @@ from fedlora.wire.secure import (
     to_noisy_row,
     to_row,
 )
-from fedlora.wire.seeds import MOST_MOVES, SEEDS, written
+from fedlora.wire.seeds import MOST_MOVES, written
 from fedlora.wire.upload import CODECS, UploadCodec, codec_named, most_bytes, with_owed
 from fedlora.wire.validation import check_range
 
@@ -77,7 +77,6 @@ __all__ = [
     "OK",
     "PARTS",
     "PREFIX",
-    "SEEDS",
     "Needs",
     "PeftTensors",
     "Reply",

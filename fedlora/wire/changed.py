@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused
-from fedlora.wire.steps import checked, kind_of, named
+from fedlora.wire.steps import ByTensor, checked, kind_of, named
 
 AXES = {".lora_A.weight": 0, ".lora_B.weight": 1}
 """Ends of the names of tensors that have directions, and the axis along these."""
@@ -20,7 +20,7 @@ MOST = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(ByTensor):
     """The rows of A and columns of B that changed, in float32, with a byte for the place of each.
 
     Nothing is lost. Tensors all of which changed travel whole, as do those that have no directions.
@@ -34,6 +34,10 @@ class Changed:
 
     def nbytes(self, numbers: int) -> int:
         return 4 * numbers
+
+    def most_bytes(self, tensors: Tensors, choose: int, steps: int) -> int:
+        whole = sum(self.nbytes(tensor.numel()) for tensor in tensors.values())
+        return min(whole, chosen_bytes(tensors, choose)) if choose else whole
 
     def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator, turn: int) -> Tensors:
         arrays: Tensors = {}

@@ -20,7 +20,6 @@ from fedlora.core.perturbations import perturbation
 from fedlora.errors import ConfigError, UpdateRefused
 from fedlora.wire.steps import checked
 
-SEEDS = "seeds"
 SEED, MOVES = "seeds/seed", "seeds/moves"
 """The arrays that travel: the eight bytes of the seed, and a float32 for each step."""
 MOST_MOVES = 4096
@@ -35,14 +34,15 @@ class Seeds:
     (`fedlora.wire.Reply.written`).
     """
 
-    name: str = SEEDS
+    name: str = "seeds"
     error: float = 0.0
     unbiased: bool = True
     of_change: bool = True
     feedback: bool = False
+    of_steps: bool = True
 
-    def nbytes(self, numbers: int) -> int:
-        return bytes_of_moves(MOST_MOVES)  # of a round, whatever the tensors are
+    def most_bytes(self, tensors: Tensors, choose: int, steps: int) -> int:
+        return 8 + 4 * steps  # the seed, and a move a step; whatever the tensors are
 
     def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator, turn: int) -> Tensors:
         raise ConfigError(
@@ -59,11 +59,6 @@ class Seeds:
         if not torch.isfinite(moves).all():
             raise UpdateRefused(f"{MOVES}: a NaN or an infinity")
         return {key: moved(before, key, seed, moves) for key, before in start.items()}
-
-
-def bytes_of_moves(count: int) -> int:
-    """Bytes of a seed and so many moves."""
-    return 8 + 4 * count
 
 
 def written(seed: int, moves: Tensor) -> Tensors:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused
-from fedlora.wire.steps import GROUP, SCALE, changed, checked, named, restored, rounded
+from fedlora.wire.steps import GROUP, SCALE, ByTensor, changed, checked, named, restored, rounded
 
 LEVELS = 127
 """Steps on either side of zero of the numbers that do travel, in 8 bits."""
@@ -24,7 +24,7 @@ SEGMENT = "/segment"
 
 
 @dataclass(frozen=True, slots=True)
-class TopK:
+class TopK(ByTensor):
     """The 16 largest of every 256 entries of the change, in 8 bits each, with a byte for the place.
 
     In each block of 256 numbers c of a tensor, in the order of memory, the 16 largest |c_j| travel, by
@@ -78,7 +78,7 @@ class TopK:
 
 
 @dataclass(frozen=True, slots=True)
-class Segments:
+class Segments(ByTensor):
     """A quarter of the change, another one each time, in 8 bits.
 
     After EcoLoRA (arXiv 2506.02001, read in its abstract), whose clients upload one segment of the adapter

@@ -25,8 +25,22 @@ SCALE = "/scale"
 """Ends the name of a tensor's scales; no parameter's name holds a slash."""
 
 
+class ByTensor:
+    """Codec whose bytes follow from how many numbers each tensor has."""
+
+    __slots__ = ()
+    of_steps = False
+
+    def nbytes(self, numbers: int) -> int:
+        """Bytes of a tensor of so many numbers, at most."""
+        raise NotImplementedError
+
+    def most_bytes(self, tensors: Tensors, choose: int, steps: int) -> int:
+        return sum(self.nbytes(tensor.numel()) for tensor in tensors.values())
+
+
 @dataclass(frozen=True, slots=True)
-class Steps:
+class Steps(ByTensor):
     """The change in ``width`` bits by stochastic rounding: 127 steps on either side of zero in 8, 7 in 4.
 
     A number takes its bits and its 64th of a float32. Steps of 4 bits travel in pairs, the first in the low

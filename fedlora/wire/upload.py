@@ -30,10 +30,10 @@ from torch import Tensor
 
 from fedlora.core.factors import Tensors
 from fedlora.errors import UpdateRefused, unknown_name
-from fedlora.wire.changed import Changed, chosen_bytes
-from fedlora.wire.seeds import MOST_MOVES, SEEDS, Seeds, bytes_of_moves
+from fedlora.wire.changed import Changed
+from fedlora.wire.seeds import MOST_MOVES, Seeds
 from fedlora.wire.sparse import Segments, TopK
-from fedlora.wire.steps import Steps, kind_of
+from fedlora.wire.steps import ByTensor, Steps, kind_of
 
 
 class UploadCodec(Protocol):
@@ -45,6 +45,7 @@ class UploadCodec(Protocol):
         unbiased: the mean of what is decoded, over seeds, is what was trained.
         error: by how much an entry may be off, as a share of the largest entry of its tensor.
         of_change: that largest entry is one of the tensor's change, not of the tensor itself.
+        of_steps: it tells local steps, which the client hands it as `Reply.written`, and no other change.
     """
 
     @property
@@ -57,9 +58,17 @@ class UploadCodec(Protocol):
     def error(self) -> float: ...
     @property
     def of_change(self) -> bool: ...
+    @property
+    def of_steps(self) -> bool: ...
 
-    def nbytes(self, numbers: int) -> int:
-        """Bytes of a tensor of so many numbers; where they differ from turn to turn, the most."""
+    def most_bytes(self, tensors: Tensors, choose: int, steps: int) -> int:
+        """Bytes of what was trained as it travels; where they differ from turn to turn, the most.
+
+        Args:
+            tensors: of the names and shapes of what is trained.
+            choose: as in `Broadcast`.
+            steps: of the client's round.
+        """
 
     def encode(self, start: Tensors, trained: Tensors, generator: torch.Generator, turn: int) -> Tensors:
         """Arrays that travel.
@@ -84,7 +93,7 @@ class UploadCodec(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class Cast(ByTensor):
     """Numbers themselves, rounded to a type of float; ``start`` does not matter."""
 
     name: str
@@ -135,19 +144,9 @@ def codec_named(name: str) -> UploadCodec:
     return CODECS[name]
 
 
-def most_bytes(upload: str, tensors: Tensors, choose: int = 0, moves: int = MOST_MOVES) -> int:
-    """Bytes of tensors as a codec sends them, at most.
-
-    Args:
-        upload: the codec's name.
-        tensors: by any name.
-        choose: as in `Broadcast`.
-        moves: local steps, for `Seeds`, of whose bytes nothing depends on the tensors.
-    """
-    if upload == SEEDS:
-        return bytes_of_moves(moves)
-    whole = sum(codec_named(upload).nbytes(tensor.numel()) for tensor in tensors.values())
-    return min(whole, chosen_bytes(tensors, choose)) if choose and upload == Changed().name else whole
+def most_bytes(upload: str, tensors: Tensors, choose: int = 0, steps: int = MOST_MOVES) -> int:
+    """`UploadCodec.most_bytes` of the codec of that name; by default of all directions and most steps."""
+    return codec_named(upload).most_bytes(tensors, choose, steps)
 
 
 def with_owed(trained: Tensors, owed: Mapping[str, Tensor]) -> Tensors:

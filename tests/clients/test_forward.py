@@ -119,7 +119,7 @@ def test_seeds_tell_all_that_a_round_did(config: dict[str, Any]) -> None:
     before = in_peft(network)
     result = trained(network, 6, batch_size=4, **config)
     told = wire.written(SEED, moves(TrainConfig(**{**FORWARD, **config}), result.slopes, ONLY_ROUND))
-    arrived = wire.CODECS[wire.SEEDS].decode(before, told)
+    arrived = wire.CODECS["seeds"].decode(before, told)
     after = in_peft(network)
     assert arrived.keys() == after.keys()
     for name, tensor in after.items():

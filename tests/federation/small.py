@@ -15,7 +15,7 @@ from strategies.registry import RULES
 from strategies.report import RoundReport
 
 MODULES = {"encoder.q": (12, 8), "encoder.v": (6, 10)}
-ANY_CHANGE = [name for name in wire.CODECS if name != wire.SEEDS]
+ANY_CHANGE = [name for name, codec in wire.CODECS.items() if not codec.of_steps]
 """Codecs that write down whatever a client made of its tensors."""
 RULES_AND_CODECS = [
     (name, upload)
