@@ -43,6 +43,11 @@ def evaluate_instruction(
     second = config.lora.personal_rank > 0
     if second and not may_tell(config):
         raise ConfigError("privacy.release-metrics = false: what a second adapter reaches is outside epsilon")
+    if second and not node.tells_second:
+        raise ConfigError(
+            f"lora.personal-rank = {config.lora.personal_rank}: what a second adapter reaches leaves this "
+            "node only where its owner sets release-metrics and no evaluation-epsilon"
+        )
     resolved = set_up(runtime, instruction, config, node, after_round=True)
     if isinstance(resolved, wire.Reply):
         return resolved

@@ -26,6 +26,7 @@ class Node:
         before_evaluation: called before an evaluation; raises ConfigError where none may leave.
         evaluation_noise: with which evaluations leave; None: they leave exactly.
         set_aside: what of ``max_epsilon`` is kept for evaluations.
+        tells_second: what second adapters reach may leave; they are trained without noise.
         largest_value: in size, of what a message brings; infinite: any value.
         check_start: called with what training would start from, before anything is spent; raises ConfigError
             where it is not what the round's clients agree on.
@@ -40,5 +41,6 @@ class Node:
     before_evaluation: Callable[[], None] | None = None
     evaluation_noise: EvaluationNoise | None = None
     set_aside: float = 0.0
+    tells_second: bool = True
     largest_value: float = math.inf
     check_start: Callable[[wire.TrainInstruction, ResolvedInstruction], None] | None = None

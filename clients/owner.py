@@ -137,12 +137,17 @@ def in_owners_name(config: RunConfig, settings: NodeSettings, *, simulation: boo
 def evaluations_of(settings: NodeSettings) -> dict[str, Any]:
     """How a protected node evaluates, as fields of `clients.node.Node`.
 
-    With noise its ledger says how often; exact evaluations are counted.
+    With noise its ledger says how often; exact evaluations are counted. Second adapters have seen every
+    training example without noise, and noise that hides a test example does not hide one of those: what they
+    reach leaves where the owner releases metrics and no evaluation is charged, whatever the run says.
     """
     if not settings.evaluation_epsilon:
-        return {"before_evaluation": partial(count_evaluation, settings)}
-    hidden = bool(settings.declared_examples)
-    return {"evaluation_noise": EvaluationNoise(epsilon=settings.evaluation_epsilon, count_hidden=hidden)}
+        count = partial(count_evaluation, settings)
+        return {"before_evaluation": count, "tells_second": settings.release_metrics}
+    noise = EvaluationNoise(
+        epsilon=settings.evaluation_epsilon, count_hidden=bool(settings.declared_examples)
+    )
+    return {"evaluation_noise": noise, "tells_second": False}
 
 
 def count_evaluation(settings: NodeSettings) -> None:

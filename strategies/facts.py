@@ -27,6 +27,7 @@ class Facts:
         mixed_ranks: clients may have different ranks.
         draws_ranks: which directions a client of a lower rank holds is drawn for it; without the draw its
             factors say nothing.
+        chooses_directions: clients ship their largest changes alone, and put the others back.
         updates_base: the rule adds patches to the base weights.
         product_invariant: the global model depends on the s_k B_k A_k alone, not on how each is split.
         single_client_exact: the product of a client alone, at the global rank, becomes the global model.
@@ -57,6 +58,7 @@ class Facts:
     exact: bool
     mixed_ranks: bool = False
     draws_ranks: bool = False
+    chooses_directions: bool = False
     updates_base: bool = False
     product_invariant: bool = False
     single_client_exact: bool = True

@@ -30,6 +30,7 @@ from strategies.patience import Patience
 from strategies.precision import padded, rounded_broadcast
 from strategies.replies import NUM_EXAMPLES, KnownExamples, evaluations, validate_reply
 from strategies.report import RoundReport
+from strategies.request import PendingRequest
 from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.screening import Screening, aggregate_screened
@@ -278,14 +279,18 @@ class FactorStrategy(Rounds):
         self._count_bytes()
         updates = []
         for request in self.transport.requests:
+            self._note(request)
             try:
                 updates.append(self._accept(request))
             except (UpdateRefused, FactorShapeError) as error:
                 self.report.refuse({request.partition_id: str(error)})
-            else:
-                self.report.note(request.partition_id, request.reply)
-                self.transport.note_ledger(request)
         return updates
+
+    def _note(self, request: PendingRequest) -> None:
+        """Notes what a client has spent on what it sent, whether or not that can be used."""
+        if request.reply is not None and request.reply.status == wire.OK:
+            self.report.note(request.partition_id, request.reply)
+            self.transport.note_ledger(request)
 
     def _count_bytes(self) -> None:
         self.report.bytes_up += sum(request.bytes_up for request in self.transport.requests)

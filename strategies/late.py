@@ -163,12 +163,11 @@ class LateStrategy(FactorStrategy):
 
     def _brought_by(self, request: PendingRequest, flight: InFlight) -> InFlight:
         """The flight of a client that has trained, with what it brings or why it cannot be used."""
+        self._note(request)
         try:
             update = self._accept(request)
         except (UpdateRefused, FactorShapeError) as error:
             return replace(flight, refused=str(error))
-        self.report.note(request.partition_id, request.reply)
-        self.transport.note_ledger(request)
         brought = self._brought(update, request.broadcast)
         return replace(flight, tensors=brought, weight=update.weight, loss=_loss_of(request))
 

@@ -70,7 +70,7 @@ class RoundReport:
         return "; ".join(f"partition {', '.join(map(str, p))}: {reason}" for reason, p in partitions.items())
 
     def note(self, partition_id: int, reply: Reply | None) -> None:
-        """Notes what an accepted reply says besides its arrays; to evaluation as to training."""
+        """Notes what a reply with an update says besides its arrays; to evaluation as to training."""
         if reply is not None and reply.privacy is not None:
             self.privacy[partition_id] = reply.privacy
         if reply is not None and reply.cohort_halved and partition_id not in self.halved:

@@ -34,6 +34,8 @@ class ClientPrivacy(PrivacyMechanism):
 
     mode: ClassVar[str] = "client"
     weighted_by_key: ClassVar[str | None] = None
+    charges_ledgers: ClassVar[bool] = False
+    """Whether clients keep ledgers, which hold them to ``privacy.target-epsilon``."""
 
     @property
     def tells_losses(self) -> bool:
@@ -50,10 +52,29 @@ class ClientPrivacy(PrivacyMechanism):
         privacy = self.config.privacy
         if privacy.noise_multiplier:
             return privacy.noise_multiplier
-        rounds = most_participations(
+        return calibrate_noise(
+            privacy.target_epsilon, privacy.target_delta, FULL, self.most_rounds, privacy.accountant
+        )
+
+    def budget(self) -> str:
+        privacy = self.config.privacy
+        if not privacy.noise_multiplier or self.charges_ledgers:
+            return super().budget()
+        most = epsilon_spent(
+            privacy.noise_multiplier, FULL, self.most_rounds, privacy.target_delta, privacy.accountant
+        )
+        return (
+            f"epsilon {most:.3g} at delta {privacy.target_delta:g} after {self.most_rounds} rounds of one, "
+            f"by noise-multiplier {privacy.noise_multiplier:g} (beside which target-epsilon is no limit)"
+        )
+
+    @property
+    def most_rounds(self) -> int:
+        """The most rounds that one client can take part in."""
+        privacy = self.config.privacy
+        return most_participations(
             self.config.num_server_rounds, privacy.noise_bands, privacy.max_participations
         )
-        return calibrate_noise(privacy.target_epsilon, privacy.target_delta, FULL, rounds, privacy.accountant)
 
     @property
     def coefficients(self) -> tuple[float, ...]:
@@ -74,6 +95,11 @@ class ClientPrivacy(PrivacyMechanism):
         if config.strategy.robust != "none":
             robust = config.strategy.robust
             raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
+        if config.strategy.max_update_norm:
+            raise NotApplicable(
+                f"{mode}: strategy.max-update-norm = {config.strategy.max_update_norm:g} tells who is beyond "
+                "it, outside the guarantee; privacy.clipping-norm bounds everybody"
+            )
         bands = config.privacy.noise_bands
         if bands > 1 and (why := never_cancels(rule)):
             raise NotApplicable(f"privacy.noise-bands = {bands}: {why}")

@@ -37,6 +37,8 @@ KEY = "secure.noise = 'distributed'"
 class DistributedClientPrivacy(ClientPrivacy):
     """One client is hidden from everybody: the server sees noisy sums."""
 
+    charges_ledgers = True
+
     @property
     def tells_losses(self) -> bool:
         return False

@@ -3,6 +3,7 @@
 A run asks its mechanism and knows no mode. In the order of a run:
 
     check           what the mode excludes, by configuration alone
+    budget          what a client may spend, for people
     check_data      what it excludes in the data and ledgers that lie here
     step            what a client's step does to gradients, asked for the rehearsal
     local           a client's training as a release that is planned, charged and then made
@@ -67,6 +68,11 @@ class PrivacyMechanism:
     def max_participations(self) -> int:
         """Rounds in which one client may train at most; 0 means all of them."""
         return self.config.privacy.max_participations if self.private else 0
+
+    def budget(self) -> str:
+        """What a client may spend in the run, in words."""
+        privacy = self.config.privacy
+        return f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
 
     def check(self, rule: Rule, kept: str) -> None:
         """Refuse what the mode excludes.

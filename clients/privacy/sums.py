@@ -9,7 +9,12 @@ of them: its accounting is that of DP-SGD with this noise, at the own rate. Afte
 A gradient then depends on the noise of the steps before, which the sum does not show, and nothing is claimed;
 nor under optimisers that divide by the noisy gradient, for clients of unlike settings or noise, for rules
 that add up products, whose two factors are both noisy, for steps of drawn directions, of which each client
-leaves others without noise, or where a number could be cut to ``secure.largest-change``.
+leaves others without noise, where clients choose what of it they ship or keep a trained part, whose noise no
+sum shows, for rules from elsewhere, or where a number could be cut to ``secure.largest-change``.
+
+What a client ships is rounded, to float32 and to the integers of the sum, after its noise. A sum of rounded
+Gaussians on a grid of step h is their rounded sum but for ``exp(-2 pi^2 s^2 / h^2)``, s being the deviation
+of one: less than 1e-1000 at `GRIDS` steps, and nothing is claimed below. On a wide grid it may round away.
 """
 
 from __future__ import annotations
@@ -18,13 +23,19 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from clients.training.schedule import Stage, rate_factors
 from fedlora.config import RunConfig
 from fedlora.privacy.calibration import epsilon_of
+from fedlora.secure.fixed_point import FixedPoint
 from fedlora.secure.graph import colluders_held
 from strategies.registry import rule_type
 
 FAR = 10.0
 """Standard deviations of noise that no number is expected beyond (1e-23)."""
+GRIDS = 16.0
+"""Steps of every grid that a client's noise must have as its standard deviation."""
+FLOAT_STEP = 2.0**-24
+"""Step of float32 below 1; the weights of a model are smaller."""
 
 
 def epsilon_of_sums(config: RunConfig, claim: Mapping[str, Any], clients: int) -> float | None:
@@ -49,6 +60,8 @@ def epsilon_of_sums(config: RunConfig, claim: Mapping[str, Any], clients: int) -
         return None
     if not (0 < rate <= 1 and 1 <= rounds <= config.num_server_rounds and _is_never_cut(config, noise, rate)):
         return None
+    if not _is_fine(config, noise, clients):
+        return None
     history = ((noise * math.sqrt(secure.honest), rate, rounds),)
     return epsilon_of(history, privacy.target_delta, privacy.accountant)
 
@@ -58,15 +71,36 @@ def is_sum_of_gaussians(config: RunConfig) -> bool:
     train = config.train
     one_step = train.local_steps == 1 and not train.local_epochs and not config.groups
     plain = train.optimizer == "sgd" and not train.optimizer_options and not train.max_grad_norm
-    products = rule_type(config.strategy.name).facts.sketched  # of two noisy factors: no sum of Gaussians
     return (
         config.secure.mode == "sums"
-        and not products
+        and ships_all(config)
         and not train.nested_ranks
         and one_step
         and plain
         and config.privacy.clipping != "adaptive"
     )
+
+
+def ships_all(config: RunConfig) -> bool:
+    """Whether all that a client trains comes back as it is, under a rule of which that is known."""
+    if ":" in config.strategy.name or config.model.head == "local":
+        return False
+    facts = rule_type(config.strategy.name).facts
+    products = facts.sketched  # of two noisy factors: no sum of Gaussians
+    return not (products or facts.own_models or facts.chooses_directions or facts.draws_ranks)
+
+
+def _is_fine(config: RunConfig, noise: float, clients: int) -> bool:
+    """Whether even the smallest noise of a round is wide beside the steps of what it is rounded to."""
+    train, secure = config.train, config.secure
+    rounds = range(1, config.num_server_rounds + 1)
+    factors = [rate_factors(train, 1, Stage(n, config.num_server_rounds))[0] for n in rounds]
+    rates = [train.learning_rate * min(1.0, train.loraplus_lr_ratio)]
+    rates += [train.head_learning_rate] if train.head_learning_rate else []
+    slowest = min(rates) * min((factor for factor in factors if factor), default=1.0)
+    deviation = slowest * noise * config.privacy.max_grad_norm / train.batch_size
+    step = secure.largest_change / FixedPoint(clients, secure.bits, secure.largest_change, 1).steps
+    return deviation >= GRIDS * max(step, FLOAT_STEP)
 
 
 def _is_never_cut(config: RunConfig, noise: float, rate: float) -> bool:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from clients.budget import noise_of, planned_steps, rate_of
+from clients.privacy import mechanism_of
 from clients.runtime import ClientRuntime, read_runtime
 from clients.training.batches import num_steps
 from fedlora import wire
@@ -131,7 +132,7 @@ class Preview:
             return (
                 f"none, and {' and '.join(ignored)} without privacy.mode does nothing" if ignored else "none"
             )
-        budget = f"epsilon {privacy.target_epsilon:g} at delta {privacy.target_delta:g}"
+        budget = mechanism_of(config).budget()
         said = f"{privacy.granularity} level, {budget}"
         if privacy.mode != "example" or self.partitions is None:
             return said

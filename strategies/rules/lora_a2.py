@@ -48,6 +48,7 @@ class LoRAA2Rule(RoLoRARule):
         paper="Koo et al., ACL 2025, arXiv 2410.22815",
         any_kind=False,
         mixed_ranks=True,
+        chooses_directions=True,
         up="r_k*o / r_k*i in turn",
         deviation="read in its text without the equations: the score is the size of a direction's change of "
         "the weight, chosen is after all local steps, in which all directions train; B comes first",

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, RecordDict
 
 from clients import owner
-from clients.handler import TRAIN, handle
+from clients.handler import EVALUATE, TRAIN, handle
 from clients.node_settings import node_settings, read_node
 from fedlora import wire
 from fedlora.config import RunConfig, to_flat
@@ -212,3 +212,42 @@ def test_a_strategy_of_the_servers_own_is_not_imported_at_a_node(
     assert answered.status == wire.OK
     assert not (tmp_path / "imported").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("node", "mode", "told"),
+    [
+        ({}, "none", False),
+        ({}, "example", False),
+        ({"release-metrics": True}, "example", True),
+        ({"release-metrics": True}, "none", True),
+        ({"release-metrics": True, "evaluation-epsilon": 1.0}, "none", False),
+    ],
+)
+def test_what_second_adapters_reach_is_the_owners_to_tell_whatever_the_run_says_of_itself(
+    node: dict[str, Any], mode: str, told: bool, tmp_path: Path, cache: Path
+) -> None:
+    """They are trained without noise: a server that asks under another mode than it trained by gets none."""
+    rows = [{"text": f"word {i} of ward", "label": LABELS[i % 2]} for i in range(30)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {
+        "partition-id": 0, "state-dir": str(tmp_path / "state"), "data": str(tmp_path / "own.jsonl"),
+        "dataset-id": "ward 7", "test-fraction": 0.4, "max-epsilon": 12.0, "max-evaluations": 3, **node,
+    }  # fmt: skip
+    trained = tiny_config(**PRIVATE, **{"train.batch-size": 4, "lora.personal-rank": 2})
+    asked = tiny_config(
+        **{**PRIVATE, "privacy.mode": mode}, **{"train.batch-size": 4, "lora.personal-rank": 2}
+    )
+    if mode == "example":
+        asked = tiny_config(
+            **PRIVATE, **{"train.batch-size": 4, "lora.personal-rank": 2, "privacy.release-metrics": True}
+        )
+    done = wire.decode_reply(handle(TRAIN, order(trained, 1, LABELS), to_flat(trained), own, RUNTIMES))
+    assert done.status == wire.OK
+    content = handle(EVALUATE, order(asked, 1, LABELS), to_flat(asked), own, RUNTIMES)
+    reply = wire.decode_reply(content, trained=False)
+    assert (reply.status == wire.OK, "accuracy" in reply.metrics) == (told, told)
+    if not told:
+        assert reply.reason == owner.REFUSAL
+        (account,) = read_ledgers(tmp_path / "state" / "ledger")
+        assert account.standing.on_evaluations == 0

@@ -256,6 +256,7 @@ def test_rules_that_are_no_mean_refuse_it_with_the_reason(name: str) -> None:
     ("changes", "named"),
     [
         ({"strategy": StrategyConfig(robust="median")}, "strategy.robust = 'median' is no mean"),
+        ({"strategy": StrategyConfig(max_update_norm=0.1)}, "strategy.max-update-norm = 0.1 tells who is"),
         ({"model": ModelConfig(head="local")}, "model.head = 'local'"),
         (
             {"client_groups": '[{"partitions": "0", "alpha": 3.0}]'},
