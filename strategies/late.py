@@ -27,7 +27,7 @@ from fedlora.errors import FactorShapeError, NotApplicable, RunFailed, UpdateRef
 from strategies.at_work import AtWork, EventGrid
 from strategies.flower import FactorStrategy
 from strategies.loop import settings_of
-from strategies.metrics import TRAIN_LOSS
+from strategies.metrics import mean_of_losses, told_loss
 from strategies.precision import rounded_broadcast, rounded_state
 from strategies.report import RoundReport
 from strategies.request import PendingRequest
@@ -169,7 +169,7 @@ class LateStrategy(FactorStrategy):
         except (UpdateRefused, FactorShapeError) as error:
             return replace(flight, refused=str(error))
         brought = self._brought(update, request.broadcast)
-        return replace(flight, tensors=brought, weight=update.weight, loss=_loss_of(request))
+        return replace(flight, tensors=brought, weight=update.weight, loss=told_loss(request))
 
     def _brought(self, update: ClientUpdate, start: Broadcast) -> Tensors:
         """What a late update is told by: changes in float64, or whole factors, by layer and name."""
@@ -223,9 +223,7 @@ class LateStrategy(FactorStrategy):
         )
         self.state = rounded_state(state, self._dtype)
         self.report.participants = [update.partition_id for update in updates]
-        losses = [(f.weight, f.loss) for f in counted if f.loss is not None]
-        total = sum(weight for weight, _ in losses)
-        self.report.train_loss = sum(w * x for w, x in losses) / total if total else None
+        self.report.train_loss = mean_of_losses((flight.weight, flight.loss) for flight in counted)
 
 
 def check_late(rule: Rule, key: str = "late updates") -> None:
@@ -236,7 +234,3 @@ def check_late(rule: Rule, key: str = "late updates") -> None:
     """
     if rule.facts.stale not in (FACTORS, PRODUCT):
         raise NotApplicable(f"{key}: {rule.facts.name} cannot take late updates, {rule.facts.stale}")
-
-
-def _loss_of(request: PendingRequest) -> float | None:
-    return None if request.reply is None else request.reply.metrics.get(TRAIN_LOSS)

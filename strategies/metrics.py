@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from logging import WARNING
 
 import numpy as np
@@ -22,17 +21,30 @@ MetricsFn = Callable[[list[RecordDict], str], MetricRecord]
 
 
 def mean_loss(requests: Sequence[PendingRequest], updates: Sequence[ClientUpdate]) -> float | None:
-    """The losses up to `LARGEST`, weighted as the updates are; None where nobody released one."""
+    """The `mean_of_losses` of the clients whose updates counted, weighted as these are."""
     weight_of = {update.partition_id: update.weight for update in updates}
-    losses = [
-        (weight_of[p.partition_id], p.reply.metrics[TRAIN_LOSS])
-        for p in requests
-        if p.partition_id in weight_of
-        and p.reply is not None
-        and abs(p.reply.metrics.get(TRAIN_LOSS, math.nan)) <= LARGEST
-    ]
+    return mean_of_losses(
+        (weight_of[p.partition_id], told_loss(p)) for p in requests if p.partition_id in weight_of
+    )
+
+
+def told_loss(request: PendingRequest) -> float | None:
+    """The training loss that a client told, whatever it is; None where it told none."""
+    return None if request.reply is None else request.reply.metrics.get(TRAIN_LOSS)
+
+
+def mean_of_losses(told: Iterable[tuple[float, float | None]]) -> float | None:
+    """The weighted mean of the losses up to `LARGEST`; None where there is none of any weight.
+
+    Args:
+        told: each client's weight and its loss.
+
+    >>> mean_of_losses([(1.0, 2.0), (3.0, 6.0), (1.0, float("nan")), (1.0, 1e300), (1.0, None)])
+    5.0
+    """
+    losses = [(weight, x) for weight, x in told if x is not None and abs(x) <= LARGEST]
     total = sum(weight for weight, _ in losses)
-    return sum(weight * loss for weight, loss in losses) / total if total > 0 else None
+    return sum(weight * x for weight, x in losses) / total if total > 0 else None
 
 
 def aggregated(

@@ -98,7 +98,7 @@ def train_local(
                 if forward is None:
                     loss = backward(losses(drawn), model.device)
                 else:
-                    loss = forward.step(partial(mean_loss, losses, drawn))
+                    loss = forward.step(partial(summed, losses, drawn))
             total, seen = total + loss * len(drawn), seen + len(drawn)
             for parameter in resting[step % 2]:
                 parameter.grad = None
@@ -112,7 +112,7 @@ def train_local(
     return replace(local_result(model, trained, len(indices), steps, float(total) / seen), slopes=slopes)
 
 
-def mean_loss(losses: Callable[[Indices], Iterable[Tensor]], drawn: Indices) -> Tensor:
+def summed(losses: Callable[[Indices], Iterable[Tensor]], drawn: Indices) -> Tensor:
     """The sum of the losses of a batch's parts."""
     return torch.stack([*losses(drawn)]).sum()
 

@@ -73,9 +73,14 @@ class ToyClient:
         bases: partition -> digests of the base it last trained on, with the patches themselves.
     """
 
-    def __init__(self, root: Path, num_examples: Callable[[int], int] = lambda p: p + 1) -> None:
+    def __init__(
+        self,
+        root: Path,
+        num_examples: Callable[[int], int] = lambda p: p + 1,
+        loss: Callable[[int], float] = lambda p: 1.0,
+    ) -> None:
         self.root = root
-        self.num_examples = num_examples
+        self.num_examples, self.loss = num_examples, loss
         self.bases: dict[int, list[Tensors]] = {}
         self.starts: dict[int, AdapterSet] = {}
 
@@ -93,7 +98,7 @@ class ToyClient:
             status=wire.OK,
             arrays=wire.to_peft(moved, head, order.uploaded),
             start=wire.to_peft(opened.adapters, opened.head, order.uploaded, modules),
-            metrics={"num-examples": self.num_examples(partition), "train-loss": 1.0},
+            metrics={"num-examples": self.num_examples(partition), "train-loss": self.loss(partition)},
             holds=order.needs.digests,
         )
         return Message(wire.encode_reply(reply, order), reply_to=message)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.validate import check
 from strategies.flower import FactorStrategy
 from strategies.late import FACTORS, PRODUCT
+from strategies.report import RoundReport
 from strategies.tiered import TieredStrategy
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import bits, initial_arrays, watched
-from tests.simulation.test_buffered_rounds import timed
+from tests.simulation.test_buffered_rounds import buffered, timed
 from tests.simulation.test_buffered_runs import KEYS, Killed, run
 
 LATE = [name for name, rule in strategies.RULES.items() if rule.facts.stale in (FACTORS, PRODUCT)]
@@ -134,3 +137,26 @@ def test_more_tiers_than_clients_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"devices\.tiers = 7: only 6 clients take part"):
         run(KEYS | {"devices.tiers": 7}, tmp_path / "run")
     assert not (tmp_path / "run/rounds.jsonl").exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 1e300])
+@pytest.mark.parametrize("kind", ["waits", "buffered", "tiered"])
+def test_a_loss_that_is_no_number_or_huge_is_left_out_of_the_mean(
+    kind: str, bad: float, tmp_path: Path
+) -> None:
+    """Its update counts; and where nobody has another loss, the round has none."""
+
+    def reports(loss: Callable[[int], float]) -> list[RoundReport]:
+        client = ToyClient(tmp_path, loss=loss)
+        waits = FactorStrategy(strategies.make_rule("fedavg"), scaling=2.0, seed=3, fraction_evaluate=0.0)
+        made = {"waits": waits, "buffered": buffered("fedavg"), "tiered": tiered("fedavg")}[kind]
+        seen = watched(made)
+        made.start(
+            FakeGrid(range(5), client) if kind == "waits" else timed(client), initial_arrays(), num_rounds=2
+        )
+        return seen
+
+    some = reports(lambda partition: 3.0 if partition else bad)
+    assert 0 in some[0].participants
+    assert [report.train_loss for report in some] == [3.0, 3.0]
+    assert all(report.train_loss is None for report in reports(lambda partition: bad))
