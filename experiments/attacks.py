@@ -79,6 +79,7 @@ def carried_out(cell: Cell, folder: Path) -> None:
     task = Task(cell.seed)
     rule = make_rule(cell.rule, center=make_center(cell.defence if cell.defence in BESIDE else "none"))
     ranks = RANKS[cell.ranks]
+    screening = None if cell.defence == "off" else configured_screening(RunConfig(), rule, simulation=False)
     strategy = FactorStrategy(
         rule,
         scaling=SCALING,
@@ -86,7 +87,7 @@ def carried_out(cell: Cell, folder: Path) -> None:
         seed=cell.seed,
         fraction_evaluate=0.0,
         client_spec=lambda p: ClientSpec(partition_id=p, rank=ranks[p % len(ranks)], scaling=SCALING),
-        screening=None if cell.defence == "off" else configured_screening(RunConfig(), simulation=False),
+        screening=screening,
     )
     g = torch_stream(cell.seed, "attacks", "initial")
     start = {

@@ -1,4 +1,7 @@
-"""Whether an upload codec suits a rule: error feedback tells in a later round what this one left out."""
+"""Upload codec of a run, and whether it suits the rule.
+
+Error feedback tells in a later round what this one left out.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,15 @@ from fedlora import wire
 from fedlora.errors import NotApplicable
 from strategies.registry import RULES
 from strategies.rule import Rule
+
+
+def codec_of(upload: str, rule: Rule, wire_dtype: str) -> str:
+    """The codec's name: what the run asks for, else the rule's own, else the floats that travel down.
+
+    >>> codec_of("", RULES["lora-a2"](), "float16"), codec_of("int8", RULES["lora-a2"](), "float16")
+    ('changed', 'int8')
+    """
+    return upload or rule.upload or wire_dtype
 
 
 def checked_upload(upload: str, rule: Rule, *, client_dp: bool) -> str:

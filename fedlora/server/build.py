@@ -103,7 +103,7 @@ def assemble(
         runtime.model.check_rank(config.lora.personal_rank, "lora.personal-rank")
     if config.train.gradient_checkpointing:
         blocks(runtime.model.module)
-    privacy, screening = mechanism_of(config), configured_screening(config, simulation=simulation)
+    privacy, screening = mechanism_of(config), configured_screening(config, rule, simulation=simulation)
     if screening is not None:
         log(INFO, "screening of updates: %s", screening)
     strategy = _kind(config, partitions, known_examples, peers, simulation=simulation)(

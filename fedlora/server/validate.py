@@ -28,7 +28,7 @@ from strategies.robust import make_center
 from strategies.rule import Rule
 from strategies.screening import Screening
 from strategies.server_optimizer import ServerOptimizer
-from strategies.uploads import checked_upload
+from strategies.uploads import checked_upload, codec_of
 
 UNEQUAL_STEPS = 2.5
 """Times that honest updates lie further apart where steps follow the number of examples, or groups differ: in
@@ -45,9 +45,10 @@ def check(config: RunConfig) -> Rule:
     """
     check_tracking(config.tracking.tool)
     check_kind(config.lora)
-    configured_screening(config, simulation=True)
     rule = configured_rule(config.strategy)
-    checked_upload(config.upload or config.wire_dtype, rule, client_dp=config.privacy.mode == "client")
+    configured_screening(config, rule, simulation=True)
+    codec = codec_of(config.upload, rule, config.wire_dtype)
+    checked_upload(codec, rule, client_dp=config.privacy.mode == "client")
     check_task(config, rule)
     if rule.allocation.name != "all" and any(group.target_modules is not None for group in config.groups):
         raise ConfigError(
@@ -245,15 +246,16 @@ def clients_measure(config: RunConfig, rule: Rule) -> bool:
     return bool(kept(config, rule)) or (config.lora.personal_rank > 0 and may_tell(config))
 
 
-def configured_screening(config: RunConfig, *, simulation: bool) -> Screening | None:
+def configured_screening(config: RunConfig, rule: Rule, *, simulation: bool) -> Screening | None:
     """The bounds that one client's weight and way have beside the others'; None where there are none.
 
     Raises:
         ConfigError: a bound that is neither 0 nor at least 1, or bounds under client-level privacy.
     """
     strategy, client_level = config.strategy, config.privacy.mode == "client"
-    owed = config.upload or config.wire_dtype  # with feedback an update tells what earlier ones left out
-    unequal = config.train.local_epochs > 0 or bool(config.groups) or codec_named(owed).feedback
+    codec = codec_named(codec_of(config.upload, rule, config.wire_dtype))
+    unequal = config.train.local_epochs > 0 or bool(config.groups)
+    unequal |= codec.feedback  # then an update tells what earlier ones left out
     bounds = Screening(
         largest_share=strategy.largest_share,
         max_relative_norm=strategy.max_relative_norm * (UNEQUAL_STEPS if unequal else 1.0),

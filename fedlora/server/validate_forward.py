@@ -9,6 +9,7 @@ from fedlora.config import RunConfig, TrainConfig
 from fedlora.config.section import kebab
 from fedlora.errors import ConfigError, NotApplicable
 from strategies.rule import Rule
+from strategies.uploads import codec_of
 
 
 def check_forward(config: RunConfig, rule: Rule) -> None:
@@ -30,9 +31,10 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
         for name in ("alternating", "nested_ranks", "control_variates"):
             if getattr(train, name):
                 raise NotApplicable(f"{key}: train.{kebab(name)} = true needs gradients of single factors")
-    if not (config.upload and wire.codec_named(config.upload).of_steps):
+    upload = codec_of(config.upload, rule, config.wire_dtype)
+    if not wire.codec_named(upload).of_steps:
         return
-    key = f"upload = {config.upload!r}"
+    key = f"upload = {upload!r}"
     if train.gradient != "forward":
         raise ConfigError(
             f"{key}: train.gradient = {train.gradient!r} must be 'forward', it tells such steps"
@@ -49,7 +51,7 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
 
 def _not_told(config: RunConfig, rule: Rule) -> str:
     """What a round has that steps along perturbations of all that is trained do not tell."""
-    if rule.allocation.parts or rule.upload:
+    if rule.allocation.parts or rule.clients_choose:
         return f"{rule.facts.name} leaves directions at rest"
     if rule.penalises_tails:
         return f"{rule.facts.name} penalises tails"

@@ -18,15 +18,17 @@ from clients import base_mod, upload_mod
 from clients.execute import train_instruction
 from clients.node import Node
 from fedlora import wire
-from fedlora.config import RunConfig
+from fedlora.config import RunConfig, from_flat
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.federated_run import FederatedRun
-from fedlora.server.validate import check
+from fedlora.server.validate import UNEQUAL_STEPS, check, configured_screening
 from strategies.flower import FactorStrategy
 from strategies.replies import validate_reply
 from strategies.report import RoundReport
 from strategies.request import PendingRequest
+from strategies.rules.fedavg import FedAvgRule
+from strategies.screening import Screening
 from tests.conftest import tiny_config
 from tests.federation.fake_grid import FakeGrid, ToyClient
 from tests.federation.small import ANY_CHANGE, RULES_AND_CODECS, bits, initial_arrays, watched
@@ -74,6 +76,29 @@ def run(
     strategy.start(FakeGrid(range(CLIENTS), Packed(path)), initial_arrays(), num_rounds=rounds)
     assert [report.refused for report in reports] == [{}] * rounds
     return strategy, reports
+
+
+class Owing(FedAvgRule):
+    """FedAvg whose clients owe something, where the run names no codec."""
+
+    facts = replace(FedAvgRule.facts, name="owing")
+
+    @property
+    def upload(self) -> str:
+        return "topk"
+
+
+def test_a_rules_own_codec_is_checked_as_one_that_the_run_names() -> None:
+    keys = {"strategy.name": f"{__name__}:Owing"}
+    for given in ({"strategy.robust": "median"}, {"strategy.allocation": "sized-ranks"}):
+        with pytest.raises(NotApplicable, match=r"^upload = 'topk': "):
+            check(from_flat(keys | given))
+        check(from_flat(keys | given | {"upload": "int8"}))
+    bounds = [
+        configured_screening(config, check(config), simulation=False)
+        for config in (from_flat(keys), from_flat(keys | {"upload": "int8"}))
+    ]
+    assert bounds == [Screening(max_relative_norm=2.0 * UNEQUAL_STEPS), Screening()]
 
 
 @pytest.mark.parametrize(("name", "upload"), RULES_AND_CODECS)

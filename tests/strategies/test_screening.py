@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora import wire
-from fedlora.config import from_flat
+from fedlora.config import RunConfig, from_flat
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import Broadcast, ClientSpec, ClientUpdate, State
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
-from fedlora.server.validate import UNEQUAL_STEPS, check_asynchronous, configured_screening
+from fedlora.server.validate import UNEQUAL_STEPS, check_asynchronous, configured_rule, configured_screening
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
@@ -102,23 +102,25 @@ def test_bounds_are_none_or_at_least_one(key: str, value: float) -> None:
         Screening(**{key: value})
 
 
+def screened(config: RunConfig, *, simulation: bool) -> Screening | None:
+    return configured_screening(config, configured_rule(config.strategy), simulation=simulation)
+
+
 def test_screening_is_on_in_a_deployment_and_off_in_a_simulation() -> None:
     config = from_flat({})
-    assert configured_screening(config, simulation=True) is None
-    assert configured_screening(config, simulation=False) == Screening(
-        largest_share=2.0, max_relative_norm=2.0
-    )
-    assert configured_screening(from_flat({"strategy.screening": "on"}), simulation=True) == Screening()
-    assert configured_screening(from_flat({"strategy.screening": "off"}), simulation=False) is None
-    epochs = configured_screening(from_flat({"train.local-epochs": 1}), simulation=False)
+    assert screened(config, simulation=True) is None
+    assert screened(config, simulation=False) == Screening(largest_share=2.0, max_relative_norm=2.0)
+    assert screened(from_flat({"strategy.screening": "on"}), simulation=True) == Screening()
+    assert screened(from_flat({"strategy.screening": "off"}), simulation=False) is None
+    epochs = screened(from_flat({"train.local-epochs": 1}), simulation=False)
     assert epochs == Screening(max_relative_norm=2.0 * UNEQUAL_STEPS)
 
 
 def test_screening_and_client_level_privacy_exclude_each_other() -> None:
     private = {"privacy.mode": "client", "privacy.noise-multiplier": 1.0}
-    assert configured_screening(from_flat(private), simulation=False) is None
+    assert screened(from_flat(private), simulation=False) is None
     with pytest.raises(NotApplicable, match=r"strategy.screening = 'on'"):
-        configured_screening(from_flat({**private, "strategy.screening": "on"}), simulation=False)
+        screened(from_flat({**private, "strategy.screening": "on"}), simulation=False)
     mechanism = ClientDP(clipping_norm=1.0, noise_multiplier=1.0, seed=0)
     with pytest.raises(ConfigError, match="screening"):
         FactorStrategy(make_rule("fedavg"), client_dp=mechanism, screening=Screening())
