@@ -85,10 +85,12 @@ class ClientDP:
 
         Raises:
             ConfigError: the aggregate is no mean.
-            NotApplicable: rounds do not add up.
+            NotApplicable: a robust centre, or rounds do not add up.
         """
         if not rule.facts.client_dp:
             raise ConfigError(f"client_dp: the aggregate of {rule.facts.name} is no mean of what is shipped")
+        if not rule.center.is_mean:
+            raise NotApplicable(f"client_dp: the centre {rule.center.name!r} is no mean, must be 'mean'")
         if self.bands > 1 and (why := never_cancels(rule)):
             raise NotApplicable(f"client_dp: {self.bands} coefficients, but {why}")
 

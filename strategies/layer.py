@@ -123,6 +123,11 @@ class Center:
 
     name: ClassVar[str] = "mean"
 
+    @property
+    def is_mean(self) -> bool:
+        """Whether every update counts, with its weight: a subclass is another middle."""
+        return type(self) is Center
+
     def for_products(self) -> Center | None:
         """The same for a rule whose aggregate is no mean; None where there is no such thing."""
         return None

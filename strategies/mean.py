@@ -50,6 +50,10 @@ class MeanRule(Rule):
                 "each round, accepted are none, fedavgm"
             )
 
+    @property
+    def bare(self) -> bool:
+        return super().bare and self.optimizer.name == "none"
+
     def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
         """The next adapter of LoRA, given the stepped mean; ``memory`` is the optimiser's."""
         return Merged(adapter, memory=memory)

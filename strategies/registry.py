@@ -101,7 +101,7 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
     if center is not None and not issubclass(rule, MeanRule) and (other := center.for_products()):
         return {"center": other, **_composed(rule, None, optimizer)}
     wanted = {
-        "strategy.robust": center.name if center is not None and center.name != "mean" else "",
+        "strategy.robust": center.name if center is not None and not center.is_mean else "",
         "strategy.server-optimizer": optimizer.name if optimizer and optimizer.name != "none" else "",
     }
     if issubclass(rule, MeanRule):

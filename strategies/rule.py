@@ -127,6 +127,11 @@ class Rule:
         return ""
 
     @property
+    def bare(self) -> bool:
+        """Whether nothing is composed with it that makes another function of what is averaged."""
+        return self.center.is_mean
+
+    @property
     def clients_choose(self) -> bool:
         """Whether clients choose which directions of what they trained count, see `Broadcast.choose`."""
         return False

@@ -20,7 +20,6 @@ from fedlora.core.parallel import one_thread
 from fedlora.core.state import ClientUpdate, State
 from fedlora.errors import ConfigError
 from strategies.checks import check_heads
-from strategies.layer import Center
 from strategies.mean import MeanRule
 from strategies.rule import Rule
 
@@ -64,7 +63,7 @@ def aggregate_stream(rule: Rule, state: State, updates: Iterable[ClientUpdate]) 
 
 def streams(rule: Rule) -> bool:
     """Whether a rule's aggregate is a plain weighted mean, tensor by tensor."""
-    return isinstance(rule, MeanRule) and type(rule).middle is MeanRule.middle and rule.center == Center()
+    return isinstance(rule, MeanRule) and type(rule).middle is MeanRule.middle and rule.center.is_mean
 
 
 def _added(mean: ClientUpdate | None, update: ClientUpdate, rule: MeanRule, state: State) -> ClientUpdate:

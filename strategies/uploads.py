@@ -51,7 +51,7 @@ def checked_upload(upload: str, rule: Rule, *, client_dp: bool) -> str:
             f"{key}: tells later what it leaves out now, and under strategy.allocation = "
             f"{rule.allocation.name!r} other directions train then"
         )
-    if rule.center.name != "mean":
+    if not rule.center.is_mean:
         raise NotApplicable(
             f"{key}: strategy.robust = {rule.center.name!r} would cut off what is told late, must be 'none'"
         )

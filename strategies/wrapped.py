@@ -27,7 +27,6 @@ from fedlora import wire
 from fedlora.core.factors import PLAIN
 from fedlora.core.state import State
 from fedlora.errors import ConfigError, FactorShapeError
-from strategies.mean import MeanRule
 from strategies.rule import Rule
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def no_plain_mean(rule: Rule) -> str:
         return "not all that clients train is in the arrays"
     if facts.rotates_basis:
         return "it writes the mean in another basis, which one client may move by more than its share"
-    if isinstance(rule, MeanRule) and (rule.center.name, rule.optimizer.name) != ("mean", "none"):
+    if not rule.bare:
         return "a robust centre or a server optimiser is no plain mean"
     return ""
 

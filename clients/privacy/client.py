@@ -92,7 +92,7 @@ class ClientPrivacy(PrivacyMechanism):
                 f"{mode}: the aggregate of {name} is no mean of what is shipped, so that noise on a sum does "
                 f"not cover it (able: {able})"
             )
-        if config.strategy.robust != "none":
+        if not rule.center.is_mean:
             robust = config.strategy.robust
             raise NotApplicable(f"{mode}: strategy.robust = {robust!r} is no mean, must be 'none'")
         if config.strategy.max_update_norm:

@@ -12,7 +12,6 @@ from fedlora.core.adapters import Adapters, tensor_names
 from fedlora.core.factors import LoraFactors
 from fedlora.errors import NotApplicable
 from fedlora.models import AdaptedModel
-from strategies.mean import MeanRule
 from strategies.rule import Rule
 
 
@@ -46,12 +45,10 @@ def mean_is_exact(rule: Rule, model: AdaptedModel, adapters: Adapters) -> bool:
         model: with the adapter inside; it stays as it is.
         adapters: what a round starts from.
     """
-    if isinstance(next(iter(adapters.values())), LoraFactors):
-        return rule.facts.exact
-    if not rule.facts.global_adapter:
-        return rule.facts.exact
-    if isinstance(rule, MeanRule) and (rule.center.name, rule.optimizer.name) != ("mean", "none"):
+    if not rule.bare:
         return False
+    if isinstance(next(iter(adapters.values())), LoraFactors) or not rule.facts.global_adapter:
+        return rule.facts.exact
     sizes = {name: spec.out_features * spec.in_features for name, spec in model.modules.items()}
     smallest: dict[frozenset[str], str] = {}  # one layer of each set of names
     for name in sorted(sizes, key=lambda module: (sizes[module], module)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,11 @@ import strategies
 from fedlora.errors import ConfigError
 from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, RoLoRA
 from strategies.flower import FactorStrategy
-from strategies.robust import Median
+from strategies.layer import Layer, Merged, mean_a, mean_b
+from strategies.registry import make_rule
+from strategies.robust import Median, MultiKrum
+from strategies.rule import Rule
+from strategies.rules.fedavg import FedAvgRule
 from strategies.server_optimizer import ServerOptimizer
 from tests.federation.fake_grid import FakeGrid
 from tests.federation.small import initial_arrays
@@ -118,10 +123,23 @@ def test_fedavg_ends_where_flowers_fedavg_ends(
     assert same(ours, theirs)
 
 
+class OwnMean(Rule):
+    """A rule of a user's own that averages by itself, like that of docs/strategy.md."""
+
+    facts = replace(FedAvgRule.facts, name="own-mean")
+
+    def merge(self, layer: Layer) -> Merged:
+        return Merged(replace(layer.start, A=mean_a(layer), B=mean_b(layer)))
+
+
 REFUSED: dict[str, tuple[FactorStrategy, str]] = {
     "no mean": (FLoRA(), "FLoRA: its aggregate is no mean"),
     "turned": (FedSVD(), "FedSVD: it writes the mean in another basis"),
     "robust": (FedAvg(center=Median()), "a robust centre or a server optimiser"),
+    "robust rule of one's own": (
+        FactorStrategy(make_rule(OwnMean, center=MultiKrum())),
+        "a robust centre or a server optimiser",
+    ),
     "optimiser": (FedAvg(optimizer=ServerOptimizer(name="fedavgm")), "a robust centre or a server optimiser"),
     "another start": (FFALoRA(init_a="orthonormal"), "leave out init_a"),
     "half": (FedAvg(wire_dtype="float16"), "leave out init_a, wire_dtype"),
@@ -165,3 +183,8 @@ def test_arrays_that_another_loop_changed_are_taken_or_refused() -> None:
             continue
         with pytest.raises(ConfigError, match="FLoRA: the arrays were changed between rounds"):
             strategy.configure_train(2, changed, ConfigRecord(), grid)
+
+
+def test_a_rule_of_ones_own_that_is_bare_is_taken() -> None:
+    for wrapper, settings, _ in WRAPPERS:
+        wrapper(FactorStrategy(make_rule(OwnMean)), **settings)

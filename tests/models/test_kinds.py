@@ -24,7 +24,9 @@ from fedlora.models.export import save_loaded
 from fedlora.server.checkpoint import read_checkpoint, write_checkpoint
 from fedlora.server.exactness import check_parts, mean_is_exact, rounds
 from strategies.registry import RULES, make_rule
+from strategies.robust import make_center
 from strategies.rule import Rule
+from strategies.server_optimizer import ServerOptimizer
 from tests.clients.samples import PAD
 from tests.models.kinds import config_of, model_with, moved, names_of, start_of
 from tests.models.samples import adapted, logits, token_batch
@@ -227,6 +229,14 @@ def test_the_table_of_the_documentation_says_what_is_measured(method: str) -> No
             assert cell == "-"
         else:
             assert cell == ("yes" if mean_is_exact(rule, model, adapters) else "no"), (name, method)
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_no_mean_is_exact_beside_a_robust_centre_or_a_server_optimiser(method: str) -> None:
+    model = model_with(method)
+    for name in ("ffa", "rolora"):
+        for beside in ({"center": make_center("multi-krum")}, {"optimizer": ServerOptimizer(name="fedavgm")}):
+            assert not mean_is_exact(make_rule(name, **beside), model, start_of(model))
 
 
 @pytest.mark.parametrize("start", ["bat", "mini"])

@@ -15,12 +15,13 @@ from fedlora.core.adapters import as_lora
 from fedlora.core.directions import most_changed
 from fedlora.core.factors import LoraFactors
 from fedlora.core.state import ClientSpec, ClientUpdate, ModuleSpec, State
-from fedlora.errors import ConfigError
+from fedlora.errors import ConfigError, NotApplicable
 from fedlora.server.validate import check
 from strategies.allocation import make_allocation
 from strategies.client_dp import ClientDP
 from strategies.flower import FactorStrategy
 from strategies.registry import RULES, make_rule
+from strategies.robust import ROBUST, make_center
 from strategies.rule import Rule
 from tests.strategies.federations import Federation, numpy
 
@@ -252,10 +253,18 @@ def test_rules_that_are_no_mean_refuse_it_with_the_reason(name: str) -> None:
         FactorStrategy(make_rule(name), client_dp=SILENT)
 
 
+@pytest.mark.parametrize("robust", [name for name in ROBUST if name != "none"])
+@pytest.mark.parametrize("name", MEANS)
+def test_a_robust_centre_is_refused_by_the_run_and_by_the_strategy(name: str, robust: str) -> None:
+    with pytest.raises(NotApplicable, match=f"strategy.robust = {robust!r} is no mean"):
+        check(config(strategy=StrategyConfig(name=name, robust=robust)))
+    with pytest.raises(NotApplicable, match=f"client_dp: the centre {robust!r} is no mean"):
+        FactorStrategy(make_rule(name, center=make_center(robust)), client_dp=SILENT)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"strategy": StrategyConfig(robust="median")}, "strategy.robust = 'median' is no mean"),
         ({"strategy": StrategyConfig(max_update_norm=0.1)}, "strategy.max-update-norm = 0.1 tells who is"),
         ({"model": ModelConfig(head="local")}, "model.head = 'local'"),
         (
