@@ -42,7 +42,9 @@ from fedlora.core.seeding import torch_stream
 from fedlora.core.state import Broadcast, ClientUpdate
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.privacy.entropy import on_grid, system_normal
+from strategies.mean import MeanRule
 from strategies.rule import Rule
+from strategies.server_optimizer import LINEAR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -190,9 +192,11 @@ def never_cancels(rule: Rule) -> str:
         return f"{name} ships other tensors by turns, so that noise does not cancel"
     if rule.allocation.name != "all":
         return f"strategy.allocation = {rule.allocation.name!r}: what rests takes back no noise"
-    optimizer = getattr(rule, "optimizer", None)
-    if optimizer is not None and optimizer.name == "fedadam":
-        return "strategy.server-optimizer = 'fedadam' divides by the noise, must be none or fedavgm"
+    if isinstance(rule, MeanRule) and rule.optimizer.by_coordinate:
+        return (
+            f"strategy.server-optimizer = {rule.optimizer.name!r} divides by the noise, must be "
+            f"{' or '.join(LINEAR)}"
+        )
     return ""
 
 

@@ -19,7 +19,7 @@ from fedlora.errors import ConfigError, NotApplicable
 from strategies.checks import check_heads
 from strategies.layer import Layer, Merged
 from strategies.rule import Rule
-from strategies.server_optimizer import ServerOptimizer
+from strategies.server_optimizer import LINEAR, ServerOptimizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,8 @@ class MeanRule(Rule):
         optimizer: how the server moves there.
 
     Raises:
-        ConfigError: fedadam under a rule that turns the basis: a second moment per coordinate has no
-            meaning in another basis.
+        ConfigError: a step by coordinate under a rule that turns the basis: a second moment per coordinate
+            has no meaning in another basis.
         NotApplicable: a server optimiser where directions rest.
     """
 
@@ -39,20 +39,20 @@ class MeanRule(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.optimizer.name != "none" and self.allocation.parts:
+        if not self.optimizer.plain and self.allocation.parts:
             raise NotApplicable(
                 f"strategy.allocation = {self.allocation.name!r}: strategy.server-optimizer = "
                 f"{self.optimizer.name!r} has a momentum for each number, and others train in each round"
             )
-        if self.facts.rotates_basis and self.optimizer.name == "fedadam":
+        if self.facts.rotates_basis and self.optimizer.by_coordinate:
             raise ConfigError(
-                f"strategy.server-optimizer = 'fedadam': {self.facts.name} turns the basis of the factors "
-                "each round, accepted are none, fedavgm"
+                f"strategy.server-optimizer = {self.optimizer.name!r}: {self.facts.name} turns the basis of "
+                f"the factors each round, accepted are {', '.join(LINEAR)}"
             )
 
     @property
     def bare(self) -> bool:
-        return super().bare and self.optimizer.name == "none"
+        return super().bare and self.optimizer.plain
 
     def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
         """The next adapter of LoRA, given the stepped mean; ``memory`` is the optimiser's."""

@@ -102,7 +102,7 @@ def _composed(rule: type[Rule], center: Center | None, optimizer: ServerOptimize
         return {"center": other, **_composed(rule, None, optimizer)}
     wanted = {
         "strategy.robust": center.name if center is not None and not center.is_mean else "",
-        "strategy.server-optimizer": optimizer.name if optimizer and optimizer.name != "none" else "",
+        "strategy.server-optimizer": optimizer.name if optimizer and not optimizer.plain else "",
     }
     if issubclass(rule, MeanRule):
         given = {"center": center, "optimizer": optimizer}

@@ -63,11 +63,26 @@ class ServerOptimizer:
                     f"strategy.server-{key.replace('_', '-')} = {getattr(self, key)}: must be > 0"
                 )
 
+    @property
+    def plain(self) -> bool:
+        """Whether it goes to the mean itself, and remembers nothing."""
+        return self.name == "none"
+
+    @property
+    def by_coordinate(self) -> bool:
+        """Whether each number is divided by a size of its own, so that a step is not linear in the mean."""
+        return self.name == "fedadam"
+
+    @property
+    def momentum(self) -> float:
+        """Share of a step that goes on in the next one."""
+        return 0.0 if self.plain else self.beta_1
+
     def step(
         self, tensor: str, before: Tensor, center: Tensor, memory: Mapping[str, Tensor]
     ) -> tuple[Tensor, Tensors]:
         """The tensor after the round, and what has to be remembered of it."""
-        if self.name == "none":
+        if self.plain:
             return center, {}
         change = center - before
         first = memory.get(f"{FIRST}/{tensor}", torch.zeros_like(change))
@@ -79,3 +94,7 @@ class ServerOptimizer:
         second = self.beta_2 * second + (1 - self.beta_2) * change.square()
         after = before + self.learning_rate * first / (second.sqrt() + self.tau)
         return after, {f"{FIRST}/{tensor}": first, f"{SECOND}/{tensor}": second}
+
+
+LINEAR = tuple(name for name in SERVER_OPTIMIZERS if not ServerOptimizer(name=name).by_coordinate)
+"""Those whose step is linear in the mean, so that it means the same in any basis."""

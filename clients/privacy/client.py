@@ -21,6 +21,7 @@ from strategies.adaptive_dp import AdaptiveClientDP
 from strategies.client_dp import ClientDP, never_cancels
 from strategies.registry import RULES
 from strategies.rule import Rule
+from strategies.server_optimizer import ServerOptimizer
 
 if TYPE_CHECKING:
     from fedlora.prepared.cache import Prepared
@@ -80,8 +81,8 @@ class ClientPrivacy(PrivacyMechanism):
     def coefficients(self) -> tuple[float, ...]:
         """How rounds of noise are correlated, for the server's momentum."""
         strategy = self.config.strategy
-        momentum = strategy.server_beta_1 if strategy.server_optimizer == "fedavgm" else 0.0
-        return square_root(self.config.privacy.noise_bands, momentum)
+        optimizer = ServerOptimizer(name=strategy.server_optimizer, beta_1=strategy.server_beta_1)
+        return square_root(self.config.privacy.noise_bands, optimizer.momentum)
 
     def check(self, rule: Rule, kept: str) -> None:
         """Refuse what noise on a mean does not cover: no mean, a robust centre, or unequal scalings."""

@@ -15,7 +15,7 @@ from fedlora.errors import ConfigError, RunFailed
 from strategies.registry import RULES, make_rule
 from strategies.robust import MultiKrum, make_center
 from strategies.rule import Rule
-from strategies.server_optimizer import ServerOptimizer
+from strategies.server_optimizer import LINEAR, SERVER_OPTIMIZERS, ServerOptimizer
 from tests.strategies.federations import (
     Federation,
     assert_same_bits,
@@ -212,3 +212,18 @@ def test_impossible_settings_are_refused(wrong: dict[str, object], named: str) -
     ]:
         with pytest.raises(ConfigError, match=line):
             make_center(robust, **options)
+
+
+def test_an_optimiser_says_itself_what_its_step_is() -> None:
+    """Linear in the mean where it says so, with a share of the last step in the next, and only then."""
+    before, mean = torch.ones(3), torch.tensor([2.0, 0.5, 1.0])
+    for name in SERVER_OPTIMIZERS:
+        optimizer = ServerOptimizer(name=name, beta_1=0.6)
+        once, memory = optimizer.step("A", before, mean, {})
+        twice, _ = optimizer.step("A", before, 2 * mean - before, {})
+        linear = torch.allclose(twice - before, 2 * (once - before))
+        assert linear == (not optimizer.by_coordinate) == (name in LINEAR)
+        after, _ = optimizer.step("A", once, once, memory)
+        assert torch.equal(after, once) == (optimizer.momentum == 0.0)
+        assert optimizer.plain == (not memory)
+        assert optimizer.momentum == (0.0 if optimizer.plain else 0.6)
