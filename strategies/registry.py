@@ -143,7 +143,7 @@ def deviations_table() -> str:
 
 
 def markdown_table() -> str:
-    """The README's table of strategies."""
+    """The table of ``docs/strategies.md``."""
     lines = [
         "| name | method | exact | any kind | mixed ranks | base moves | up | down | paper |",
         "|---|---|---|---|---|---|---|---|---|",

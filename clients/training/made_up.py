@@ -22,7 +22,7 @@ from fedlora.models import AdaptedModel
 EXAMPLES, WHOSE = np.arange(4), np.array([0, 0, 1, 2], dtype=np.int32)
 """The made-up examples, and to which unit each belongs where units are private."""
 Named = dict[str, nn.Parameter]
-"""The trained tensors, as in `fedlora.models.Trainable`."""
+"""The trained tensors, as in `fedlora.core.state.Trainable`."""
 
 
 def one_by_one(model: AdaptedModel, named: Named, examples: Examples, pad_token_id: int) -> list[Tensor]:

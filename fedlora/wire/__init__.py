@@ -11,7 +11,7 @@ A training message holds, under Flower's usual names,
 
 A reply holds ``arrays``, ``metrics`` (``num-examples``, ...) and ``config`` with its ``status``; the arrays
 as floats, or written by the codec that the instruction names, see `fedlora.wire.upload`.
-Nothing here unpickles: arrays are NumPy's own format with pickling refused.
+Nothing here unpickles: arrays are NumPy's own format with pickling refused, or safetensors.
 """
 
 from fedlora.core.peft_keys import PREFIX, PeftTensors, from_peft, key_of, to_peft

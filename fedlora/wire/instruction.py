@@ -57,7 +57,7 @@ class TrainInstruction:
         arrays: what travelled, in PEFT's spelling.
         parts: digest -> named tensors of a base patch that travelled.
         needs: everything the client must hold.
-        config: the plain settings (rank, scaling, trains, ...).
+        config: the plain settings (``rank``, ``scaling``, ``trained``, ...).
         packed: its tensors travelled in one array, and so may those of the reply.
         named: the name of the record that holds the arrays.
     """

@@ -43,7 +43,7 @@ def check_settings(config: Mapping[str, Any]) -> None:
         "rank": isinstance(config.get("rank"), int) and 1 <= config["rank"] <= LARGEST,
         "scaling": _is_number(config.get("scaling")),
         "tensors": config.get("tensors", "") == "" or _are_tensors(config["tensors"]),
-        "trains, ships": all(_are_among(config, config.get(name)) for name in ("trained", "uploaded")),
+        "trained, uploaded": all(_are_among(config, config.get(name)) for name in ("trained", "uploaded")),
         "modules": _are_names(config.get("modules")),
         "tail-weight, tail-start": _is_number(config.get("tail-weight", 0.0))
         and isinstance(config.get("tail-start", 0), int)

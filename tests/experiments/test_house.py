@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
+
 import pytest
 
-from experiments.house import PAGE, ROOT, floors, needed, picture, rooms
+from experiments.house import PAGE, ROOT, floors, needed, picture, room_of, rooms
 from experiments.marked import remade
 
 
@@ -24,6 +26,12 @@ def test_few_files_lie_outside_of_rooms() -> None:
 def test_every_room_is_explained_on_the_page() -> None:
     text = PAGE.read_text()
     assert [room for room in rooms() if f"| `{room}" not in text] == []
+
+
+def test_the_contract_of_imports_knows_every_room() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    held = {room_of(name.strip()) for layer in contracts[0]["layers"] for name in layer.split("|")}
+    assert held == set(rooms())
 
 
 def test_a_circle_is_named() -> None:

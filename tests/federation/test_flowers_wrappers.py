@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,18 +23,21 @@ from flwr.serverapp.strategy import FedAvg as FlowersFedAvg
 
 import strategies
 from fedlora.errors import ConfigError
-from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, RoLoRA
+from strategies import FedAvg, FedSVD, FFALoRA, FLoRA, HeadOnly, LoRAA2, RoLoRA, Turns, ZeroPadding
 from strategies.flower import FactorStrategy
 from strategies.layer import Layer, Merged, mean_a, mean_b
+from strategies.named import NAMED as NAMED_STRATEGIES
 from strategies.registry import make_rule
 from strategies.robust import Median, MultiKrum
 from strategies.rule import Rule
 from strategies.rules.fedavg import FedAvgRule
 from strategies.server_optimizer import ServerOptimizer
+from tests.docs_commands import ROOT
 from tests.federation.fake_grid import FakeGrid
 from tests.federation.small import initial_arrays
 from tests.federation.test_strategy import NAMED
 
+FLAT = " ".join((ROOT / "docs" / "flower.md").read_text().split())
 CLIENTS = 3
 FIXED = {"noise_multiplier": 1.0, "clipping_norm": 0.5, "num_sampled_clients": CLIENTS}
 ADAPTIVE = {"noise_multiplier": 0.2, "num_sampled_clients": CLIENTS}
@@ -88,9 +94,11 @@ def same(one: ArrayRecord, other: ArrayRecord) -> bool:
 
 
 @each_wrapper
-@pytest.mark.parametrize("named", [FedAvg, FFALoRA, RoLoRA, HeadOnly])
+@pytest.mark.parametrize(
+    "named", [FedAvg, FFALoRA, RoLoRA, HeadOnly, Turns, ZeroPadding, partial(LoRAA2, upload="float32")]
+)
 def test_the_next_order_holds_the_noise(
-    named: type[FactorStrategy], wrapper: Wrapper, settings: dict[str, float], mod: Any
+    named: Callable[..., FactorStrategy], wrapper: Wrapper, settings: dict[str, float], mod: Any
 ) -> None:
     """Clients train on, and evaluate, the very arrays that the wrapper made of the aggregate."""
     released: list[ArrayRecord] = []
@@ -188,3 +196,27 @@ def test_arrays_that_another_loop_changed_are_taken_or_refused() -> None:
 def test_a_rule_of_ones_own_that_is_bare_is_taken() -> None:
     for wrapper, settings, _ in WRAPPERS:
         wrapper(FactorStrategy(make_rule(OwnMean)), **settings)
+
+
+def taken(**options: Any) -> set[str]:
+    """Public strategies that a wrapper is built around."""
+    found = set[str]()
+    for name, kind in NAMED_STRATEGIES.items():
+        with suppress(ConfigError):
+            DifferentialPrivacyServerSideFixedClipping(kind(**options), **FIXED)
+            found.add(name)
+    return found
+
+
+def test_the_page_lists_the_strategies_that_wrappers_take() -> None:
+    plain, odd = re.search(r"work around (`FedAvg`.*?), and around (.*?): the next", FLAT, re.S).groups()  # type: ignore[union-attr]
+    assert set(re.findall(r"`(\w+)`", plain)) == taken()
+    name, upload = re.fullmatch(r"`(\w+)` with `upload=\"(\w+)\"`", odd).groups()  # type: ignore[union-attr]
+    assert {name} == taken(upload=upload) - taken()
+
+
+def test_the_page_lists_the_strategies_that_add_patches() -> None:
+    (listed,) = re.findall(r"What is different is the base\. (.*?) add a \*patch\*", FLAT)
+    titles = {rule.facts.title for rule in strategies.RULES.values() if rule.facts.updates_base}
+    said = {re.sub(r"^renewed (.*)", r"\1, renewed", name) for name in re.split(r", | and ", listed)}
+    assert said == titles

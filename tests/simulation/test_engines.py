@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from fedlora.config import RunConfig, from_flat
+from fedlora.config import EngineConfig, RunConfig, from_flat
 from fedlora.errors import ConfigError
 from fedlora.server.callbacks import Tell
 from fedlora.server.directory import RunDirectory
@@ -58,6 +58,10 @@ def test_a_run_is_the_same_on_every_engine(name: str, engine: tuple[str, Engine]
     assert all(not record["refused"] for record in records)
     found = adapter(path), records
     assert found == REFERENCE.setdefault(name, found)
+
+
+def test_the_names_of_engines_are_those_that_a_configuration_takes() -> None:
+    assert set(get_args(get_type_hints(EngineConfig)["name"])) == set(ENGINES)
 
 
 class Stop(Exception):

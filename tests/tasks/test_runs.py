@@ -17,6 +17,8 @@ from fedlora.server.directory import RunDirectory
 from fedlora.study.analyse.summary import summarise
 from fedlora.study.report.findings import find
 from fedlora.study.report.report import render
+from fedlora.tasks.task import NO_INPUTS, Task
+from tests.docs_commands import ROOT
 from tests.study.made_up import result
 from tests.tasks.test_language import jsonl, lm_config
 
@@ -117,3 +119,10 @@ def test_a_report_of_language_models() -> None:
     assert "a night" in page
     table = page[page.index(">Perplexity<") :]
     assert '<td class="number" data-value="90.0">90</td>' in table[table.index("the model before training") :]
+
+
+def test_the_page_names_all_that_a_task_has() -> None:
+    page = (ROOT / "docs" / "tasks.md").read_text().partition("\n## Adding a task\n")[2]
+    has = {name for name in {*vars(Task), *Task.__annotations__} if not name.startswith("_")}
+    assert len(has) > 12
+    assert {name for name in {*has, *NO_INPUTS} - {"name"} if f"`{name}`" not in page} == set()

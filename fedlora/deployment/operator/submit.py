@@ -34,7 +34,7 @@ ANSWER_SECONDS = 60.0
 """How long a SuperLink may take to start again after it died."""
 
 Progress = Callable[[dict[str, Any]], None]
-"""Told about each round, see `fedlora.server.federated_run.Progress`."""
+"""Told about each round: its record, see `fedlora.server.records`."""
 
 
 def submit(
