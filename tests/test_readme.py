@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
 
+from clients.privacy import MECHANISMS
 from experiments.readme import PAGES, STUB, main, with_tables
 from fedlora.cli import cli
+from fedlora.config import PrivacyConfig
 from strategies.named import stub
 from strategies.registry import deviations, markdown_table
 from tests.docs_commands import PAGES as PAGES_SHOWN
@@ -96,3 +99,21 @@ def test_the_two_commands_are_targets_of_the_makefile() -> None:
 def test_every_file_named_in_a_command_exists() -> None:
     for path in re.findall(r"experiments/[\w.-]+\.toml", README):
         assert (ROOT / path).exists(), path
+
+
+def test_where_a_new_one_goes_is_there() -> None:
+    """Each file and folder of the table is there, and each name is in a file of its row."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where a new one goes\n")[2]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 6
+    for row in rows:
+        words = re.findall(r"`([^`]+)`", row)
+        paths = [ROOT / word for word in words if "/" in word]
+        assert [path for path in paths if not path.exists()] == []
+        files = [file for path in paths for file in ([path] if path.is_file() else path.glob("*.py"))]
+        texts = " ".join(file.read_text() for file in files)
+        assert [w for w in words if "/" not in w and w.rpartition(".")[2] not in texts] == []
+
+
+def test_the_modes_of_a_configuration_are_the_mechanisms_that_there_are() -> None:
+    assert set(get_args(get_type_hints(PrivacyConfig)["mode"])) == set(MECHANISMS)
