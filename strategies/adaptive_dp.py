@@ -59,6 +59,11 @@ class AdaptiveClientDP:
     """Its noise is independent from round to round."""
     bands = 1
 
+    @property
+    def seeded(self) -> bool:
+        """See `ClientDP.seeded`."""
+        return self._first.seeded
+
     def check(self, rule: Rule) -> None:
         """See `ClientDP.check`."""
         self._first.check(rule)

@@ -78,6 +78,11 @@ class ClientDP:
             raise ConfigError(f"coefficients: their length is {length:g}, must be 1, and the first one > 0")
 
     @property
+    def seeded(self) -> bool:
+        """Whether a round that is done again has the same noise."""
+        return self.seed is not None
+
+    @property
     def bands(self) -> int:
         """Rounds b in which a client may take part once."""
         return len(self.coefficients)

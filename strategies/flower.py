@@ -35,7 +35,7 @@ from strategies.rule import Rule
 from strategies.sampling import Selection
 from strategies.screening import Screening, aggregate_screened
 from strategies.transport import Transport
-from strategies.uploads import checked_upload
+from strategies.uploads import checked_upload, codec_of
 from strategies.wrapped import watch_flowers_wrappers
 
 
@@ -145,7 +145,7 @@ class FactorStrategy(Rounds):
         self.keep_ranks = keep_ranks and not rule.allocation.parts
         self.transport = Transport(
             rule.init_a, wire_dtype, seed=seed, packed=packed,
-            upload=checked_upload(upload or rule.upload or wire_dtype, rule, client_dp=client_dp is not None),
+            upload=checked_upload(codec_of(upload, rule, wire_dtype), rule, client_dp=client_dp is not None),
             arrayrecord_key=arrayrecord_key, configrecord_key=configrecord_key,
         )  # fmt: skip
         self._dtype: torch.dtype = getattr(torch, wire_dtype)

@@ -36,6 +36,8 @@ from strategies.wrapped import no_plain_mean, with_arrays
 
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 """Flower's: the round and the global arrays."""
+BeforePublishing = Callable[[int, Mapping[int, int]], None]
+"""The round, and how often each partition was asked by then."""
 
 
 class Rounds(Strategy):
@@ -50,6 +52,8 @@ class Rounds(Strategy):
         selection: who takes part.
         transport: of this round's instructions.
         client_dp: client-level privacy, with the noise that later rounds take back; None without it.
+        before_publishing: called before a round's new state leaves the strategy, where nobody can draw its
+            client-level noise again: whoever goes on from a `snapshot` of before it makes another release.
         report: of this round.
         diagnostics: whether aggregations are measured.
     """
@@ -63,6 +67,7 @@ class Rounds(Strategy):
     transport: Transport
     report: RoundReport
     client_dp: ClientDP | AdaptiveClientDP | None = None
+    before_publishing: BeforePublishing | None = None
     diagnostics: bool = True
     _dtype: torch.dtype
     _released: ArrayRecord | None = None
@@ -129,7 +134,10 @@ class Rounds(Strategy):
             self.report.clipping_norm = self.client_dp.adapted_norm
             updates = self.client_dp.privatise(updates, starts, len(starts), self.report.server_round)
         state, measured = self.rule.aggregate(self.state, updates, diagnostics=self.diagnostics)
-        return rounded_state(state, self._dtype), measured
+        state = rounded_state(state, self._dtype)
+        if self.before_publishing is not None and self.client_dp is not None and not self.client_dp.seeded:
+            self.before_publishing(self.report.server_round, self.selection.participations)
+        return state, measured
 
     def arrays(self) -> ArrayRecord:
         """The whole global model over the pristine base: adapter and head under PEFT's keys.

@@ -132,11 +132,6 @@ class Rule:
         return self.center.is_mean
 
     @property
-    def clients_choose(self) -> bool:
-        """Whether clients choose which directions of what they trained count, see `Broadcast.choose`."""
-        return False
-
-    @property
     def coordinates_stay(self) -> bool:
         """A number that a client ships means later what it means in this round, and counts in a mean."""
         return self.facts.mean and not self.facts.rotates_basis

@@ -78,6 +78,17 @@ class ClientPrivacy(PrivacyMechanism):
         )
 
     @property
+    def max_participations(self) -> int:
+        """As configured, and no more than a target's noise was made for, where rounds may be done again.
+
+        Correlated noise sees to that itself: a client takes part once in so many rounds, each of which is
+        done once.
+        """
+        privacy = self.config.privacy
+        given = privacy.noise_multiplier > 0 or privacy.noise_bands > 1
+        return privacy.max_participations if given else self.most_rounds
+
+    @property
     def coefficients(self) -> tuple[float, ...]:
         """How rounds of noise are correlated, for the server's momentum."""
         strategy = self.config.strategy

@@ -5,6 +5,7 @@
     before.json       the pretrained model on the whole test set, where it needs no trained head
     samples.json      what a language model writes, before round 1, after some rounds and after the last
     rounds.jsonl      one JSON object a round
+    published.jsonl   what left a server under client-level noise that nobody can draw again; never set back
     result.json       the last round and the evaluation on the whole test set
     checkpoint/       everything needed to resume with the same bits
     best/             the same after the best round, where that is kept
@@ -42,7 +43,17 @@ from fedlora.errors import ConfigError
 from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
 from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import PROVENANCE, check_schema, provenance, read_provenance
-from fedlora.server.results import CONFIG, RESULT, ROUNDS, SAMPLES, read_rounds, read_samples
+from fedlora.server.published import drop_half_line
+from fedlora.server.results import (
+    CONFIG,
+    PUBLISHED,
+    RESULT,
+    ROUNDS,
+    SAMPLES,
+    read_lines,
+    read_rounds,
+    read_samples,
+)
 
 FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "license", "generate-every", "early-stopping-", *NO_EFFECT)
 """Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
@@ -57,6 +68,8 @@ ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flow
 """What a run that stopped before its first round may leave."""
 BESIDE = (PROVENANCE, BEFORE, SAMPLES)
 """What is made before round 1 and cannot be made again after it: a checkpoint names those that there are."""
+GROWING = {"lines": ROUNDS, "published": PUBLISHED}
+"""Files to which lines are added; a checkpoint counts their bytes and has the digest of these."""
 NAME_OF_RUN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SPOILED = "spoiled.txt"
 """Why the rounds that were done cannot be relied on; there only if so."""
@@ -184,12 +197,16 @@ class RunDirectory:
         return read_rounds(self.path)
 
     def keep_rounds(self, last: int) -> None:
-        """Drop lines after round ``last``, of rounds that were not checkpointed, and what stands twice."""
+        """Drop lines after round ``last``, of rounds that were not checkpointed, and what stands twice.
+
+        What was published stays, less a line that was not written to its end.
+        """
         kept: dict[int, str] = {}
         for record in self.rounds():
             if record["round"] <= last:
                 kept.setdefault(record["round"], json.dumps(record) + "\n")
         write_atomic(self.path / ROUNDS, "".join(kept.values()))
+        drop_half_line(self.path)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Replace ``result.json``, which vouches for the configuration, ``rounds.jsonl`` and samples."""
@@ -200,18 +217,15 @@ class RunDirectory:
     # --- checkpoint ------------------------------------------------------------------------------------
 
     def save_checkpoint(self, checkpoint: ServerState, keep: int = 1) -> None:
-        """Write the checkpoint, which vouches for the lines of ``rounds.jsonl`` and the run's key.
+        """Write the checkpoint, which vouches for the lines of `GROWING` files and the run's key.
 
         It names the files that a run which goes on cannot make again. ``keep`` checkpoints stay, see
         `write_checkpoint`.
         """
-        lines = self.path / ROUNDS
-        written = lines.read_bytes() if lines.exists() else b""
-        beside: dict[str, Any] = {
-            "lines": len(written),
-            "lines-sha256": hashlib.sha256(written).hexdigest(),
-            "files": [name for name in BESIDE if (self.path / name).exists()],
-        }
+        beside: dict[str, Any] = {"files": [name for name in BESIDE if (self.path / name).exists()]}
+        for key, name in GROWING.items():
+            if written := _bytes(self.path / name):
+                beside |= {key: len(written), f"{key}-sha256": hashlib.sha256(written).hexdigest()}
         if (self.path / RUN_KEY).exists():
             beside["run-key"] = _text(self.path / RUN_KEY)
         write_checkpoint(self.path / CHECKPOINT, checkpoint, beside, keep)
@@ -241,15 +255,20 @@ class RunDirectory:
         return found
 
     def _check_lines(self, beside: Mapping[str, Any]) -> None:
-        """Refuse a ``rounds.jsonl`` that lost or changed a line which the checkpoint counts."""
-        lines = self.path / ROUNDS
-        written = lines.read_bytes() if lines.exists() else b""
-        counted = written[: beside.get("lines", 0)]
-        if "lines-sha256" in beside and hashlib.sha256(counted).hexdigest() != beside["lines-sha256"]:
-            self.rounds()  # names a line that cannot be read
+        """Refuse a file that lost or changed a line which the checkpoint counts."""
+        for key, name in GROWING.items():
+            lines, expected = self.path / name, beside.get(f"{key}-sha256")
+            if expected is None or hashlib.sha256(_bytes(lines)[: beside[key]]).hexdigest() == expected:
+                continue
+            read_lines(lines)  # names a line that cannot be read
             raise ConfigError(
                 f"{lines}: is damaged, a line is missing or changed; put it back, or begin anew elsewhere"
             )
+
+
+def _bytes(file: Path) -> bytes:
+    """What is in a file; nothing where there is none."""
+    return file.read_bytes() if file.exists() else b""
 
 
 def _text(file: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from flwr.app import ConfigRecord
@@ -18,6 +19,7 @@ from fedlora.server.build import assemble
 from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, KeepBest, Record, Track
 from fedlora.server.directory import RunDirectory
 from fedlora.server.inputs import inputs_digest
+from fedlora.server.published import append_release, counted, read_participations
 from fedlora.server.session import Session
 from fedlora.server.validate import check, check_time, kept
 
@@ -67,13 +69,15 @@ class FederatedRun:
         trained = rule.trained_names(adapters.values(), 1)
         rehearse(self.runtime, self.config, adapters, self.state.head, trained)
         checkpoint = directory.load_checkpoint()
+        published = read_participations(directory.path)
+        participations = counted(self.config, checkpoint, published, directory.rounds())
         if session.stores is not None:
             heads = {} if checkpoint is None else checkpoint.ledger_heads
             privacy.check_ledgers(self.runtime.data, self.partitions, session.stores, heads)
         inputs = inputs_digest(self.config, self.runtime) if session.nodes is None else None
         directory.open(self.config, inputs, continues=checkpoint is not None)
         self.run_key = directory.run_key()
-        self._restore(checkpoint)
+        self._restore(checkpoint, participations)
 
     @property
     def state(self) -> State:
@@ -152,9 +156,11 @@ class FederatedRun:
         """Whether no further round is to be done, for want of better ones."""
         return self.config.early_stopping_patience > 0 and has_ended(self.config, self.directory.rounds())
 
-    def _restore(self, checkpoint: ServerState | None) -> None:
+    def _restore(self, checkpoint: ServerState | None, participations: dict[int, int]) -> None:
         if checkpoint is not None:
             self.strategy.restore(checkpoint)
+        self.strategy.selection.participations = participations
+        self.strategy.before_publishing = partial(append_release, self.directory.path)
         self.directory.keep_rounds(self.state.round)
 
     def _verify(self) -> None:

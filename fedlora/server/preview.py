@@ -26,6 +26,7 @@ from fedlora.server.validate import check
 from strategies.rule import Rule
 from strategies.sampling import clients_of_round
 from strategies.sums import rows_of
+from strategies.uploads import codec_of
 
 Line = tuple[str, str]
 MOST_NAMED = 8
@@ -85,7 +86,7 @@ class Preview:
         """Bytes up and bytes down of the first clients, at most `MOST_NAMED`, in their first round."""
         clients = sorted(self.partitions or ())
         rule, secure, ups, downs = self.rule, self.config.secure, [], []
-        upload = self.config.upload or rule.upload or self.config.wire_dtype
+        upload = codec_of(self.config.upload, rule, self.config.wire_dtype)
         specs = [
             client_spec(self.config, self.runtime, partition) for partition in clients[: self.in_a_round]
         ]

@@ -13,6 +13,8 @@ RESULT = "result.json"
 """Written last: a run without it is not finished."""
 CONFIG = "config.toml"
 ROUNDS = "rounds.jsonl"
+PUBLISHED = "published.jsonl"
+"""What was published under noise of the system, see `fedlora.server.published`."""
 SAMPLES = "samples.json"
 
 
@@ -37,8 +39,16 @@ def read_rounds(path: Path) -> list[dict[str, Any]]:
     Raises:
         ConfigError: another line is no JSON object.
     """
+    return read_lines(path / ROUNDS)
+
+
+def read_lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON objects in a file, one a line; a half-written last line is left out, none without the file.
+
+    Raises:
+        ConfigError: another line is no JSON object.
+    """
     records = []
-    file = path / ROUNDS
     lines = file.read_bytes().split(b"\n") if file.exists() else [b""]
     for number, line in enumerate(lines[:-1], start=1):
         try:

@@ -51,7 +51,7 @@ def check_forward(config: RunConfig, rule: Rule) -> None:
 
 def _not_told(config: RunConfig, rule: Rule) -> str:
     """What a round has that steps along perturbations of all that is trained do not tell."""
-    if rule.allocation.parts or rule.clients_choose:
+    if rule.allocation.parts or rule.facts.chooses_directions:
         return f"{rule.facts.name} leaves directions at rest"
     if rule.penalises_tails:
         return f"{rule.facts.name} penalises tails"

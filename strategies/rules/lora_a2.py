@@ -67,10 +67,6 @@ class LoRAA2Rule(RoLoRARule):
         return False  # what a codec owes is of directions that are not chosen any more
 
     @property
-    def clients_choose(self) -> bool:
-        return True
-
-    @property
     def upload(self) -> str:
         return "changed"
 
