@@ -59,6 +59,7 @@ class Columns:
         unit: the column whose values are the units of example-level privacy, or `EACH_ROW`.
         preferences: the conversations are pairs, see `fedlora.data.chat.preferences`.
         targets: the kind of targets that labels are, see `fedlora.data.targets`; empty where they are names.
+        written: the value of ``data.text-column``, which may be one column's name with a comma in it.
     """
 
     texts: tuple[str, ...]
@@ -70,6 +71,7 @@ class Columns:
     unit: str = ""
     preferences: bool = False
     targets: str = ""
+    written: str = ""
 
     @classmethod
     def of(cls, config: DataConfig, *, labelled: bool = True, conversations: bool = False) -> Columns:
@@ -79,20 +81,20 @@ class Columns:
         made of several rows.
 
         Raises:
-            ConfigError: no text column, or more than two.
+            ConfigError: no text column.
         """
-        texts = name_list(config.text_column)
-        if len(texts) not in (1, 2, *([3] if conversations else [])):
-            raise ConfigError(
-                f"data.text-column = {config.text_column!r}: must name one column, or two for sentence pairs"
-            )
+        texts, written = name_list(config.text_column), config.text_column
+        if not texts:
+            raise _miscounted(written)
         domain, group = BUILT_IN.get(config.name, (config.domain_column, config.group_column))
         by = config.partition_by if config.partitioner in BY_NATURE else ""
         if not labelled:
             natural = "" if by == "domain" and domain else (by == "group" and group) or by
-            return cls(texts, "", domain, group, natural=natural, conversations=conversations)
+            return cls(
+                texts, "", domain, group, natural=natural, conversations=conversations, written=written
+            )
         known = {"label": config.label_column, "domain": domain, "group": group}.get(by)
-        return cls(texts, config.label_column, domain, group, natural="" if known else by)
+        return cls(texts, config.label_column, domain, group, natural="" if known else by, written=written)
 
     def of_preferences(self) -> Columns:
         """The same for pairs of answers.
@@ -107,11 +109,23 @@ class Columns:
         return replace(self, preferences=True)
 
     def settled(self, names: Sequence[str]) -> Columns:
-        """With the texts of conversations by their usual names, where the configuration names none."""
-        if not self.conversations or self.texts != DEFAULT_TEXTS:
+        """With the texts as a table of these columns has them.
+
+        One column that is called as is written, letter for letter; conversations by their usual names, where
+        the configuration names none.
+
+        Raises:
+            ConfigError: more text columns than there can be.
+        """
+        if not self.texts:
             return self
-        usual = next((u for u in PREFERENCES if set(u) <= set(names)), PREFERENCES[0])
-        return replace(self, texts=usual if self.preferences else usual_columns(names) or self.texts)
+        if self.conversations and self.texts == DEFAULT_TEXTS:
+            usual = next((u for u in PREFERENCES if set(u) <= set(names)), PREFERENCES[0])
+            return replace(self, texts=usual if self.preferences else usual_columns(names) or self.texts)
+        texts = (self.written,) if self.written and self.written in names else self.texts
+        if len(texts) > (3 if self.conversations else 2):
+            raise _miscounted(self.written)
+        return replace(self, texts=texts)
 
     def parts(self) -> dict[str, tuple[str, str]]:
         """Our name -> (the key that names the dataset's column, that column); parts in use only."""
@@ -122,6 +136,10 @@ class Columns:
         parts[NATURAL] = ("data.partition-by", self.natural)
         parts[UNIT] = ("privacy.unit-column", "" if self.unit == EACH_ROW else self.unit)
         return {name: (key, column) for name, (key, column) in parts.items() if column}
+
+
+def _miscounted(written: str) -> ConfigError:
+    return ConfigError(f"{KEY} = {written!r}: must name one column, or two for sentence pairs")
 
 
 def standard(table: Dataset, columns: Columns, where: str) -> pa.Table:

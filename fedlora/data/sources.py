@@ -30,20 +30,18 @@ from fedlora.data.builtin.novels import novels_table
 from fedlora.data.builtin.sentiment import sentiment_table
 from fedlora.data.builtin.synthetic import synthetic_table
 from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, names_in, standard
+from fedlora.data.directories import PARQUET, data_files, describes_itself, load_files, parquet_files
 from fedlora.data.split import split_table, split_texts
 from fedlora.data.targets import encode_targets
 from fedlora.data.text_files import DELIMITERS, JSON, kind_of, read_text_files
-from fedlora.data.values import python_values
+from fedlora.data.values import columns_named, python_values
 from fedlora.errors import AssetError, ConfigError, first_line
 
-PARQUET = ".parquet"
 FILE_KINDS = (*JSON, *DELIMITERS, PARQUET)
 HIDDEN = (None, "", "-1", -1)
 """What stands for a label that is kept back."""
 GUESSED = ("csv", "json")
 """Kinds of files for which datasets guesses types, piece by piece of a file."""
-GLUE_SPLITS = {"train.tsv": "train", "dev.tsv": "validation", "dev_matched.tsv": "validation"}
-"""Files of a directory as GLUE ships it; its test.tsv has no labels."""
 KINDS_OF_FILES = frozenset(_PACKAGED_DATASETS_MODULES)
 """What datasets takes for all files of that kind in the directory where one stands; one of them unpickles."""
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -132,7 +130,8 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
         case "novels":
             return novels_table(), None
     if path.is_dir():
-        return _own_splits(_read_directory(path), config, labelled)
+        label = config.label_column if labelled else ""
+        return _own_splits(_read_directory(path, label), config, labelled)
     if path.is_file() or kind_of(path) in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
         return read_file(path, "data.name"), None
     return _own_splits(_from_hub(config), config, labelled)
@@ -144,7 +143,7 @@ def open_table(path: Path, text_column: str, key: str) -> list[Any]:
     Raises:
         ConfigError: a file that cannot be read, has no such column, or an empty value.
     """
-    columns = Columns(name_list(text_column), "", "", "", natural="")
+    columns = Columns(name_list(text_column), "", "", "", natural="", written=text_column)
     table = standard(read_file(path, key), columns, repr(str(path)))
     texts = [table[name].to_pylist() for name in ("text", "text_pair") if name in table.column_names]
     return texts[0] if len(texts) == 1 else list(zip(*texts, strict=True))
@@ -168,7 +167,7 @@ def read_file(path: Path, key: str) -> Dataset:
         )
     if _is_zip(path):
         raise ConfigError(f"{key} = {str(path)!r}: is a zip archive or an Excel file, save it as csv (UTF-8)")
-    return _loaded(f"{key} = {str(path)!r}", lambda: _files({"train": path})["train"])
+    return _loaded(f"{key} = {str(path)!r}", lambda: _files({"train": [path]})["train"])
 
 
 def _is_zip(path: Path) -> bool:
@@ -176,29 +175,33 @@ def _is_zip(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _files(splits: Mapping[str, Path]) -> Any:
+def _files(splits: Mapping[str, Sequence[Path]]) -> Any:
     """Files of one kind as the splits of a dataset."""
-    if kind_of(next(iter(splits.values()))) == PARQUET:
-        files = {split: str(path) for split, path in splits.items()}
-        return load_dataset("parquet", data_files=files, cache_dir=str(cache_dir() / "datasets"))
+    kinds = {kind_of(file) for files in splits.values() for file in files}
+    if kinds == {PARQUET}:
+        return parquet_files(splits)
+    if not kinds <= {*DELIMITERS, *JSON}:
+        return load_files(splits)
     return DatasetDict(
-        {split: Dataset(read_text_files([(kind_of(path), path)])) for split, path in splits.items()}
+        {
+            split: Dataset(read_text_files([(kind_of(file), file) for file in files]))
+            for split, files in splits.items()
+        }
     )
 
 
-def _read_directory(path: Path) -> Any:
-    glue = {split: path / name for name, split in GLUE_SPLITS.items() if (path / name).is_file()}
-    if "train" in glue:
-        return _loaded(f"data.name = {str(path)!r}", lambda: _files(glue))
-    saved = any((path / name).is_file() for name in ("dataset_dict.json", "state.json"))
-    return _loaded(
-        f"data.name = {str(path)!r}",
-        lambda: (
-            load_from_disk(str(path))
-            if saved
+def _read_directory(path: Path, label: str) -> Any:
+    def load() -> Any:
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return load_from_disk(str(path))
+        splits = {} if describes_itself(path) else data_files(path, label)
+        return (
+            _files(splits)
+            if splits
             else _loose_files(str(path.absolute()), cache=str(cache_dir() / "datasets"))
-        ),
-    )
+        )
+
+    return _loaded(f"data.name = {str(path)!r}", load)
 
 
 def _loose_files(name: str, subset: str | None = None, cache: str | None = None) -> Any:
@@ -287,7 +290,7 @@ def _own_splits(loaded: Any, config: DataConfig, labelled: bool) -> tuple[Datase
 
 def _labelled(table: Dataset, column: str) -> bool:
     """Whether the labels are there."""
-    columns = [column] if column in table.column_names else list(name_list(column))
+    columns = list(columns_named(column, table.column_names))
     if not {*columns} <= {*table.column_names}:
         return False
     labels = table.with_format("arrow").select_columns(columns)[:]

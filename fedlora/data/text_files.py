@@ -12,6 +12,7 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from itertools import chain, islice
@@ -55,13 +56,22 @@ def read_text_files(files: Sequence[tuple[str, Path]]) -> pa.Table:
     return pa.table({name: _joined(name, tables) for name in names})
 
 
+def column_names(kind: str, path: Path) -> list[str]:
+    """The names of the columns in a csv or tsv file, of which no more is read.
+
+    Raises:
+        ValueError, OSError: as `read_text_files`.
+    """
+    return list(next(_pieces(kind, path)).column_names)
+
+
 def _pieces(kind: str, path: Path) -> Iterator[pa.Table]:
     try:
         if kind in JSON:
             yield from _json_pieces(path)
         else:
             yield from _csv_pieces(path, DELIMITERS[kind])
-    except (EOFError, UnicodeDecodeError) as error:  # a gzip or UTF-16 file that breaks off
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:  # a gzip or UTF-16 file that is damaged
         raise ValueError(first_line(error)) from None
 
 

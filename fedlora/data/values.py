@@ -7,12 +7,13 @@ column. A name is called what it is in the file, without blanks around it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fedlora.config import name_list
 from fedlora.errors import ConfigError
 
 LARGEST = 2**53
@@ -20,6 +21,15 @@ LARGEST = 2**53
 SHOWN = 60
 """Characters of a value that a refusal shows."""
 _ONLY_NAMES = "must be texts, or whole numbers, or truth values (labels with fractions: task = 'regression')"
+
+
+def columns_named(value: str, names: Collection[str]) -> tuple[str, ...]:
+    """The columns that a key names: the one that is called so letter for letter, else a comma string of them.
+
+    >>> columns_named("a, b", ["a, b", "c"]), columns_named("a, b", ["a", "b"])
+    (('a, b',), ('a', 'b'))
+    """
+    return (value,) if value in names else name_list(value)
 
 
 def is_text(kind: pa.DataType) -> bool:
@@ -113,7 +123,7 @@ def python_values(values: pa.ChunkedArray) -> Iterator[Any]:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{described(value)}, must be text")
-    return _unicode(value)
+    return unicode_text(value)
 
 
 class _OneKind:
@@ -137,7 +147,7 @@ def named(value: Any) -> tuple[str, str]:
         ValueError: it is none.
     """
     if isinstance(value, str):
-        return "texts", _unicode(value)
+        return "texts", unicode_text(value)
     if isinstance(value, bool):
         return "truth values", json.dumps(value)
     if isinstance(value, int):
@@ -162,9 +172,17 @@ def described(value: Any) -> str:
     return f"{kinds.get(type(value), type(value).__name__)} {short}"
 
 
-def _unicode(text: str) -> str:
-    if any(0xD800 <= ord(character) < 0xE000 for character in text):
-        raise ValueError(f"half of a surrogate pair in {json.dumps(text[:SHOWN])}, which is no character")
+def unicode_text(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        ValueError: it holds what is no character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        part = text[max(0, error.start - SHOWN // 2) :][:SHOWN]
+        raise ValueError(f"half of a surrogate pair in {json.dumps(part)}, which is no character") from None
     return text
 
 
