@@ -40,6 +40,8 @@ def from_dataframe(frame: Any) -> str:
         table = pa.Table.from_pandas(frame, preserve_index=False).replace_schema_metadata(None)
         plain = [c.cast(c.type.value_type) if pa.types.is_dictionary(c.type) else c for c in table.columns]
         return _kept("from_dataframe", {"train": Dataset(pa.table(plain, names=table.column_names))})
+    except OverflowError:
+        raise ConfigError(f"from_dataframe: {_overflowing(frame)}") from None
     except (pa.ArrowException, ValueError, TypeError, KeyError) as error:
         raise _refused("from_dataframe", error) from None
 
@@ -103,7 +105,20 @@ def _silently() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _overflowing(frame: Any) -> str:
+    """The first column with a whole number that no table holds, and its row."""
+    limit = range(-(2**63), 2**64)
+    found = (
+        f"column {name!r} holds {str(value)[:20]}.. in row {row}"
+        for name, column in frame.items()
+        for row, value in enumerate(column, start=1)
+        if isinstance(value, int) and value not in limit
+    )
+    return f"{next(found, 'a whole number')}, must have 64 bits (or be text)"
+
+
 def _refused(where: str, error: BaseException) -> ConfigError:
     if isinstance(error, ConfigError):
         return error
-    return ConfigError(f"{where}: {first_line(', '.join(map(str, error.args)))}")
+    said = str(error) if isinstance(error, UnicodeError) else ", ".join(map(str, error.args))
+    return ConfigError(f"{where}: {first_line(said)}")

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedlora.config import name_list
-from fedlora.data.values import described, named, python_values
+from fedlora.data.values import columns_named, described, named, python_values
 from fedlora.errors import ConfigError, shown
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def read_targets(table: Dataset, label_column: str, kind: str, where: str) -> pa
     Raises:
         ConfigError: a missing column, or a value that is no such target, with its row.
     """
-    columns = name_list(label_column)
+    columns = columns_named(label_column, table.column_names)
     lost = next((column for column in columns if column not in table.column_names), None)
     if lost is not None or not columns:
         raise ConfigError(
@@ -78,7 +78,8 @@ def encode_targets(
             f"{KEY} = {label_column!r}: holds lists of names in some of {', '.join(where)}, 0 and 1 in others"
         )
     if not lists_in[0]:
-        columns = name_list(label_column)
+        listed, width = name_list(label_column), tables[0][TARGETS].type.list_size
+        columns = listed if len(listed) == width else (label_column,)
         if known is not None:
             check_columns(columns, known, f"{KEY} = {label_column!r}")
         return list(tables), tuple(columns if known is None else known)
@@ -139,10 +140,12 @@ def _number(value: Any) -> float:
         if isinstance(value, bool) or (isinstance(value, str) and "_" in value):
             raise ValueError
         number = float(value)
+    except OverflowError:  # a whole number of JSON has no end
+        number = math.inf
     except (TypeError, ValueError):
         raise ValueError(f"{described(value)}, must be a number") from None
     if not math.isfinite(number) or abs(number) > float(np.finfo(np.float32).max):
-        raise ValueError(f"{value}, must be a finite number of 32 bits")
+        raise ValueError(f"{described(value)}, must be a finite number of 32 bits")
     return number
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
+from fedlora.config import DataConfig
 from fedlora.data.chat.columns import conversation_texts, usual_columns
 from fedlora.data.chat.conversations import Conversation
+from fedlora.data.sources import load_examples
 from fedlora.errors import ConfigError
+from fedlora.tasks import task_named
 
 ASKED, ANSWERED = {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "Four."}
 SHAREGPT = [
@@ -114,3 +119,33 @@ def test_what_is_no_conversation_is_refused_with_its_row(row: dict[str, Any], sa
     spelled = {key: cell if isinstance(cell, str) else json.dumps(cell) for key, cell in row.items()}
     with pytest.raises(ConfigError, match=rf"data\.text-column = .*: row 2 of 'a\.jsonl'.*{says}"):
         read([fine, spelled])
+
+
+HALF = "so \ud83d"
+TALK = [ASKED, {"role": "assistant", "content": HALF}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": TALK},
+        {"messages": json.dumps(TALK)},
+        {"messages": [{**ASKED, "name": HALF}, ANSWERED]},
+        {"messages": [ASKED, ANSWERED], "tools": [{"name": HALF}]},
+        {"prompt": HALF, "response": "b"},
+        {"prompt": "a", "response": HALF},
+        {"instruction": "a", "input": HALF, "output": "b"},
+        {"prompt": "a", "chosen": HALF, "rejected": "b"},
+        {"prompt": "a", "chosen": "b", "rejected": HALF},
+        {"chosen": TALK, "rejected": [ASKED, ANSWERED]},
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused_with_its_row(
+    row: dict[str, Any], tmp_path: Path, cache: Path
+) -> None:
+    odd = json.dumps(row)
+    (tmp_path / "a.jsonl").write_text(re.sub(r"so \\+ud83d", "so", odd) + "\n" + odd + "\n")
+    task = task_named("dpo" if "chosen" in row else "instruction")
+    config = DataConfig(name=str(tmp_path / "a.jsonl"), partitioner="iid", num_partitions=1)
+    with pytest.raises(ConfigError, match=r"row 2 of .*holds half of a surrogate pair in .*which is no char"):
+        load_examples(config, task.columns(config))

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import DataConfig
+from fedlora.data.columns import Columns
 from fedlora.data.sources import RawData, load_examples
+from fedlora.data.targets import REGRESSION
 from fedlora.errors import ConfigError
 
 LAW = settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -54,6 +57,13 @@ def csv_file(path: Path, rows: list[list[str]], **options: Any) -> Path:
     csv.writer(text, **options).writerows([["text", "label", "who"], *rows])
     path.write_bytes(text.getvalue().encode())
     return path
+
+
+def damaged(content: bytes) -> bytes:
+    """A gzip file in which bytes have changed."""
+    packed = bytearray(gzip.compress(content, mtime=0))
+    packed[10:16] = b"\xff" * 6
+    return bytes(packed)
 
 
 def rows(labels: list[Any]) -> list[dict[str, Any]]:
@@ -203,6 +213,31 @@ def test_what_is_no_text_is_refused_with_its_row(odd: Any, tmp_path: Path, cache
     assert "data.text-column = 'text': row 9 of" in refused(path)
 
 
+def targets(path: Path, label: str) -> RawData:
+    config = DataConfig(name=str(path), label_column=label, partitioner="iid", num_partitions=1)
+    return load_examples(config, replace(Columns.of(config), targets=REGRESSION))
+
+
+@pytest.mark.parametrize("odd", [10**400, -(10**400), 1e39, "1e400", "9" * 500])
+def test_a_number_that_32_bits_do_not_hold_is_refused_with_its_row(
+    odd: Any, tmp_path: Path, cache: Path
+) -> None:
+    path = jsonl(tmp_path / "a.jsonl", rows([1, 2, odd]))
+    with pytest.raises(ConfigError, match=r"row 3 of .*, must be a finite number of 32 bits") as caught:
+        targets(path, "label")
+    assert len(str(caught.value)) < 300 + len(str(path))
+
+
+@pytest.mark.parametrize(("label", "names"), [("good, bad", ("good, bad",)), ("one, two", ("one", "two"))])
+def test_a_column_of_targets_may_be_named_letter_for_letter(
+    label: str, names: tuple[str, ...], tmp_path: Path, cache: Path
+) -> None:
+    many = [{"text": f"t {i}", "good, bad": i, "one": -i, "two": 0} for i in range(10)]
+    raw = targets(jsonl(tmp_path / "a.jsonl", many), label)
+    assert raw.label_names == names
+    assert {abs(row[0]) for row in [*raw.train["targets"], *raw.test["targets"]]} == {*range(10)}
+
+
 def test_whole_numbers_and_truth_values_are_names(tmp_path: Path, cache: Path) -> None:
     for values, names in (([2, 1.0, 10, 1], ("1", "2", "10")), ([True, False], ("false", "true"))):
         raw = read(jsonl(tmp_path / "a.jsonl", rows(values)))
@@ -229,6 +264,8 @@ def test_whole_numbers_and_truth_values_are_names(tmp_path: Path, cache: Path) -
         ("a.json", b'[{"text": "a"}, 3]', "entry 2 is no object"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500, mtime=0)[:-20], "cannot be read"),
         ("a.csv.gz", b"text,label,who\n", "cannot be read"),
+        ("a.csv.gz", damaged(b"text,label,who\n" + b"a,b,c\n" * 5), "cannot be read .*decompressing"),
+        ("a.jsonl.gz", damaged(b'{"text": "a"}\n' * 5), "cannot be read .*decompressing"),
     ],
 )
 def test_files_that_are_broken_are_refused_with_the_line(

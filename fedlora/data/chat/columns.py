@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from fedlora.data.chat.conversations import conversation, prompted
+from fedlora.data.chat.conversations import conversation, prompted, refuse_halves
 from fedlora.data.values import python_values
 from fedlora.errors import ConfigError
 
@@ -86,6 +86,8 @@ def _pair(cells: Sequence[Any], where: str) -> tuple[Any, Any]:
     for cell in (cells[0], cells[-1]):
         if cell is None or (isinstance(cell, str) and not cell.strip()):
             raise ConfigError(f"{where}: a prompt or response is empty")
+        if isinstance(cell, str):
+            refuse_halves(cell, where)
         if not isinstance(cell, str | list):
             raise ConfigError(f"{where}: holds {type(cell).__name__} {cell!r}, must be text")
     prompt, extra, response = cells[0], cells[1] if len(cells) == 3 else None, cells[-1]
@@ -93,6 +95,7 @@ def _pair(cells: Sequence[Any], where: str) -> tuple[Any, Any]:
         return prompt, response
     if not isinstance(extra, str) or not isinstance(prompt, str):
         raise ConfigError(f"{where}: an input must be text that follows a text")
+    refuse_halves(extra, where)
     return (f"{prompt}\n{extra}" if extra.strip() else prompt), response
 
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedlora.data.values import described
+from fedlora.data.values import described, unicode_text
 from fedlora.errors import ConfigError
 
 ROLES = {
@@ -91,7 +91,30 @@ def conversation(messages: Any, tools: Any, where: str) -> Conversation:
     turns = tuple(_turn(message, f"{where}: message {n}") for n, message in enumerate(listed, start=1))
     if not any(turn.role == "assistant" and turn.learned for turn in turns):
         raise ConfigError(f"{where}: has no turn of the assistant, nothing can be learned")
-    return Conversation(turns, _tools(tools, where))
+    found = Conversation(turns, _tools(tools, where))
+    refuse_halves(found.turns, where)
+    refuse_halves(found.tools, where)
+    return found
+
+
+def refuse_halves(value: Any, where: str) -> None:
+    """Refuse half of a surrogate pair, which only JSON can hold, in a text or in any within a value.
+
+    Raises:
+        ConfigError: there is one; the message begins with ``where``.
+    """
+    if isinstance(value, str):
+        try:
+            unicode_text(value)
+        except ValueError as error:
+            raise ConfigError(f"{where}: holds {error}") from None
+    elif isinstance(value, Turn):
+        refuse_halves([value.content, value.fields], where)
+    elif isinstance(value, Mapping):
+        refuse_halves([*value, *value.values()], where)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            refuse_halves(each, where)
 
 
 def prompted(prompt: Any, response: Any, tools: Any, where: str) -> Conversation:
