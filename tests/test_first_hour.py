@@ -63,6 +63,16 @@ def test_init_writes_a_configuration_that_runs_and_shows_the_data(
     assert (again.exit_code, "is there already" in again.stderr) == (2, True)
 
 
+def test_init_names_a_column_that_has_a_comma_in_its_name(tmp_path: Path, cache: Path) -> None:
+    rows = [f"{'good' if n % 3 else 'bad'} film {n},{n % 2}" for n in range(60)]
+    (tmp_path / "a.csv").write_text('"How was it, really?",label\n' + "\n".join(rows) + "\n")
+    done = invoke("init", tmp_path / "mine", "--data", tmp_path / "a.csv", "--model", "tiny")
+    assert done.exit_code == 0, done.output
+    assert read_config(tmp_path / "mine" / "run.toml").data.text_column == "How was it, really?"
+    odd = invoke("init", tmp_path / "x", "--data", tmp_path / "a.csv", "--text-column", "How, label")
+    assert (odd.exit_code, "--text-column = 'How'" in odd.stderr) == (2, True)
+
+
 def test_the_study_that_init_proposes_is_small(tmp_path: Path, cache: Path) -> None:
     """700 steps of 8 texts and 4,000 texts forward through MiniLM are what two cores do in three minutes."""
     rows = [f"film {n} was {'good' if n % 2 else 'bad'},{n % 2}" for n in range(3000)]

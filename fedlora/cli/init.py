@@ -110,7 +110,7 @@ def init(
     text = _filled(found, task, model, text_column, label_column, clients, max_length)
     lines = _shown(text)
     directory.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     out.print(f"columns   {', '.join(found.columns)}", highlight=False, markup=False)
     for heading, line in lines:
         out.print(f"{heading:10}{line}", highlight=False, markup=False)
@@ -196,12 +196,14 @@ def _held_out(rows: int) -> str:
 
 
 def _column(key: str, option: str, name: str, found: Outline) -> str:
+    from fedlora.data.values import columns_named
+
     if not name:
         raise ConfigError(f"{option}: cannot be told from the columns {', '.join(found.columns)}, name it")
-    for each in name.split(","):
-        if found.columns and each.strip() not in found.columns:
+    for each in columns_named(name, found.columns):
+        if found.columns and each not in found.columns:
             more = ", and a number of clients" if option == "--clients" else ""
-            raise unknown_name(option, each.strip(), found.columns, more)
+            raise unknown_name(option, each, found.columns, more)
     return f"{key} = {_quoted(name)}\n"
 
 

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias
 
 from fedlora.config.checks import Scalar, refusal
@@ -36,8 +36,8 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
     {'lora.rank': 4, 'lora.ranks': '2,4', 'strategy.options': '{"lam": 0.5}'}
     """
     flat: FlatConfig = {}
-    for key, value in nested.items():
-        name = prefix + key
+    for key, given in nested.items():
+        name, value = prefix + key, _plain(given)
         if isinstance(value, (bool, int, float, str)):
             flat[name] = value
         elif isinstance(value, (Mapping, list)) and name in _keys_of_text():
@@ -45,8 +45,19 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
         elif isinstance(value, Mapping):
             flat.update(flatten(value, f"{name}."))
         else:
-            raise ConfigError(f"{name} = {value}: must be a boolean, number or string")
+            raise ConfigError(f"{name} = {given}: must be a boolean, number or string")
     return flat
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML would have it: numbers and lists of NumPy, tuples and paths of Python in plain form."""
+    if type(value).__module__ == "numpy":
+        return value.tolist()
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 @cache
@@ -150,7 +161,7 @@ def read_config(path: Path, overrides: FlatConfig | None = None) -> RunConfig:
         ConfigError: no such file, not TOML, or a key or value that is not accepted.
     """
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such file") from None
     except IsADirectoryError:
@@ -185,7 +196,8 @@ def from_keywords(keys: Mapping[str, Any]) -> FlatConfig:
     {'strategy.name': 'flora', 'num-server-rounds': 3, 'lora.target-modules': 'q'}
     """
     flat: FlatConfig = {}
-    for field, value in keys.items():
+    for field, given in keys.items():
+        value = _plain(given)
         if isinstance(value, str) and f"{field}.name" in _keys_of_text():
             flat[f"{field}.name"] = value
         elif isinstance(value, Mapping) and kebab(field) not in _keys_of_text():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedlora.config import (
     RunConfig,
+    as_config,
     flatten,
     from_flat,
+    from_keywords,
     int_list,
     name_list,
     to_flat,
@@ -238,3 +242,48 @@ def test_a_home_directory_is_written_out_in_keys_that_name_places(
     assert places == tuple(str(tmp_path / name) for name in ("out", "a.jsonl", "model"))
     with pytest.raises(ConfigError, match="~nobody-there/x: there is no such home directory"):
         read_config(file, {"data.name": "~nobody-there/x"})
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text('seed = 7\nmodel.name = "caf\u00e9"\n', encoding="utf-8-sig")
+    config = read_config(tmp_path / "c.toml")
+    assert (config.seed, config.model.name) == (7, "caf\u00e9")
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ({"seed": np.int64(3)}, {"seed": 3}),
+        ({"lora": {"alpha": np.float32(8)}}, {"lora.alpha": 8.0}),
+        ({"lora.use-rslora": np.bool_(True)}, {"lora.use-rslora": True}),
+        ({"data": {"name": Path("a/b.csv")}}, {"data.name": "a/b.csv"}),
+        (
+            {"study": {"strategies": ("fedavg", "flora"), "seeds": (1, 2)}},
+            {"study.strategies": "fedavg,flora", "study.seeds": "1,2"},
+        ),
+        ({"study.seeds": np.arange(1, 3)}, {"study.seeds": "1,2"}),
+        ({"study.seeds": [np.int64(1)]}, {"study.seeds": "1"}),
+        ({"strategy": {"options": {"lam": np.float64(0.5)}}}, {"strategy.options": '{"lam": 0.5}'}),
+        (
+            {"client-groups": ({"partitions": "0", "rank": np.int64(2)},)},
+            {"client-groups": '[{"partitions": "0", "rank": 2}]'},
+        ),
+    ],
+)
+def test_values_of_python_and_numpy_are_what_they_stand_for(
+    given: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    found = flatten(given)
+    assert found == plain
+    assert [type(value) for value in found.values()] == [type(value) for value in plain.values()]
+    assert as_config(given) == from_flat(plain)
+
+
+def test_a_path_may_stand_for_the_name_of_a_section() -> None:
+    assert from_keywords({"data": Path("a.csv"), "seed": np.int64(3)}) == {"data.name": "a.csv", "seed": 3}
+
+
+@pytest.mark.parametrize("value", [(1, 2), None, datetime.date(2026, 1, 1), np.array([1, 2])])
+def test_what_no_key_takes_is_refused(value: Any) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.rank = .*: must be a boolean, number or string"):
+        flatten({"lora": {"rank": value}})
