@@ -14,10 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
-from fedlora.cli.console import table_of
+from fedlora.cli.console import err, marked, out, table_of
 from fedlora.core.files import append_line
 from fedlora.errors import ConfigError
 from fedlora.server.directory import RunDirectory, held
+from fedlora.server.progress import RoundProgress
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "experiments" / "tiny.toml")
@@ -50,6 +51,33 @@ def test_a_narrow_terminal_cuts_no_cell_of_a_table() -> None:
     Console(file=screen, width=24, soft_wrap=True).print(found)
     words = " ".join(["strategy examples why", *map(" ".join, rows)]).split()
     assert screen.getvalue().split() == words
+
+
+AS_IT_IS = "a[/b] x[lr=0.1] topic:key:1"
+
+
+def test_what_is_no_text_of_ours_is_printed_letter_for_letter(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (out, err):
+        console.print(AS_IT_IS)
+        console.print(marked(AS_IT_IS, AS_IT_IS))
+        console.print(table_of([AS_IT_IS], [[AS_IT_IS]], left=[AS_IT_IS]))
+    record = {"round": 1, "seconds": 1.0, "refused": {0: AS_IT_IS}}
+    with RoundProgress(AS_IT_IS, 1) as progress:
+        progress.begin(0, {1: AS_IT_IS})
+        progress.update(record)
+    told = capsys.readouterr()
+    assert told.out.count(AS_IT_IS) == 5
+    assert told.err.count(AS_IT_IS) == 5 + 6
+
+
+def test_results_may_be_in_a_directory_with_brackets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ("--set", "num-server-rounds=1")
+    done = fedlora("run", TINY, *IN_PROCESS, *few, "--out", "x[lr=0.1]/a[/b]")
+    assert done.exit_code == 0, done.output
+    assert "results in x[lr=0.1]/a[/b], adapter in x[lr=0.1]/a[/b]/adapter\n" in done.stdout
 
 
 IN_PROCESS = ("--set", "engine.name=in-process")

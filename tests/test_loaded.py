@@ -84,6 +84,16 @@ def test_the_command_takes_a_text_or_a_file(classifier: Path, tmp_path: Path) ->
     assert len(invoke("predict", classifier, tmp_path / "b.txt").output.splitlines()) == 2
 
 
+def test_labels_and_texts_are_printed_letter_for_letter(tmp_path: Path) -> None:
+    names = ("topic:key:1", "[b]x[/b]")
+    adapter, _ = exported(tmp_path / "adapter", "tiny", "classification", names, {})
+    text = "a:b:c\tof [red]:key:"
+    found = json.loads(invoke("predict", adapter, text, "--json").stdout)
+    assert (found["given"], tuple(found["probabilities"])) == (text, names)
+    assert invoke("predict", adapter, text).stdout.endswith(f"%  {text}\n")
+    assert "no:key:such[/b].csv: no such file" in invoke("predict", adapter, "no:key:such[/b].csv").stderr
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

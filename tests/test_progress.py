@@ -18,12 +18,21 @@ def seen(
     monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], *, terminal: bool, title: str = "flora"
 ) -> str:
     screen = io.StringIO()
-    made = Console(file=screen, force_terminal=terminal, width=160, soft_wrap=True, no_color=True)
-    monkeypatch.setattr(progress, "Console", lambda **_: made)
+
+    def made(*, stderr: bool, **options: Any) -> Console:
+        assert stderr
+        return Console(file=screen, force_terminal=terminal, width=160, no_color=True, **options)
+
+    monkeypatch.setattr(progress, "Console", made)
     with RoundProgress(title, 3) as shown:
         shown.begin(0)
         shown.update(record)
     return screen.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_title_is_shown_letter_for_letter(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "a[/b]:key:Rule" in seen(monkeypatch, RECORD, terminal=terminal, title="a[/b]:key:Rule")
 
 
 RECORD: dict[str, Any] = {

@@ -74,7 +74,7 @@ def aggregate(
         return
     lines = summary_lines(adapters, outcome, equal=weights is None)
     for line in (*lines, f"{'model' if merge else 'adapter'} in {out_dir}"):
-        out.print(line, highlight=False, markup=False)
+        out.print(line)
 
 
 def parse_options(assignments: list[str]) -> dict[str, Any]:

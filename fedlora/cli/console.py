@@ -14,15 +14,17 @@ import typer
 from click.exceptions import Abort, ClickException, NoArgsIsHelpError
 from rich.cells import cell_len
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from fedlora.core.files import user_path
 from fedlora.errors import ConfigError, FedLoraError, system_errors_in_words
 
-out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, soft_wrap=True)
+# Paths, labels and values are printed letter for letter: nothing is read as markup, `marked` has the styles.
+AS_IT_IS: dict[str, Any] = {"soft_wrap": True, "markup": False, "emoji": False, "highlight": False}
+out = Console(width=None if sys.stdout.isatty() else 160, **AS_IT_IS)
+err = Console(stderr=True, **AS_IT_IS)
 
 FOLDED = 20
 """Columns of the terminal that a folded column has at least."""
@@ -71,18 +73,29 @@ def table_of(
         width = min(width, FOLDED) if heading == folded else width
         least += width + 1 + bool(place)  # rich's padding
         table.add_column(
-            escape(heading), no_wrap=heading != folded, overflow="fold", min_width=width,
+            Text(heading), no_wrap=heading != folded, overflow="fold", min_width=width,
             justify="left" if heading in (*left, folded) else "right",
         )  # fmt: skip
     for cells in rows:
-        table.add_row(*map(escape, cells))
+        table.add_row(*map(Text, cells))
     if least > (room or out.width):
         table.width = least  # else rich leaves out what does not fit
     return table
 
 
+def marked(beginning: str, rest: str = "", style: str = "bold") -> Text:
+    """A line whose beginning is in a style."""
+    return Text.assemble((beginning, style), rest)
+
+
+def write_line(text: str) -> None:
+    """Write a line letter for letter, with the tabs and control characters that rich leaves out."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
 def _say_error(text: str) -> None:
-    err.print(f"[red]error:[/red] {escape(' '.join(text.split()))}", highlight=False)
+    err.print(marked("error:", f" {' '.join(text.split())}", "red"))
 
 
 def one_line_errors(command: Command) -> Command:
@@ -131,14 +144,14 @@ def print_version(wanted: bool) -> None:
     if wanted:
         import fedlora
 
-        out.print(f"fedlora {fedlora.__version__}", highlight=False)
+        out.print(f"fedlora {fedlora.__version__}")
         raise typer.Exit
 
 
 def _begin(command: str) -> None:
     """Say at once that the command has begun, to a person who waits: the imports that follow take seconds."""
     if err.is_terminal:
-        err.print(f"{command.replace('_', ' ')} ...", style="dim", highlight=False, markup=False)
+        err.print(f"{command.replace('_', ' ')} ...", style="dim")
 
 
 def _at_home(value: Any) -> Any:

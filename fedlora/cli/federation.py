@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
-from fedlora.cli.console import err, interrupt, one_line_errors, out, table_of
+from fedlora.cli.console import err, interrupt, marked, one_line_errors, out, table_of
 from fedlora.core.code import need_extra
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def init(
     from fedlora.deployment.operator.create import create
 
     layout = create(directory, nodes, host, port=port, data=data)
-    out.print(f"[bold]{escape(str(directory))}[/bold]: {nodes} nodes, server {layout.host}:{layout.port}")
+    out.print(marked(str(directory), f": {nodes} nodes, server {layout.host}:{layout.port}"))
     out.print(
         "server/ goes to the server, each of nodes/ to its machine; keep ca/ apart. Private keys are 0600."
     )
@@ -157,15 +156,15 @@ def check(
 
     table = read_own(own)
     held = f", {len(table.test):,} held out" if table.test is not None else ""
-    out.print(f"data: {escape(own.path)} as {escape(own.dataset_id)!r}, {len(table.train):,} examples{held}")
+    out.print(f"data: {own.path} as {own.dataset_id!r}, {len(table.train):,} examples{held}")
     label = f"label {own.label_column}" if own.label_column else "no label"
     content = (
         f"image {own.image_column}" if "image" in table.train.column_names else f"text {own.text_column}"
     )
-    out.print(f"columns: {escape(', '.join(table.columns))}; {content}, {label}")
+    out.print(f"columns: {', '.join(table.columns)}; {content}, {label}")
     if own.label_column:
         counts = ", ".join(f"{name} ({count:,})" for name, count in table.labels.items())
-        out.print("labels: " + escape(counts))
+        out.print(f"labels: {counts}")
 
 
 @one_line_errors
@@ -240,4 +239,4 @@ def _show_from(log: Path, shown: int) -> int:
 
 
 def _say(line: str) -> None:
-    err.print(escape(line), highlight=False)
+    err.print(line)

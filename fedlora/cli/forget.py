@@ -42,7 +42,7 @@ def forget(
         return
     out.print(_table(found))
     for line in lines(found):
-        out.print(line, highlight=False)
+        out.print(line)
     out.print(f"results in {out_dir}, adapter in {out_dir / 'adapter'}")
 
 

@@ -80,4 +80,4 @@ def certify(
 
 
 def _say(line: str) -> None:
-    err.print(line, highlight=False, markup=False)
+    err.print(line)

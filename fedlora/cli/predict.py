@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.console import err, one_line_errors, out, percent
+from fedlora.cli.console import err, one_line_errors, percent, write_line
 
 if TYPE_CHECKING:
     from fedlora.evaluation.loaded import Prediction
@@ -76,7 +76,7 @@ def chat(
         messages.append({"role": "user", "content": line})
         answer = loaded.generate(messages, max_new_tokens=max_new_tokens)
         messages.append({"role": "assistant", "content": answer})
-        out.print(answer, markup=False, highlight=False)
+        write_line(answer)
 
 
 def _lines() -> Any:
@@ -111,4 +111,4 @@ def _say(item: Any, words: str, keys: dict[str, Any], as_json: bool) -> None:
     if as_json:
         given = list(item) if isinstance(item, tuple) else str(item)
         words = json.dumps({"given": given, **keys}, ensure_ascii=False)
-    out.print(words, markup=False, highlight=False)
+    write_line(words)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from fedlora.cli.console import err, one_line_errors, out, percent
+from fedlora.cli.console import err, marked, one_line_errors, out, percent
 
 
 @one_line_errors
@@ -32,11 +32,13 @@ def pretrain(
     home, facts = carry_out(kind, data, lambda steps: _tracked(steps, line))
     name = next(name for name, made_of in PRETRAINED.items() if made_of == (kind, data))
     out.print(
-        f'[bold]model.name = "{name}"[/bold]: {facts.parameters:,} parameters, accuracy '
-        f"{percent(facts.accuracy)} on {facts.held_out} held-out plain images, not an off-the-shelf model",
-        highlight=False,
+        marked(
+            f'model.name = "{name}"',
+            f": {facts.parameters:,} parameters, accuracy {percent(facts.accuracy)} on {facts.held_out} "
+            "held-out plain images, not an off-the-shelf model",
+        ),
     )
-    out.print(f"card: {home / CARD}", highlight=False, markup=False)
+    out.print(f"card: {home / CARD}")
 
 
 def _tracked(steps: range, line: str) -> Iterable[int]:

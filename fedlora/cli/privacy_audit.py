@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.console import one_line_errors, out, table_of
+from fedlora.cli.console import marked, one_line_errors, out, table_of
 from fedlora.cli.runs import ConfigFile, Overrides
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from fedlora.audit.membership import Measured, Membership
     from fedlora.audit.run import Audit
@@ -54,7 +55,7 @@ def audit(
     else:
         out.print(_table(found))
         for line in [*verdict(found), *_notes(found), *membership_lines(found.membership)]:
-            out.print(line, highlight=False)
+            out.print(line)
     raise typer.Exit(EXIT_CODES[found.outcome])
 
 
@@ -67,11 +68,11 @@ def as_record(found: Audit) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def verdict(found: Audit) -> list[str]:
+def verdict(found: Audit) -> list[str | Text]:
     """The bound next to the claim, in words."""
     _, group, bound = found.strongest
     sure = f"{100 * found.confidence:g} % confidence"
-    lines = [
+    lines: list[str | Text] = [
         f"An attack shows at least {bound.epsilon:.2f} with {sure}; the largest that {bound.canaries} "
         f"canaries could show is {bound.largest:.2f}; claimed: {found.claimed_epsilon:.2f} at delta "
         f"{found.target_delta:g}."
@@ -82,8 +83,11 @@ def verdict(found: Audit) -> list[str]:
             f"deviations apart ({name}); the claimed mechanism puts them {s.theory:.2f} apart."
         )
     if bound.epsilon > found.claimed_epsilon:
-        lines.append(f"[red]The claim is refuted[/red]: the {group} give away more than it allows.")
-    lines += [f"[red]The mechanism is not the claimed one[/red]: {flaw}." for flaw in found.found_wrong]
+        refuted = f": the {group} give away more than it allows."
+        lines.append(marked("The claim is refuted", refuted, "red"))
+    lines += [
+        marked("The mechanism is not the claimed one", f": {flaw}.", "red") for flaw in found.found_wrong
+    ]
     if found.outcome == "inconclusive":
         lines.append("Inconclusive: half the noise would not have been noticed either. Use more canaries.")
     elif found.outcome == "stands":

@@ -75,11 +75,11 @@ def spent(
     for row, curve in zip(rows, curves, strict=True):
         if curve:
             said = f"{row['dataset']}: {curve.said()}, by {curve.found_by}"
-            out.print(said, markup=False, highlight=False)
+            out.print(said)
         for key, who in LESS.items():
             if row[key] is not None:
                 said = f"{row['dataset']}: its run states {row[key]:.4g} against who sees {who}"
-                out.print(said, markup=False, highlight=False)
+                out.print(said)
     out.print(LEGEND)
 
 
@@ -100,9 +100,7 @@ def new_dataset(
     from fedlora.privacy.datasets import declare
 
     declare(ledger, id_, reason)
-    out.print(
-        f"{ledger}: {id_} is a data set of its own; use it by privacy.dataset-id = {id_!r}", markup=False
-    )
+    out.print(f"{ledger}: {id_} is a data set of its own; use it by privacy.dataset-id = {id_!r}")
 
 
 def _nodes(directory: Path) -> dict[Path, NodeSettings]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.console import err, one_line_errors, out, percent, table_of
+from fedlora.cli.console import err, marked, one_line_errors, out, percent, table_of
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -130,9 +130,12 @@ def plan(
 def _warn_of_delta(target_delta: float, option: str, count: int) -> None:
     if target_delta * count >= 1:
         err.print(
-            f"[yellow]warning:[/yellow] --target-delta = {target_delta:g}: is not below 1 / {option} = "
-            f"{1 / count:.2g}, so giving one away whole would pass as private",
-            highlight=False,
+            marked(
+                "warning:",
+                f" --target-delta = {target_delta:g}: is not below 1 / {option} = {1 / count:.2g}, so giving "
+                "one away whole would pass as private",
+                "yellow",
+            ),
         )
 
 
@@ -162,7 +165,7 @@ def _plan_clients(request: ClientRequest, *, as_json: bool) -> None:
         "in the model": f"{percent(plan['model_noise'])} of what independent noise of this size leaves",
     }
     for name, text in rows.items():
-        out.print(f"{name:16}  {text}", highlight=False)
+        out.print(f"{name:16}  {text}")
 
 
 def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) -> None:
@@ -178,7 +181,7 @@ def _print_worst_case(plan: dict[str, Any], batch_size: int, dataset_size: int) 
         "sample rate": f"{plan['sample_rate']:.4g}  ({batch})",
     }
     for name, text in rows.items():
-        out.print(f"{name:16}  {text}", highlight=False)
+        out.print(f"{name:16}  {text}")
 
 
 def _attacker(found: dict[str, Any]) -> str:
@@ -210,21 +213,17 @@ def _print_hopeful_cases(plan: dict[str, Any], target_epsilon: float) -> None:
         f"and {percent(expected['picked_more_often'])} of the clients spend more."
         f"\nWith noise {_noise(plan['noise_multiplier'])} it would have claimed epsilon "
         f"{_epsilon(expected['epsilon_claimed'])}.",
-        highlight=False,
     )
 
 
 def _print_accountants(plan: dict[str, Any], target_epsilon: float) -> None:
     epsilons = ", ".join(f"{name} {_epsilon(value)}" for name, value in plan["by_accountant"].items())
-    out.print(
-        f"\nNoise {_noise(plan['noise_multiplier'])} by each accountant: epsilon {epsilons}.", highlight=False
-    )
+    out.print(f"\nNoise {_noise(plan['noise_multiplier'])} by each accountant: epsilon {epsilons}.")
     tight = plan["tight"]
     if tight and tight["epsilon"]:
         out.print(
             f"rdp is an upper bound, here {percent(plan['epsilon'] / tight['epsilon'] - 1)} above pld, which "
             f"keeps epsilon {_epsilon(target_epsilon)} with noise {_noise(tight['noise_multiplier'])}.",
-            highlight=False,
         )
 
 

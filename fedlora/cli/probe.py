@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fedlora.cli.console import one_line_errors, out, percent
+from fedlora.cli.console import marked, one_line_errors, out, percent
 from fedlora.cli.runs import ConfigFile, Overrides
 from fedlora.errors import ConfigError
 
@@ -27,8 +27,8 @@ def probe(config: ConfigFile, set_: Overrides = []) -> None:  # noqa: B006
     settings = read_config(config, parse_overrides(set_))
     found = _probed(settings)
     for domain, accuracy in found.by_domain.items():
-        out.print(f"{domain}: {percent(accuracy)}", highlight=False, markup=False)
-    out.print(f"[bold]linear probe of {settings.model.name}[/bold]: accuracy {percent(found.accuracy)}")
+        out.print(f"{domain}: {percent(accuracy)}")
+    out.print(marked(f"linear probe of {settings.model.name}", f": accuracy {percent(found.accuracy)}"))
 
 
 def _probed(settings: RunConfig) -> Probe:

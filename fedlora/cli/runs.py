@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.console import ended_by_sigterm, one_line_errors, out, percent, table_of
+from fedlora.cli.console import ended_by_sigterm, marked, one_line_errors, out, percent, table_of
 from fedlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -70,9 +70,9 @@ def run(
     result = done.record
     if finished:
         out.print(f"{path} was finished: all {settings.num_server_rounds} rounds are done, none was added")
-    out.print(f"[bold]{result['strategy']}[/bold]: {_measured(result)} on {result['examples']} examples")
+    out.print(marked(result["strategy"], f": {_measured(result)} on {result['examples']} examples"))
     for name, found in result.get("evaluation_sets", {}).items():
-        out.print(f"on {name}: {_measured(found)}, {found['examples']} examples", highlight=False)
+        out.print(f"on {name}: {_measured(found)}, {found['examples']} examples")
     if result.get("before"):
         out.print(f"before training: {_measured(result['before'])}")
     _print(_totals(done))
@@ -184,7 +184,7 @@ def _outlook(settings: RunConfig, path: Path, manner: dict[str, Any]) -> None:
 def _print(lines: Sequence[tuple[str, str]]) -> None:
     """A heading and a sentence in each line."""
     for heading, text in lines:
-        out.print(f"{heading:10}{text}", highlight=False, markup=False)
+        out.print(f"{heading:10}{text}")
 
 
 def methods_table(found: StudyTable) -> Table:

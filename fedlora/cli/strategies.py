@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedlora.cli.console import one_line_errors, out, table_of
+from fedlora.cli.console import marked, one_line_errors, out, table_of
 
 if TYPE_CHECKING:
     from strategies.rule import Rule
@@ -44,9 +44,9 @@ def strategies(
     out.print(
         "\nexact: of lora; of another lora.method a run measures it where any kind is taken (docs/peft.md)"
     )
-    out.print("\n[bold]Where they differ from their papers or the authors' code[/bold]")
+    out.print(marked("\nWhere they differ from their papers or the authors' code"))
     for name, text in deviations().items():
-        out.print(f"{name}: {text}", highlight=False, markup=False)
+        out.print(f"{name}: {text}")
 
 
 def _one(rule: type[Rule], row: dict[str, Any], as_json: bool) -> None:
@@ -58,14 +58,14 @@ def _one(rule: type[Rule], row: dict[str, Any], as_json: bool) -> None:
     for fact, value in row.items():
         text = ", ".join(value) if isinstance(value, list | tuple) else _cell(value)
         if text:
-            out.print(f"{fact.replace('_', ' '):20}{text}", highlight=False, markup=False)
+            out.print(f"{fact.replace('_', ' '):20}{text}")
     out.print(
-        "\n[bold]Options[/bold], as strategy.options = '{\"NAME\": VALUE}'" if options else "\nNo options."
+        marked("\nOptions", ", as strategy.options = '{\"NAME\": VALUE}'") if options else "\nNo options."
     )
     for option, default in options.items():
-        out.print(f"{option:20}{default!r}", highlight=False, markup=False)
+        out.print(f"{option:20}{default!r}")
     about = (sys.modules[rule.__module__].__doc__ or "").strip()
-    out.print(f"\n{about}", highlight=False, markup=False)
+    out.print(f"\n{about}")
 
 
 def _cell(value: Any) -> str:

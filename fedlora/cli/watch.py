@@ -25,7 +25,7 @@ def watch(
 
     try:
         with ended_by_sigterm(), Server(directory, port) as server:
-            out.print(f"{server.address} shows {directory}; Ctrl-C stops it", highlight=False, markup=False)
+            out.print(f"{server.address} shows {directory}; Ctrl-C stops it")
             server.serve_forever()
     except KeyboardInterrupt:
         out.print("stopped")

@@ -28,11 +28,16 @@ REASONS = 3
 """Refusals of a round that are told with their reasons; all are in ``rounds.jsonl``."""
 
 
+def _console() -> Console:
+    """Standard error, to which titles and reasons are printed letter for letter."""
+    return Console(stderr=True, soft_wrap=True, markup=False, emoji=False, highlight=False)
+
+
 def tell_wait(what: str) -> None:
     """Say on a terminal what is being waited for."""
-    console = Console(stderr=True, soft_wrap=True)
+    console = _console()
     if console.is_terminal:
-        console.print(what, style="dim", highlight=False, markup=False)
+        console.print(what, style="dim")
 
 
 class NotebookBar:
@@ -84,16 +89,16 @@ class RoundProgress:
 
     def __init__(self, title: str, num_server_rounds: int, *, alone: bool = True) -> None:
         self._begins, self._title, self._total = title, title.partition(",")[0], num_server_rounds
-        self._console = Console(stderr=True, soft_wrap=True)
+        self._console = _console()
         self._lines = not (alone and (self._console.is_terminal or self._console.is_jupyter))
         self._bar = (
             NotebookBar()
             if self._console.is_jupyter and alone
             else Progress(
-                TextColumn("{task.description:24}"),
+                TextColumn("{task.description:24}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
@@ -116,7 +121,7 @@ class RoundProgress:
     def show(self, lines: Sequence[tuple[str, str]]) -> None:
         """Say what is about to be done: a heading and a sentence in each line."""
         text = "\n".join(f"{heading:10}{text}" for heading, text in lines)  # one output of a notebook's cell
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(text)
 
     def begin(self, finished: int, left_out: Mapping[int, str] | None = None) -> None:
         """Clients are about to be asked.
@@ -126,12 +131,10 @@ class RoundProgress:
             left_out: partitions that take no part, and why.
         """
         for partition, why in (left_out or {}).items():
-            self._console.print(
-                f"{self._title}: partition {partition} is left out, {why}", highlight=False, markup=False
-            )
+            self._console.print(f"{self._title}: partition {partition} is left out, {why}")
         self._bar.update(self._task, completed=finished, status="training")
         if self._lines and finished < self._total:
-            self._console.print(f"{self._begins}: rounds {finished + 1} to {self._total}", highlight=False)
+            self._console.print(f"{self._begins}: rounds {finished + 1} to {self._total}")
 
     def update(self, record: dict[str, Any]) -> None:
         """A round is done; ``record`` is its line in ``rounds.jsonl``. Round 0 is before training."""
@@ -140,13 +143,13 @@ class RoundProgress:
         self._bar.update(self._task, completed=record["round"], status=", ".join([*shown, *gap]))
         for partition, why in list(record["refused"].items())[:REASONS]:
             line = f"{self._title}: round {record['round']}, partition {partition} is refused: {why}"
-            self._console.print(line, highlight=False, markup=False)
+            self._console.print(line)
         if self._lines:
             lost = f", {len(record['refused'])} refused" if record["refused"] else ""
             number = f"round {record['round']}/{self._total}" if record["round"] else "before training"
             number += f", as {record['taken_from']} measured it:" if "taken_from" in record else ""
             done = f"{self._title}: {number} {', '.join(shown)}{lost}"
-            self._console.print(f"{done}, {record['seconds']:.1f} s{_diagnosis(record)}", highlight=False)
+            self._console.print(f"{done}, {record['seconds']:.1f} s{_diagnosis(record)}")
 
 
 def _diagnosis(record: dict[str, Any]) -> str:
