@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import fedlora
 from fedlora.cli import cli
 from fedlora.data.tokenizers import load_tokenizer
+from fedlora.evaluation.items import items_of
 from tests.models.test_auto import exported
 
 ELSEWHERE = """
@@ -94,6 +99,87 @@ def test_labels_and_texts_are_printed_letter_for_letter(tmp_path: Path) -> None:
     assert "no:key:such[/b].csv: no such file" in invoke("predict", adapter, "no:key:such[/b].csv").stderr
 
 
+TEXTS = "caf\u00e9 good\none\u2028text\nlast\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.txt", TEXTS.encode()),
+        ("a.txt.gz", gzip.compress(TEXTS.encode())),
+        ("bom.txt", TEXTS.encode("utf-8-sig")),
+        ("wide.txt", TEXTS.encode("utf-16")),
+        ("dos.TXT", TEXTS.replace("\n", "\r\n").encode()),
+    ],
+)
+def test_a_text_file_is_read_as_files_of_examples_are(name: str, data: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    assert items_of(str(tmp_path / name), "text", pictures=False) == TEXTS.strip("\n").split("\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"),
+    [
+        ("a.txt", b"good\ncaf\xe9\n", r"line 2 is not UTF-8 \(byte 0xe9\)"),
+        ("a.txt", TEXTS.encode("utf-16-le"), "UTF-8"),
+        ("a.txt", "good".encode("utf-16-le"), "line 1 holds a NUL"),
+        ("a.txt", TEXTS.encode("utf-16")[:-1], "truncated data"),
+        ("a.txt.gz", TEXTS.encode(), "Not a gzipped file"),
+        ("a.txt.gz", gzip.compress(TEXTS.encode())[:-12], "Compressed file ended"),
+        ("a.txt.gz", gzip.compress(b"")[:10] + b"\xff" * 40, "invalid block type"),
+    ],
+)
+def test_a_text_file_of_other_bytes_is_refused(name: str, data: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(fedlora.ConfigError, match=f"{name}: cannot be read .*{words}") as told:
+        items_of(str(tmp_path / name), "text", pictures=False)
+    assert "\n" not in str(told.value)
+
+
+FRAME = pandas.DataFrame({"text": ["w1 w2"] * 5, "label": ["yes"] * 5})
+
+
+@pytest.mark.parametrize(
+    ("items", "words"),
+    [
+        (FRAME, r"predict\(DataFrame\): is a table, takes a list of texts or of pairs of texts, such"),
+        (Dataset.from_pandas(FRAME), r"predict\(Dataset\): is a table"),
+        (FRAME.iterrows, "takes a list of texts"),
+        ("w1", r"predict\('w1'\): takes a list"),
+        (b"w1", r"predict\(b'w1' \(bytes\)\): takes a list of texts"),
+        (Path("a.csv"), r"predict\(PosixPath\('a\.csv'\) \(PosixPath\)\): takes a list"),
+        ({"w1": 1}, "takes a list of texts"),
+        ({"w1"}, "takes a list of texts"),
+        (5, r"predict\(5 \(int\)\): takes a list of texts"),
+        (None, "takes a list of texts"),
+        (np.array("w1"), "takes a list of texts"),
+        ([("w1",)], r"predict: entry 0 is \('w1',\) \(tuple of 1\), takes a list of texts or of pairs"),
+        (["w1", ("a", "b", "c")], r"predict: entry 1 is .* \(tuple of 3\)"),
+        ([()], "tuple of 0"),
+        ([("w1", 5)], "tuple of 2"),
+        ([("w1", None)], "tuple of 2"),
+        (["w1", float("nan")], r"entry 1 is nan \(float\)"),
+        ([["x" * 999] * 999], r"entry 0 is .{40} \(list of 999\)"),
+        ([Path("a.txt")], "entry 0 is"),
+        (["a\ud800"], r"entry 0 holds '\\ud800', half of a character"),
+        ([("a", "b"), "c"], "not both at once"),
+    ],
+)  # fmt: skip
+def test_what_is_no_list_of_texts_is_refused(items: Any, words: str, classifier: Path) -> None:
+    with pytest.raises(fedlora.ConfigError, match=words) as told:
+        fedlora.load(classifier).predict(items)
+    assert "\n" not in str(told.value)
+
+
+def test_texts_come_in_whatever_has_an_order(classifier: Path) -> None:
+    loaded, texts = fedlora.load(classifier), ["w1 w2", "w3"]
+    wanted = loaded.predict(texts)
+    given = [pandas.Series(texts, index=[7, 8]), np.array(texts), np.array(texts, object), tuple(texts)]
+    assert all(loaded.predict(each) == wanted for each in [*given, iter(texts)])
+    assert loaded.predict([["a", "b"]]) == loaded.predict([("a", "b")])
+    assert loaded.predict([]) == []
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -126,6 +212,8 @@ def test_pictures_of_any_size_are_predicted(tmp_path: Path) -> None:
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{n}.png")
     found = invoke("predict", adapter, tmp_path / "pictures", "--json")
     assert [json.loads(line)["label"] in "ab" for line in found.output.splitlines()] == [True] * 3
+    with pytest.raises(fedlora.ConfigError, match=r"entry 0 is 5 \(int\), takes a list of pictures"):
+        fedlora.load(adapter).predict([5])  # type: ignore[list-item]
     assert "no such picture" in invoke("predict", adapter, "none.png").stderr
 
 
@@ -158,6 +246,9 @@ def test_what_fits_the_other_kind_is_refused(classifier: Path, writer: Path) -> 
     assert "a classifier, ask it by fedlora predict" in invoke("chat", classifier).stderr
     with pytest.raises(fedlora.ConfigError, match="predicts no labels"):
         fedlora.load(writer).predict(["a"])
+    for prompt in (5, [5], {"role": "user"}, [{"role": "user"}]):
+        with pytest.raises(fedlora.ConfigError, match="takes a text, or messages with role and content"):
+            fedlora.load(writer).generate(prompt)  # type: ignore[arg-type]
     with pytest.raises(fedlora.ConfigError, match="generates no text"):
         fedlora.load(classifier).generate("a")
     with pytest.raises(fedlora.ConfigError, match="not an adapter that fedlora wrote"):

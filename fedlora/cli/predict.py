@@ -36,11 +36,11 @@ def predict(
 
     Example: fedlora predict runs/demo/flora/adapter "a wonderful film"
     """
-    from fedlora.evaluation.loaded import items_of
+    from fedlora.evaluation.items import items_of
     from fedlora.study import library
 
     loaded = library.load(adapter)
-    items = items_of(given, loaded.card, text_column)
+    items = items_of(given, text_column, pictures=loaded.of_pictures)
     if not loaded.card.label_names:
         for item in items:
             written = loaded.generate(item, max_new_tokens=max_new_tokens)

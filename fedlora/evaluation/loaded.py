@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,9 @@ from fedlora.data.chat.tokenise import asked
 from fedlora.data.columns import PICTURE
 from fedlora.data.examples import Examples, collate
 from fedlora.data.images import UNREADABLE, fitted
-from fedlora.data.sources import FILE_KINDS, open_table
 from fedlora.data.targets import MULTI_LABEL, REGRESSION
-from fedlora.data.text_files import kind_of
 from fedlora.errors import ConfigError, first_line
+from fedlora.evaluation.items import Item, checked
 from fedlora.models import AdapterCard
 from fedlora.models.export import load_adapter
 from fedlora.models.fit import most_positions
@@ -39,10 +38,6 @@ OUTPUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     REGRESSION: lambda logits: logits,
 }
 """What is told of logits (rows, K)."""
-TEXT_FILE = ".txt"
-"""End of files in which each line is a text."""
-Item: TypeAlias = "str | tuple[str, str] | PathLike[str] | Image.Image"
-"""A text, a pair of texts, or a picture: PIL's, or where its file is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,23 +92,30 @@ class LoadedAdapter:
         self.card: AdapterCard
         self.model, self.card = load_adapter(self.directory)
 
-    def predict(self, items: Sequence[Item]) -> list[Prediction]:
+    @property
+    def of_pictures(self) -> bool:
+        """Whether pictures are predicted, not texts."""
+        return task_named(self.card.task).network == "image-classifier"
+
+    def predict(self, items: Iterable[Item]) -> list[Prediction]:
         """The label of each text, pair of texts or picture; its labels, or its numbers, as the task is.
 
         Texts are cut to the tokens that were trained on; pictures of any size and mode become the model's.
 
+        Args:
+            items: a list, a pandas ``Series``, a NumPy array of texts, or another thing with an order.
+
         Raises:
-            ConfigError: a language model, a text outside of a list, one without a token, or a picture that
-                cannot be read.
+            ConfigError: a language model, what is neither texts nor pictures in an order (a table, one text),
+                a text without a token, or a picture that cannot be read.
         """
-        if isinstance(items, str):
-            raise ConfigError(f"predict({items[:40]!r}): takes a list, predict([...])")
         task = task_named(self.card.task)
         if not task.labelled:
             raise ConfigError(f"{self.directory}: a language model of {self.card.task} predicts no labels")
         found: list[Prediction] = []
-        for start in range(0, len(items), BATCH):
-            found += self._predicted(items[start : start + BATCH])
+        given = checked(items, pictures=self.of_pictures)
+        for start in range(0, len(given), BATCH):
+            found += self._predicted(given[start : start + BATCH])
         return found
 
     def generate(self, prompt: str | Sequence[dict[str, Any]], *, max_new_tokens: int = 128) -> str:
@@ -181,15 +183,14 @@ class LoadedAdapter:
                 yield Prediction(labels=(max(found, key=found.__getitem__),), probabilities=found)
 
     def _rows(self, items: Sequence[Item]) -> Rows:
-        if task_named(self.card.task).network == "image-classifier":
+        if self.of_pictures:
             return {PICTURE: [self._pixels(item) for item in items]}
-        pairs = [(item, None) if isinstance(item, str) else item for item in items]
-        if not all(isinstance(pair, tuple) and isinstance(pair[0], str) for pair in pairs):
-            raise ConfigError(f"{self.directory}: takes texts, or pairs of texts")
-        texts, seconds = zip(*pairs, strict=True)
-        if None in seconds and any(second is not None for second in seconds):
+        pairs = [item for item in items if isinstance(item, tuple)]
+        if pairs and len(pairs) < len(items):
             raise ConfigError(f"{self.directory}: takes texts, or pairs of texts, not both at once")
-        return {"text": list(texts)} | ({} if None in seconds else {"text_pair": list(seconds)})
+        if not pairs:
+            return {"text": list(items)}
+        return {"text": [first for first, _ in pairs], "text_pair": [second for _, second in pairs]}
 
     def _pixels(self, item: Item) -> bytes:
         if isinstance(item, Image.Image):
@@ -206,7 +207,7 @@ class LoadedAdapter:
         if isinstance(prompt, str):
             opening, ids = list(self._reader.opening), list(self._reader.pieces([prompt])[0])
             return [*([] if ids[: len(opening)] == opening else opening), *ids]
-        if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in prompt):
+        if not isinstance(prompt, Sequence) or not all(map(_is_message, prompt)):
             raise ConfigError("the prompt: takes a text, or messages with role and content")
         turns = [Turn(str(message["role"]), str(message["content"])) for message in prompt]
         return asked(turns, self._reader, "the prompt")
@@ -218,36 +219,5 @@ class LoadedAdapter:
         return sorted({int(self._reader.end_token_id), *map(int, own)})
 
 
-def items_of(given: str, card: AdapterCard, text_column: str) -> list[Any]:
-    """Examples that ``fedlora predict`` was given: rows, lines or pictures of a file or directory, or a text.
-
-    Raises:
-        ConfigError: a file that cannot be read, without that column, or without a row.
-    """
-    if not given.strip():
-        raise ConfigError("predict: the text is empty")
-    path = Path(given)
-    picture = task_named(card.task).network == "image-classifier"
-    try:
-        path = user_path(given)
-        exists = path.exists()
-    except (OSError, ConfigError):  # a text too long for a name, or one that begins with a tilde
-        exists = False
-    if not exists:
-        if picture or kind_of(path) in (*FILE_KINDS, TEXT_FILE):
-            raise ConfigError(f"{given}: no such {'picture or directory' if picture else 'file'}")
-        return [given]
-    if picture:
-        files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
-        if not files:
-            raise ConfigError(f"{given}: holds no pictures")
-        return files
-    if path.is_dir():
-        raise ConfigError(f"{given}: is a directory, name a file or a text")
-    if kind_of(path) == TEXT_FILE:
-        lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    else:
-        lines = open_table(path, text_column, "predict")
-    if not lines:
-        raise ConfigError(f"{given}: holds no texts")
-    return lines
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
