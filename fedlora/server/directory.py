@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from logging import WARNING
 from pathlib import Path
@@ -34,38 +34,31 @@ import tomli_w
 from filelock import FileLock, Timeout
 from flwr.common.logger import log
 
-from clients.privacy.client import ClientPrivacy
-from fedlora.config import RunConfig, Scalar, read_config, to_flat, unflatten
+from fedlora.config import RunConfig, read_config, to_flat, unflatten
 from fedlora.core.files import append_line, check_place, write_atomic
 from fedlora.core.sealed import FILES_SHA256, hashes, read_sealed, sealed
 from fedlora.core.state import ServerState
 from fedlora.errors import ConfigError
 from fedlora.server.checkpoint import read_beside, read_checkpoint, write_checkpoint
-from fedlora.server.identity import NO_EFFECT, UNRECORDED, Identity, config_digest, recorded
+from fedlora.server.identity import UNRECORDED, Identity, config_digest, recorded
 from fedlora.server.provenance import PROVENANCE, check_schema, provenance, read_provenance
 from fedlora.server.published import drop_half_line
 from fedlora.server.results import (
+    BEFORE,
     CONFIG,
     PUBLISHED,
     RESULT,
     ROUNDS,
+    RUN_KEY,
     SAMPLES,
     read_lines,
     read_rounds,
     read_samples,
 )
+from fedlora.server.resumed import check_keys, only_tried, other_inputs
 
-FREE_TO_CHANGE = ("num-server-rounds", "max-rank", "license", "generate-every", "early-stopping-", *NO_EFFECT)
-"""Keys that a resumed run may set anew: they do not change the rounds that were done. (The number of rounds
-does where learning rates follow from it.)"""
-COHORT_SIZE = "engine.cohort-size"
-"""The one key of the engine that changes bits; 0 is written by engines that train one by one."""
 CHECKPOINT = "checkpoint"
-BEFORE = "before.json"
-RUN_KEY = "run-key.txt"
 """What clients and ledgers know the run by, from before its first round."""
-ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flower.log", "failure.json"})
-"""What a run that stopped before its first round may leave."""
 BESIDE = (PROVENANCE, BEFORE, SAMPLES)
 """What is made before round 1 and cannot be made again after it: a checkpoint names those that there are."""
 GROWING = {"lines": ROUNDS, "published": PUBLISHED}
@@ -92,7 +85,7 @@ class RunDirectory:
         self.path, self.shared = path, shared
         check_place("--out", path)
         if path.is_dir() and any(path.iterdir()) and not resume:
-            if not _only_tried(path):
+            if not only_tried(path):
                 raise ConfigError(f"--out {path}: is not empty (use --resume to go on, or another directory)")
             for file in path.iterdir():
                 file.unlink()
@@ -105,16 +98,25 @@ class RunDirectory:
         """Mark the run as one that must never be resumed; its files stay."""
         write_atomic(self.path / SPOILED, reason + "\n")
 
-    def open(self, config: RunConfig, inputs: str | None = None, *, continues: bool = False) -> None:
+    def open(
+        self,
+        config: RunConfig,
+        inputs: str | None = None,
+        *,
+        continues: bool = False,
+        elsewhere: Collection[str] = (),
+    ) -> None:
         """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.
 
         Args:
             config: of the run.
             inputs: a digest of what it names, see `fedlora.server.inputs`.
             continues: rounds that were done before are part of it.
+            elsewhere: digests of the same inputs on other kinds of device, where a run may go on.
 
         Raises:
-            ConfigError: a key differs that changes what the finished rounds mean.
+            ConfigError: a key differs that changes what the finished rounds mean, or the inputs do; nothing
+                was written.
         """
         written = self.path / CONFIG
         if continues and not written.exists():
@@ -128,19 +130,27 @@ class RunDirectory:
                 before = read_config(written)
             except ConfigError as error:
                 raise ConfigError(f"{written}: {error}") from None
-            for key, value in to_flat(before).items():
-                more = continues and key == "num-server-rounds" and value != flat[key]
-                fixed = more and _follow_from_rounds(config, before)
-                if fixed or not _may_become(key, value, flat[key]):
-                    raise ConfigError(
-                        f"{key} = {flat[key]!r}: the run in {self.path} has {value!r}; it cannot change"
-                    )
+            check_keys(config, before, self.path, continues=continues)
+        self._check_inputs(config, inputs, elsewhere, continues=continues)
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         record = provenance(config, inputs, self._begun_as(config) if continues else None)
         if "+" in (code := record["identity"]["code"]) and code != self._begun_as(config).code:
             other = "%s: earlier rounds were computed by other code or libraries; %s has both"
             log(WARNING, other, self.path, PROVENANCE)
         write_atomic(self.path / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
+
+    def _check_inputs(
+        self, config: RunConfig, inputs: str | None, elsewhere: Collection[str], *, continues: bool
+    ) -> None:
+        """Refuse other inputs than the rounds that were done had; without a round drop what they measured."""
+        before = recorded(read_provenance(self.path / PROVENANCE))
+        if before is None or before.inputs is None or inputs is None:
+            return
+        if continues and before.last_inputs not in {inputs, *elsewhere}:
+            raise other_inputs(config, self.path)
+        if not continues and before.inputs != inputs:
+            for name in (BEFORE, SAMPLES):
+                (self.path / name).unlink(missing_ok=True)
 
     def _begun_as(self, config: RunConfig) -> Identity:
         found = recorded(read_provenance(self.path / PROVENANCE))
@@ -293,24 +303,3 @@ def held(path: Path) -> Iterator[None]:
         raise ConfigError(
             f"--out {path}: another fedlora writes there, let it end or choose another directory"
         ) from None
-
-
-def _follow_from_rounds(config: RunConfig, before: RunConfig) -> bool:
-    """Whether rounds that were done would have been others with another number of rounds."""
-    if config.schedules_rounds or not config.devices.waits:
-        return True
-    client_level = config.privacy.client_level and before.privacy.client_level
-    return client_level and ClientPrivacy(config).noise != ClientPrivacy(before).noise
-
-
-def _only_tried(path: Path) -> bool:
-    """Whether a directory holds no more than a run that stopped before its first round."""
-    found = {file.name for file in path.iterdir()}
-    return found <= ATTEMPT and {CONFIG, PROVENANCE} <= found and not read_rounds(path)
-
-
-def _may_become(key: str, before: Scalar, now: Scalar) -> bool:
-    """Whether a resumed run may have this value of a key where it had that one."""
-    if key == COHORT_SIZE:
-        return (before or 1) == (now or 1)
-    return before == now or key.startswith(FREE_TO_CHANGE)

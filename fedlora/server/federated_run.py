@@ -18,7 +18,7 @@ from fedlora.server.best import best_state, has_ended
 from fedlora.server.build import assemble
 from fedlora.server.callbacks import Callback, Checkpoint, Evaluate, KeepBest, Record, Track
 from fedlora.server.directory import RunDirectory
-from fedlora.server.inputs import inputs_digest
+from fedlora.server.inputs import device_of, inputs_by_device
 from fedlora.server.published import append_release, counted, read_participations
 from fedlora.server.session import Session
 from fedlora.server.validate import check, check_time, kept
@@ -74,8 +74,10 @@ class FederatedRun:
         if session.stores is not None:
             heads = {} if checkpoint is None else checkpoint.ledger_heads
             privacy.check_ledgers(self.runtime.data, self.partitions, session.stores, heads)
-        inputs = inputs_digest(self.config, self.runtime) if session.nodes is None else None
-        directory.open(self.config, inputs, continues=checkpoint is not None)
+        given = inputs_by_device(self.config, self.runtime) if session.nodes is None else {}
+        inputs = given.get(device_of(self.config) or "")
+        continues = checkpoint is not None
+        directory.open(self.config, inputs, continues=continues, elsewhere=given.values())
         self.run_key = directory.run_key()
         self._restore(checkpoint, participations)
 

@@ -108,13 +108,19 @@ class Identity:
         config: of the keys that have an effect.
         code: of all modules but `APART` and the versions of `LIBRARIES`; several, joined by ``+``, where a
             run was begun by one and continued by another.
-        inputs: of the weights and examples that the configuration names, see `fedlora.server.inputs`; None
-            where not all of them are known in one place.
+        inputs: of the weights and examples that the configuration names, see `fedlora.server.inputs`;
+            several, joined by ``+``, where a run was begun on one kind of device and continued on another;
+            None where not all of them are known in one place.
     """
 
     config: str
     code: str
     inputs: str | None
+
+    @property
+    def last_inputs(self) -> str | None:
+        """Inputs of the last rounds: those before had the same, but for the kind of device."""
+        return None if self.inputs is None else self.inputs.rpartition("+")[2]
 
 
 def identity(config: RunConfig, inputs: str | None, before: Identity | None = None) -> Identity:
@@ -128,9 +134,18 @@ def identity(config: RunConfig, inputs: str | None, before: Identity | None = No
     now = Identity(config_digest(config), code_digest(), inputs)
     if before is None or before == now:
         return now
-    codes = before.code.split("+")
-    code = before.code if codes[-1] == now.code else "+".join([*codes, now.code])
-    return Identity(now.config, code, now.inputs if now.inputs == before.inputs else None)
+    if now.inputs is None or before.inputs is None:
+        return Identity(now.config, _joined(before.code, now.code), None)
+    return Identity(now.config, _joined(before.code, now.code), _joined(before.inputs, now.inputs))
+
+
+def _joined(before: str, now: str) -> str:
+    """Digests of what a run rested on, one after the other.
+
+    >>> _joined("a+b", "b"), _joined("a+b", "c")
+    ('a+b', 'a+b+c')
+    """
+    return before if before.rpartition("+")[2] == now else f"{before}+{now}"
 
 
 def recorded(provenance: Mapping[str, Any]) -> Identity | None:

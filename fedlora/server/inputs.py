@@ -23,12 +23,24 @@ from fedlora.models.shared_memory import hashes
 from fedlora.prepared.cache import Prepared
 from fedlora.server.public_data import open_public
 
+DEVICES = ("cpu", "cuda", "mps")
+"""Kinds of device; a run may begin on one and go on on another."""
+
 
 def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
-    """A digest of the base, the first head, the examples and who holds which; of device and size of cohorts.
+    """The digest of a run's inputs on the device that it computes on; see `inputs_by_device`.
 
-    None where something is not known here: the device, where the machines of a cluster choose it; the code of
-    a rule or an optimiser of one's own, which may lie anywhere; what others spent of a ledger that the run
+    None where something is not known here, be it the device, where the machines of a cluster choose it.
+    """
+    device = device_of(config)
+    return None if device is None else inputs_by_device(config, runtime).get(device)
+
+
+def inputs_by_device(config: RunConfig, runtime: ClientRuntime) -> dict[str, str]:
+    """A digest of the base, the first head, the examples and who holds which, and the size of cohorts.
+
+    One for each kind of device, which is part of it. Empty where something is not known here: the code of a
+    rule or an optimiser of one's own, which may lie anywhere; what others spent of a ledger that the run
     shares with them.
 
     Args:
@@ -36,24 +48,21 @@ def inputs_digest(config: RunConfig, runtime: ClientRuntime) -> str | None:
         runtime: its model and data.
     """
     if ":" in config.strategy.name + config.train.optimizer + config.lora.method or config.privacy.ledger:
-        return None
-    device = device_of(config)
-    if device is None:
-        return None
+        return {}
     model = runtime.model
     found = {
         "base": base_parts(runtime),
         "head": sorted(hashes(model.initial_head).items()),
         "data": data_parts(runtime.data),
         "public": data_parts(open_public(config)) if config.data.public else None,
-        "device": device,
+        "device": "",
         "cohort-size": config.engine.cohort_size or 1,
     }
     if config.model.adapter:
         found["adapter"] = file_sha256(user_path(config.model.adapter) / TENSORS_FILE)
     if config.devices.trace:
         found["devices"] = hashlib.sha256(Path(config.devices.trace).read_bytes()).hexdigest()
-    return digest_of(found)
+    return {device: digest_of({**found, "device": device}) for device in DEVICES}
 
 
 def device_of(config: RunConfig) -> str | None:

@@ -16,6 +16,8 @@ ROUNDS = "rounds.jsonl"
 PUBLISHED = "published.jsonl"
 """What was published under noise of the system, see `fedlora.server.published`."""
 SAMPLES = "samples.json"
+BEFORE = "before.json"
+RUN_KEY = "run-key.txt"
 
 
 def read_result(path: Path) -> dict[str, Any]:

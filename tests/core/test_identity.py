@@ -9,6 +9,7 @@ import pytest
 
 from fedlora.config import Scalar, from_flat, to_flat
 from fedlora.core.code import top_packages
+from fedlora.errors import ConfigError
 from fedlora.server import identity
 from fedlora.server.directory import RunDirectory
 from fedlora.server.identity import (
@@ -112,8 +113,42 @@ def test_a_run_that_other_code_continues_is_of_both(tmp_path: Path, monkeypatch:
         monkeypatch.setattr(identity, "code_digest", lambda code=code: code)
         RunDirectory(tmp_path, resume=True).open(config, "inputs", continues=(tmp_path / PROVENANCE).exists())
     assert written(tmp_path) == Identity(config_digest(config), "one+two", "inputs")
-    RunDirectory(tmp_path, resume=True).open(config, "other inputs", continues=True)
+
+
+def test_a_run_that_goes_on_with_other_inputs_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    config = from_flat({"data.name": "r.csv"})
+    RunDirectory(tmp_path).open(config, "inputs")
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match=r"^data.name = 'r.csv', model.name = .*were made with other data"):
+        RunDirectory(tmp_path, resume=True).open(config, "other inputs", continues=True)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_a_run_may_go_on_on_another_kind_of_device_and_says_so(tmp_path: Path) -> None:
+    """Other data are refused there, too, whichever of the two the run is on then."""
+    config, on = from_flat({}), {"cpu": "a", "cuda": "b"}
+    RunDirectory(tmp_path).open(config, on["cpu"])
+    for device, known in (("cuda", "a+b"), ("cuda", "a+b"), ("cpu", "a+b+a")):
+        again = RunDirectory(tmp_path, resume=True)
+        again.open(config, on[device], continues=True, elsewhere=on.values())
+        assert written(tmp_path).inputs == known
+    with pytest.raises(ConfigError, match="other data"):
+        RunDirectory(tmp_path, resume=True).open(config, "c", continues=True, elsewhere=["c", "d"])
+
+
+def test_inputs_that_are_not_known_on_either_side_are_not_refused(tmp_path: Path) -> None:
+    for inputs in ("inputs", None, "others"):
+        continues = (tmp_path / PROVENANCE).exists()
+        RunDirectory(tmp_path, resume=True).open(from_flat({}), inputs, continues=continues)
     assert written(tmp_path).inputs is None
+
+
+def test_what_was_measured_before_round_1_of_other_inputs_is_measured_again(tmp_path: Path) -> None:
+    for inputs, kept in (("inputs", False), ("inputs", True), ("others", False)):
+        directory = RunDirectory(tmp_path, resume=True)
+        directory.open(from_flat({}), inputs)
+        assert (directory.before() is not None) is kept
+        directory.write_before({"loss": 1.0})
 
 
 def test_a_run_that_begins_anew_is_of_todays_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,12 @@ import pytest
 import torch
 
 from clients.runtime import ClientRuntime
-from fedlora.server.inputs import inputs_digest
+from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
+from fedlora.server.inputs import inputs_by_device, inputs_digest
+from fedlora.server.results import read_rounds
+from fedlora.simulation.simulate import simulate
+from fedlora.study.execute.cell import Engine
 from tests.conftest import tiny_config
 from tests.in_process import client_runtime
 
@@ -55,6 +60,54 @@ def test_a_file_counts_by_what_is_in_it(cache: Path, tmp_path: Path) -> None:
         own = {"data.name": str(file), "data.partitioner": "iid", "data.num-partitions": 2}
         found.append(digest(**own))
     assert found[0] == found[1] != found[2]
+
+
+def rows(file: Path, number: int, labels: tuple[str, ...] = ("a", "b")) -> None:
+    found = [{"text": f"word number {i}", "label": labels[i % len(labels)]} for i in range(number)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in found))
+
+
+def contents(path: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def on(file: Path, **keys: Any) -> RunConfig:
+    own = {"data.name": str(file), "data.partitioner": "iid", "data.num-partitions": 2}
+    named = {"engine.name": "in-process", "num-server-rounds": 2, "train.local-steps": 1}
+    return tiny_config(**{**own, **named, **keys})
+
+
+@pytest.mark.parametrize("labels", [("a", "b"), ("a", "b", "c")], ids=["rows", "labels"])
+@pytest.mark.parametrize("rounds", [2, 3], ids=["finished", "goes on"])
+def test_a_run_does_not_go_on_with_other_data(
+    rounds: int, labels: tuple[str, ...], cache: Path, tmp_path: Path
+) -> None:
+    file, run = tmp_path / "r.jsonl", tmp_path / "run"
+    rows(file, 60)
+    simulate(on(file), run)
+    done = contents(run)
+    rows(file, 90, labels)
+    with pytest.raises(ConfigError, match=r"r.jsonl', model.name = 'tiny': the rounds in .* made with other"):
+        simulate(on(file, **{"num-server-rounds": rounds}), run, resume=True)
+    assert contents(run) == done
+    rows(file, 60)
+    simulate(on(file, **{"num-server-rounds": rounds}), run, resume=True)
+    assert len(read_rounds(run)) == rounds
+
+
+def test_a_study_knows_what_its_runs_were_given(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    rows(file, 60)
+    config, home = on(file, **{"engine.cohort-size": 1}), tmp_path / "run"
+    given = inputs_by_device(config, client_runtime(config))
+    with Engine(config) as engine:
+        assert all(engine.gives(config, home, inputs) for inputs in given.values())
+        assert not engine.gives(config, home, "others")
+        unknown = on(file, **{"engine.cohort-size": 1, "privacy.ledger": "/ledger"})
+        assert engine.gives(unknown, home, "others")
+    file.unlink()
+    with Engine(config) as engine:
+        assert engine.gives(config, home, "others"), "the run itself says what is missing"
 
 
 def test_public_examples_count(cache: Path, tmp_path: Path) -> None:

@@ -18,5 +18,6 @@ def simulation(monkeypatch: pytest.MonkeyPatch) -> Simulation:
     monkeypatch.setattr(cell, "start", simulation.start)
     monkeypatch.setattr(cell, "simulate_on", simulation.simulate_on)
     monkeypatch.setattr(cell.Engine, "inputs", lambda engine, config, home: simulation.inputs(config))
+    monkeypatch.setattr(cell.Engine, "gives", lambda engine, *cell: simulation.gives(*cell))
     monkeypatch.setattr("fedlora.study.report.report.draw_charts", lambda rows: [])
     return simulation

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,9 @@ class Simulation:
         data = SimpleNamespace(num_partitions=4)
         runtime = SimpleNamespace(data=data)
         return SimpleNamespace(runtime=lambda config: runtime, close=lambda: None, size=4)
+
+    def gives(self, config: RunConfig, home: Path, inputs: str) -> bool:
+        return self.inputs(config) in (None, inputs)
 
     def simulate_on(
         self, pool: Any, config: RunConfig, directory: RunDirectory, title: str, *, alone: bool

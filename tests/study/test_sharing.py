@@ -15,6 +15,8 @@ from fedlora.config import from_flat, to_flat
 from fedlora.core.sealed import read_sealed, sealed
 from fedlora.errors import ConfigError, RunFailed
 from fedlora.study.execute import reuse
+from fedlora.study.execute.cell import Engine
+from fedlora.study.execute.outlook import outlook
 from fedlora.study.execute.runner import run_study
 from tests.study.simulation import Simulation, study
 
@@ -220,3 +222,58 @@ def test_cells_by_other_code_stay_and_the_report_says_so(
     assert shared.ran == ["fedavg", "flora", "mean"], "the variant is the strategy, but by today's code"
     assert "1 cell finished by other code than today" in capsys.readouterr().err
     assert "2 versions of the code (yesterday&#39;s: 1 and " in page
+
+
+# --- other data --------------------------------------------------------------------------------------
+
+
+def _begun(cell: Path) -> None:
+    (cell / "result.json").unlink()
+    (cell / "checkpoint").mkdir()
+
+
+def _finished(cell: Path) -> None:
+    pass
+
+
+@pytest.mark.parametrize("state", [_begun, _finished])
+def test_new_cells_do_not_stand_beside_those_on_other_data(
+    state: Callable[[Path], None], shared: Simulation, tmp_path: Path
+) -> None:
+    run_study(study(strategies="fedavg"), tmp_path / "out")
+    state(tmp_path / "out" / "fedavg")
+    shared.inputs = lambda config: "others"
+    before = everything(tmp_path / "out")
+    refused = r"^data.name = 'synthetic', model.name = 'tiny': the rounds in .*fedavg were made with other"
+    with pytest.raises(ConfigError, match=refused):
+        outlook(study(strategies="fedavg,flora"), tmp_path / "out", resume=True)
+    with pytest.raises(ConfigError, match=refused):
+        run_study(study(strategies="fedavg,flora"), tmp_path / "out", resume=True)
+    assert shared.ran == ["fedavg"]
+    assert everything(tmp_path / "out") == before
+
+
+def test_where_nothing_is_to_run_no_data_are_read(
+    shared: Simulation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared.fails["flora"] = RunFailed("once")
+    with pytest.raises(RunFailed):
+        run_study(study(strategies="fedavg,flora"), tmp_path / "out")
+    monkeypatch.setattr(Engine, "gives", lambda *cell: pytest.fail("nothing is to run"))
+    with pytest.raises(RunFailed, match="flora: once"):
+        run_study(study(strategies="fedavg,flora"), tmp_path / "out", resume=True)
+    run_study(study(strategies="fedavg"), tmp_path / "out", resume=True)
+    assert shared.ran == ["fedavg", "flora"]
+    with pytest.raises(pytest.fail.Exception):
+        run_study(study(strategies="fedavg,flora"), tmp_path / "out", resume=True, retry_failed=True)
+
+
+def test_a_report_on_cells_of_different_data_says_so(shared: Simulation, tmp_path: Path) -> None:
+    config = study(strategies="fedavg,flora,ffa", seeds="0,1")
+    assert "Given other data" not in run_study(config, tmp_path / "out").read_text()
+    record = provenance(tmp_path / "out" / "flora-seed-1")
+    record["identity"]["inputs"] = "others"
+    (tmp_path / "out" / "flora-seed-1" / "provenance.json").write_text(json.dumps(record))
+    page = run_study(config, tmp_path / "out", resume=True).read_text()
+    assert "runs of the same seed and data keys: flora-seed-1. What differs" in page
+    assert len(shared.ran) == 6

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fedlora.config import RunConfig
-from fedlora.errors import system_errors_in_words
+from fedlora.errors import FedLoraError, system_errors_in_words
 from fedlora.server.directory import RunDirectory
 from fedlora.simulation import ray_cluster
 from fedlora.simulation.simulate import simulate_on, start
@@ -64,6 +64,22 @@ class Engine:
 
         runtime = self.pool.runtime(config)
         return inputs_digest(with_cohort_size(config, home, runtime), runtime)
+
+    def gives(self, config: RunConfig, home: Path, inputs: str) -> bool:
+        """Whether a run in ``home`` would be given these inputs, be it on another kind of device.
+
+        Also where that is not known, or its model or data cannot be had: the run itself says what is wrong.
+        """
+        from fedlora.server.inputs import inputs_by_device
+        from fedlora.simulation.scheduling import with_cohort_size
+
+        try:
+            runtime = self.pool.runtime(config)
+            given = inputs_by_device(with_cohort_size(config, home, runtime), runtime)
+        except (FedLoraError, OSError):
+            self.close()
+            return True
+        return not given or inputs in given.values()
 
     def close(self) -> None:
         """Stop the actors; the next cell starts others."""

@@ -22,7 +22,7 @@ from fedlora.simulation.places import actors_of
 from fedlora.study.analyse.results import finished
 from fedlora.study.execute.cell import Engine, say
 from fedlora.study.execute.parallel import check_parallel
-from fedlora.study.execute.reuse import ResultCache
+from fedlora.study.execute.reuse import ResultCache, check_inputs
 from fedlora.study.execute.runner import check_directories, check_request, planned, trials_of
 from fedlora.study.plan.absent import read_failure
 from fedlora.study.plan.cells import Cell
@@ -112,6 +112,7 @@ def outlook(
         cells, absent = planned(engine, config)
         trials = [trial.cell for trial in trials_of(config, cells)]
         check_directories(trials or cells, path)
+        check_inputs(engine, trials or cells, path, retry_failed=retry_failed)
         state = _State.of(engine, [*trials, *cells], path, shared, retry_failed=retry_failed)
         groups, fails, about = _groups(engine, [*trials, *cells], state)
     seeds = sorted({cell.seed for cell in cells})

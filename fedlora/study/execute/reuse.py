@@ -15,11 +15,14 @@ from pathlib import Path
 from fedlora.core.files import new_directory, write_atomic
 from fedlora.core.sealed import sealed
 from fedlora.errors import ConfigError, FedLoraError, first_line
-from fedlora.server.directory import BEFORE, SPOILED
+from fedlora.server.directory import CHECKPOINT, SPOILED
 from fedlora.server.identity import code_digest, code_of, config_digest, recorded
 from fedlora.server.provenance import PROVENANCE, check_schema, read_provenance
-from fedlora.server.results import SAMPLES
+from fedlora.server.results import BEFORE, SAMPLES
+from fedlora.server.resumed import other_inputs
 from fedlora.study.analyse.results import FILES, TAKEN_FROM, finished, load_result
+from fedlora.study.execute.cell import Engine
+from fedlora.study.plan.absent import read_failure
 from fedlora.study.plan.cells import Cell
 
 STUDY = "study.json"
@@ -109,6 +112,28 @@ def take(source: Path, home: Path) -> None:
             if (source / name).exists():
                 shutil.copyfile(source / name, draft / name)
         write_atomic(draft / PROVENANCE, json.dumps(sealed(record), indent=2) + "\n")
+
+
+def check_inputs(engine: Engine, cells: Sequence[Cell], path: Path, *, retry_failed: bool = False) -> None:
+    """Refuse to run cells beside others of the study that were given other examples or weights.
+
+    Nothing is read where none is to run.
+
+    Raises:
+        ConfigError: there are such others.
+    """
+    waiting = [cell for cell in cells if not finished(path / cell.label)]
+    if all(read_failure(path / cell.label) is not None and not retry_failed for cell in waiting):
+        return
+    known: dict[str, Cell] = {}
+    for cell in cells:
+        home = path / cell.label
+        found = recorded(read_provenance(home / PROVENANCE))
+        if found is not None and found.last_inputs and (finished(home) or (home / CHECKPOINT).exists()):
+            known.setdefault(found.last_inputs, cell)
+    for inputs, cell in known.items():
+        if not engine.gives(cell.config, path / cell.label, inputs):
+            raise other_inputs(cell.config, path / cell.label)
 
 
 def by_other_code(cells: Iterable[Cell], path: Path) -> int:

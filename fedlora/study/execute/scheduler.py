@@ -14,7 +14,7 @@ from fedlora.server.identity import config_digest
 from fedlora.study.analyse.results import finished
 from fedlora.study.execute.cell import Engine, run_cell, say
 from fedlora.study.execute.parallel import processes, run_beside
-from fedlora.study.execute.reuse import ResultCache, by_other_code, take
+from fedlora.study.execute.reuse import ResultCache, by_other_code, check_inputs, take
 from fedlora.study.plan.absent import Absent, read_failure
 from fedlora.study.plan.cells import Cell
 from fedlora.study.report.format import duration
@@ -40,7 +40,11 @@ def run_cells(engine: Engine, cells: Sequence[Cell], path: Path, manner: RunOpti
 
     Returns:
         Those without a result.
+
+    Raises:
+        ConfigError: as `check_inputs`; nothing was run.
     """
+    check_inputs(engine, cells, path, retry_failed=manner.retry_failed)
     if other := by_other_code(cells, path):
         say(f"{_counted(other)} finished by other code than today's, or by code that was not recorded: kept")
     shelf = ResultCache(cells, path, manner.shared, say)

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedlora.config import FlatConfig, RunConfig, Scalar, to_flat
 from fedlora.config.privacy import ADD_OR_REMOVE_ONE
-from fedlora.server.identity import NO_EFFECT, code_of
+from fedlora.server.identity import NO_EFFECT, code_of, recorded
 from fedlora.study.analyse.results import TAKEN_FROM, CellResult
 from fedlora.study.analyse.summary import Row
 from fedlora.study.analyse.tuning import Tuning, epsilons
@@ -17,6 +17,8 @@ from fedlora.study.plan.absent import Absent
 from fedlora.study.report.format import DASH, listed, shown
 from fedlora.tasks.metrics import ACCURACY, Metric
 
+NAME_INPUTS = ("data.", "model.", "lora.", "task", "seed", "privacy.unit-column", "devices.", "engine.cohort")
+"""Beginnings of keys on which it rests what a run is given; with the same values it is the same."""
 NOT_A_SETTING = ("seed", "strategy.name", *NO_EFFECT)
 """Keys that the report shows elsewhere or that change no result."""
 RATES = {
@@ -218,14 +220,34 @@ def provenances(results: Sequence[CellResult]) -> list[tuple[list[str], dict[str
 
 
 def origins(results: Sequence[CellResult]) -> list[str]:
-    """More than one version of the code, and cells of other studies."""
+    """More than one version of the code, of data and weights under one name, and cells of other studies."""
     codes = Counter(code_of(result.provenance) for result in results)
     taken = Counter(str(o).partition("/")[0] for r in results if (o := r.provenance.get(TAKEN_FROM)))
     said = []
     if len(codes) > 1:
         counted = listed([f"{code}: {number}" for code, number in codes.items()])
         said.append(f"{len(codes)} versions of the code ({counted}): what differs may be the code.")
+    if unlike := _unlike(results):
+        said.append(
+            f"Given other data, other weights or another kind of device than runs of the same seed and data "
+            f"keys: {listed(unlike)}. What differs may be that."
+        )
     if taken:
         counted = listed([f"{number} of {study}" for study, number in taken.items()])
         said.append(f"Taken over (same configuration, same code): {counted}.")
     return said
+
+
+def _unlike(results: Sequence[CellResult]) -> list[str]:
+    """Labels of runs whose inputs are not those of most others that name the same ones."""
+    named: dict[str, list[tuple[str, str]]] = {}
+    for result in results:
+        found = recorded(result.provenance)
+        if found is not None and found.inputs is not None:
+            keys = {k: v for k, v in to_flat(result.config).items() if k.startswith(NAME_INPUTS)}
+            named.setdefault(str(keys), []).append((result.label, found.inputs))
+    unlike: list[str] = []
+    for runs in named.values():
+        most = Counter(inputs for _, inputs in runs).most_common(1)[0][0]
+        unlike += [label for label, inputs in runs if inputs != most]
+    return unlike
