@@ -15,9 +15,9 @@ from typer.testing import CliRunner, Result
 
 from fedlora.cli import cli
 from fedlora.cli.console import err, marked, out, table_of
-from fedlora.core.files import append_line
+from fedlora.core.files import append_line, held
 from fedlora.errors import ConfigError
-from fedlora.server.directory import RunDirectory, held
+from fedlora.server.directory import RunDirectory
 from fedlora.server.progress import RoundProgress
 
 ROOT = Path(__file__).parent.parent

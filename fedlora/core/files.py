@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from fedlora.errors import ConfigError
@@ -143,3 +144,22 @@ def file_stamps(name: str) -> list[tuple[str, int, int]]:
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(str(file.resolve()), file.stat()) for file in files]
     return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Inside, nobody else who asks writes results into a directory; the system frees it on any death.
+
+    Raises:
+        ConfigError: somebody else does, or nobody can.
+    """
+    check_place("--out", path)
+    place = path.resolve()  # which has a name, where "." has none
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(place.parent / f".{place.name}.lock", timeout=0):
+            yield
+    except Timeout:
+        raise ConfigError(
+            f"--out {path}: another fedlora writes there, let it end or choose another directory"
+        ) from None

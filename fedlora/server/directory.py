@@ -23,15 +23,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from logging import WARNING
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import tomli_w
-from filelock import FileLock, Timeout
 from flwr.common.logger import log
 
 from fedlora.config import RunConfig, read_config, to_flat, unflatten
@@ -58,7 +56,6 @@ from fedlora.server.results import (
 from fedlora.server.resumed import check_keys, only_tried, other_inputs
 
 CHECKPOINT = "checkpoint"
-"""What clients and ledgers know the run by, from before its first round."""
 BESIDE = (PROVENANCE, BEFORE, SAMPLES)
 """What is made before round 1 and cannot be made again after it: a checkpoint names those that there are."""
 GROWING = {"lines": ROUNDS, "published": PUBLISHED}
@@ -284,22 +281,3 @@ def _bytes(file: Path) -> bytes:
 def _text(file: Path) -> str:
     """One line; bytes that are no text are none of it."""
     return file.read_text(errors="replace").strip()
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Inside, nobody else who asks writes results into a directory; the system frees it on any death.
-
-    Raises:
-        ConfigError: somebody else does, or nobody can.
-    """
-    check_place("--out", path)
-    place = path.resolve()  # which has a name, where "." has none
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(place.parent / f".{place.name}.lock", timeout=0):
-            yield
-    except Timeout:
-        raise ConfigError(
-            f"--out {path}: another fedlora writes there, let it end or choose another directory"
-        ) from None

@@ -18,6 +18,7 @@ PUBLISHED = "published.jsonl"
 SAMPLES = "samples.json"
 BEFORE = "before.json"
 RUN_KEY = "run-key.txt"
+"""What clients and ledgers know the run by, from before its first round."""
 
 
 def read_result(path: Path) -> dict[str, Any]:

@@ -46,7 +46,8 @@ def simulate(
     """
     check_address(config.engine.address)
     with begun(config.engine):
-        from fedlora.server.directory import RunDirectory, held
+        from fedlora.core.files import held
+        from fedlora.server.directory import RunDirectory
         from fedlora.server.validate import check
 
         quiet()

@@ -13,10 +13,9 @@ from rich.markup import escape
 
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
-from fedlora.core.files import write_atomic
+from fedlora.core.files import held, write_atomic
 from fedlora.core.sealed import read_sealed, sealed, unsealed_counted
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
-from fedlora.server.directory import held
 from fedlora.server.provenance import SCHEMA, check_schema
 from fedlora.server.validate import check
 from fedlora.simulation.ray_cluster import check_address
