@@ -6,11 +6,13 @@ Every failure is an OSError that names the final path, whatever library met it (
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,6 +22,8 @@ from fedlora.errors import ConfigError
 
 FILE_MODE = 0o644
 """mkstemp makes files for the owner alone; results are for reading."""
+HASHED_BYTES = 2**26
+"""Files that are no larger together are known by their content, others by what the system says of them."""
 TRIAL_BYTES = 4096
 """Written and removed again to see that a disk takes anything at all: one block."""
 
@@ -136,14 +140,28 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
 
 
-def file_stamps(name: str) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each local file that a name stands for."""
+def file_stamps(name: str) -> list[tuple[str | int, ...]]:
+    """Path, size and hash of each local file that a name stands for.
+
+    Where they are large together, times, inode and change of inode stand for the hash: copies that keep size
+    and time (``cp -p``, ``rsync -a``, ``tar``) have others.
+    """
     path = Path(name).expanduser()
     if not name or not path.exists():
         return []
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     stats = [(str(file.resolve()), file.stat()) for file in files]
-    return [(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    found = [(file, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for file, s in stats]
+    if sum(stat.st_size for _, stat in stats) > HASHED_BYTES:
+        return list(found)
+    return [(file, size, _hash_of(file, size, *times)) for file, size, *times in found]
+
+
+@lru_cache(maxsize=1024)
+def _hash_of(file: str, *stamp: int) -> str:
+    """Content of a file; read once in a process for as long as its stamp stays."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 @contextmanager

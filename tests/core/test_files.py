@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from fedlora.assets.fetch import cache_dir, create_directory
-from fedlora.core.files import append_line, check_place, naming, new_directory, write_atomic
+from fedlora.core import files
+from fedlora.core.files import append_line, check_place, file_stamps, naming, new_directory, write_atomic
 from fedlora.errors import ConfigError, RunFailed, of_the_system, system_errors_in_words
 
 FULL = Path("/dev/full")
@@ -129,3 +131,30 @@ def test_what_the_system_says_is_one_line(error: OSError, kind: type[Exception],
 def test_a_closed_pipe_is_no_failure_of_ours() -> None:
     with pytest.raises(BrokenPipeError), system_errors_in_words():
         raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+# --- what a file is known by -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hashed", [2**26, 0], ids=["content", "stamps"])
+def test_a_copy_with_the_same_size_and_time_is_another_file(
+    hashed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "HASHED_BYTES", hashed)
+    for name, text in (("a", "good"), ("b", "evil")):
+        (tmp_path / name).write_text(text)
+        os.utime(tmp_path / name, ns=(1, 1))
+    before = file_stamps(str(tmp_path / "a"))
+    assert file_stamps(str(tmp_path / "a")) == before
+    shutil.copy2(tmp_path / "b", tmp_path / "a")
+    after = file_stamps(str(tmp_path / "a"))
+    assert after != before
+    os.replace(tmp_path / "b", tmp_path / "a")
+    assert (file_stamps(str(tmp_path / "a")) == after) is (hashed > 0), "the same content, another inode"
+
+
+def test_small_files_are_known_by_their_content_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("good")
+    before = file_stamps(str(tmp_path))
+    os.utime(tmp_path / "a", ns=(1, 1))
+    assert file_stamps(str(tmp_path)) == before
