@@ -101,6 +101,7 @@ class RunDirectory:
         inputs: str | None = None,
         *,
         continues: bool = False,
+        done: int = 0,
         elsewhere: Collection[str] = (),
     ) -> None:
         """Write ``config.toml`` and ``provenance.json``; on resuming, check that the run is the same.
@@ -109,6 +110,7 @@ class RunDirectory:
             config: of the run.
             inputs: a digest of what it names, see `fedlora.server.inputs`.
             continues: rounds that were done before are part of it.
+            done: their number.
             elsewhere: digests of the same inputs on other kinds of device, where a run may go on.
 
         Raises:
@@ -127,7 +129,7 @@ class RunDirectory:
                 before = read_config(written)
             except ConfigError as error:
                 raise ConfigError(f"{written}: {error}") from None
-            check_keys(config, before, self.path, continues=continues)
+            check_keys(config, before, self.path, continues=continues, done=done)
         self._check_inputs(config, inputs, elsewhere, continues=continues)
         write_atomic(written, tomli_w.dumps(unflatten(flat)))
         record = provenance(config, inputs, self._begun_as(config) if continues else None)

@@ -76,8 +76,8 @@ class FederatedRun:
             privacy.check_ledgers(self.runtime.data, self.partitions, session.stores, heads)
         given = inputs_by_device(self.config, self.runtime) if session.nodes is None else {}
         inputs = given.get(device_of(self.config) or "")
-        continues = checkpoint is not None
-        directory.open(self.config, inputs, continues=continues, elsewhere=given.values())
+        continues, done = checkpoint is not None, 0 if checkpoint is None else checkpoint.state.round
+        directory.open(self.config, inputs, continues=continues, done=done, elsewhere=given.values())
         self.run_key = directory.run_key()
         self._restore(checkpoint, participations)
 

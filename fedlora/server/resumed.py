@@ -25,7 +25,7 @@ ATTEMPT = frozenset({CONFIG, PROVENANCE, RUN_KEY, BEFORE, SAMPLES, ROUNDS, "flow
 """What a run that stopped before its first round may leave."""
 
 
-def check_keys(config: RunConfig, before: RunConfig, path: Path, *, continues: bool) -> None:
+def check_keys(config: RunConfig, before: RunConfig, path: Path, *, continues: bool, done: int = 0) -> None:
     """Refuse keys that change what the finished rounds mean.
 
     Args:
@@ -33,6 +33,7 @@ def check_keys(config: RunConfig, before: RunConfig, path: Path, *, continues: b
         before: as it was begun.
         path: its directory.
         continues: rounds that were done before are part of it.
+        done: their number.
 
     Raises:
         ConfigError: there is one.
@@ -43,6 +44,11 @@ def check_keys(config: RunConfig, before: RunConfig, path: Path, *, continues: b
         fixed = more and _follow_from_rounds(config, before)
         if fixed or not _may_become(key, value, flat[key]):
             raise ConfigError(f"{key} = {flat[key]!r}: the run in {path} has {value!r}; it cannot change")
+    if config.num_server_rounds < done:
+        raise ConfigError(
+            f"num-server-rounds = {config.num_server_rounds}: the run in {path} has done {done}; "
+            f"give {done} or more, or use another --out"
+        )
 
 
 def other_inputs(config: RunConfig, path: Path) -> ConfigError:

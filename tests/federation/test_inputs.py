@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,22 @@ def test_a_run_does_not_go_on_with_other_data(
     rows(file, 60)
     simulate(on(file, **{"num-server-rounds": rounds}), run, resume=True)
     assert len(read_rounds(run)) == rounds
+
+
+@pytest.mark.parametrize("file", ["result.json", ""], ids=["finished", "stopped"])
+def test_a_run_does_not_go_on_with_fewer_rounds_than_it_has_done(
+    file: str, cache: Path, tmp_path: Path
+) -> None:
+    config, run = tiny_config(**{"engine.name": "in-process", "num-server-rounds": 2}), tmp_path / "run"
+    simulate(config, run)
+    if not file:
+        (run / "result.json").unlink()
+    done = contents(run)
+    with pytest.raises(
+        ConfigError, match=r"^num-server-rounds = 1: the run in .* has done 2; give 2 or more"
+    ):
+        simulate(replace(config, num_server_rounds=1), run, resume=True)
+    assert contents(run) == done
 
 
 def test_a_study_knows_what_its_runs_were_given(cache: Path, tmp_path: Path) -> None:
