@@ -177,7 +177,7 @@ def _few(names: Sequence[str]) -> str:
 
 def _kind(file: PurePath) -> str:
     """What a file is read as: an ending or `PICTURES`; empty for what tables are not kept in."""
-    ending = _unpacked(file).suffix.lower()
+    ending: str = _unpacked(file).suffix.lower()
     if ending in DELIMITERS or ending == PARQUET:
         return ending
     if ending in JSON:
@@ -187,7 +187,8 @@ def _kind(file: PurePath) -> str:
 
 def _module(file: PurePath) -> str:
     """The module of datasets that reads a file; empty where none does, as of backups."""
-    return str(_EXTENSION_TO_MODULE.get(_unpacked(file).suffix.lower(), ("",))[0])
+    module: str = _EXTENSION_TO_MODULE.get(_unpacked(file).suffix.lower(), ("",))[0]
+    return module
 
 
 def _unpacked(file: Any) -> Any:
@@ -200,4 +201,4 @@ def _is_test(path: Path, name: str, label: str) -> bool:
     if name not in GLUE_TESTS:
         return True
     found, wanted = {*column_names(".tsv", path / name)}, {*column_names(".tsv", path / "train.tsv")}
-    return wanted <= found or (label != "" and found.issuperset(columns_named(label, found)))
+    return wanted <= found or (label != "" and {*columns_named(label, found)} <= found)
