@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ def test_a_run_from_python_is_the_run_of_the_command(tmp_path: Path, cache: Path
     assert "Accuracy after each round" in page.read_text()
     with pytest.raises(fedlora.ConfigError, match=r"nowhere\.csv': no such file"):
         result.evaluate("nowhere.csv")
+    with pytest.raises(fedlora.ConfigError, match=r"nowhere\.csv': no such file"):
+        result.evaluate(Path("nowhere.csv"))
     again = result.evaluate("synthetic")
     assert again["accuracy"] == result.record["accuracy"]
 
@@ -105,6 +108,79 @@ def test_what_a_callback_raises_ends_the_run_after_its_checkpoint(tmp_path: Path
         TINY, tmp_path / "run", resume=True, callback=lambda record: told.append(record["round"]), **keys
     )
     assert told == [2]
+
+
+FRAME = pandas.DataFrame({"text": ["a"] * 60, "label": ["b"] * 60})
+RESULT = fedlora.RunResult(path=Path("a"), config=fedlora.RunConfig(), record={}, records=[])
+ONE = r"fedlora\.aggregate: adapters = "
+API: Any = fedlora
+WRONG: list[tuple[Callable[[], Any], str]] = [
+    (lambda: API.aggregate([], "o"), ONE + r"\[\]: must be a list of at least one path"),
+    (lambda: API.aggregate(Path("a"), "o"), ONE + r"PosixPath\('a'\) .*: must be a list of paths"),
+    (lambda: API.aggregate("a", "o"), ONE + r"'a' .*: must be a list of paths"),
+    (
+        lambda: API.aggregate([RESULT], "o"),
+        ONE + r"a RunResult: must be a path, .*: \.adapter and \.path",
+    ),
+    (lambda: API.aggregate(["a"], None), r"out = None \(NoneType\): must be a path"),
+    (
+        lambda: API.aggregate(["a"], "o", weights="1,2"),
+        r"weights = '1,2' .*: must be a list of numbers",
+    ),
+    (lambda: API.aggregate(["a"], "o", weights=["1"]), r"weights = '1' .*: must be a number"),
+    (
+        lambda: API.aggregate(["a"], "o", max_rank=2.5),
+        r"max_rank = 2\.5 .*: must be a whole number",
+    ),
+    (
+        lambda: API.aggregate(["a"], "o", reduce_intruders="x"),
+        r"reduce_intruders = 'x' .*: must be a number",
+    ),
+    (lambda: API.aggregate(["a"], "o", strategy=None), r"strategy = None .*: must be a name"),
+    (
+        lambda: API.aggregate(["a"], "o", options=["a=1"]),
+        r"options = \['a=1'\] .*: must be a mapping",
+    ),
+    (lambda: API.load(RESULT), r"fedlora\.load: adapter = a RunResult: must be a path"),
+    (lambda: API.load_run(None), r"fedlora\.load_run: path = None"),
+    (lambda: API.load_study(5), r"fedlora\.load_study: path = 5 \(int\)"),
+    (lambda: API.evaluate("a", FRAME), r"data = a DataFrame: .* fedlora\.data\.from_dataframe"),
+    (lambda: API.evaluate("a", None), r"fedlora\.evaluate: data = None"),
+    (
+        lambda: API.compare({}, "o", share="nowhere"),
+        r"share = 'nowhere' .*: must be a list of paths",
+    ),
+    (lambda: API.compare({}, "o", parallel=1.5), r"parallel = 1\.5 .*: must be a whole number"),
+    (lambda: API.run(["a=1"], "o"), r"fedlora\.run: config = \['a=1'\] .*: must be a TOML file"),
+    (lambda: API.run(FRAME, "o"), r"config = a DataFrame: must be a TOML file"),
+    (lambda: API.run(overrides=["a=1"]), r"fedlora\.run: overrides = .* must be a mapping of keys"),
+    (lambda: API.run({1: 2}, "o"), r"a key = 1 \(int\): must be a string"),
+    (lambda: API.run(out="o", data={"name": FRAME}), r"data\.name = a DataFrame: .*data\.from_dataframe"),
+    (lambda: API.run(out="o", data={"name": Dataset.from_pandas(FRAME)}), r"data\.from_datasets"),
+    (lambda: API.run({"data.name": FRAME}, "o"), r"data\.name = a DataFrame: .*data\.from_dataframe"),
+    (lambda: API.run({}, 5), r"fedlora\.run: out = 5 \(int\)"),
+    (lambda: API.run({}, "o", callback=5), r"callback = 5 \(int\): must be a function"),
+]
+"""Calls with what people pass, and the line that each is."""
+
+
+@pytest.mark.parametrize("call", WRONG, ids=lambda call: call[1])
+def test_an_argument_of_another_kind_is_one_line(
+    call: tuple[Callable[[], Any], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(fedlora.ConfigError, match=call[1]) as told:
+        call[0]()
+    assert "\n" not in str(told.value)
+    assert len(str(told.value)) < 200
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_may_be_a_path_wherever_it_may_be_a_string(tmp_path: Path) -> None:
+    gone = tmp_path / "gone.csv"
+    for data in (gone, str(gone)):
+        with pytest.raises(fedlora.ConfigError, match=r"gone\.csv': no such file"):
+            fedlora.run(out=tmp_path / "o", data={"name": data}, model="tiny", engine="in-process")
 
 
 # --- studies -----------------------------------------------------------------------------------------

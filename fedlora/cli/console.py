@@ -114,7 +114,8 @@ def one_line_errors(command: Command) -> Command:
             _say_error(str(error))
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
-            err.print("interrupted; what was written stays, go on with --resume")
+            goes_on = ", go on with --resume" if "resume" in kwargs else ""
+            err.print(f"interrupted; what was written stays{goes_on}")
             sys.exit(1)
 
     return guarded  # type: ignore[return-value]

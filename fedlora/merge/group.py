@@ -99,6 +99,18 @@ def check_complete(members: Sequence[PeftAdapter], layers: Collection[str]) -> N
                 )
 
 
+def check_saved(members: Sequence[PeftAdapter], modules: Collection[str]) -> None:
+    """Refuse an adapter that says it trains one of these modules whole, but holds no tensor of it."""
+    for member in members:
+        for name in modules:
+            if name.endswith(member.config.modules_to_save) and not any(
+                tensor.startswith(f"{name}.") for tensor in member.head
+            ):
+                raise ConfigError(
+                    f"{member.path}: its modules_to_save names {name}, but it holds no tensor of that module"
+                )
+
+
 def _common_shapes(members: Sequence[PeftAdapter]) -> dict[str, ModuleSpec]:
     shapes: dict[str, tuple[ModuleSpec, PeftAdapter]] = {}
     for member in members:

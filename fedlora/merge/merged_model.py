@@ -18,7 +18,7 @@ from fedlora.assets.loading import check_finite, one_line
 from fedlora.core.factors import Product, Tensors
 from fedlora.core.files import new_directory
 from fedlora.errors import ConfigError, RunFailed
-from fedlora.merge.group import AdapterGroup, check_complete
+from fedlora.merge.group import AdapterGroup, check_complete, check_saved
 from fedlora.models.build import quiet
 from fedlora.models.layers import LinearLayer, layer_spec, oriented
 from fedlora.tasks import task_named
@@ -62,7 +62,7 @@ def open_base(path: Path, group: AdapterGroup, *, weights: bool) -> Base:
 
     Raises:
         ConfigError: no such model, or a layer that it lacks, that has another size, or that an adapter
-            says it adapts and does not.
+            says it adapts, or trains whole, and does not.
     """
     with quiet(), one_line(f"--base {path}", "not a transformers model with safetensors"):
         base = _opened(path, group, weights)
@@ -91,6 +91,9 @@ def open_base(path: Path, group: AdapterGroup, *, weights: bool) -> Base:
             )
     takes = LinearLayer | nn.Embedding
     check_complete(group.members, [n for n, layer in layers.items() if isinstance(layer, takes)])
+    check_saved(
+        group.members, [n for n, layer in layers.items() if next(layer.parameters(), None) is not None]
+    )
     return base
 
 

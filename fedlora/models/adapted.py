@@ -277,7 +277,8 @@ class AdaptedModel:
         for name, tensor in head.items():
             if name not in self._head or self._head[name].shape != tensor.shape:
                 known = ", ".join(f"{n} {tuple(p.shape)}" for n, p in self._head.items())
-                raise FactorShapeError(f"the head has no {name} {tuple(tensor.shape)}, it is {known}")
+                told = f"it is {known}" if known else "it has none"
+                raise FactorShapeError(f"the head has no {name} {tuple(tensor.shape)}, {told}")
 
 
 def _copy(parameter: nn.Parameter) -> Tensor:

@@ -62,7 +62,7 @@ def read_adapter(path: Path) -> PeftAdapter:
 
     Raises:
         ConfigError: no adapter there, a pickle, a damaged file, not plain LoRA, an A without its B, a rank
-            other than the configuration says, NaN or infinity.
+            other than the configuration says, a head that is not there, NaN or infinity.
     """
     if not path.is_dir():
         raise ConfigError(f"{path}: no such directory (an adapter is a directory that save_pretrained wrote)")
@@ -158,7 +158,10 @@ def _pair(name: str, A: Tensor, B: Tensor, config: PlainLora) -> LoraFactors:
 
 
 def _heads(tensors: Tensors, adapted: Collection[str], config: PlainLora) -> tuple[Tensors, Tensors]:
-    """Modules that are trained whole, and what PEFT saved of the base."""
+    """Modules that are trained whole, and what PEFT saved of the base.
+
+    Of ``modules_to_save`` some may be missing: PEFT adds names that a model may not have, such as ``score``.
+    """
     head: Tensors = {}
     frozen: Tensors = {}
     for name, tensor in tensors.items():
@@ -173,4 +176,8 @@ def _heads(tensors: Tensors, adapted: Collection[str], config: PlainLora) -> tup
             frozen[name] = tensor
         else:
             raise ConfigError(f"{name} is neither a LoRA factor nor part of modules_to_save")
+    if config.modules_to_save and not head:
+        raise ConfigError(
+            f"modules_to_save names {', '.join(config.modules_to_save)[:80]}, of which it holds no tensor"
+        )
     return head, frozen

@@ -12,6 +12,7 @@ from transformers.models.auto import modeling_auto
 from fedlora.errors import ConfigError
 from fedlora.models.card import absolute
 from fedlora.models.peft_files import PeftAdapter
+from fedlora.tasks import task_named
 
 NAME = "base_model_name_or_path"
 NAMES = (NAME, "revision")
@@ -51,8 +52,7 @@ def common_identity(members: Sequence[PeftAdapter], base: Path | None) -> Mappin
                 hint = " (if that is one model, name it with --base)"
                 raise ConfigError(_differ(first, other, key, mine, others) + hint)
             named = {NAME: str(base.absolute()), "revision": None}
-        if first.card != other.card:
-            raise ConfigError(_cards_differ(first, other))
+        _check_cards(first, other)
     return {**named, **_common_kind(members)}
 
 
@@ -86,9 +86,20 @@ def _differ(first: PeftAdapter, other: PeftAdapter, key: str, mine: object, othe
     return f"adapters of different base models: {key} is {mine!r} in {first.path}, {others!r} in {other.path}"
 
 
-def _cards_differ(first: PeftAdapter, other: PeftAdapter) -> str:
+def _check_cards(first: PeftAdapter, other: PeftAdapter) -> None:
+    """Refuse cards of different bases: of another ``model``, ``task`` or ``label_names`` in their order.
+
+    The ``seed`` draws what neither checkpoint nor adapter bring: weights of a base without files, and a head
+    that was not trained. Where it draws nothing, and for ``max_length``, ``assistant_loss`` and ``dpo_beta``,
+    which say how examples were read, adapters may differ; the result has those of the first.
+    """
+    if first.card is None and other.card is None:
+        return
     if first.card is None or other.card is None:
-        return _differ(first, other, "fedlora.json", first.card and "there", other.card and "there")
+        there = first.card and "there", other.card and "there"
+        raise ConfigError(_differ(first, other, "fedlora.json", *there))
+    drawn = first.card.base_source() is None or not first.head and task_named(first.card.task).labelled
     mine, others = dataclasses.asdict(first.card), dataclasses.asdict(other.card)
-    key = next(key for key in mine if mine[key] != others[key])
-    return _differ(first, other, f"{key} in fedlora.json", mine[key], others[key])
+    for key in ("model", "task", "label_names", *(["seed"] if drawn else [])):
+        if mine[key] != others[key]:
+            raise ConfigError(_differ(first, other, f"{key} in fedlora.json", mine[key], others[key]))

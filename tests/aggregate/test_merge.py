@@ -148,6 +148,17 @@ def test_a_weight_that_two_layers_share_is_refused(bases: Mapping[str, Path], tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_head_that_an_adapter_names_and_does_not_bring_is_refused(
+    bases: Mapping[str, Path], tmp_path: Path
+) -> None:
+    saved = save_adapter(tmp_path / "a", "llama", bases["llama"], 1, modules_to_save=["lm_head"])
+    edit_config(saved, modules_to_save=["lm_head", "model.norm", "elsewhere"])
+    request = ["--strategy", "flora", "--out", tmp_path / "out", "--base", bases["llama"], saved]
+    refused(aggregate(*request), f"{saved}: its modules_to_save names model.norm, but it holds no tensor")
+    edit_config(saved, modules_to_save=["lm_head", "elsewhere"])
+    assert aggregate(*request).exit_code == 0
+
+
 def test_merging_needs_a_base_that_is_here(alike: Mapping[str, list[Path]], tmp_path: Path) -> None:
     shutil.copytree(alike["llama"][0], tmp_path / "a")
     edit_config(tmp_path / "a", base_model_name_or_path="someone/llama")

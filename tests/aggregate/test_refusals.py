@@ -76,6 +76,10 @@ DAMAGED: Mapping[str, tuple[Change, str]] = {
     "foreign names": (add("q_proj.lora_A.weight", 4, 16), "begin with base_model.model."),
     "another rank than it says": (config(r=8), "rank 8 that the configuration says"),
     "unequal ranks of A and B": (add(f"{Q}lora_B.weight", 16, 3), "q_proj"),
+    "a head that is not there": (
+        config(modules_to_save=["lm_head"]),
+        "modules_to_save names lm_head, of which it holds no tensor",
+    ),
     "no alpha": (config(lora_alpha=None), "lora_alpha = None"),
     "an alpha of 0": (config(lora_alpha=0), "alpha = 0"),
     "an endless alpha": (config(alpha_pattern={"q_proj": 10**400}), "too large"),

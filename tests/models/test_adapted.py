@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedlora.config import ModelConfig
 from fedlora.core.factors import AdapterSet, LoraFactors
 from fedlora.core.init_drawn import fresh_adapters
 from fedlora.errors import ConfigError, FactorShapeError
-from fedlora.models import AdaptedModel
+from fedlora.models import AdaptedModel, build_model, resolve_targets
 from tests.models.samples import adapted, logits, random_adapters, token_batch
 
 BOTH = frozenset("AB")
@@ -171,3 +172,10 @@ def test_a_head_that_does_not_fit_is_refused(head: dict[str, torch.Tensor]) -> N
     model = adapted()
     with pytest.raises(FactorShapeError, match=r"the head has no \S+ \(\d,\), it is classifier\.weight"):
         model.load(random_adapters(model.modules, 4), head)
+
+
+def test_of_a_model_without_a_head_it_is_said_that_it_has_none() -> None:
+    module = build_model(ModelConfig(name="tiny-lm"), 0, 0, "language-model")
+    model = AdaptedModel(module, resolve_targets(module, ""))
+    with pytest.raises(FactorShapeError, match=r"the head has no lm_head\.weight \(2,\), it has none$"):
+        model.check(random_adapters(model.modules, 4), {"lm_head.weight": torch.zeros(2)})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedlora.config import AnyPath
+from fedlora.errors import ConfigError
+from fedlora.study.library.given import name_of, number_of, numbers_of, path_of, paths_of, refused
 
 if TYPE_CHECKING:
     from fedlora.evaluation.loaded import LoadedAdapter
@@ -45,17 +46,22 @@ def aggregate(
     from fedlora.merge.aggregate import Request
     from fedlora.merge.aggregate import aggregate as carry_out
 
+    here, share = "fedlora.aggregate: ", reduce_intruders
+    if not isinstance(options or {}, Mapping):
+        raise refused(f"{here}options", options, "a mapping, such as {'lam': 0.5}")
     request = Request(
-        adapters=[Path(adapter).expanduser() for adapter in adapters],
-        strategy=strategy,
+        adapters=paths_of(f"{here}adapters", adapters),
+        strategy=name_of(f"{here}strategy", strategy),
         options=dict(options or {}),
-        weights=weights,
-        base=None if base is None else Path(base).expanduser(),
+        weights=None if weights is None else numbers_of(f"{here}weights", weights),
+        base=None if base is None else path_of(f"{here}base", base),
         merge=merge,
-        out=Path(out).expanduser(),
-        max_rank=max_rank,
-        reduce_intruders=reduce_intruders,
+        out=path_of(f"{here}out", out),
+        max_rank=number_of(f"{here}max_rank", max_rank, int),
+        reduce_intruders=None if share is None else number_of(f"{here}reduce_intruders", share),
     )
+    if not request.adapters:
+        raise ConfigError(f"{here}adapters = []: must be a list of at least one path")
     return carry_out(request)
 
 
@@ -68,11 +74,11 @@ def load(adapter: AnyPath) -> LoadedAdapter:
     """
     from fedlora.evaluation.loaded import LoadedAdapter
 
-    return LoadedAdapter(adapter)
+    return LoadedAdapter(path_of("fedlora.load: adapter", adapter))
 
 
 def evaluate(
-    adapter: AnyPath, data: str, *, text_column: str = "text", label_column: str = "label"
+    adapter: AnyPath, data: AnyPath, *, text_column: str = "text", label_column: str = "label"
 ) -> dict[str, Any]:
     """Accuracy, loss, accuracy by domain and number of examples of an adapter that fedlora wrote.
 
@@ -87,5 +93,6 @@ def evaluate(
     """
     from fedlora.evaluation.adapter import evaluate_adapter
 
-    where = Path(adapter).expanduser()
-    return evaluate_adapter(where, data, text_column=text_column, label_column=label_column)
+    where = path_of("fedlora.evaluate: adapter", adapter)
+    name = name_of("fedlora.evaluate: data", data)
+    return evaluate_adapter(where, name, text_column=text_column, label_column=label_column)

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from fedlora.config import AnyPath, Config, RunConfig, as_config, from_keywords, read_config
+from fedlora.config import AnyPath, Config, RunConfig, read_config
 from fedlora.core.code import need_extra
 from fedlora.errors import ConfigError
 from fedlora.server.results import CONFIG, RESULT, read_result, read_rounds
 from fedlora.study.library.adapters import evaluate
+from fedlora.study.library.given import path_of, refused, settings_of
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -53,7 +54,7 @@ class RunResult:
         )
 
     def evaluate(
-        self, data: str, *, text_column: str | None = None, label_column: str | None = None
+        self, data: AnyPath, *, text_column: str | None = None, label_column: str | None = None
     ) -> dict[str, Any]:
         """The global adapter on other examples, as `fedlora.evaluate`; the columns are the run's own.
 
@@ -111,8 +112,10 @@ def run(
         ConfigError: a configuration that cannot be carried out, or a directory in use; nothing was started.
         RunFailed: the run stopped; what was written before is kept.
     """
-    settings = as_config(config or {}, {**(overrides or {}), **from_keywords(keys)})
+    settings = settings_of("fedlora.run", config, overrides, keys)
     path = place("run", out, settings)
+    if callback is not None and not callable(callback):
+        raise refused("fedlora.run: callback", callback, "a function of a record")
     if federation is None:
         from fedlora.simulation.simulate import simulate
 
@@ -127,7 +130,7 @@ def run(
             if callback is not None:
                 callback(record)
 
-        layout = open_layout(Path(federation).expanduser())
+        layout = open_layout(path_of("fedlora.run: federation", federation))
         with RoundProgress(settings.strategy.name, settings.num_server_rounds) as progress:
             submit(layout, settings, path, resume=resume, progress=told)
     return load_run(path)
@@ -139,9 +142,10 @@ def place(function: str, out: AnyPath | None, config: RunConfig) -> Path:
     Raises:
         ConfigError: nobody says.
     """
-    if not (out or config.output_dir):
+    place = config.output_dir if out is None or out == "" else out
+    if place == "":
         raise ConfigError(f"fedlora.{function}: out is missing, the directory for the results")
-    return Path(out or config.output_dir).expanduser()
+    return path_of(f"fedlora.{function}: out", place)
 
 
 def load_run(path: AnyPath) -> RunResult:
@@ -150,7 +154,7 @@ def load_run(path: AnyPath) -> RunResult:
     Raises:
         ConfigError: no finished run in this directory.
     """
-    home = Path(path).expanduser()
+    home = path_of("fedlora.load_run: path", path)
     if not (home / RESULT).is_file():
         raise ConfigError(f"{home}: no finished run, there is no {RESULT} in it")
     record = read_result(home)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedlora.config import AnyPath, Config, as_config, from_keywords
+from fedlora.config import AnyPath, Config
 from fedlora.core.code import need_extra
 from fedlora.errors import ConfigError, unknown_name
+from fedlora.study.library.given import number_of, path_of, paths_of, settings_of
 from fedlora.study.library.runs import RunResult, load_run, place
 
 if TYPE_CHECKING:
@@ -99,8 +100,10 @@ def compare(
     """
     from fedlora.simulation.simulate import begun
 
-    settings = as_config(config or {}, {**(overrides or {}), **from_keywords(keys)})
+    settings = settings_of("fedlora.compare", config, overrides, keys)
     path = place("compare", out, settings)
+    others = paths_of("fedlora.compare: share", share)
+    parallel = number_of("fedlora.compare: parallel", parallel, int)
     with begun(settings.engine):
         from fedlora.study.execute.runner import run_study
 
@@ -109,7 +112,7 @@ def compare(
             path,
             resume=resume,
             retry_failed=retry_failed,
-            share=[Path(other).expanduser() for other in share],
+            share=others,
             parallel=parallel,
         )
     return load_study(path)
@@ -121,7 +124,7 @@ def load_study(path: AnyPath) -> StudyResult:
     Raises:
         ConfigError: no study in this directory.
     """
-    home = Path(path).expanduser()
+    home = path_of("fedlora.load_study: path", path)
     if not (home / "study.json").is_file():
         raise ConfigError(f"{home}: no study, there is no study.json in it")
     found = sorted(result.parent for result in home.glob("*/result.json"))
