@@ -20,7 +20,6 @@ from fedlora.privacy.heads import ledgers_known
 REGISTER = "datasets.jsonl"
 SCHEMA = 1
 FIRST_USE = "first use"
-_admitted: set[tuple[Path, str, str]] = set()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +49,6 @@ def admit(directory: Path, dataset: Dataset) -> None:
     Raises:
         LedgerRefused: a data set that the owner did not declare, or another partitioning of one.
     """
-    key = (directory, dataset.source, dataset.partitioning)
-    if key in _admitted:
-        return
     register = Chain(directory / REGISTER)
     with register.locked():
         declared = _declared(register)
@@ -76,7 +72,15 @@ def admit(directory: Path, dataset: Dataset) -> None:
                 f"{known or 'one part'} there, now as {dataset.partitioning or 'one part'}, and an example "
                 "would be in two ledgers; keep the partitioning and its seed, or use another ledger"
             )
-    _admitted.add(key)
+
+
+def register_stamp(directory: Path) -> tuple[int, int] | None:
+    """Time and size of a directory's register; None where there is none."""
+    try:
+        found = (directory / REGISTER).stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size
 
 
 def declare(directory: Path, source: str, reason: str) -> None:

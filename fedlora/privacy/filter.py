@@ -75,11 +75,11 @@ def stated_delta(before_change: float, budget: Budget) -> float:
     return before_change + budget.target_delta
 
 
-_bounds: dict[tuple[float, float, Budget], tuple[int, float]] = {}
+Bounds = dict[tuple[float, float, Budget], tuple[int, float]]
 """Noise, rate, budget -> the most steps known to fit, the fewest known not to."""
 
 
-def fits(history: History, budget: Budget, order: float, planned_steps: int = 0) -> bool:
+def fits(history: History, budget: Budget, order: float, bounds: Bounds, planned_steps: int = 0) -> bool:
     """Whether a history keeps the budget.
 
     Where noise and rate never changed, the accountant is asked once for the planned steps; that many or
@@ -89,19 +89,20 @@ def fits(history: History, budget: Budget, order: float, planned_steps: int = 0)
         history: all releases and the one in question; each pair of noise and rate once.
         budget: what may be spent.
         order: the ledger's Renyi order, see `first_order`.
+        bounds: what was found before; what is found is added.
         planned_steps: steps for which the noise was calibrated.
     """
     if len(history) > 1:
         return renyi_epsilon(history, budget.target_delta, order) <= budget.target_epsilon
     noise, rate, steps = history[0]
-    low, high = _bounds.get((noise, rate, budget), (0, math.inf))
+    low, high = bounds.get((noise, rate, budget), (0, math.inf))
     for asked in (planned_steps, steps):
         if low < steps < high and low < asked < high:
             if _epsilon(noise, rate, asked, budget) <= budget.target_epsilon:
                 low = asked
             else:
                 high = asked
-    _bounds[noise, rate, budget] = (low, high)
+    bounds[noise, rate, budget] = (low, high)
     return steps <= low
 
 

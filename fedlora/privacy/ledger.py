@@ -29,7 +29,7 @@ from pathlib import Path
 
 from fedlora.errors import BudgetExceeded, LedgerRefused
 from fedlora.privacy.chain import Chain, Entry, read_chain
-from fedlora.privacy.datasets import REGISTER, Dataset, admit
+from fedlora.privacy.datasets import REGISTER, Dataset, admit, register_stamp
 from fedlora.privacy.entries import (
     Tally,
     evaluate_entry,
@@ -38,7 +38,7 @@ from fedlora.privacy.entries import (
     released_entry,
     reserve_entry,
 )
-from fedlora.privacy.filter import Budget, Setting, fits, spent
+from fedlora.privacy.filter import Bounds, Budget, Setting, fits, spent
 from fedlora.privacy.heads import keep_head, kept_head, ledgers_known, refuse_set_back, refuse_unlike_kept
 from fedlora.privacy.spending import EvaluationRelease, Release, Standing
 from fedlora.privacy.types import CLIENT
@@ -61,6 +61,8 @@ class Ledger:
         self.path = directory / _file_name(dataset.identity)
         self._chain = Chain(self.path)
         self._tally = Tally(self.path)
+        self._bounds: Bounds = {}
+        self._admitted: tuple[int, int] | None = None
 
     def reserve(
         self,
@@ -93,7 +95,7 @@ class Ledger:
             BudgetExceeded: it would cost more than is left.
             LedgerRefused: the ledger is damaged, rewound, of other data or units, or not to be opened for it.
         """
-        admit(self.directory, self.dataset)
+        self._admit()
         with self._chain.locked():
             self._open(known_head)
             self._check_unit(release.unit)
@@ -133,7 +135,7 @@ class Ledger:
             BudgetExceeded: it would cost more than is set aside, or training has spent that already.
             LedgerRefused: as `reserve`.
         """
-        admit(self.directory, self.dataset)
+        self._admit()
         with self._chain.locked():
             self._open(known_head)
             self._check_unit("")
@@ -168,12 +170,25 @@ class Ledger:
         Raises:
             LedgerRefused: as `reserve`.
         """
-        admit(self.directory, self.dataset)
+        self._admit()
         if not known_head and not self.path.exists() and not kept_head(self.path):
             return
         with self._chain.locked():
             self._open(known_head)
             self._check_unit(unit)
+
+    def _admit(self) -> None:
+        """Ask the register, unless it is as it was when it last admitted the data set.
+
+        A directory that was deleted with its heads begins anew, as it would in another process.
+        """
+        found = register_stamp(self.directory)
+        if found is not None and found == self._admitted:
+            return
+        admit(self.directory, self.dataset)
+        self._admitted = register_stamp(self.directory)
+        if not self.path.exists() and not kept_head(self.path):
+            self._chain, self._tally = Chain(self.path), Tally(self.path)
 
     def _check_unit(self, unit: str) -> None:
         """Refuse to add up what protects examples and what protects people: no epsilon is one of both."""
@@ -215,7 +230,7 @@ class Ledger:
                 f"privacy.target-delta = {budget.target_delta:g}: noise or rate changed in the ledger of "
                 f"{self.dataset.identity}, so that delta {delta:g} would be stated, allowed is {max_delta:g}"
             )
-        if not fits(history, budget, order, planned_steps):
+        if not fits(history, budget, order, self._bounds, planned_steps):
             epsilon, accountant = spent(history, budget, order)
             steps = sum(steps for _, _, steps in history)
             raise BudgetExceeded(

@@ -230,6 +230,12 @@ def test_a_ledger_that_was_set_back_is_refused(tmp_path: Path) -> None:
             one.check(second.head)
     with pytest.raises(LedgerRefused, match="was set back"):
         Ledger(tmp_path, DATASET).reserve(release(1, run_key="a new run"), WIDE)
+    (tmp_path / datasets.REGISTER).unlink()
+    with pytest.raises(LedgerRefused, match=r"datasets\.jsonl: is missing"):
+        ledger.reserve(release(3), WIDE)
+    shutil.rmtree(tmp_path.with_name(f"{tmp_path.name}.heads"))
+    with pytest.raises(LedgerRefused, match="was set back"):
+        ledger.reserve(release(3), WIDE, known_head=second.head)
 
 
 def test_its_owner_is_not_shown_what_a_ledger_that_was_set_back_or_lost_says(tmp_path: Path) -> None:
@@ -252,10 +258,34 @@ def test_other_data_gets_no_budget_where_the_register_is_lost(whole: bool, tmp_p
     """Alone, or with the directory, of which the heads are left."""
     directory = tmp_path / "ledger"
     made(directory, release(1))
-    datasets._admitted.clear()
     shutil.rmtree(directory) if whole else (directory / datasets.REGISTER).unlink()
     with pytest.raises(LedgerRefused, match=r"datasets\.jsonl: is missing, which says of what sentences-"):
         made(directory, release(1), dataset=Dataset(source="other"))
+
+
+def test_a_directory_that_was_deleted_with_its_heads_begins_anew(tmp_path: Path) -> None:
+    """In one process, as where a notebook runs a deleted ``out`` again; ledgers may be held meanwhile."""
+    directory = tmp_path / "ledger"
+    parts = [Dataset(source="sentences", partitioning="dealt", part=f"partition-{n}") for n in (1, 2)]
+    held = [Ledger(directory, part) for part in parts]
+    for again in range(2):
+        assert [ledger.reserve(release(1), WIDE).releases for ledger in held] == [1, 1]
+        assert made(directory, release(1)).releases == 1
+        assert datasets.declared_in(directory) == ["sentences"]
+        if not again:
+            shutil.rmtree(directory)
+            shutil.rmtree(tmp_path / "ledger.heads")
+
+
+def test_a_held_ledger_asks_a_register_that_was_deleted_again(tmp_path: Path) -> None:
+    held = Ledger(tmp_path, DATASET)
+    held.check()
+    (tmp_path / datasets.REGISTER).unlink()
+    held.reserve(release(1), WIDE)
+    assert datasets.declared_in(tmp_path) == ["sentences"]
+    (tmp_path / datasets.REGISTER).unlink()
+    with pytest.raises(LedgerRefused, match=r"datasets\.jsonl: is missing, which says of what sentences-"):
+        held.reserve(release(2), WIDE)
 
 
 @pytest.mark.parametrize("spoiled", ["", "\0" * 64, "half a hea", None])

@@ -17,7 +17,7 @@ from fedlora.errors import BudgetExceeded, ConfigError, LedgerRefused
 from fedlora.privacy import filter
 from fedlora.privacy.calibration import epsilon_of
 from fedlora.privacy.datasets import REGISTER, Dataset, declare
-from fedlora.privacy.filter import Budget, first_order, renyi_epsilon
+from fedlora.privacy.filter import Bounds, Budget, first_order, renyi_epsilon
 from fedlora.privacy.ledger import Ledger, read_ledgers
 from tests.privacy.ledgers import DATASET, WIDE, made, release
 
@@ -166,10 +166,11 @@ def test_a_planned_run_asks_the_accountant_once(monkeypatch: pytest.MonkeyPatch)
         return 0.1 * steps
 
     monkeypatch.setattr(filter, "_epsilon", epsilon)
-    budget = Budget(target_epsilon=5.05, target_delta=1.5e-5, accountant="rdp")
+    budget = Budget(target_epsilon=5.05, target_delta=1e-5, accountant="rdp")
+    bounds: Bounds = {}
 
     def fits(steps: int) -> bool:
-        return filter.fits(((1.0, 0.05, steps),), budget, 5.0, planned_steps=40)
+        return filter.fits(((1.0, 0.05, steps),), budget, 5.0, bounds, planned_steps=40)
 
     assert all(fits(steps) for steps in range(1, 41))
     assert asked == [40]
