@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from clients.ledger_ref import LedgerRef, ledger_of
+from clients.ledger_ref import LedgerRef, example_of, ledger_of
 from clients.runtime import ClientRuntime
 from clients.training.canaries import Canaries
 from clients.training.dp_mechanism import Mechanism
@@ -148,6 +148,7 @@ def plan_release(
         steps=local_steps,
         neighboring_relation=NeighboringRelation(privacy.neighboring_relation),
         unit=privacy.unit_column,
+        cut=example_of(config, runtime.data),
         determined_by="" if seed is None else _digest(seed, start, ledger.dataset.fingerprint, *settings),
     )
     mechanism = Mechanism.of(privacy, train.batch_size, noise_multiplier=noise, secure=seed is None)

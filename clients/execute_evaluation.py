@@ -14,7 +14,7 @@ import numpy as np
 
 from clients.evaluation import Evaluation, evaluate
 from clients.execute import ACCURACY_IN, EXAMPLES_IN, NUM_EXAMPLES, NUM_UNITS, set_up
-from clients.ledger_ref import LedgerRef, ledger_of, ledger_ref_of
+from clients.ledger_ref import LedgerRef, example_of, ledger_of, ledger_ref_of
 from clients.node import Node
 from clients.node_settings import EvaluationNoise
 from clients.personal import GLOBAL_ACCURACY, evaluate_own, may_tell
@@ -134,6 +134,7 @@ def noisy_evaluation(
             partition_id=partition_id,
             epsilon=noise.epsilon,
             neighboring_relation=relation,
+            cut=example_of(config, runtime.data),
         ),
         known_head=ledger_ref.known_head,
         max_epsilon=ledger_ref.max_epsilon,

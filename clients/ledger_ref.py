@@ -21,8 +21,10 @@ from fedlora.config import RunConfig
 from fedlora.data.examples import Examples
 from fedlora.errors import ConfigError, LedgerRefused
 from fedlora.prepared.cache import Prepared
+from fedlora.privacy.cut import ROWS, Cut
 from fedlora.privacy.datasets import Dataset
 from fedlora.privacy.ledger import Ledger
+from fedlora.tasks import task_named
 from fedlora.wire import TrainInstruction
 
 if TYPE_CHECKING:
@@ -93,10 +95,14 @@ def ledger_directory(config: RunConfig, state_dir: Path, *, simulation: bool) ->
 def ledger_of(directory: Path, config: RunConfig, data: Prepared, partition_id: int) -> Ledger:
     """The ledger of one client's examples."""
     source, partitioning, part = (data.declared, "", "") if data.declared else name_of(config, partition_id)
-    content = fingerprint(data.train, data.indices(partition_id))
-    return _ledger(
-        directory, Dataset(source=source, partitioning=partitioning, part=part, fingerprint=content)
+    dataset = Dataset(
+        source=source,
+        partitioning=partitioning,
+        part=part,
+        fingerprint=fingerprint(data.train, data.indices(partition_id)),
+        cut=None if data.declared else cut_before_dealt(config, data),
     )
+    return _ledger(directory, dataset)
 
 
 _ledger = lru_cache(maxsize=OPEN_LEDGERS)(Ledger)
@@ -109,10 +115,36 @@ def name_of(config: RunConfig, partition_id: int) -> tuple[str, str, str]:
     name = str(path.resolve()) if path.exists() else data.name
     source = config.privacy.dataset_id or ":".join(filter(None, (name, data.subset)))
     dealt = {key: value for key, value in dataclasses.asdict(data).items() if key in DEALT_BY}
-    if data.partitioner != "natural" or data.num_partitions:
+    if _dealt_by_place(config):
         dealt["seed"] = config.seed
     digest = hashlib.sha256(json.dumps(dealt, sort_keys=True).encode()).hexdigest()
     return source, digest[:12], f"partition-{partition_id}"
+
+
+def _dealt_by_place(config: RunConfig) -> bool:
+    """Whether who has an example depends on how many there are, and not on its own row alone."""
+    return config.data.partitioner != "natural" or config.data.num_partitions > 0
+
+
+def cut_before_dealt(config: RunConfig, data: Prepared) -> Cut | None:
+    """What made the examples that were dealt; None where each goes where its row belongs."""
+    if not _dealt_by_place(config):
+        return None
+    return ROWS if task_named(config.task).keeps_rows else _cut(config, data)
+
+
+def example_of(config: RunConfig, data: Prepared) -> Cut | None:
+    """What one example is, which a release protects; None where a column's values are protected."""
+    if config.privacy.unit_column:
+        return None
+    by = task_named(config.task).cut_by(config.data)
+    whole = _cut(config, data).record()
+    return Cut(**{name: value for name, value in whole.items() if name in by})
+
+
+def _cut(config: RunConfig, data: Prepared) -> Cut:
+    digest = hashlib.sha256(data.reader.encode()).hexdigest()[:12]
+    return Cut(task=config.task, max_length=config.data.max_length, tokenizer=digest)
 
 
 def fingerprint(examples: Examples, indices: Indices) -> str:
@@ -134,7 +166,7 @@ def fingerprint(examples: Examples, indices: Indices) -> str:
 
 def check_ledgers(
     config: RunConfig, data: Prepared, partitions: Collection[int], directory: Path, heads: Mapping[int, str],
-    unit: str,
+    unit: str, cut: Cut | None = None,
 ) -> None:  # fmt: skip
     """Before a run: every client's ledger is there or can be resolved, and continues from its known head.
 
@@ -143,7 +175,7 @@ def check_ledgers(
     """
     for partition in sorted(partitions):
         ledger = ledger_of(directory, config, data, partition)
-        ledger.check(heads.get(partition, ""), unit)
+        ledger.check(heads.get(partition, ""), unit, cut)
 
 
 def check_disjoint(config: RunConfig, data: Prepared, partitions: Collection[int]) -> None:

@@ -97,10 +97,11 @@ class ExamplePrivacy(PrivacyMechanism):
     def check_ledgers(
         self, data: Prepared, partitions: Collection[int], stores: Path, heads: Mapping[int, str]
     ) -> None:
-        from clients.ledger_ref import check_ledgers, ledger_directory
+        from clients.ledger_ref import check_ledgers, example_of, ledger_directory
 
+        unit, cut = self.config.privacy.unit_column, example_of(self.config, data)
         ledgers = ledger_directory(self.config, stores, simulation=True)
-        check_ledgers(self.config, data, partitions, ledgers, heads, self.config.privacy.unit_column)
+        check_ledgers(self.config, data, partitions, ledgers, heads, unit, cut)
 
     def step(self) -> Mechanism:
         from clients.training.dp_mechanism import Mechanism

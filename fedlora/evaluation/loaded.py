@@ -207,9 +207,10 @@ class LoadedAdapter:
         if isinstance(prompt, str):
             opening, ids = list(self._reader.opening), list(self._reader.pieces([prompt])[0])
             return [*([] if ids[: len(opening)] == opening else opening), *ids]
-        if not isinstance(prompt, Sequence) or not all(map(_is_message, prompt)):
+        messages: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
+        if not all(map(_is_message, messages)):
             raise ConfigError("the prompt: takes a text, or messages with role and content")
-        turns = [Turn(str(message["role"]), str(message["content"])) for message in prompt]
+        turns = [Turn(str(message["role"]), str(message["content"])) for message in messages]
         return asked(turns, self._reader, "the prompt")
 
     def _ends(self) -> list[int]:

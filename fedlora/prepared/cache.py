@@ -60,6 +60,7 @@ class Prepared:
         task: what the examples were prepared for.
         left_out: partition -> why it has no example; it takes no part, and no other has its number.
         sets: further test examples, of ``data.evaluation-sets``, by name.
+        reader: identity of what made the examples, see `fedlora.tasks.Task.reader`.
     """
 
     train: Examples
@@ -73,6 +74,7 @@ class Prepared:
     task: str = CLASSIFICATION.name
     left_out: Mapping[int, str] = field(default_factory=dict)
     sets: Mapping[str, Examples] = field(default_factory=dict)
+    reader: str = ""
 
     @property
     def clients(self) -> tuple[int, ...]:
@@ -128,6 +130,7 @@ def open_prepared(path: Path | str) -> Prepared:
         task=meta.get("task", CLASSIFICATION.name),
         left_out={int(p): why for p, why in json.loads((home / LEFT_OUT).read_text()).items()},
         sets={name: open_examples(home.parent / f"{SET}{name}.arrow") for name in meta.get("sets", ())},
+        reader=meta["tokenizer"],
     )
 
 

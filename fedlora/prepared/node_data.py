@@ -130,11 +130,11 @@ def own_data(
         (draft / META).write_text(json.dumps({"pad_token_id": reader.pad_token_id}))
 
     create_directory(home, write)
-    return _open(home, own, task.name)
+    return _open(home, own, task.name, reader.identity)
 
 
 @lru_cache(maxsize=8)
-def _open(home: Path, own: OwnData, task: str) -> Prepared:
+def _open(home: Path, own: OwnData, task: str, reader: str) -> Prepared:
     train = open_examples(home / TRAIN)
     return Prepared(
         train=train,
@@ -146,6 +146,7 @@ def _open(home: Path, own: OwnData, task: str) -> Prepared:
         offsets=np.array([0] * (own.partition_id + 1) + [len(train)]),
         declared=own.dataset_id,
         task=task,
+        reader=reader,
     )
 
 

@@ -3,18 +3,22 @@
 ``<ledger>/datasets.jsonl`` is a `Chain`. The first data set of a directory is there by its first use;
 every other one needs the owner's ``fedlora privacy new-dataset``, so that no change of a configuration
 gives spent data a fresh budget. A data set that is dealt to several clients has one ledger for each
-partition and one partitioning for good: under another, an example would sit in two ledgers.
+partition and one partitioning for good: under another, an example would sit in two ledgers. So it would where
+examples are dealt after they were cut from rows, and are cut otherwise; a register that does not say what cut
+them takes what comes next, and holds to it.
 """
 
 from __future__ import annotations
 
 import getpass
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from fedlora.errors import ConfigError, LedgerRefused
-from fedlora.privacy.chain import Chain
+from fedlora.privacy.chain import Chain, Entry
+from fedlora.privacy.cut import Cut, read_cut, unlike
 from fedlora.privacy.heads import ledgers_known
 
 REGISTER = "datasets.jsonl"
@@ -31,16 +35,26 @@ class Dataset:
         partitioning: names how it is dealt to clients; empty where it is not.
         part: which of the parts this is; empty where there is only one.
         fingerprint: of the content; it warns of a change and decides nothing.
+        cut: what made the examples before they were dealt; None where that does not decide who has which.
     """
 
     source: str
     partitioning: str = ""
     part: str = ""
     fingerprint: str = ""
+    cut: Cut | None = None
 
     @property
     def identity(self) -> str:
         return "/".join(filter(None, (self.source, self.partitioning, self.part)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Dealt:
+    """How a register has a data set dealt; ``cut`` as in `Dataset`, None where it does not say."""
+
+    partitioning: str
+    cut: Cut | None
 
 
 def admit(directory: Path, dataset: Dataset) -> None:
@@ -62,16 +76,10 @@ def admit(directory: Path, dataset: Dataset) -> None:
                 raise LedgerRefused(_undeclared(directory, dataset.source, declared))
             _declare(register, dataset.source, FIRST_USE, "")
         known = declared.get(dataset.source)
-        if known is None:
-            register.append(
-                {"kind": "partitioning", "source": dataset.source, "partitioning": dataset.partitioning}
-            )
-        elif known != dataset.partitioning:
-            raise LedgerRefused(
-                f"privacy.ledger = {str(directory)!r}: {dataset.source!r} is dealt to clients as "
-                f"{known or 'one part'} there, now as {dataset.partitioning or 'one part'}, and an example "
-                "would be in two ledgers; keep the partitioning and its seed, or use another ledger"
-            )
+        if known is not None:
+            _refuse_dealt_otherwise(directory, dataset, known)
+        if known is None or (known.cut is None and dataset.cut is not None):
+            register.append(_partitioning_entry(dataset))
 
 
 def register_stamp(directory: Path) -> tuple[int, int] | None:
@@ -111,6 +119,28 @@ def declared_in(directory: Path) -> list[str]:
     return list(_declared(register))
 
 
+def _refuse_dealt_otherwise(directory: Path, dataset: Dataset, known: _Dealt) -> None:
+    """Refuse what would put an example into two ledgers."""
+    place = f"privacy.ledger = {str(directory)!r}"
+    if known.partitioning != dataset.partitioning:
+        raise LedgerRefused(
+            f"{place}: {dataset.source!r} is dealt to clients as "
+            f"{known.partitioning or 'one part'} there, now as {dataset.partitioning or 'one part'}, and an "
+            "example would be in two ledgers; keep the partitioning and its seed, or use another ledger"
+        )
+    if differing := unlike(dataset.cut, known.cut):
+        now, before = differing
+        raise LedgerRefused(
+            f"{now}: {place} has {dataset.source!r} dealt to clients by {before}, and what is in an example "
+            "would be in two ledgers; keep it, or use another ledger"
+        )
+
+
+def _partitioning_entry(dataset: Dataset) -> Entry:
+    entry = {"kind": "partitioning", "source": dataset.source, "partitioning": dataset.partitioning}
+    return entry if dataset.cut is None else {**entry, "cut": dataset.cut.record()}
+
+
 def _declare(register: Chain, source: str, by: str, reason: str) -> None:
     if not register.entries:
         register.append({"kind": "open", "schema": SCHEMA})
@@ -118,13 +148,13 @@ def _declare(register: Chain, source: str, by: str, reason: str) -> None:
     register.append({"kind": "declare", "source": source, "by": by, "reason": reason, "time": time})
 
 
-def _declared(register: Chain) -> dict[str, str | None]:
-    """Data set -> its partitioning, None before its first use.
+def _declared(register: Chain) -> dict[str, _Dealt | None]:
+    """Data set -> how it is dealt, None before its first use.
 
     Raises:
         LedgerRefused: it is not a register of this version.
     """
-    declared: dict[str, str | None] = {}
+    declared: dict[str, _Dealt | None] = {}
     for number, entry in enumerate(register.entries):
         match entry:
             case {"kind": "open", "schema": schema} if number == 0 and schema == SCHEMA:
@@ -132,9 +162,9 @@ def _declared(register: Chain) -> dict[str, str | None]:
             case {"kind": "declare", "source": str(source)} if number > 0:
                 declared[source] = None
             case {"kind": "partitioning", "source": str(source), "partitioning": str(partitioning)} if (
-                source in declared
+                source in declared and ("cut" not in entry or read_cut(entry["cut"]) is not None)
             ):
-                declared[source] = partitioning
+                declared[source] = _Dealt(partitioning, read_cut(entry.get("cut")))
             case _:
                 raise LedgerRefused(
                     f"{register.path}: line {number + 1} is not one of a register of this version"
@@ -142,7 +172,7 @@ def _declared(register: Chain) -> dict[str, str | None]:
     return declared
 
 
-def _undeclared(directory: Path, source: str, declared: dict[str, str | None]) -> str:
+def _undeclared(directory: Path, source: str, declared: Collection[str]) -> str:
     there = ", ".join(map(repr, declared))
     return (
         f"privacy.ledger = {str(directory)!r}: keeps account of {there}, not of {source!r}; if that is other "

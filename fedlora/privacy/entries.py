@@ -13,6 +13,7 @@ from pathlib import Path
 from fedlora.errors import LedgerRefused
 from fedlora.privacy.accountants import ACCOUNTANTS
 from fedlora.privacy.chain import Entry
+from fedlora.privacy.cut import Cut, read_cut, unlike
 from fedlora.privacy.filter import Budget, Setting, dominates
 from fedlora.privacy.spending import EvaluationRelease, Place, Release, Spending, Standing
 from fedlora.privacy.types import NeighboringRelation
@@ -37,6 +38,7 @@ class Tally:
         spending: of all releases.
         head: hash of the last line that is sure to be on disk.
         unit: the column whose values all releases protect, empty for examples; None before the first.
+        cut: what made the examples of all entries that say so; None before the first of them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,6 +46,7 @@ class Tally:
         self.identity = self.fingerprint = self.head = ""
         self.spending = Spending()
         self.unit: str | None = None
+        self.cut: Cut | None = None
         self._runs: defaultdict[str, Spending] = defaultdict(Spending)
         self._lines = 0
         self._attempts: dict[Place, list[str]] = {}
@@ -101,7 +104,7 @@ class Tally:
                 "kind": "evaluate", "run": str(run), "epsilon": float(epsilon),
                 "neighboring_relation": relation,
             } if 0 < epsilon < math.inf and relation in list(NeighboringRelation):  # fmt: skip
-                if self.unit:
+                if self.unit or not self._cut(entry):
                     return False
                 self.unit = ""  # an evaluation hides one example
                 for spending in (self.spending, self._runs[run]):
@@ -130,10 +133,22 @@ class Tally:
         setting = self._charged(charged, (noise, rate))
         if setting is None or relation not in list(NeighboringRelation) or self.unit not in (None, unit):
             return False
+        if not self._cut(entry):
+            return False
         self.unit = unit
         for spending in (self.spending, self._runs[place[0]]):
             spending.add(setting, steps, budget, NeighboringRelation(relation))
         self._attempts.setdefault(place, []).append(determined_by)
+        return True
+
+    def _cut(self, entry: Entry) -> bool:
+        """Whether an entry says of its examples what others say; one that says nothing is as they are."""
+        if "cut" not in entry:
+            return True
+        found = read_cut(entry["cut"])
+        if found is None or unlike(found, self.cut):
+            return False
+        self.cut = found
         return True
 
     def _charged(self, charged: object, made: Setting) -> Setting | None:
@@ -178,6 +193,7 @@ def reserve_entry(release: Release, budget: Budget, attempt: int, charged_as: Se
         "charged_as": None if charged_as == release.setting else list(map(float, charged_as)),
         "neighboring_relation": release.neighboring_relation.value,
         **({"unit": release.unit} if release.unit else {}),
+        **_cut_of(release),
         "seeded": bool(release.determined_by),
         "determined_by": release.determined_by,
         **dataclasses.asdict(budget),
@@ -194,6 +210,7 @@ def evaluate_entry(release: EvaluationRelease) -> Entry:
         "partition": release.partition_id,
         "epsilon": float(release.epsilon),
         "neighboring_relation": release.neighboring_relation.value,
+        **_cut_of(release),
         "time": now(),
     }
 
@@ -206,6 +223,10 @@ def released_entry(release: Release) -> Entry:
 def fingerprint_entry(fingerprint: str) -> Entry:
     """The line that says that the content is not what it was."""
     return {"kind": "fingerprint-changed", "fingerprint": fingerprint, "time": now()}
+
+
+def _cut_of(release: Release | EvaluationRelease) -> Entry:
+    return {} if release.cut is None else {"cut": release.cut.record()}
 
 
 def _placed(release: Release) -> Entry:

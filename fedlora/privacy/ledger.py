@@ -5,11 +5,12 @@ One `Chain` for each data set identity (see `fedlora.privacy.datasets`); its lin
     open                  schema, salt, identity, fingerprint of the content
     reserve               a release: run, round, partition, attempt; noise multiplier, sample rate, steps;
                           an earlier setting that it is charged as, if that costs less; between which
-                          neighbours it holds, and of which unit where that is no example; the budget it
-                          was decided by; for seeded releases a digest of all that determines their bits
+                          neighbours it holds, and of which unit where that is no example, else what cut
+                          the examples from rows; the budget it was decided by; for seeded releases a digest
+                          of all that determines their bits
     released              its training came to an end
-    evaluate              an evaluation with noise: run, round, partition; its epsilon, at delta 0, and
-                          between which neighbours
+    evaluate              an evaluation with noise: run, round, partition; its epsilon, at delta 0,
+                          between which neighbours, and what cut the examples
     fingerprint-changed   the content differs from what it was; what was spent stays spent
 
 The order is: `Ledger.reserve`, which is on disk when it returns; training; `Ledger.released`, which is for
@@ -29,6 +30,7 @@ from pathlib import Path
 
 from fedlora.errors import BudgetExceeded, LedgerRefused
 from fedlora.privacy.chain import Chain, Entry, read_chain
+from fedlora.privacy.cut import Cut, unlike
 from fedlora.privacy.datasets import REGISTER, Dataset, admit, register_stamp
 from fedlora.privacy.entries import (
     Tally,
@@ -98,7 +100,7 @@ class Ledger:
         self._admit()
         with self._chain.locked():
             self._open(known_head)
-            self._check_unit(release.unit)
+            self._check_unit(release.unit, release.cut)
             attempts = self._tally.attempts(release)
             if not (release.determined_by and release.determined_by in attempts):
                 aside = max(set_aside, self._tally.spending.on_evaluations)
@@ -138,7 +140,7 @@ class Ledger:
         self._admit()
         with self._chain.locked():
             self._open(known_head)
-            self._check_unit("")
+            self._check_unit("", release.cut)
             standing = self._tally.standing()
             spent, training = standing.on_evaluations, standing.epsilon - standing.on_evaluations
             allowed = min(set_aside, max_epsilon - training) * (1 + ROUNDING)
@@ -164,7 +166,7 @@ class Ledger:
         with self._chain.locked():
             self._append(released_entry(release), durable=False)
 
-    def check(self, known_head: str = "", unit: str = "") -> None:
+    def check(self, known_head: str = "", unit: str = "", cut: Cut | None = None) -> None:
         """See, without charging anything, that it can be used for a unit and continues from a head it had.
 
         Raises:
@@ -175,7 +177,7 @@ class Ledger:
             return
         with self._chain.locked():
             self._open(known_head)
-            self._check_unit(unit)
+            self._check_unit(unit, cut)
 
     def _admit(self) -> None:
         """Ask the register, unless it is as it was when it last admitted the data set.
@@ -190,12 +192,18 @@ class Ledger:
         if not self.path.exists() and not kept_head(self.path):
             self._chain, self._tally = Chain(self.path), Tally(self.path)
 
-    def _check_unit(self, unit: str) -> None:
-        """Refuse to add up what protects examples and what protects people: no epsilon is one of both."""
+    def _check_unit(self, unit: str, cut: Cut | None) -> None:
+        """Refuse to add up what protects examples and people, or unlike examples: no epsilon is of both."""
         if self._tally.unit not in (None, unit):
             key = "privacy.mode = 'client'" if unit == CLIENT else f"privacy.unit-column = {unit!r}"
             raise LedgerRefused(
                 f"{key}: {self.path} has releases for {self._tally.unit!r}; what is "
+                "spent on one kind of unit does not add up with another, so keep it or use another ledger"
+            )
+        if differing := unlike(cut, self._tally.cut):
+            now, before = differing
+            raise LedgerRefused(
+                f"{now}: {self.path} has releases for examples by {before}; what is "
                 "spent on one kind of unit does not add up with another, so keep it or use another ledger"
             )
 

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from fedlora.privacy.accountants import History
+from fedlora.privacy.cut import Cut
 from fedlora.privacy.filter import Budget, Setting, dominates, first_order, spent, stated_delta
 from fedlora.privacy.types import NeighboringRelation
 
@@ -25,6 +26,7 @@ class Release:
         steps: optimiser steps.
         neighboring_relation: between which data sets noise and rate are the same.
         unit: the column whose values are protected; empty where examples are.
+        cut: what makes these; None where a column's values are protected, or nobody says.
         determined_by: a digest of all that determines its bits; empty where they come from real entropy.
     """
 
@@ -36,6 +38,7 @@ class Release:
     steps: int
     neighboring_relation: NeighboringRelation = NeighboringRelation.ZERO_OUT_ONE
     unit: str = ""
+    cut: Cut | None = None
     determined_by: str = ""
 
     @property
@@ -55,6 +58,7 @@ class EvaluationRelease:
         run_key, server_round, partition_id: where it belongs.
         epsilon: what it costs, at delta 0.
         neighboring_relation: under which.
+        cut: as of a `Release`.
     """
 
     run_key: str
@@ -62,6 +66,7 @@ class EvaluationRelease:
     partition_id: int
     epsilon: float
     neighboring_relation: NeighboringRelation
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,6 +35,10 @@ class CausalLM(LanguageTask):
             raise ConfigError(f"data.text-column = {config.text_column!r}: {self.name} takes one column")
         return columns
 
+    def cut_by(self, config: DataConfig) -> tuple[str, ...]:
+        """A block is of so many tokens."""
+        return "task", "max_length", "tokenizer"
+
     def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """The blocks, in the order in which their clients, domains and units first occur.
 

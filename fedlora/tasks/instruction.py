@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from fedlora.config import DataConfig
 from fedlora.data.chat.conversations import Conversation, prompted
 from fedlora.data.chat.template import TODAY, writes_date
 from fedlora.data.chat.tokenise import sequences
@@ -28,6 +29,13 @@ class Instruction(LanguageTask):
 
     name = "instruction"
     conversations = True
+
+    def cut_by(self, config: DataConfig) -> tuple[str, ...]:
+        """The chat template says of how many examples a conversation is, unless its last answer is the one.
+
+        ``data.max-length`` cuts them or leaves them out, and makes no others of them.
+        """
+        return () if config.assistant_loss == "last" else ("task", "tokenizer")
 
     def encode(self, batches: Iterable[Rows], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """The sequences that still have a counted token when they are cut.

@@ -37,6 +37,7 @@ class LanguageTask(TextTask):
     unit = "token"
     most_tokens = 1024
     packs = True
+    keeps_rows = False
 
     def columns(self, config: DataConfig) -> Columns:
         """The text columns and no label.

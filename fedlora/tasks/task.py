@@ -77,6 +77,7 @@ class Task(Protocol):
         unit: what is judged, in the singular.
         most_tokens: padded tokens of an evaluation pass at most; 0 where only the number of examples counts.
         packs: whether several examples can be one row.
+        keeps_rows: whether each row is one example, however long it is and whatever the model.
         problem_type: transformers' word for what the head's outputs mean; empty where there is no head.
         metrics: names in `fedlora.tasks.metrics` by which runs are judged, the first one by default.
     """
@@ -87,6 +88,7 @@ class Task(Protocol):
     unit: str
     most_tokens: int
     packs: bool
+    keeps_rows: bool
     problem_type: str
     metrics: tuple[str, ...]
 
@@ -142,6 +144,9 @@ class Task(Protocol):
         Raises:
             ConfigError: a row that is no example, or none that is one.
         """
+
+    def cut_by(self, config: DataConfig) -> tuple[str, ...]:
+        """Attributes of a `fedlora.privacy.cut.Cut` that decide what one example is; none if it is a row."""
 
     def loss(self, module: nn.Module, batch: Mapping[str, Tensor], reduction: str) -> Tensor:
         """The loss of each example, (rows,), or their ``mean`` or ``sum``.

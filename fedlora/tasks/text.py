@@ -26,12 +26,17 @@ class TextTask:
     """Rows of text, and a tokenizer that makes examples of them."""
 
     packs = False
+    keeps_rows = True
     problem_type = ""
     metrics: tuple[str, ...] = (ACCURACY.name,)
 
     def columns(self, config: DataConfig) -> Columns:
         """Texts and label."""
         return Columns.of(config)
+
+    def cut_by(self, config: DataConfig) -> tuple[str, ...]:
+        """None: a row is an example, if it is one at all."""
+        return ()
 
     def reader(self, model: str, chat: ChatSettings | None = None) -> Tokenizer:
         """The model's tokenizer."""

@@ -63,6 +63,21 @@ def test_so_many_leave_with_noise_and_each_is_on_the_ledger(
     assert (account.identity, account.standing.on_evaluations) == ("ward 7", 9.0)
 
 
+def test_training_and_evaluations_of_one_ledger_are_of_like_examples(
+    tmp_path: Path, cache: Path, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = {"task": "causal-lm", "model.name": "tiny-lm", "train.batch-size": 2, "data.partitioner": "iid"}
+    node = {"data": data, **NOISY, "label-column": "", "max-epsilon": 50.0}
+    long, short = (
+        tiny_config(**{**PRIVATE, **text, "data.num-partitions": 1, "data.max-length": n}) for n in (64, 8)
+    )
+    kinds = (EVALUATE, long), (EVALUATE, short), (TRAIN, short), (TRAIN, long)
+    replies = [reply(kind, config, tmp_path, **node) for kind, config in kinds]
+    assert [r.status for r in replies] == [wire.OK, wire.DECLINED, wire.DECLINED, wire.OK]
+    assert replies[1].reason == owner.REFUSAL
+    assert caplog.text.count("data.max-length = 8: ") == 2
+
+
 def test_training_leaves_alone_what_is_set_aside(tmp_path: Path, cache: Path, data: str) -> None:
     config = tiny_config(**{**PRIVATE, "privacy.target-epsilon": 9.0, "train.batch-size": 4})
     node = {"data": data, **NOISY, "evaluation-epsilon": 1.0}
