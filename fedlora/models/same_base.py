@@ -98,7 +98,7 @@ def _check_cards(first: PeftAdapter, other: PeftAdapter) -> None:
     if first.card is None or other.card is None:
         there = first.card and "there", other.card and "there"
         raise ConfigError(_differ(first, other, "fedlora.json", *there))
-    drawn = first.card.base_source() is None or not first.head and task_named(first.card.task).labelled
+    drawn = first.card.base_source() is None or (not first.head and task_named(first.card.task).labelled)
     mine, others = dataclasses.asdict(first.card), dataclasses.asdict(other.card)
     for key in ("model", "task", "label_names", *(["seed"] if drawn else [])):
         if mine[key] != others[key]:
