@@ -247,6 +247,14 @@ def test_sigterm_ends_a_run_as_an_interrupt_does(tmp_path: Path, monkeypatch: py
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_only_what_can_be_resumed_says_so_when_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedlora.study.library.evaluate", ended)
+    assert fedlora("evaluate", "a", "b.csv").stderr.strip() == "interrupted; what was written stays"
+
+
 def test_a_line_that_stands_twice_is_dropped_on_resume(tmp_path: Path) -> None:
     """As a copy of a file's end leaves it; `python -m tests.fuzz` found it."""
     directory = RunDirectory(tmp_path / "run")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from transformers.models.auto import modeling_auto
 
 from fedlora.errors import ConfigError
-from fedlora.models.card import absolute
+from fedlora.models.card import AdapterCard, absolute
 from fedlora.models.peft_files import PeftAdapter
 from fedlora.tasks import task_named
 
@@ -87,19 +86,31 @@ def _differ(first: PeftAdapter, other: PeftAdapter, key: str, mine: object, othe
 
 
 def _check_cards(first: PeftAdapter, other: PeftAdapter) -> None:
-    """Refuse cards of different bases: of another ``model``, ``task`` or ``label_names`` in their order.
+    """Refuse cards of different bases: of another ``task``, ``label_names`` in their order, or model.
 
-    The ``seed`` draws what neither checkpoint nor adapter bring: weights of a base without files, and a head
-    that was not trained. Where it draws nothing, and for ``max_length``, ``assistant_loss`` and ``dpo_beta``,
-    which say how examples were read, adapters may differ; the result has those of the first.
+    Of the model those keys count that make its weights: ``name``, ``pooling``, ``dtype``, ``quantization``.
+    Of ``seed`` too, where it drew the head: of a classifier whose adapter does not bring one. Elsewhere the
+    seed draws nothing that stays. ``max_length``, ``assistant_loss``, ``dpo_beta`` and the chat template say
+    how examples were read, ``model.head`` and ``model.adapter`` where training began: in those adapters may
+    differ, and the result has the first one's.
     """
     if first.card is None and other.card is None:
         return
     if first.card is None or other.card is None:
         there = first.card and "there", other.card and "there"
         raise ConfigError(_differ(first, other, "fedlora.json", *there))
-    drawn = first.card.base_source() is None or (not first.head and task_named(first.card.task).labelled)
-    mine, others = dataclasses.asdict(first.card), dataclasses.asdict(other.card)
-    for key in ("model", "task", "label_names", *(["seed"] if drawn else [])):
-        if mine[key] != others[key]:
+    drawn = task_named(first.card.task).labelled and not first.head
+    mine, others = _of_the_base(first.card), _of_the_base(other.card)
+    for key in mine:
+        if mine[key] != others[key] and (drawn or key != "seed"):
             raise ConfigError(_differ(first, other, f"{key} in fedlora.json", mine[key], others[key]))
+
+
+def _of_the_base(card: AdapterCard) -> dict[str, object]:
+    """The keys of a card that make its base."""
+    model = card.model
+    return {
+        "model.name": absolute(model.name),
+        **{f"model.{key}": getattr(model, key) for key in ("pooling", "dtype", "quantization")},
+        **{key: getattr(card, key) for key in ("task", "label_names", "seed")},
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,7 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fedlora.config import ModelConfig
+from fedlora.models import AdapterCard
+from fedlora.models.export import save_adapter as export
 from tests.aggregate.saved import aggregate, edit_config, refused
+from tests.models.samples import adapted
+from tests.models.test_export import card_of, state_of
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj."
 Change = Callable[[Path], Any]
@@ -122,6 +128,44 @@ def test_an_adapter_that_cannot_be_averaged_is_refused(
     change(bad)
     refused(aggregate("--strategy", "flora", "--out", tmp_path / "out", good, bad), words, str(bad))
     assert [p.name for p in tmp_path.iterdir()] == ["bad"]
+
+
+OTHER_READING = {"max_length": 8, "assistant_loss": "last", "dpo_beta": 0.5}
+"""Fields of a card that say how examples were read."""
+
+
+@pytest.mark.parametrize(
+    ("fields", "head", "words"),
+    [
+        (OTHER_READING, False, ""),
+        (OTHER_READING | {"seed": 8}, True, ""),
+        ({"seed": 8}, False, "seed in fedlora.json is 7"),
+        ({"label_names": ("yes", "no")}, True, "label_names in fedlora.json"),
+        ({"task": "multi-label-classification"}, True, "task in fedlora.json"),
+        (
+            {"model": ModelConfig(name="tiny", pooling="model")},
+            True,
+            "model.pooling in fedlora.json is 'mean'",
+        ),
+        ({"model": ModelConfig(name="tiny", dtype="bfloat16")}, True, "model.dtype in fedlora.json"),
+        ({"model": ModelConfig(name="tiny", adapter="runs/a/adapter")}, True, ""),
+    ],
+)
+def test_adapters_of_one_base_may_differ_in_how_examples_were_read(
+    fields: dict[str, Any], head: bool, words: str, tmp_path: Path
+) -> None:
+    model = adapted("tiny", "mean", seed=7)
+    state = state_of("plain", model)
+    state = state if head else dataclasses.replace(state, head={})
+    cards = card_of("tiny"), dataclasses.replace(card_of("tiny"), **fields)
+    for name, card in zip("ab", cards, strict=True):
+        export(tmp_path / name, state, {}, card)
+    done = aggregate("--strategy", "flora", "--out", tmp_path / "out", tmp_path / "a", tmp_path / "b")
+    if words:
+        refused(done, "adapters of different base models", words)
+    else:
+        assert done.exit_code == 0, done.output
+        assert AdapterCard.read(tmp_path / "out") == cards[0]
 
 
 def test_a_truncated_file_is_refused_wherever_it_ends(
