@@ -207,9 +207,9 @@ class LoadedAdapter:
         if isinstance(prompt, str):
             opening, ids = list(self._reader.opening), list(self._reader.pieces([prompt])[0])
             return [*([] if ids[: len(opening)] == opening else opening), *ids]
-        messages: list[Any] = list(prompt) if isinstance(prompt, Sequence) else [prompt]
-        if not all(map(_is_message, messages)):
+        if not isinstance(prompt, Sequence) or not all(_is_message(message) for message in prompt):
             raise ConfigError("the prompt: takes a text, or messages with role and content")
+        messages: Sequence[Any] = prompt
         turns = [Turn(str(message["role"]), str(message["content"])) for message in messages]
         return asked(turns, self._reader, "the prompt")
 
@@ -220,5 +220,5 @@ class LoadedAdapter:
         return sorted({int(self._reader.end_token_id), *map(int, own)})
 
 
-def _is_message(value: object) -> bool:
+def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and {"role", "content"} <= value.keys()
