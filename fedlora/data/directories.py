@@ -21,10 +21,10 @@ from fsspec.utils import glob_translate  # type: ignore[import-untyped]
 from huggingface_hub import DatasetCard
 
 from fedlora.assets.fetch import cache_dir
+from fedlora.data.named_files import PARQUET
 from fedlora.data.text_files import DELIMITERS, JSON, column_names
 from fedlora.data.values import columns_named
 
-PARQUET = ".parquet"
 PICTURES = "pictures"
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of compressed copies."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,21 +29,20 @@ from fedlora.data.builtin.novels import novels_table
 from fedlora.data.builtin.sentiment import sentiment_table
 from fedlora.data.builtin.synthetic import synthetic_table
 from fedlora.data.columns import BUILT_IN, LONG_TEXTS, PICTURES, Columns, encode_labels, names_in, standard
-from fedlora.data.directories import PARQUET, data_files, describes_itself, load_files, parquet_files
+from fedlora.data.directories import data_files, describes_itself, load_files, parquet_files
+from fedlora.data.named_files import FILE_KINDS, PARQUET, names_file, no_such_file
 from fedlora.data.split import split_table, split_texts
 from fedlora.data.targets import encode_targets
 from fedlora.data.text_files import DELIMITERS, JSON, kind_of, read_text_files
 from fedlora.data.values import columns_named, python_values
 from fedlora.errors import AssetError, ConfigError, first_line
 
-FILE_KINDS = (*JSON, *DELIMITERS, PARQUET)
 HIDDEN = (None, "", "-1", -1)
 """What stands for a label that is kept back."""
 GUESSED = ("csv", "json")
 """Kinds of files for which datasets guesses types, piece by piece of a file."""
 KINDS_OF_FILES = frozenset(_PACKAGED_DATASETS_MODULES)
 """What datasets takes for all files of that kind in the directory where one stands; one of them unpickles."""
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,7 @@ def open_source(config: DataConfig, *, labelled: bool = True) -> tuple[Dataset, 
     if path.is_dir():
         label = config.label_column if labelled else ""
         return _own_splits(_read_directory(path, label), config, labelled)
-    if path.is_file() or kind_of(path) in FILE_KINDS or not _HUB_ID.fullmatch(config.name):
+    if path.is_file() or names_file(config.name):
         return read_file(path, "data.name"), None
     return _own_splits(_from_hub(config), config, labelled)
 
@@ -157,10 +155,7 @@ def read_file(path: Path, key: str) -> Dataset:
     """
     path = path.expanduser()
     if not path.is_file():
-        raise ConfigError(
-            f"{key} = {str(path)!r}: no such file (accepted are {', '.join(BUILT_IN)}, a "
-            f"{'/'.join(FILE_KINDS)} file, a directory, a hub id)"
-        )
+        raise no_such_file(path, key)
     if kind_of(path) not in FILE_KINDS and not _is_zip(path):
         raise ConfigError(
             f"{key} = {str(path)!r}: files must end in {', '.join(FILE_KINDS)}, all but the last may be .gz"

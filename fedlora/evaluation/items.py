@@ -11,7 +11,8 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from fedlora.core.files import user_path
-from fedlora.data.sources import FILE_KINDS, open_table
+from fedlora.data.named_files import FILE_KINDS
+from fedlora.data.sources import open_table
 from fedlora.data.text_files import _lines, kind_of
 from fedlora.errors import ConfigError, first_line
 

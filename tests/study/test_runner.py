@@ -15,6 +15,7 @@ from fedlora.core.sealed import read_sealed, sealed
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.directory import RunDirectory
 from fedlora.study.execute import runner
+from fedlora.study.execute.outlook import outlook
 from fedlora.study.execute.runner import run_study
 from tests.study.simulation import KEYS, Simulation, study
 
@@ -69,6 +70,15 @@ def test_a_study_of_nothing_that_can_exist_is_refused(simulation: Simulation, tm
         ({"settings": '{"a": {"lora.rnaks": "2,4"}}'}, "lora.rnaks"),
         ({"settings": '{"a": {"data.partitioner": "bootstrap", "privacy.mode": "example"}}'}, "bootstrap"),
         ({"comparisons": "flora:fedvag"}, "fedvag"),
+        (
+            {"settings": '{"ok": {}, "bad": {"data.name": "nowhere.csv"}}'},
+            r"^flora-bad: data.name = 'nowhere.csv': no such file",
+        ),
+        ({"settings": '{"ok": {}, "bad": {"data.test": "none.csv"}}'}, "flora-bad: data.test = 'none.csv'"),
+        (
+            {"settings": '{"ok": {}, "bad": {"data.evaluation-sets": "{\\"a\\": \\"none.csv\\"}"}}'},
+            r"^flora-bad: data.evaluation-sets = 'none.csv': no such file",
+        ),
     ],
 )
 def test_a_mistake_is_refused_before_anything_runs(
@@ -76,6 +86,8 @@ def test_a_mistake_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         run_study(study(strategies="flora", **keys), tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):
+        outlook(study(strategies="flora", **keys), tmp_path / "out")
     assert simulation.ran == []
     assert not (tmp_path / "out").exists()
 
@@ -184,6 +196,15 @@ def test_a_study_that_was_looked_at_before_its_last_seed_says_so(
 
 
 # --- directories -------------------------------------------------------------------------------------
+
+
+def test_finished_cells_need_no_data(simulation: Simulation, tmp_path: Path) -> None:
+    (tmp_path / "here.csv").write_text("text,label\n")
+    config = study(strategies="flora", settings=json.dumps({"a": {"data.name": str(tmp_path / "here.csv")}}))
+    run_study(config, tmp_path / "out")
+    (tmp_path / "here.csv").unlink()
+    run_study(config, tmp_path / "out", resume=True)
+    assert simulation.ran == ["flora-a"]
 
 
 def test_finished_cells_are_not_run_again(simulation: Simulation, tmp_path: Path) -> None:

@@ -15,19 +15,20 @@ from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import held, write_atomic
 from fedlora.core.sealed import read_sealed, sealed, unsealed_counted
+from fedlora.data.named_files import check_files
 from fedlora.errors import ConfigError, NotApplicable, RunFailed
 from fedlora.server.provenance import SCHEMA, check_schema
 from fedlora.server.validate import check
 from fedlora.simulation.ray_cluster import check_address
 from fedlora.simulation.simulate import quiet
 from fedlora.study.analyse.comparisons import declared, undecidable
-from fedlora.study.analyse.results import check_directory, load_results
+from fedlora.study.analyse.results import check_directory, finished, load_results
 from fedlora.study.analyse.tuning import Trial, Tuning, check_tuning, choose, reported, trials
 from fedlora.study.execute.cell import Engine, console, say
 from fedlora.study.execute.parallel import check_parallel
 from fedlora.study.execute.reuse import STUDY, check_shared, others_beside
 from fedlora.study.execute.scheduler import RunOptions, run_cells
-from fedlora.study.plan.absent import Absent, applicable
+from fedlora.study.plan.absent import FAILED, Absent, applicable
 from fedlora.study.plan.cells import Cell, expand
 from fedlora.study.plan.judged import judged_by
 
@@ -161,13 +162,19 @@ def trials_of(config: RunConfig, cells: Sequence[Cell]) -> list[Trial]:
 
 
 def check_directories(cells: Sequence[Cell], path: Path) -> None:
-    """Refuse directories of cells that were begun with other settings.
+    """Refuse directories of cells that were begun with other settings, and cells to run without their files.
 
     Raises:
         ConfigError: there is one.
     """
     for cell in cells:
-        check_directory(cell, path / cell.label)
+        home = path / cell.label
+        check_directory(cell, home)
+        if not finished(home) and not (home / FAILED).exists():
+            try:
+                check_files(cell.config.data)
+            except ConfigError as error:
+                raise ConfigError(f"{cell.label}: {error}") from None
 
 
 def _begin(config: RunConfig, path: Path, absent: Sequence[Absent]) -> None:
