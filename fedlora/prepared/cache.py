@@ -288,14 +288,12 @@ def _write_partitions(config: RunConfig, home: Path, draft: Path) -> None:
 
     with pa.ipc.open_file(pa.memory_map(str(home / "train.arrow"))) as file:
         table = file.read_all()
-    token_columns = {"input_ids", "counted", "types", "split", TARGETS}
-    by_token = [name for name in table.column_names if name in token_columns]
+    by_token = [n for n in table.column_names if n in ("input_ids", "counted", "types", "split", TARGETS)]
     clients = json.loads((home / META).read_text())["clients"]
     known = {column: np.array(of["codes"]) for column, of in clients.items()}
     parts = partition(Dataset(table.drop_columns(by_token)), config.data, config.seed, known)
-    np.savez(
-        draft / "partitions.npz", indices=np.concatenate(parts), offsets=np.cumsum([0, *map(len, parts)])
-    )
+    ends = np.cumsum([0, *map(len, parts)])
+    np.savez(draft / "partitions.npz", indices=np.concatenate(parts), offsets=ends)
     column = natural_column(table.column_names, config.data)
     held = set(table[column].unique().to_pylist()) if column in clients else set()
     left_out = why_left_out(parts, clients.get(column, {}), held, config.data)
