@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from fedlora.config import DataConfig
+from fedlora.data.columns import Columns
 from fedlora.data.sources import load_examples, open_source
 from fedlora.errors import ConfigError
 
@@ -218,3 +219,9 @@ def test_a_list_of_columns_is_one_where_no_column_is_called_so(tmp_path: Path) -
     assert "data.text-column = 'a, c': no such" not in refusal(tmp_path / "a.parquet", text_column="a, c")
     assert "must name one column, or two" in refusal(tmp_path / "a.parquet", text_column="a,b,label")
     assert "must name one column, or two" in refusal(tmp_path / "a.parquet", text_column=" , ")
+
+
+def test_conversations_are_of_three_columns_at_most() -> None:
+    four = Columns(("a", "b", "c", "d"), "", "", "", natural="", conversations=True, written="a,b,c,d")
+    with pytest.raises(ConfigError, match=r"data\.text-column = 'a,b,c,d': must name one column"):
+        four.settled(["a", "b", "c", "d"])
