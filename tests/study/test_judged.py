@@ -150,7 +150,7 @@ def test_runs_that_lack_the_metric_are_refused() -> None:
 TASK = {
     **KEYS,
     "task": "regression",
-    "data.name": "x.csv",
+    "data.name": "somebody/dataset",
     "data.partitioner": "iid",
     "data.num-partitions": 4,
 }
