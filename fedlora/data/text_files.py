@@ -98,7 +98,7 @@ def _csv_pieces(path: Path, delimiter: str) -> Iterator[pa.Table]:
     """Cells as they stand. In a tsv file a quote is a character like others, as GLUE ships it."""
     csv.field_size_limit(2**31 - 1)
     options: dict[str, Any] = {"quoting": csv.QUOTE_NONE} if delimiter == "\t" else {}
-    reader = csv.reader(lines_of(path), delimiter=delimiter, strict=True, **options)
+    reader = csv.reader(text_lines(path), delimiter=delimiter, strict=True, **options)
     try:
         header = next(reader, None)
         if header is None:
@@ -150,7 +150,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _json_pieces(path: Path) -> Iterator[pa.Table]:
-    rows = _objects(lines_of(path))
+    rows = _objects(text_lines(path))
     while piece := list(islice(rows, PIECE)):
         names = dict.fromkeys(chain.from_iterable(piece))
         yield pa.table({name: _values([row.get(name) for row in piece]) for name in names})
@@ -217,7 +217,7 @@ def _json_array(values: Iterable[Any]) -> pa.Array:
 # --- lines -----------------------------------------------------------------------------------------------
 
 
-def lines_of(path: Path) -> Iterator[str]:
+def text_lines(path: Path) -> Iterator[str]:
     """The lines with their ends, UTF-8, or UTF-16 where the file begins with its byte order mark."""
     with _opened(path) as file:
         if file.peek(2)[:2] in _UTF_16:

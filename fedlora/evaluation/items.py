@@ -13,7 +13,7 @@ from PIL import Image
 from fedlora.core.files import user_path
 from fedlora.data.named_files import FILE_KINDS
 from fedlora.data.sources import open_table
-from fedlora.data.text_files import kind_of, lines_of
+from fedlora.data.text_files import kind_of, text_lines
 from fedlora.errors import ConfigError, first_line
 
 TEXT_FILE = ".txt"
@@ -117,7 +117,7 @@ def lines_of(path: Path) -> list[str]:
         ConfigError: a file that cannot be read, or a byte in it that is no text.
     """
     try:
-        return [_line(number, line) for number, line in enumerate(lines_of(path), start=1) if line.strip()]
+        return [_line(number, line) for number, line in enumerate(text_lines(path), start=1) if line.strip()]
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ConfigError(f"{path}: cannot be read ({first_line(error)})") from None
 
