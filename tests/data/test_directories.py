@@ -135,7 +135,7 @@ LINE = '{"text": "t", "label": "a"}\n'
         ({"train.tsv": rows("f", 8, "\t"), "train.csv": rows("f", 8)}, "2 kinds: 'train.csv'; 'train.tsv'"),
         ({"r.csv": rows("f", 8), "p.png": b"", "q.png": b""}, "2 kinds: 'p.png', 'q.png'; 'r.csv'"),
         ({"r.csv": rows("f", 8), "train.txt": "x\n"}, "holds 'r.csv' beside 'train.txt'"),
-        ({"r.csv": rows("f", 8), "r.csv.gz": gzip.compress(b"text", mtime=0)}, "'r.csv' and 'r.csv.gz', which"),
+        ({"r.csv": rows("f", 8), "r.csv.gz": gzip.compress(b"t", mtime=0)}, "'r.csv' and 'r.csv.gz', which"),
         ({"r.csv.xz": b"", "r.csv.gz": b""}, "'r.csv.gz' and 'r.csv.xz', which are compressed copies"),
     ],
 )  # fmt: skip
