@@ -212,7 +212,7 @@ def announced(line: str) -> Iterator[None]:
     """Say what takes a while on stderr: with a spinner on a terminal, else as one plain line."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if console.is_terminal:
         with console.status(line):
             yield

@@ -274,7 +274,7 @@ def _tracked(batches: Iterable[Any], total: int, line: str) -> Iterable[Any]:
     from rich.console import Console
     from rich.progress import track
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         print(line, file=sys.stderr, flush=True)
         return batches

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from fedlora.config import RunConfig
 from fedlora.errors import FedLoraError, system_errors_in_words
@@ -20,7 +20,7 @@ from fedlora.study.plan.cells import Cell
 if TYPE_CHECKING:
     from fedlora.server.session import Engine as RunEngine
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
 
 
 class Engine:
@@ -98,11 +98,11 @@ def run_cell(engine: Engine, cell: Cell, home: Path, title: str) -> str | None:
     except Exception as error:
         engine.close()
         reason = write_failure(home, error)
-        console.print(f"[red]{cell.label} failed:[/red] {escape(reason)}")
+        console.print(Text.assemble((f"{cell.label} failed:", "red"), f" {reason}"))
         return reason
     return None
 
 
 def say(line: str) -> None:
     """One line for people, as it is."""
-    console.print(escape(line))
+    console.print(line)

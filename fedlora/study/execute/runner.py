@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
-
 from fedlora.config import RunConfig
 from fedlora.core.code import need_extra
 from fedlora.core.files import held, write_atomic
@@ -183,7 +181,7 @@ def _begin(config: RunConfig, path: Path, absent: Sequence[Absent]) -> None:
     if not (path / STUDY).exists():
         _write_record(config, path)
     for missing in absent:
-        console.print(f"{missing.label}: not applicable ({escape(missing.reason)})")
+        console.print(f"{missing.label}: not applicable ({missing.reason})")
 
 
 def _looks(path: Path) -> list[int]:
