@@ -62,6 +62,11 @@ class WithCanaries:
         self.scores = np.zeros(self.canaries)
 
     @property
+    def seeded(self) -> bool:
+        """See `ClientDP.seeded`."""
+        return self.mechanism.seeded
+
+    @property
     def coins(self) -> Coins:
         """Which of the made-up clients take part."""
         return stream(self.seed, "audit", "coins", "clients").random(self.canaries) < 0.5
