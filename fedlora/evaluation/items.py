@@ -73,7 +73,7 @@ def _named(item: Any) -> str:
     """A value and its kind in a message, shortened.
 
     >>> _named(5), _named(("a",))
-    ("5 (int)", "('a',) (tuple of 1)")
+    ('5 (int)', "('a',) (tuple of 1)")
     """
     count = f" of {len(item)}" if isinstance(item, (tuple, list)) else ""
     return f"{first_line(repr(item))[:40]} ({type(item).__name__}{count})"
