@@ -51,8 +51,8 @@ class MeanRule(Rule):
             )
 
     @property
-    def bare(self) -> bool:
-        return super().bare and self.optimizer.plain
+    def plain(self) -> bool:
+        return super().plain and self.optimizer.plain
 
     def settle(self, layer: Layer, adapter: LoraFactors, memory: Tensors) -> Merged:
         """The next adapter of LoRA, given the stepped mean; ``memory`` is the optimiser's."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Message
@@ -91,11 +90,6 @@ def says_missing(reply: Message) -> bool:
         return False
     config = reply.content.config_records.get(wire.CONFIG, ConfigRecord())
     return config.get("status") == wire.MISSING
-
-
-def those_missing(replies: Iterable[Message]) -> list[Message]:
-    """The replies of clients that lack something."""
-    return [reply for reply in replies if says_missing(reply)]
 
 
 def read_reply(request: PendingRequest, message: Message, *, trained: bool) -> wire.Reply | None:

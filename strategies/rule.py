@@ -127,7 +127,7 @@ class Rule:
         return ""
 
     @property
-    def bare(self) -> bool:
+    def plain(self) -> bool:
         """Whether nothing is composed with it that makes another function of what is averaged."""
         return self.center.is_mean
 

@@ -22,7 +22,7 @@ from fedlora.core.state import Broadcast
 from fedlora.errors import ConfigError
 from fedlora.secure.step import SECURE
 from strategies.encodings import Encodings
-from strategies.request import Payload, PendingRequest, read_reply, says_missing, those_missing
+from strategies.request import Payload, PendingRequest, read_reply, says_missing
 
 Send = Callable[..., Iterable[Message]]
 """The replies to messages within ``timeout`` seconds, as `flwr.serverapp.Grid.send_and_receive`."""
@@ -152,7 +152,7 @@ class Transport:
     ) -> list[Message]:
         """Orders again, with the parts that their clients answered that they lack."""
         again = []
-        for reply in those_missing(replies):
+        for reply in [*filter(says_missing, replies)]:
             request = self._request_of(reply)
             if request is None:
                 continue

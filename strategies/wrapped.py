@@ -50,7 +50,7 @@ def no_plain_mean(rule: Rule) -> str:
         return "not all that clients train is in the arrays"
     if facts.rotates_basis:
         return "it writes the mean in another basis, which one client may move by more than its share"
-    if not rule.bare:
+    if not rule.plain:
         return "a robust centre or a server optimiser is no plain mean"
     return ""
 

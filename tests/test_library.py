@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
@@ -16,6 +17,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 import fedlora
 from fedlora.config import DataConfig, from_keywords
 from fedlora.data.sources import load_examples
+from fedlora.study.library.given import settings_of
 from fedlora.study.report.tables import write_tables
 from tests.study.made_up import study
 
@@ -78,6 +80,23 @@ def test_a_configuration_may_be_keys_or_an_object(tmp_path: Path) -> None:
         with pytest.raises(fedlora.ConfigError, match=r"lora\.rank = 0"):
             fedlora.run(config, tmp_path / "none", overrides={"lora.rank": 0})
     assert not (tmp_path / "none").exists()
+
+
+def test_values_of_numpy_and_paths_are_taken_for_what_they_stand_for() -> None:
+    keys = {
+        "num_server_rounds": np.int64(3),
+        "train": {"learning_rate": np.float32(0.5)},
+        "data": Path("a.csv"),
+    }
+    config = settings_of("fedlora.run", {"lora.rank": np.int32(2)}, {"seed": np.int64(7)}, keys)
+    found = (
+        config.num_server_rounds,
+        config.train.learning_rate,
+        config.data.name,
+        config.lora.rank,
+        config.seed,
+    )
+    assert found == (3, 0.5, "a.csv", 2, 7)
 
 
 def test_keywords_are_the_keys_of_a_file(tmp_path: Path) -> None:

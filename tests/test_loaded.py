@@ -161,7 +161,7 @@ FRAME = pandas.DataFrame({"text": ["w1 w2"] * 5, "label": ["yes"] * 5})
         (["w1", float("nan")], r"entry 1 is nan \(float\)"),
         ([["x" * 999] * 999], r"entry 0 is .{40} \(list of 999\)"),
         ([Path("a.txt")], "entry 0 is"),
-        (["a\ud800"], r"entry 0 holds '\\ud800', half of a character"),
+        (["a\ud800"], r"entry 0 holds half of a surrogate pair in .a\\ud800., which is no character"),
         ([("a", "b"), "c"], "not both at once"),
     ],
 )  # fmt: skip

@@ -8,7 +8,8 @@ import tomllib
 from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from functools import cache
-from pathlib import Path, PurePath
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from fedlora.config.checks import Scalar, refusal
@@ -37,7 +38,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
     """
     flat: FlatConfig = {}
     for key, given in nested.items():
-        name, value = prefix + key, _plain(given)
+        name, value = prefix + key, plain(given)
         if isinstance(value, (bool, int, float, str)):
             flat[name] = value
         elif isinstance(value, (Mapping, list)) and name in _keys_of_text():
@@ -49,15 +50,15 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> FlatConfig:
     return flat
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """A value as TOML would have it: numbers and lists of NumPy, tuples and paths of Python in plain form."""
     if type(value).__module__ == "numpy":
         return value.tolist()
-    if isinstance(value, PurePath):
-        return str(value)
+    if isinstance(value, PathLike):
+        return fspath(value)
     if isinstance(value, Mapping):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, (list, tuple)) else value
+        return {key: plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 @cache
@@ -197,7 +198,7 @@ def from_keywords(keys: Mapping[str, Any]) -> FlatConfig:
     """
     flat: FlatConfig = {}
     for field, given in keys.items():
-        value = _plain(given)
+        value = plain(given)
         if isinstance(value, str) and f"{field}.name" in _keys_of_text():
             flat[f"{field}.name"] = value
         elif isinstance(value, Mapping) and kebab(field) not in _keys_of_text():

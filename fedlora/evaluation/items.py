@@ -14,6 +14,7 @@ from fedlora.core.files import user_path
 from fedlora.data.named_files import FILE_KINDS
 from fedlora.data.sources import open_table
 from fedlora.data.text_files import kind_of, text_lines
+from fedlora.data.values import unicode_text
 from fedlora.errors import ConfigError, first_line
 
 TEXT_FILE = ".txt"
@@ -61,11 +62,9 @@ def _text(number: int, item: Any) -> Item:
         raise ConfigError(f"predict: entry {number} is {_named(item)}, takes {TEXTS}")
     for part in parts:
         try:
-            part.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"predict: entry {number} holds {part[error.start]!r}, half of a character, which no text has"
-            ) from None
+            unicode_text(part)
+        except ValueError as error:
+            raise ConfigError(f"predict: entry {number} holds {error}") from None
     return (str(parts[0]), str(parts[1])) if pair else str(parts[0])
 
 

@@ -45,7 +45,7 @@ def mean_is_exact(rule: Rule, model: AdaptedModel, adapters: Adapters) -> bool:
         model: with the adapter inside; it stays as it is.
         adapters: what a round starts from.
     """
-    if not rule.bare:
+    if not rule.plain:
         return False
     if isinstance(next(iter(adapters.values())), LoraFactors) or not rule.facts.global_adapter:
         return rule.facts.exact

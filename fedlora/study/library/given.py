@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import Config, RunConfig, as_config, from_keywords
+from fedlora.config.files import plain
 from fedlora.core.files import user_path
 from fedlora.errors import ConfigError, first_line
 
@@ -90,15 +91,14 @@ def _plain(keys: Mapping[str, Any], table: str = "") -> dict[str, Any]:
     return {key: _value(f"{table}{key}", value) for key, value in keys.items()}
 
 
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, given: Any) -> Any:
+    value = plain(given)
     if isinstance(value, Mapping):
         return _plain(value, f"{name}.")
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, list):
         return [_value(name, each) for each in value]
-    if isinstance(value, PathLike):
-        return fspath(value)
     if value is not None and not isinstance(value, (bool, int, float, str)):
-        raise refused(name, value, "a boolean, number or string")
+        raise refused(name, given, "a boolean, number or string")
     return value
 
 
