@@ -14,7 +14,6 @@ from flwr.app import RecordDict
 from clients.node_settings import NodeSettings
 from clients.owner import REFUSAL
 from clients.privacy import mechanism_of
-from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure_steps import SUMS, acting, fixed_point, under_masks
 from clients.store import ResolvedInstruction
 from fedlora import wire
@@ -95,9 +94,10 @@ def _row(
     asked = step_of(content.config_records)
     if not asked.text("session").startswith(f"{instruction.identity}, "):
         raise SecureRefused("the keys were made for another run, or another round of it")
-    if isinstance(privacy := mechanism_of(config), DistributedClientPrivacy):
+    privacy = mechanism_of(config)
+    if privacy.shared_noise is not None:
         words = words_of(config, instruction.server_round, settings.partition_id, simulation=simulation)
-        return wire.to_noisy_row(reply.start, reply.arrays, _noise(privacy, asked), words)
+        return wire.to_noisy_row(reply.start, reply.arrays, _noise(privacy.shared_noise, asked), words)
     fixed, key = fixed_point(asked, config, settings), privacy.weighted_by_key
     weight = 1.0 if key is None else reply.metrics.get(key, -1.0)
     if not (weight.is_integer() and 0 <= weight <= fixed.max_weight):  # how many it has is not told
@@ -119,9 +119,9 @@ def _sketched(reply: wire.Reply, asked: Step) -> tuple[Tensors, Tensors]:
     return start | sketch.start(factors), trained | sketch.sketches(factors)
 
 
-def _noise(privacy: DistributedClientPrivacy, asked: Step) -> SharedNoise:
+def _noise(shared: Callable[[int], SharedNoise], asked: Step) -> SharedNoise:
     try:
-        return privacy.shared(len(asked.numbers("sharers")))
+        return shared(len(asked.numbers("sharers")))
     except ConfigError as error:
         raise SecureRefused(str(error)) from None
 

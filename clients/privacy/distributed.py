@@ -73,6 +73,10 @@ class DistributedClientPrivacy(ClientPrivacy):
             bits=self.config.secure.bits,
         )
 
+    @property
+    def shared_noise(self) -> Callable[[int], SharedNoise]:
+        return self.shared
+
     def noise_of(self, clients: int) -> float:
         """The noise multiplier that so many shares of noise are worth."""
         return worth(self.noise, self.config.secure.honest, clients)

@@ -8,6 +8,7 @@ A run asks its mechanism and knows no mode. In the order of a run:
     step            what a client's step does to gradients, asked for the rehearsal
     local           a client's training as a release that is planned, charged and then made
     server          clipping and noise on updates, before any rule sees them
+    shared_noise    how clients write shares of noise into secure sums
     spent           what each client has spent, where the server knows it and clients do not say
     beside          a second epsilon, for who sees less
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # these import PEFT
     from clients.training.dp_mechanism import Mechanism
     from fedlora import wire
     from fedlora.prepared.cache import Prepared
+    from fedlora.secure.noise import SharedNoise
     from strategies.adaptive_dp import AdaptiveClientDP
     from strategies.client_dp import ClientDP
 
@@ -142,6 +144,11 @@ class PrivacyMechanism:
         Args:
             seeded: in simulation, where the noise may be drawn again.
         """
+        return None
+
+    @property
+    def shared_noise(self) -> Callable[[int], SharedNoise] | None:
+        """How clients write changes with shares of noise, by how many may be in a sum; None: none."""
         return None
 
     def spent(self, participations: Mapping[int, int]) -> dict[int, dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 
 from clients.privacy import mechanism_of
-from clients.privacy.distributed import DistributedClientPrivacy
 from clients.secure_steps import terms_of
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, NotApplicable
@@ -90,8 +89,8 @@ def shared_noise(config: RunConfig, clients: int) -> Callable[[int], SharedNoise
         ConfigError: a grid too fine for so many, a round that asks too few for its noise, or colluders who
             could take off masks.
     """
-    privacy, secure = mechanism_of(config), config.secure
-    if not isinstance(privacy, DistributedClientPrivacy):
+    shared, secure = mechanism_of(config).shared_noise, config.secure
+    if shared is None:
         return None
     share, least = config.fraction_train * config.devices.over_selection, secure.min_clients
     asked = min(clients, clients_of_round(share, clients, config.min_train_nodes))
@@ -105,8 +104,8 @@ def shared_noise(config: RunConfig, clients: int) -> Callable[[int], SharedNoise
             f"secure.colluding = {secure.colluding}: the masks of {least} clients (secure.min-clients) hold "
             f"against at most {most} who collude"
         )
-    privacy.shared(asked)
-    return privacy.shared
+    shared(asked)
+    return shared
 
 
 def largest_weight(config: RunConfig, partitions: Collection[int], known_examples: KnownExamples) -> int:
