@@ -25,15 +25,16 @@ from fedlora.data.named_files import PARQUET
 from fedlora.data.text_files import DELIMITERS, JSON, column_names
 from fedlora.data.values import columns_named
 
-PICTURES = "pictures"
+IMAGES = "images"
+"""Kind of all files that are pictures."""
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 """Endings of compressed copies."""
 GLUE_ASIDE = frozenset({"dev_ids.tsv", "dev_mismatched.tsv", "test_mismatched.tsv"})
 """What GLUE ships beside train.tsv and is not read; nor is its directory ``original``."""
 GLUE_TESTS = ("test.tsv", "test_matched.tsv")
 """Test examples of GLUE, of which the labels are kept back."""
-_WAY = "name the file that is meant, or move the others away"
-_SAID = 3
+_ADVICE = "name the file that is meant, or move the others away"
+_MOST_NAMED = 3
 """Files that a refusal names of each kind."""
 
 
@@ -51,7 +52,7 @@ def data_files(path: Path, label: str) -> dict[str, list[Path]]:
         ValueError: two kinds of files, or a file and its compressed copy.
     """
     found = list(_candidates(path))
-    pictures = any(_kind(Path(name)) == PICTURES for name in found)
+    pictures = any(_kind(Path(name)) == IMAGES for name in found)
 
     def tables(names: Iterable[str]) -> list[str]:
         about = ImageFolder.METADATA_FILENAMES if pictures else ()
@@ -60,7 +61,7 @@ def data_files(path: Path, label: str) -> dict[str, list[Path]]:
     splits = _splits(found)
     named = [name for names in splits.values() for name in names]
     if tables(found) and not tables(named):
-        raise ValueError(f"holds {_few(tables(found))} beside {_few(named)}; {_WAY}")
+        raise ValueError(f"holds {_few(tables(found))} beside {_few(named)}; {_ADVICE}")
     _refuse_copies(named)
     _refuse_kinds(tables(named))
     if "train.tsv" in splits.get("train", ()) and "test" in splits:
@@ -83,7 +84,7 @@ def load_files(splits: Mapping[str, Sequence[Path]]) -> Any:
     datasets gives pictures no label where all are in one directory.
     """
     names = [file for files in splits.values() for file in files]
-    pictures = [file for file in names if _kind(file) == PICTURES]
+    pictures = [file for file in names if _kind(file) == IMAGES]
     module, options = _EXTENSION_TO_MODULE[_unpacked((pictures or names)[0]).suffix.lower()]
     if pictures:
         options = {"drop_labels": False} if len({len(file.parts) for file in pictures}) == 1 else {}
@@ -159,7 +160,7 @@ def _refuse_copies(names: Sequence[str]) -> None:
     for name in names:
         other = plain.setdefault(_unpacked(PurePath(name)).as_posix(), name)
         if other != name:
-            raise ValueError(f"holds {other!r} and {name!r}, which are compressed copies; {_WAY}")
+            raise ValueError(f"holds {other!r} and {name!r}, which are compressed copies; {_ADVICE}")
 
 
 def _refuse_kinds(names: Sequence[str]) -> None:
@@ -167,22 +168,24 @@ def _refuse_kinds(names: Sequence[str]) -> None:
     for name in names:
         kinds.setdefault(_kind(Path(name)), []).append(name)
     if len(kinds) > 1:
-        raise ValueError(f"holds files of {len(kinds)} kinds: {'; '.join(map(_few, kinds.values()))}; {_WAY}")
+        raise ValueError(
+            f"holds files of {len(kinds)} kinds: {'; '.join(map(_few, kinds.values()))}; {_ADVICE}"
+        )
 
 
 def _few(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SAID} more" if len(names) > _SAID else ""
-    return ", ".join(map(repr, names[:_SAID])) + more
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(map(repr, names[:_MOST_NAMED])) + more
 
 
 def _kind(file: PurePath) -> str:
-    """What a file is read as: an ending or `PICTURES`; empty for what tables are not kept in."""
+    """What a file is read as: an ending or `IMAGES`; empty for what tables are not kept in."""
     ending: str = _unpacked(file).suffix.lower()
     if ending in DELIMITERS or ending == PARQUET:
         return ending
     if ending in JSON:
         return JSON[0]
-    return PICTURES if _module(file) == "imagefolder" else ""
+    return IMAGES if _module(file) == "imagefolder" else ""
 
 
 def _module(file: PurePath) -> str:
